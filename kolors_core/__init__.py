@@ -1,0 +1,23 @@
+"""Kolors from scratch: text to image with ChatGLM3, an SDXL-shaped UNet and a VAE, readable and equal to the
+reference.
+
+    from kolors_core import KolorsPipeline
+    image = KolorsPipeline.from_pretrained("Kwai-Kolors/Kolors-diffusers",
+    variant="fp16")("一张瓢虫的照片").images[0]
+
+Reading order: tokenizer, chatglm, unet, vae, schedule, sampling, guidance, pipeline.
+"""
+
+from kolors_core.callback import SDXLCFGCutoffCallback
+from kolors_core.config import VERSION as __version__
+from kolors_core.pipeline import KolorsPipeline, KolorsPipelineOutput
+from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+__all__ = [
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "KolorsPipeline",
+    "KolorsPipelineOutput",
+    "SDXLCFGCutoffCallback",
+    "__version__",
+]

@@ -1,0 +1,95 @@
+"""The only attention call of the library, and the choice of its kernel at run time.
+
+Shapes: B batch, H heads, L queries, S keys, D width of a head.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# On MPS a score matrix of more elements than this is computed in chunks of queries, to fit in memory.
+MPS_SCORE_ELEMENTS = 2**28
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v, by the kernel that suits device and shapes or the one forced.
+
+    q: [B, H, L, D]; k, v: [B, H, S, D]; bias: None, or broadcastable to [B, H, L, S]: bool (True attends) or
+    floats added to the logits. Returns [B, H, L, D]. RuntimeError if a forced kernel cannot run these inputs.
+    """
+    name = _forced if _forced is not None else choose(q, k)
+    try:
+        return KERNELS[name](q, k, v, bias)
+    except RuntimeError as error:
+        if _forced is None:
+            raise
+        with_bias = "with" if bias is not None else "without"
+        what = f"q {list(q.shape)}, k {list(k.shape)}, {q.dtype} on {q.device}, {with_bias} bias"
+        raise RuntimeError(f"the forced attention kernel {name!r} cannot run {what}: {error}") from error
+
+
+def choose(q: Tensor, k: Tensor) -> str:
+    """Name of the kernel for these inputs: query chunks on MPS if they are many, else torch's choice."""
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    return "chunked" if q.device.type == "mps" and scores > MPS_SCORE_ELEMENTS else "sdpa"
+
+
+@contextmanager
+def attention_kernel(name: str) -> Iterator[None]:
+    """Force the kernel of this name in `KERNELS` within the block; ValueError if there is none such."""
+    global _forced
+    if name not in KERNELS:
+        raise ValueError(f"attention kernel {name!r} is not one of {', '.join(KERNELS)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def _only(backend: SDPBackend) -> Kernel:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        with sdpa_kernel(backend):
+            return _sdpa(q, k, v, bias)
+
+    return kernel
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Rows of a softmax are independent: some queries at a time give the same result in less memory."""
+    queries = max(1, MPS_SCORE_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    if bias is not None:
+        bias = bias.expand(*bias.shape[:-2], q.shape[2], k.shape[2])  # [.., L, S]
+    parts = []
+    for start in range(0, q.shape[2], queries):
+        rows = slice(start, start + queries)
+        parts.append(_sdpa(q[:, :, rows], k, v, None if bias is None else bias[..., rows, :]))
+    return torch.cat(parts, dim=2)  # [B, H, L, D]
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, L, S]
+    if bias is not None:
+        logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else logits + bias
+    return logits.softmax(dim=-1) @ v  # [B, H, L, D]
+
+
+KERNELS: dict[str, Kernel] = {
+    "sdpa": _sdpa,
+    "flash": _only(SDPBackend.FLASH_ATTENTION),
+    "cudnn": _only(SDPBackend.CUDNN_ATTENTION),
+    "efficient": _only(SDPBackend.EFFICIENT_ATTENTION),
+    "chunked": _chunked,
+    "written_out": _written_out,
+}
+_forced: str | None = None

@@ -1,0 +1,149 @@
+"""One run of a sampler with a step callback: what the callback sees between steps, and what it may change.
+
+The protocol is the reference's: `callback(pipe, i, timestep, tensors) -> tensors`, `pipe._guidance_scale` and
+`pipe._interrupt`. Source: the denoising loop of diffusers' pipelines/kolors/pipeline_kolors.py.
+Shapes: B pictures; under guidance the tensors of `NAMES` that are not negative have 2B rows, negatives first.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kolors_core.guidance import Conditioning, guided
+from kolors_core.sampling import Sampler
+from kolors_core.schedule import Schedule, Scheduler
+from kolors_core.unet import UNet
+
+NAMES = (
+    "latents", "prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "add_time_ids",
+    "negative_pooled_prompt_embeds", "negative_add_time_ids",
+)  # fmt: skip
+TOLD = ("prompt_embeds", "add_text_embeds", "add_time_ids")
+
+StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
+
+
+class Pipeline(Protocol):
+    """What a run needs of a pipeline, and what a callback may set on it."""
+
+    unet: UNet
+    scheduler: Scheduler
+    _guidance_scale: float
+    _interrupt: bool
+
+
+class _Interrupted(Exception):
+    """Carries the latents out of a sampler."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class Run:
+    """Denoises with `pipe`'s UNet under conditions that the callback may replace after each step."""
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        schedule: Schedule,
+        positive: Conditioning,
+        negative: Conditioning | None,
+        callback: StepCallback | None,
+        names: Sequence[str],
+        progress: Callable[[], Any],
+    ) -> None:
+        """negative: None without guidance. names: of `NAMES`, for the callback. progress: at each step."""
+        self.pipe, self.schedule, self.batch = pipe, schedule, len(positive.text_tokens)
+        self.callback, self.names, self.progress = callback, names, progress
+        told = positive if negative is None else Conditioning.cat(negative, positive)
+        self.tensors: dict[str, Any] = dict(
+            zip(TOLD, (told.text_tokens, told.pooled_text, told.size_ids), strict=True)
+        )
+        self.tensors["negative_prompt_embeds"] = None if negative is None else negative.text_tokens
+        self.tensors["negative_pooled_prompt_embeds"] = None if negative is None else negative.pooled_text
+        self.tensors["negative_add_time_ids"] = None if negative is None else negative.size_ids
+        self.denoise = guided(pipe.unet, schedule, positive, negative, pipe._guidance_scale)
+
+    def __call__(self, sampler: Sampler, x: Tensor) -> Tensor:
+        """Run the sampler from x; returns the latents as the reference has them at the last sigma."""
+        try:
+            x = sampler(lambda x, sigma: self.denoise(x, sigma), x, self.schedule.sigmas, self.on_step)
+        except _Interrupted as stopped:
+            return stopped.x
+        return x / self._scale(len(self.schedule.timesteps))
+
+    def on_step(self, i: int, x: Tensor) -> Tensor:
+        """After step i: show the bar and the callback, take what the callback returns."""
+        self.progress()
+        if self.callback is None:
+            return x
+        latents = (x / self._scale(i + 1)).to(self.pipe.unet.conv_in.weight.dtype)
+        seen = {name: latents if name == "latents" else self.tensors[name] for name in self.names}
+        scale = self.pipe._guidance_scale
+        returned = dict(self.callback(self.pipe, i, self.schedule.timesteps[i], seen))
+        if strangers := sorted(returned.keys() - set(NAMES)):
+            raise ValueError(
+                f"callback_on_step_end returned {strangers[0]!r}; wanted some of {', '.join(NAMES)}"
+            )
+        if (after := returned.pop("latents", None)) is not None:
+            if after.shape != x.shape:
+                raise ValueError(
+                    f"callback_on_step_end returned latents {list(after.shape)}, wanted {list(x.shape)}"
+                )
+            x = after.to(x) * self._scale(i + 1)
+        if self.pipe._interrupt:
+            raise _Interrupted(x / self._scale(i + 1))
+        is_changed = any(returned[name] is not self.tensors[name] for name in TOLD if name in returned)
+        self.tensors.update(returned)
+        if is_changed or scale != self.pipe._guidance_scale:
+            positive, negative = self._conditions()
+            self.denoise = guided(
+                self.pipe.unet, self.schedule, positive, negative, self.pipe._guidance_scale
+            )
+        return x
+
+    def _scale(self, step: int) -> float:
+        """x is this many times the latents that the reference holds before step `step`."""
+        if not self.pipe.scheduler.latents_preserve_variance:
+            return 1.0
+        return (self.schedule.sigmas[step].item() ** 2 + 1) ** 0.5
+
+    def _conditions(self) -> tuple[Conditioning, Conditioning | None]:
+        """Conditions from the tensors; once guidance has ended, the positive rows are enough."""
+        is_guided = self.pipe._guidance_scale > 1
+        rows, allowed = {}, (2 * self.batch,) if is_guided else (self.batch, 2 * self.batch)
+        for name in TOLD:
+            if len(self.tensors[name]) not in allowed:
+                raise ValueError(
+                    f"callback_on_step_end returned {name} of {len(self.tensors[name])} rows, "
+                    f"wanted {' or '.join(map(str, allowed))} for {self.batch} pictures"
+                )
+            rows[name] = self.tensors[name]
+        positive = Conditioning(*(tensor[-self.batch :] for tensor in rows.values()))
+        return positive, Conditioning(
+            *(tensor[: self.batch] for tensor in rows.values())
+        ) if is_guided else None
+
+
+class SDXLCFGCutoffCallback:
+    """End guidance after a step, or after a part of the steps: a callback of the reference's name.
+
+    The reference's own keeps only the last row and so fails for two pictures; this keeps every positive row.
+    """
+
+    tensor_inputs = TOLD
+
+    def __init__(self, cutoff_step_ratio: float | None = 0.8, cutoff_step_index: int | None = None) -> None:
+        if cutoff_step_index is None and (cutoff_step_ratio is None or not 0 <= cutoff_step_ratio <= 1):
+            raise ValueError(f"cutoff_step_ratio must be from 0 to 1, got {cutoff_step_ratio}")
+        self.ratio, self.index = cutoff_step_ratio, cutoff_step_index
+
+    def __call__(self, pipe: Any, i: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Called by the pipeline after step i."""
+        last = self.index if self.index is not None else int(pipe.num_timesteps * (self.ratio or 0.0))
+        if i == last and pipe.guidance_scale > 1:
+            pipe._guidance_scale = 0.0
+            return {name: torch.chunk(tensor, 2)[1] for name, tensor in tensors.items()}
+        return tensors

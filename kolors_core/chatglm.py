@@ -1,0 +1,135 @@
+"""ChatGLM3-6B as Kolors' text encoder: TokenBatch -> TextEmbedding.
+
+Source: `ChatGLMModel` in diffusers' pipelines/kolors/text_encoder.py.
+Shapes: B prompts, L tokens, C hidden width, H heads, G K/V groups, D head width, R rotated part of D.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kolors_core.attention import attention
+from kolors_core.config import ChatGLMConfig
+from kolors_core.tokenizer import TokenBatch
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """tokens [B, L, C], pads included, for cross-attention; pooled [B, C], the last token's state."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, with the mean taken in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.float().pow(2).mean(-1, keepdim=True)
+        return (self.weight * (x * torch.rsqrt(variance + self.eps))).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention, rotary on the first half of each head; groups of query heads share a K/V head."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.heads, self.groups, self.head_dim = config.heads, config.query_groups, config.head_dim
+        self.widths = [self.heads * self.head_dim, self.groups * self.head_dim, self.groups * self.head_dim]
+        self.to_qkv = nn.Linear(config.hidden_size, sum(self.widths))
+        self.to_out = nn.Linear(self.widths[0], config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor) -> Tensor:
+        """x: [B, L, C]; rotation: two of [B, 1, L, R/2]; allowed: [B, 1, L, L] bool. Returns [B, L, C]."""
+        q, k, v = self.to_qkv(x).split(self.widths, dim=-1)
+        q = rotate(q.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2), *rotation)  # [B, H, L, D]
+        k = rotate(k.unflatten(-1, (self.groups, self.head_dim)).transpose(1, 2), *rotation)  # [B, G, L, D]
+        v = v.unflatten(-1, (self.groups, self.head_dim)).transpose(1, 2)  # [B, G, L, D]
+        k = k.repeat_interleave(self.heads // self.groups, dim=1)  # [B, H, L, D]
+        v = v.repeat_interleave(self.heads // self.groups, dim=1)  # [B, H, L, D]
+        return self.to_out(attention(q, k, v, allowed).transpose(1, 2).flatten(2))  # [B, L, C]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: silu(first half) * second half of one wide projection."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(config.hidden_size, 2 * config.feed_forward_size, bias=False)
+        self.proj_out = nn.Linear(config.feed_forward_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(F.silu(gate) * value)
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, allowed)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ChatGLM(nn.Module):
+    """The encoder. It has no final norm and no language-model head: Kolors reads the states before both."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Layer(config) for _ in range(config.layers)])
+
+    def forward(self, batch: TokenBatch) -> TextEmbedding:
+        """tokens are the states before the last layer, pooled the last position's state after it."""
+        x = self.embedding(batch.ids)  # [B, L, C]
+        rotation = rotary(batch.positions, self.config.head_dim // 2, x.dtype)
+        allowed = attention_mask(batch.mask)
+        tokens = x
+        for layer in self.layers:
+            tokens = x
+            x = layer(x, rotation, allowed)
+        return TextEmbedding(tokens=tokens, pooled=x[:, -1])
+
+
+def attention_mask(mask: Tensor) -> Tensor:
+    """Who may attend to whom: mask [B, L] -> [B, 1, L, L], True where the query (third axis) sees the key
+    (fourth).
+
+    A real token sees the real tokens up to itself. A pad sees everything, pads and later tokens too: so the
+    published model was trained, and the UNet reads the pad rows.
+    """
+    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
+    return ((causal & mask[:, None, :]) | ~mask[:, :, None])[:, None]  # [B, 1, L, L]
+
+
+def rotary(positions: Tensor, width: int, dtype: torch.dtype, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (https://arxiv.org/abs/2104.09864, eq. 15), in float32, then cast.
+
+    positions: [B, L]; width: R, how many of a head's dimensions turn. Returns two tensors [B, 1, L, R/2].
+    """
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+    angles = positions[:, None, :, None].float() * (1.0 / base**exponents)  # [B, 1, L, R/2]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the neighbouring pairs of the first R dimensions of x [B, H, L, D]; the others pass through."""
+    turned, kept = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    even, odd = turned[..., 0::2], turned[..., 1::2]  # [B, H, L, R/2]
+    pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)  # [B, H, L, R/2, 2]
+    return torch.cat([pairs.flatten(-2), kept], dim=-1)  # [B, H, L, D]

@@ -1,0 +1,242 @@
+"""Checkpoints: finding the files of a folder or hub repository, strict loading, saving.
+
+A model is built on the meta device, checked name by name and shape by shape against the file headers, and
+only then
+filled: each tensor goes from the memory-mapped file to its place once. Only safetensors are read.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from kolors_core.chatglm import ChatGLM
+from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
+from kolors_core.schedule import SCHEDULERS, Scheduler
+from kolors_core.tokenizer import Tokenizer
+from kolors_core.unet import UNet
+from kolors_core.vae import VAE
+from weights_convert import TABLES, recognise
+from weights_convert.rules import UNUSED, compare
+from weights_convert.source import Source, weight_files
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one component is built and saved: its config's reader, its class, its public file stem."""
+
+    read_config: Callable[[dict[str, Any], str], Any]
+    build: Callable[[Any], nn.Module]
+    stem: str
+
+
+KINDS = {
+    "text_encoder": Kind(ChatGLMConfig.from_public, ChatGLM, "model"),
+    "unet": Kind(UNetConfig.from_public, UNet, "diffusion_pytorch_model"),
+    "vae": Kind(VAEConfig.from_public, VAE, "diffusion_pytorch_model"),
+}
+
+
+def resolve(
+    name: str | Path,
+    components: Iterable[str],
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Path:
+    """The local folder of a checkpoint: `name` itself if it is a folder, else a hub repository, downloaded as
+    needed.
+
+    Of a repository only the files of `components` in `variant` are fetched; `HF_ENDPOINT`, `HF_HUB_OFFLINE`
+    and the hub's cache are respected. Raises FileNotFoundError naming what was looked for.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}: no such folder, and not a hub repository of the form owner/name")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    place: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    try:
+        if local_files_only:
+            return Path(snapshot_download(str(name), local_files_only=True, **place))
+        listing = HfApi(token=token).list_repo_files(str(name), revision=revision)
+        wanted = needed_files(listing, components, variant, str(name))
+        return Path(snapshot_download(str(name), allow_patterns=wanted, **place))
+    except OfflineModeIsEnabled:
+        return resolve(name, components, variant=variant, local_files_only=True, **place)
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name}: not in the local cache, and not allowed or able to download it"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{name}: cannot be had from the hub: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def needed_files(
+    listing: Iterable[str], components: Iterable[str], variant: str | None, where: str
+) -> list[str]:
+    """Of a repository's files, those that the components load: configs, tokenizer, chosen weights."""
+    listing, needed = list(listing), []
+    folders: dict[str, list[str]] = {}
+    for path in map(PurePosixPath, listing):
+        folders.setdefault(str(path.parent), []).append(path.name)
+    if "model_index.json" in folders.get(".", []):
+        needed.append("model_index.json")
+    for component in components:
+        names = folders.get(component, [])
+        if not names:
+            raise FileNotFoundError(f"{where}: has no {component}/ folder")
+        chosen = [name for name in names if name.endswith(".json") and ".index." not in name]
+        chosen += [name for name in names if name == "tokenizer.model"]
+        if component in KINDS:
+            chosen += weight_files(names, variant, f"{where}/{component}")
+        needed += [f"{component}/{name}" for name in chosen]
+    return needed
+
+
+def load_component(
+    folder: str | Path,
+    component: str,
+    *,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """One model ("text_encoder", "unet" or "vae") of a checkpoint folder, in public names or ours, ready to
+    run.
+
+    Raises FileNotFoundError or ValueError naming the file, field or tensor, before weights are read.
+    """
+    kind, place = KINDS[component], Path(folder) / component
+    if not place.is_dir():
+        raise FileNotFoundError(f"{place}: no such folder, wanted the {component} of a Kolors checkpoint")
+    config = kind.read_config(read_json(place / "config.json"), str(place / "config.json"))
+    files = [place / name for name in weight_files([f.name for f in place.iterdir()], variant, str(place))]
+    with torch.device("meta"):
+        model = kind.build(config)
+    load(model, Source(files), component, dtype=dtype, device=device)
+    return model.eval()
+
+
+def load(
+    model: nn.Module,
+    source: Source,
+    component: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Fill a model from a checkpoint, strictly. The model may be on the meta device; nothing is left on it.
+
+    Raises ValueError naming the first tensors that are missing, unexpected or misshapen; the model is then
+    untouched.
+    """
+    where = str(source.files[0].parent if len(source.files) > 1 else source.files[0])
+    table, is_ours = recognise(source.keys(), where)
+    if table is not TABLES[component]:
+        raise ValueError(f"{where}: wanted the {component} of a Kolors checkpoint, got a {table.component}")
+    ours = {name: name if is_ours else table.to_ours(name) for name in source}
+    target = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if mismatch := compare(table, {ours[name]: source.shape(name) for name in source}, target):
+        raise ValueError(f"{where}: {mismatch}")
+    for name in source:
+        if not source.dtype(name).is_floating_point:
+            raise ValueError(f"{where}: {name} holds {source.dtype(name)}, wanted floating-point weights")
+    state = {
+        ours[name]: source[name].to(device=device, dtype=dtype)
+        for name in source
+        if not ours[name].startswith(UNUSED)
+    }
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def load_scheduler(folder: str | Path) -> Scheduler:
+    """The scheduler of a checkpoint folder, by the class that its config names."""
+    file = Path(folder) / "scheduler" / "scheduler_config.json"
+    config = read_json(file)
+    name = config.get("_class_name")
+    if name not in SCHEDULERS:
+        raise ValueError(f"{file}: _class_name is {name!r}, wanted one of {', '.join(SCHEDULERS)}")
+    return SCHEDULERS[name].from_config(config)
+
+
+def load_index(folder: Path) -> dict[str, Any]:
+    """The `model_index.json` of a Kolors pipeline; that of another pipeline is refused by its class."""
+    index = read_json(folder / "model_index.json")
+    if not str(index.get("_class_name")).startswith("Kolors"):
+        raise ValueError(
+            f"{folder / 'model_index.json'}: _class_name is {index.get('_class_name')!r}, wanted Kolors"
+        )
+    return index
+
+
+def save_component(
+    model: nn.Module, folder: str | Path, component: str, *, variant: str | None = None
+) -> None:
+    """Write a model to `folder`/`component` under public names, as the reference reads it."""
+    place = Path(folder) / component
+    place.mkdir(parents=True, exist_ok=True)
+    write_json(place / "config.json", model.config.to_public())
+    table = TABLES[component]
+    tensors = {table.to_public(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    name = ".".join(part for part in (KINDS[component].stem, variant, "safetensors") if part)
+    save_file(tensors, place / name, metadata={"format": "pt"})
+
+
+def save_frame(
+    folder: str | Path, tokenizer: Tokenizer, scheduler: Scheduler, pipeline: str, *, force_zeros: bool
+) -> None:
+    """Write what stands around the models: tokenizer, scheduler and `model_index.json`."""
+    folder = Path(folder)
+    for name in ("tokenizer", "scheduler"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(tokenizer.file.read_bytes())
+    config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
+    write_json(folder / "tokenizer" / "tokenizer_config.json", config)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler.to_public())
+    index = {
+        "_class_name": pipeline,
+        "force_zeros_for_empty_prompt": force_zeros,
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "text_encoder": ["kolors", "ChatGLMModel"],
+        "tokenizer": ["kolors", "ChatGLMTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", index)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; FileNotFoundError or ValueError naming the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: wanted a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write as the reference does: two spaces, sorted."""
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

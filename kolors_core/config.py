@@ -1,0 +1,346 @@
+"""The shape of every model, as frozen dataclasses; the defaults are the released Kolors.
+
+`from_public` reads the `config.json` of a public checkpoint and refuses what we would compute differently;
+`to_public` writes one that the reference reads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+VERSION = "0.1.0"
+
+Public = Mapping[str, Any]
+
+
+class ConfigDict(dict[str, Any]):
+    """A dict whose items are attributes too, as scripts for the reference expect of a `.config`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the config has no field {name!r}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatGLMConfig:
+    """ChatGLM3-6B as a text encoder. `query_groups` is the number of K/V heads that the query heads share."""
+
+    vocab_size: int = 65024
+    hidden_size: int = 4096
+    feed_forward_size: int = 13696
+    layers: int = 28
+    heads: int = 32
+    head_dim: int = 128
+    query_groups: int = 2
+    norm_eps: float = 1e-5
+
+    @classmethod
+    def from_public(cls, public: Public, where: str = "text_encoder/config.json") -> Self:
+        """Read the `config.json` of ChatGLM3 or of `transformers`' saved ChatGLMModel."""
+        fields = _Fields(public, where)
+        fields.refuse_unless(_CHATGLM_FIXED)
+        config = cls(
+            vocab_size=fields.integer("padded_vocab_size"),
+            hidden_size=fields.integer("hidden_size"),
+            feed_forward_size=fields.integer("ffn_hidden_size"),
+            layers=fields.integer("num_layers"),
+            heads=fields.integer("num_attention_heads"),
+            head_dim=fields.integer("kv_channels"),
+            query_groups=fields.integer("multi_query_group_num"),
+            norm_eps=fields.number("layernorm_epsilon"),
+        )
+        fields.refuse_rest(_CHATGLM_INERT)
+        if config.heads % config.query_groups:
+            fields.fail(
+                "multi_query_group_num", config.query_groups, f"a divisor of the {config.heads} heads"
+            )
+        if config.head_dim % 4:
+            fields.fail(
+                "kv_channels", config.head_dim, "a multiple of 4, since half of it is rotated in pairs"
+            )
+        return config
+
+    def to_public(self) -> dict[str, Any]:
+        """The `config.json` that the reference's ChatGLMModel reads."""
+        return {
+            **_CHATGLM_FIXED, "architectures": ["ChatGLMModel"], "model_type": "chatglm", "pre_seq_len": None,
+            "seq_length": 32768, "padded_vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.feed_forward_size, "num_layers": self.layers,
+            "num_attention_heads": self.heads, "kv_channels": self.head_dim,
+            "multi_query_group_num": self.query_groups, "layernorm_epsilon": self.norm_eps,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The denoiser. One entry a level, outermost first; a depth of 0 is a level without attention.
+
+    text_dim: width of a text token and of the pooled text. context_dim: width that the cross-attentions read.
+    size_dim: sinusoid width of each of the six size ids.
+    """
+
+    sample_size: int = 128
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280)
+    heads: tuple[int, ...] = (5, 10, 20)
+    depths: tuple[int, ...] = (0, 2, 10)
+    resnets_per_level: int = 2
+    text_dim: int = 4096
+    context_dim: int = 2048
+    size_dim: int = 256
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+
+    @property
+    def time_dim(self) -> int:
+        """Width of the time embedding: four times the outermost level."""
+        return 4 * self.channels[0]
+
+    @classmethod
+    def from_public(cls, public: Public, where: str = "unet/config.json") -> Self:
+        """Read diffusers' `UNet2DConditionModel` config; SDXL's or Stable Diffusion's is refused."""
+        fields = _Fields(public, where)
+        fields.refuse_unless(_UNET_FIXED)
+        channels = fields.integers("block_out_channels")
+        levels = len(channels)
+        has_attention = [
+            name == "CrossAttnDownBlock2D" for name in fields.level_types("down_block_types", "Down", levels)
+        ]
+        has_attention_up = [
+            name == "CrossAttnUpBlock2D" for name in fields.level_types("up_block_types", "Up", levels)
+        ]
+        if has_attention_up != has_attention[::-1]:
+            fields.fail("up_block_types", public["up_block_types"], "the down blocks mirrored")
+        depths = fields.integers("transformer_layers_per_block", levels)
+        head_field = (
+            "num_attention_heads" if public.get("num_attention_heads") is not None else "attention_head_dim"
+        )
+        if not has_attention[-1]:
+            fields.fail("down_block_types", public["down_block_types"], "attention at the innermost level")
+        text_dim, size_dim = fields.integer("encoder_hid_dim"), fields.integer("addition_time_embed_dim")
+        fields.equal("projection_class_embeddings_input_dim", text_dim + 6 * size_dim)
+        config = cls(
+            sample_size=fields.integer("sample_size"),
+            in_channels=fields.integer("in_channels"),
+            out_channels=fields.integer("out_channels"),
+            channels=channels,
+            heads=fields.integers(head_field, levels),
+            depths=tuple(depth if on else 0 for depth, on in zip(depths, has_attention, strict=True)),
+            resnets_per_level=fields.integer("layers_per_block"),
+            text_dim=text_dim,
+            context_dim=fields.integer("cross_attention_dim"),
+            size_dim=size_dim,
+            norm_groups=fields.integer("norm_num_groups"),
+            norm_eps=fields.number("norm_eps"),
+        )
+        fields.refuse_rest(_UNET_INERT)
+        for width, heads in zip(config.channels, config.heads, strict=True):
+            if width % config.norm_groups or width % heads:
+                wanted = f"multiples of the {config.norm_groups} norm groups and of the heads {config.heads}"
+                fields.fail("block_out_channels", list(channels), wanted)
+        return config
+
+    def to_public(self) -> dict[str, Any]:
+        """The `config.json` that diffusers' UNet2DConditionModel reads."""
+        attends = [depth > 0 for depth in self.depths]
+        return {
+            "_class_name": "UNet2DConditionModel", **_UNET_FIXED, "sample_size": self.sample_size,
+            "in_channels": self.in_channels, "out_channels": self.out_channels,
+            "block_out_channels": list(self.channels), "attention_head_dim": list(self.heads),
+            "transformer_layers_per_block": [max(depth, 1) for depth in self.depths],
+            "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends],
+            "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attends)],
+            "layers_per_block": self.resnets_per_level, "cross_attention_dim": self.context_dim,
+            "encoder_hid_dim": self.text_dim, "addition_time_embed_dim": self.size_dim,
+            "projection_class_embeddings_input_dim": self.text_dim + 6 * self.size_dim,
+            "norm_num_groups": self.norm_groups, "norm_eps": self.norm_eps,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """SDXL's autoencoder. `scaling_factor` brings the latents to unit variance."""
+
+    sample_size: int = 1024
+    image_channels: int = 3
+    latent_channels: int = 4
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    resnets_per_level: int = 2
+    norm_groups: int = 32
+    scaling_factor: float = 0.13025
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a latent stands for, along each side."""
+        return 2 ** (len(self.channels) - 1)
+
+    @classmethod
+    def from_public(cls, public: Public, where: str = "vae/config.json") -> Self:
+        """Read diffusers' `AutoencoderKL` config."""
+        fields = _Fields(public, where)
+        fields.refuse_unless(_VAE_FIXED)
+        channels = fields.integers("block_out_channels")
+        for name, wanted in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
+            fields.equal(name, [wanted] * len(channels))
+        fields.equal("out_channels", fields.integer("in_channels"))
+        config = cls(
+            sample_size=fields.integer("sample_size"),
+            image_channels=fields.integer("in_channels"),
+            latent_channels=fields.integer("latent_channels"),
+            channels=channels,
+            resnets_per_level=fields.integer("layers_per_block"),
+            norm_groups=fields.integer("norm_num_groups"),
+            scaling_factor=fields.number("scaling_factor"),
+        )
+        fields.refuse_rest(_VAE_INERT)
+        if any(width % config.norm_groups for width in channels):
+            fields.fail(
+                "block_out_channels", list(channels), f"multiples of the {config.norm_groups} norm groups"
+            )
+        return config
+
+    def to_public(self) -> dict[str, Any]:
+        """The `config.json` that diffusers' AutoencoderKL reads."""
+        levels = len(self.channels)
+        return {
+            "_class_name": "AutoencoderKL", **_VAE_FIXED, "force_upcast": True,
+            "sample_size": self.sample_size,
+            "in_channels": self.image_channels, "out_channels": self.image_channels,
+            "latent_channels": self.latent_channels, "block_out_channels": list(self.channels),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "layers_per_block": self.resnets_per_level, "norm_num_groups": self.norm_groups,
+            "scaling_factor": self.scaling_factor,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class KolorsConfig:
+    """The three models of one Kolors, whose widths fit together."""
+
+    text_encoder: ChatGLMConfig = ChatGLMConfig()
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
+
+
+KOLORS = KolorsConfig()
+TINY = KolorsConfig(
+    text_encoder=ChatGLMConfig(
+        hidden_size=64, feed_forward_size=96, layers=3, heads=4, head_dim=16, query_groups=2
+    ),
+    unet=UNetConfig(
+        sample_size=16, channels=(32, 64, 128), heads=(2, 4, 8), depths=(0, 1, 2),
+        text_dim=64, context_dim=48, size_dim=16,
+    ),
+    vae=VAEConfig(sample_size=128, channels=(32, 32, 64, 64)),
+)  # fmt: skip
+
+
+# What the code computes. A public config may leave a field out, but not set it to anything else.
+_CHATGLM_FIXED: dict[str, Any] = {
+    "add_bias_linear": False, "add_qkv_bias": True, "apply_residual_connection_post_layernorm": False,
+    "fp32_residual_connection": False, "multi_query_attention": True, "original_rope": True,
+    "post_layer_norm": True, "rmsnorm": True, "quantization_bit": 0,
+}  # fmt: skip
+_CHATGLM_INERT = {
+    "architectures", "auto_map", "model_type", "apply_query_key_layer_scaling", "attention_softmax_in_fp32",
+    "attention_dropout", "hidden_dropout", "classifier_dropout", "bias_dropout_fusion", "seq_length",
+    "use_cache",
+    "torch_dtype", "dtype", "transformers_version", "tie_word_embeddings", "eos_token_id", "pad_token_id",
+    "vocab_size", "prefix_projection", "pre_seq_len",
+}  # fmt: skip
+_UNET_FIXED: dict[str, Any] = {
+    "addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj", "use_linear_projection": True,
+    "act_fn": "silu", "class_embed_type": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "center_input_sample": False, "cross_attention_norm": None, "downsample_padding": 1,
+    "dual_cross_attention": False, "flip_sin_to_cos": True, "freq_shift": 0,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None, "time_cond_proj_dim": None, "time_embedding_act_fn": None,
+    "time_embedding_dim": None, "time_embedding_type": "positional", "timestep_post_act": None,
+    "attention_type": "default", "num_class_embeds": None,
+}  # fmt: skip
+_UNET_INERT = {"addition_embed_type_num_heads", "class_embeddings_concat", "dropout", "upcast_attention",
+               "attention_head_dim"}  # fmt: skip
+_VAE_FIXED: dict[str, Any] = {
+    "act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None,
+    "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
+}  # fmt: skip
+_VAE_INERT = {"force_upcast"}
+
+
+class _Fields:
+    """Reads a public config field by field, remembers which were read, and refuses the rest."""
+
+    def __init__(self, public: Public, where: str) -> None:
+        self.public, self.where, self.seen = public, where, set[str]()
+
+    def fail(self, name: str, got: Any, wanted: str) -> None:
+        raise ValueError(f"{self.where}: {name} is {got!r}, wanted {wanted}")
+
+    def integer(self, name: str) -> int:
+        value = self._get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**24:
+            self.fail(name, value, "a positive whole number")
+        return value
+
+    def number(self, name: str) -> float:
+        value = self._get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            self.fail(name, value, "a positive number")
+        return float(value)
+
+    def integers(self, name: str, length: int | None = None) -> tuple[int, ...]:
+        """A list of positive whole numbers; where `length` is known, a single number stands for all."""
+        value = self._get(name)
+        values = [value] * length if length is not None and isinstance(value, int) else value
+        if (
+            not isinstance(values, list | tuple)
+            or not 0 < len(values) < 16
+            or any(isinstance(v, bool) or not isinstance(v, int) or not 0 < v < 2**24 for v in values)
+            or length not in (None, len(values))
+        ):
+            self.fail(name, value, f"{length or 'some'} positive whole numbers")
+        return tuple(values)
+
+    def level_types(self, name: str, way: str, length: int) -> list[str]:
+        value = self._get(name)
+        allowed = (f"{way}Block2D", f"CrossAttn{way}Block2D")
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != length
+            or any(v not in allowed for v in value)
+        ):
+            self.fail(name, value, f"{length} of {' and '.join(allowed)}")
+        return list(value)
+
+    def equal(self, name: str, wanted: Any) -> None:
+        value = self._get(name)
+        if (list(value) if isinstance(value, tuple) else value) != wanted:
+            self.fail(name, value, repr(wanted))
+
+    def refuse_unless(self, fixed: Public) -> None:
+        for name, wanted in fixed.items():
+            self.seen.add(name)
+            if name in self.public and self.public[name] != wanted:
+                self.fail(name, self.public[name], repr(wanted))
+
+    def refuse_rest(self, inert: set[str]) -> None:
+        """An unknown field that is switched on would change the model; one that is off changes nothing."""
+        for name, value in self.public.items():
+            known = name in self.seen or name in inert or name.startswith("_")
+            if not known and value is not None and value is not False:
+                self.fail(name, value, "no such field, or null: its meaning is not known here")
+
+    def _get(self, name: str) -> Any:
+        self.seen.add(name)
+        if name not in self.public:
+            raise ValueError(f"{self.where}: the field {name} is missing")
+        return self.public[name]

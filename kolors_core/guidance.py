@@ -1,0 +1,83 @@
+"""Guidance: wraps the UNet and a schedule into `denoise(x, sigma) -> x0`, so that a sampler never hears of
+either.
+
+Shapes: B pictures, S text tokens; latents are [B, 4, H/8, W/8].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kolors_core.sampling import Denoise
+from kolors_core.schedule import Schedule
+from kolors_core.unet import UNet
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told beside latents and time: a field here is an argument of `UNet.forward`.
+
+    text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32, see `UNet.forward`.
+    """
+
+    text_tokens: Tensor
+    pooled_text: Tensor
+    size_ids: Tensor
+
+    @classmethod
+    def cat(cls, *parts: "Conditioning") -> "Conditioning":
+        """Batches one after another."""
+        return cls(
+            torch.cat([part.text_tokens for part in parts]),
+            torch.cat([part.pooled_text for part in parts]),
+            torch.cat([part.size_ids for part in parts]),
+        )
+
+
+def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tensor:
+    """SDXL's size conditions (https://arxiv.org/abs/2307.01952, section 2.2) as float32 [1, 6].
+
+    Each is (height, width) or (top, left) in pixels. They stay float32: bfloat16 would turn 1023 into 1024.
+    ValueError naming the argument, with `prefix`, that is not two whole numbers.
+    """
+    sizes = {"original_size": original, "crops_coords_top_left": crop, "target_size": target}
+    for name, size in sizes.items():
+        whole = [isinstance(side, int) and not isinstance(side, bool) and side >= 0 for side in size]
+        if len(whole) != 2 or not all(whole):
+            raise ValueError(
+                f"{prefix}{name} must be two whole numbers of pixels, height first, got {size!r}"
+            )
+    return torch.tensor([[*original, *crop, *target]], dtype=torch.float32)  # [1, 6]
+
+
+def guided(
+    unet: UNet,
+    schedule: Schedule,
+    positive: Conditioning,
+    negative: Conditioning | None = None,
+    scale: float = 1.0,
+) -> Denoise:
+    """Classifier-free guidance (https://arxiv.org/abs/2207.12598): eps = uncond + scale * (cond - uncond).
+
+    Without a negative, or with a scale of at most 1, the UNet runs once on the positive alone. The UNet sees
+    x / sqrt(1 + sigma^2) in its own dtype; x and x0 keep theirs.
+    """
+    is_guided = negative is not None and scale > 1
+    told = Conditioning.cat(negative, positive) if negative is not None and is_guided else positive
+    dtype = unet.conv_in.weight.dtype
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        latents = (x / (sigma**2 + 1) ** 0.5).to(dtype)
+        if is_guided:
+            latents = torch.cat([latents, latents])
+        timestep = torch.tensor(schedule.timestep(sigma), dtype=torch.float32, device=x.device)
+        noise = unet(latents, timestep, told.text_tokens, told.pooled_text, told.size_ids).to(x.dtype)
+        if is_guided:
+            unconditional, conditional = noise.chunk(2)
+            noise = unconditional + scale * (conditional - unconditional)
+        return x - sigma * noise
+
+    return denoise

@@ -1,0 +1,205 @@
+"""The tasks, as thin compositions of the rooms above, with the reference's argument names.
+
+Source: diffusers' pipelines/kolors/pipeline_kolors.py.
+Shapes: B pictures (prompts times images per prompt).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kolors_core.callback import NAMES, Run, StepCallback
+from kolors_core.chatglm import TextEmbedding
+from kolors_core.components import MAX_TOKENS, Components, Prompt
+from kolors_core.config import VERSION
+from kolors_core.guidance import Conditioning, Size, size_ids
+from kolors_core.image import OUTPUT_TYPES, describe, to_output
+from kolors_core.sampling import Generators, draw_noise, sampler_of
+
+
+class KolorsPipelineOutput(NamedTuple):
+    """`images`: PIL images; or, in [0, 1], an array [B, H, W, 3] or tensor [B, 3, H, W]; or latents."""
+
+    images: Any
+
+
+class KolorsPipeline(Components):
+    """Text to image."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: Prompt | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
+        negative_original_size: Size | None = None,
+        negative_crops_coords_top_left: Size = (0, 0),
+        negative_target_size: Size | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = MAX_TOKENS,
+    ) -> KolorsPipelineOutput | tuple[Any]:
+        """Make pictures.
+
+        prompt: one or several, Chinese or English; or prompt_embeds and pooled_prompt_embeds from
+        `encode_prompt`.
+        height, width: pixels, multiples of 8; the UNet's own size (1024) if None.
+        num_inference_steps: or else `timesteps`, or `sigmas` with the last one where the run ends.
+        denoising_end: stop after this part of the noise schedule, above 0 and at most 1, for a second model
+        to go on.
+        guidance_scale: 1 or less runs without guidance; whatever is negative is then an error.
+        generator: one for all pictures, or one for each; noise is drawn on its device, the CPU's if None.
+        latents: [B, 4, height/8, width/8] standard normal noise in place of drawn noise.
+        output_type: "pil", "np", "pt", or "latent" for what the VAE would decode.
+        original_size, crops_coords_top_left, target_size: SDXL's size conditions, (height, width) in pixels;
+        what is not given for the negative prompt is as for the prompt.
+        callback_on_step_end: see kolors_core/callback.py; it gets the tensors that
+        `callback_on_step_end_tensor_inputs` names.
+        eta, cross_attention_kwargs: of the reference's signature, without effect here and so refused if set.
+        Raises ValueError or TypeError naming the argument, what came and what was wanted.
+        """
+        _refuse_idle(
+            guidance_scale, eta=eta or None, cross_attention_kwargs=cross_attention_kwargs or None,
+            negative_prompt=negative_prompt or None, negative_prompt_embeds=negative_prompt_embeds,
+            negative_original_size=negative_original_size, negative_target_size=negative_target_size,
+            negative_crops_coords_top_left=tuple(negative_crops_coords_top_left) != (0, 0) or None,
+        )  # fmt: skip
+        _one_of("output_type", (output_type,), (*OUTPUT_TYPES, "latent"))
+        names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        _one_of("callback_on_step_end_tensor_inputs", names, NAMES)
+        _whole("num_images_per_prompt", num_images_per_prompt)
+        custom = timesteps is not None or sigmas is not None
+        whole = self.scheduler.schedule(
+            None if custom else num_inference_steps, timesteps=timesteps, sigmas=sigmas
+        )
+        schedule = whole if denoising_end is None else whole.until(denoising_end)
+
+        scale = self.vae.config.downscale
+        height = _whole("height", self.unet.config.sample_size * scale if height is None else height, scale)
+        width = _whole("width", self.unet.config.sample_size * scale if width is None else width, scale)
+        original_size, target_size = original_size or (height, width), target_size or (height, width)
+        ids = size_ids(original_size, crops_coords_top_left, target_size)
+        if not (negative_original_size or negative_target_size or any(negative_crops_coords_top_left)):
+            negative_crops_coords_top_left = crops_coords_top_left  # nothing is said of the negative's sizes
+        negative_ids = size_ids(
+            negative_original_size or original_size, negative_crops_coords_top_left,
+            negative_target_size or target_size, prefix="negative_",
+        )  # fmt: skip
+
+        text, negative_text = self.embed(
+            prompt, guidance_scale > 1, negative_prompt, prompt_embeds, pooled_prompt_embeds,
+            negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
+        )  # fmt: skip
+        positive = self._condition(text, ids, num_images_per_prompt)
+        negative = (
+            None
+            if negative_text is None
+            else self._condition(negative_text, negative_ids, num_images_per_prompt)
+        )
+
+        shape = (len(positive.size_ids), self.vae.config.latent_channels, height // scale, width // scale)
+        precise = torch.promote_types(self.dtype, torch.float32)
+
+        def noise() -> Tensor:
+            return draw_noise(shape, generator, self.device, precise)
+
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents must be {list(shape)}, got {list(latents.shape)}")
+        start = noise() if latents is None else latents.to(self.device, precise)
+        self._guidance_scale, self._interrupt, self._num_timesteps = (
+            guidance_scale,
+            False,
+            len(schedule.timesteps),
+        )
+        with self._progress_bar(self._num_timesteps) as bar:
+            run = Run(self, schedule, positive, negative, callback_on_step_end, names, bar.update)
+            result = run(
+                sampler_of(self.scheduler, len(whole.timesteps), noise), start * schedule.start_scale
+            )
+
+        if output_type == "latent":
+            images = result.to(self.dtype)
+        else:
+            images = to_output(self.vae.decode(result.to(self.vae.post_quant_conv.weight)), output_type)
+        if output_type == "pil":
+            self._describe(images, prompt, negative_prompt, generator, len(whole.timesteps), guidance_scale)
+        return KolorsPipelineOutput(images) if return_dict else (images,)
+
+    def _condition(self, text: TextEmbedding, ids: Tensor, images_per_prompt: int) -> Conditioning:
+        """Text [prompts, ...] and size ids [1, 6] as what the UNet is told for each picture."""
+        tokens = text.tokens.to(self.device, self.dtype).repeat_interleave(images_per_prompt, dim=0)
+        pooled = text.pooled.to(self.device, self.dtype).repeat_interleave(images_per_prompt, dim=0)
+        return Conditioning(tokens, pooled, ids.to(self.device).expand(len(tokens), -1))
+
+    def _describe(
+        self,
+        images: Any,
+        prompt: Prompt | None,
+        negative_prompt: Prompt | None,
+        generator: Generators,
+        steps: int,
+        guidance_scale: float,
+    ) -> None:
+        """Attach to each picture how it was made."""
+        for i, image in enumerate(images):
+            facts: dict[str, Any] = {}
+            for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+                if texts is not None:
+                    texts = [texts] if isinstance(texts, str) else texts
+                    facts[name] = texts[i * len(texts) // len(images)]
+            if generator is not None:
+                one = generator if isinstance(generator, torch.Generator) else generator[i]
+                facts["seed"] = one.initial_seed()
+                if isinstance(generator, torch.Generator) and len(images) > 1:
+                    facts["picture"] = f"{i + 1} of {len(images)} of this seed"
+            facts |= {
+                "steps": steps, "sampler": self.scheduler.describe(), "guidance_scale": guidance_scale,
+                "size": f"{image.width}x{image.height}", "software": f"kolors_core {VERSION}",
+            }  # fmt: skip
+            describe(image, facts)
+
+
+def _refuse_idle(
+    guidance_scale: float, eta: float | None, cross_attention_kwargs: Any, **negatives: Any
+) -> None:
+    """What is given and would do nothing is an error; None is what is not given."""
+    if eta is not None:
+        raise ValueError(f"eta is {eta!r}, but only DDIM has a use for it, and there is no DDIM here")
+    if cross_attention_kwargs is not None:
+        raise ValueError(f"cross_attention_kwargs has no effect here, got {cross_attention_kwargs!r}")
+    if guidance_scale <= 1 and (given := [name for name, value in negatives.items() if value is not None]):
+        raise ValueError(f"{given[0]} has no effect without guidance, and guidance_scale is {guidance_scale}")
+
+
+def _one_of(name: str, got: Sequence[str], allowed: Sequence[str]) -> None:
+    if strangers := [value for value in got if value not in allowed]:
+        raise ValueError(f"{name} must be of {', '.join(allowed)}, got {strangers[0]!r}")
+
+
+def _whole(name: str, value: Any, multiple: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % multiple:
+        kind = "whole number" if multiple == 1 else f"multiple of {multiple}"
+        raise ValueError(f"{name} must be a positive {kind}, got {value!r}")
+    return value

@@ -1,0 +1,38 @@
+"""Which device and which precision each stage runs in."""
+
+from collections.abc import Mapping
+
+import torch
+
+Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
+
+
+def best_device() -> torch.device:
+    """CUDA if there is one, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """float16 on an accelerator, as Kolors is published; float32 on a CPU, where float16 is very slow."""
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def dtype_of(component: str, torch_dtype: Dtypes) -> torch.dtype:
+    """The dtype of one component: of all alike, or from a mapping by component with a "default"; float32 if
+    None.
+
+    The VAE asked for in float16 gets float32: SDXL's overflows. Raises TypeError for what is no floating
+    dtype, ValueError for a mapping's unknown component.
+    """
+    asked = torch_dtype
+    if isinstance(torch_dtype, Mapping):
+        if strangers := sorted(torch_dtype.keys() - {"text_encoder", "unet", "vae", "default"}):
+            raise ValueError(f"torch_dtype names {strangers[0]!r}; wanted text_encoder, unet, vae or default")
+        asked = torch_dtype.get(component, torch_dtype.get("default"))
+    if asked is None:
+        return torch.float32
+    if not isinstance(asked, torch.dtype) or not asked.is_floating_point:
+        raise TypeError(f"torch_dtype must be a floating torch.dtype, got {asked!r}")
+    return torch.float32 if component == "vae" and asked == torch.float16 else asked

@@ -1,0 +1,111 @@
+"""Samplers: functions of `denoise(x, sigma) -> x0`, the model's guess at the clean latents.
+
+x = image + sigma * noise throughout, in float32 or better. No state is held between calls.
+Shapes: every tensor is [B, 4, H/8, W/8].
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kolors_core.schedule import DPMSolverMultistepScheduler, Scheduler
+
+Denoise = Callable[[Tensor, float], Tensor]
+OnStep = Callable[[int, Tensor], Tensor]
+Sampler = Callable[..., Tensor]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """Euler's method on dx/dsigma = (x - x0) / sigma (Karras et al., https://arxiv.org/abs/2206.00364,
+    algorithm 1).
+
+    x: noise times the schedule's start scale. sigmas: [n + 1], falling. on_step(i, x): called after step i,
+    returns the x to go on with.
+    """
+    for i, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+        x0 = denoise(x, sigma)
+        x = x + (x - x0) / sigma * (next_sigma - sigma)
+        if on_step is not None:
+            x = on_step(i, x)
+    return x
+
+
+def dpmpp_2m(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    on_step: OnStep | None = None,
+    *,
+    noise: Callable[[], Tensor] | None = None,
+    order: int = 2,
+    first_order_last: bool = False,
+) -> Tensor:
+    """DPM-Solver++(2M) (https://arxiv.org/abs/2211.01095, algorithm 2), in sigmas: h = log(sigma /
+    next_sigma).
+
+    x, sigmas, on_step: as for `euler`. noise: draws standard normal noise like x, which makes it the SDE form
+    (eq. 17 of that paper's version 2). order: 1 leaves out the multistep term. first_order_last: leave it out
+    in the last step only; a step to sigma 0 always does.
+    """
+    last_x0, last_h, steps = None, 0.0, len(sigmas) - 1
+    for i, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+        x0 = denoise(x, sigma)
+        drawn = (
+            noise() if noise is not None else None
+        )  # drawn in the step to 0 too: the generator ends where it should
+        if next_sigma == 0:
+            x = x0
+        else:
+            h = math.log(sigma / next_sigma)
+            guess = x0
+            if last_x0 is not None and order == 2 and not (first_order_last and i == steps - 1):
+                guess = x0 + (x0 - last_x0) * (0.5 * h / last_h)
+            if drawn is None:
+                x = (next_sigma / sigma) * x - math.expm1(-h) * guess
+            else:
+                gain = -math.expm1(-2 * h)
+                x = (
+                    (next_sigma / sigma) * math.exp(-h) * x
+                    + gain * guess
+                    + next_sigma * math.sqrt(gain) * drawn
+                )
+            last_x0, last_h = x0, h
+        if on_step is not None:
+            x = on_step(i, x)
+    return x
+
+
+def sampler_of(scheduler: Scheduler, steps: int, noise: Callable[[], Tensor]) -> Sampler:
+    """A scheduler's function (denoise, x, sigmas, on_step) -> x; `steps` are those of the whole run."""
+    if not isinstance(scheduler, DPMSolverMultistepScheduler):
+        return euler
+    return partial(
+        dpmpp_2m,
+        noise=noise if scheduler.algorithm_type == "sde-dpmsolver++" else None,
+        order=scheduler.solver_order,
+        first_order_last=scheduler.euler_at_final or (scheduler.lower_order_final and steps < 15),
+    )
+
+
+def draw_noise(
+    shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Standard normal noise [B, ...], drawn on the generator's own device (the CPU's if None), then moved.
+
+    generator: one for the whole batch, or one for each of its B pictures. In float16 and bfloat16 the
+    reference draws the same numbers rounded, so one seed gives one picture in every precision. ValueError for
+    another number of them.
+    """
+    if isinstance(generator, torch.Generator) or generator is None:
+        place = "cpu" if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=place, dtype=dtype).to(device)
+    if len(generator) != shape[0] or not all(isinstance(one, torch.Generator) for one in generator):
+        raise ValueError(
+            f"wanted one torch.Generator, or a list of {shape[0]}, one for each picture, got {generator!r}"
+        )
+    return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in generator])

@@ -1,0 +1,318 @@
+"""When and how strongly: betas -> sigmas -> timesteps.
+
+A scheduler is a frozen description; `scheduler.schedule(25)` gives the numbers of one run as tensors. `sigma`
+is the noise's standard deviation beside a clean image of variance 1 (Karras et al.,
+https://arxiv.org/abs/2206.00364): x = image + sigma * noise. The table is computed in float32 and the
+arithmetic on it in float64, as the reference does, so that every number is the reference's to the last bit.
+Source: diffusers' schedulers/scheduling_euler_discrete.py and scheduling_dpmsolver_multistep.py.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from kolors_core.config import ConfigDict
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The numbers of one run of n steps.
+
+    sigmas: float64 [n + 1], falling; the last is where the run ends, usually 0. timesteps: float64 [n], what
+    the UNet is told at each sigma. start_scale: what standard normal noise is multiplied with to start at
+    sigmas[0].
+    table: float32 [T], the sigma of each training timestep. whole_timesteps: whether the UNet is told rounded
+    ones.
+    """
+
+    sigmas: Tensor
+    timesteps: Tensor
+    start_scale: float
+    table: Tensor
+    whole_timesteps: bool
+
+    def timestep(self, sigma: float) -> float:
+        """The timestep of a sigma: that of the run's step if it is one of them, else read off the table."""
+        for known, timestep in zip(self.sigmas.tolist(), self.timesteps.tolist(), strict=False):
+            if known == sigma:
+                return timestep
+        found = timestep_of(sigma, self.table)
+        return float(round(found)) if self.whole_timesteps else found
+
+    def until(self, fraction: float) -> Self:
+        """The first part of the denoising, a `fraction` of the T training timesteps (`denoising_end`)."""
+        if not 0 < fraction <= 1:
+            raise ValueError(f"denoising_end must be above 0 and at most 1, got {fraction}")
+        if fraction == 1:
+            return self
+        total = len(self.table)
+        steps = int((self.timesteps >= round(total - fraction * total)).sum())
+        if steps == 0:
+            raise ValueError(f"denoising_end {fraction} leaves none of the {len(self.timesteps)} steps")
+        return replace(self, sigmas=self.sigmas[: steps + 1], timesteps=self.timesteps[:steps])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler(ABC):
+    """What Euler and DPM-Solver++ share. Defaults are the released Kolors: 1,100 steps, beta to 0.014."""
+
+    num_train_timesteps: int = 1100
+    beta_start: float = 0.00085
+    beta_end: float = 0.014
+    beta_schedule: str = "scaled_linear"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 1
+    use_karras_sigmas: bool = False
+    final_sigmas_type: str = "zero"
+
+    # Whether the reference's latents between steps are x / sqrt(1 + sigma^2), of variance 1, or x itself.
+    latents_preserve_variance: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_train_timesteps, bool) or not 1 < self.num_train_timesteps <= 100_000:
+            raise ValueError(f"num_train_timesteps must be from 2 to 100,000, got {self.num_train_timesteps}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"0 < beta_start <= beta_end < 1 does not hold for {self.beta_start}, {self.beta_end}"
+            )
+        _one_of("beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
+        _one_of("timestep_spacing", self.timestep_spacing, ("leading", "linspace", "trailing"))
+        _one_of("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
+
+    @property
+    def config(self) -> ConfigDict:
+        """Every field, for another scheduler's `from_config`."""
+        return ConfigDict(asdict(self))
+
+    def describe(self) -> str:
+        """Its name, and the fields that differ from the released Kolors'."""
+        changed = [
+            f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default
+        ]
+        return type(self).__name__ + (f"({', '.join(changed)})" if changed else "")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
+        """Build from a public `scheduler_config.json` or another scheduler's `.config`, with some fields
+        changed.
+
+        Fields of the other scheduler are passed over. Raises ValueError for a field that would change the
+        result and is not supported, and for a change that this scheduler has no field for.
+        """
+        own = {field.name for field in fields(cls)}
+        if strangers := sorted(changes.keys() - own):
+            raise ValueError(f"{cls.__name__} has no field {strangers[0]!r}; it has {', '.join(sorted(own))}")
+        sibling = {field.name for kind in SCHEDULERS.values() for field in fields(kind)}
+        for name, value in config.items():
+            if name in own | sibling | _INERT or name.startswith("_") or value is None or value is False:
+                continue
+            if name not in _ONLY or value != _ONLY[name]:
+                wanted = repr(_ONLY[name]) if name in _ONLY else "no such field"
+                raise ValueError(f"scheduler config: {name} is {value!r}, wanted {wanted}")
+        return cls(**{name: value for name, value in config.items() if name in own} | changes)
+
+    def to_public(self) -> dict[str, Any]:
+        """The `scheduler_config.json` that the reference reads."""
+        return {"_class_name": type(self).__name__, **asdict(self), "prediction_type": "epsilon"}
+
+    def table(self) -> Tensor:
+        """The sigma of each training timestep, sqrt((1 - a) / a) for a = cumprod(1 - beta): float32 [T]."""
+        root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
+        betas = torch.linspace(self.beta_start**root, self.beta_end**root, self.num_train_timesteps) ** (
+            1 / root
+        )
+        alphas = torch.cumprod(1.0 - betas, dim=0)
+        return ((1 - alphas) / alphas) ** 0.5
+
+    def schedule(
+        self,
+        steps: int | None = None,
+        *,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> Schedule:
+        """The numbers of a run of `steps` steps, or of given `timesteps` (n) or `sigmas` (n + 1, the last one
+        ends).
+
+        Raises ValueError unless exactly one is given, or where the numbers do not fall strictly.
+        """
+        if (steps, timesteps, sigmas).count(None) != 2:
+            raise ValueError("give exactly one of steps, timesteps and sigmas")
+        if timesteps is not None and self.use_karras_sigmas:
+            raise ValueError("timesteps cannot be given with use_karras_sigmas, which sets its own")
+        table = self.table()
+        if sigmas is not None:
+            _must_fall("sigmas", sigmas, 0.0, math.inf)
+            if len(sigmas) < 2 or sigmas[-2] <= 0:
+                raise ValueError(f"sigmas must be at least two, all but the last above 0, got {list(sigmas)}")
+            run = [_float32(sigma) for sigma in sigmas]
+            times = [timestep_of(sigma, table) for sigma in run[:-1]]
+            return self._finish(run, times, table)
+        if timesteps is not None:
+            _must_fall("timesteps", timesteps, 0.0, self.num_train_timesteps - 1)
+            times = [float(t) for t in timesteps]
+        else:
+            times = self._spaced(_step_count(steps, self.num_train_timesteps))
+        run = [_interpolate(t, table) for t in times]
+        if self.use_karras_sigmas:
+            run = karras(*self._karras_range(run, table), len(run))
+            times = [timestep_of(sigma, table) for sigma in run]
+        end = table[0].item() if self.final_sigmas_type == "sigma_min" else 0.0
+        return self._finish([_float32(sigma) for sigma in [*run, end]], times, table)
+
+    @abstractmethod
+    def _finish(self, sigmas: list[float], timesteps: list[float], table: Tensor) -> Schedule:
+        """Tensors from the sigmas (n + 1) and their timesteps (n), rounded as the reference does."""
+
+    @abstractmethod
+    def _spaced(self, steps: int) -> list[float]:
+        """Timesteps by `timestep_spacing`."""
+
+    @abstractmethod
+    def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
+        """The smallest and largest of Karras' sigmas; `run` are the spaced timesteps' own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EulerDiscreteScheduler(Scheduler):
+    """Euler's method (Karras et al., algorithm 1 without churn), Kolors' published default."""
+
+    def _spaced(self, steps: int) -> list[float]:
+        total = self.num_train_timesteps
+        if self.timestep_spacing == "linspace":
+            return _linspace32(total - 1, steps)
+        if self.timestep_spacing == "leading":
+            return _offset(
+                [float(i * (total // steps)) for i in reversed(range(steps))], self.steps_offset, total
+            )
+        return _trailing(total, steps)
+
+    def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
+        return run[-1], run[0]
+
+    def _finish(self, sigmas: list[float], timesteps: list[float], table: Tensor) -> Schedule:
+        start = max(sigmas)
+        scale = math.sqrt(start**2 + 1) if self.timestep_spacing == "leading" else start
+        timesteps = [_float32(t) for t in timesteps]
+        return Schedule(_float64(sigmas), _float64(timesteps), scale, table, whole_timesteps=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPMSolverMultistepScheduler(Scheduler):
+    """DPM-Solver++ (https://arxiv.org/abs/2211.01095), multistep; `sde-dpmsolver++` is its SDE form."""
+
+    algorithm_type: str = "dpmsolver++"
+    solver_order: int = 2
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+
+    latents_preserve_variance: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("algorithm_type", self.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
+        _one_of("solver_order", self.solver_order, (1, 2))
+
+    def _spaced(self, steps: int) -> list[float]:
+        total = self.num_train_timesteps
+        if self.timestep_spacing == "linspace":
+            return [float(round(i * ((total - 1) / steps))) for i in range(steps, 0, -1)]
+        if self.timestep_spacing == "leading":
+            ratio = total // (steps + 1)
+            return _offset([float(i * ratio) for i in range(steps, 0, -1)], self.steps_offset, total)
+        return _trailing(total, steps)
+
+    def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
+        return table[0].item(), table[-1].item()
+
+    def _finish(self, sigmas: list[float], timesteps: list[float], table: Tensor) -> Schedule:
+        scale = math.sqrt(sigmas[0] ** 2 + 1)
+        whole = [float(round(t)) for t in timesteps]
+        return Schedule(_float64(sigmas), _float64(whole), scale, table, whole_timesteps=True)
+
+
+SCHEDULERS: dict[str, type[Scheduler]] = {
+    kind.__name__: kind for kind in (EulerDiscreteScheduler, DPMSolverMultistepScheduler)
+}
+
+# Fields of the reference's schedulers: those with one value we can compute, and those that change nothing.
+_ONLY: dict[str, Any] = {
+    "prediction_type": "epsilon", "interpolation_type": "linear", "timestep_type": "discrete",
+    "solver_type": "midpoint", "lambda_min_clipped": -math.inf,
+}  # fmt: skip
+_INERT = {
+    "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "set_alpha_to_one",
+    "skip_prk_steps",     "time_shift_type", "flow_shift",
+}  # fmt: skip
+
+
+def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> list[float]:
+    """Sigmas evenly spaced in sigma^(1/rho), falling (Karras et al., eq. 5, without the final 0)."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    ramp = [i / (steps - 1) for i in range(steps)] if steps > 1 else [0.0]
+    return [(high + r * (low - high)) ** rho for r in ramp]
+
+
+def timestep_of(sigma: float, table: Tensor) -> float:
+    """The fractional timestep of a sigma: linear in log sigma between neighbours in the table."""
+    import numpy as np
+
+    logs = np.log(table.numpy())  # float32, as in the reference: torch's float32 log rounds differently
+    log_sigma = np.log(max(sigma, 1e-10))
+    low = int(np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2))
+    weight = np.clip((logs[low] - log_sigma) / (logs[low] - logs[low + 1]), 0, 1)
+    return float((1 - weight) * low + weight * (low + 1))
+
+
+def _interpolate(timestep: float, table: Tensor) -> float:
+    low = min(int(timestep), len(table) - 2)
+    left, right = table[low].item(), table[low + 1].item()
+    return left + (right - left) * (timestep - low)
+
+
+def _offset(timesteps: list[float], offset: int, total: int) -> list[float]:
+    """Add the offset, but stay inside the table."""
+    return [min(timestep + offset, float(total - 1)) for timestep in timesteps]
+
+
+def _trailing(total: int, steps: int) -> list[float]:
+    """Back from the end, by the delta of the reference's numpy.arange, which at 15 steps goes one too far."""
+    delta = (total - total / steps) - total
+    return [float(round(total + i * delta)) - 1 for i in range(steps)]
+
+
+def _linspace32(last: float, steps: int) -> list[float]:
+    if steps == 1:
+        return [0.0]
+    return [_float32(i * (last / (steps - 1))) for i in reversed(range(steps))]
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def _float64(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _step_count(steps: int | None, most: int) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < most:
+        raise ValueError(f"the number of steps must be a whole number from 1 to {most - 1}, got {steps!r}")
+    return steps
+
+
+def _must_fall(name: str, values: Sequence[float], least: float, most: float) -> None:
+    numbers = [float(value) for value in values]
+    falling = all(a > b for a, b in zip(numbers, numbers[1:], strict=False))
+    if not numbers or not falling or not all(least <= number <= most for number in numbers):
+        raise ValueError(f"{name} must fall strictly, within {least} to {most}, got {list(values)}")
+
+
+def _one_of(name: str, got: Any, allowed: tuple[Any, ...]) -> None:
+    if got not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {got!r}")

@@ -1,0 +1,77 @@
+"""Prompts to token ids, as ChatGLM3 wants them.
+
+Shapes: B prompts, L `max_length`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# ChatGLM3 numbers its special tokens right after the SentencePiece pieces, in this order.
+SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """ids [B, L]; mask [B, L] bool, True on real tokens; positions [B, L], 0 on pads, then 0, 1, 2, ..."""
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """The same tokens on another device."""
+        return TokenBatch(self.ids.to(device), self.mask.to(device), self.positions.to(device))
+
+
+class Tokenizer:
+    """SentencePiece, a `[gMASK] sop` prefix, and padding on the left.
+
+    Source: `ChatGLMTokenizer` in diffusers' pipelines/kolors/tokenizer.py. A special token's name inside a
+    prompt is plain text. Raises FileNotFoundError if `path` (the folder, or `tokenizer.model` in it) is not
+    there, ValueError if it is no SentencePiece model.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        file = Path(path)
+        self.file = file / "tokenizer.model" if file.is_dir() else file
+        if not self.file.is_file():
+            raise FileNotFoundError(f"{self.file}: no such file, wanted ChatGLM's SentencePiece model")
+        try:
+            self.pieces = SentencePieceProcessor(model_file=str(self.file))
+        except RuntimeError as error:
+            raise ValueError(f"{self.file}: not a SentencePiece model: {error}") from None
+        first = self.pieces.vocab_size()
+        self.special = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self.pad_id: int = self.pieces.unk_id()
+
+    def __call__(self, prompts: Sequence[str], max_length: int = 256) -> TokenBatch:
+        """Token ids of each prompt, cut on the right and padded on the left to `max_length`.
+
+        Raises ValueError for an empty list or a `max_length` that leaves no room for text, TypeError for a
+        non-string.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"wanted a list of at least one prompt, got {prompts!r}")
+        prefix = [self.special["[gMASK]"], self.special["sop"]]
+        if max_length <= len(prefix):
+            raise ValueError(
+                f"max_length must be more than the {len(prefix)} prefix tokens, got {max_length}"
+            )
+        ids = torch.full((len(prompts), max_length), self.pad_id, dtype=torch.int64)
+        mask = torch.zeros((len(prompts), max_length), dtype=torch.bool)
+        positions = torch.zeros((len(prompts), max_length), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise TypeError(f"prompt {row} must be a string, got {type(prompt).__name__}")
+            tokens = (prefix + self.pieces.encode(prompt))[:max_length]
+            start = max_length - len(tokens)
+            ids[row, start:] = torch.tensor(tokens)
+            mask[row, start:] = True
+            positions[row, start:] = torch.arange(len(tokens))
+        return TokenBatch(ids, mask, positions)

@@ -1,0 +1,262 @@
+"""The denoiser: noisy latents, a timestep and the text -> predicted noise.
+
+Reads bottom up: parts, then levels, then `UNet.forward` last. SDXL's UNet (https://arxiv.org/abs/2307.01952)
+with three levels, a projection of ChatGLM's tokens inside, and a wider added condition.
+Source: `UNet2DConditionModel` in diffusers' models/unets/unet_2d_condition.py.
+Shapes: B batch, C channels, H height, W width (in latents), N = H * W, S text tokens, T time embedding width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kolors_core.attention import attention
+from kolors_core.config import UNetConfig
+
+
+def sinusoid(values: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of `values` [...] at frequencies from 1 down to 1/10000: float32 [..., width]."""
+    half = width // 2
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device) / half
+    )
+    angles = values[..., None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Embedding(nn.Module):
+    """A two-layer perceptron that turns a sinusoid, or the added condition, into a time embedding."""
+
+    def __init__(self, width: int, time_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, time_dim)
+        self.linear_2 = nn.Linear(time_dim, time_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around the time embedding, with a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, eps=config.norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_proj = nn.Linear(config.time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, eps=config.norm_eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x: [B, C, H, W]; time: [B, T]."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to a context, which is x itself in self-attention."""
+
+    def __init__(self, width: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_dim, width, bias=False)
+        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: [B, N, C]; context: [B, S, context_dim]. Returns [B, N, C]."""
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)
+        )  # [B, heads, N or S, C/heads]
+        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, N, C]
+
+
+class FeedForward(nn.Module):
+    """GEGLU: value * gelu(gate), with the exact (erf) gelu."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(width, 8 * width)
+        self.proj_out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each on a norm, each added."""
+
+    def __init__(self, width: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attention = Attention(width, width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attention = Attention(width, context_dim, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.self_attention(normed, normed)
+        x = x + self.cross_attention(self.norm2(x), text)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, as a residual."""
+
+    def __init__(self, width: int, heads: int, depth: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_groups, width, eps=1e-6)
+        self.proj_in = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(
+            [TransformerBlock(width, config.context_dim, heads) for _ in range(depth)]
+        )
+        self.proj_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x: [B, C, H, W]; text: [B, S, context_dim]."""
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
+        for block in self.blocks:
+            h = block(h, text)
+        h = self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[-2:])  # [B, C, H, W]
+        return x + h
+
+
+class DownLevel(nn.Module):
+    """Resnets, each with its transformer if the level has any, then a halving unless it is the innermost."""
+
+    def __init__(self, in_channels: int, level: int, config: UNetConfig) -> None:
+        super().__init__()
+        width, heads, depth = config.channels[level], config.heads[level], config.depths[level]
+        n = config.resnets_per_level
+        self.resnets = nn.ModuleList([ResBlock(width if i else in_channels, width, config) for i in range(n)])
+        self.attentions = nn.ModuleList(
+            [Transformer(width, heads, depth, config) for _ in range(n if depth else 0)]
+        )
+        is_last = level == len(config.channels) - 1
+        self.downsample = None if is_last else nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> list[Tensor]:
+        """Every map that the way up will read; the last of them goes on down."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.attentions:
+                x = self.attentions[i](x, text)
+            skips.append(x)
+        if self.downsample is not None:
+            skips.append(self.downsample(x))
+        return skips
+
+
+class MidLevel(nn.Module):
+    """Resnet, transformer, resnet at the innermost size."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.channels[-1]
+        self.resnets = nn.ModuleList([ResBlock(width, width, config) for _ in range(2)])
+        self.attentions = nn.ModuleList([Transformer(width, config.heads[-1], config.depths[-1], config)])
+
+    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        x = self.resnets[0](x, time)
+        x = self.attentions[0](x, text)
+        return self.resnets[1](x, time)
+
+
+class UpLevel(nn.Module):
+    """Resnets, each reading a skip of the way down; then a doubling unless it is the outermost."""
+
+    def __init__(self, in_channels: int, skip_channels: list[int], level: int, config: UNetConfig) -> None:
+        super().__init__()
+        width, heads, depth = config.channels[level], config.heads[level], config.depths[level]
+        n = len(skip_channels)
+        inputs = [in_channels] + [width] * (n - 1)
+        self.resnets = nn.ModuleList(
+            [
+                ResBlock(inside + skip, width, config)
+                for inside, skip in zip(inputs, skip_channels, strict=True)
+            ]
+        )
+        self.attentions = nn.ModuleList(
+            [Transformer(width, heads, depth, config) for _ in range(n if depth else 0)]
+        )
+        self.upsample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, text: Tensor) -> Tensor:
+        """Takes its skips off the list's end, and grows to the size of the next one, which may be odd."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            if self.attentions:
+                x = self.attentions[i](x, text)
+        if self.upsample is not None:
+            x = self.upsample(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+        return x
+
+
+class UNet(nn.Module):
+    """The whole denoiser. `config.depths`, `heads` and `channels` say what stands at each level."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        first, time_dim = config.channels[0], config.time_dim
+        self.time_embedding = Embedding(first, time_dim)
+        self.add_embedding = Embedding(config.text_dim + 6 * config.size_dim, time_dim)
+        self.text_proj = nn.Linear(config.text_dim, config.context_dim)
+
+        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.down, skips, width = nn.ModuleList(), [first], first
+        for level, channels in enumerate(config.channels):
+            self.down.append(DownLevel(width, level, config))
+            is_last = level == len(config.channels) - 1
+            skips += [channels] * (config.resnets_per_level + (not is_last))
+            width = channels
+        self.mid = MidLevel(config)
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(config.channels))):
+            taken = [skips.pop() for _ in range(config.resnets_per_level + 1)]
+            self.up.append(UpLevel(width, taken, level, config))
+            width = config.channels[level]
+        self.norm_out = nn.GroupNorm(config.norm_groups, first, eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, text_tokens: Tensor, pooled_text: Tensor, size_ids: Tensor
+    ) -> Tensor:
+        """Predict the noise in `latents`.
+
+        latents: [B, in_channels, H, W], any H and W, scaled to unit variance. timestep: [] or [B], 0 to 1099,
+        need not be whole. text_tokens: [B, S, text_dim]. pooled_text: [B, text_dim]. size_ids: [B, 6], in
+        pixels: original height and width, crop top and left, target height and width. Returns [B,
+        out_channels, H, W].
+        """
+        time = self.embed_time(timestep.expand(latents.shape[0]), pooled_text, size_ids)  # [B, T]
+        text = self.text_proj(text_tokens)  # [B, S, context_dim]
+        x = self.conv_in(latents)
+        skips = [x]
+        for level in self.down:
+            skips += level(skips[-1], time, text)
+        x = self.mid(skips[-1], time, text)
+        for level in self.up:
+            x = level(x, skips, time, text)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+    def embed_time(self, timestep: Tensor, pooled_text: Tensor, size_ids: Tensor) -> Tensor:
+        """Time [B], pooled text and sizes as every resnet hears them: [B, T]. Sinusoids are float32."""
+        dtype = pooled_text.dtype
+        sizes = sinusoid(size_ids, self.config.size_dim).flatten(1).to(dtype)  # [B, 6 * size_dim]
+        added = torch.cat([pooled_text, sizes], dim=-1)  # [B, text_dim + 6 * size_dim]
+        time = self.time_embedding(sinusoid(timestep, self.config.channels[0]).to(dtype))
+        return time + self.add_embedding(added)

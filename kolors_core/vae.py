@@ -1,0 +1,187 @@
+"""The autoencoder: images [B, 3, H, W] in [-1, 1] <-> latents [B, 4, H/8, W/8] of about unit variance.
+
+Source: `AutoencoderKL` in diffusers' models/autoencoders/autoencoder_kl.py; SDXL's weights overflow in
+float16.
+Shapes: B batch, C channels, H height, W width, N = H * W.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kolors_core.attention import attention
+from kolors_core.config import VAEConfig
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class LatentDistribution:
+    """A diagonal Gaussian over latents: mean and standard deviation, each [B, 4, H/8, W/8]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise, for standard normal noise of the same shape."""
+        return self.mean + self.std * noise.to(self.mean)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with a shortcut; the UNet's resnet without a time embedding."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """One head over all pixels, as a residual."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
+        q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))  # [B, 1, N, C]
+        h = self.to_out(attention(q, k, v).squeeze(1))  # [B, N, C]
+        return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])  # [B, C, H, W]
+
+
+class Middle(nn.Module):
+    """Resnet, attention, resnet at the smallest size."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.resnet_in = ResBlock(channels, channels, groups)
+        self.attention = Attention(channels, groups)
+        self.resnet_out = ResBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnet_out(self.attention(self.resnet_in(x)))
+
+
+class DownLevel(nn.Module):
+    """Resnets, then a halving unless it is the innermost level."""
+
+    def __init__(self, in_channels: int, channels: int, is_last: bool, config: VAEConfig) -> None:
+        super().__init__()
+        inputs = [in_channels] + [channels] * (config.resnets_per_level - 1)
+        self.resnets = nn.ModuleList([ResBlock(inside, channels, config.norm_groups) for inside in inputs])
+        self.downsample = None if is_last else nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        if self.downsample is not None:
+            x = self.downsample(
+                F.pad(x, (0, 1, 0, 1))
+            )  # one row below, one column to the right, as it was trained
+        return x
+
+
+class UpLevel(nn.Module):
+    """Resnets, then a doubling unless it is the outermost level."""
+
+    def __init__(self, in_channels: int, channels: int, is_last: bool, config: VAEConfig) -> None:
+        super().__init__()
+        inputs = [in_channels] + [channels] * config.resnets_per_level
+        self.resnets = nn.ModuleList([ResBlock(inside, channels, config.norm_groups) for inside in inputs])
+        self.upsample = None if is_last else nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        if self.upsample is not None:
+            x = self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+class Encoder(nn.Module):
+    """Image -> mean and log-variance, stacked as channels."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        first, last = config.channels[0], config.channels[-1]
+        inputs, innermost = (first, *config.channels), len(config.channels) - 1
+        self.conv_in = nn.Conv2d(config.image_channels, first, 3, padding=1)
+        self.down = nn.ModuleList(
+            [DownLevel(inputs[i], width, i == innermost, config) for i, width in enumerate(config.channels)]
+        )
+        self.mid = Middle(last, config.norm_groups)
+        self.norm_out = nn.GroupNorm(config.norm_groups, last, eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(last, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents -> image."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = config.channels[::-1]
+        inputs, outermost = (widths[0], *widths), len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid = Middle(widths[0], config.norm_groups)
+        self.up = nn.ModuleList(
+            [UpLevel(inputs[i], width, i == outermost, config) for i, width in enumerate(widths)]
+        )
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in self.up:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Both ways. Latents outside this class are scaled: only it applies `config.scaling_factor`."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        latents = config.latent_channels
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1)
+        self.post_quant_conv = nn.Conv2d(latents, latents, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, images: Tensor) -> LatentDistribution:
+        """images: [B, 3, H, W] in [-1, 1], sides multiples of 8. The distribution is of scaled latents."""
+        side = self.config.downscale
+        if images.shape[-1] % side or images.shape[-2] % side:
+            raise ValueError(
+                f"image sides must be multiples of {side}, got {images.shape[-2]} x {images.shape[-1]}"
+            )
+        mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+        return LatentDistribution(mean * self.config.scaling_factor, std * self.config.scaling_factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents: [B, 4, H/8, W/8], scaled. Returns images [B, 3, H, W] of about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))

@@ -1,0 +1,28 @@
+"""Key-mapping tables between public Kolors checkpoints and kolors_core, as data."""
+
+from collections.abc import Collection
+
+from weights_convert.chatglm import CHATGLM
+from weights_convert.rules import Table
+from weights_convert.unet import UNET
+from weights_convert.vae import VAE
+
+TABLES: dict[str, Table] = {table.component: table for table in (UNET, VAE, CHATGLM)}
+
+
+def recognise(names: Collection[str], where: str) -> tuple[Table, bool]:
+    """The table that a set of tensor names belongs to, and whether they are ours already (else public).
+
+    Raises ValueError naming `where` and what is missing if no table fits whole.
+    """
+    have = set(names)
+    nearest: tuple[int, str] = (0, "none of the tensors of a Kolors UNet, VAE or ChatGLM is in it")
+    for table in TABLES.values():
+        for ours in (False, True):
+            required = {table.to_ours(name) if ours else name: why for name, why in table.required.items()}
+            absent = [name for name in required if name not in have]
+            if not absent:
+                return table, ours
+            if len(required) - len(absent) > nearest[0]:
+                nearest = (len(required) - len(absent), f"{absent[0]} is missing ({required[absent[0]]})")
+    raise ValueError(f"{where}: not a component of Kolors: {nearest[1]}")

@@ -1,0 +1,30 @@
+"""ChatGLM3-6B, the text encoder: public checkpoint <-> `kolors_core.chatglm.ChatGLM` (200 tensors)."""
+
+from weights_convert.rules import Table
+
+_NORMS = r"input_layernorm|post_attention_layernorm"
+_LINEARS = r"self_attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h)"
+
+CHATGLM = Table(
+    component="text_encoder",
+    names=rf"(embedding\.word_embeddings|encoder\.layers\.\d+\.({_NORMS}|{_LINEARS}))\.(weight|bias)",
+    rules=(
+        ("embedding.word_embeddings", "embedding"),
+        ("encoder.layers", "layers"),
+        ("input_layernorm", "attention_norm"),
+        ("self_attention.query_key_value", "attention.to_qkv"),
+        ("self_attention.dense", "attention.to_out"),
+        ("post_attention_layernorm", "mlp_norm"),
+        ("dense_h_to_4h", "proj_in"),
+        ("dense_4h_to_h", "proj_out"),
+    ),
+    dropped={
+        "encoder.final_layernorm.weight": "Kolors reads the hidden states before the final norm",
+        "output_layer.weight": "language-model head: Kolors reads hidden states, not logits",
+        "rotary_pos_emb.inv_freq": "RoPE frequencies are computed in forward, in float32",
+    },
+    required={
+        "embedding.word_embeddings.weight": "it is ChatGLM's token embedding",
+        "encoder.layers.0.self_attention.query_key_value.weight": "it is ChatGLM's first attention",
+    },
+)

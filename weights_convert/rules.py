@@ -1,0 +1,101 @@
+"""Rename tables as data: public tensor names <-> ours, both ways, and the check that nothing is left over.
+
+A rule is a pair of dotted name parts, matched on whole segments: `("mid_block", "mid")` turns
+`mid_block.resnets.0.conv1.weight` into `mid.resnets.0.conv1.weight` and touches no other name. Rules are
+applied in order, and undone in the opposite order. A tensor we do not use keeps its public name behind
+`unused.`, with a written reason, so that a converted checkpoint can always be turned back into the file it
+came from.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+UNUSED = "unused."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One component's names.
+
+    names: regular expression of every public name that the component can have, the grammar of the format.
+    rules: ordered (public, ours) pairs of dotted parts.
+    dropped: public names that the model never reads, each with its reason.
+    required: public names without which a checkpoint is another model, each with what its absence means.
+    """
+
+    component: str
+    names: str
+    rules: tuple[tuple[str, str], ...]
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    required: Mapping[str, str] = field(default_factory=dict)
+
+    def to_ours(self, public: str) -> str:
+        """Our name of a public tensor; dropped ones come back as `unused.<public name>`."""
+        if public in self.dropped:
+            return UNUSED + public
+        return _replace(public, self.rules)
+
+    def to_public(self, ours: str) -> str:
+        """The public name of one of our tensors, the exact inverse of `to_ours`."""
+        if ours.startswith(UNUSED):
+            return ours.removeprefix(UNUSED)
+        return _replace(ours, tuple((new, old) for old, new in reversed(self.rules)))
+
+    def knows(self, public: str) -> bool:
+        """Whether the public format has such a name at all."""
+        return public in self.dropped or re.fullmatch(self.names, public) is not None
+
+    def unused_rules(self, public: Iterable[str]) -> list[tuple[str, str]]:
+        """The rules that change none of the names: in a full-size table there must be none."""
+        dotted = [f".{name}." for name in public]
+        return [(old, new) for old, new in self.rules if not any(f".{old}." in name for name in dotted)]
+
+
+def _replace(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    dotted = f".{name}."
+    for old, new in rules:
+        dotted = dotted.replace(f".{old}.", f".{new}.")
+    return dotted[1:-1]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """What stands between a checkpoint and a model; with all lists empty the mapping is closed."""
+
+    component: str
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshapen)
+
+    def __str__(self) -> str:
+        parts = []
+        for kind in ("missing", "unexpected", "misshapen"):
+            if names := getattr(self, kind):
+                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                parts.append(f"{len(names)} {kind}: {shown}")
+        return f"{self.component}: the tensors do not fit the model: " + "; ".join(parts)
+
+
+def compare(
+    table: Table, source: Mapping[str, tuple[int, ...]], target: Mapping[str, tuple[int, ...]]
+) -> Mismatch:
+    """The closed check: every source tensor used or dropped with a reason, every target filled, shapes equal.
+
+    source: our name (see `Table.to_ours`) -> shape, of the checkpoint. target: our name -> shape, of the
+    model.
+    """
+    offered = {name: shape for name, shape in source.items() if not name.startswith(UNUSED)}
+    return Mismatch(
+        component=table.component,
+        missing=sorted(target.keys() - offered.keys()),
+        unexpected=sorted(offered.keys() - target.keys()),
+        misshapen=[
+            f"{name} is {list(offered[name])}, the model wants {list(shape)}"
+            for name, shape in sorted(target.items())
+            if name in offered and tuple(offered[name]) != tuple(shape)
+        ],
+    )

@@ -1,0 +1,118 @@
+"""One checkpoint as a lazy map from tensor name to tensor, read from memory-mapped safetensors files only.
+
+Files are found in a listing, never guessed by one fixed name: `diffusion_pytorch_model.safetensors`,
+`diffusion_pytorch_model.fp16.safetensors`, `model.fp16-00001-of-00007.safetensors` and
+`model-00001-of-00007.fp16.safetensors` are all read by `weight_files`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WEIGHT_FILE = re.compile(
+    r"(?P<stem>[\w-]+?)(\.(?P<before>\w+))?(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?(\.(?P<after>\w+))?\.safetensors"
+)
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def weight_files(listing: Iterable[str], variant: str | None, where: str) -> list[str]:
+    """The safetensors files of one component among the file names of its folder, shards in order.
+
+    variant: the name between dots, such as "fp16"; None takes the plain files, or the only variant there is.
+    Raises FileNotFoundError, naming what the folder has, if there is none, a shard is missing, or only
+    pickles exist.
+    """
+    listing = sorted(listing)
+    found: dict[str | None, list[tuple[str, re.Match[str]]]] = {}
+    for name in listing:
+        if match := _WEIGHT_FILE.fullmatch(name):
+            found.setdefault(match["before"] or match["after"], []).append((name, match))
+    if not found:
+        pickles = [name for name in listing if name.endswith(PICKLES)]
+        hint = f"only pickles ({pickles[0]}), which can run code and are never opened" if pickles else "none"
+        raise FileNotFoundError(f"{where}: wanted .safetensors weights, found {hint}")
+    if variant is None and None not in found and len(found) == 1:
+        variant = next(iter(found))
+    if variant not in found:
+        have = ", ".join(repr(name) if name else "no variant" for name in sorted(found, key=str))
+        raise FileNotFoundError(f"{where}: wanted weights of variant {variant!r}, found {have}")
+    chosen = found[variant]
+    parts = {match["parts"] for _, match in chosen}
+    if (
+        len({match["stem"] for _, match in chosen}) > 1
+        or len(parts) > 1
+        or (None in parts and len(chosen) > 1)
+    ):
+        raise FileNotFoundError(
+            f"{where}: several checkpoints side by side: {', '.join(n for n, _ in chosen)}"
+        )
+    if None not in parts:
+        have_parts = {int(match["part"]) for _, match in chosen}
+        if absent := sorted(set(range(1, int(chosen[0][1]["parts"]) + 1)) - have_parts):
+            raise FileNotFoundError(f"{where}: shard {absent[0]} of {int(chosen[0][1]['parts'])} is missing")
+    return [name for name, _ in chosen]
+
+
+class Source(Mapping[str, Tensor]):
+    """Tensors of safetensors files by name, each read from the mapped file when asked for."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        self._handles = {}
+        self._file_of: dict[str, Path] = {}
+        for file in self.files:
+            try:
+                handle = safe_open(file, framework="pt")
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{file}: no such file") from None
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+            self._handles[file] = handle
+            for name in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
+                if name in self._file_of:
+                    raise ValueError(f"{file}: tensor {name} is in {self._file_of[name].name} already")
+                self._file_of[name] = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._handles[self._file_of[name]].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape from the header, without reading the tensor."""
+        return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype from the header, without reading the tensor."""
+        code = self._handles[self._file_of[name]].get_slice(name).get_dtype()
+        if code not in DTYPES:
+            raise ValueError(
+                f"{self._file_of[name]}: tensor {name} has dtype {code}, which torch cannot hold"
+            )
+        return DTYPES[code]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of one tensor in the file."""
+        return prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def names_in(self, file: Path) -> list[str]:
+        """The tensors of one of the files."""
+        return [name for name, holder in self._file_of.items() if holder == file]
+
+    def metadata(self, file: Path) -> dict[str, str] | None:
+        """The file's own text metadata."""
+        return self._handles[file].metadata()
