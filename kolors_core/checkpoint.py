@@ -31,7 +31,7 @@ class Kind:
     """How one component is built and saved: its config's reader, its class, its public file stem."""
 
     read_config: Callable[[dict[str, Any], str], Any]
-    build: Callable[[Any], nn.Module]
+    build: Callable[[Any], ChatGLM | UNet | VAE]
     stem: str
 
 
@@ -120,8 +120,7 @@ def load_component(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """One model ("text_encoder", "unet" or "vae") of a checkpoint folder, in public names or ours, ready to
-    run.
+    """One model ("text_encoder", "unet" or "vae") of a checkpoint folder, in public names or ours.
 
     Raises FileNotFoundError or ValueError naming the file, field or tensor, before weights are read.
     """
@@ -189,7 +188,7 @@ def load_index(folder: Path) -> dict[str, Any]:
 
 
 def save_component(
-    model: nn.Module, folder: str | Path, component: str, *, variant: str | None = None
+    model: ChatGLM | UNet | VAE, folder: str | Path, component: str, *, variant: str | None = None
 ) -> None:
     """Write a model to `folder`/`component` under public names, as the reference reads it."""
     place = Path(folder) / component

@@ -42,6 +42,18 @@ def describe(image: "Image", facts: Mapping[str, Any]) -> None:
     image.encoderinfo = {"pnginfo": chunks}
 
 
+def save_png(image: "Image", path: str | Path) -> None:
+    """Write a PNG with its description, whole or not at all: first beside it, then under its name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(scratch, format="PNG")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def read_description(path: str | Path) -> dict[str, str]:
     """The text chunks of a PNG. FileNotFoundError or ValueError naming the file if it is none."""
     from PIL import Image, UnidentifiedImageError
@@ -51,6 +63,6 @@ def read_description(path: str | Path) -> dict[str, str]:
             if image.format != "PNG":
                 raise ValueError(f"{path}: wanted a PNG, got {image.format}")
             image.load()
-            return {name: value for name, value in image.info.items() if isinstance(value, str)}
+            return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image") from None

@@ -14,6 +14,16 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def named_device(name: str) -> torch.device:
+    """The device of this name; ValueError if there is no such device, or not on this machine."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise ValueError(
+            f"wanted a device of this machine, such as cpu, cuda:0 or mps, got {name!r}"
+        ) from None
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
     """float16 on an accelerator, as Kolors is published; float32 on a CPU, where float16 is very slow."""
     return torch.float32 if device.type == "cpu" else torch.float16

@@ -58,7 +58,7 @@ def _convert_folder(source: Path, destination: Path, to_public: bool, prune: boo
             if name.endswith(PICKLES):
                 report.append(f"{here / name}: skipped, a pickle can run code and is never opened")
             elif ".safetensors.index." in name:
-                _convert_index(here, there, name, to_public)
+                _convert_index(here / name, there / name, to_public, prune)
             else:
                 shutil.copyfile(here / name, there / name)
     return report
@@ -76,7 +76,7 @@ def _convert_files(files: list[Path], destination: Path, to_public: bool, prune:
     renamed = {name: public[name] if to_public else table.to_ours(name) for name in source}
     if collisions := [name for name in source if not to_public and table.to_public(renamed[name]) != name]:
         raise ValueError(f"{where}: {collisions[0]} cannot be renamed both ways")
-    kept = [name for name in source if not (prune and public[name] in table.dropped)]
+    kept = [name for name in source if not (prune and _is_dropped(name, table))]
     for file in files:
         tensors = {renamed[name]: source[name] for name in source.names_in(file) if name in kept}
         save_file(tensors, destination / file.name, metadata=source.metadata(file))
@@ -84,7 +84,7 @@ def _convert_files(files: list[Path], destination: Path, to_public: bool, prune:
 
 
 def _report(where: str, table: Table, source: Source, public: dict[str, str], prune: bool) -> list[str]:
-    dropped = [name for name in source if public[name] in table.dropped]
+    dropped = [name for name in source if _is_dropped(name, table)]
     used = [name for name in source if name not in dropped]
     lines = [
         f"{table.component:13} {len(used):6,} tensors {sum(map(source.nbytes, used)):15,} bytes   {where}"
@@ -97,12 +97,20 @@ def _report(where: str, table: Table, source: Source, public: dict[str, str], pr
     return lines
 
 
-def _convert_index(here: Path, there: Path, name: str, to_public: bool) -> None:
-    index = json.loads((here / name).read_text())
-    table, _ = recognise(index["weight_map"], str(here / name))
+def _convert_index(source: Path, destination: Path, to_public: bool, prune: bool) -> None:
+    index = json.loads(source.read_text())
+    table, _ = recognise(index["weight_map"], str(source))
     rename = table.to_public if to_public else table.to_ours
-    index["weight_map"] = dict(sorted((rename(key), file) for key, file in index["weight_map"].items()))
-    (there / name).write_text(json.dumps(index, indent=2) + "\n")
+    renamed = {rename(name): file for name, file in index["weight_map"].items()}
+    if prune:
+        renamed = {name: file for name, file in renamed.items() if not _is_dropped(name, table)}
+        index.pop("metadata", None)  # its total size counts the dropped tensors
+    index["weight_map"] = dict(sorted(renamed.items()))
+    destination.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _is_dropped(name: str, table: Table) -> bool:
+    return name.removeprefix(UNUSED) in table.dropped
 
 
 def _variant(name: str) -> str | None:

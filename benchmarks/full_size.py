@@ -1,0 +1,380 @@
+"""The models at full size against the reference, on the CPU, with random weights.
+
+    python -m benchmarks.full_size [--only unet|chatglm] [--rounds 5] [--out FILE]
+
+UNet: all 2.58 B parameters, one forward of 32x32 latents (256x256 pixels) and one of 25x38. ChatGLM: two of
+its 28 layers at full width, two left-padded prompts of 256 tokens. Both sides read the same memory, so the
+float32 UNet is held once (10.3 GB). Takes some minutes on two cores and 16 GB of memory; needs the `test`
+extra. Prints two tables, writes JSON, and exits with 1 if an error exceeds its bound.
+
+Errors: max |a - b| / max |b| and mean |a - b| / mean |b|, where b is the reference.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from kolors_core.chatglm import ChatGLM
+from kolors_core.config import KOLORS
+from kolors_core.tokenizer import TokenBatch
+from kolors_core.unet import UNet
+from weights_convert import TABLES
+from weights_convert.rules import UNUSED, compare
+
+SEED = 20240706
+LAYERS = 2
+TOKENS = 256
+BOUNDS = {"float64": 1e-10, "float32": 5e-6}
+GMASK, SOP = 64790, 64792
+
+Tensors = dict[str, Tensor]
+Run = Callable[[nn.Module, Tensors], Tensors]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two models that share their weights, how to call each, and what to call them on."""
+
+    component: str
+    reference: nn.Module
+    ours: nn.Module
+    run_reference: Run
+    run_ours: Run
+    cases: Mapping[str, Tensors]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Error:
+    """One output's errors. `max` and `mean`: ours from the reference in the same dtype. The others: the
+    largest error of each from the reference in float64."""
+
+    model: str
+    case: str
+    output: str
+    dtype: str
+    max: float
+    mean: float
+    ours_from_float64: float
+    reference_from_float64: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Median seconds of a forward, and all of them in the order they were taken."""
+
+    model: str
+    case: str
+    dtype: str
+    reference: float
+    ours: float
+    reference_over_ours: float
+    reference_all: list[float]
+    ours_all: list[float]
+
+
+class Float64Weights(TorchFunctionMode):
+    """Reads each parameter as float64 in the operation that uses it.
+
+    So a float64 forward needs no float64 copy of the UNet, which would take 20.6 GB.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        named = {name: _widen(value) for name, value in (kwargs or {}).items()}
+        return func(*(_widen(value) for value in args), **named)
+
+
+def _widen(value: Any) -> Any:
+    return value.double() if isinstance(value, nn.Parameter) else value
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Draw every parameter, so that no norm or bias is an identity that would hide a swap."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias":
+                mean, std = 0.0, 0.3
+            elif parameter.ndim == 1:
+                mean, std = 1.0, 0.3
+            elif isinstance(module, nn.Embedding):
+                mean, std = 0.0, 1.0
+            else:
+                # Below 1 / sqrt(fan in): the residual sums of 70 transformer blocks stay in range.
+                mean, std = 0.0, 0.7 * parameter[0].numel() ** -0.5
+            parameter.data.normal_(mean, std, generator=generator)
+
+
+def share(reference: nn.Module, ours: nn.Module, component: str) -> None:
+    """Give ours the reference's tensors under our names, the very same memory."""
+    table = TABLES[component]
+    state = {table.to_ours(name): tensor for name, tensor in reference.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    target = {name: tuple(tensor.shape) for name, tensor in ours.state_dict().items()}
+    if mismatch := compare(table, shapes, target):
+        raise ValueError(str(mismatch))
+    used = {name: tensor for name, tensor in state.items() if not name.startswith(UNUSED)}
+    ours.load_state_dict(used, strict=True, assign=True)
+
+
+def unet_pair() -> Pair:
+    config = KOLORS.unet
+    with torch.device("meta"):
+        reference, ours = UNet2DConditionModel.from_config(config.to_public()), UNet(config)
+    reference = reference.to_empty(device="cpu").eval()
+    randomise(reference, SEED)
+    share(reference, ours, "unet")
+    cases = {f"{h}x{w} latents": unet_inputs(h, w) for h, w in ((32, 32), (25, 38))}
+    return Pair(
+        component="unet", reference=reference, ours=ours, cases=cases,
+        run_reference=run_unet_reference, run_ours=run_unet,
+    )  # fmt: skip
+
+
+def unet_inputs(height: int, width: int) -> Tensors:
+    generator = torch.Generator().manual_seed(SEED + height)
+    text_dim = KOLORS.unet.text_dim
+    return {
+        "latents": torch.randn(1, KOLORS.unet.in_channels, height, width, generator=generator),
+        "text_tokens": torch.randn(1, TOKENS, text_dim, generator=generator),
+        "pooled_text": torch.randn(1, text_dim, generator=generator),
+        "timestep": torch.tensor(401),
+        # Crops differ from each other and from 0, so that a wrong order of the six would show.
+        "size_ids": torch.tensor([[8 * height, 8 * width, 8, 16, 8 * height, 8 * width]]),
+    }
+
+
+def run_unet_reference(model: nn.Module, inputs: Tensors) -> Tensors:
+    added = {"text_embeds": inputs["pooled_text"], "time_ids": inputs["size_ids"]}
+    out = model(
+        inputs["latents"],
+        inputs["timestep"],
+        encoder_hidden_states=inputs["text_tokens"],
+        added_cond_kwargs=added,
+        return_dict=False,
+    )
+    return {"noise": out[0]}
+
+
+def run_unet(model: nn.Module, inputs: Tensors) -> Tensors:
+    return {"noise": model(**inputs)}
+
+
+def chatglm_pair() -> Pair:
+    config = replace(KOLORS.text_encoder, layers=LAYERS)
+    reference = ChatGLMModel(ChatGLMConfig(**config.to_public())).eval()
+    with torch.device("meta"):
+        ours = ChatGLM(config)
+    randomise(reference, SEED)
+    share(reference, ours, "text_encoder")
+    return Pair(
+        component="text_encoder", reference=reference, ours=ours,
+        cases={"prompts of 17 and 23 tokens": chatglm_inputs((17, 23))},
+        run_reference=run_chatglm_reference, run_ours=run_chatglm,
+    )  # fmt: skip
+
+
+def chatglm_inputs(lengths: Sequence[int]) -> Tensors:
+    """Prompts of random pieces, as the tokenizer would pad them."""
+    generator = torch.Generator().manual_seed(SEED)
+    ids, positions = torch.zeros(2, len(lengths), TOKENS, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, -length:] = torch.randint(3, GMASK, (length,), generator=generator)
+        ids[row, -length : 2 - length] = torch.tensor([GMASK, SOP])
+        positions[row, -length:] = torch.arange(length)
+    mask = torch.arange(TOKENS) >= TOKENS - torch.tensor(lengths)[:, None]
+    return {"ids": ids, "mask": mask, "positions": positions}
+
+
+def run_chatglm_reference(model: nn.Module, inputs: Tensors) -> Tensors:
+    """The call and the reading of the states in diffusers' pipelines/kolors/pipeline_kolors.py."""
+    states = model(
+        input_ids=inputs["ids"],
+        attention_mask=inputs["mask"].long(),
+        position_ids=inputs["positions"],
+        output_hidden_states=True,
+    ).hidden_states
+    return {"tokens": states[-2].permute(1, 0, 2), "pooled": states[-1][-1]}
+
+
+def run_chatglm(model: nn.Module, inputs: Tensors) -> Tensors:
+    text = model(TokenBatch(**inputs))
+    return {"tokens": text.tokens, "pooled": text.pooled}
+
+
+PAIRS: dict[str, Callable[[], Pair]] = {"unet": unet_pair, "chatglm": chatglm_pair}
+
+
+def measure(name: str, pair: Pair, rounds: int) -> tuple[list[Error], list[Timing]]:
+    """Errors of every case in float64, float32 and bfloat16; times of the first case in the last two."""
+    errors: list[Error] = []
+    timings: list[Timing] = []
+    truths: dict[str, Tensors] = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        kind = str(dtype).removeprefix("torch.")
+        if dtype == torch.bfloat16:
+            pair.ours.to("meta")  # lets go of the float32 weights, which are halved one by one
+            pair.reference.to(dtype)
+            share(pair.reference, pair.ours, pair.component)
+        for index, (case, inputs) in enumerate(pair.cases.items()):
+            inputs = cast(inputs, dtype)
+            reference, ours = both(pair, inputs, dtype)
+            truth = truths.setdefault(case, reference)
+            errors += compare_outputs(name, case, kind, reference, ours, truth)
+            print(f"{name}, {case}, {kind}: {errors[-1].max:.1e}", file=sys.stderr, flush=True)
+            if index == 0 and dtype != torch.float64:
+                timings.append(alternate(name, case, kind, pair, inputs, rounds))
+    return errors, timings
+
+
+def cast(inputs: Tensors, dtype: torch.dtype) -> Tensors:
+    """The inputs with all floats in `dtype`; ids, masks and sizes as they are."""
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def both(pair: Pair, inputs: Tensors, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+    if dtype == torch.float64:
+        with Float64Weights():
+            return pair.run_reference(pair.reference, inputs), pair.run_ours(pair.ours, inputs)
+    return pair.run_reference(pair.reference, inputs), pair.run_ours(pair.ours, inputs)
+
+
+def compare_outputs(
+    model: str, case: str, dtype: str, reference: Tensors, ours: Tensors, truth: Tensors
+) -> list[Error]:
+    errors = []
+    for output, wanted in reference.items():
+        got, wanted, exact = ours[output], wanted.double(), truth[output]
+        if got.shape != wanted.shape or got.dtype != reference[output].dtype:
+            raise ValueError(
+                f"{model} {output}: got {got.dtype} {list(got.shape)}, wanted "
+                f"{reference[output].dtype} {list(wanted.shape)}"
+            )
+        got = got.double()
+        error = Error(
+            model=model, case=case, output=output, dtype=dtype, max=relative(got, wanted),
+            mean=float((got - wanted).abs().mean() / wanted.abs().mean()),
+            ours_from_float64=relative(got, exact), reference_from_float64=relative(wanted, exact),
+        )  # fmt: skip
+        errors.append(error)
+    return errors
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def alternate(model: str, case: str, dtype: str, pair: Pair, inputs: Tensors, rounds: int) -> Timing:
+    """Reference, ours, ours, reference in each round: a drift of the machine's speed falls on both alike."""
+    seconds: dict[str, list[float]] = {"reference": [], "ours": []}
+    for _ in range(rounds):
+        for side in ("reference", "ours", "ours", "reference"):
+            start = time.perf_counter()
+            if side == "ours":
+                pair.run_ours(pair.ours, inputs)
+            else:
+                pair.run_reference(pair.reference, inputs)
+            seconds[side].append(round(time.perf_counter() - start, 4))
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    return Timing(
+        model=model, case=case, dtype=dtype, reference=medians["reference"], ours=medians["ours"],
+        reference_over_ours=round(medians["reference"] / medians["ours"], 4),
+        reference_all=seconds["reference"], ours_all=seconds["ours"],
+    )  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [
+        line.split(":", 1)[1].strip()
+        for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": importlib.metadata.version("diffusers"),
+        "transformers": importlib.metadata.version("transformers"),
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def markdown(errors: Sequence[Error], timings: Sequence[Timing]) -> str:
+    lines = [
+        "| model | case | output | dtype | ours - reference, max | mean | ours - float64, max "
+        "| reference - float64, max |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for e in errors:
+        numbers = (e.max, e.mean, e.ours_from_float64, e.reference_from_float64)
+        cells = [e.model, e.case, e.output, e.dtype, *(f"{x:.1e}" for x in numbers)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| model | case | dtype | reference, s | ours, s | reference / ours |"]
+    lines.append("|---|---|---|---|---|---|")
+    for t in timings:
+        times = f"{t.reference:.2f} | {t.ours:.2f} | {t.reference_over_ours:.2f}"
+        lines.append(f"| {t.model} | {t.case} | {t.dtype} | {times} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.full_size", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--only", choices=sorted(PAIRS), help="one model instead of both")
+    parser.add_argument("--rounds", type=int, default=5, help="timing rounds of four forwards")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "full_size.json")
+    args = parser.parse_args()
+
+    start = time.perf_counter()
+    errors: list[Error] = []
+    timings: list[Timing] = []
+    with torch.inference_mode():
+        for name in [args.only] if args.only else list(PAIRS):
+            new_errors, new_timings = measure(name, PAIRS[name](), args.rounds)
+            errors, timings = errors + new_errors, timings + new_timings
+            gc.collect()  # the models refer to themselves: free one before the next is built
+
+    result = {
+        "environment": environment(),
+        "seed": SEED,
+        "bounds": BOUNDS,
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 1),
+        "errors": [asdict(error) for error in errors],
+        "timings": [asdict(timing) for timing in timings],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(markdown(errors, timings))
+    # `not <=` and not `>`: a NaN fails too.
+    failed = [e for e in errors if e.dtype in BOUNDS and not e.max <= BOUNDS[e.dtype]]
+    for e in failed:
+        print(
+            f"{e.model}, {e.case}, {e.output}, {e.dtype}: {e.max:.1e} > {BOUNDS[e.dtype]:.0e}",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The command line: `python -m kolors_core "一张瓢虫的照片" --weights DIR -o ladybug.png`."""
+
+import argparse
+import secrets
+import sys
+from pathlib import Path
+
+import torch
+
+from kolors_core.config import VERSION
+from kolors_core.image import read_description, save_png
+from kolors_core.pipeline import KolorsPipeline
+from kolors_core.placement import best_device, best_dtype, named_device
+from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
+    "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
+    "euler-karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "dpmpp-2m": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
+    "dpmpp-2m-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpmpp-2m-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp-2m-sde-karras": (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every flag, in groups."""
+    top = argparse.ArgumentParser(
+        prog="python -m kolors_core",
+        description="Make pictures with Kolors from a Chinese or English prompt.",
+        epilog='Example: python -m kolors_core "一张瓢虫的照片" -w Kwai-Kolors/Kolors-diffusers -o out.png',
+    )
+    top.add_argument("prompt", nargs="?", help="what to draw, in Chinese or English")
+    top.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("kolors.png"),
+        metavar="PNG",
+        help="the picture to write; with --images 3 it is numbered: out-1.png (default: %(default)s)",
+    )
+    top.add_argument("--force", action="store_true", help="write over a file that exists")
+    top.add_argument(
+        "--info", type=Path, metavar="PNG", help="print how a picture was made, and do nothing else"
+    )
+    top.add_argument("--version", action="version", version=f"kolors_core {VERSION}")
+
+    model = top.add_argument_group("model")
+    model.add_argument(
+        "-w",
+        "--weights",
+        metavar="DIR",
+        help="a checkpoint folder, or a hub repository such as Kwai-Kolors/Kolors-diffusers",
+    )
+    model.add_argument(
+        "--variant", help='which weight files, such as "fp16" (default: the only ones there are)'
+    )
+    model.add_argument("--revision", help="branch, tag or commit of the hub repository")
+    model.add_argument(
+        "--local-files-only", action="store_true", help="never download, use the hub's local cache"
+    )
+    model.add_argument("--device", help="cuda, mps, cpu, cuda:1, ... (default: the best there is)")
+    model.add_argument("--dtype", choices=DTYPES, help="precision (default: float16, on a CPU float32)")
+
+    picture = top.add_argument_group("picture")
+    picture.add_argument("-n", "--negative", metavar="TEXT", help="what not to draw")
+    picture.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the model's own)")
+    picture.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: the model's own)")
+    picture.add_argument("--images", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
+    picture.add_argument(
+        "--seed", type=int, help="of the noise; picture i of several takes seed + i (default: random)"
+    )
+
+    steps = top.add_argument_group("sampling")
+    steps.add_argument("--steps", type=int, help="denoising steps (default: 50 for euler, 25 for the others)")
+    steps.add_argument(
+        "--sampler", choices=SAMPLERS, default="dpmpp-2m-karras", help="(default: %(default)s)"
+    )
+    steps.add_argument(
+        "-g",
+        "--guidance",
+        type=float,
+        default=5.0,
+        metavar="SCALE",
+        help="how strongly to follow the prompt; 1 is off (default: %(default)s)",
+    )
+    steps.add_argument(
+        "--timesteps", type=numbers, metavar="T,T,...", help="own timesteps, falling, in place of --steps"
+    )
+    steps.add_argument(
+        "--sigmas", type=numbers, metavar="S,S,...", help="own noise levels, the last one ends the run"
+    )
+    steps.add_argument(
+        "--denoising-end", type=float, metavar="PART", help="stop after this part of the noise schedule"
+    )
+
+    sizes = top.add_argument_group("size conditions (SDXL's), as HEIGHT,WIDTH or TOP,LEFT in pixels")
+    for flag in (
+        "original-size",
+        "crop",
+        "target-size",
+        "negative-original-size",
+        "negative-crop",
+        "negative-target-size",
+    ):
+        sizes.add_argument(f"--{flag}", type=size, metavar="A,B")
+    sizes.add_argument(
+        "--max-tokens", type=int, default=256, help="cut the prompt to this many tokens (default: 256)"
+    )
+    top.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2, and one line on stderr, for what cannot be done."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.info is not None:
+            for name, value in read_description(options.info).items():
+                print(f"{name}: {value}")
+        else:
+            draw(options)
+    except KeyboardInterrupt:
+        print("interrupted, nothing written", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Make and write the pictures that the options ask for."""
+    if options.prompt is None:
+        raise ValueError("no prompt: say what to draw")
+    if options.weights is None:
+        raise ValueError("no model: name one with --weights, such as Kwai-Kolors/Kolors-diffusers")
+    if options.steps is not None and (options.timesteps or options.sigmas):
+        raise ValueError("--steps has no effect beside --timesteps or --sigmas")
+    if options.out.suffix.lower() != ".png":
+        raise ValueError(f"--out must end in .png, got {options.out}")
+    outs = [options.out]
+    if options.images > 1:
+        outs = [options.out.with_stem(f"{options.out.stem}-{i + 1}") for i in range(options.images)]
+    if existing := [out for out in outs if out.exists() and not options.force]:
+        raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
+    device = named_device(options.device) if options.device else best_device()
+    pipe = KolorsPipeline.from_pretrained(
+        options.weights, variant=options.variant, revision=options.revision,
+        local_files_only=options.local_files_only,
+        torch_dtype=DTYPES[options.dtype] if options.dtype else best_dtype(device),
+    ).to(device)  # fmt: skip
+    pipe.set_progress_bar_config(disable=options.quiet)
+    kind, changes = SAMPLERS[options.sampler]
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    steps = options.steps if options.steps is not None else 50 if options.sampler.startswith("euler") else 25
+    seed = options.seed if options.seed is not None else secrets.randbelow(2**32)
+    output = pipe(
+        prompt=options.prompt, negative_prompt=options.negative, height=options.height, width=options.width,
+        num_inference_steps=steps, timesteps=options.timesteps, sigmas=options.sigmas,
+        denoising_end=options.denoising_end, guidance_scale=options.guidance,
+        num_images_per_prompt=options.images,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(options.images)],
+        original_size=options.original_size, crops_coords_top_left=options.crop or (0, 0),
+        target_size=options.target_size, negative_original_size=options.negative_original_size,
+        negative_crops_coords_top_left=options.negative_crop or (0, 0),
+        negative_target_size=options.negative_target_size, max_sequence_length=options.max_tokens,
+    )  # fmt: skip
+    for image, out in zip(output[0], outs, strict=True):
+        save_png(image, out)
+        if not options.quiet:
+            print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def size(text: str) -> tuple[int, int]:
+    first, second = text.replace("x", ",").split(",")
+    return int(first), int(second)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

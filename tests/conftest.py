@@ -1,0 +1,34 @@
+"""What several test files share: a tokenizer, and one small checkpoint folder written by the reference."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.reference_folder import REAL_TOKENIZER, train_tokenizer, write
+
+torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
+warnings.filterwarnings("ignore", module="diffusers")
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of a few hundred pieces, trained here."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer() -> Path:
+    """ChatGLM3's own SentencePiece model, which is not part of this repository."""
+    if not REAL_TOKENIZER.exists():
+        pytest.skip(f"{REAL_TOKENIZER.name} is not in the shared data beside the project")
+    return REAL_TOKENIZER
+
+
+@pytest.fixture(scope="session")
+def reference_folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Path) -> Path:
+    """A whole checkpoint as published: float16 variant, sharded, small sizes, random weights."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "kolors"
+    write(folder, REAL_TOKENIZER if REAL_TOKENIZER.exists() else small_tokenizer)
+    return folder

@@ -1,0 +1,145 @@
+"""Helpers of the parity tests: the same random model on both sides, compared, with the first difference
+named.
+
+Every parameter is randomised: with default initialisation many mistakes, such as two norms swapped, change
+nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig as ReferenceChatGLMConfig
+from diffusers.pipelines.kolors.text_encoder import ChatGLMModel
+from torch import Tensor, nn
+
+from kolors_core.chatglm import ChatGLM
+from kolors_core.config import TINY, ChatGLMConfig, KolorsConfig, UNetConfig, VAEConfig
+from kolors_core.unet import UNet
+from kolors_core.vae import VAE
+from weights_convert import TABLES
+from weights_convert.rules import UNUSED, compare
+
+EXACT = 1e-10  # relative, in float64: the floor is about 1e-14, the smallest mistake we know of 1e-5
+FLOAT32 = 5e-6  # relative, where the reference computes a part in float32: the floor is about 1e-6
+
+SMALL: KolorsConfig = replace(TINY, text_encoder=replace(TINY.text_encoder, vocab_size=640))
+
+
+def reference_chatglm(config: ChatGLMConfig) -> ChatGLMModel:
+    """The reference's text encoder of our config."""
+    return ChatGLMModel(ReferenceChatGLMConfig(**config.to_public())).eval()
+
+
+def reference_unet(config: UNetConfig) -> UNet2DConditionModel:
+    """The reference's UNet of our config."""
+    return UNet2DConditionModel.from_config(config.to_public()).eval()
+
+
+def reference_vae(config: VAEConfig) -> AutoencoderKL:
+    """The reference's autoencoder of our config."""
+    return AutoencoderKL.from_config(config.to_public()).eval()
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Give every parameter its own random values, of a size that keeps activations near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.ndim > 1:
+            value = noise / parameter[0].numel() ** 0.5
+        else:
+            value = 0.3 * noise + (1.0 if name.endswith("weight") else 0.0)
+        parameter.data.copy_(value)
+
+
+def pair(component: str, dtype: torch.dtype, config: KolorsConfig = SMALL) -> tuple[nn.Module, nn.Module]:
+    """Ours and the reference's with the same random weights, put across by the real table, strictly."""
+    theirs, ours = {
+        "text_encoder": lambda: (reference_chatglm(config.text_encoder), ChatGLM(config.text_encoder)),
+        "unet": lambda: (reference_unet(config.unet), UNet(config.unet)),
+        "vae": lambda: (reference_vae(config.vae), VAE(config.vae)),
+    }[component]()
+    randomise(theirs)
+    theirs, ours = theirs.to(dtype), ours.to(dtype).eval()
+    transfer(theirs, ours, component)
+    return ours, theirs
+
+
+def transfer(theirs: nn.Module, ours: nn.Module, component: str) -> None:
+    """Load their weights into our model through the component's table."""
+    table = TABLES[component]
+    source = {table.to_ours(name): tensor for name, tensor in theirs.state_dict().items()}
+    target = ours.state_dict()
+    mismatch = compare(
+        table, {k: tuple(v.shape) for k, v in source.items()}, {k: tuple(v.shape) for k, v in target.items()}
+    )
+    assert not mismatch, mismatch
+    ours.load_state_dict(
+        {name: tensor for name, tensor in source.items() if not name.startswith(UNUSED)}, strict=True
+    )
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference by largest value; infinite where shapes differ or a value is not finite."""
+    if ours.shape != theirs.shape or not (torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
+        return float("inf")
+    return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
+
+
+def assert_parity(
+    ours: Tensor, theirs: Tensor, tolerance: float, explain: Callable[[], str] = lambda: "not searched for"
+) -> None:
+    """Fail, with what `explain` says of the first divergence, if the relative error exceeds the tolerance."""
+    error = relative_error(ours, theirs)
+    assert error <= tolerance, f"relative error {error:.1e} > {tolerance:.0e}; first divergence: {explain()}"
+
+
+def first_divergence(
+    ours: nn.Module,
+    theirs: nn.Module,
+    component: str,
+    run_ours: Callable[[], object],
+    run_theirs: Callable[[], object],
+    tolerance: float,
+) -> str:
+    """Run both again and name the first module, in our order, whose output differs by more than the
+    tolerance.
+
+    A module with weights has its counterpart where the table maps the weights, so the walk needs no list of
+    its own.
+    """
+    table = TABLES[component]
+    counterpart = {
+        name.rpartition(".")[0]: table.to_public(name).rpartition(".")[0]
+        for name, _ in ours.named_parameters()
+    }
+    seen_ours = _record(ours, counterpart.keys(), run_ours)
+    seen_theirs = _record(theirs, set(counterpart.values()), run_theirs)
+    for name, outputs in seen_ours.items():
+        for output, expected in zip(outputs, seen_theirs.get(counterpart[name], []), strict=True):
+            if expected.shape != output.shape and expected.transpose(0, 1).shape == output.shape:
+                expected = expected.transpose(0, 1)  # the reference's ChatGLM has the sequence first
+            if (error := relative_error(output, expected)) > tolerance:
+                return f"{name} ({counterpart[name]} in the reference), relative error {error:.1e}"
+    return "no module differs, so it lies between modules"
+
+
+def _record(model: nn.Module, names: object, run: Callable[[], object]) -> dict[str, list[Tensor]]:
+    outputs: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if name in names:  # type: ignore[operator]
+
+            def keep(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
+                outputs.setdefault(name, []).append(output.detach().clone())
+
+            handles.append(module.register_forward_hook(keep))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs

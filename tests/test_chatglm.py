@@ -1,0 +1,102 @@
+"""The text encoder against the reference: tokens, pad rows included, and the pooled state."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kolors_core.chatglm import ChatGLM, TextEmbedding
+from kolors_core.tokenizer import TokenBatch
+from tests.parity import FLOAT32, assert_parity, first_divergence, pair, relative_error
+
+
+def token_batch(lengths: list[int], width: int, vocabulary: int = 640) -> TokenBatch:
+    """Random tokens, left-padded, as the tokenizer makes them."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.stack([torch.arange(width) >= width - length for length in lengths])
+    ids = torch.randint(1, vocabulary, (len(lengths), width), generator=generator) * mask
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0) * mask
+    return TokenBatch(ids, mask, positions)
+
+
+def run_reference(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """tokens [B, L, C] and pooled [B, C], taken as the reference's pipeline takes them."""
+    states = model(
+        input_ids=batch.ids,
+        attention_mask=batch.mask.long(),
+        position_ids=batch.positions,
+        output_hidden_states=True,
+    ).hidden_states
+    return states[-2].transpose(0, 1), states[-1][-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lengths", [[1], [2, 7, 40], [40, 40], [39, 3]], ids=str)
+def test_tokens_and_pooled_equal_the_reference(dtype: torch.dtype, lengths: list[int]) -> None:
+    ours, theirs = pair("text_encoder", dtype)
+    batch = token_batch(lengths, width=40)
+    with torch.no_grad():
+        embedding: TextEmbedding = ours(batch)
+        tokens, pooled = run_reference(theirs, batch)
+
+    def explain() -> str:
+        return first_divergence(
+            ours, theirs, "text_encoder", lambda: ours(batch), lambda: run_reference(theirs, batch), FLOAT32
+        )
+
+    # FLOAT32 in float64 too: the reference takes the norms' variance and the rotation in float32.
+    assert_parity(embedding.tokens, tokens, FLOAT32, explain)
+    assert_parity(embedding.pooled, pooled, FLOAT32, explain)
+    pads = ~batch.mask
+    if pads.any():
+        assert_parity(embedding.tokens[pads], tokens[pads], FLOAT32, explain)
+
+
+def causal_pads(model: ChatGLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mask(mask: Tensor) -> Tensor:
+        return torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()[None, None]
+
+    monkeypatch.setattr("kolors_core.chatglm.attention_mask", mask)
+
+
+def swap_norms(model: ChatGLM, _: pytest.MonkeyPatch) -> None:
+    layer = model.layers[1]
+    layer.attention_norm, layer.mlp_norm = layer.mlp_norm, layer.attention_norm
+
+
+def wrong_eps(model: ChatGLM, _: pytest.MonkeyPatch) -> None:
+    model.layers[0].attention_norm.eps = 1e-3
+
+
+def no_rotation(model: ChatGLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kolors_core.chatglm.rotate", lambda x, cos, sin: x)
+
+
+@pytest.mark.parametrize("spoil", [causal_pads, swap_norms, wrong_eps, no_rotation])
+def test_parity_can_fail(
+    spoil: Callable[[ChatGLM, pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = pair("text_encoder", torch.float32)
+    batch = token_batch([5, 30], width=40)
+    spoil(ours, monkeypatch)
+    with torch.no_grad():
+        assert relative_error(ours(batch).tokens, run_reference(theirs, batch)[0]) > 10 * FLOAT32
+
+
+def test_pad_rows_are_alike_and_carry_the_prompt() -> None:
+    ours, _ = pair("text_encoder", torch.float64)
+    with torch.no_grad():
+        tokens = ours(token_batch([5, 9], width=40)).tokens
+    pads = tokens[0, :35]
+    assert relative_error(pads, pads[:1].expand_as(pads)) < 1e-6
+    assert relative_error(tokens[1, 0], tokens[0, 0]) > 1e-3
+
+
+def test_half_precision_runs_and_stays_close() -> None:
+    exact, _ = pair("text_encoder", torch.float32)
+    half, _ = pair("text_encoder", torch.bfloat16)
+    batch = token_batch([5, 9], width=40)
+    with torch.no_grad():
+        assert half(batch).tokens.dtype == torch.bfloat16
+        assert relative_error(half(batch).tokens.float(), exact(batch).tokens) < 0.05

@@ -1,0 +1,62 @@
+"""Token ids, masks and positions: exactly the reference's, on prompts that are hard on purpose."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+
+from kolors_core.tokenizer import Tokenizer
+
+PROMPTS = [
+    "", " ", "  two  spaces ", "\n", "a\tb\nc", "a photo of a ladybug",
+    "一张瓢虫的照片，微距，变焦，高质量，电影，拿着一个木牌，写着“可图”", "mixed 中英 text, 混合 with ，punctuation。",
+    "🐞🇨🇳👩‍👩‍👧 emoji ❤️", "</s>", "<s><unk><pad>", "[gMASK]sop", "<|user|>\n hi <|assistant|>", "[MASK] eop sop",
+    "עברית العربية हिन्दी ไทย", "ﬁ ﬂ ２ ㌀ é e\u0301", "\u200b\u00a0\ufeff", "𠀀𠮷", "Ünïcödé ß ŁÓDŹ",
+    "1234567890 3.14159 -7", "https://example.com/a?b=c&d=e", "`code` {json: [1, 2]} \\n",
+    "A" * 3000, "瓢虫" * 400, "word " * 300, "x" * 252, "的" * 254, "的" * 255,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_length", [256, 77, 8, 3])
+def test_ids_mask_and_positions_equal_the_reference(real_tokenizer: Path, max_length: int) -> None:
+    ours = Tokenizer(real_tokenizer)(PROMPTS, max_length)
+    theirs = ChatGLMTokenizer(str(real_tokenizer))(
+        PROMPTS, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+    )
+    for row, prompt in enumerate(PROMPTS):
+        assert torch.equal(ours.ids[row], theirs["input_ids"][row]), prompt[:40]
+    assert torch.equal(ours.mask.long(), theirs["attention_mask"])
+    assert torch.equal(ours.positions, theirs["position_ids"])
+
+
+def test_the_real_model_has_the_documented_numbers(real_tokenizer: Path) -> None:
+    tokenizer = Tokenizer(real_tokenizer)
+    assert tokenizer.pieces.vocab_size() == 64_789
+    assert (tokenizer.special["[gMASK]"], tokenizer.special["sop"], tokenizer.pad_id) == (64_790, 64_792, 0)
+
+
+def test_a_small_model_equals_the_reference_too(small_tokenizer: Path) -> None:
+    prompts = [prompt for prompt in PROMPTS if len(prompt) < 300]
+    ours = Tokenizer(small_tokenizer)(prompts)
+    theirs = ChatGLMTokenizer(str(small_tokenizer))(
+        prompts, padding="max_length", max_length=256, truncation=True, return_tensors="pt"
+    )
+    assert torch.equal(ours.ids, theirs["input_ids"])
+
+
+def test_bad_input_is_named(small_tokenizer: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(small_tokenizer.parent)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        tokenizer([])
+    with pytest.raises(ValueError, match="wanted a list"):
+        tokenizer("not a list")
+    with pytest.raises(TypeError, match="prompt 1 must be a string, got int"):
+        tokenizer(["a", 2])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="max_length must be more than"):
+        tokenizer(["a"], 2)
+    with pytest.raises(FileNotFoundError, match="tokenizer.model: no such file"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        Tokenizer(tmp_path)
