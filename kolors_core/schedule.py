@@ -150,9 +150,11 @@ class Scheduler(ABC):
             _must_fall("sigmas", sigmas, 0.0, math.inf)
             if len(sigmas) < 2 or sigmas[-2] <= 0:
                 raise ValueError(f"sigmas must be at least two, all but the last above 0, got {list(sigmas)}")
-            run = [_float32(sigma) for sigma in sigmas]
-            times = [timestep_of(sigma, table) for sigma in run[:-1]]
-            return self._finish(run, times, table)
+            import numpy as np
+
+            own = [np.float32(sigma) for sigma in sigmas]  # whose logarithm the reference takes in float32
+            times = [timestep_of(sigma, table) for sigma in own[:-1]]
+            return self._finish([float(sigma) for sigma in own], times, table)
         if timesteps is not None:
             _must_fall("timesteps", timesteps, 0.0, self.num_train_timesteps - 1)
             times = [float(t) for t in timesteps]
@@ -264,7 +266,7 @@ def timestep_of(sigma: float, table: Tensor) -> float:
 
     logs = np.log(table.numpy())  # float32, as in the reference: torch's float32 log rounds differently
     log_sigma = np.log(max(sigma, 1e-10))
-    low = int(np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2))
+    low = np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2)
     weight = np.clip((logs[low] - log_sigma) / (logs[low] - logs[low + 1]), 0, 1)
     return float((1 - weight) * low + weight * (low + 1))
 

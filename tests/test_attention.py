@@ -1,0 +1,71 @@
+"""The one attention call: every kernel gives the written-out softmax, and a forced one is forced."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import kolors_core.attention as room
+from kolors_core.attention import KERNELS, attention, attention_kernel, choose
+from tests.parity import EXACT, relative_error
+
+
+def inputs(queries: int = 13, keys: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(2, 3, n, 16, generator=generator, dtype=torch.float64) for n in (queries, keys, keys)
+    )
+
+
+def biases(queries: int = 13, keys: int = 9) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(1)
+    allowed = torch.rand(2, 1, queries, keys, generator=generator) > 0.3
+    allowed[..., 0] = True
+    return [None, allowed, torch.randn(2, 3, queries, keys, generator=generator, dtype=torch.float64),
+            torch.randn(1, 1, 1, keys, generator=generator, dtype=torch.float64)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flash", "chunked"])
+@pytest.mark.parametrize("bias", range(4))
+def test_kernels_agree(name: str, bias: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        room, "MPS_SCORE_ELEMENTS", 2 * 3 * 9 * 4
+    )  # chunks of four queries, the last one shorter
+    q, k, v = inputs()
+    with attention_kernel("written_out"):
+        expected = attention(q, k, v, biases()[bias])
+    with attention_kernel(name):
+        assert relative_error(attention(q, k, v, biases()[bias]), expected) < EXACT
+
+
+def test_mps_takes_chunks_only_where_the_scores_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = torch.empty(1, 1, 8, 4, device="meta"), torch.empty(2, 20, 4096, 64, device="meta")
+    assert choose(small, small) == choose(large, large) == "sdpa"
+
+    class OnMPS:
+        """Shapes of a tensor on a device that this machine need not have."""
+
+        device = torch.device("mps")
+
+        def __init__(self, tensor: Tensor) -> None:
+            self.shape = tensor.shape
+
+    assert choose(OnMPS(small), OnMPS(small)) == "sdpa"  # type: ignore[arg-type]
+    assert choose(OnMPS(large), OnMPS(large)) == "chunked"  # type: ignore[arg-type]
+
+
+def test_an_unknown_kernel_and_one_that_cannot_run_are_errors() -> None:
+    with (
+        pytest.raises(ValueError, match="attention kernel 'fast' is not one of sdpa, flash"),
+        attention_kernel("fast"),
+    ):
+        pass
+    with (
+        attention_kernel("cudnn"),
+        pytest.raises(RuntimeError, match="forced attention kernel 'cudnn' cannot run q"),
+    ):
+        attention(*inputs())
+    assert torch.isfinite(attention(*inputs())).all(), "after the block the choice is free again"
+
+
+def test_every_kernel_has_a_name() -> None:
+    assert {"sdpa", "flash", "cudnn", "efficient", "chunked", "written_out"} == set(KERNELS)

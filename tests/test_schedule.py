@@ -1,0 +1,174 @@
+"""Schedules: every number is the reference's to the last bit, for all spacings and step counts."""
+
+from itertools import product
+
+import diffusers
+import pytest
+import torch
+
+from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler, timestep_of
+from tests.reference_folder import KOLORS_SCHEDULER
+
+KINDS = {
+    EulerDiscreteScheduler: diffusers.EulerDiscreteScheduler,
+    DPMSolverMultistepScheduler: diffusers.DPMSolverMultistepScheduler,
+}
+STEPS = (1, 2, 3, 4, 7, 10, 14, 15, 25, 30, 49, 50, 100, 137, 549)
+
+
+def both(kind: type[Scheduler], **changes: object) -> tuple[Scheduler, object]:
+    theirs = KINDS[kind](**(KOLORS_SCHEDULER | changes))
+    return kind.from_config(theirs.config), theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("spacing", "karras", "final", "betas"),
+    list(
+        product(
+            ("leading", "linspace", "trailing"),
+            (False, True),
+            ("zero", "sigma_min"),
+            ("scaled_linear", "linear"),
+        )
+    ),
+)
+def test_every_number_is_the_references(
+    kind: type[Scheduler], spacing: str, karras: bool, final: str, betas: str
+) -> None:
+    ours, theirs = both(
+        kind, timestep_spacing=spacing, use_karras_sigmas=karras, final_sigmas_type=final, beta_schedule=betas
+    )
+    compared = 0
+    for steps in STEPS:
+        theirs.set_timesteps(steps)
+        schedule = ours.schedule(steps)
+        assert len(schedule.timesteps) == steps
+        if spacing == "trailing" and steps in (15, 30):
+            continue  # there the reference's numpy.arange goes one timestep too far, to -1
+        compared += 1
+        assert torch.equal(schedule.sigmas, theirs.sigmas.double()), steps
+        assert torch.equal(schedule.timesteps, theirs.timesteps.double()), steps
+        if kind is EulerDiscreteScheduler:
+            assert schedule.start_scale == pytest.approx(float(theirs.init_noise_sigma), rel=1e-7)
+    assert compared >= len(STEPS) - 2
+
+
+def test_the_released_numbers() -> None:
+    euler = EulerDiscreteScheduler()
+    assert euler.table()[[0, -1]].tolist() == pytest.approx([0.02917, 29.061], rel=1e-3)
+    for steps, first, sigma, scale in ((50, 1079, 25.2814, 25.3011), (25, 1057, 21.7838, 21.8068)):
+        schedule = euler.schedule(steps)
+        assert schedule.timesteps[0] == first
+        assert schedule.sigmas[0] == pytest.approx(sigma, abs=1e-4)
+        assert schedule.start_scale == pytest.approx(scale, abs=1e-4)
+    karras = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(25)
+    assert karras.timesteps[:2].tolist() == [1099, 1072]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_own_timesteps(kind: type[Scheduler]) -> None:
+    ours, theirs = both(kind)
+    own = [1099, 900, 700, 333, 12, 0]
+    theirs.set_timesteps(timesteps=own)
+    schedule = ours.schedule(timesteps=own)
+    assert torch.equal(schedule.sigmas, theirs.sigmas.double())
+    assert torch.equal(schedule.timesteps, theirs.timesteps.double())
+
+
+@pytest.mark.parametrize("karras", [False, True])
+def test_own_sigmas(karras: bool) -> None:
+    ours, theirs = both(EulerDiscreteScheduler, use_karras_sigmas=karras)
+    own = [29.0, 11.5, 3.25, 0.7, 0.03, 0.0]
+    theirs.set_timesteps(sigmas=own)
+    schedule = ours.schedule(sigmas=own)
+    assert torch.equal(schedule.sigmas, theirs.sigmas.double())
+    assert torch.equal(schedule.timesteps, theirs.timesteps.double())
+    rounded = DPMSolverMultistepScheduler().schedule(sigmas=own)  # the reference's takes no sigmas
+    assert torch.equal(rounded.timesteps, schedule.timesteps.round())
+
+
+def test_timestep_of_a_sigma() -> None:
+    scheduler = EulerDiscreteScheduler(use_karras_sigmas=True)
+    schedule = scheduler.schedule(10)
+    for sigma, timestep in zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False):
+        assert schedule.timestep(sigma) == timestep
+    table = scheduler.table()
+    assert timestep_of(table[700].item(), table) == pytest.approx(700, abs=1e-2)
+    assert 699 < schedule.timestep((table[699] * table[700]).sqrt().item()) < 700
+    assert (timestep_of(1e-9, table), timestep_of(1e9, table)) == (0, 1099)
+    whole = DPMSolverMultistepScheduler().schedule(10).timestep(table[700].item() * 1.0001)
+    assert whole == 700
+
+
+@pytest.mark.parametrize(("end", "kept"), [(0.5, 25), (0.8, 40), (1.0, 50)])
+def test_until_keeps_the_first_part(end: float, kept: int) -> None:
+    """As the reference: timesteps at or above round(1100 - end * 1100)."""
+    schedule = EulerDiscreteScheduler().schedule(50)
+    part = schedule.until(end)
+    assert len(part.timesteps) == kept == int((schedule.timesteps >= round(1100 - end * 1100)).sum())
+    assert torch.equal(part.sigmas, schedule.sigmas[: kept + 1])
+    assert part.start_scale == schedule.start_scale
+
+
+def test_from_config_takes_the_published_and_the_siblings_fields() -> None:
+    published = KOLORS_SCHEDULER | {
+        "_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.18.0.dev0", "clip_sample": False,
+        "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.995, "interpolation_type": "linear",
+        "prediction_type": "epsilon", "rescale_betas_zero_snr": False, "sample_max_value": 1.0,
+        "set_alpha_to_one": False, "skip_prk_steps": True, "thresholding": False, "trained_betas": None,
+        "use_karras_sigmas": False,
+    }  # fmt: skip
+    euler = EulerDiscreteScheduler.from_config(published)
+    assert euler == EulerDiscreteScheduler()
+    solver = DPMSolverMultistepScheduler.from_config(euler.config, use_karras_sigmas=True)
+    assert solver.use_karras_sigmas and solver.config.num_train_timesteps == 1100
+    assert EulerDiscreteScheduler.from_config(solver.config, use_karras_sigmas=False) == euler
+    reference = diffusers.DPMSolverMultistepScheduler.from_config(solver.to_public())
+    assert reference.config.num_train_timesteps == 1100 and reference.config.use_karras_sigmas
+    assert solver.describe() == "DPMSolverMultistepScheduler(use_karras_sigmas=True)"
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        ({"prediction_type": "v_prediction"}, {}, "prediction_type is 'v_prediction', wanted 'epsilon'"),
+        ({"use_beta_sigmas": True}, {}, "use_beta_sigmas is True"),
+        ({"solver_order": 3}, {}, "solver_order must be one of 1, 2, got 3"),
+        ({}, {"karras": True}, "has no field 'karras'"),
+        ({"beta_end": 2.0}, {}, "beta_end < 1 does not hold"),
+        ({"num_train_timesteps": -5}, {}, "num_train_timesteps must be from 2"),
+        ({"timestep_spacing": "odd"}, {}, "timestep_spacing must be one of"),
+        ({"beta_schedule": "cosine"}, {}, "beta_schedule must be one of"),
+        ({"algorithm_type": "dpmsolver"}, {}, "algorithm_type must be one of"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_result_is_refused(config: dict, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DPMSolverMultistepScheduler.from_config(config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "exactly one of"), ({"steps": 3, "sigmas": [2.0, 1.0]}, "exactly one of"),
+        ({"steps": 0}, "from 1 to 1099, got 0"), ({"steps": -3}, "got -3"), ({"steps": 1100}, "got 1100"),
+        ({"steps": 2.5}, "got 2.5"), ({"steps": True}, "got True"),
+        ({"timesteps": []}, "must fall strictly"), ({"timesteps": [3, 3]}, "must fall strictly"),
+        ({"timesteps": [1100, 3]}, "within 0.0 to 1099"), ({"timesteps": [3, -1]}, "within 0.0 to 1099"),
+        ({"sigmas": [1.0, 2.0]}, "must fall strictly"), ({"sigmas": [1.0]}, "at least two"),
+        ({"sigmas": [float("nan"), 0.0]}, "must fall strictly"),
+    ],
+)  # fmt: skip
+def test_bad_runs_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EulerDiscreteScheduler().schedule(**given)
+
+
+def test_karras_sets_its_own_timesteps() -> None:
+    with pytest.raises(ValueError, match="use_karras_sigmas"):
+        EulerDiscreteScheduler(use_karras_sigmas=True).schedule(timesteps=[5, 3])
+    with pytest.raises(ValueError, match="leaves none"):
+        EulerDiscreteScheduler().schedule(5).until(0.001)
+    with pytest.raises(ValueError, match="above 0 and at most 1, got 1.5"):
+        EulerDiscreteScheduler().schedule(5).until(1.5)
