@@ -56,7 +56,8 @@ def resolve(
     needed.
 
     Of a repository only the files of `components` in `variant` are fetched; `HF_ENDPOINT`, `HF_HUB_OFFLINE`
-    and the hub's cache are respected. Raises FileNotFoundError naming what was looked for.
+    and the hub's cache are respected, and the cache serves when the hub cannot be reached. Raises
+    FileNotFoundError, in one line, naming what was looked for.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -67,27 +68,40 @@ def resolve(
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of the HTTP client, which differs by release)
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
+        LocalTokenNotFoundError,
     )
 
-    place: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    repo, listing, reason = str(name), None, "local_files_only is set"
+    if not local_files_only:
+        try:
+            info = HfApi(token=token).model_info(repo, revision=revision)
+            listing = [file.rfilename for file in info.siblings or ()]
+        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+            raise FileNotFoundError(f"{repo}: cannot be had from the hub: {_one_line(error)}") from None
+        except (OSError, HTTPError) as error:  # no connection, or offline mode: the cache may serve
+            reason = f"the hub cannot be reached: {_one_line(error)}"
+    # Without a listing one file stands for all: the hub's client refuses a cache that lacks a file asked for,
+    # by default any of the repository, and ours lacks those that were not needed.
+    wanted = ["model_index.json"] if listing is None else needed_files(listing, components, variant, repo)
     try:
-        if local_files_only:
-            return Path(snapshot_download(str(name), local_files_only=True, **place))
-        listing = HfApi(token=token).list_repo_files(str(name), revision=revision)
-        wanted = needed_files(listing, components, variant, str(name))
-        return Path(snapshot_download(str(name), allow_patterns=wanted, **place))
-    except OfflineModeIsEnabled:
-        return resolve(name, components, variant=variant, local_files_only=True, **place)
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name}: not in the local cache, and not allowed or able to download it"
-        ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{name}: cannot be had from the hub: {str(error).splitlines()[0]}"
-        ) from error
+        return Path(
+            snapshot_download(
+                repo, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=wanted,
+                local_files_only=listing is None,
+            )
+        )  # fmt: skip
+    except (LocalEntryNotFoundError, HTTPError, HFValidationError) as error:
+        if listing is None:
+            raise FileNotFoundError(f"{repo}: not in the local cache, and {reason}") from None
+        raise FileNotFoundError(f"{repo}: cannot be had from the hub: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong and where; after two lines, messages of the hub's client turn to advice."""
+    lines = [line for line in str(error).splitlines() if line]
+    return " ".join(lines[:2]) or type(error).__name__
 
 
 def needed_files(

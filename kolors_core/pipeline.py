@@ -122,22 +122,19 @@ class KolorsPipeline(Components):
         shape = (len(positive.size_ids), self.vae.config.latent_channels, height // scale, width // scale)
         precise = torch.promote_types(self.dtype, torch.float32)
 
-        def noise() -> Tensor:
-            return draw_noise(shape, generator, self.device, precise)
-
-        if latents is not None and tuple(latents.shape) != shape:
+        if latents is None:
+            latents = draw_noise(shape, generator, self.device, precise)
+        elif tuple(latents.shape) != shape:
             raise ValueError(f"latents must be {list(shape)}, got {list(latents.shape)}")
-        start = noise() if latents is None else latents.to(self.device, precise)
-        self._guidance_scale, self._interrupt, self._num_timesteps = (
-            guidance_scale,
-            False,
-            len(schedule.timesteps),
+        start = latents.to(self.device, precise) * schedule.start_scale
+        sampler = sampler_of(
+            self.scheduler, schedule, lambda: draw_noise(shape, generator, self.device, torch.float32)
         )
+        self._num_timesteps = len(schedule.timesteps)
+        self._guidance_scale, self._interrupt = guidance_scale, False
         with self._progress_bar(self._num_timesteps) as bar:
             run = Run(self, schedule, positive, negative, callback_on_step_end, names, bar.update)
-            result = run(
-                sampler_of(self.scheduler, len(whole.timesteps), noise), start * schedule.start_scale
-            )
+            result = run(sampler, start)
 
         if output_type == "latent":
             images = result.to(self.dtype)

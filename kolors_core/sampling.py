@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kolors_core.schedule import DPMSolverMultistepScheduler, Scheduler
+from kolors_core.schedule import DPMSolverMultistepScheduler, Schedule, Scheduler
 
 Denoise = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int, Tensor], Tensor]
@@ -80,15 +80,15 @@ def dpmpp_2m(
     return x
 
 
-def sampler_of(scheduler: Scheduler, steps: int, noise: Callable[[], Tensor]) -> Sampler:
-    """A scheduler's function (denoise, x, sigmas, on_step) -> x; `steps` are those of the whole run."""
+def sampler_of(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], Tensor]) -> Sampler:
+    """The function that a scheduler stands for in a run: (denoise, x, sigmas, on_step) -> x."""
     if not isinstance(scheduler, DPMSolverMultistepScheduler):
         return euler
     return partial(
         dpmpp_2m,
         noise=noise if scheduler.algorithm_type == "sde-dpmsolver++" else None,
         order=scheduler.solver_order,
-        first_order_last=scheduler.euler_at_final or (scheduler.lower_order_final and steps < 15),
+        first_order_last=schedule.first_order_last,
     )
 
 

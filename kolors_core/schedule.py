@@ -24,10 +24,9 @@ class Schedule:
     """The numbers of one run of n steps.
 
     sigmas: float64 [n + 1], falling; the last is where the run ends, usually 0. timesteps: float64 [n], what
-    the UNet is told at each sigma. start_scale: what standard normal noise is multiplied with to start at
-    sigmas[0].
+    the UNet is told at each sigma. start_scale: what standard normal noise is multiplied with to start.
     table: float32 [T], the sigma of each training timestep. whole_timesteps: whether the UNet is told rounded
-    ones.
+    ones. first_order_last: whether the last step leaves out DPM-Solver++'s multistep term.
     """
 
     sigmas: Tensor
@@ -35,6 +34,7 @@ class Schedule:
     start_scale: float
     table: Tensor
     whole_timesteps: bool
+    first_order_last: bool = False
 
     def timestep(self, sigma: float) -> float:
         """The timestep of a sigma: that of the run's step if it is one of them, else read off the table."""
@@ -54,7 +54,8 @@ class Schedule:
         steps = int((self.timesteps >= round(total - fraction * total)).sum())
         if steps == 0:
             raise ValueError(f"denoising_end {fraction} leaves none of the {len(self.timesteps)} steps")
-        return replace(self, sigmas=self.sigmas[: steps + 1], timesteps=self.timesteps[:steps])
+        kept = {"sigmas": self.sigmas[: steps + 1], "timesteps": self.timesteps[:steps]}
+        return replace(self, **kept, first_order_last=self.first_order_last and steps == len(self.timesteps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +236,10 @@ class DPMSolverMultistepScheduler(Scheduler):
     def _finish(self, sigmas: list[float], timesteps: list[float], table: Tensor) -> Schedule:
         scale = math.sqrt(sigmas[0] ** 2 + 1)
         whole = [float(round(t)) for t in timesteps]
-        return Schedule(_float64(sigmas), _float64(whole), scale, table, whole_timesteps=True)
+        last = self.euler_at_final or (self.lower_order_final and len(whole) < 15)
+        return Schedule(
+            _float64(sigmas), _float64(whole), scale, table, whole_timesteps=True, first_order_last=last
+        )
 
 
 SCHEDULERS: dict[str, type[Scheduler]] = {

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.pipelines import Pair, make_pair, use_solver
 from tests.reference_folder import REAL_TOKENIZER, train_tokenizer, write
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
@@ -32,3 +33,22 @@ def reference_folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: 
     folder = tmp_path_factory.mktemp("checkpoint") / "kolors"
     write(folder, REAL_TOKENIZER if REAL_TOKENIZER.exists() else small_tokenizer)
     return folder
+
+
+@pytest.fixture(scope="session")
+def float32(small_tokenizer: Path) -> Pair:
+    """Both pipelines in float32."""
+    return make_pair(small_tokenizer, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def float64(small_tokenizer: Path) -> Pair:
+    """Both pipelines in float64."""
+    return make_pair(small_tokenizer, torch.float64)
+
+
+@pytest.fixture
+def pipes(float64: Pair) -> Pair:
+    """Both in float64, with Euler."""
+    use_solver(float64, "EulerDiscreteScheduler", {})
+    return float64

@@ -115,27 +115,28 @@ def first_divergence(
         name.rpartition(".")[0]: table.to_public(name).rpartition(".")[0]
         for name, _ in ours.named_parameters()
     }
-    seen_ours = _record(ours, counterpart.keys(), run_ours)
-    seen_theirs = _record(theirs, set(counterpart.values()), run_theirs)
-    for name, outputs in seen_ours.items():
-        for output, expected in zip(outputs, seen_theirs.get(counterpart[name], []), strict=True):
-            if expected.shape != output.shape and expected.transpose(0, 1).shape == output.shape:
-                expected = expected.transpose(0, 1)  # the reference's ChatGLM has the sequence first
-            if (error := relative_error(output, expected)) > tolerance:
-                return f"{name} ({counterpart[name]} in the reference), relative error {error:.1e}"
+    expected: dict[str, list[Tensor]] = {}
+    for name, output in _record(theirs, set(counterpart.values()), run_theirs):
+        expected.setdefault(name, []).append(output)
+    for name, output in _record(ours, set(counterpart), run_ours):
+        other = expected[counterpart[name]].pop(0)
+        if other.shape != output.shape and other.transpose(0, 1).shape == output.shape:
+            other = other.transpose(0, 1)  # the reference's ChatGLM has the sequence first
+        if (error := relative_error(output, other)) > tolerance:
+            return f"{name} ({counterpart[name]} in the reference), relative error {error:.1e}"
     return "no module differs, so it lies between modules"
 
 
-def _record(model: nn.Module, names: object, run: Callable[[], object]) -> dict[str, list[Tensor]]:
-    outputs: dict[str, list[Tensor]] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if name in names:  # type: ignore[operator]
+def _record(model: nn.Module, names: set[str], run: Callable[[], object]) -> list[tuple[str, Tensor]]:
+    """The outputs of the named modules, in the order in which they ran."""
+    outputs: list[tuple[str, Tensor]] = []
 
-            def keep(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
-                outputs.setdefault(name, []).append(output.detach().clone())
+    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _inputs, output: outputs.append((name, output.detach().clone()))
 
-            handles.append(module.register_forward_hook(keep))
+    handles = [
+        module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name in names
+    ]
     try:
         with torch.no_grad():
             run()

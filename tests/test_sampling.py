@@ -72,7 +72,7 @@ def our_trajectory(kind: type[Scheduler], changes: dict, steps: int) -> tuple[li
         trajectory.append(x / scale)
         return x
 
-    sampler_of(scheduler, steps, noise)(
+    sampler_of(scheduler, schedule, noise)(
         our_denoise(schedule), noise() * schedule.start_scale, schedule.sigmas, on_step
     )
     return trajectory, generator.get_state()

@@ -1,0 +1,142 @@
+"""The command line: the reference's picture from a folder, its description, and one-line errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kolors_core.__main__ import SAMPLERS, main
+
+PROMPT = "一张瓢虫的照片，微距，高质量"
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp-2m-karras", "euler"])
+def test_its_png_is_the_references(reference_folder: Path, tmp_path: Path, sampler: str) -> None:
+    """A folder as published goes through the command line; no pixel differs by more than 1 of 255."""
+    out = tmp_path / "out.png"
+    arguments = [PROMPT, "--weights", str(reference_folder), "--variant", "fp16", "-o", str(out),
+                 "--seed", "7", "--negative", "red cat", "--guidance", "6.5", "--steps", "25",
+                 "--device", "cpu", "--sampler", sampler, "--height", "96", "--width", "128"]  # fmt: skip
+    run = subprocess.run([sys.executable, "-m", "kolors_core", *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "25/25" in run.stderr and "seed 7" in run.stderr
+
+    pipe = diffusers.KolorsPipeline.from_pretrained(reference_folder, variant="fp16", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if sampler == "dpmpp-2m-karras":
+        pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+            pipe.scheduler.config, use_karras_sigmas=True
+        )
+    expected = pipe(
+        prompt=PROMPT, negative_prompt="red cat", guidance_scale=6.5, num_inference_steps=25, height=96,
+        width=128, generator=torch.Generator().manual_seed(7),
+    ).images[0]  # fmt: skip
+    mine = np.asarray(Image.open(out)).astype(int)
+    assert mine.shape == (96, 128, 3) and mine.std() > 5
+    assert abs(mine - np.asarray(expected).astype(int)).max() <= 1
+
+
+def draw(folder: Path, out: Path, *more: str) -> int:
+    return main(["cat", "-w", str(folder), "-o", str(out), "--steps", "2", "--device", "cpu", "-q", *more])
+
+
+def test_a_picture_tells_how_it_was_made(
+    reference_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "new" / "cat.png"
+    assert draw(reference_folder, out, "--seed", "5", "-n", "dog", "--guidance", "3.5", "--height", "64") == 0
+    assert capsys.readouterr() == ("", ""), "quiet means quiet"
+    assert main(["--info", str(out)]) == 0
+    printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert printed == {
+        "prompt": "cat", "negative_prompt": "dog", "seed": "5", "steps": "2", "guidance_scale": "3.5",
+        "sampler": "DPMSolverMultistepScheduler(use_karras_sigmas=True)", "size": "128x64",
+        "software": "kolors_core 0.1.0",
+    }  # fmt: skip
+
+
+def test_a_seed_is_chosen_written_down_and_gives_the_picture_again(
+    reference_folder: Path, tmp_path: Path
+) -> None:
+    assert draw(reference_folder, tmp_path / "a.png") == 0
+    with Image.open(tmp_path / "a.png") as first:
+        seed, pixels = first.info["seed"], np.asarray(first)
+    assert draw(reference_folder, tmp_path / "b.png", "--seed", seed) == 0
+    assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / "b.png")))
+
+
+def test_several_pictures_are_numbered_and_each_is_its_seeds(reference_folder: Path, tmp_path: Path) -> None:
+    assert draw(reference_folder, tmp_path / "x.png", "--images", "2", "--seed", "3") == 0
+    assert draw(reference_folder, tmp_path / "alone.png", "--seed", "4") == 0
+    second = np.asarray(Image.open(tmp_path / "x-2.png")).astype(int)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.png", "x-1.png", "x-2.png"]
+    assert abs(second - np.asarray(Image.open(tmp_path / "alone.png")).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws(sampler: str, reference_folder: Path, tmp_path: Path) -> None:
+    assert draw(reference_folder, tmp_path / "x.png", "--sampler", sampler, "--seed", "1") == 0
+
+
+def test_size_conditions_and_own_steps(reference_folder: Path, tmp_path: Path) -> None:
+    sizes = ["--original-size", "512,256", "--crop", "8x4", "--target-size", "64,64",
+             "--negative-crop", "1,1", "--negative-original-size", "99,99",
+             "--negative-target-size", "9,9"]  # fmt: skip
+    own = ["--sampler", "euler", "--sigmas", "20,5,1,0", "--max-tokens", "16", "--denoising-end", "1"]
+    command = ["cat", "-w", str(reference_folder), "-o", str(tmp_path / "x.png"), "-q", "--device", "cpu"]
+    assert main([*command, *sizes, *own]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompt: say what to draw"),
+        (["cat"], "no model: name one with --weights"),
+        (["cat", "-w", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["cat", "-w", "FOLDER", "--height", "100"], "height must be a positive multiple of 8, got 100"),
+        (["cat", "-w", "FOLDER", "--steps", "-1"], "got -1"),
+        (
+            ["cat", "-w", "FOLDER", "--guidance", "1", "-n", "dog"],
+            "negative_prompt has no effect without guidance",
+        ),
+        (["cat", "-w", "FOLDER", "--steps", "5", "--sigmas", "1,0"], "--steps has no effect beside"),
+        (["cat", "-w", "FOLDER", "-o", "x.jpg"], "--out must end in .png, got x.jpg"),
+        (["cat", "-w", "FOLDER", "-o", "EXISTS.png"], "exists: choose another --out, or --force"),
+        (["cat", "-w", "FOLDER", "--device", "toaster"], "wanted a device of this machine"),
+        (["cat", "-w", "FOLDER", "--images", "0"], "num_images_per_prompt must be a positive whole number"),
+        (["--info", "FOLDER/model_index.json"], "not an image"),
+        (["--info", "nothing.png"], "nothing.png"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str], message: str, reference_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("EXISTS.png").write_bytes(b"mine")
+    assert main([argument.replace("FOLDER", str(reference_folder)) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+    assert Path("EXISTS.png").read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for flag in (
+        "--weights",
+        "--variant",
+        "--negative",
+        "--seed",
+        "--sampler",
+        "--guidance",
+        "--info",
+        "--dtype",
+    ):
+        assert flag in shown

@@ -1,0 +1,98 @@
+"""The house itself: who may import whom, what importing costs, and how long a file may be."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = [
+    "config",
+    "attention",
+    "image",
+    "tokenizer",
+    "chatglm",
+    "clip_vision",
+    "unet",
+    "vae",
+    "ip_adapter",
+    "controlnet",
+    "lora",
+    "schedule",
+    "sampling",
+    "guidance",
+    "placement",
+    "checkpoint",
+    "components",
+    "callback",
+    "pipeline",
+    "training",
+    "batch",
+    "__init__",
+    "__main__",
+]
+RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
+
+
+def imports(file: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+FILES = sorted((ROOT / "kolors_core").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_each_file_imports_only_from_files_above_it(file: Path) -> None:
+    own = {name.split(".")[1] for name in imports(file) if name.startswith("kolors_core.")}
+    late = [name for name in own if ORDER.index(name) >= ORDER.index(file.stem)]
+    assert not late, f"{file.name} imports {late}, which stand below it"
+
+
+@pytest.mark.parametrize(
+    "file", [*FILES, *sorted((ROOT / "weights_convert").glob("*.py"))], ids=lambda f: f.stem
+)
+def test_only_the_agreed_packages_at_run_time(file: Path) -> None:
+    outside = {name.split(".")[0] for name in imports(file)} - set(sys.stdlib_module_names)
+    assert outside <= RUN_TIME | {"kolors_core", "weights_convert"}
+    if file.parent.name == "weights_convert":
+        assert outside <= {"torch", "safetensors", "weights_convert"}
+
+
+def test_importing_needs_torch_and_safetensors_only_and_prints_nothing() -> None:
+    program = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"sentencepiece", "einops", "PIL", "huggingface_hub", "tqdm", "diffusers",
+        "transformers"}:
+            raise ImportError(name + " imported")
+sys.meta_path.insert(0, Refuse())
+import kolors_core, weights_convert, kolors_core.__main__
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_there_is_one_attention_call() -> None:
+    callers = [file.name for file in FILES if "scaled_dot_product" in file.read_text()]
+    assert callers == ["attention.py"]
+    assert (ROOT / "kolors_core" / "attention.py").read_text().count("scaled_dot_product_attention(") == 1
+
+
+def test_files_are_read_in_one_sitting() -> None:
+    for folder in ("kolors_core", "weights_convert", "tests", "benchmarks"):
+        for file in (ROOT / folder).glob("*.py"):
+            assert len(file.read_text().splitlines()) <= 400, file
+    path = ("tokenizer", "chatglm", "unet", "vae", "schedule", "sampling", "guidance")
+    lines = sum(len((ROOT / "kolors_core" / f"{name}.py").read_text().splitlines()) for name in path)
+    assert lines < 1500, "the text-to-image path grows too long to read"

@@ -1,0 +1,229 @@
+"""The whole pipeline against the reference, latents step by step; what every argument means and refuses."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import kolors_core
+from kolors_core import DPMSolverMultistepScheduler, KolorsPipeline
+from kolors_core.image import read_description
+from tests.parity import FLOAT32, first_divergence, relative_error
+from tests.pipelines import SMALL_PICTURE, SOLVERS, Pair, assert_same_steps, embeddings, steps_of, use_solver
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize(("solver", "changes"), SOLVERS, ids=["euler", "dpm", "sde"])
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_every_step_equals_the_reference(
+    precision: str, solver: str, changes: dict, guidance_scale: float, request: pytest.FixtureRequest
+) -> None:
+    pair = request.getfixturevalue(precision)
+    use_solver(pair, solver, changes)
+    prompts = ["一张瓢虫的照片", "a photo of the red cat"]
+    # In float64 both differ by what the reference's schedulers cast to float32; in float32 the VAE makes
+    # 9e-6 in the pictures of 4e-6 in the latents: a four-hundredth of one of 255 steps.
+    pictures = FLOAT32 if precision == "float64" else 4 * FLOAT32
+    assert_same_steps(
+        pair, FLOAT32, pictures, prompt=prompts, num_images_per_prompt=2, guidance_scale=guidance_scale
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"negative_prompt": "small cat"},
+        {"negative_prompt": ""},
+        {"original_size": (1024, 512), "crops_coords_top_left": (16, 8), "target_size": (640, 333)},
+        {"original_size": (99, 98), "negative_original_size": (512, 256), "negative_target_size": (64, 32),
+         "negative_crops_coords_top_left": (5, 7)},
+        {"crops_coords_top_left": (16, 8)},
+        {"timesteps": [1099, 500, 333, 20]},
+        {"sigmas": [25.0, 11.0, 2.5, 0.5, 0.0]},
+        {"height": 72, "width": 40},
+        {"num_inference_steps": 12, "denoising_end": 0.7},
+        {"num_inference_steps": 1},
+    ],
+    ids=lambda arguments: "-".join(arguments),
+)  # fmt: skip
+def test_arguments_mean_what_they_mean_in_the_reference(pipes: Pair, arguments: dict) -> None:
+    assert_same_steps(pipes, prompt="a photo of the red cat", **arguments)
+
+
+@pytest.mark.parametrize(("solver", "changes"), SOLVERS[:2], ids=["euler", "dpm"])
+def test_denoising_end_gives_the_references_latents(pipes: Pair, solver: str, changes: dict) -> None:
+    use_solver(pipes, solver, changes)
+    arguments = {"prompt": "cat", "num_inference_steps": 10, "denoising_end": 0.6, "output_type": "latent"}
+    mine, other = (steps_of(pipe, **arguments)[-1] for pipe in pipes)
+    assert relative_error(mine, other) < FLOAT32
+
+
+def test_given_latents_and_generators(pipes: Pair) -> None:
+    for solver, changes in SOLVERS[:2]:
+        use_solver(pipes, solver, changes)
+        latents = torch.randn(1, 4, 8, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        assert_same_steps(pipes, prompt="cat", latents=latents)
+    mine, other = (
+        steps_of(pipe, prompt=["cat", "的"], generator=[torch.Generator().manual_seed(s) for s in (1, 2)])
+        for pipe in pipes
+    )
+    assert relative_error(mine[-1], other[-1]) < FLOAT32
+
+
+def test_embeddings_equal_the_reference_and_stand_in_for_prompts(pipes: Pair) -> None:
+    ours, theirs = pipes
+    arguments = {"prompt": ["cat", "一张照片"], "num_images_per_prompt": 2, "negative_prompt": ["red", ""]}
+    with torch.no_grad():
+        mine, other = ours.encode_prompt(**arguments), theirs.encode_prompt(**arguments)
+    for a, b in zip(mine, other, strict=True):
+        assert relative_error(a, b) < FLOAT32
+    assert_same_steps(pipes, **embeddings(ours, "cat", negative_prompt="red"))
+
+
+def test_output_types_and_return_dict(pipes: Pair) -> None:
+    ours, theirs = pipes
+    arguments: dict[str, Any] = {"prompt": "cat", **SMALL_PICTURE, "num_inference_steps": 2}
+
+    def run(pipe: Any, **more: Any) -> Any:
+        return pipe(**arguments, **more, generator=torch.Generator().manual_seed(0))
+
+    pictures = run(ours).images
+    assert pictures[0].size == (72, 64) and run(ours, return_dict=False)[0][0].size == (72, 64)
+    assert run(ours)[0][0].size == (72, 64)
+    expected = run(theirs, output_type="np").images
+    assert abs(run(ours, output_type="np").images - expected).max() < FLOAT32
+    assert run(ours, output_type="pt").images.shape == (1, 3, 64, 72)
+    assert run(ours, output_type="latent").images.shape == (1, 4, 8, 9)
+
+
+def test_parity_can_fail_and_names_the_module(float64: Pair) -> None:
+    ours, theirs = float64
+    use_solver(float64, *SOLVERS[0])
+    norm = ours.unet.up[1].attentions[2].blocks[0].norm3
+    arguments: dict[str, Any] = {"prompt": "cat", "num_inference_steps": 2}
+    norm.eps = 1e-2
+    try:
+        mine, other = (steps_of(pipe, **arguments)[-1] for pipe in float64)
+        assert relative_error(mine, other) > 10 * FLOAT32
+        runs = [lambda pipe=pipe: steps_of(pipe, **arguments) for pipe in float64]
+        named = first_divergence(ours.unet, theirs.unet, "unet", *runs, FLOAT32)
+        assert named.startswith("up.1.attentions.2.blocks.0.norm3 (up_blocks.1.")
+    finally:
+        norm.eps = 1e-5
+
+
+def test_the_signature_is_the_references() -> None:
+    later = {"ip_adapter_image", "ip_adapter_image_embeds", "self"}
+    for name in ("__call__", "encode_prompt"):
+        mine = inspect.signature(getattr(KolorsPipeline, name)).parameters
+        other = inspect.signature(getattr(diffusers.KolorsPipeline, name)).parameters
+        assert [n for n in mine if n not in later] == [n for n in other if n not in later]
+        for parameter in mine.keys() - later - {"prompt", "callback_on_step_end_tensor_inputs"}:
+            assert mine[parameter].default == other[parameter].default, parameter
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "prompt must be a string or a list of at least one string"),
+        ({"prompt": 3}, "prompt must be a string or a list"),
+        ({"prompt": None}, "give either prompt or prompt_embeds"),
+        ({"height": 100}, "height must be a positive multiple of 8, got 100"),
+        ({"width": -8}, "width must be a positive multiple of 8, got -8"),
+        ({"width": 64.0}, "width must be a positive multiple of 8, got 64.0"),
+        ({"num_inference_steps": -1}, "number of steps must be .* got -1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a positive whole number, got 0"),
+        ({"output_type": "jpg"}, "output_type must be of pil, np, pt, latent, got 'jpg'"),
+        ({"eta": 0.5}, "eta is 0.5"),
+        ({"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs has no effect"),
+        ({"guidance_scale": 1.0, "negative_prompt": "red"}, "negative_prompt has no effect without"),
+        ({"guidance_scale": 0.0, "negative_target_size": (8, 8)}, "negative_target_size has no effect"),
+        ({"guidance_scale": 0.0, "negative_crops_coords_top_left": (8, 8)}, "negative_crops_coords_top_left"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}, "negative prompts must match"),
+        ({"max_sequence_length": 257}, "max_sequence_length must be from 3 to 256, got 257"),
+        ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents must be \[1, 4, 8, 9\], got \[1, 4, 3, 3\]"),
+        ({"generator": [torch.Generator()] * 3}, "a list of 1, one for each picture"),
+        ({"original_size": (64,)}, "original_size must be two whole numbers"),
+        ({"negative_target_size": (64, 1.5)}, "negative_target_size must be two whole numbers"),
+        ({"denoising_end": 2.0}, "denoising_end must be above 0 and at most 1, got 2.0"),
+        ({"timesteps": [5, 3], "sigmas": [2.0, 0.0]}, "exactly one of steps, timesteps and sigmas"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "must be of latents, .* got 'noise'"),
+        ({"prompt_embeds": torch.zeros(1, 5, 64)}, "pooled_prompt_embeds must be given together"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 5, 7), "pooled_prompt_embeds": torch.zeros(1, 7)},
+         r"prompt_embeds must be \[batch, tokens, 64\], got \[1, 5, 7\]"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 5, 64), "pooled_prompt_embeds": torch.zeros(2, 64)},
+         r"pooled_prompt_embeds must be \[1, 64\], got \[2, 64\]"),
+        ({"prompt_embeds": torch.zeros(1, 5, 64), "pooled_prompt_embeds": torch.zeros(1, 64)}, "not both"),
+        ({"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 256, 64),
+          "negative_pooled_prompt_embeds": torch.zeros(1, 64)}, "or negative_prompt_embeds, not both"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_bad_arguments_are_named(pipes: Pair, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        pipes[0](**({"prompt": "cat"} | SMALL_PICTURE | arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_text_encoder_embeddings_are_asked_for(reference_folder: Path, pipes: Pair) -> None:
+    pipe = KolorsPipeline.from_pretrained(reference_folder, text_encoder=None, tokenizer=None)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="no text encoder or tokenizer: pass prompt_embeds"):
+        pipe("cat")
+    pictures = pipe(**embeddings(pipes[0], "cat"), **SMALL_PICTURE).images
+    assert pictures[0].size == (72, 64)
+
+
+# The reference's page, and the picture's own description.
+
+
+def test_the_pages_first_example_runs_with_its_import_line_changed(
+    reference_folder: Path, tmp_path: Path
+) -> None:
+    pipe = KolorsPipeline.from_pretrained(str(reference_folder), torch_dtype=torch.float16, variant="fp16")
+    pipe.to("cpu")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    image = pipe(
+        prompt='一张瓢虫的照片，微距，变焦，高质量，电影，拿着一个木牌，写着"可图"',
+        negative_prompt="",
+        guidance_scale=6.5,
+        num_inference_steps=25,
+    ).images[0]
+    image.save(tmp_path / "kolors_sample.png")
+    facts = read_description(tmp_path / "kolors_sample.png")
+    assert facts["prompt"].startswith("一张瓢虫的照片") and facts["steps"] == "25"
+    assert facts["sampler"] == "DPMSolverMultistepScheduler(use_karras_sigmas=True)"
+    assert (facts["guidance_scale"], facts["size"]) == ("6.5", "128x128")
+    assert facts["software"] == f"kolors_core {kolors_core.__version__}"
+    assert "seed" not in facts, "no generator was given"
+
+
+def test_each_picture_has_its_own_prompt_and_seed(pipes: Pair) -> None:
+    seeds = (1, 2, 3, 4)
+    pictures = pipes[0](
+        ["cat", "的"], negative_prompt="red", num_images_per_prompt=2, **SMALL_PICTURE,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images  # fmt: skip
+    assert [picture.info["prompt"] for picture in pictures] == ["cat", "cat", "的", "的"]
+    assert [picture.info["seed"] for picture in pictures] == ["1", "2", "3", "4"]
+    assert {picture.info["negative_prompt"] for picture in pictures} == {"red"}
+
+
+def test_progress_can_be_switched_off(pipes: Pair, capsys: pytest.CaptureFixture) -> None:
+    ours, _ = pipes
+    run: Callable[[], Any] = lambda: ours("cat", **SMALL_PICTURE)  # noqa: E731
+    run()
+    assert capsys.readouterr().err == ""
+    ours.set_progress_bar_config()
+    try:
+        run()
+    finally:
+        ours.set_progress_bar_config(disable=True)
+    assert "4/4" in capsys.readouterr().err
