@@ -52,8 +52,7 @@ def resolve(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Path:
-    """The local folder of a checkpoint: `name` itself if it is a folder, else a hub repository, downloaded as
-    needed.
+    """The local folder of a checkpoint: `name` itself if it is one, else a hub repository's, downloaded.
 
     Of a repository only the files of `components` in `variant` are fetched; `HF_ENDPOINT`, `HF_HUB_OFFLINE`
     and the hub's cache are respected, and the cache serves when the hub cannot be reached. Raises

@@ -53,6 +53,29 @@ def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tens
     return torch.tensor([[*original, *crop, *target]], dtype=torch.float32)  # [1, 6]
 
 
+def size_ids_of_both(
+    picture: Size,
+    original: Size | None,
+    crop: Size,
+    target: Size | None,
+    negative_original: Size | None,
+    negative_crop: Size,
+    negative_target: Size | None,
+) -> tuple[Tensor, Tensor]:
+    """Positive and negative size ids [1, 6]. What is not given is the picture's, or for the negative the
+    positive's.
+
+    The negative crop's default is (0, 0), so that alone says nothing: it then follows the positive crop.
+    """
+    original, target = original or picture, target or picture
+    if not (negative_original or negative_target or any(negative_crop)):
+        negative_crop = crop
+    negative_ids = size_ids(
+        negative_original or original, negative_crop, negative_target or target, "negative_"
+    )
+    return size_ids(original, crop, target), negative_ids
+
+
 def guided(
     unet: UNet,
     schedule: Schedule,

@@ -14,7 +14,7 @@ from kolors_core.callback import NAMES, Run, StepCallback
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.components import MAX_TOKENS, Components, Prompt
 from kolors_core.config import VERSION
-from kolors_core.guidance import Conditioning, Size, size_ids
+from kolors_core.guidance import Conditioning, Size, size_ids_of_both
 from kolors_core.image import OUTPUT_TYPES, describe, to_output
 from kolors_core.sampling import Generators, draw_noise, sampler_of
 
@@ -99,24 +99,17 @@ class KolorsPipeline(Components):
         scale = self.vae.config.downscale
         height = _whole("height", self.unet.config.sample_size * scale if height is None else height, scale)
         width = _whole("width", self.unet.config.sample_size * scale if width is None else width, scale)
-        original_size, target_size = original_size or (height, width), target_size or (height, width)
-        ids = size_ids(original_size, crops_coords_top_left, target_size)
-        if not (negative_original_size or negative_target_size or any(negative_crops_coords_top_left)):
-            negative_crops_coords_top_left = crops_coords_top_left  # nothing is said of the negative's sizes
-        negative_ids = size_ids(
-            negative_original_size or original_size, negative_crops_coords_top_left,
-            negative_target_size or target_size, prefix="negative_",
+        ids, negative_ids = size_ids_of_both(
+            (height, width), original_size, crops_coords_top_left, target_size, negative_original_size,
+            negative_crops_coords_top_left, negative_target_size,
         )  # fmt: skip
-
         text, negative_text = self.embed(
             prompt, guidance_scale > 1, negative_prompt, prompt_embeds, pooled_prompt_embeds,
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
         )  # fmt: skip
         positive = self._condition(text, ids, num_images_per_prompt)
         negative = (
-            None
-            if negative_text is None
-            else self._condition(negative_text, negative_ids, num_images_per_prompt)
+            self._condition(negative_text, negative_ids, num_images_per_prompt) if negative_text else None
         )
 
         shape = (len(positive.size_ids), self.vae.config.latent_channels, height // scale, width // scale)

@@ -11,12 +11,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from kolors_core.config import ConfigDict
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,8 @@ class Scheduler(ABC):
     def table(self) -> Tensor:
         """The sigma of each training timestep, sqrt((1 - a) / a) for a = cumprod(1 - beta): float32 [T]."""
         root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
-        betas = torch.linspace(self.beta_start**root, self.beta_end**root, self.num_train_timesteps) ** (
-            1 / root
-        )
+        betas = torch.linspace(self.beta_start**root, self.beta_end**root, self.num_train_timesteps)
+        betas = betas ** (1 / root)
         alphas = torch.cumprod(1.0 - betas, dim=0)
         return ((1 - alphas) / alphas) ** 0.5
 
@@ -137,8 +139,7 @@ class Scheduler(ABC):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> Schedule:
-        """The numbers of a run of `steps` steps, or of given `timesteps` (n) or `sigmas` (n + 1, the last one
-        ends).
+        """The numbers of a run of `steps` steps, or of given `timesteps` (n) or `sigmas` (n + 1).
 
         Raises ValueError unless exactly one is given, or where the numbers do not fall strictly.
         """
@@ -253,7 +254,7 @@ _ONLY: dict[str, Any] = {
 }  # fmt: skip
 _INERT = {
     "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "set_alpha_to_one",
-    "skip_prk_steps",     "time_shift_type", "flow_shift",
+    "skip_prk_steps", "time_shift_type", "flow_shift",
 }  # fmt: skip
 
 
@@ -264,7 +265,7 @@ def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> 
     return [(high + r * (low - high)) ** rho for r in ramp]
 
 
-def timestep_of(sigma: float, table: Tensor) -> float:
+def timestep_of(sigma: "float | np.float32", table: Tensor) -> float:
     """The fractional timestep of a sigma: linear in log sigma between neighbours in the table."""
     import numpy as np
 
