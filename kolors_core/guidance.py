@@ -62,10 +62,11 @@ def size_ids_of_both(
     negative_crop: Size,
     negative_target: Size | None,
 ) -> tuple[Tensor, Tensor]:
-    """Positive and negative size ids [1, 6]. What is not given is the picture's, or for the negative the
-    positive's.
+    """Positive and negative size ids [1, 6].
 
-    The negative crop's default is (0, 0), so that alone says nothing: it then follows the positive crop.
+    What is not given is the picture's own size, for the negative what the positive has. A negative crop of
+    (0, 0) is
+    the default and alone says nothing: the positive crop then serves both.
     """
     original, target = original or picture, target or picture
     if not (negative_original or negative_target or any(negative_crop)):

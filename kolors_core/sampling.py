@@ -21,9 +21,9 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
-    """Euler's method on dx/dsigma = (x - x0) / sigma (Karras et al., https://arxiv.org/abs/2206.00364,
-    algorithm 1).
+    """Euler's method on dx/dsigma = (x - x0) / sigma.
 
+    Source: Karras et al., https://arxiv.org/abs/2206.00364, algorithm 1 without churn.
     x: noise times the schedule's start scale. sigmas: [n + 1], falling. on_step(i, x): called after step i,
     returns the x to go on with.
     """
@@ -45,19 +45,19 @@ def dpmpp_2m(
     order: int = 2,
     first_order_last: bool = False,
 ) -> Tensor:
-    """DPM-Solver++(2M) (https://arxiv.org/abs/2211.01095, algorithm 2), in sigmas: h = log(sigma /
-    next_sigma).
+    """DPM-Solver++(2M), written in sigmas: h = log(sigma / next_sigma).
 
-    x, sigmas, on_step: as for `euler`. noise: draws standard normal noise like x, which makes it the SDE form
-    (eq. 17 of that paper's version 2). order: 1 leaves out the multistep term. first_order_last: leave it out
+    Source: https://arxiv.org/abs/2211.01095, algorithm 2.
+    x, sigmas, on_step: as for `euler`. noise: draws standard normal noise like x, which makes it the same
+    paper's SDE-DPM-Solver++. order: 1 leaves out the multistep term. first_order_last: leave it out
     in the last step only; a step to sigma 0 always does.
     """
     last_x0, last_h, steps = None, 0.0, len(sigmas) - 1
     for i, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
         x0 = denoise(x, sigma)
         drawn = (
-            noise() if noise is not None else None
-        )  # drawn in the step to 0 too: the generator ends where it should
+            None if noise is None else noise()
+        )  # in the step to 0 too: it leaves the generator where it belongs
         if next_sigma == 0:
             x = x0
         else:
