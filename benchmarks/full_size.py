@@ -14,7 +14,6 @@ Errors: max |a - b| / max |b| and mean |a - b| / mean |b|, where b is the refere
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import resource
 import statistics
@@ -86,7 +85,8 @@ class Error:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Median seconds of a forward, and all of them in the order they were taken."""
+    """Median seconds of a forward, and all of them in the order they were taken. cpu_share: how much of the
+    threads' time was spent computing; well below 1, another program had the cores: measure again."""
 
     model: str
     case: str
@@ -95,6 +95,7 @@ class Timing:
     ours: float
     reference_over_ours: float
     fastest_reference_over_ours: float
+    cpu_share: float
     reference_all: list[float]
     ours_all: list[float]
 
@@ -296,6 +297,7 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 def alternate(model: str, case: str, dtype: str, pair: Pair, inputs: Tensors, rounds: int) -> Timing:
     """Reference, ours, ours, reference in each round: a drift of the machine's speed falls on both alike."""
     seconds: dict[str, list[float]] = {"reference": [], "ours": []}
+    cpu_start, wall_start = time.process_time(), time.perf_counter()
     for _ in range(rounds):
         for side in ("reference", "ours", "ours", "reference"):
             start = time.perf_counter()
@@ -304,31 +306,29 @@ def alternate(model: str, case: str, dtype: str, pair: Pair, inputs: Tensors, ro
             else:
                 pair.run_reference(pair.reference, inputs)
             seconds[side].append(round(time.perf_counter() - start, 4))
+    wall = time.perf_counter() - wall_start
     medians = {side: statistics.median(values) for side, values in seconds.items()}
     return Timing(
         model=model, case=case, dtype=dtype, reference=medians["reference"], ours=medians["ours"],
         reference_over_ours=round(medians["reference"] / medians["ours"], 4),
         fastest_reference_over_ours=round(min(seconds["reference"]) / min(seconds["ours"]), 4),
+        cpu_share=round((time.process_time() - cpu_start) / (wall * torch.get_num_threads()), 2),
         reference_all=seconds["reference"], ours_all=seconds["ours"],
     )  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
-    models = [
-        line.split(":", 1)[1].strip()
-        for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
-        if line.startswith("model name")
-    ]
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": importlib.metadata.version("diffusers"),
         "transformers": importlib.metadata.version("transformers"),
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "load_average_before": round(os.getloadavg()[0], 2),
     }
 
 
@@ -342,10 +342,13 @@ def markdown(errors: Sequence[Error], timings: Sequence[Timing]) -> str:
         numbers = (e.max, e.mean, e.ours_from_float64, e.reference_from_float64)
         cells = [e.model, e.case, e.output, e.dtype, *(f"{x:.1e}" for x in numbers)]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| model | case | dtype | reference, s | ours, s | reference / ours | of the fastest |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines += [
+        "",
+        "| model | case | dtype | reference, s | ours, s | reference / ours | of the fastest | CPU share |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for t in timings:
-        numbers = (t.reference, t.ours, t.reference_over_ours, t.fastest_reference_over_ours)
+        numbers = (t.reference, t.ours, t.reference_over_ours, t.fastest_reference_over_ours, t.cpu_share)
         cells = [t.model, t.case, t.dtype, *(f"{x:.2f}" for x in numbers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

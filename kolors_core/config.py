@@ -232,13 +232,14 @@ class KolorsConfig:
 KOLORS = KolorsConfig()
 TINY = KolorsConfig(
     text_encoder=ChatGLMConfig(
-        hidden_size=64, feed_forward_size=96, layers=3, heads=4, head_dim=16, query_groups=2
+        vocab_size=2048, hidden_size=192, feed_forward_size=384, layers=3, heads=6, head_dim=32,
+        query_groups=2,
     ),
     unet=UNetConfig(
-        sample_size=16, channels=(32, 64, 128), heads=(2, 4, 8), depths=(0, 1, 2),
-        text_dim=64, context_dim=48, size_dim=16,
+        sample_size=16, channels=(64, 128, 160), heads=(2, 4, 5), depths=(0, 1, 1), resnets_per_level=1,
+        text_dim=192, context_dim=192, size_dim=32,
     ),
-    vae=VAEConfig(sample_size=128, channels=(32, 32, 64, 64)),
+    vae=VAEConfig(sample_size=128, channels=(16, 32, 64, 96), resnets_per_level=1, norm_groups=8),
 )  # fmt: skip
 
 

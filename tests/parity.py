@@ -6,7 +6,6 @@ nothing.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -15,7 +14,7 @@ from diffusers.pipelines.kolors.text_encoder import ChatGLMModel
 from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.config import TINY, ChatGLMConfig, KolorsConfig, UNetConfig, VAEConfig
+from kolors_core.config import ChatGLMConfig, KolorsConfig, UNetConfig, VAEConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES
@@ -24,7 +23,17 @@ from weights_convert.rules import UNUSED, compare
 EXACT = 1e-10  # relative, in float64: the floor is about 1e-14, the smallest mistake we know of 1e-5
 FLOAT32 = 5e-6  # relative, where the reference computes a part in float32: the floor is about 1e-6
 
-SMALL: KolorsConfig = replace(TINY, text_encoder=replace(TINY.text_encoder, vocab_size=640))
+# The smallest Kolors with every part of the large one: attention at two of three levels, two resnets a level.
+SMALL = KolorsConfig(
+    text_encoder=ChatGLMConfig(
+        vocab_size=640, hidden_size=64, feed_forward_size=96, layers=3, heads=4, head_dim=16, query_groups=2
+    ),
+    unet=UNetConfig(
+        sample_size=16, channels=(32, 64, 128), heads=(2, 4, 8), depths=(0, 1, 2),
+        text_dim=64, context_dim=48, size_dim=16,
+    ),
+    vae=VAEConfig(sample_size=128, channels=(32, 32, 64, 64)),
+)  # fmt: skip
 
 
 def reference_chatglm(config: ChatGLMConfig) -> ChatGLMModel:

@@ -9,30 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "config",
-    "attention",
-    "image",
-    "tokenizer",
-    "chatglm",
-    "clip_vision",
-    "unet",
-    "vae",
-    "ip_adapter",
-    "controlnet",
-    "lora",
-    "schedule",
-    "sampling",
-    "guidance",
-    "placement",
-    "checkpoint",
-    "components",
-    "callback",
-    "pipeline",
-    "training",
-    "batch",
-    "__init__",
-    "__main__",
-]
+    "config", "attention", "image", "tokenizer", "chatglm", "clip_vision", "unet", "vae", "ip_adapter",
+    "controlnet", "lora", "schedule", "sampling", "guidance", "placement", "checkpoint", "components",
+    "callback", "pipeline", "dataset", "training", "batch", "__init__", "__main__",
+]  # fmt: skip
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
 
 
