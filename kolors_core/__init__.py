@@ -1,9 +1,8 @@
-"""Kolors from scratch: text to image with ChatGLM3, an SDXL-shaped UNet and a VAE, readable and equal to the
-reference.
+"""Kolors from scratch: Chinese or English text to pictures, readable, and equal to the reference.
 
     from kolors_core import KolorsPipeline
-    image = KolorsPipeline.from_pretrained("Kwai-Kolors/Kolors-diffusers",
-    variant="fp16")("一张瓢虫的照片").images[0]
+    pipe = KolorsPipeline.from_pretrained("Kwai-Kolors/Kolors-diffusers", variant="fp16")
+    pipe("一张瓢虫的照片").images[0].save("ladybug.png")
 
 Reading order: tokenizer, chatglm, unet, vae, schedule, sampling, guidance, pipeline.
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kolors_core.components import whole_number
 from kolors_core.config import VERSION
 from kolors_core.image import read_description, save_png
 from kolors_core.pipeline import KolorsPipeline
@@ -120,6 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         if options.info is not None:
+            if options.prompt is not None or options.weights is not None:
+                raise ValueError("--info stands alone: it prints how a picture was made, and draws none")
             for name, value in read_description(options.info).items():
                 print(f"{name}: {value}")
         else:
@@ -127,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted, nothing written", file=sys.stderr)
         return 130
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -141,6 +144,8 @@ def draw(options: argparse.Namespace) -> None:
         raise ValueError("no model: name one with --weights, such as Kwai-Kolors/Kolors-diffusers")
     if options.steps is not None and (options.timesteps or options.sigmas):
         raise ValueError("--steps has no effect beside --timesteps or --sigmas")
+    if options.timesteps and "karras" in options.sampler:
+        raise ValueError(f"--timesteps needs a --sampler without karras, got {options.sampler}")
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, got {options.out}")
     outs = [options.out]
@@ -148,7 +153,13 @@ def draw(options: argparse.Namespace) -> None:
         outs = [options.out.with_stem(f"{options.out.stem}-{i + 1}") for i in range(options.images)]
     if existing := [out for out in outs if out.exists() and not options.force]:
         raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
-    device = named_device(options.device) if options.device else best_device()
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to {2**63 - 1}, got {options.seed}")
+    for side in ("height", "width"):
+        if getattr(options, side) is not None:
+            whole_number(side, getattr(options, side), 8)
+    outs[0].parent.mkdir(parents=True, exist_ok=True)
+    device = named_device(options.device) if options.device is not None else best_device()
     pipe = KolorsPipeline.from_pretrained(
         options.weights, variant=options.variant, revision=options.revision,
         local_files_only=options.local_files_only,
@@ -157,7 +168,9 @@ def draw(options: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=options.quiet)
     kind, changes = SAMPLERS[options.sampler]
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
-    steps = options.steps if options.steps is not None else 50 if options.sampler.startswith("euler") else 25
+    steps = options.steps if options.steps is not None else 25
+    if options.steps is None and (options.timesteps or options.sigmas or options.sampler.startswith("euler")):
+        steps = 50
     seed = options.seed if options.seed is not None else secrets.randbelow(2**32)
     output = pipe(
         prompt=options.prompt, negative_prompt=options.negative, height=options.height, width=options.width,

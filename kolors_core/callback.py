@@ -54,7 +54,12 @@ class Run:
         names: Sequence[str],
         progress: Callable[[], Any],
     ) -> None:
-        """negative: None without guidance. names: of `NAMES`, for the callback. progress: at each step."""
+        """negative: None without guidance. names: of `NAMES`, for the callback. progress: at each step.
+
+        Raises TypeError for a callback that cannot be called.
+        """
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback_on_step_end must be a function, got {type(callback).__name__}")
         self.pipe, self.schedule, self.batch = pipe, schedule, len(positive.text_tokens)
         self.callback, self.names, self.progress = callback, names, progress
         told = positive if negative is None else Conditioning.cat(negative, positive)
@@ -82,7 +87,17 @@ class Run:
         latents = (x / self._scale(i + 1)).to(self.pipe.unet.conv_in.weight.dtype)
         seen = {name: latents if name == "latents" else self.tensors[name] for name in self.names}
         scale = self.pipe._guidance_scale
-        returned = dict(self.callback(self.pipe, i, self.schedule.timesteps[i], seen))
+        answer = self.callback(self.pipe, i, self.schedule.timesteps[i], seen)
+        if not isinstance(answer, dict):
+            raise TypeError(
+                f"callback_on_step_end must return a dict of tensors, got {type(answer).__name__}"
+            )
+        returned = dict(answer)
+        for name, value in returned.items():
+            if not isinstance(value, Tensor) and value is not self.tensors.get(name):
+                raise TypeError(
+                    f"callback_on_step_end returned {name} as {type(value).__name__}, wanted a tensor"
+                )
         if strangers := sorted(returned.keys() - set(NAMES)):
             raise ValueError(
                 f"callback_on_step_end returned {strangers[0]!r}; wanted some of {', '.join(NAMES)}"

@@ -107,11 +107,10 @@ class ChatGLM(nn.Module):
 
 
 def attention_mask(mask: Tensor) -> Tensor:
-    """Who may attend to whom: mask [B, L] -> [B, 1, L, L], True where the query (third axis) sees the key
-    (fourth).
+    """Who may attend to whom: [B, 1, L, L], True where the query (third axis) sees the key (fourth).
 
-    A real token sees the real tokens up to itself. A pad sees everything, pads and later tokens too: so the
-    published model was trained, and the UNet reads the pad rows.
+    mask: [B, L]. A real token sees the real tokens up to itself. A pad sees everything, pads and later tokens
+    too: so the published model was trained, and the UNet reads the pad rows.
     """
     causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
     return ((causal & mask[:, None, :]) | ~mask[:, :, None])[:, None]  # [B, 1, L, L]

@@ -6,7 +6,10 @@ filled: each tensor goes from the memory-mapped file to its place once. Only saf
 """
 
 import json
-from collections.abc import Callable, Iterable
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +21,6 @@ from torch import nn
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
 from kolors_core.schedule import SCHEDULERS, Scheduler
-from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES, recognise
@@ -58,8 +60,12 @@ def resolve(
     and the hub's cache are respected, and the cache serves when the hub cannot be reached. Raises
     FileNotFoundError, in one line, naming what was looked for.
     """
+    if not isinstance(name, str | Path) or not str(name):
+        raise TypeError(f"wanted a checkpoint folder or hub repository, got {name!r}")
     folder = Path(name)
     if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} has no effect: {folder} is a local folder")
         return folder
     if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such folder, and not a hub repository of the form owner/name")
@@ -185,25 +191,52 @@ def load_scheduler(folder: str | Path) -> Scheduler:
     file = Path(folder) / "scheduler" / "scheduler_config.json"
     config = read_json(file)
     name = config.get("_class_name")
-    if name not in SCHEDULERS:
+    if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(f"{file}: _class_name is {name!r}, wanted one of {', '.join(SCHEDULERS)}")
-    return SCHEDULERS[name].from_config(config)
+    # The reference's own defaults for these are not Kolors', so that leaving one out would mean two things.
+    for field in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing"):
+        if field not in config:
+            raise ValueError(f"{file}: the field {field} is missing")
+    try:
+        return SCHEDULERS[name].from_config({"steps_offset": 0} | config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def load_index(folder: Path) -> dict[str, Any]:
     """The `model_index.json` of a Kolors pipeline; that of another pipeline is refused by its class."""
-    index = read_json(folder / "model_index.json")
+    file = folder / "model_index.json"
+    index = {"force_zeros_for_empty_prompt": False} | read_json(file)
     if not str(index.get("_class_name")).startswith("Kolors"):
-        raise ValueError(
-            f"{folder / 'model_index.json'}: _class_name is {index.get('_class_name')!r}, wanted Kolors"
-        )
+        raise ValueError(f"{file}: _class_name is {index.get('_class_name')!r}, wanted Kolors")
+    force_zeros = index["force_zeros_for_empty_prompt"]
+    if not isinstance(force_zeros, bool):
+        raise ValueError(f"{file}: force_zeros_for_empty_prompt is {force_zeros!r}, wanted true or false")
     return index
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes the name `folder` if the block ends well, and vanishes if not."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists already, and is not overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        whole = Path(scratch) / "whole"
+        whole.mkdir()
+        yield whole
+        whole.replace(folder)
 
 
 def save_component(
     model: ChatGLM | UNet | VAE, folder: str | Path, component: str, *, variant: str | None = None
 ) -> None:
-    """Write a model to `folder`/`component` under public names, as the reference reads it."""
+    """Write a model to `folder`/`component` under public names, as the reference reads it.
+
+    Raises ValueError for a variant that is not letters, digits and underscores.
+    """
+    if variant is not None and re.fullmatch(r"\w+", variant) is None:
+        raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
     place = Path(folder) / component
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "config.json", model.config.to_public())
@@ -213,11 +246,9 @@ def save_component(
     save_file(tensors, place / name, metadata={"format": "pt"})
 
 
-def save_frame(
-    folder: str | Path, tokenizer: Tokenizer, scheduler: Scheduler, pipeline: str, *, force_zeros: bool
-) -> None:
+def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
     """Write what stands around the models: tokenizer, scheduler and `model_index.json`."""
-    folder = Path(folder)
+    scheduler, tokenizer = components["scheduler"], components["tokenizer"]
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer" / "tokenizer.model").write_bytes(tokenizer.file.read_bytes())
@@ -226,7 +257,7 @@ def save_frame(
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler.to_public())
     index = {
         "_class_name": pipeline,
-        "force_zeros_for_empty_prompt": force_zeros,
+        "force_zeros_for_empty_prompt": components["force_zeros_for_empty_prompt"],
         "scheduler": ["diffusers", type(scheduler).__name__],
         "text_encoder": ["kolors", "ChatGLMModel"],
         "tokenizer": ["kolors", "ChatGLMTokenizer"],
@@ -239,10 +270,10 @@ def save_frame(
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; FileNotFoundError or ValueError naming the file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{file}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: wanted a JSON object, got {type(content).__name__}")

@@ -3,6 +3,7 @@
 Shapes: B pictures (prompts times images per prompt), S text tokens.
 """
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,11 +17,12 @@ from kolors_core.checkpoint import (
     load_component,
     load_index,
     load_scheduler,
+    new_folder,
     resolve,
     save_component,
     save_frame,
 )
-from kolors_core.placement import Dtypes, dtype_of
+from kolors_core.placement import Dtypes, dtype_of, named_device
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
@@ -44,6 +46,12 @@ class Components:
         scheduler: Scheduler,
         force_zeros_for_empty_prompt: bool = False,
     ) -> None:
+        """Raises TypeError or ValueError, naming the component, for what is of another kind or size."""
+        kinds = {"vae": (vae, VAE), "unet": (unet, UNet), "scheduler": (scheduler, Scheduler)}
+        for name, (part, kind) in kinds.items():
+            if not isinstance(part, kind):
+                raise TypeError(f"{name} must be kolors_core's {kind.__name__}, got {type(part).__name__}")
+        _must_fit(vae, text_encoder, tokenizer, unet)
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler = scheduler
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
@@ -62,7 +70,7 @@ class Components:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        use_safetensors: bool = True,
+        use_safetensors: bool | None = None,
         text_encoder: ChatGLM | None = _LOAD,
         tokenizer: Tokenizer | None = _LOAD,
         unet: UNet = _LOAD,
@@ -76,18 +84,15 @@ class Components:
         is. A component passed in is used as it is and its files are not fetched. Raises FileNotFoundError or
         ValueError naming the file, field or tensor.
         """
-        if not use_safetensors:
+        if use_safetensors is False:
             raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
         if torch_dtype is not None and dtype is not None:
             raise ValueError("torch_dtype and dtype are two names of one argument: give one")
         asked = torch_dtype if dtype is None else dtype
         parts = {
-            "text_encoder": text_encoder,
-            "tokenizer": tokenizer,
-            "unet": unet,
-            "vae": vae,
+            "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae,
             "scheduler": scheduler,
-        }
+        }  # fmt: skip
         dtypes = {component: dtype_of(component, asked) for component in KINDS}
         wanted = [component for component, value in parts.items() if value is _LOAD]
         folder = resolve(
@@ -102,32 +107,33 @@ class Components:
                 parts[component] = load_scheduler(folder)
             else:
                 parts[component] = load_component(folder, component, variant=variant, dtype=dtypes[component])
-        return cls(
-            **parts, force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False))
-        )
+        return cls(**parts, force_zeros_for_empty_prompt=index["force_zeros_for_empty_prompt"])
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
-        """Write a folder that the reference and `from_pretrained` load; ValueError if a model is left out."""
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(
-                "this pipeline was loaded without its text encoder or tokenizer and cannot be saved whole"
-            )
-        for component in KINDS:
-            save_component(getattr(self, component), folder, component, variant=variant)
-        save_frame(
-            folder,
-            self.tokenizer,
-            self.scheduler,
-            type(self).__name__,
-            force_zeros=self.force_zeros_for_empty_prompt,
-        )
+        """Write a new folder that the reference and `from_pretrained` load, whole or not at all.
 
-    def to(self, *targets: torch.device | str | torch.dtype) -> Self:
-        """Move every model to a device, a dtype, or both; a VAE asked for in float16 takes float32."""
-        for target in targets:
+        Raises FileExistsError if `folder` is there already and not empty, ValueError if a model is left out.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("this pipeline has no text encoder or tokenizer and cannot be saved whole")
+        with new_folder(Path(folder)) as place:
             for component in KINDS:
-                if (model := getattr(self, component)) is not None:
-                    model.to(dtype_of(component, target) if isinstance(target, torch.dtype) else target)
+                save_component(getattr(self, component), place, component, variant=variant)
+            save_frame(place, type(self).__name__, self.components)
+
+    def to(
+        self,
+        *targets: torch.device | str | torch.dtype,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Move every model to a device, a dtype, or both; a VAE asked for in float16 takes float32."""
+        for target in (*targets, device, dtype):
+            if isinstance(target, str):
+                target = named_device(target)
+            for model_name, model in ((name, getattr(self, name)) for name in KINDS):
+                if model is not None and target is not None:
+                    model.to(dtype_of(model_name, target) if isinstance(target, torch.dtype) else target)
         return self
 
     @property
@@ -142,8 +148,9 @@ class Components:
 
     @property
     def components(self) -> dict[str, Any]:
-        """Every component by name, to build another pipeline that shares them."""
-        return {name: getattr(self, name) for name in (*KINDS, "tokenizer", "scheduler")}
+        """What the constructor takes, to build another pipeline that shares it."""
+        names = (*KINDS, "tokenizer", "scheduler", "force_zeros_for_empty_prompt")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def guidance_scale(self) -> float:
@@ -193,6 +200,7 @@ class Components:
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
         )  # fmt: skip
         device = self.device if device is None else torch.device(device)
+        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
 
         def repeated(tensor: Tensor) -> Tensor:
             return tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)
@@ -217,8 +225,7 @@ class Components:
         negative_pooled_prompt_embeds: Tensor | None,
         max_sequence_length: int,
     ) -> tuple[TextEmbedding, TextEmbedding | None]:
-        """Prompts, or embeddings given in their place, as one embedding a prompt, and the negative one under
-        guidance.
+        """One embedding a prompt, encoded or given, and under guidance the negative one.
 
         No negative prompt is the encoded empty one, or zeros if the checkpoint says
         `force_zeros_for_empty_prompt`; a single one serves all prompts. Raises ValueError naming what was
@@ -229,6 +236,8 @@ class Components:
         negative = _given("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, width)
         if (prompt is None) == (text is None):
             raise ValueError("give either prompt or prompt_embeds, not both and not neither")
+        if text is not None and max_sequence_length != MAX_TOKENS:
+            raise ValueError("max_sequence_length has no effect on given prompt_embeds")
         if negative_prompt is not None and negative is not None:
             raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
         if text is None:
@@ -254,7 +263,7 @@ class Components:
             or not all(isinstance(p, str) for p in prompts)
         ):
             raise ValueError(f"{name} must be a string or a list of at least one string, got {prompt!r}")
-        if not isinstance(max_length, int) or not 2 < max_length <= MAX_TOKENS:
+        if not 2 < whole_number("max_sequence_length", max_length) <= MAX_TOKENS:
             raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
         tokens = self.tokenizer(prompts, max_length)
         return self.text_encoder(tokens.to(self.text_encoder.embedding.weight.device))
@@ -264,9 +273,12 @@ def _given(prefix: str, tokens: Tensor | None, pooled: Tensor | None, width: int
     """Embeddings given in place of a prompt, checked; None if none are."""
     if tokens is None and pooled is None:
         return None
+    for name, tensor in (("prompt_embeds", tokens), ("pooled_prompt_embeds", pooled)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{prefix}{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tokens is None or pooled is None:
         raise ValueError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds must be given together")
-    if tokens.ndim != 3 or tokens.shape[-1] != width:
+    if tokens.ndim != 3 or tokens.shape[-1] != width or not len(tokens):
         raise ValueError(f"{prefix}prompt_embeds must be [batch, tokens, {width}], got {list(tokens.shape)}")
     if tuple(pooled.shape) != (len(tokens), width):
         raise ValueError(
@@ -286,3 +298,29 @@ def _matched(negative: TextEmbedding, positive: TextEmbedding) -> TextEmbedding:
             f"the negative prompts must match the prompts: wanted embeddings {wanted}, got {got}"
         )
     return negative
+
+
+def _must_fit(vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet) -> None:
+    """The widths at which the models meet."""
+    latents = vae.config.latent_channels
+    if (unet.config.in_channels, unet.config.out_channels) != (latents, latents):
+        got = f"{unet.config.in_channels} in and {unet.config.out_channels} out"
+        raise ValueError(f"the UNet has {got} channels, wanted the VAE's {latents} for both")
+    if text_encoder is not None and text_encoder.config.hidden_size != unet.config.text_dim:
+        got = f"the text encoder is {text_encoder.config.hidden_size} wide"
+        raise ValueError(f"{got}, and the UNet reads {unet.config.text_dim}")
+    if text_encoder is not None and tokenizer is not None and tokenizer.size > text_encoder.config.vocab_size:
+        got = f"the tokenizer has {tokenizer.size} tokens"
+        raise ValueError(f"{got}, and the text encoder only {text_encoder.config.vocab_size}")
+
+
+def whole_number(name: str, value: Any, multiple: int = 1) -> int:
+    """A positive whole number, of any integer type, that is a multiple; ValueError naming it otherwise."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number <= 0 or number % multiple:
+        kind = "whole number" if multiple == 1 else f"multiple of {multiple}"
+        raise ValueError(f"{name} must be a positive {kind}, got {value!r}")
+    return number

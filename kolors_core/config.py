@@ -45,7 +45,7 @@ class ChatGLMConfig:
             vocab_size=fields.integer("padded_vocab_size"),
             hidden_size=fields.integer("hidden_size"),
             feed_forward_size=fields.integer("ffn_hidden_size"),
-            layers=fields.integer("num_layers"),
+            layers=fields.integer("num_layers", most=1000),
             heads=fields.integer("num_attention_heads"),
             head_dim=fields.integer("kv_channels"),
             query_groups=fields.integer("multi_query_group_num"),
@@ -65,7 +65,7 @@ class ChatGLMConfig:
     def to_public(self) -> dict[str, Any]:
         """The `config.json` that the reference's ChatGLMModel reads."""
         return {
-            **_CHATGLM_FIXED, "architectures": ["ChatGLMModel"], "model_type": "chatglm", "pre_seq_len": None,
+            **_CHATGLM_FIXED, "architectures": ["ChatGLMModel"], "model_type": "chatglm",
             "seq_length": 32768, "padded_vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
             "ffn_hidden_size": self.feed_forward_size, "num_layers": self.layers,
             "num_attention_heads": self.heads, "kv_channels": self.head_dim,
@@ -114,7 +114,7 @@ class UNetConfig:
         ]
         if has_attention_up != has_attention[::-1]:
             fields.fail("up_block_types", public["up_block_types"], "the down blocks mirrored")
-        depths = fields.integers("transformer_layers_per_block", levels)
+        depths = fields.integers("transformer_layers_per_block", levels, most=100)
         head_field = (
             "num_attention_heads" if public.get("num_attention_heads") is not None else "attention_head_dim"
         )
@@ -129,9 +129,9 @@ class UNetConfig:
             channels=channels,
             heads=fields.integers(head_field, levels),
             depths=tuple(depth if on else 0 for depth, on in zip(depths, has_attention, strict=True)),
-            resnets_per_level=fields.integer("layers_per_block"),
+            resnets_per_level=fields.same("layers_per_block", levels, most=100),
             text_dim=text_dim,
-            context_dim=fields.integer("cross_attention_dim"),
+            context_dim=fields.same("cross_attention_dim", levels),
             size_dim=size_dim,
             norm_groups=fields.integer("norm_num_groups"),
             norm_eps=fields.number("norm_eps"),
@@ -147,7 +147,7 @@ class UNetConfig:
         """The `config.json` that diffusers' UNet2DConditionModel reads."""
         attends = [depth > 0 for depth in self.depths]
         return {
-            "_class_name": "UNet2DConditionModel", **_UNET_FIXED, "sample_size": self.sample_size,
+            **_UNET_FIXED, "sample_size": self.sample_size,
             "in_channels": self.in_channels, "out_channels": self.out_channels,
             "block_out_channels": list(self.channels), "attention_head_dim": list(self.heads),
             "transformer_layers_per_block": [max(depth, 1) for depth in self.depths],
@@ -194,7 +194,7 @@ class VAEConfig:
             image_channels=fields.integer("in_channels"),
             latent_channels=fields.integer("latent_channels"),
             channels=channels,
-            resnets_per_level=fields.integer("layers_per_block"),
+            resnets_per_level=fields.integer("layers_per_block", most=100),
             norm_groups=fields.integer("norm_num_groups"),
             scaling_factor=fields.number("scaling_factor"),
         )
@@ -209,7 +209,7 @@ class VAEConfig:
         """The `config.json` that diffusers' AutoencoderKL reads."""
         levels = len(self.channels)
         return {
-            "_class_name": "AutoencoderKL", **_VAE_FIXED, "force_upcast": True,
+            **_VAE_FIXED, "force_upcast": True,
             "sample_size": self.sample_size,
             "in_channels": self.image_channels, "out_channels": self.image_channels,
             "latent_channels": self.latent_channels, "block_out_channels": list(self.channels),
@@ -247,16 +247,183 @@ TINY = KolorsConfig(
 _CHATGLM_FIXED: dict[str, Any] = {
     "add_bias_linear": False, "add_qkv_bias": True, "apply_residual_connection_post_layernorm": False,
     "fp32_residual_connection": False, "multi_query_attention": True, "original_rope": True,
-    "post_layer_norm": True, "rmsnorm": True, "quantization_bit": 0,
+    "post_layer_norm": True, "rmsnorm": True, "quantization_bit": 0, "rope_ratio": 1, "pre_seq_len": None,
+}  # fmt: skip
+_CHATGLM_INERT = {
+    "architectures", "auto_map", "model_type", "apply_query_key_layer_scaling", "attention_softmax_in_fp32",
+    "attention_dropout", "hidden_dropout", "classifier_dropout", "bias_dropout_fusion", "seq_length",
+    "use_cache", "torch_dtype", "dtype", "transformers_version", "tie_word_embeddings", "eos_token_id",
+    "pad_token_id", "vocab_size", "prefix_projection",
+    # what transformers writes of any model, and what only the generation of text reads
+    "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "id2label",
+    "label2id", "is_encoder_decoder", "is_decoder", "pruned_heads", "problem_type", "bos_token_id",
+    "sep_token_id", "max_length", "min_length", "num_beams", "num_beam_groups", "num_return_sequences",
+    "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "early_stopping",
+    "finetuning_task",
+}  # fmt: skip
+_UNET_FIXED)
+        channels = fields.integers("block_out_channels")
+        levels = len(channels)
+        has_attention = [
+            name == "CrossAttnDownBlock2D" for name in fields.level_types("down_block_types", "Down", levels)
+        ]
+        has_attention_up = [
+            name == "CrossAttnUpBlock2D" for name in fields.level_types("up_block_types", "Up", levels)
+        ]
+        if has_attention_up != has_attention[::-1]:
+            fields.fail("up_block_types", public["up_block_types"], "the down blocks mirrored")
+        depths = fields.integers("transformer_layers_per_block", levels, most=100)
+        head_field = (
+            "num_attention_heads" if public.get("num_attention_heads") is not None else "attention_head_dim"
+        )
+        if not has_attention[-1]:
+            fields.fail("down_block_types", public["down_block_types"], "attention at the innermost level")
+        text_dim, size_dim = fields.integer("encoder_hid_dim"), fields.integer("addition_time_embed_dim")
+        fields.equal("projection_class_embeddings_input_dim", text_dim + 6 * size_dim)
+        config = cls(
+            sample_size=fields.integer("sample_size"),
+            in_channels=fields.integer("in_channels"),
+            out_channels=fields.integer("out_channels"),
+            channels=channels,
+            heads=fields.integers(head_field, levels),
+            depths=tuple(depth if on else 0 for depth, on in zip(depths, has_attention, strict=True)),
+            resnets_per_level=fields.same("layers_per_block", levels, most=100),
+            text_dim=text_dim,
+            context_dim=fields.same("cross_attention_dim", levels),
+            size_dim=size_dim,
+            norm_groups=fields.integer("norm_num_groups"),
+            norm_eps=fields.number("norm_eps"),
+        )
+        fields.refuse_rest(_UNET_INERT)
+        for width, heads in zip(config.channels, config.heads, strict=True):
+            if width % config.norm_groups or width % heads:
+                wanted = f"multiples of the {config.norm_groups} norm groups and of the heads {config.heads}"
+                fields.fail("block_out_channels", list(channels), wanted)
+        return config
+
+    def to_public(self) -> dict[str, Any]:
+        """The `config.json` that diffusers' UNet2DConditionModel reads."""
+        attends = [depth > 0 for depth in self.depths]
+        return {
+            **_UNET_FIXED, "sample_size": self.sample_size,
+            "in_channels": self.in_channels, "out_channels": self.out_channels,
+            "block_out_channels": list(self.channels), "attention_head_dim": list(self.heads),
+            "transformer_layers_per_block": [max(depth, 1) for depth in self.depths],
+            "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends],
+            "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attends)],
+            "layers_per_block": self.resnets_per_level, "cross_attention_dim": self.context_dim,
+            "encoder_hid_dim": self.text_dim, "addition_time_embed_dim": self.size_dim,
+            "projection_class_embeddings_input_dim": self.text_dim + 6 * self.size_dim,
+            "norm_num_groups": self.norm_groups, "norm_eps": self.norm_eps,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """SDXL's autoencoder. `scaling_factor` brings the latents to unit variance."""
+
+    sample_size: int = 1024
+    image_channels: int = 3
+    latent_channels: int = 4
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    resnets_per_level: int = 2
+    norm_groups: int = 32
+    scaling_factor: float = 0.13025
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a latent stands for, along each side."""
+        return 2 ** (len(self.channels) - 1)
+
+    @classmethod
+    def from_public(cls, public: Public, where: str = "vae/config.json") -> Self:
+        """Read diffusers' `AutoencoderKL` config."""
+        fields = _Fields(public, where)
+        fields.refuse_unless(_VAE_FIXED)
+        channels = fields.integers("block_out_channels")
+        for name, wanted in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
+            fields.equal(name, [wanted] * len(channels))
+        fields.equal("out_channels", fields.integer("in_channels"))
+        config = cls(
+            sample_size=fields.integer("sample_size"),
+            image_channels=fields.integer("in_channels"),
+            latent_channels=fields.integer("latent_channels"),
+            channels=channels,
+            resnets_per_level=fields.integer("layers_per_block", most=100),
+            norm_groups=fields.integer("norm_num_groups"),
+            scaling_factor=fields.number("scaling_factor"),
+        )
+        fields.refuse_rest(_VAE_INERT)
+        if any(width % config.norm_groups for width in channels):
+            fields.fail(
+                "block_out_channels", list(channels), f"multiples of the {config.norm_groups} norm groups"
+            )
+        return config
+
+    def to_public(self) -> dict[str, Any]:
+        """The `config.json` that diffusers' AutoencoderKL reads."""
+        levels = len(self.channels)
+        return {
+            **_VAE_FIXED, "force_upcast": True,
+            "sample_size": self.sample_size,
+            "in_channels": self.image_channels, "out_channels": self.image_channels,
+            "latent_channels": self.latent_channels, "block_out_channels": list(self.channels),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "layers_per_block": self.resnets_per_level, "norm_num_groups": self.norm_groups,
+            "scaling_factor": self.scaling_factor,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class KolorsConfig:
+    """The three models of one Kolors, whose widths fit together."""
+
+    text_encoder: ChatGLMConfig = ChatGLMConfig()
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
+
+
+KOLORS = KolorsConfig()
+TINY = KolorsConfig(
+    text_encoder=ChatGLMConfig(
+        vocab_size=2048, hidden_size=192, feed_forward_size=384, layers=3, heads=6, head_dim=32,
+        query_groups=2,
+    ),
+    unet=UNetConfig(
+        sample_size=16, channels=(64, 128, 160), heads=(2, 4, 5), depths=(0, 1, 1), resnets_per_level=1,
+        text_dim=192, context_dim=192, size_dim=32,
+    ),
+    vae=VAEConfig(sample_size=128, channels=(16, 32, 64, 96), resnets_per_level=1, norm_groups=8),
+)  # fmt: skip
+
+
+# What the code computes. A public config may leave a field out, but not set it to anything else.
+_CHATGLM_FIXED: dict[str, Any] = {
+    "add_bias_linear": False, "add_qkv_bias": True, "apply_residual_connection_post_layernorm": False,
+    "fp32_residual_connection": False, "multi_query_attention": True, "original_rope": True,
+    "post_layer_norm": True, "rmsnorm": True, "quantization_bit": 0, "rope_ratio": 1, "pre_seq_len": None,
 }  # fmt: skip
 _CHATGLM_INERT = {
     "architectures", "auto_map", "model_type", "apply_query_key_layer_scaling", "attention_softmax_in_fp32",
     "attention_dropout", "hidden_dropout", "classifier_dropout", "bias_dropout_fusion", "seq_length",
     "use_cache",
     "torch_dtype", "dtype", "transformers_version", "tie_word_embeddings", "eos_token_id", "pad_token_id",
-    "vocab_size", "prefix_projection", "pre_seq_len",
+    "vocab_size", "prefix_projection",
+    # what transformers writes of any model, and what only generation of text reads
+    "return_dict", "output_hidden_states", "output_attentions",
+    "chunk_size_feed_forward", "id2label",
+    "label2id", "is_encoder_decoder", "is_decoder", "pruned_heads", "problem_type", "bos_token_id", "sep_token_id",
+    "max_length", "min_length", "num_beams", "num_beam_groups", "num_return_sequences", "do_sample",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "diversity_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "early_stopping", "finetuning_task",
 }  # fmt: skip
 _UNET_FIXED: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
     "addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj", "use_linear_projection": True,
     "act_fn": "silu", "class_embed_type": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
     "center_input_sample": False, "cross_attention_norm": None, "downsample_padding": 1,
@@ -271,6 +438,7 @@ _UNET_FIXED: dict[str, Any] = {
 _UNET_INERT = {"addition_embed_type_num_heads", "class_embeddings_concat", "dropout", "upcast_attention",
                "attention_head_dim"}  # fmt: skip
 _VAE_FIXED: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
     "act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None,
     "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
 }  # fmt: skip
@@ -286,11 +454,19 @@ class _Fields:
     def fail(self, name: str, got: Any, wanted: str) -> None:
         raise ValueError(f"{self.where}: {name} is {got!r}, wanted {wanted}")
 
-    def integer(self, name: str) -> int:
+    def integer(self, name: str, most: int = 2**24) -> int:
+        """A positive whole number; `most` bounds it before a model of that many parts is built."""
         value = self._get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**24:
-            self.fail(name, value, "a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            self.fail(name, value, f"a positive whole number up to {most:,}")
         return value
+
+    def same(self, name: str, length: int, most: int = 2**24) -> int:
+        """A positive whole number, that the reference may also write once for each level."""
+        values = self.integers(name, length, most)
+        if len(set(values)) > 1:
+            self.fail(name, list(values), "one number for all levels")
+        return values[0]
 
     def number(self, name: str) -> float:
         value = self._get(name)
@@ -298,14 +474,14 @@ class _Fields:
             self.fail(name, value, "a positive number")
         return float(value)
 
-    def integers(self, name: str, length: int | None = None) -> tuple[int, ...]:
+    def integers(self, name: str, length: int | None = None, most: int = 2**24) -> tuple[int, ...]:
         """A list of positive whole numbers; where `length` is known, a single number stands for all."""
         value = self._get(name)
         values = [value] * length if length is not None and isinstance(value, int) else value
         if (
             not isinstance(values, list | tuple)
             or not 0 < len(values) < 16
-            or any(isinstance(v, bool) or not isinstance(v, int) or not 0 < v < 2**24 for v in values)
+            or any(isinstance(v, bool) or not isinstance(v, int) or not 0 < v <= most for v in values)
             or length not in (None, len(values))
         ):
             self.fail(name, value, f"{length or 'some'} positive whole numbers")
@@ -330,8 +506,10 @@ class _Fields:
     def refuse_unless(self, fixed: Public) -> None:
         for name, wanted in fixed.items():
             self.seen.add(name)
-            if name in self.public and self.public[name] != wanted:
-                self.fail(name, self.public[name], repr(wanted))
+            value = self.public.get(name, wanted)
+            off = wanted is None or wanted is False
+            if value != wanted and not (off and (value is None or value is False or value == [False] * 3)):
+                self.fail(name, value, repr(wanted))
 
     def refuse_rest(self, inert: set[str]) -> None:
         """An unknown field that is switched on would change the model; one that is off changes nothing."""

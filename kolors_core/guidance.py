@@ -1,9 +1,9 @@
-"""Guidance: wraps the UNet and a schedule into `denoise(x, sigma) -> x0`, so that a sampler never hears of
-either.
+"""Guidance: wraps the UNet and a schedule into `denoise(x, sigma) -> x0`, which is all that a sampler knows.
 
 Shapes: B pictures, S text tokens; latents are [B, 4, H/8, W/8].
 """
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +45,13 @@ def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tens
     """
     sizes = {"original_size": original, "crops_coords_top_left": crop, "target_size": target}
     for name, size in sizes.items():
-        whole = [isinstance(side, int) and not isinstance(side, bool) and side >= 0 for side in size]
-        if len(whole) != 2 or not all(whole):
-            raise ValueError(
-                f"{prefix}{name} must be two whole numbers of pixels, height first, got {size!r}"
-            )
+        try:
+            sides = [-1 if isinstance(side, bool) else operator.index(side) for side in size]
+        except TypeError:
+            sides = []
+        if len(sides) != 2 or min(sides) < 0:
+            wanted = "two whole numbers of pixels, height first"
+            raise ValueError(f"{prefix}{name} must be {wanted}, got {size!r}")
     return torch.tensor([[*original, *crop, *target]], dtype=torch.float32)  # [1, 6]
 
 
@@ -68,13 +70,14 @@ def size_ids_of_both(
     (0, 0) is
     the default and alone says nothing: the positive crop then serves both.
     """
-    original, target = original or picture, target or picture
-    if not (negative_original or negative_target or any(negative_crop)):
-        negative_crop = crop
-    negative_ids = size_ids(
-        negative_original or original, negative_crop, negative_target or target, "negative_"
-    )
-    return size_ids(original, crop, target), negative_ids
+    original = picture if original is None else original
+    target = picture if target is None else target
+    ids = size_ids(original, crop, target)
+    if negative_original is None and negative_target is None and tuple(negative_crop) == (0, 0):
+        return ids, ids
+    negative_original = original if negative_original is None else negative_original
+    negative_target = target if negative_target is None else negative_target
+    return ids, size_ids(negative_original, negative_crop, negative_target, "negative_")
 
 
 def guided(

@@ -64,5 +64,8 @@ def read_description(path: str | Path) -> dict[str, str]:
                 raise ValueError(f"{path}: wanted a PNG, got {image.format}")
             image.load()
             return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ValueError(f"{path}: {reason}") from None

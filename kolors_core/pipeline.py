@@ -4,6 +4,7 @@ Source: diffusers' pipelines/kolors/pipeline_kolors.py.
 Shapes: B pictures (prompts times images per prompt).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kolors_core.callback import NAMES, Run, StepCallback
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.components import MAX_TOKENS, Components, Prompt
+from kolors_core.components import MAX_TOKENS, Components, Prompt, whole_number
 from kolors_core.config import VERSION
 from kolors_core.guidance import Conditioning, Size, size_ids_of_both
 from kolors_core.image import OUTPUT_TYPES, describe, to_output
@@ -89,16 +90,21 @@ class KolorsPipeline(Components):
         _one_of("output_type", (output_type,), (*OUTPUT_TYPES, "latent"))
         names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         _one_of("callback_on_step_end_tensor_inputs", names, NAMES)
-        _whole("num_images_per_prompt", num_images_per_prompt)
+        if callback_on_step_end is None and tuple(names) != ("latents",):
+            raise ValueError("callback_on_step_end_tensor_inputs has no effect without callback_on_step_end")
+        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         custom = timesteps is not None or sigmas is not None
+        if custom and num_inference_steps != 50:
+            raise ValueError("num_inference_steps has no effect beside timesteps or sigmas")
         whole = self.scheduler.schedule(
             None if custom else num_inference_steps, timesteps=timesteps, sigmas=sigmas
         )
         schedule = whole if denoising_end is None else whole.until(denoising_end)
 
         scale = self.vae.config.downscale
-        height = _whole("height", self.unet.config.sample_size * scale if height is None else height, scale)
-        width = _whole("width", self.unet.config.sample_size * scale if width is None else width, scale)
+        own = self.unet.config.sample_size * scale
+        height = whole_number("height", own if height is None else height, scale)
+        width = whole_number("width", own if width is None else width, scale)
         ids, negative_ids = size_ids_of_both(
             (height, width), original_size, crops_coords_top_left, target_size, negative_original_size,
             negative_crops_coords_top_left, negative_target_size,
@@ -117,8 +123,9 @@ class KolorsPipeline(Components):
 
         if latents is None:
             latents = draw_noise(shape, generator, self.device, precise)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must be {list(shape)}, got {list(latents.shape)}")
+        elif not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
+            got = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents must be a tensor {list(shape)}, got {got}")
         start = latents.to(self.device, precise) * schedule.start_scale
         sampler = sampler_of(
             self.scheduler, schedule, lambda: draw_noise(shape, generator, self.device, torch.float32)
@@ -127,12 +134,11 @@ class KolorsPipeline(Components):
         self._guidance_scale, self._interrupt = guidance_scale, False
         with self._progress_bar(self._num_timesteps) as bar:
             run = Run(self, schedule, positive, negative, callback_on_step_end, names, bar.update)
-            result = run(sampler, start)
+            result = _finite(run(sampler, start), "the denoised latents", self.dtype)
 
-        if output_type == "latent":
-            images = result.to(self.dtype)
-        else:
-            images = to_output(self.vae.decode(result.to(self.vae.post_quant_conv.weight)), output_type)
+        images = (
+            result.to(self.dtype) if output_type == "latent" else to_output(self._decode(result), output_type)
+        )
         if output_type == "pil":
             self._describe(images, prompt, negative_prompt, generator, len(whole.timesteps), guidance_scale)
         return KolorsPipelineOutput(images) if return_dict else (images,)
@@ -142,6 +148,13 @@ class KolorsPipeline(Components):
         tokens = text.tokens.to(self.device, self.dtype).repeat_interleave(images_per_prompt, dim=0)
         pooled = text.pooled.to(self.device, self.dtype).repeat_interleave(images_per_prompt, dim=0)
         return Conditioning(tokens, pooled, ids.to(self.device).expand(len(tokens), -1))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, 4, H/8, W/8] to images [B, 3, H, W] in the VAE's own precision."""
+        weight = self.vae.post_quant_conv.weight
+        if weight.dtype == torch.float16:
+            raise ValueError("the VAE overflows in float16: pipe.vae.to(torch.float32)")
+        return _finite(self.vae.decode(latents.to(weight)), "the VAE's image", weight.dtype)
 
     def _describe(
         self,
@@ -171,10 +184,21 @@ class KolorsPipeline(Components):
             describe(image, facts)
 
 
+def _finite(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+    """The tensor, or FloatingPointError naming the stage and its precision instead of a black picture."""
+    if not torch.isfinite(tensor).all():
+        raise FloatingPointError(f"{what} are not finite, computed in {dtype}: try bfloat16 or float32")
+    return tensor
+
+
 def _refuse_idle(
     guidance_scale: float, eta: float | None, cross_attention_kwargs: Any, **negatives: Any
 ) -> None:
     """What is given and would do nothing is an error; None is what is not given."""
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, int | float):
+        raise TypeError(f"guidance_scale must be a number, got {guidance_scale!r}")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
     if eta is not None:
         raise ValueError(f"eta is {eta!r}, but only DDIM has a use for it, and there is no DDIM here")
     if cross_attention_kwargs is not None:
@@ -186,10 +210,3 @@ def _refuse_idle(
 def _one_of(name: str, got: Sequence[str], allowed: Sequence[str]) -> None:
     if strangers := [value for value in got if value not in allowed]:
         raise ValueError(f"{name} must be of {', '.join(allowed)}, got {strangers[0]!r}")
-
-
-def _whole(name: str, value: Any, multiple: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % multiple:
-        kind = "whole number" if multiple == 1 else f"multiple of {multiple}"
-        raise ValueError(f"{name} must be a positive {kind}, got {value!r}")
-    return value

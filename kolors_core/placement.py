@@ -17,6 +17,8 @@ def best_device() -> torch.device:
 def named_device(name: str) -> torch.device:
     """The device of this name; ValueError if there is no such device, or not on this machine."""
     try:
+        if name == "meta":
+            raise RuntimeError("nothing is computed on the meta device")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise ValueError(
@@ -30,9 +32,9 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def dtype_of(component: str, torch_dtype: Dtypes) -> torch.dtype:
-    """The dtype of one component: of all alike, or from a mapping by component with a "default"; float32 if
-    None.
+    """The dtype of one component; float32 if none is asked for.
 
+    torch_dtype: one for all, or a mapping by component with a "default".
     The VAE asked for in float16 gets float32: SDXL's overflows. Raises TypeError for what is no floating
     dtype, ValueError for a mapping's unknown component.
     """

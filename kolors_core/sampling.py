@@ -104,8 +104,9 @@ def draw_noise(
     if isinstance(generator, torch.Generator) or generator is None:
         place = "cpu" if generator is None else generator.device
         return torch.randn(shape, generator=generator, device=place, dtype=dtype).to(device)
-    if len(generator) != shape[0] or not all(isinstance(one, torch.Generator) for one in generator):
+    listed = list(generator) if isinstance(generator, Sequence) else []
+    if len(listed) != shape[0] or not all(isinstance(one, torch.Generator) for one in listed):
         raise ValueError(
             f"wanted one torch.Generator, or a list of {shape[0]}, one for each picture, got {generator!r}"
         )
-    return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in generator])
+    return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in listed])

@@ -8,6 +8,7 @@ Source: diffusers' schedulers/scheduling_euler_discrete.py and scheduling_dpmsol
 """
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -49,8 +50,8 @@ class Schedule:
 
     def until(self, fraction: float) -> Self:
         """The first part of the denoising, a `fraction` of the T training timesteps (`denoising_end`)."""
-        if not 0 < fraction <= 1:
-            raise ValueError(f"denoising_end must be above 0 and at most 1, got {fraction}")
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise ValueError(f"denoising_end must be above 0 and at most 1, got {fraction!r}")
         if fraction == 1:
             return self
         total = len(self.table)
@@ -78,12 +79,12 @@ class Scheduler(ABC):
     latents_preserve_variance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_train_timesteps, bool) or not 1 < self.num_train_timesteps <= 100_000:
-            raise ValueError(f"num_train_timesteps must be from 2 to 100,000, got {self.num_train_timesteps}")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                f"0 < beta_start <= beta_end < 1 does not hold for {self.beta_start}, {self.beta_end}"
-            )
+        _whole("num_train_timesteps", self.num_train_timesteps, 2, 100_000)
+        _whole("steps_offset", self.steps_offset, 0, self.num_train_timesteps - 1)
+        betas = (self.beta_start, self.beta_end)
+        if not all(isinstance(beta, float) for beta in betas) or not 0 < betas[0] <= betas[1] < 1:
+            raise ValueError(f"0 < beta_start <= beta_end < 1 does not hold for {betas[0]!r}, {betas[1]!r}")
+        _one_of("use_karras_sigmas", self.use_karras_sigmas, (False, True))
         _one_of("beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
         _one_of("timestep_spacing", self.timestep_spacing, ("leading", "linspace", "trailing"))
         _one_of("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
@@ -143,25 +144,24 @@ class Scheduler(ABC):
 
         Raises ValueError unless exactly one is given, or where the numbers do not fall strictly.
         """
-        if (steps, timesteps, sigmas).count(None) != 2:
+        if sum(given is not None for given in (steps, timesteps, sigmas)) != 1:
             raise ValueError("give exactly one of steps, timesteps and sigmas")
         if timesteps is not None and self.use_karras_sigmas:
             raise ValueError("timesteps cannot be given with use_karras_sigmas, which sets its own")
         table = self.table()
         if sigmas is not None:
-            _must_fall("sigmas", sigmas, 0.0, math.inf)
-            if len(sigmas) < 2 or sigmas[-2] <= 0:
-                raise ValueError(f"sigmas must be at least two, all but the last above 0, got {list(sigmas)}")
+            sigmas = _falling("sigmas", sigmas, 0.0, math.inf)
+            if len(sigmas) < 2:
+                raise ValueError(f"sigmas must be at least two, of which the last ends the run, got {sigmas}")
             import numpy as np
 
             own = [np.float32(sigma) for sigma in sigmas]  # whose logarithm the reference takes in float32
             times = [timestep_of(sigma, table) for sigma in own[:-1]]
             return self._finish([float(sigma) for sigma in own], times, table)
         if timesteps is not None:
-            _must_fall("timesteps", timesteps, 0.0, self.num_train_timesteps - 1)
-            times = [float(t) for t in timesteps]
+            times = _falling("timesteps", timesteps, 0.0, self.num_train_timesteps - 1)
         else:
-            times = self._spaced(_step_count(steps, self.num_train_timesteps))
+            times = self._spaced(_whole("the number of steps", steps, 1, self.num_train_timesteps - 1))
         run = [_interpolate(t, table) for t in times]
         if self.use_karras_sigmas:
             run = karras(*self._karras_range(run, table), len(run))
@@ -220,7 +220,9 @@ class DPMSolverMultistepScheduler(Scheduler):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("algorithm_type", self.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
-        _one_of("solver_order", self.solver_order, (1, 2))
+        _whole("solver_order", self.solver_order, 1, 2)
+        _one_of("lower_order_final", self.lower_order_final, (False, True))
+        _one_of("euler_at_final", self.euler_at_final, (False, True))
 
     def _spaced(self, steps: int) -> list[float]:
         total = self.num_train_timesteps
@@ -307,17 +309,25 @@ def _float64(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _step_count(steps: int | None, most: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < most:
-        raise ValueError(f"the number of steps must be a whole number from 1 to {most - 1}, got {steps!r}")
-    return steps
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+    return number
 
 
-def _must_fall(name: str, values: Sequence[float], least: float, most: float) -> None:
-    numbers = [float(value) for value in values]
+def _falling(name: str, values: Sequence[float], least: float, most: float) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a list of numbers, got {values!r}") from None
     falling = all(a > b for a, b in zip(numbers, numbers[1:], strict=False))
     if not numbers or not falling or not all(least <= number <= most for number in numbers):
-        raise ValueError(f"{name} must fall strictly, within {least} to {most}, got {list(values)}")
+        raise ValueError(f"{name} must fall strictly, within {least} to {most}, got {numbers}")
+    return numbers
 
 
 def _one_of(name: str, got: Any, allowed: tuple[Any, ...]) -> None:

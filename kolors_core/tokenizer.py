@@ -49,6 +49,7 @@ class Tokenizer:
         first = self.pieces.vocab_size()
         self.special = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.pad_id: int = self.pieces.unk_id()
+        self.size: int = first + len(SPECIAL_TOKENS)
 
     def __call__(self, prompts: Sequence[str], max_length: int = 256) -> TokenBatch:
         """Token ids of each prompt, cut on the right and padded on the left to `max_length`.
@@ -69,7 +70,10 @@ class Tokenizer:
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt {row} must be a string, got {type(prompt).__name__}")
-            tokens = (prefix + self.pieces.encode(prompt))[:max_length]
+            try:
+                tokens = (prefix + self.pieces.encode(prompt))[:max_length]
+            except (RuntimeError, UnicodeError):
+                raise ValueError(f"prompt {row} is not valid Unicode text: {prompt[:40]!a}") from None
             start = max_length - len(tokens)
             ids[row, start:] = torch.tensor(tokens)
             mask[row, start:] = True

@@ -4,8 +4,9 @@
 pictures are coloured noise, but every file, name and format is the real one.
 """
 
+import argparse
 import random
-import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +80,13 @@ def write(folder: Path, tokenizer: Path) -> None:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    target.mkdir(parents=True)
-    write(target, REAL_TOKENIZER if REAL_TOKENIZER.exists() else train_tokenizer(target))
+    parser = argparse.ArgumentParser(
+        description="Write a small random Kolors checkpoint, as the reference saves it."
+    )
+    parser.add_argument("folder", type=Path)
+    target = parser.parse_args().folder
+    if target.exists():
+        parser.exit(message=f"{target} is there already\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        write(target, REAL_TOKENIZER if REAL_TOKENIZER.exists() else train_tokenizer(Path(scratch)))
     print(f"wrote a small random Kolors to {target}")

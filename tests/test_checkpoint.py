@@ -131,10 +131,18 @@ SPOILED: dict[str, tuple[Spoil, type[Exception], str]] = {
     "field missing": (lambda folder: (folder / "vae" / "config.json").write_text("{}"), ValueError,
                       "vae/config.json: the field block_out_channels is missing"),
     "absurd field": (set_field("unet/config.json", "layers_per_block", -2), ValueError,
-                     "layers_per_block is -2, wanted a positive whole number"),
+                     "layers_per_block is -2, wanted 3 positive whole numbers"),
     "wrong type": (set_field("text_encoder/config.json", "num_layers", "3"), ValueError,
                    "num_layers is '3', wanted a positive whole number"),
     "unknown field": (set_field("unet/config.json", "use_magic", True), ValueError, "use_magic is True"),
+    "schedule in doubt": (lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "EulerDiscreteScheduler"}'), ValueError, "the field num_train_timesteps is missing"),
+    "another model": (set_field("unet/config.json", "_class_name", "UNet3D"), ValueError,
+                      "_class_name is 'UNet3D', wanted 'UNet2DConditionModel'"),
+    "endless model": (set_field("text_encoder/config.json", "num_layers", 10**7), ValueError,
+                      "num_layers is 10000000, wanted a positive whole number up to 1,000"),
+    "not true or false": (set_field("model_index.json", "force_zeros_for_empty_prompt", "false"), ValueError,
+                          "force_zeros_for_empty_prompt is 'false', wanted true or false"),
     "unknown scheduler": (set_field("scheduler/scheduler_config.json", "_class_name", "DDIMScheduler"),
                           ValueError, "'DDIMScheduler', wanted one of EulerDiscreteScheduler"),
     "tensor missing": (tensors(lambda state: state.pop("conv_in.weight")), ValueError,
@@ -158,6 +166,15 @@ def test_a_spoiled_folder_is_refused_by_name(case: str, reference_folder: Path, 
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_saving_neither_overwrites_nor_leaves_half(reference_folder: Path, tmp_path: Path) -> None:
+    pipe = KolorsPipeline.from_pretrained(reference_folder)
+    with pytest.raises(FileExistsError, match="exists already, and is not overwritten"):
+        pipe.save_pretrained(reference_folder)
+    with pytest.raises(ValueError, match="variant must be letters, digits and underscores, .* got 'a/b'"):
+        pipe.save_pretrained(tmp_path / "new", variant="a/b")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_loaded_when_something_does_not_fit(reference_folder: Path) -> None:
     model = UNet(SMALL.unet)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -173,6 +190,10 @@ def test_pickles_and_bad_names_are_refused(reference_folder: Path, tmp_path: Pat
     for name in ("nowhere", "/no/such/folder", "./a/b"):
         with pytest.raises(FileNotFoundError, match="no such folder, and not a hub repository"):
             resolve(name, ["unet"])
+    with pytest.raises(TypeError, match="wanted a checkpoint folder or hub repository, got None"):
+        KolorsPipeline.from_pretrained(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="revision 'main' has no effect: .* is a local folder"):
+        KolorsPipeline.from_pretrained(reference_folder, revision="main")
     with pytest.raises(TypeError, match="torch_dtype must be a floating torch.dtype, got torch.int8"):
         KolorsPipeline.from_pretrained(reference_folder, torch_dtype=torch.int8)
     with pytest.raises(ValueError, match="torch_dtype names 'image'"):

@@ -2,17 +2,21 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 import kolors_core
 from kolors_core import DPMSolverMultistepScheduler, KolorsPipeline
+from kolors_core.chatglm import ChatGLM
 from kolors_core.image import read_description
-from tests.parity import FLOAT32, first_divergence, relative_error
+from kolors_core.unet import UNet
+from tests.parity import FLOAT32, SMALL, first_divergence, relative_error
 from tests.pipelines import SMALL_PICTURE, SOLVERS, Pair, assert_same_steps, embeddings, steps_of, use_solver
 
 
@@ -42,8 +46,8 @@ def test_every_step_equals_the_reference(
         {"original_size": (99, 98), "negative_original_size": (512, 256), "negative_target_size": (64, 32),
          "negative_crops_coords_top_left": (5, 7)},
         {"crops_coords_top_left": (16, 8)},
-        {"timesteps": [1099, 500, 333, 20]},
-        {"sigmas": [25.0, 11.0, 2.5, 0.5, 0.0]},
+        {"timesteps": [1099, 500, 333, 20], "num_inference_steps": 50},
+        {"sigmas": [25.0, 11.0, 2.5, 0.5, 0.0], "num_inference_steps": 50},
         {"height": 72, "width": 40},
         {"num_inference_steps": 12, "denoising_end": 0.7},
         {"num_inference_steps": 1},
@@ -148,12 +152,25 @@ def test_the_signature_is_the_references() -> None:
         ({"guidance_scale": 0.0, "negative_crops_coords_top_left": (8, 8)}, "negative_crops_coords_top_left"),
         ({"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}, "negative prompts must match"),
         ({"max_sequence_length": 257}, "max_sequence_length must be from 3 to 256, got 257"),
-        ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents must be \[1, 4, 8, 9\], got \[1, 4, 3, 3\]"),
+        ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents must be a tensor \[1, 4, 8, 9\], got \[1"),
         ({"generator": [torch.Generator()] * 3}, "a list of 1, one for each picture"),
-        ({"original_size": (64,)}, "original_size must be two whole numbers"),
+        ({"original_size": (64,)}, "^original_size must be two whole numbers"),
         ({"negative_target_size": (64, 1.5)}, "negative_target_size must be two whole numbers"),
         ({"denoising_end": 2.0}, "denoising_end must be above 0 and at most 1, got 2.0"),
-        ({"timesteps": [5, 3], "sigmas": [2.0, 0.0]}, "exactly one of steps, timesteps and sigmas"),
+        ({"timesteps": [5, 3], "sigmas": [2.0, 0.0], "num_inference_steps": 50}, "exactly one of steps,"),
+        ({"timesteps": [5, 3]}, "num_inference_steps has no effect beside timesteps or sigmas"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be finite, got inf"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
+        ({"latents": [1.0]}, r"latents must be a tensor \[1, 4, 8, 9\], got list"),
+        ({"original_size": 64}, "^original_size must be two whole numbers of pixels, height first, got 64"),
+        ({"crops_coords_top_left": (-1, 0)}, r"^crops_coords_top_left must be .* got \(-1, 0\)"),
+        ({"denoising_end": "0.5"}, "denoising_end must be above 0 and at most 1, got '0.5'"),
+        ({"generator": 7}, "wanted one torch.Generator, or a list of 1"),
+        ({"sigmas": 5.0, "num_inference_steps": 50}, "sigmas must be a list of numbers, got 5.0"),
+        ({"prompt": "\ud800"}, r"prompt 0 is not valid Unicode text"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "has no effect without callback_on"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(0, 5, 64), "pooled_prompt_embeds": torch.zeros(0, 64)},
+         r"prompt_embeds must be \[batch, tokens, 64\], got \[0"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "must be of latents, .* got 'noise'"),
         ({"prompt_embeds": torch.zeros(1, 5, 64)}, "pooled_prompt_embeds must be given together"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 5, 7), "pooled_prompt_embeds": torch.zeros(1, 7)},
@@ -170,6 +187,61 @@ def test_bad_arguments_are_named(pipes: Pair, arguments: dict, message: str) -> 
     with pytest.raises(ValueError, match=message) as caught:
         pipes[0](**({"prompt": "cat"} | SMALL_PICTURE | arguments))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance_scale": "5"}, "guidance_scale must be a number, got '5'"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end must be a function, got int"),
+        ({"callback_on_step_end": lambda *_: None}, "must return a dict of tensors, got NoneType"),
+        ({"callback_on_step_end": lambda *_: {"latents": [1]}}, "returned latents as list, wanted a tensor"),
+        (
+            {"prompt": None, "prompt_embeds": [1], "pooled_prompt_embeds": [1]},
+            "prompt_embeds must be a torch.Tensor",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type_are_named(pipes: Pair, arguments: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        pipes[0](**({"prompt": "cat"} | SMALL_PICTURE | arguments))
+
+
+def test_whole_numbers_and_lists_may_be_numpys(pipes: Pair) -> None:
+    sizes = {"height": np.int64(64), "width": np.int32(72), "original_size": (np.int64(64), np.int64(72))}
+    plain = steps_of(pipes[0], prompt="cat", sigmas=[20.0, 5.0, 0.0], num_inference_steps=50)[-1]
+    given = sizes | {"sigmas": np.array([20.0, 5.0, 0.0]), "num_inference_steps": 50}
+    assert torch.equal(steps_of(pipes[0], prompt="cat", **given)[-1], plain)
+
+
+def test_no_black_picture_is_made_of_what_is_not_finite(pipes: Pair) -> None:
+    ours = pipes[0]
+    for part, stage in (
+        (ours.unet.conv_out, "the denoised latents"),
+        (ours.vae.decoder.conv_out, "the VAE's image"),
+    ):
+        kept = part.bias.detach().clone()
+        part.bias.data[0] = float("nan")
+        with pytest.raises(FloatingPointError, match=f"{stage} are not finite, computed in torch.float64"):
+            ours("cat", **SMALL_PICTURE)
+        part.bias.data.copy_(kept)
+
+
+def test_models_that_do_not_fit_together_are_named(pipes: Pair) -> None:
+    parts = pipes[0].components
+    inpainting = UNet(replace(SMALL.unet, in_channels=9))
+    other_text = ChatGLM(replace(SMALL.text_encoder, hidden_size=32))
+    few_words = ChatGLM(replace(SMALL.text_encoder, vocab_size=100))
+    for change, message in (
+        ({"unet": inpainting}, "the UNet has 9 in and 4 out channels, wanted the VAE's 4 for both"),
+        ({"text_encoder": other_text}, "the text encoder is 32 wide, and the UNet reads 64"),
+        ({"text_encoder": few_words}, "tokens, and the text encoder only 100"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KolorsPipeline(**parts | change)
+    with pytest.raises(TypeError, match="unet must be kolors_core's UNet, got NoneType"):
+        KolorsPipeline(**parts | {"unet": None})
 
 
 def test_without_a_text_encoder_embeddings_are_asked_for(reference_folder: Path, pipes: Pair) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_full_size_map_is_closed_both_ways(component: str, full_size: dict) -> N
     assert [table.to_public(table.to_ours(name)) for name in theirs] == list(theirs)
     assert table.unused_rules(theirs) == []
     assert sum(name.startswith(UNUSED) for name in renamed) == dropped == len(table.dropped)
-    assert all(table.knows(name) for name in theirs)
+    assert table.faults(theirs) == []
     assert all(len(reason) > 10 for reason in table.dropped.values())
 
 
@@ -61,9 +62,34 @@ def test_the_closed_check_can_fail(full_size: dict) -> None:
     assert "1 missing: text_proj.bias" in str(compare(table, without, ours))
     assert "1 unexpected: extra.weight" in str(compare(table, renamed | {"extra.weight": (1,)}, ours))
     assert "is [1], the model wants [2048]" in str(compare(table, renamed | {"text_proj.bias": (1,)}, ours))
-    idle = Table(component="unet", names=table.names, rules=(*table.rules, ("never", "ever")))
+    idle = Table(component="unet", parts=table.parts, rules=(*table.rules, ("never", "ever")))
     assert idle.unused_rules(theirs) == [("never", "ever")]
-    assert not table.knows("down_blocks.0.motion_modules.0.weight")
+
+
+def rename_level(shapes: dict) -> None:
+    for name in [name for name in shapes if name.startswith("down_blocks.1.")]:
+        shapes[name.replace("blocks.1", "blocks.77")] = shapes.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda shapes: shapes.pop("mid_block.resnets.0.conv1.weight"), "resnets.0.conv1.weight is missing"),
+        (lambda shapes: shapes.pop("conv_in.bias"), "conv_in.bias is missing"),
+        (
+            lambda shapes: shapes.update({"mid_block.motion.weight": (1,)}),
+            "mid_block.motion.weight is no tensor",
+        ),
+        (lambda shapes: shapes.update({"conv_in.weight": (3,)}), "which does not fit its weight, [3]"),
+        (rename_level, "down_blocks.1 is missing"),
+    ],
+)
+def test_the_formats_own_check_can_fail(
+    change: Callable[[dict], object], fault: str, full_size: dict
+) -> None:
+    shapes = dict(full_size["unet"][0])
+    change(shapes)
+    assert any(fault in found for found in TABLES["unet"].faults(shapes))
 
 
 def test_round_trip_of_a_folder_is_byte_equal(
@@ -104,10 +130,15 @@ def test_prune_leaves_the_dropped_tensors_out(reference_folder: Path, tmp_path: 
     assert set(index["weight_map"]) == set(kept)
 
 
-def spoil_nothing_found(folder: Path) -> None:
+def spoil_index(folder: Path) -> None:
+    next((folder / "unet").glob("*.index.*")).write_text("{}")
+
+
+def spoil_missing(folder: Path) -> None:
     for file in (folder / "vae").glob("*.safetensors"):
-        file.unlink()
-    (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+        tensors = load_file(file)
+        if tensors.pop("encoder.conv_out.bias", None) is not None:
+            save_file(tensors, file)
 
 
 def spoil_truncated(folder: Path) -> None:
@@ -137,6 +168,8 @@ def spoil_sdxl(folder: Path) -> None:
         (spoil_truncated, "not a whole safetensors file"),
         (spoil_stranger, "encoder.motion.weight is no tensor of Kolors' vae"),
         (spoil_shard, "shard 2 of"),
+        (spoil_index, "index.fp16.json: not an index of shards"),
+        (spoil_missing, "encoder.conv_out.bias is missing"),
         (spoil_sdxl, "encoder_hid_proj.weight is missing"),
     ],
 )
@@ -160,7 +193,12 @@ def test_wrong_direction_existing_destination_and_pickles_are_named(
         convert(reference_folder / "vae", tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         convert(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(ValueError, match="lies inside"):
+        convert(reference_folder, reference_folder / "out")
     shutil.copytree(reference_folder / "vae", tmp_path / "vae")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "vae").symlink_to(tmp_path / "vae")
+    assert convert(tmp_path / "links", tmp_path / "followed") and (tmp_path / "followed" / "vae").is_dir()
     (tmp_path / "vae" / "extra.bin").write_bytes(b"pickle")
     assert any("extra.bin: skipped, a pickle" in line for line in convert(tmp_path / "vae", tmp_path / "out"))
 

@@ -25,4 +25,5 @@ def recognise(names: Collection[str], where: str) -> tuple[Table, bool]:
                 return table, ours
             if len(required) - len(absent) > nearest[0]:
                 nearest = (len(required) - len(absent), f"{absent[0]} is missing ({required[absent[0]]})")
-    raise ValueError(f"{where}: not a component of Kolors: {nearest[1]}")
+    hint = "; one shard alone is not enough, give its folder" if "-of-" in where else ""
+    raise ValueError(f"{where}: not a component of Kolors: {nearest[1]}{hint}")

@@ -30,6 +30,8 @@ def convert(source: Path, destination: Path, *, to_public: bool = False, prune: 
         raise FileNotFoundError(f"{source}: no such file or folder")
     if destination.exists():
         raise FileExistsError(f"{destination}: exists already, and is not overwritten")
+    if source.resolve() in destination.resolve().parents:
+        raise ValueError(f"{destination}: lies inside {source}, which is to be converted")
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
         whole = Path(scratch) / "whole"
@@ -47,7 +49,7 @@ def convert(source: Path, destination: Path, *, to_public: bool = False, prune: 
 def _convert_folder(source: Path, destination: Path, to_public: bool, prune: bool) -> list[str]:
     report = []
     destination.mkdir()
-    for folder, _, files in os.walk(source):
+    for folder, _, files in os.walk(source, followlinks=True):
         here, there = Path(folder), destination / Path(folder).relative_to(source)
         there.mkdir(exist_ok=True)
         weights = [name for name in files if name.endswith(".safetensors")]
@@ -71,8 +73,9 @@ def _convert_files(files: list[Path], destination: Path, to_public: bool, prune:
     if is_ours is not to_public:
         raise ValueError(f"{where}: has {'our' if is_ours else 'public'} names already")
     public = {name: table.to_public(name) if to_public else name for name in source}
-    if strangers := [name for name in source if not table.knows(public[name])]:
-        raise ValueError(f"{where}: {strangers[0]} is no tensor of Kolors' {table.component}")
+    if faults := table.faults({public[name]: source.shape(name) for name in source}):
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise ValueError(f"{where}: {faults[0]}{more}")
     renamed = {name: public[name] if to_public else table.to_ours(name) for name in source}
     if collisions := [name for name in source if not to_public and table.to_public(renamed[name]) != name]:
         raise ValueError(f"{where}: {collisions[0]} cannot be renamed both ways")
@@ -98,15 +101,23 @@ def _report(where: str, table: Table, source: Source, public: dict[str, str], pr
 
 
 def _convert_index(source: Path, destination: Path, to_public: bool, prune: bool) -> None:
-    index = json.loads(source.read_text())
-    table, _ = recognise(index["weight_map"], str(source))
+    try:
+        index = json.loads(source.read_text(encoding="utf-8"))
+        weight_map = {str(name): str(file) for name, file in index["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: not an index of shards: {error}") from None
+    shards = Source([source.parent / file for file in sorted(set(weight_map.values()))])
+    if set(weight_map) != set(shards):
+        odd = sorted(set(weight_map) ^ set(shards))[0]
+        raise ValueError(f"{source}: does not list the tensors of its shards: {odd}")
+    table, _ = recognise(weight_map, str(source))
     rename = table.to_public if to_public else table.to_ours
-    renamed = {rename(name): file for name, file in index["weight_map"].items()}
+    renamed = {rename(name): file for name, file in weight_map.items()}
     if prune:
         renamed = {name: file for name, file in renamed.items() if not _is_dropped(name, table)}
         index.pop("metadata", None)  # its total size counts the dropped tensors
     index["weight_map"] = dict(sorted(renamed.items()))
-    destination.write_text(json.dumps(index, indent=2) + "\n")
+    destination.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_dropped(name: str, table: Table) -> bool:
@@ -138,6 +149,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted, nothing written", file=sys.stderr)
+        return 130
     print("\n".join(report))
     return 0
 

@@ -1,13 +1,16 @@
 """ChatGLM3-6B, the text encoder: public checkpoint <-> `kolors_core.chatglm.ChatGLM` (200 tensors)."""
 
-from weights_convert.rules import Table
+from weights_convert.rules import Part, Table, both, weights
 
-_NORMS = r"input_layernorm|post_attention_layernorm"
-_LINEARS = r"self_attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h)"
+_LAYER = ("input_layernorm", "self_attention.dense", "post_attention_layernorm")
+_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 CHATGLM = Table(
     component="text_encoder",
-    names=rf"(embedding\.word_embeddings|encoder\.layers\.\d+\.({_NORMS}|{_LINEARS}))\.(weight|bias)",
+    parts=(
+        Part("", weights("embedding.word_embeddings")),
+        Part(r"encoder\.layers\.\d+", both("self_attention.query_key_value") + weights(*_LAYER, *_MLP)),
+    ),
     rules=(
         ("embedding.word_embeddings", "embedding"),
         ("encoder.layers", "layers"),

@@ -14,18 +14,37 @@ from dataclasses import dataclass, field
 UNUSED = "unused."
 
 
+def both(*names: str) -> tuple[str, ...]:
+    """The weight and the bias of each."""
+    return tuple(f"{name}.{kind}" for name in names for kind in ("weight", "bias"))
+
+
+def weights(*names: str) -> tuple[str, ...]:
+    """The weight of each, for layers without a bias."""
+    return tuple(f"{name}.weight" for name in names)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kind of block in the public format: what its paths look like, and the tensors that each one has."""
+
+    path: str  # regular expression; "" is the top
+    tensors: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """One component's names.
 
-    names: regular expression of every public name that the component can have, the grammar of the format.
+    parts: every kind of block that the public format has, its grammar.
     rules: ordered (public, ours) pairs of dotted parts.
     dropped: public names that the model never reads, each with its reason.
     required: public names without which a checkpoint is another model, each with what its absence means.
     """
 
     component: str
-    names: str
+    parts: tuple[Part, ...]
     rules: tuple[tuple[str, str], ...]
     dropped: Mapping[str, str] = field(default_factory=dict)
     required: Mapping[str, str] = field(default_factory=dict)
@@ -42,9 +61,45 @@ class Table:
             return ours.removeprefix(UNUSED)
         return _replace(ours, tuple((new, old) for old, new in reversed(self.rules)))
 
-    def knows(self, public: str) -> bool:
-        """Whether the public format has such a name at all."""
-        return public in self.dropped or re.fullmatch(self.names, public) is not None
+    def faults(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What is wrong with a set of public names and shapes, by the format alone, without knowing the
+        sizes.
+
+        A name that the format does not have, a block that lacks a tensor, numbers with a gap, a bias that is
+        not as long as its weight. How many blocks there are and how wide is for `compare` to check against a
+        model.
+        """
+        found, blocks, numbers = [], dict[str, tuple[Part, set[str]]](), dict[str, set[int]]()
+        for name in shapes:
+            if name in self.dropped:
+                continue
+            path, part, tensor = self._place(name)
+            if part is None:
+                found.append(f"{name} is no tensor of Kolors' {self.component}")
+                continue
+            blocks.setdefault(path, (part, set()))[1].add(tensor)
+            segments = path.split(".")
+            for i, segment in enumerate(segments):
+                if segment.isdigit():
+                    numbers.setdefault(".".join(segments[:i]), set()).add(int(segment))
+            weight = shapes.get(name.removesuffix("bias") + "weight")
+            if name.endswith(".bias") and weight is not None and shapes[name] != weight[:1]:
+                found.append(f"{name} is {list(shapes[name])}, which does not fit its weight, {list(weight)}")
+        for path, (part, have) in blocks.items():
+            absent = [tensor for tensor in part.tensors if tensor not in have]
+            found += [f"{path}.{tensor} is missing".lstrip(".") for tensor in absent]
+        for path, seen in numbers.items():
+            found += [f"{path}.{i} is missing" for i in range(max(seen)) if i not in seen][:1]
+        return found
+
+    def _place(self, name: str) -> tuple[str, Part | None, str]:
+        """The block's path, the kind of block, and the tensor's name in it."""
+        for part in self.parts:
+            for tensor in (*part.tensors, *part.optional):
+                path = name.removesuffix(tensor).rstrip(".")
+                if name.endswith(tensor) and re.fullmatch(part.path, path):
+                    return path, part, tensor
+        return "", None, ""
 
     def unused_rules(self, public: Iterable[str]) -> list[tuple[str, str]]:
         """The rules that change none of the names: in a full-size table there must be none."""

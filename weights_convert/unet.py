@@ -1,16 +1,27 @@
 """The Kolors UNet: diffusers' `UNet2DConditionModel` <-> `kolors_core.unet.UNet` (1,682 tensors)."""
 
-from weights_convert.rules import Table
+from weights_convert.rules import Part, Table, both, weights
 
-_BLOCK = r"norm[123]|attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)"
-_ATTENTION = rf"attentions\.\d+\.(norm|proj_in|proj_out|transformer_blocks\.\d+\.({_BLOCK}))"
-_RESNET = r"resnets\.\d+\.(norm1|conv1|time_emb_proj|norm2|conv2|conv_shortcut)"
-_LEVEL = r"down_blocks\.\d+|mid_block|up_blocks\.\d+"
-_ENDS = r"conv_in|conv_norm_out|conv_out|encoder_hid_proj|(time|add)_embedding\.linear_[12]"
+_LEVEL = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"
+_ATTENTION = rf"{_LEVEL}\.attentions\.\d+"
+_NORMS = ("norm1", "norm2", "norm3")
+_OUT = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
+_QKV = tuple(f"attn{i}.to_{name}" for i in (1, 2) for name in "qkv")
+_EMBEDDINGS = tuple(f"{kind}_embedding.linear_{i}" for kind in ("time", "add") for i in (1, 2))
 
 UNET = Table(
     component="unet",
-    names=rf"({_ENDS}|({_LEVEL})\.({_RESNET}|{_ATTENTION}|(down|up)samplers\.0\.conv))\.(weight|bias)",
+    parts=(
+        Part("", both("conv_in", "conv_norm_out", "conv_out", "encoder_hid_proj", *_EMBEDDINGS)),
+        Part(
+            rf"{_LEVEL}\.resnets\.\d+",
+            both("norm1", "conv1", "time_emb_proj", "norm2", "conv2"),
+            optional=both("conv_shortcut"),
+        ),
+        Part(_ATTENTION, both("norm", "proj_in", "proj_out")),
+        Part(rf"{_ATTENTION}\.transformer_blocks\.\d+", both(*_NORMS, *_OUT) + weights(*_QKV)),
+        Part(r"(down_blocks\.\d+\.down|up_blocks\.\d+\.up)samplers\.0", both("conv")),
+    ),  # fmt: skip
     rules=(
         ("down_blocks", "down"),
         ("mid_block", "mid"),

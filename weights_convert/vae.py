@@ -1,15 +1,23 @@
 """The VAE: diffusers' `AutoencoderKL` <-> `kolors_core.vae.VAE` (248 tensors)."""
 
-from weights_convert.rules import Table
+from weights_convert.rules import Part, Table, both
 
-_RESNET = r"resnets\.\d+\.(norm1|conv1|norm2|conv2|conv_shortcut)"
-_ATTENTION = r"attentions\.0\.(group_norm|to_[qkv]|to_out\.0)"
-_ENDS = r"(en|de)coder\.(conv_in|conv_norm_out|conv_out)|quant_conv|post_quant_conv"
-_LEVEL = rf"(encoder\.down|decoder\.up)_blocks\.\d+\.({_RESNET}|(down|up)samplers\.0\.conv)"
+_LEVEL = r"(encoder\.down_blocks\.\d+|decoder\.up_blocks\.\d+)"
+_MIDDLE = r"(encoder|decoder)\.mid_block"
 
 VAE = Table(
     component="vae",
-    names=rf"({_ENDS}|{_LEVEL}|(en|de)coder\.mid_block\.({_RESNET}|{_ATTENTION}))\.(weight|bias)",
+    parts=(
+        Part("", both("quant_conv", "post_quant_conv")),
+        Part(r"encoder|decoder", both("conv_in", "conv_norm_out", "conv_out")),
+        Part(
+            rf"({_LEVEL}|{_MIDDLE})\.resnets\.\d+",
+            both("norm1", "conv1", "norm2", "conv2"),
+            optional=both("conv_shortcut"),
+        ),
+        Part(rf"{_MIDDLE}\.attentions\.0", both("group_norm", "to_q", "to_k", "to_v", "to_out.0")),
+        Part(rf"{_LEVEL}\.(down|up)samplers\.0", both("conv")),
+    ),  # fmt: skip
     rules=(
         ("down_blocks", "down"),
         ("up_blocks", "up"),
