@@ -109,10 +109,10 @@ def bucket_of(example: Example, sizes: Sequence[tuple[int, int]]) -> tuple[int, 
 
 
 def load_pixels(example: Example, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """The picture covering its bucket: pixels [3, H, W] in [-1, 1], and the crop's (top, left) in resized
-    pixels.
+    """The picture covering its bucket: [3, H, W] in [-1, 1], and where it was cropped.
 
-    The crop is the middle. Transparency is laid on white.
+    The crop's (top, left) is in pixels of the resized picture, of which it is the middle. Transparency is
+    white.
     """
     import numpy as np
     from PIL import Image

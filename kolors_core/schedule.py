@@ -103,8 +103,7 @@ class Scheduler(ABC):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
-        """Build from a public `scheduler_config.json` or another scheduler's `.config`, with some fields
-        changed.
+        """Build from a public config, or another scheduler's `.config`, with some fields changed.
 
         Fields of the other scheduler are passed over. Raises ValueError for a field that would change the
         result and is not supported, and for a change that this scheduler has no field for.

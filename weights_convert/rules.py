@@ -62,8 +62,7 @@ class Table:
         return _replace(ours, tuple((new, old) for old, new in reversed(self.rules)))
 
     def faults(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What is wrong with a set of public names and shapes, by the format alone, without knowing the
-        sizes.
+        """What is wrong with a set of public names and shapes, by the format alone.
 
         A name that the format does not have, a block that lacks a tensor, numbers with a gap, a bias that is
         not as long as its weight. How many blocks there are and how wide is for `compare` to check against a
