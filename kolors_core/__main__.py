@@ -163,8 +163,8 @@ def draw(options: argparse.Namespace) -> None:
     pipe = KolorsPipeline.from_pretrained(
         options.weights, variant=options.variant, revision=options.revision,
         local_files_only=options.local_files_only,
-        torch_dtype=DTYPES[options.dtype] if options.dtype else best_dtype(device),
-    ).to(device)  # fmt: skip
+        torch_dtype=DTYPES[options.dtype] if options.dtype else best_dtype(device), device=device,
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=options.quiet)
     kind, changes = SAMPLERS[options.sampler]
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)

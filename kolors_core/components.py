@@ -65,6 +65,7 @@ class Components:
         *,
         torch_dtype: Dtypes = None,
         dtype: Dtypes = None,
+        device: torch.device | str = "cpu",
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -81,8 +82,8 @@ class Components:
 
         torch_dtype, or by its newer name dtype: one, or a mapping {"text_encoder", "unet", "vae", "default"};
         float32 if None, and the VAE is never float16. variant: such as "fp16"; None takes the only one there
-        is. A component passed in is used as it is and its files are not fetched. Raises FileNotFoundError or
-        ValueError naming the file, field or tensor.
+        is. device: where each tensor goes straight from its file. A component passed in is used as it is and
+        its files are not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         if use_safetensors is False:
             raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
@@ -106,7 +107,9 @@ class Components:
             elif component == "scheduler":
                 parts[component] = load_scheduler(folder)
             else:
-                parts[component] = load_component(folder, component, variant=variant, dtype=dtypes[component])
+                parts[component] = load_component(
+                    folder, component, variant=variant, dtype=dtypes[component], device=device
+                )
         return cls(**parts, force_zeros_for_empty_prompt=index["force_zeros_for_empty_prompt"])
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:

@@ -21,6 +21,7 @@ from weights_convert import TABLES
 from weights_convert.rules import UNUSED, compare
 
 EXACT = 1e-10  # relative, in float64: the floor is about 1e-14, the smallest mistake we know of 1e-5
+NO_MODULE = "no module differs, so it lies between modules"
 FLOAT32 = 5e-6  # relative, where the reference computes a part in float32: the floor is about 1e-6
 
 # The smallest Kolors with every part of the large one: attention at two of three levels, two resnets a level.
@@ -133,7 +134,7 @@ def first_divergence(
             other = other.transpose(0, 1)  # the reference's ChatGLM has the sequence first
         if (error := relative_error(output, other)) > tolerance:
             return f"{name} ({counterpart[name]} in the reference), relative error {error:.1e}"
-    return "no module differs, so it lies between modules"
+    return NO_MODULE
 
 
 def _record(model: nn.Module, names: set[str], run: Callable[[], object]) -> list[tuple[str, Tensor]]:

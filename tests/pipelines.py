@@ -1,5 +1,6 @@
 """Ours and the reference's pipeline with the same random weights, run side by side, latents step by step."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from kolors_core.schedule import SCHEDULERS
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.parity import FLOAT32, SMALL, relative_error, transfer
+from tests.parity import FLOAT32, NO_MODULE, SMALL, assert_parity, first_divergence, transfer
 from tests.reference_folder import KOLORS_SCHEDULER, reference_pipeline
 
 EMBEDDINGS = (
@@ -82,4 +83,15 @@ def assert_same_steps(
     assert len(mine) == len(other) > 1
     for i, (a, b) in enumerate(zip(mine, other, strict=True)):
         allowed = tolerance if i < len(mine) - 1 else picture_tolerance
-        assert relative_error(a, b) < allowed, f"step {i} of {len(mine) - 1}: {relative_error(a, b):.1e}"
+        assert_parity(a, b, allowed, partial(diverging_module, pair, i, allowed, arguments))
+
+
+def diverging_module(pair: Pair, step: int, tolerance: float, arguments: dict[str, Any]) -> str:
+    """The first module of the first model whose output differs in a run of both pipelines."""
+    runs = [lambda pipe=pipe: steps_of(pipe, **arguments) for pipe in pair]
+    for component in ("text_encoder", "unet", "vae"):
+        models = [getattr(pipe, component) for pipe in pair]
+        found = first_divergence(*models, component, *runs, tolerance)
+        if found != NO_MODULE:
+            return f"step {step}, {component}: {found}"
+    return f"step {step}, {NO_MODULE}"
