@@ -34,6 +34,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
         raise RuntimeError(f"the forced attention kernel {name!r} cannot run {what}: {error}") from error
 
 
+def count_bias(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to the logits of keys that each stand for `counts` [B, S] equal ones: [B, 1, 1, S]."""
+    return counts.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)[:, None, None]
+
+
 def choose(q: Tensor, k: Tensor) -> str:
     """Name of the kernel for these inputs: query chunks on MPS if they are many, else torch's choice."""
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]

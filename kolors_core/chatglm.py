@@ -4,23 +4,48 @@ Source: `ChatGLMModel` in diffusers' pipelines/kolors/text_encoder.py.
 Shapes: B prompts, L tokens, C hidden width, H heads, G K/V groups, D head width, R rotated part of D.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.attention import attention
+from kolors_core.attention import attention, count_bias
 from kolors_core.config import ChatGLMConfig
 from kolors_core.tokenizer import TokenBatch
 
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """tokens [B, L, C], pads included, for cross-attention; pooled [B, C], the last token's state."""
+    """tokens [B, L, C], pads included, for cross-attention; pooled [B, C], the last token's state.
+
+    counts: None, or [B, L], how many equal tokens each stands for (see `TokenBatch.collapse`); 0 is none.
+    """
 
     tokens: Tensor
     pooled: Tensor
+    counts: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Sequence["TextEmbedding"]) -> "TextEmbedding":
+        """Embeddings one after another; shorter ones are filled up on the left with tokens of count 0."""
+        length = max(part.tokens.shape[1] for part in parts)
+        pooled = torch.cat([part.pooled for part in parts])
+        if all(part.counts is None and part.tokens.shape[1] == length for part in parts):
+            return cls(torch.cat([part.tokens for part in parts]), pooled)
+        tokens, counts = [], []
+        for part in parts:
+            ones = part.tokens.new_ones(part.tokens.shape[:2], dtype=torch.float32)
+            missing = length - part.tokens.shape[1]
+            tokens.append(F.pad(part.tokens, (0, 0, missing, 0)))
+            counts.append(F.pad(ones if part.counts is None else part.counts, (missing, 0)))
+        return cls(torch.cat(tokens), pooled, torch.cat(counts))
+
+    def to(self, device: torch.device | str) -> "TextEmbedding":
+        """The same embedding on another device."""
+        counts = None if self.counts is None else self.counts.to(device)
+        return TextEmbedding(self.tokens.to(device), self.pooled.to(device), counts)
 
 
 class RMSNorm(nn.Module):
@@ -47,7 +72,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(self.widths[0], config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor) -> Tensor:
-        """x: [B, L, C]; rotation: two of [B, 1, L, R/2]; allowed: [B, 1, L, L] bool. Returns [B, L, C]."""
+        """x: [B, L, C]; rotation: two of [B, 1, L, R/2]; allowed: see `attention_mask`. Returns [B, L, C]."""
         q, k, v = self.to_qkv(x).split(self.widths, dim=-1)
         q = rotate(q.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2), *rotation)  # [B, H, L, D]
         k = rotate(k.unflatten(-1, (self.groups, self.head_dim)).transpose(1, 2), *rotation)  # [B, G, L, D]
@@ -99,11 +124,13 @@ class ChatGLM(nn.Module):
         x = self.embedding(batch.ids)  # [B, L, C]
         rotation = rotary(batch.positions, self.config.head_dim // 2, x.dtype)
         allowed = attention_mask(batch.mask)
+        if batch.counts is not None:
+            allowed = torch.where(allowed, count_bias(batch.counts, x.dtype), -torch.inf)
         tokens = x
         for layer in self.layers:
             tokens = x
             x = layer(x, rotation, allowed)
-        return TextEmbedding(tokens=tokens, pooled=x[:, -1])
+        return TextEmbedding(tokens=tokens, pooled=x[:, -1], counts=batch.counts)
 
 
 def attention_mask(mask: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ TINY = KolorsConfig(
         query_groups=2,
     ),
     unet=UNetConfig(
-        sample_size=16, channels=(64, 128, 160), heads=(2, 4, 5), depths=(0, 1, 1), resnets_per_level=1,
+        sample_size=16, channels=(64, 96, 160), heads=(2, 3, 5), depths=(0, 1, 1), resnets_per_level=1,
         text_dim=192, context_dim=192, size_dim=32,
     ),
     vae=VAEConfig(sample_size=128, channels=(16, 32, 64, 96), resnets_per_level=1, norm_groups=8),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kolors_core.chatglm import TextEmbedding
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
 from kolors_core.unet import UNet
@@ -20,21 +21,20 @@ Size = tuple[int, int]
 class Conditioning:
     """What the UNet is told beside latents and time: a field here is an argument of `UNet.forward`.
 
-    text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32, see `UNet.forward`.
+    text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32; text_counts None or
+    [B, S]; see `UNet.forward`.
     """
 
     text_tokens: Tensor
     pooled_text: Tensor
     size_ids: Tensor
+    text_counts: Tensor | None = None
 
     @classmethod
     def cat(cls, *parts: "Conditioning") -> "Conditioning":
         """Batches one after another."""
-        return cls(
-            torch.cat([part.text_tokens for part in parts]),
-            torch.cat([part.pooled_text for part in parts]),
-            torch.cat([part.size_ids for part in parts]),
-        )
+        text = TextEmbedding.cat([TextEmbedding(p.text_tokens, p.pooled_text, p.text_counts) for p in parts])
+        return cls(text.tokens, text.pooled, torch.cat([part.size_ids for part in parts]), text.counts)
 
 
 def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tensor:
@@ -101,7 +101,9 @@ def guided(
         if is_guided:
             latents = torch.cat([latents, latents])
         timestep = torch.tensor(schedule.timestep(sigma), dtype=torch.float32, device=x.device)
-        noise = unet(latents, timestep, told.text_tokens, told.pooled_text, told.size_ids).to(x.dtype)
+        noise = unet(
+            latents, timestep, told.text_tokens, told.pooled_text, told.size_ids, told.text_counts
+        ).to(x.dtype)
         if is_guided:
             unconditional, conditional = noise.chunk(2)
             noise = unconditional + scale * (conditional - unconditional)

@@ -16,15 +16,33 @@ SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """ids [B, L]; mask [B, L] bool, True on real tokens; positions [B, L], 0 on pads, then 0, 1, 2, ..."""
+    """ids [B, L]; mask [B, L] bool, True on real tokens; positions [B, L], 0 on pads, then 0, 1, 2, ...
+
+    counts: None, or float32 [B, L], how many tokens of the full batch each of these stands for.
+    """
 
     ids: Tensor
     mask: Tensor
     positions: Tensor
+    counts: Tensor | None = None
+
+    def collapse(self) -> "TokenBatch":
+        """The same text in as few columns as its longest prompt and one pad need.
+
+        All pads of a prompt are one token: equal, at position 0, seeing everything. So the first that is kept
+        can stand for those that are not: attention that counts it as many gives exactly the same.
+        """
+        length = int(self.mask.sum(1).max())
+        kept = slice(max(0, self.mask.shape[1] - length - 1), None)
+        mask = self.mask[:, kept]  # [B, length + 1]
+        counts = torch.ones(mask.shape)
+        counts[:, 0] += self.mask.shape[1] - mask.shape[1]
+        return TokenBatch(self.ids[:, kept], mask, self.positions[:, kept], counts)
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The same tokens on another device."""
-        return TokenBatch(self.ids.to(device), self.mask.to(device), self.positions.to(device))
+        counts = None if self.counts is None else self.counts.to(device)
+        return TokenBatch(self.ids.to(device), self.mask.to(device), self.positions.to(device), counts)
 
 
 class Tokenizer:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,12 +24,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from kolors_core.chatglm import ChatGLM, TextEmbedding
+from kolors_core.chatglm import ChatGLM, Layer, TextEmbedding
 from kolors_core.dataset import Batches, Example, Sample, load_pixels, mix
 from kolors_core.guidance import size_ids
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import ResBlock, TransformerBlock, UNet
 from kolors_core.vae import VAE
+from kolors_core.vae import ResBlock as VAEResBlock
+
+# What FSDP2 gathers, and what checkpointing computes twice, as one.
+BLOCKS = (ResBlock, TransformerBlock, Layer, VAEResBlock)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +114,9 @@ class Objective(nn.Module):
             text = self.text_encoder(text)
         sigma = self.sigmas.to(batch.latents.device)[batch.timesteps][:, None, None, None]  # [b, 1, 1, 1]
         noisy = (batch.latents + sigma * batch.noise) / (sigma**2 + 1).sqrt()
-        predicted = self.unet(noisy, batch.timesteps.float(), text.tokens, text.pooled, batch.size_ids)
+        predicted = self.unet(
+            noisy, batch.timesteps.float(), text.tokens, text.pooled, batch.size_ids, text.counts
+        )
         loss = (predicted.float() - batch.noise).square().mean(dim=(1, 2, 3))  # [b]
         if self.config.min_snr_gamma is not None:
             snr = sigma.flatten() ** -2
@@ -128,8 +135,10 @@ class Data:
         tokenizer: Tokenizer,
         config: TrainingConfig,
         frozen_text: ChatGLM | None,
+        timesteps: int = 1100,
     ) -> None:
         self.batches, self.config, self.tokenizer = batches, config, tokenizer
+        self.timesteps = timesteps  # how many the schedule has
         self.latents: dict[int, tuple[Tensor, Tensor]] = {}
         self.sizes: dict[int, Tensor] = {}
         for size, members in batches.members.items():
@@ -143,11 +152,11 @@ class Data:
         if frozen_text is not None:
             for caption in sorted({caption for example in examples for caption in example.captions} | {""}):
                 with torch.no_grad():
-                    tokens = tokenizer([caption], config.max_tokens)
+                    tokens = tokenizer([caption], config.max_tokens).collapse()
                     text = frozen_text(tokens.to(frozen_text.embedding.weight.device))
-                self.text[caption] = TextEmbedding(text.tokens.float().cpu(), text.pooled.float().cpu())
+                self.text[caption] = text.to("cpu")
 
-    def at(self, step: int, part: slice, device: torch.device, total: int) -> Batch:
+    def at(self, step: int, part: slice, device: torch.device) -> Batch:
         """The pictures `part` of the batch of a step; noise and timesteps are drawn for all of it."""
         _, samples = self.batches.at(step)
         draw = torch.Generator().manual_seed(mix(self.config.seed, step, 1))
@@ -156,51 +165,53 @@ class Data:
         noise = torch.randn(mean.shape, generator=draw)
         if self.config.noise_offset:
             noise += self.config.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=draw)
-        timesteps = torch.randint(total, (len(samples),), generator=draw)
+        timesteps = torch.randint(self.timesteps, (len(samples),), generator=draw)
         ids = torch.cat([self.sizes[sample.example] for sample in samples])
         text = self._text(samples[part])
         moved = (tensor[part].to(device) for tensor in (latents, ids, timesteps, noise))
         latents, ids, timesteps, noise = moved
-        return Batch(latents, _to(text, device), ids, timesteps, noise)
+        return Batch(latents, text.to(device), ids, timesteps, noise)
 
     def _text(self, samples: Sequence[Sample]) -> TextEmbedding | TokenBatch:
         captions = [sample.caption for sample in samples]
         if not self.text:
-            return self.tokenizer(captions, self.config.max_tokens)
-        found = [self.text[caption] for caption in captions]
-        return TextEmbedding(torch.cat([f.tokens for f in found]), torch.cat([f.pooled for f in found]))
+            return self.tokenizer(captions, self.config.max_tokens).collapse()
+        return TextEmbedding.cat([self.text[caption] for caption in captions])
 
 
-def _to(text: TextEmbedding | TokenBatch, device: torch.device) -> TextEmbedding | TokenBatch:
-    if isinstance(text, TokenBatch):
-        return text.to(device)
-    return TextEmbedding(text.tokens.to(device), text.pooled.to(device))
+class Source(Protocol):
+    """Where a run's batches come from: a function of the step alone, so that a run can be taken up again."""
+
+    def at(self, step: int, part: slice, device: torch.device) -> Any:
+        """The pictures `part` of the batch of a step."""
+        ...
 
 
 class Trainer:
     """One run: `fit()` goes from the last saved state in `folder`, or from the start, to `config.steps`.
 
-    objective: its parameters that require a gradient are trained. on_step(step, loss): on every rank, after
+    objective: a module that makes of `data`'s batches a mean loss; its parameters that require a gradient are
+    trained. on_step(step, loss): on every rank, after
     each step; the loss is that of the whole batch.
     """
 
     def __init__(
         self,
-        objective: Objective,
-        data: Data,
+        objective: nn.Module,
+        data: Source,
         config: TrainingConfig,
         folder: str | Path,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
     ) -> None:
         self.objective, self.data, self.config, self.on_step = objective, data, config, on_step
         self.folder = Path(folder)
-        self.device = objective.unet.conv_in.weight.device
+        self.device = next(objective.parameters()).device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size % (self.world * config.accumulate):
             parts = f"{self.world} processes times accumulate {config.accumulate}"
             raise ValueError(f"batch_size must be a multiple of {parts}, got {config.batch_size}")
         if config.checkpoint_blocks:
-            checkpoint_blocks(objective.unet)
+            checkpoint_blocks(objective)
         self.module = self._spread()
         self.named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         if not self.named:
@@ -214,7 +225,7 @@ class Trainer:
     def _spread(self) -> nn.Module:
         """The objective as it is run: alone, under DDP, or sharded in place by FSDP2."""
         if self.config.shard:
-            for block in _blocks(self.objective.unet):
+            for block in _blocks(self.objective):
                 fully_shard(block)
             fully_shard(self.objective)
             return self.objective
@@ -240,9 +251,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for i in range(config.accumulate):
             start = self.rank * share + i * size
-            batch = self.data.at(
-                self.step, slice(start, start + size), self.device, len(self.objective.sigmas)
-            )
+            batch = self.data.at(self.step, slice(start, start + size), self.device)
             self._sync_gradients(i == config.accumulate - 1)
             with torch.autocast(self.device.type, config.dtype, enabled=config.dtype != torch.float32):
                 loss = self.module(batch) / config.accumulate
@@ -342,7 +351,7 @@ def join_processes() -> torch.device:
 
 
 def _blocks(model: nn.Module) -> Iterable[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, ResBlock | TransformerBlock)]
+    return [module for module in model.modules() if isinstance(module, BLOCKS)]
 
 
 def _whole(tensor: Tensor) -> Tensor:

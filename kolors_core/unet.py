@@ -7,12 +7,13 @@ Shapes: B batch, C channels, H height, W width (in latents), N = H * W, S text t
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.attention import attention
+from kolors_core.attention import attention, count_bias
 from kolors_core.config import UNetConfig
 
 
@@ -24,6 +25,13 @@ def sinusoid(values: Tensor, width: int) -> Tensor:
     )
     angles = values[..., None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Text(NamedTuple):
+    """What the cross-attentions read: tokens [B, S, context_dim], and None or a logit bias [B, 1, 1, S]."""
+
+    tokens: Tensor
+    bias: Tensor | None
 
 
 class Embedding(nn.Module):
@@ -71,13 +79,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, width, bias=False)
         self.to_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: [B, N, C]; context: [B, S, context_dim]. Returns [B, N, C]."""
+    def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: [B, N, C]; context: [B, S, context_dim]; bias of the logits: [B, 1, 1, S]. Returns [B, N, C]."""
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)
         )  # [B, heads, N or S, C/heads]
-        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, N, C]
+        return self.to_out(attention(q, k, v, bias).transpose(1, 2).flatten(2))  # [B, N, C]
 
 
 class FeedForward(nn.Module):
@@ -105,10 +113,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Text) -> Tensor:
         normed = self.norm1(x)
         x = x + self.self_attention(normed, normed)
-        x = x + self.cross_attention(self.norm2(x), text)
+        x = x + self.cross_attention(self.norm2(x), text.tokens, text.bias)
         return x + self.feed_forward(self.norm3(x))
 
 
@@ -124,8 +132,8 @@ class Transformer(nn.Module):
         )
         self.proj_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x: [B, C, H, W]; text: [B, S, context_dim]."""
+    def forward(self, x: Tensor, text: Text) -> Tensor:
+        """x: [B, C, H, W]."""
         h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
         for block in self.blocks:
             h = block(h, text)
@@ -147,7 +155,7 @@ class DownLevel(nn.Module):
         is_last = level == len(config.channels) - 1
         self.downsample = None if is_last else nn.Conv2d(width, width, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Tensor, text: Text) -> list[Tensor]:
         """Every map that the way up will read; the last of them goes on down."""
         skips = []
         for i, resnet in enumerate(self.resnets):
@@ -169,7 +177,7 @@ class MidLevel(nn.Module):
         self.resnets = nn.ModuleList([ResBlock(width, width, config) for _ in range(2)])
         self.attentions = nn.ModuleList([Transformer(width, config.heads[-1], config.depths[-1], config)])
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, text: Text) -> Tensor:
         x = self.resnets[0](x, time)
         x = self.attentions[0](x, text)
         return self.resnets[1](x, time)
@@ -194,7 +202,7 @@ class UpLevel(nn.Module):
         )
         self.upsample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, text: Text) -> Tensor:
         """Takes its skips off the list's end, and grows to the size of the next one, which may be odd."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
@@ -233,17 +241,24 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, text_tokens: Tensor, pooled_text: Tensor, size_ids: Tensor
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text_tokens: Tensor,
+        pooled_text: Tensor,
+        size_ids: Tensor,
+        text_counts: Tensor | None = None,
     ) -> Tensor:
         """Predict the noise in `latents`.
 
         latents: [B, in_channels, H, W], any H and W, scaled to unit variance. timestep: [] or [B], 0 to 1099,
         need not be whole. text_tokens: [B, S, text_dim]. pooled_text: [B, text_dim]. size_ids: [B, 6], in
-        pixels: original height and width, crop top and left, target height and width. Returns [B,
-        out_channels, H, W].
+        pixels: original height and width, crop top and left, target height and width. text_counts: None, or
+        [B, S], how many equal tokens each text token stands for. Returns [B, out_channels, H, W].
         """
         time = self.embed_time(timestep.expand(latents.shape[0]), pooled_text, size_ids)  # [B, T]
-        text = self.text_proj(text_tokens)  # [B, S, context_dim]
+        bias = None if text_counts is None else count_bias(text_counts, text_tokens.dtype)
+        text = Text(self.text_proj(text_tokens), bias)
         x = self.conv_in(latents)
         skips = [x]
         for level in self.down:

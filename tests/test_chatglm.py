@@ -100,3 +100,34 @@ def test_half_precision_runs_and_stays_close() -> None:
     with torch.no_grad():
         assert half(batch).tokens.dtype == torch.bfloat16
         assert relative_error(half(batch).tokens.float(), exact(batch).tokens) < 0.05
+
+
+@pytest.mark.parametrize("lengths", [[1], [2, 7, 20], [40, 3], [39, 39]], ids=str)
+def test_collapsed_pads_change_nothing(lengths: list[int]) -> None:
+    ours, _ = pair("text_encoder", torch.float64)
+    batch = token_batch(lengths, width=40)
+    few = batch.collapse()
+    width = min(40, max(lengths) + 1)
+    assert few.counts is not None and few.ids.shape == (len(lengths), width)
+    assert few.counts.sum(1).tolist() == [40.0] * len(lengths)
+    with torch.no_grad():
+        whole, collapsed = ours(batch), ours(few)
+        forgetful = ours(TokenBatch(few.ids, few.mask, few.positions))
+    # float32 inside: see above
+    assert_parity(collapsed.tokens, whole.tokens[:, -width:], FLOAT32)
+    assert_parity(collapsed.pooled, whole.pooled, FLOAT32)
+    if max(lengths) < 39:
+        assert relative_error(forgetful.tokens, whole.tokens[:, -width:]) > 1e-3, "the counts matter"
+
+
+def test_embeddings_of_different_lengths_make_one_batch() -> None:
+    ours, _ = pair("text_encoder", torch.float64)
+    parts = [ours(token_batch([length], width=40).collapse()) for length in (3, 9)]
+    both = TextEmbedding.cat(parts)
+    assert both.counts is not None and both.tokens.shape[1] == 10
+    assert both.counts[0].tolist() == [0.0] * 6 + [37.0] + [1.0] * 3
+    assert torch.equal(both.tokens[0, 6:], parts[0].tokens[0]) and torch.equal(
+        both.pooled[1:], parts[1].pooled
+    )
+    plain = [TextEmbedding(part.tokens[:, -4:], part.pooled) for part in parts]
+    assert TextEmbedding.cat(plain).counts is None

@@ -161,3 +161,17 @@ def test_a_forced_attention_kernel_reaches_the_unet() -> None:
             pytest.raises(RuntimeError, match="forced attention kernel 'cudnn' cannot run"),
         ):
             ours(**given)
+
+
+def test_counted_tokens_stand_for_repeated_ones() -> None:
+    """Twelve tokens of which the first stands for seven, and one for none, against all of them written out."""
+    ours, _ = pair("unet", torch.float64)
+    given = inputs(2, 8, 8)
+    tokens = given["text_tokens"]
+    counts = torch.ones(2, 12)
+    counts[:, 0], counts[:, 3] = 7.0, 0.0
+    written_out = torch.cat([tokens[:, :1].expand(-1, 7, -1), tokens[:, 1:3], tokens[:, 4:]], dim=1)
+    with torch.no_grad():
+        mine = ours(**given, text_counts=counts)
+        assert_parity(mine, ours(**given | {"text_tokens": written_out}), EXACT)
+        assert relative_error(mine, ours(**given)) > 1e-3
