@@ -1,0 +1,137 @@
+"""The recipe of the embedded model, from packages to a folder that `from_pretrained` loads.
+
+    apt-get install fonts-noto-color-emoji npm && python -m benchmarks.tiny OUT
+
+Pictures and captions, a tokenizer, the autoencoder, then text encoder and UNet together. A run that was killed
+goes on where it was. An accelerator is used if there is one.
+"""
+
+import argparse
+import json
+import subprocess
+import tarfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.tiny import autoencoder
+from benchmarks.tiny.emoji import CONCEPTS, Concept, read_concepts, read_names, write
+from kolors_core.attention import attention_kernel
+from kolors_core.chatglm import ChatGLM
+from kolors_core.config import TINY
+from kolors_core.dataset import Batches, read_folder
+from kolors_core.pipeline import KolorsPipeline
+from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.tokenizer import SPECIAL_TOKENS, Tokenizer
+from kolors_core.training import Data, Objective, Trainer, TrainingConfig, join_processes
+from kolors_core.unet import UNet
+from kolors_core.vae import VAE
+
+NAMES = "emojibase-data@17.0.0"
+AUTOENCODER = TrainingConfig(
+    steps=4000, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup=100, weight_decay=1e-3,
+    dtype=torch.bfloat16,
+)  # fmt: skip
+WHOLE_FROM = 3600  # the autoencoder's first step on whole pictures
+DENOISER = TrainingConfig(
+    steps=5000, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=200, weight_decay=0.01, ema=0.998,
+    min_snr_gamma=1.0, dtype=torch.bfloat16,
+)  # fmt: skip
+
+
+def fetch_names(folder: Path) -> Path:
+    """The names of emoji in both languages, from the npm registry; the folder they are in."""
+    package = folder / "package"
+    if not package.exists():
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", NAMES], cwd=folder, check=True, capture_output=True, text=True
+        )
+        with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
+            archive.extractall(folder, filter="data")
+    return package
+
+
+def train_tokenizer(package: Path, concepts: list[Concept], folder: Path) -> Tokenizer:
+    """A SentencePiece model of every emoji's names and the concepts' captions; bytes for anything else."""
+    from sentencepiece import SentencePieceTrainer
+
+    if not (folder / "tokenizer.model").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [name for language in ("en", "zh") for name in read_names(package, language).values()]
+        lines += [caption for concept in concepts for caption in concept.captions()]
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+            vocab_size=TINY.text_encoder.vocab_size - len(SPECIAL_TOKENS) - 1, byte_fallback=True, pad_id=-1,
+            character_coverage=1.0, minloglevel=2,
+        )  # fmt: skip
+        (folder / "tokenizer.vocab").unlink()
+    return Tokenizer(folder)
+
+
+def train_vae(package: Path, folder: Path, device: torch.device) -> VAE:
+    """The trained autoencoder, taken from the folder if it is there already."""
+    file, vae = folder / "vae.safetensors", VAE(TINY.vae).eval()
+    if not file.exists():
+        others = [character for character in read_names(package, "en") if character not in CONCEPTS]
+        vae = autoencoder.train(
+            TINY.vae, [*CONCEPTS, *others], len(CONCEPTS), AUTOENCODER, folder, device, WHOLE_FROM
+        )
+        save_file(vae.state_dict(), file)
+    vae.load_state_dict(load_file(file))
+    return vae.to(device).requires_grad_(False)
+
+
+def train_denoiser(
+    pictures: Path, vae: VAE, tokenizer: Tokenizer, folder: Path, config: TrainingConfig
+) -> tuple[UNet, ChatGLM]:
+    """UNet and text encoder, trained together; the losses go to `losses.jsonl`, a line each."""
+    device = vae.post_quant_conv.weight.device
+    examples = read_folder(pictures)
+    batches = Batches(examples, [(TINY.vae.sample_size,) * 2], config.batch_size, config.seed)
+    data = Data(examples, batches, vae, tokenizer, config, frozen_text=None)
+    torch.manual_seed(config.seed)  # of the first weights
+    unet, text_encoder = UNet(TINY.unet).to(device), ChatGLM(TINY.text_encoder).to(device)
+    objective = Objective(unet, text_encoder, EulerDiscreteScheduler().table(), config)
+    folder.mkdir(parents=True, exist_ok=True)
+    losses = (folder / "losses.jsonl").open("a", encoding="utf-8")
+    start = time.monotonic()
+
+    def report(step: int, loss: float) -> None:
+        seconds = time.monotonic() - start
+        losses.write(json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 1)}) + "\n")
+        if step % 50 == 0:
+            losses.flush()
+            print(f"denoiser step {step}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
+
+    trainer = Trainer(objective, data, config, folder, report)
+    # At these sizes the plain products are faster than a fused kernel on a CPU, above all backwards.
+    with attention_kernel("written_out") if device.type == "cpu" else nullcontext():
+        trainer.fit()
+    trainer.take_average()
+    return unet.eval(), text_encoder.eval()
+
+
+def main(out: Path) -> None:
+    """Every stage, each kept in `out`; the model is `out/model`."""
+    device = join_processes()
+    out.mkdir(parents=True, exist_ok=True)
+    package = fetch_names(out)
+    concepts = read_concepts(package)
+    write(concepts, out / "pictures")
+    tokenizer = train_tokenizer(package, concepts, out / "tokenizer")
+    vae = train_vae(package, out / "autoencoder", device)
+    unet, text_encoder = train_denoiser(out / "pictures", vae, tokenizer, out / "denoiser", DENOISER)
+    pipe = KolorsPipeline(vae, text_encoder, tokenizer, unet, EulerDiscreteScheduler())
+    for model in (pipe.vae, pipe.text_encoder, pipe.unet):
+        model.to("cpu", torch.float16)  # as stored; the VAE computes in float32 when it is loaded
+    pipe.save_pretrained(out / "model")
+    print(f"wrote {out / 'model'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train the embedded model from packages alone.")
+    parser.add_argument("out", type=Path, help="a folder for the data, the state of the run and the model")
+    main(parser.parse_args().out)
