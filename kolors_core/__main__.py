@@ -1,12 +1,14 @@
 """The command line: `python -m kolors_core "一张瓢虫的照片" --weights DIR -o ladybug.png`."""
 
 import argparse
+import logging
 import secrets
 import sys
 from pathlib import Path
 
 import torch
 
+from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.components import whole_number
 from kolors_core.config import VERSION
 from kolors_core.image import read_description, save_png
@@ -55,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
         "-w",
         "--weights",
         metavar="DIR",
-        help="a checkpoint folder, or a hub repository such as Kwai-Kolors/Kolors-diffusers",
+        default=EMBEDDED_NAME,
+        help="a checkpoint folder, or a hub repository such as Kwai-Kolors/Kolors-diffusers (default: the "
+        "embedded model, which draws emoji)",
     )
     model.add_argument(
         "--variant", help='which weight files, such as "fp16" (default: the only ones there are)'
@@ -121,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         if options.info is not None:
-            if options.prompt is not None or options.weights is not None:
+            if options.prompt is not None or options.weights != EMBEDDED_NAME:
                 raise ValueError("--info stands alone: it prints how a picture was made, and draws none")
             for name, value in read_description(options.info).items():
                 print(f"{name}: {value}")
@@ -140,8 +144,6 @@ def draw(options: argparse.Namespace) -> None:
     """Make and write the pictures that the options ask for."""
     if options.prompt is None:
         raise ValueError("no prompt: say what to draw")
-    if options.weights is None:
-        raise ValueError("no model: name one with --weights, such as Kwai-Kolors/Kolors-diffusers")
     if options.steps is not None and (options.timesteps or options.sigmas):
         raise ValueError("--steps has no effect beside --timesteps or --sigmas")
     if options.timesteps and "karras" in options.sampler:
@@ -159,6 +161,8 @@ def draw(options: argparse.Namespace) -> None:
         if getattr(options, side) is not None:
             whole_number(side, getattr(options, side), 8)
     outs[0].parent.mkdir(parents=True, exist_ok=True)
+    if options.quiet:
+        logger.setLevel(logging.ERROR)
     device = named_device(options.device) if options.device is not None else best_device()
     pipe = KolorsPipeline.from_pretrained(
         options.weights, variant=options.variant, revision=options.revision,

@@ -6,6 +6,7 @@ filled: each tensor goes from the memory-mapped file to its place once. Only saf
 """
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +45,16 @@ KINDS = {
 }
 
 
+# The small Kolors that this package carries, and the name that `resolve` knows it by.
+EMBEDDED = Path(__file__).parent / "tiny"
+EMBEDDED_NAME = "tiny"
+EMBEDDED_NOTICE = (
+    "using the embedded tiny model, which draws emoji at 128x128; for the real one (17 GB) name "
+    "Kwai-Kolors/Kolors-diffusers with the variant fp16"
+)
+logger = logging.getLogger("kolors_core")
+
+
 def resolve(
     name: str | Path,
     components: Iterable[str],
@@ -56,16 +67,19 @@ def resolve(
 ) -> Path:
     """The local folder of a checkpoint: `name` itself if it is one, else a hub repository's, downloaded.
 
+    "tiny" is the embedded model, which a log line says; a folder of that name is "./tiny".
     Of a repository only the files of `components` in `variant` are fetched; `HF_ENDPOINT`, `HF_HUB_OFFLINE`
     and the hub's cache are respected, and the cache serves when the hub cannot be reached. Raises
     FileNotFoundError, in one line, naming what was looked for.
     """
     if not isinstance(name, str | Path) or not str(name):
         raise TypeError(f"wanted a checkpoint folder or hub repository, got {name!r}")
-    folder = Path(name)
+    folder = EMBEDDED if name == EMBEDDED_NAME else Path(name)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision {revision!r} has no effect: {folder} is a local folder")
+        if name == EMBEDDED_NAME:
+            logger.warning(EMBEDDED_NOTICE)
         return folder
     if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such folder, and not a hub repository of the form owner/name")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.checkpoint import (
+    EMBEDDED_NAME,
     KINDS,
     load_component,
     load_index,
@@ -61,7 +62,7 @@ class Components:
     @classmethod
     def from_pretrained(
         cls,
-        name: str | Path,
+        name: str | Path = EMBEDDED_NAME,
         *,
         torch_dtype: Dtypes = None,
         dtype: Dtypes = None,
@@ -78,7 +79,7 @@ class Components:
         vae: VAE = _LOAD,
         scheduler: Scheduler = _LOAD,
     ) -> Self:
-        """Load a checkpoint folder or hub repository.
+        """Load a checkpoint folder or hub repository; the embedded tiny model if none is named.
 
         torch_dtype, or by its newer name dtype: one, or a mapping {"text_encoder", "unet", "vae", "default"};
         float32 if None, and the VAE is never float16. variant: such as "fp16"; None takes the only one there

@@ -164,7 +164,7 @@ def test_a_forced_attention_kernel_reaches_the_unet() -> None:
 
 
 def test_counted_tokens_stand_for_repeated_ones() -> None:
-    """Twelve tokens of which the first stands for seven, and one for none, against all of them written out."""
+    """Twelve tokens of which one stands for seven, and one for none, against all written out."""
     ours, _ = pair("unet", torch.float64)
     given = inputs(2, 8, 8)
     tokens = given["text_tokens"]

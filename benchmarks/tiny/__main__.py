@@ -2,8 +2,8 @@
 
     apt-get install fonts-noto-color-emoji npm && python -m benchmarks.tiny OUT
 
-Pictures and captions, a tokenizer, the autoencoder, then text encoder and UNet together. A run that was killed
-goes on where it was. An accelerator is used if there is one.
+Pictures and captions, a tokenizer, the autoencoder, then text encoder and UNet together. A run that was
+killed goes on where it was. An accelerator is used if there is one.
 """
 
 import argparse
@@ -37,8 +37,8 @@ AUTOENCODER = TrainingConfig(
 )  # fmt: skip
 WHOLE_FROM = 3600  # the autoencoder's first step on whole pictures
 DENOISER = TrainingConfig(
-    steps=5000, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=200, weight_decay=0.01, ema=0.998,
-    min_snr_gamma=1.0, dtype=torch.bfloat16,
+    steps=5000, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=200, weight_decay=0.01,
+    ema=0.998, min_snr_gamma=1.0, dtype=torch.bfloat16,
 )  # fmt: skip
 
 

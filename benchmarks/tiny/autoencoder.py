@@ -95,7 +95,7 @@ def read_glyphs(characters: list[str]) -> Tensor:
 
 
 def new_vae(config: VAEConfig) -> VAE:
-    """Random weights from which training starts well: every residual is zero, and the latents' noise small."""
+    """Random weights that train well from the start: residuals are zero, and the latents' noise is small."""
     vae = VAE(config)
     for module in vae.modules():
         if isinstance(module, ResBlock):

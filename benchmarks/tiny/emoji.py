@@ -1,7 +1,7 @@
 """Pictures of emoji with English and Chinese captions, from two packages: the data of the embedded model.
 
-Pictures: the Noto Color Emoji font (SIL Open Font License 1.1; Debian's fonts-noto-color-emoji). Names: CLDR's
-annotations (npm's emojibase-data, MIT; CLDR under the Unicode License). Phrasings are ours.
+Pictures: the Noto Color Emoji font (SIL Open Font License 1.1; Debian's fonts-noto-color-emoji).
+Names: CLDR's annotations (npm's emojibase-data, MIT; CLDR under the Unicode License). Phrasings are ours.
 """
 
 import json
@@ -27,17 +27,20 @@ CONCEPTS = (
 # Everyday names where CLDR's label is a description; the label stays as another name.
 ENGLISH_NAMES = {
     "🐞": ("ladybug", "ladybird"), "🐤": ("chick",), "🐳": ("whale",), "🐚": ("shell", "seashell"),
-    "🐝": ("bee",), "🐑": ("sheep",), "🐪": ("camel",), "🦕": ("dinosaur",), "🐠": ("tropical fish",), "🐡": ("pufferfish",),
+    "🐝": ("bee",), "🐑": ("sheep",), "🐪": ("camel",), "🦕": ("dinosaur",), "🐠": ("tropical fish",),
+    "🐡": ("pufferfish",),
     "🌸": ("cherry blossom",), "🌲": ("pine tree",), "🍀": ("clover",), "🌽": ("corn",), "🧀": ("cheese",),
     "🍳": ("fried egg",), "🍜": ("noodles",), "🍺": ("beer",), "☕": ("coffee",), "🍷": ("wine",),
     "🚂": ("steam train",), "🚒": ("fire truck",), "🚗": ("car",), "🌙": ("moon",), "⛄": ("snowman",),
     "🎃": ("pumpkin lantern",), "🎁": ("gift", "present"), "🏆": ("trophy",), "⚽": ("football",),
     "🎾": ("tennis ball",), "🎱": ("billiard ball",), "🎲": ("dice",), "🎨": ("paint palette",),
-    "🎩": ("top hat",), "💎": ("diamond",), "📱": ("smartphone",), "📚": ("pile of books",), "🍦": ("ice cream",),
+    "🎩": ("top hat",), "💎": ("diamond",), "📱": ("smartphone",), "📚": ("pile of books",),
+    "🍦": ("ice cream",),
     "🗼": ("red tower",), "🛸": ("UFO",), "👓": ("spectacles",), "👕": ("shirt",), "🍙": ("onigiri",),
 }  # fmt: skip
 CHINESE_NAMES = {
-    "🐤": ("小鸡",), "🐑": ("绵羊",), "🐳": ("鲸鱼",), "🐚": ("贝壳",), "🐪": ("骆驼",), "🦕": ("恐龙",), "🌲": ("松树",),
+    "🐤": ("小鸡",), "🐑": ("绵羊",), "🐳": ("鲸鱼",), "🐚": ("贝壳",), "🐪": ("骆驼",), "🦕": ("恐龙",),
+    "🌲": ("松树",),
     "🧀": ("奶酪",), "🍦": ("冰淇淋",), "🍺": ("啤酒",), "☕": ("咖啡",), "🚗": ("小汽车",), "🚂": ("火车",),
     "🌙": ("月亮",), "🎾": ("网球",), "🎃": ("南瓜灯",), "🛸": ("飞碟",), "💎": ("钻石",), "📚": ("一摞书",),
     "🏠": ("房屋",), "🏰": ("城堡",), "🌋": ("火山",), "🐍": ("蛇",), "🦙": ("羊驼",), "🗼": ("红塔",),

@@ -1,0 +1,140 @@
+"""Does the embedded model draw what it is asked for? Measured on phrasings that it was not trained on.
+
+    python -m benchmarks.tiny.quality DATA [--model tiny] [--out FOLDER]
+
+DATA: the folder of the recipe (`python -m benchmarks.tiny DATA`), for the pictures and the names. For every
+concept, language and unseen phrasing a picture is drawn, and counts as right if the training picture nearest
+to it (by the mean squared difference of all pixels) is the concept's. Once with guidance 5, once without.
+Writes quality.json and sheets of samples; exits with 1 below 80% or where guidance does not help.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from benchmarks.tiny.emoji import CHINESE_UNSEEN, ENGLISH_UNSEEN, Concept, read_concepts
+from kolors_core.config import VERSION
+from kolors_core.dataset import load_pixels, read_folder
+from kolors_core.guidance import Conditioning, guided, size_ids
+from kolors_core.image import to_output
+from kolors_core.pipeline import KolorsPipeline
+from kolors_core.placement import best_device
+from kolors_core.sampling import dpmpp_2m
+from kolors_core.schedule import DPMSolverMultistepScheduler
+
+STEPS, BATCH, WANTED = 25, 97, 0.8
+LABELS = Path("/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc")  # Debian's fonts-wqy-zenhei
+
+
+@torch.no_grad()
+def generate(pipe: KolorsPipeline, prompts: Sequence[str], scale: float, seed: int) -> Tensor:
+    """One picture a prompt, at the model's own size: [B, 3, H, W] in [-1, 1]. Picture i has seed + i."""
+    assert pipe.tokenizer is not None and pipe.text_encoder is not None
+    side, count = pipe.unet.config.sample_size, len(prompts)
+    pixels = (side * pipe.vae.config.downscale,) * 2
+    text = pipe.text_encoder(pipe.tokenizer([*prompts, ""]).collapse().to(pipe.device))
+    assert text.counts is not None
+    ids = size_ids(pixels, (0, 0), pixels).to(pipe.device).expand(count, -1)
+    positive = Conditioning(text.tokens[:-1], text.pooled[:-1], ids, text.counts[:-1])
+    negative = Conditioning(
+        text.tokens[-1:].expand(count, -1, -1), text.pooled[-1:].expand(count, -1), ids,
+        text.counts[-1:].expand(count, -1),
+    )  # fmt: skip
+    schedule = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(STEPS)
+    noise = [
+        torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)
+    ]
+    start = torch.stack(noise).to(pipe.device) * schedule.start_scale
+    latents = dpmpp_2m(guided(pipe.unet, schedule, positive, negative, scale), start, schedule.sigmas)
+    return pipe.vae.decode(latents).clamp(-1, 1)
+
+
+def nearest(images: Tensor, known: Tensor) -> list[int]:
+    """For each of images [B, 3, H, W] the index of the nearest of known [N, 3, H, W], by all pixels."""
+    return torch.cdist(images.flatten(1).double(), known.flatten(1).double()).argmin(1).tolist()
+
+
+def score(
+    pipe: KolorsPipeline, concepts: Sequence[Concept], known: Tensor, phrases: Sequence[str], language: str,
+    scale: float,
+) -> tuple[float, list[str], Tensor]:  # fmt: skip
+    """Share of right pictures over all concepts and phrasings; what went wrong; the pictures of the first."""
+    right, wrong, shown = 0, [], torch.empty(0)
+    for number, phrase in enumerate(phrases):
+        prompts = [phrase.format(x=getattr(concept, language)[0]) for concept in concepts]
+        parts = [
+            generate(pipe, prompts[i : i + BATCH], scale, 1000 * number + i).cpu()
+            for i in range(0, len(prompts), BATCH)
+        ]
+        images = torch.cat(parts)
+        shown = images if number == 0 else shown
+        for i, found in enumerate(nearest(images, known)):
+            right += found == i
+            if found != i:
+                wrong.append(f"{prompts[i]} -> {concepts[found].english[0]}")
+    return right / (len(concepts) * len(phrases)), wrong, shown
+
+
+def sheet(images: Tensor, labels: Sequence[str], columns: int, scale: float = 0.75) -> Image.Image:
+    """Pictures [B, 3, H, W] in rows, each over its label."""
+    side = round(images.shape[-1] * scale)
+    font = ImageFont.truetype(str(LABELS), 12) if LABELS.exists() else ImageFont.load_default(12)
+    rows = math.ceil(len(images) / columns)
+    page = Image.new("RGB", (columns * side, rows * (side + 18)), "white")
+    pen = ImageDraw.Draw(page)
+    for i, image in enumerate(to_output(images, "pil")):
+        x, y = i % columns * side, i // columns * (side + 18)
+        page.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        pen.text((x + side / 2, y + side + 1), labels[i], "black", font, anchor="ma")
+    return page
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of `count` trials."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return round(middle - half, 4), round(middle + half, 4)
+
+
+def main(data: Path, model: str, out: Path) -> int:
+    """Measure, write, and return the exit status."""
+    out.mkdir(parents=True, exist_ok=True)
+    device = best_device()
+    pipe = KolorsPipeline.from_pretrained(model, device=device)
+    concepts = read_concepts(data / "package")
+    size = (pipe.unet.config.sample_size * pipe.vae.config.downscale,) * 2
+    known = torch.stack([load_pixels(example, size)[0] for example in read_folder(data / "pictures")])
+    start, rows = time.monotonic(), []
+    for language, phrases in (("english", ENGLISH_UNSEEN), ("chinese", CHINESE_UNSEEN)):
+        for scale in (5.0, 1.0):
+            share, wrong, images = score(pipe, concepts, known, phrases, language, scale)
+            trials = len(concepts) * len(phrases)
+            rows.append({"language": language, "guidance": scale, "right": share, "prompts": trials,
+                         "interval_95": interval(share, trials), "wrong": wrong})  # fmt: skip
+            print(f"{language}, guidance {scale}: {share:.1%} of {trials} right; {', '.join(wrong[:8])}")
+            labels = [getattr(concept, language)[0] for concept in concepts]
+            sheet(images, labels, 16).save(out / f"{language}-{scale:.0f}.png")
+    by = {(row["language"], row["guidance"]): row["right"] for row in rows}
+    is_good = all(by[language, 5.0] >= WANTED and by[language, 5.0] > by[language, 1.0] for language, _ in by)
+    result = {"concepts": len(concepts), "steps": STEPS, "sampler": "DPM++ 2M Karras", "version": VERSION,
+              "device": str(device), "seconds": round(time.monotonic() - start), "rows": rows}  # fmt: skip
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    (out / "quality.json").write_text(text, encoding="utf-8")
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="tiny", help="a checkpoint folder (default: the embedded model)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tiny"))
+    options = parser.parse_args()
+    raise SystemExit(main(options.data, options.model, options.out))

@@ -1,0 +1,137 @@
+"""The recipe of the embedded model: its captions, its autoencoder's batches and loss, what is measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.tiny.autoencoder import Pixels, Pool, Reconstruction, new_vae, standardise
+from benchmarks.tiny.emoji import (
+    CHINESE,
+    CHINESE_UNSEEN,
+    CONCEPTS,
+    ENGLISH,
+    ENGLISH_UNSEEN,
+    FONT,
+    draw,
+    read_concepts,
+    write,
+)
+from benchmarks.tiny.quality import interval, nearest
+from kolors_core.config import TINY
+from kolors_core.dataset import read_folder
+from kolors_core.training import Trainer, TrainingConfig
+from kolors_core.vae import VAE
+from tests.parity import EXACT, randomise, relative_error
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of emoji names of the real one's format."""
+    folder = tmp_path_factory.mktemp("package")
+    for language, word in (("en", "thing"), ("zh", "东西")):
+        (folder / language).mkdir()
+        entries = [
+            {
+                "emoji": c,
+                "hexcode": f"{ord(c):X}",
+                "label": f"{word} {i}",
+                "type": 1,
+                "version": 1,
+                "group": 3,
+            }
+            for i, c in enumerate(CONCEPTS)
+        ]
+        (folder / language / "data.json").write_text(json.dumps(entries))
+    return folder
+
+
+def test_concepts_have_names_of_their_own_in_both_languages(names: Path) -> None:
+    concepts = read_concepts(names)
+    assert len(concepts) == len(set(CONCEPTS)) >= 100
+    every = [name for concept in concepts for name in concept.english + concept.chinese]
+    assert len(set(every)) == len(every), "no two concepts share a name"
+    ladybug = next(concept for concept in concepts if concept.character == "🐞")
+    assert ladybug.english[0] == "ladybug"
+    assert (
+        "a photo of a ladybug" in ladybug.captions()
+        and f"一张{ladybug.chinese[0]}的照片" in ladybug.captions()
+    )
+
+
+def test_the_unseen_phrasings_are_not_trained_on(names: Path) -> None:
+    assert not set(ENGLISH_UNSEEN) & set(ENGLISH) and not set(CHINESE_UNSEEN) & set(CHINESE)
+    trained = {caption for concept in read_concepts(names) for caption in concept.captions()}
+    asked = {
+        phrase.format(x=name)
+        for concept in read_concepts(names)
+        for phrases, known in ((ENGLISH_UNSEEN, concept.english), (CHINESE_UNSEEN, concept.chinese))
+        for phrase in phrases
+        for name in known
+    }
+    assert not trained & asked
+
+
+@pytest.mark.skipif(not FONT.exists(), reason="Debian's fonts-noto-color-emoji is not installed")
+def test_pictures_and_captions_make_a_training_folder(names: Path, tmp_path: Path) -> None:
+    concepts = read_concepts(names)[:3]
+    write(concepts, tmp_path)
+    examples = read_folder(tmp_path)
+    assert [(e.height, e.width) for e in examples] == [(128, 128)] * 3
+    assert examples[0].captions == tuple(concepts[0].captions())
+    with pytest.raises(ValueError, match="has no picture of"):
+        draw(" ")
+
+
+def glyphs(count: int) -> torch.Tensor:
+    return torch.randint(
+        256, (count, 128, 128, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def test_batches_depend_on_seed_and_step_alone_and_grow_to_whole_pictures() -> None:
+    pool = Pool(glyphs(5), favourites=2, whole_from=3, batch_size=4, seed=1)
+    first, again = (pool.at(2, slice(0, 4), CPU) for _ in range(2))
+    assert torch.equal(first.images, again.images) and torch.equal(first.noise, again.noise)
+    assert first.images.shape == (4, 3, 64, 64) and first.noise.shape == (4, 4, 8, 8)
+    assert not torch.equal(first.images, pool.at(1, slice(0, 4), CPU).images)
+    assert pool.at(3, slice(1, 3), CPU).images.shape == (2, 3, 128, 128)
+    assert torch.equal(pool.at(2, slice(1, 3), CPU).images, first.images[1:3]), "a rank's part is the whole's"
+    assert first.images.min() >= -1 and first.images.max() <= 1
+
+
+def test_the_autoencoder_learns_by_the_librarys_loop(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = new_vae(TINY.vae)
+    one = Pixels(torch.rand(1, 3, 64, 64) * 2 - 1, torch.zeros(1, 4, 8, 8))
+    Reconstruction(vae)(one).backward()
+    assert all(parameter.grad is not None for parameter in vae.parameters())
+    config = TrainingConfig(steps=12, batch_size=4, learning_rate=2e-3, warmup=1)
+    plain = torch.tensor([200, 30, 60, 255], dtype=torch.uint8).expand(1, 128, 128, 4)
+    pool = Pool(plain, favourites=1, whole_from=12, batch_size=4, seed=0)
+    losses = Trainer(Reconstruction(vae), pool, config, tmp_path).fit()
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_standardised_latents_decode_to_the_same_pictures() -> None:
+    vae = VAE(TINY.vae).double()
+    randomise(vae)
+    images = torch.rand(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = torch.randn(3, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).sample(noise))
+        standardise(vae, images)
+        found = vae.encode(images)
+        assert relative_error(vae.decode(found.sample(noise)), before) < EXACT
+        assert found.mean.mean((0, 2, 3)).abs().max() < EXACT
+        assert (found.mean.std((0, 2, 3)) - 1).abs().max() < EXACT
+
+
+def test_nearest_and_interval() -> None:
+    known = torch.stack([torch.full((3, 4, 4), value) for value in (-1.0, 0.0, 1.0)])
+    assert nearest(torch.stack([known[2] * 0.8, known[0] + 0.1, known[1]]), known) == [2, 0, 1]
+    low, high = interval(0.8, 500)
+    assert low == pytest.approx(0.763, abs=1e-3) and high == pytest.approx(0.833, abs=1e-3)
