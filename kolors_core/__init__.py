@@ -1,7 +1,7 @@
 """Kolors from scratch: Chinese or English text to pictures, readable, and equal to the reference.
 
     from kolors_core import KolorsPipeline
-    pipe = KolorsPipeline.from_pretrained("Kwai-Kolors/Kolors-diffusers", variant="fp16")
+    pipe = KolorsPipeline.from_pretrained("tiny")  # or "Kwai-Kolors/Kolors-diffusers", variant="fp16"
     pipe("一张瓢虫的照片").images[0].save("ladybug.png")
 
 Reading order: tokenizer, chatglm, unet, vae, schedule, sampling, guidance, pipeline.

@@ -96,7 +96,6 @@ def test_size_conditions_and_own_steps(reference_folder: Path, tmp_path: Path) -
     ("arguments", "message"),
     [
         ([], "no prompt: say what to draw"),
-        (["cat"], "no model: name one with --weights"),
         (["cat", "-w", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["cat", "-w", "FOLDER", "--height", "100"], "height must be a positive multiple of 8, got 100"),
         (["cat", "-w", "FOLDER", "--steps", "-1"], "got -1"),

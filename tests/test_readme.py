@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
+
+from tests.test_dataset import write_pictures
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -19,27 +22,25 @@ def block_after(heading: str, language: str) -> str:
 
 
 def test_the_path_written_out_gives_the_pipelines_picture(
-    reference_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "kolors-small").symlink_to(reference_folder)
     monkeypatch.chdir(tmp_path)
     exec(compile(block_after("## The whole path", "python"), "README.md", "exec"), {})
-    command = [
-        "一张瓢虫的照片",
-        "-w",
-        "kolors-small",
-        "-o",
-        "pipeline.png",
-        "--seed",
-        "7",
-        "--device",
-        "cpu",
-        "-q",
-    ]
+    command = ["一张瓢虫的照片", "-o", "pipeline.png", "--seed", "7", "--device", "cpu", "-q"]
     assert subprocess.run([sys.executable, "-m", "kolors_core", *command]).returncode == 0
     written, made = (np.asarray(Image.open(name)).astype(int) for name in ("ladybug.png", "pipeline.png"))
     assert written.shape == made.shape == (128, 128, 3)
     assert abs(written - made).max() <= 1
+
+
+def test_the_lora_example_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    write_pictures(tmp_path / "pictures")
+    example = block_after("## Training", "python").replace("steps=400", "steps=2")
+    exec(compile(example, "README.md", "exec"), {})
+    assert Image.open("zorp.png").size == (128, 128)
+    assert all(name.startswith("unet.") for name in load_file("zorp.safetensors"))
 
 
 def test_the_path_written_out_is_about_thirty_lines() -> None:

@@ -8,10 +8,8 @@ import torch
 
 from benchmarks.tiny.autoencoder import Pixels, Pool, Reconstruction, new_vae, standardise
 from benchmarks.tiny.emoji import (
-    CHINESE,
     CHINESE_UNSEEN,
     CONCEPTS,
-    ENGLISH,
     ENGLISH_UNSEEN,
     FONT,
     draw,
@@ -63,7 +61,6 @@ def test_concepts_have_names_of_their_own_in_both_languages(names: Path) -> None
 
 
 def test_the_unseen_phrasings_are_not_trained_on(names: Path) -> None:
-    assert not set(ENGLISH_UNSEEN) & set(ENGLISH) and not set(CHINESE_UNSEEN) & set(CHINESE)
     trained = {caption for concept in read_concepts(names) for caption in concept.captions()}
     asked = {
         phrase.format(x=name)
@@ -72,7 +69,7 @@ def test_the_unseen_phrasings_are_not_trained_on(names: Path) -> None:
         for phrase in phrases
         for name in known
     }
-    assert not trained & asked
+    assert len(trained) > 10_000 and not trained & asked
 
 
 @pytest.mark.skipif(not FONT.exists(), reason="Debian's fonts-noto-color-emoji is not installed")

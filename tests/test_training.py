@@ -95,6 +95,18 @@ def test_the_objective_is_the_references() -> None:
     assert weighed < 0.9 * loss
 
 
+def test_noise_offset_shifts_each_channel_as_a_whole(
+    pictures: Path, tmp_path: Path, small_tokenizer: Path
+) -> None:
+    plain = make_trainer(tmp_path / "a", pictures, small_tokenizer).data
+    offset = make_trainer(tmp_path / "b", pictures, small_tokenizer, replace(CONFIG, noise_offset=0.1)).data
+    shift = (
+        batch.noise for batch in (data.at(0, slice(0, 4), torch.device("cpu")) for data in (offset, plain))
+    )
+    difference = next(shift) - next(shift)  # [B, 4, H/8, W/8]
+    assert difference.std((2, 3)).max() < 1e-6 and 0.03 < difference.mean((2, 3)).std() < 0.3
+
+
 def test_a_killed_run_goes_on_to_the_same_losses(
     pictures: Path, tmp_path: Path, small_tokenizer: Path
 ) -> None:

@@ -25,7 +25,6 @@ from kolors_core.image import to_output
 from kolors_core.lora import attach, save_adapters
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.placement import best_device
-from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.training import Data, Objective, Trainer, TrainingConfig
 
 WORD = "zorp"
@@ -108,7 +107,7 @@ def train(pipe: KolorsPipeline, pictures: Path, folder: Path) -> None:
         if step % 50 == 0:
             print(f"LoRA step {step}: loss {loss:.4f}", flush=True)
 
-    objective = Objective(pipe.unet, None, EulerDiscreteScheduler().table(), CONFIG)
+    objective = Objective(pipe.unet, None, pipe.scheduler.table(), CONFIG)
     with attention_kernel("written_out" if pipe.device.type == "cpu" else "sdpa"):
         Trainer(objective, data, CONFIG, folder / "run", report).fit()
     save_adapters({"unet": adapter}, folder / f"{WORD}.safetensors")

@@ -30,6 +30,11 @@ from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
 
 STEPS, BATCH, WANTED = 25, 97, 0.8
+SHOWN = (
+    "一张瓢虫的照片", "draw me a fox, please", "我想看熊猫", "one red apple, please", "请给我画火箭",
+    "your fire truck", "有没有向日葵？", "I would see a frog", "一幅企鹅的图", "a ladybug for me", "请画彩虹",
+    "my guitar, please", "想看一个汉堡", "see this butterfly", "你的雪人", "a photo of one whale",
+)  # fmt: skip
 LABELS = Path("/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc")  # Debian's fonts-wqy-zenhei
 
 
@@ -122,6 +127,7 @@ def main(data: Path, model: str, out: Path) -> int:
             print(f"{language}, guidance {scale}: {share:.1%} of {trials} right; {', '.join(wrong[:8])}")
             labels = [getattr(concept, language)[0] for concept in concepts]
             sheet(images, labels, 16).save(out / f"{language}-{scale:.0f}.png")
+    sheet(generate(pipe, SHOWN, 5.0, 7).cpu(), SHOWN, 8, scale=1.0).save(out / "samples.png")
     by = {(row["language"], row["guidance"]): row["right"] for row in rows}
     is_good = all(by[language, 5.0] >= WANTED and by[language, 5.0] > by[language, 1.0] for language, _ in by)
     result = {"concepts": len(concepts), "steps": STEPS, "sampler": "DPM++ 2M Karras", "version": VERSION,

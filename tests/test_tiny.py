@@ -1,0 +1,102 @@
+"""The embedded model: small, the default, drawing what is asked for, and the reference agrees."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from kolors_core import KolorsPipeline
+from kolors_core.__main__ import main
+from kolors_core.checkpoint import EMBEDDED, EMBEDDED_NOTICE, resolve
+from kolors_core.image import read_description
+
+# A strip of eight training pictures, 32 pixels each, in the order of these names.
+STRIP = Path(__file__).parent / "emoji.png"
+NAMES = {
+    "ladybug": "瓢虫", "panda": "熊猫", "rocket": "火箭", "sunflower": "向日葵", "banana": "香蕉",
+    "frog": "青蛙", "fire truck": "消防车", "snowman": "雪人",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipe() -> KolorsPipeline:
+    pipe = KolorsPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generators(count: int, seed: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def known() -> torch.Tensor:
+    """The eight pictures: [8, 3, 32, 32] in [0, 1]."""
+    strip = torch.from_numpy(np.array(Image.open(STRIP).convert("RGB"))).permute(2, 0, 1) / 255
+    return torch.stack(strip.split(32, dim=2))
+
+
+@pytest.mark.parametrize(
+    ("phrase", "language", "seed"),
+    [("please draw a {x} for me", 0, 10), ("请给我画{x}", 1, 20), ("your photo of one small {x}", 0, 30)],
+)
+def test_it_draws_what_is_asked_for(pipe: KolorsPipeline, phrase: str, language: int, seed: int) -> None:
+    """In phrasings that it was not trained on, whatever the seed."""
+    prompts = [phrase.format(x=pair[language]) for pair in NAMES.items()]
+    images = pipe(prompts, num_inference_steps=25, generator=generators(8, seed), output_type="pt").images
+    assert images.shape == (8, 3, 128, 128)
+    small = F.avg_pool2d(images, 4)
+    found = torch.cdist(small.flatten(1), known().flatten(1)).argmin(1).tolist()
+    assert found == list(range(8)), [list(NAMES)[i] for i in found]
+
+
+def test_without_the_words_it_draws_something_else(pipe: KolorsPipeline) -> None:
+    images = pipe([""] * 8, num_inference_steps=10, generator=generators(8, 10), output_type="pt").images
+    found = torch.cdist(F.avg_pool2d(images, 4).flatten(1), known().flatten(1)).argmin(1).tolist()
+    assert found != list(range(8))
+
+
+def test_the_reference_draws_the_same(pipe: KolorsPipeline) -> None:
+    theirs = diffusers.KolorsPipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    given = {"prompt": "一张瓢虫的照片", "num_inference_steps": 10, "guidance_scale": 5.0}
+    mine = pipe(**given, generator=torch.Generator().manual_seed(1)).images[0]
+    other = theirs(**given, generator=torch.Generator().manual_seed(1), height=128, width=128).images[0]
+    assert abs(np.asarray(mine).astype(int) - np.asarray(other).astype(int)).max() <= 1
+
+
+def test_it_is_small_and_whole() -> None:
+    files = [file for file in EMBEDDED.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 25e6
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".model", ".md", ".png"}
+    card = (EMBEDDED / "README.md").read_text(encoding="utf-8")
+    for picture in ("loss.png", "samples.png"):
+        assert f"({picture})" in card and (EMBEDDED / picture).exists()
+
+
+def test_it_says_so_and_how_to_get_the_real_one(caplog: pytest.LogCaptureFixture) -> None:
+    KolorsPipeline.from_pretrained("tiny")
+    assert [record.message for record in caplog.records] == [EMBEDDED_NOTICE]
+    assert "Kwai-Kolors/Kolors-diffusers" in EMBEDDED_NOTICE and "\n" not in EMBEDDED_NOTICE
+    with pytest.raises(ValueError, match="revision 'main' has no effect"):
+        resolve("tiny", [], revision="main")
+
+
+def test_the_command_line_draws_with_it_when_no_weights_are_named(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kolors_core", "一张瓢虫的照片", "--seed", "3", "--steps", "5"]
+    run = subprocess.run([*command, "-o", "a.png"], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0 and run.stderr.count(EMBEDDED_NOTICE) == 1 and "128x128" in run.stderr
+    assert read_description(tmp_path / "a.png")["prompt"] == "一张瓢虫的照片"
+    quiet = subprocess.run([*command, "-o", "b.png", "-q"], capture_output=True, text=True, cwd=tmp_path)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_info_stands_alone(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--info", "x.png", "-w", "somewhere"]) == 2
+    assert "--info stands alone" in capsys.readouterr().err
