@@ -190,9 +190,9 @@ class Source(Protocol):
 class Trainer:
     """One run: `fit()` goes from the last saved state in `folder`, or from the start, to `config.steps`.
 
-    objective: a module that makes of `data`'s batches a mean loss; its parameters that require a gradient are
-    trained. on_step(step, loss): on every rank, after
-    each step; the loss is that of the whole batch.
+    objective: a module that makes a mean loss of one of `data`'s batches; its parameters that require a
+    gradient are trained. on_step(step, loss): on every rank, after each step; the loss is that of the whole
+    batch.
     """
 
     def __init__(

@@ -139,9 +139,8 @@ def read_concepts(package: Path) -> list[Concept]:
         label = english[character].removesuffix(" face").lower()
         names = (*ENGLISH_NAMES.get(character, ()), label)
         label = chinese[character]
-        label = (
-            label[:-1] if label[-1] in "头脸" and label not in ("猴头",) else label.replace("猴头", "猴子")
-        )
+        if label[-1] in "头脸":  # an animal's head or face, such as 狗脸
+            label = "猴子" if label == "猴头" else label[:-1]
         concepts.append(Concept(character, _once(names), _once((*CHINESE_NAMES.get(character, ()), label))))
     return concepts
 
