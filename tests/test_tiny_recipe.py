@@ -17,11 +17,13 @@ from benchmarks.tiny.emoji import (
     write,
 )
 from benchmarks.tiny.quality import interval, nearest
+from benchmarks.tiny.text import CaptionSource, train
 from kolors_core.config import TINY
-from kolors_core.dataset import read_folder
+from kolors_core.dataset import Example, read_folder
+from kolors_core.tokenizer import Tokenizer
 from kolors_core.training import Trainer, TrainingConfig
 from kolors_core.vae import VAE
-from tests.parity import EXACT, randomise, relative_error
+from tests.parity import EXACT, SMALL, randomise, relative_error
 
 CPU = torch.device("cpu")
 
@@ -111,6 +113,26 @@ def test_the_autoencoder_learns_by_the_librarys_loop(tmp_path: Path) -> None:
     pool = Pool(plain, favourites=1, whole_from=12, batch_size=4, seed=0)
     losses = Trainer(Reconstruction(vae), pool, config, tmp_path).fit()
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_text_encoder_learns_which_picture_is_meant(tmp_path: Path, small_tokenizer: Path) -> None:
+    words = ("red cat", "ladybug", "猫")
+    phrases = ("{x}", "a photo of the {x}", "high {x}", "{x} film", "small {x} sign", "一张{x}的照片")
+    examples = [
+        Example(Path(f"{i}.png"), tuple(phrase.format(x=word) for phrase in phrases), 64, 64)
+        for i, word in enumerate(words)
+    ]
+    tokenizer = Tokenizer(small_tokenizer)
+    config = TrainingConfig(steps=100, batch_size=16, learning_rate=2e-3, warmup=1, max_tokens=24)
+    source = CaptionSource(examples, tokenizer, config)
+    batch, again = (source.at(3, slice(0, 16), CPU) for _ in range(2))
+    assert torch.equal(batch.tokens.ids, again.tokens.ids) and torch.equal(batch.pictures, again.pictures)
+    assert set(batch.pictures.tolist()) <= {0, 1, 2}
+    learned = train(SMALL.text_encoder, examples, tokenizer, config, tmp_path, CPU)
+    asked = tokenizer([f"holding {word} in film" for word in words], 24).collapse()
+    with torch.no_grad():
+        for head in learned.scores(asked):
+            assert head.argmax(1).tolist() == [0, 1, 2], "in a phrasing that it was not trained on"
 
 
 def test_standardised_latents_decode_to_the_same_pictures() -> None:

@@ -2,8 +2,8 @@
 
     apt-get install fonts-noto-color-emoji npm && python -m benchmarks.tiny OUT
 
-Pictures and captions, a tokenizer, the autoencoder, then text encoder and UNet together. A run that was
-killed goes on where it was. An accelerator is used if there is one.
+Pictures and captions, a tokenizer, the autoencoder, the text encoder, then the UNet, with both of them
+frozen. A run that was killed goes on where it was. An accelerator is used if there is one.
 """
 
 import argparse
@@ -11,13 +11,14 @@ import json
 import subprocess
 import tarfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.tiny import autoencoder
+from benchmarks.tiny import autoencoder, text
 from benchmarks.tiny.emoji import (
     CHINESE_AFTER,
     CHINESE_BEFORE,
@@ -32,7 +33,7 @@ from benchmarks.tiny.emoji import (
 from kolors_core.attention import attention_kernel
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import TINY
-from kolors_core.dataset import Batches, read_folder
+from kolors_core.dataset import Batches, Example, read_folder
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.placement import best_device
 from kolors_core.schedule import EulerDiscreteScheduler
@@ -47,8 +48,11 @@ AUTOENCODER = TrainingConfig(
     dtype=torch.bfloat16,
 )  # fmt: skip
 WHOLE_FROM = 3600  # the autoencoder's first step on whole pictures
+TEXT_ENCODER = TrainingConfig(
+    steps=800, batch_size=128, learning_rate=1e-3, schedule="cosine", warmup=100
+)  # fmt: skip
 DENOISER = TrainingConfig(
-    steps=3600, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=200, weight_decay=0.01,
+    steps=3000, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=200, weight_decay=0.01,
     ema=0.998, min_snr_gamma=1.0, dtype=torch.bfloat16,
 )  # fmt: skip
 
@@ -96,17 +100,27 @@ def train_vae(package: Path, folder: Path, device: torch.device) -> VAE:
     return vae.to(device).requires_grad_(False)
 
 
-def train_denoiser(
-    pictures: Path, vae: VAE, tokenizer: Tokenizer, folder: Path, config: TrainingConfig
-) -> tuple[UNet, ChatGLM]:
-    """UNet and text encoder, trained together; the losses go to `losses.jsonl`, a line each."""
-    device = vae.post_quant_conv.weight.device
-    examples = read_folder(pictures)
+def train_text_encoder(
+    examples: Sequence[Example], tokenizer: Tokenizer, folder: Path, device: torch.device
+) -> ChatGLM:
+    """The trained text encoder, taken from the folder if it is there already."""
+    file, text_encoder = folder / "text_encoder.safetensors", ChatGLM(TINY.text_encoder).eval()
+    if not file.exists():
+        trained = text.train(TINY.text_encoder, examples, tokenizer, TEXT_ENCODER, folder, device)
+        save_file(trained.text_encoder.state_dict(), file)
+    text_encoder.load_state_dict(load_file(file))
+    return text_encoder.to(device).requires_grad_(False)
+
+
+def train_unet(
+    examples: Sequence[Example], vae: VAE, text_encoder: ChatGLM, tokenizer: Tokenizer, folder: Path
+) -> UNet:
+    """The UNet, on the frozen encoders; the losses go to `losses.jsonl`, a line each."""
+    config, device = DENOISER, vae.post_quant_conv.weight.device
     batches = Batches(examples, [(TINY.vae.sample_size,) * 2], config.batch_size, config.seed)
     data = Data(examples, batches, vae, tokenizer, config, frozen_text=None)
     torch.manual_seed(config.seed)  # of the first weights
     unet = UNet(TINY.unet).to(device, memory_format=torch.channels_last)  # faster convolutions in bfloat16
-    text_encoder = ChatGLM(TINY.text_encoder).to(device)
     objective = Objective(unet, text_encoder, EulerDiscreteScheduler().table(), config)
     folder.mkdir(parents=True, exist_ok=True)
     losses = (folder / "losses.jsonl").open("a", encoding="utf-8")
@@ -117,14 +131,12 @@ def train_denoiser(
         losses.write(json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 1)}) + "\n")
         if step % 50 == 0:
             losses.flush()
-            print(f"denoiser step {step}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
+            print(f"UNet step {step}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
 
     trainer = Trainer(objective, data, config, folder, report)
-    # At these sizes the plain products are faster than a fused kernel on a CPU, above all backwards.
-    with attention_kernel("written_out") if device.type == "cpu" else nullcontext():
-        trainer.fit()
+    trainer.fit()
     trainer.take_average()
-    return unet.eval(), text_encoder.eval()
+    return unet.eval()
 
 
 def main(out: Path) -> None:
@@ -134,9 +146,13 @@ def main(out: Path) -> None:
     package = fetch_names(out)
     concepts = read_concepts(package)
     write(concepts, out / "pictures")
+    examples = read_folder(out / "pictures")
     tokenizer = train_tokenizer(package, concepts, out / "tokenizer")
-    vae = train_vae(package, out / "autoencoder", device)
-    unet, text_encoder = train_denoiser(out / "pictures", vae, tokenizer, out / "denoiser", DENOISER)
+    # At these sizes the plain products are faster than a fused kernel on a CPU, above all backwards.
+    with attention_kernel("written_out") if device.type == "cpu" else nullcontext():
+        vae = train_vae(package, out / "autoencoder", device)
+        text_encoder = train_text_encoder(examples, tokenizer, out / "text", device)
+        unet = train_unet(examples, vae, text_encoder, tokenizer, out / "unet")
     pipe = KolorsPipeline(vae, text_encoder, tokenizer, unet, EulerDiscreteScheduler())
     for model in (pipe.vae, pipe.text_encoder, pipe.unet):
         model.to("cpu", torch.float16)  # as stored; the VAE computes in float32 when it is loaded

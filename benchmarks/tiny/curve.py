@@ -10,8 +10,8 @@ WINDOW = 50  # steps that a point of the curve is the mean of
 
 
 def main(data: Path, out: Path) -> None:
-    """Read `denoiser/losses.jsonl`; a step that a resumed run took twice counts as it was last taken."""
-    lines = (data / "denoiser" / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+    """Read `unet/losses.jsonl`; a step that a resumed run took twice counts as it was last taken."""
+    lines = (data / "unet" / "losses.jsonl").read_text(encoding="utf-8").splitlines()
     by_step = {row["step"]: row["loss"] for row in map(json.loads, lines)}
     losses = [by_step[step] for step in sorted(by_step)]
     starts = range(0, len(losses) - WINDOW + 1, WINDOW)
