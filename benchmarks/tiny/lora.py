@@ -45,7 +45,7 @@ KEPT = (
 # Where it is seen: size, offset and tilt in degrees.
 VIEWS = ((0.8, 0, 0, 0), (0.7, -9, 5, 12), (0.75, 8, -4, -10), (0.85, 2, 2, 4), (0.72, 0, 9, -5))
 CONFIG = TrainingConfig(
-    steps=400, batch_size=16, learning_rate=3e-3, schedule="cosine", warmup=20, weight_decay=0.0,
+    steps=800, batch_size=16, learning_rate=3e-3, schedule="cosine", warmup=20, weight_decay=0.0,
     min_snr_gamma=1.0, dtype=torch.bfloat16,
 )  # fmt: skip
 RANK = 16
@@ -139,8 +139,8 @@ def main(out: Path, model: str) -> int:
               "bytes": (out / f"{WORD}.safetensors").stat().st_size}  # fmt: skip
     (out / "lora.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
-    labels = with_word + without
-    sheet(torch.cat([before, after]), labels + labels, len(labels)).save(out / "lora.png")
+    labels = [WORD] * len(with_word) + list(KEPT)
+    sheet(torch.cat([before, after]), 2 * labels, len(labels)).save(out / "lora.png")
     sheet(views, [f"view {i + 1}" for i in range(len(views))], len(views)).save(out / "subject.png")
     return 0 if appears == len(with_word) and was_there == 0 and strays == 0 and kept == len(without) else 1
 
