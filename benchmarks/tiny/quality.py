@@ -90,7 +90,8 @@ def score(
 def sheet(images: Tensor, labels: Sequence[str], columns: int, scale: float = 0.75) -> Image.Image:
     """Pictures [B, 3, H, W] in rows, each over its label."""
     side = round(images.shape[-1] * scale)
-    font = ImageFont.truetype(str(LABELS), 12) if LABELS.exists() else ImageFont.load_default(12)
+    size = 12 if side > 90 else 9
+    font = ImageFont.truetype(str(LABELS), size) if LABELS.exists() else ImageFont.load_default(size)
     rows = math.ceil(len(images) / columns)
     page = Image.new("RGB", (columns * side, rows * (side + 18)), "white")
     pen = ImageDraw.Draw(page)
@@ -126,7 +127,7 @@ def main(data: Path, model: str, out: Path) -> int:
                          "interval_95": interval(share, trials), "wrong": wrong})  # fmt: skip
             print(f"{language}, guidance {scale}: {share:.1%} of {trials} right; {', '.join(wrong[:8])}")
             labels = [getattr(concept, language)[0] for concept in concepts]
-            sheet(images, labels, 16).save(out / f"{language}-{scale:.0f}.png")
+            sheet(images, labels, 14, scale=0.6).save(out / f"{language}-{scale:.0f}.png")
     sheet(generate(pipe, SHOWN, 5.0, 7).cpu(), SHOWN, 8, scale=1.0).save(out / "samples.png")
     by = {(row["language"], row["guidance"]): row["right"] for row in rows}
     is_good = all(by[language, 5.0] >= WANTED and by[language, 5.0] > by[language, 1.0] for language, _ in by)
