@@ -123,6 +123,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2, and one line on stderr, for what cannot be done."""
     options = parser().parse_args(arguments)
+    level = logger.level
+    if options.quiet:
+        logger.setLevel(logging.ERROR)
     try:
         if options.info is not None:
             if options.prompt is not None or options.weights != EMBEDDED_NAME:
@@ -137,6 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        logger.setLevel(level)
     return 0
 
 
@@ -161,8 +166,6 @@ def draw(options: argparse.Namespace) -> None:
         if getattr(options, side) is not None:
             whole_number(side, getattr(options, side), 8)
     outs[0].parent.mkdir(parents=True, exist_ok=True)
-    if options.quiet:
-        logger.setLevel(logging.ERROR)
     device = named_device(options.device) if options.device is not None else best_device()
     pipe = KolorsPipeline.from_pretrained(
         options.weights, variant=options.variant, revision=options.revision,

@@ -29,6 +29,7 @@ from kolors_core.training import Data, Objective, Trainer, TrainingConfig
 
 WORD = "zorp"
 PHRASES = ("a photo of a {x}", "a {x}", "{x}", "一张{x}的照片", "画一个{x}", "the {x}", "show me a {x}")
+# Two English phrasings, two Chinese.
 UNSEEN = ("please draw a {x} for me", "I would like to see a {x}", "请给我画{x}", "我想看{x}的图片")
 OTHERS = ("cat", "ladybug", "rocket", "apple", "car", "panda", "sunflower", "pizza", "guitar", "house",
           "猫", "瓢虫", "火箭", "公交车", "熊猫", "蝴蝶", "西瓜", "鲸鱼", "恐龙", "月亮")  # fmt: skip
@@ -118,7 +119,7 @@ def main(out: Path, model: str) -> int:
     pipe = KolorsPipeline.from_pretrained(model, device=best_device())
     torch.manual_seed(CONFIG.seed)  # of the adapter's first weights
     with_word = [phrase.format(x=WORD) for phrase in UNSEEN]
-    without = [UNSEEN[i % len(UNSEEN)].format(x=name) for i, name in enumerate(KEPT)]
+    without = [UNSEEN[i % 2 if name.isascii() else 2 + i % 2].format(x=name) for i, name in enumerate(KEPT)]
     before = generate(pipe, with_word + without, 5.0, seed=7).cpu()
     write_pictures(pipe, out / "pictures")
     start = time.monotonic()
@@ -126,9 +127,10 @@ def main(out: Path, model: str) -> int:
     seconds = time.monotonic() - start
     after = generate(pipe, with_word + without, 5.0, seed=7).cpu()
 
-    # The nearest picture: one of the subject's views, or what the model drew before of another thing.
-    views = torch.stack([load_pixels(e, (SIZE, SIZE))[0] for e in read_folder(out / "pictures")[:20:4]])
-    known: Tensor = torch.cat([views, before[len(with_word) :]])
+    # The nearest picture: one of the subject's views, or what the model drew before of other things.
+    pixels = [load_pixels(example, (SIZE, SIZE))[0] for example in read_folder(out / "pictures")]
+    views, others = torch.stack(pixels[: 4 * len(VIEWS) : 4]), torch.stack(pixels[4 * len(VIEWS) :])
+    known: Tensor = torch.cat([views, before[len(with_word) :], others])
     is_subject = [found < len(views) for found in nearest(after, known)]
     appears, strays = sum(is_subject[: len(with_word)]), sum(is_subject[len(with_word) :])
     was_there = sum(found < len(views) for found in nearest(before[: len(with_word)], known))
