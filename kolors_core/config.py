@@ -4,13 +4,12 @@
 `to_public` writes one that the reference reads.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-VERSION = "0.1.0"
+from kolors_core.fields import Fields, Public
 
-Public = Mapping[str, Any]
+VERSION = "0.1.0"
 
 
 class ConfigDict(dict[str, Any]):
@@ -39,7 +38,7 @@ class ChatGLMConfig:
     @classmethod
     def from_public(cls, public: Public, where: str = "text_encoder/config.json") -> Self:
         """Read the `config.json` of ChatGLM3 or of `transformers`' saved ChatGLMModel."""
-        fields = _Fields(public, where)
+        fields = Fields(public, where)
         fields.refuse_unless(_CHATGLM_FIXED)
         config = cls(
             vocab_size=fields.integer("padded_vocab_size"),
@@ -102,7 +101,7 @@ class UNetConfig:
     @classmethod
     def from_public(cls, public: Public, where: str = "unet/config.json") -> Self:
         """Read diffusers' `UNet2DConditionModel` config; SDXL's or Stable Diffusion's is refused."""
-        fields = _Fields(public, where)
+        fields = Fields(public, where)
         fields.refuse_unless(_UNET_FIXED)
         channels = fields.integers("block_out_channels")
         levels = len(channels)
@@ -180,7 +179,7 @@ class VAEConfig:
     @classmethod
     def from_public(cls, public: Public, where: str = "vae/config.json") -> Self:
         """Read diffusers' `AutoencoderKL` config."""
-        fields = _Fields(public, where)
+        fields = Fields(public, where)
         fields.refuse_unless(_VAE_FIXED)
         channels = fields.integers("block_out_channels")
         for name, wanted in (
@@ -221,6 +220,63 @@ class VAEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CLIPVisionConfig:
+    """CLIP's image encoder; the defaults are ViT-L/14 at 336 pixels, as Kolors-IP-Adapter-Plus brings it."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    hidden_size: int = 1024
+    feed_forward_size: int = 4096
+    layers: int = 24
+    heads: int = 16
+    projection_dim: int = 768
+    norm_eps: float = 1e-5
+
+    @property
+    def tokens(self) -> int:
+        """Length of the encoded image: the class token, then one a patch."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_public(cls, public: Public, where: str = "image_encoder/config.json") -> Self:
+        """Read the config of transformers' `CLIPVisionModelWithProjection`.
+
+        It must name every size: for one left out, transformers would take that of another model (ViT-B/32).
+        """
+        fields = Fields(public, where)
+        if public.get("model_type") == "clip":
+            fields.fail(
+                "model_type", "clip", "'clip_vision_model', the image encoder alone, without the text's"
+            )
+        fields.refuse_unless(_CLIP_VISION_FIXED)
+        image_size = fields.integer("image_size")
+        config = cls(
+            image_size=image_size,
+            patch_size=fields.integer("patch_size", most=image_size),
+            hidden_size=fields.integer("hidden_size"),
+            feed_forward_size=fields.integer("intermediate_size"),
+            layers=fields.integer("num_hidden_layers", most=1000),
+            heads=fields.integer("num_attention_heads"),
+            projection_dim=fields.integer("projection_dim"),
+            norm_eps=fields.number("layer_norm_eps"),
+        )
+        fields.refuse_rest(_CLIP_VISION_INERT)
+        if config.hidden_size % config.heads:
+            fields.fail("hidden_size", config.hidden_size, f"a multiple of the {config.heads} heads")
+        return config
+
+    def to_public(self) -> dict[str, Any]:
+        """The `config.json` that transformers' CLIPVisionModelWithProjection reads."""
+        return {
+            **_CLIP_VISION_FIXED, "architectures": ["CLIPVisionModelWithProjection"],
+            "image_size": self.image_size, "patch_size": self.patch_size, "hidden_size": self.hidden_size,
+            "intermediate_size": self.feed_forward_size, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "projection_dim": self.projection_dim,
+            "layer_norm_eps": self.norm_eps,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class KolorsConfig:
     """The three models of one Kolors, whose widths fit together."""
 
@@ -249,18 +305,20 @@ _CHATGLM_FIXED: dict[str, Any] = {
     "fp32_residual_connection": False, "multi_query_attention": True, "original_rope": True,
     "post_layer_norm": True, "rmsnorm": True, "quantization_bit": 0, "rope_ratio": 1, "pre_seq_len": None,
 }  # fmt: skip
-_CHATGLM_INERT = {
-    "architectures", "auto_map", "model_type", "apply_query_key_layer_scaling", "attention_softmax_in_fp32",
-    "attention_dropout", "hidden_dropout", "classifier_dropout", "bias_dropout_fusion", "seq_length",
-    "use_cache", "torch_dtype", "dtype", "transformers_version", "tie_word_embeddings", "eos_token_id",
-    "pad_token_id", "vocab_size", "prefix_projection",
-    # what transformers writes of any model, and what only the generation of text reads
-    "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "id2label",
-    "label2id", "is_encoder_decoder", "is_decoder", "pruned_heads", "problem_type", "bos_token_id",
-    "sep_token_id", "max_length", "min_length", "num_beams", "num_beam_groups", "num_return_sequences",
-    "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+# What transformers writes of any model, and what only training or the generation of text reads.
+_TRANSFORMERS_INERT = {
+    "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "tie_word_embeddings",
+    "attention_dropout", "return_dict", "output_hidden_states", "output_attentions",
+    "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "is_decoder", "pruned_heads",
+    "problem_type", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "max_length",
+    "min_length", "num_beams", "num_beam_groups", "num_return_sequences", "do_sample",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
     "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "early_stopping",
     "finetuning_task",
+}  # fmt: skip
+_CHATGLM_INERT = _TRANSFORMERS_INERT | {
+    "model_type", "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "hidden_dropout",
+    "classifier_dropout", "bias_dropout_fusion", "seq_length", "use_cache", "vocab_size", "prefix_projection",
 }  # fmt: skip
 _UNET_FIXED: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
@@ -283,83 +341,7 @@ _VAE_FIXED: dict[str, Any] = {
     "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
 }  # fmt: skip
 _VAE_INERT = {"force_upcast"}
-
-
-class _Fields:
-    """Reads a public config field by field, remembers which were read, and refuses the rest."""
-
-    def __init__(self, public: Public, where: str) -> None:
-        self.public, self.where, self.seen = public, where, set[str]()
-
-    def fail(self, name: str, got: Any, wanted: str) -> None:
-        raise ValueError(f"{self.where}: {name} is {got!r}, wanted {wanted}")
-
-    def integer(self, name: str, most: int = 2**24) -> int:
-        """A positive whole number; `most` bounds it before a model of that many parts is built."""
-        value = self._get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-            self.fail(name, value, f"a positive whole number up to {most:,}")
-        return value
-
-    def same(self, name: str, length: int, most: int = 2**24) -> int:
-        """A positive whole number, that the reference may also write once for each level."""
-        values = self.integers(name, length, most)
-        if len(set(values)) > 1:
-            self.fail(name, list(values), "one number for all levels")
-        return values[0]
-
-    def number(self, name: str) -> float:
-        value = self._get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            self.fail(name, value, "a positive number")
-        return float(value)
-
-    def integers(self, name: str, length: int | None = None, most: int = 2**24) -> tuple[int, ...]:
-        """A list of positive whole numbers; where `length` is known, a single number stands for all."""
-        value = self._get(name)
-        values = [value] * length if length is not None and isinstance(value, int) else value
-        if (
-            not isinstance(values, list | tuple)
-            or not 0 < len(values) < 16
-            or any(isinstance(v, bool) or not isinstance(v, int) or not 0 < v <= most for v in values)
-            or length not in (None, len(values))
-        ):
-            self.fail(name, value, f"{length or 'some'} positive whole numbers")
-        return tuple(values)
-
-    def level_types(self, name: str, way: str, length: int) -> list[str]:
-        value = self._get(name)
-        allowed = (f"{way}Block2D", f"CrossAttn{way}Block2D")
-        if (
-            not isinstance(value, list | tuple)
-            or len(value) != length
-            or any(v not in allowed for v in value)
-        ):
-            self.fail(name, value, f"{length} of {' and '.join(allowed)}")
-        return list(value)
-
-    def equal(self, name: str, wanted: Any) -> None:
-        value = self._get(name)
-        if (list(value) if isinstance(value, tuple) else value) != wanted:
-            self.fail(name, value, repr(wanted))
-
-    def refuse_unless(self, fixed: Public) -> None:
-        for name, wanted in fixed.items():
-            self.seen.add(name)
-            value = self.public.get(name, wanted)
-            off = wanted is None or wanted is False
-            if value != wanted and not (off and (value is None or value is False or value == [False] * 3)):
-                self.fail(name, value, repr(wanted))
-
-    def refuse_rest(self, inert: set[str]) -> None:
-        """An unknown field that is switched on would change the model; one that is off changes nothing."""
-        for name, value in self.public.items():
-            known = name in self.seen or name in inert or name.startswith("_")
-            if not known and value is not None and value is not False:
-                self.fail(name, value, "no such field, or null: its meaning is not known here")
-
-    def _get(self, name: str) -> Any:
-        self.seen.add(name)
-        if name not in self.public:
-            raise ValueError(f"{self.where}: the field {name} is missing")
-        return self.public[name]
+_CLIP_VISION_FIXED: dict[str, Any] = {
+    "model_type": "clip_vision_model", "hidden_act": "quick_gelu", "num_channels": 3,
+}  # fmt: skip
+_CLIP_VISION_INERT = _TRANSFORMERS_INERT | {"dropout", "initializer_factor", "initializer_range"}

@@ -12,9 +12,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig as ReferenceChatGLMConfig
 from diffusers.pipelines.kolors.text_encoder import ChatGLMModel
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig as ReferenceCLIPVisionConfig
+from transformers import CLIPVisionModelWithProjection
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.config import ChatGLMConfig, KolorsConfig, UNetConfig, VAEConfig
+from kolors_core.clip_vision import CLIPVision
+from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, KolorsConfig, UNetConfig, VAEConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES
@@ -35,6 +38,9 @@ SMALL = KolorsConfig(
     ),
     vae=VAEConfig(sample_size=128, channels=(32, 32, 64, 64)),
 )  # fmt: skip
+SMALL_CLIP = CLIPVisionConfig(
+    image_size=28, patch_size=7, hidden_size=64, feed_forward_size=96, layers=3, heads=4, projection_dim=48
+)
 
 
 def reference_chatglm(config: ChatGLMConfig) -> ChatGLMModel:
@@ -52,6 +58,11 @@ def reference_vae(config: VAEConfig) -> AutoencoderKL:
     return AutoencoderKL.from_config(config.to_public()).eval()
 
 
+def reference_clip(config: CLIPVisionConfig) -> CLIPVisionModelWithProjection:
+    """The reference's image encoder of our config."""
+    return CLIPVisionModelWithProjection(ReferenceCLIPVisionConfig(**config.to_public())).eval()
+
+
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Give every parameter its own random values, of a size that keeps activations near 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,11 +76,15 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 
 def pair(component: str, dtype: torch.dtype, config: KolorsConfig = SMALL) -> tuple[nn.Module, nn.Module]:
-    """Ours and the reference's with the same random weights, put across by the real table, strictly."""
+    """Ours and the reference's with the same random weights, put across by the real table, strictly.
+
+    The image encoder stands outside of a Kolors: it is always `SMALL_CLIP`.
+    """
     theirs, ours = {
         "text_encoder": lambda: (reference_chatglm(config.text_encoder), ChatGLM(config.text_encoder)),
         "unet": lambda: (reference_unet(config.unet), UNet(config.unet)),
         "vae": lambda: (reference_vae(config.vae), VAE(config.vae)),
+        "image_encoder": lambda: (reference_clip(SMALL_CLIP), CLIPVision(SMALL_CLIP)),
     }[component]()
     randomise(theirs)
     theirs, ours = theirs.to(dtype), ours.to(dtype).eval()

@@ -1,0 +1,86 @@
+"""Reading a public `config.json` field by field: each read once, checked, and no field left unread."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Public = Mapping[str, Any]
+
+
+class Fields:
+    """Reads a public config field by field, remembers which were read, and refuses the rest."""
+
+    def __init__(self, public: Public, where: str) -> None:
+        self.public, self.where, self.seen = public, where, set[str]()
+
+    def fail(self, name: str, got: Any, wanted: str) -> None:
+        raise ValueError(f"{self.where}: {name} is {got!r}, wanted {wanted}")
+
+    def integer(self, name: str, most: int = 2**24) -> int:
+        """A positive whole number; `most` bounds it before a model of that many parts is built."""
+        value = self._get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            self.fail(name, value, f"a positive whole number up to {most:,}")
+        return value
+
+    def same(self, name: str, length: int, most: int = 2**24) -> int:
+        """A positive whole number, that the reference may also write once for each level."""
+        values = self.integers(name, length, most)
+        if len(set(values)) > 1:
+            self.fail(name, list(values), "one number for all levels")
+        return values[0]
+
+    def number(self, name: str) -> float:
+        value = self._get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            self.fail(name, value, "a positive number")
+        return float(value)
+
+    def integers(self, name: str, length: int | None = None, most: int = 2**24) -> tuple[int, ...]:
+        """A list of positive whole numbers; where `length` is known, a single number stands for all."""
+        value = self._get(name)
+        values = [value] * length if length is not None and isinstance(value, int) else value
+        if (
+            not isinstance(values, list | tuple)
+            or not 0 < len(values) < 16
+            or any(isinstance(v, bool) or not isinstance(v, int) or not 0 < v <= most for v in values)
+            or length not in (None, len(values))
+        ):
+            self.fail(name, value, f"{length or 'some'} positive whole numbers")
+        return tuple(values)
+
+    def level_types(self, name: str, way: str, length: int) -> list[str]:
+        value = self._get(name)
+        allowed = (f"{way}Block2D", f"CrossAttn{way}Block2D")
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != length
+            or any(v not in allowed for v in value)
+        ):
+            self.fail(name, value, f"{length} of {' and '.join(allowed)}")
+        return list(value)
+
+    def equal(self, name: str, wanted: Any) -> None:
+        value = self._get(name)
+        if (list(value) if isinstance(value, tuple) else value) != wanted:
+            self.fail(name, value, repr(wanted))
+
+    def refuse_unless(self, fixed: Public) -> None:
+        for name, wanted in fixed.items():
+            self.seen.add(name)
+            value = self.public.get(name, wanted)
+            off = wanted is None or wanted is False
+            if value != wanted and not (off and (value is None or value is False or value == [False] * 3)):
+                self.fail(name, value, repr(wanted))
+
+    def refuse_rest(self, inert: set[str]) -> None:
+        """An unknown field that is switched on would change the model; one that is off changes nothing."""
+        for name, value in self.public.items():
+            known = name in self.seen or name in inert or name.startswith("_")
+            if not known and value is not None and value is not False:
+                self.fail(name, value, "no such field, or null: its meaning is not known here")
+
+    def _get(self, name: str) -> Any:
+        self.seen.add(name)
+        if name not in self.public:
+            raise ValueError(f"{self.where}: the field {name} is missing")
+        return self.public[name]

@@ -1,0 +1,52 @@
+"""CLIP's image encoder: transformers' CLIPVisionModelWithProjection <-> ours (392 tensors).
+
+Ours is `kolors_core.clip_vision.CLIPVision`. The public name of the first norm is misspelt, `pre_layrnorm`,
+and always was. A whole CLIP is refused by the names of its text encoder (`text_model.`, `logit_scale`): it
+is another model, with another config.
+"""
+
+from weights_convert.rules import Part, Table, both, weights
+
+_ATTENTION = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
+
+CLIP_VISION = Table(
+    component="image_encoder",
+    parts=(
+        Part("", weights("visual_projection")),
+        Part(r"vision_model", both("pre_layrnorm", "post_layernorm")),
+        Part(
+            r"vision_model\.embeddings",
+            ("class_embedding", *weights("patch_embedding", "position_embedding")),
+        ),
+        Part(
+            r"vision_model\.encoder\.layers\.\d+",
+            both("layer_norm1", *_ATTENTION, "layer_norm2", "mlp.fc1", "mlp.fc2"),
+        ),
+    ),
+    rules=(
+        ("vision_model.embeddings", "embedding"),
+        ("class_embedding", "class_token"),
+        ("patch_embedding", "patches"),
+        ("position_embedding", "positions"),
+        ("vision_model.pre_layrnorm", "norm_in"),
+        ("vision_model.encoder.layers", "layers"),
+        ("vision_model.post_layernorm", "norm_out"),
+        ("visual_projection", "projection"),
+        ("layer_norm1", "attention_norm"),
+        ("self_attn", "attention"),
+        ("q_proj", "to_q"),
+        ("k_proj", "to_k"),
+        ("v_proj", "to_v"),
+        ("out_proj", "to_out"),
+        ("layer_norm2", "mlp_norm"),
+        ("fc1", "proj_in"),
+        ("fc2", "proj_out"),
+    ),
+    dropped={
+        "vision_model.embeddings.position_ids": "the numbers 0, 1, 2, ..., which older files store",
+    },
+    required={
+        "vision_model.embeddings.patch_embedding.weight": "it is the embedding of CLIP's image patches",
+        "visual_projection.weight": "it makes image_embeds; CLIPVisionModelWithProjection has it",
+    },
+)
