@@ -1,0 +1,309 @@
+"""What every pipeline offers for LoRA: the reference's methods, on any number of adapters by name.
+
+Source: `StableDiffusionLoraLoaderMixin` and `LoraBaseMixin` in diffusers' loaders.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from kolors_core.blocks import BlockScale
+from kolors_core.chatglm import ChatGLM
+from kolors_core.hub import find_file
+from kolors_core.lora import (
+    adapters,
+    check_name,
+    enable,
+    fuse,
+    fused_names,
+    install,
+    refuse_fused,
+    unfuse,
+    unload,
+    write,
+)
+from kolors_core.lora_file import METADATA, LoRAReport, configs_of, read
+from kolors_core.unet import UNet
+from weights_convert.source import Source, Tensors
+
+COMPONENTS = ("unet", "text_encoder")
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+# The file of a LoRA, by the names that diffusers and PEFT give it; PEFT's settings are fetched with it.
+find_lora = partial(
+    find_file, preferred=(WEIGHT_NAME, "adapter_model.safetensors"), beside=("adapter_config.json",)
+)
+
+
+class _OnClassToo:
+    """A method that may also be called on the class, as the reference's; `self` is then None."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., None]:
+        return partial(self.function, instance)
+
+
+class LoRALoading:
+    """LoRA methods for a pipeline that has a `unet` and a `text_encoder`, which may be None."""
+
+    unet: UNet
+    text_encoder: ChatGLM | None
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        allow_partial: bool = False,
+    ) -> LoRAReport:
+        """Attach a LoRA of any known spelling, and make it the one that is active.
+
+        pretrained_model_name_or_path_or_dict: a file, a folder, a hub repository or the tensors.
+        adapter_name: "default_0", "default_1", ... if None. weight_name: the file, where there are several.
+        LoHa, LoKr and whole differences are merged as a delta, each as large as its layer's weight.
+        All of it is attached or nothing: raises FileNotFoundError naming what was looked for, ValueError
+        where a name is in use, nothing matches, or, unless `allow_partial`, something does not; the report
+        says what.
+        """
+        models = self._lora_models()
+        name = self._new_name() if adapter_name is None else adapter_name
+        for model in models.values():
+            check_name(model, name)
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, Mapping):
+            tensors = Tensors(source, "the given LoRA")
+        else:
+            hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+            tensors = Source([find_lora(source, weight_name, subfolder, token=token, **hub)])
+        parts, report = read(tensors, configs_of(tensors), models, name, allow_partial)
+        for component, model in models.items():
+            for other in adapters(model).values():
+                other.set_active(False)
+            if component in parts:
+                install(model, name, parts[component])
+        return report
+
+    def set_adapters(
+        self,
+        adapter_names: str | Sequence[str],
+        adapter_weights: BlockScale | Sequence[BlockScale | None] | None = None,
+    ) -> None:
+        """Make these adapters the active ones, each with its weight: 1 if None.
+
+        A weight is a number, or a mapping {"unet": ..., "text_encoder": number}, where the UNet's may again
+        be by blocks (see `blocks.block_scales`) and what is left out is 1. One weight is for all adapters, a
+        list has one for each. Raises ValueError, and changes nothing, for an unknown adapter, component or
+        block, or while adapters are fused.
+        """
+        names, models = _names(adapter_names), self._lora_models()
+        self._refuse_unknown(names)
+        for model in models.values():
+            refuse_fused(model, f"set {', '.join(names)}")
+        is_list = isinstance(adapter_weights, Sequence)
+        weights: list[Any] = list(adapter_weights) if is_list else [adapter_weights] * len(names)
+        if len(weights) != len(names):
+            raise ValueError(f"wanted a weight for each of {len(names)} adapters, got {len(weights)}")
+        chosen = dict(zip(names, weights, strict=True))
+        for name, weight in chosen.items():
+            if isinstance(weight, Mapping):
+                have = [component for component, model in models.items() if name in adapters(model)]
+                if unknown := [component for component in weight if component not in have]:
+                    parts = f"it has parts in {' and '.join(have)}"
+                    raise ValueError(f"adapter {name!r} has nothing in {unknown[0]!r}, {parts}")
+        changes = []
+        for component, model in models.items():
+            for name, adapter in adapters(model).items():
+                weight = chosen.get(name)
+                own = weight.get(component) if isinstance(weight, Mapping) else weight
+                changes.append((adapter, name in chosen, adapter.scales(1.0 if own is None else own)))
+        for adapter, is_active, scales in changes:
+            adapter.set_active(is_active)
+            if is_active:
+                adapter.set_scales(scales)
+
+    def get_active_adapters(self) -> list[str]:
+        """The adapters that are active, whether or not adapters are enabled."""
+        models = self._lora_models().values()
+        names = [name for model in models for name, one in adapters(model).items() if one.is_active]
+        return list(dict.fromkeys(names))
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The attached adapters by component; a component without any is left out."""
+        found = {component: list(adapters(model)) for component, model in self._lora_models().items()}
+        return {component: names for component, names in found.items() if names}
+
+    def enable_lora(self) -> None:
+        """Let the active adapters act again after `disable_lora`."""
+        self._switch_lora(True)
+
+    def disable_lora(self) -> None:
+        """Let no adapter act, and keep which are active. ValueError while adapters are fused."""
+        self._switch_lora(False)
+
+    def _switch_lora(self, is_enabled: bool) -> None:
+        for model in self._lora_models().values():
+            refuse_fused(model, "switch adapters")
+        for model in self._lora_models().values():
+            enable(model, is_enabled)
+
+    @contextmanager
+    def lora_scaled(self, factor: float) -> Iterator[None]:
+        """Within it, every adapter of the UNet counts `factor` times as much as it is weighed.
+
+        What a call's `cross_attention_kwargs={"scale": factor}` asks for. Raises ValueError where it would do
+        nothing: no adapter is active, or one is fused.
+        """
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            raise ValueError(f"the scale of LoRAs must be a number, got {factor!r}")
+        refuse_fused(self.unet, "scale adapters")
+        attached = adapters(self.unet).values()
+        if not any(adapter.is_active for adapter in attached):
+            raise ValueError("no LoRA is active on the UNet, so that a scale has no effect")
+        parts = [part for adapter in attached for part in adapter.parts().values()]
+        before = [part.strength for part in parts]
+        try:
+            for part in parts:
+                part.strength *= factor
+            yield
+        finally:
+            for part, strength in zip(parts, before, strict=True):
+                part.strength = strength
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] | None = None,
+        lora_scale: float = 1.0,
+        adapter_names: str | Sequence[str] | None = None,
+    ) -> None:
+        """Add adapters, the active ones if None, to the weights of the components, all if None.
+
+        Each counts at its weight times `lora_scale`. The weights from before are kept on the CPU. Until
+        `unfuse_lora`, other adapters do nothing and none can be loaded, weighed or deleted; but
+        `unload_lora_weights` makes the fused weights the pipeline's own. Raises ValueError if there is
+        nothing to fuse or something is fused already.
+        """
+        names = self.get_active_adapters() if adapter_names is None else _names(adapter_names)
+        self._refuse_unknown(names)
+        models = self._lora_models(components)
+        found = {component: [n for n in names if n in adapters(model)] for component, model in models.items()}
+        for model in models.values():
+            refuse_fused(model, f"fuse {', '.join(names) or 'adapters'}")
+        if not any(found.values()):
+            raise ValueError(f"no active adapter to fuse in {' or '.join(models)}")
+        for component, model in models.items():
+            if found[component]:
+                fuse(model, found[component], lora_scale)
+
+    def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
+        """Undo `fuse_lora`: the weights are what they were, bit for bit."""
+        for model in self._lora_models(components).values():
+            unfuse(model)
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The adapters that the weights contain now."""
+        return {name for model in self._lora_models().values() for name in fused_names(model)}
+
+    @property
+    def num_fused_loras(self) -> int:
+        """How many adapters the weights contain now."""
+        return len(self.fused_loras)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Take adapters out; those that were not active stay so. ValueError if unknown, or one is fused."""
+        names, models = _names(adapter_names), self._lora_models().values()
+        self._refuse_unknown(names)
+        for model in models:
+            refuse_fused(model, f"delete {', '.join(names)}")
+        for model in models:
+            for name, adapter in adapters(model).items():
+                if name in names:
+                    adapter.detach()
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters out: the models are what they were, bit for bit.
+
+        What is fused stays in the weights, as in the reference, and can then no more be unfused.
+        """
+        for model in self._lora_models().values():
+            unload(model)
+
+    @_OnClassToo
+    def save_lora_weights(
+        self: "LoRALoading | None",
+        save_directory: str | Path,
+        unet_lora_layers: Mapping[str, Tensor] | None = None,
+        text_encoder_lora_layers: Mapping[str, Tensor] | None = None,
+        *,
+        weight_name: str = WEIGHT_NAME,
+        adapter_name: str | None = None,
+        unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a LoRA in diffusers' names, whole or not at all; a file of the name is replaced.
+
+        Of a pipeline, the attached adapter `adapter_name`, or the only one. With `unet_lora_layers` or
+        `text_encoder_lora_layers`, also on the class, these tensors, by the names of their model, with PEFT's
+        settings as metadata. Raises ValueError if it is not clear what to write, or the names cannot say it.
+        """
+        given = {"unet": unet_lora_layers, "text_encoder": text_encoder_lora_layers}
+        metadata = {"unet": unet_lora_adapter_metadata, "text_encoder": text_encoder_lora_adapter_metadata}
+        if any(layers is not None for layers in given.values()):
+            if adapter_name is not None:
+                raise ValueError("give either adapter_name or layers, not both")
+            state = {f"{c}.{name}": t for c, layers in given.items() for name, t in (layers or {}).items()}
+            settings = {f"{c}.{name}": v for c, of in metadata.items() for name, v in (of or {}).items()}
+        elif self is None or any(metadata.values()):
+            raise ValueError("give unet_lora_layers or text_encoder_lora_layers")
+        else:
+            state, settings = self._state_of(adapter_name), {}
+        text = json.dumps(settings, sort_keys=True, default=list)  # PEFT's settings have sets
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write(state, Path(save_directory) / weight_name, {METADATA: text} if settings else None)
+
+    def _state_of(self, name: str | None) -> dict[str, Tensor]:
+        """An attached adapter in diffusers' names; the only one if the name is None."""
+        names = list(dict.fromkeys(n for of in self.get_list_adapters().values() for n in of))
+        if name is None and len(names) != 1:
+            raise ValueError(f"which adapter? There are {', '.join(names) or 'none'}: give adapter_name")
+        chosen = names[0] if name is None else name
+        self._refuse_unknown([chosen])
+        state: dict[str, Tensor] = {}
+        for component, model in self._lora_models().items():
+            if adapter := adapters(model).get(chosen):
+                state |= adapter.public_state(component)
+        return state
+
+    def _lora_models(self, components: Sequence[str] | None = None) -> dict[str, nn.Module]:
+        """The models that can have adapters, by component. ValueError for another component."""
+        names = COMPONENTS if components is None else _names(components)
+        if unknown := [name for name in names if name not in COMPONENTS]:
+            raise ValueError(f"LoRA goes into {' and '.join(COMPONENTS)}, not into {unknown[0]!r}")
+        models = {name: getattr(self, name) for name in names}
+        return {name: model for name, model in models.items() if model is not None}
+
+    def _new_name(self) -> str:
+        taken = {name for names in self.get_list_adapters().values() for name in names}
+        return next(name for i in count(len(taken)) if (name := f"default_{i}") not in taken)
+
+    def _refuse_unknown(self, names: Sequence[str]) -> None:
+        have = list(dict.fromkeys(name for of in self.get_list_adapters().values() for name in of))
+        if unknown := [name for name in names if name not in have]:
+            raise ValueError(f"no adapter is named {unknown[0]!r}; attached: {', '.join(have) or 'none'}")
+
+
+def _names(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
