@@ -9,14 +9,21 @@ Reading order: tokenizer, chatglm, unet, vae, schedule, sampling, guidance, pipe
 
 from kolors_core.callback import SDXLCFGCutoffCallback
 from kolors_core.config import VERSION as __version__
-from kolors_core.pipeline import KolorsPipeline, KolorsPipelineOutput
+from kolors_core.image import IPAdapterMaskProcessor, load_image
+from kolors_core.image_prompt import CLIPVisionModelWithProjection
+from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from kolors_core.task import KolorsPipelineOutput
 
 __all__ = [
+    "CLIPVisionModelWithProjection",
     "DPMSolverMultistepScheduler",
     "EulerDiscreteScheduler",
+    "IPAdapterMaskProcessor",
+    "KolorsImg2ImgPipeline",
     "KolorsPipeline",
     "KolorsPipelineOutput",
     "SDXLCFGCutoffCallback",
     "__version__",
+    "load_image",
 ]

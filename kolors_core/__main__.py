@@ -5,14 +5,15 @@ import logging
 import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.components import whole_number
 from kolors_core.config import VERSION
-from kolors_core.image import read_description, save_png
-from kolors_core.pipeline import KolorsPipeline
+from kolors_core.image import load_image, read_description, save_png
+from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.placement import best_device, best_dtype, named_device
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
 
@@ -79,6 +80,26 @@ def parser() -> argparse.ArgumentParser:
     picture.add_argument(
         "--seed", type=int, help="of the noise; picture i of several takes seed + i (default: random)"
     )
+
+    images = top.add_argument_group("from pictures")
+    images.add_argument("--image", metavar="FILE", help="start from this picture; or its http(s) address")
+    images.add_argument(
+        "--strength", type=float, help="how much of it is made anew, above 0, at most 1 (default: 0.3)"
+    )
+    images.add_argument(
+        "--ip-adapter",
+        metavar="FROM",
+        help="IP-Adapter-Plus: a file, folder or hub repository, whose revision may follow an @: "
+        "Kwai-Kolors/Kolors-IP-Adapter-Plus@refs/pr/4",
+    )
+    images.add_argument(
+        "--ip-image", action="append", metavar="FILE", help="be guided by this picture (may be repeated)"
+    )
+    images.add_argument("--ip-scale", type=float, help="how much (default: 1)")
+    model.add_argument(
+        "--lora", action="append", default=[], metavar="FROM[:SCALE]",
+        help="a LoRA of any spelling: a file, folder or hub repository, with its weight (may be repeated)",
+    )  # fmt: skip
 
     steps = top.add_argument_group("sampling")
     steps.add_argument("--steps", type=int, help="denoising steps (default: 50 for euler, 25 for the others)")
@@ -165,21 +186,20 @@ def draw(options: argparse.Namespace) -> None:
     for side in ("height", "width"):
         if getattr(options, side) is not None:
             whole_number(side, getattr(options, side), 8)
+    given = (options.ip_adapter is not None, options.ip_image is not None)
+    if any(given) and not all(given) or (options.ip_scale is not None and not all(given)):
+        raise ValueError("--ip-adapter, --ip-image and --ip-scale need each other")
+    if options.strength is not None and options.image is None:
+        raise ValueError("--strength has no effect without --image")
+    start = None if options.image is None else load_image(options.image)
+    guides = [load_image(file) for file in options.ip_image or ()]
     outs[0].parent.mkdir(parents=True, exist_ok=True)
-    device = named_device(options.device) if options.device is not None else best_device()
-    pipe = KolorsPipeline.from_pretrained(
-        options.weights, variant=options.variant, revision=options.revision,
-        local_files_only=options.local_files_only,
-        torch_dtype=DTYPES[options.dtype] if options.dtype else best_dtype(device), device=device,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=options.quiet)
-    kind, changes = SAMPLERS[options.sampler]
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    pipe = load_pipeline(options)
     steps = options.steps if options.steps is not None else 25
     if options.steps is None and (options.timesteps or options.sigmas or options.sampler.startswith("euler")):
         steps = 50
     seed = options.seed if options.seed is not None else secrets.randbelow(2**32)
-    output = pipe(
+    arguments: dict[str, Any] = dict(
         prompt=options.prompt, negative_prompt=options.negative, height=options.height, width=options.width,
         num_inference_steps=steps, timesteps=options.timesteps, sigmas=options.sigmas,
         denoising_end=options.denoising_end, guidance_scale=options.guidance,
@@ -189,11 +209,68 @@ def draw(options: argparse.Namespace) -> None:
         target_size=options.target_size, negative_original_size=options.negative_original_size,
         negative_crops_coords_top_left=options.negative_crop or (0, 0),
         negative_target_size=options.negative_target_size, max_sequence_length=options.max_tokens,
+        ip_adapter_image=[guides] if guides else None,
     )  # fmt: skip
+    if start is None:
+        output = pipe(**arguments)
+    else:
+        strength = {} if options.strength is None else {"strength": options.strength}
+        output = KolorsImg2ImgPipeline.from_pipe(pipe)(image=start, **strength, **arguments)
     for image, out in zip(output[0], outs, strict=True):
         save_png(image, out)
         if not options.quiet:
             print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)
+
+
+def load_pipeline(options: argparse.Namespace) -> KolorsPipeline:
+    """The pipeline, with the sampler and the adapters that the options ask for."""
+    device = named_device(options.device) if options.device is not None else best_device()
+    pipe = KolorsPipeline.from_pretrained(
+        options.weights, variant=options.variant, revision=options.revision,
+        local_files_only=options.local_files_only,
+        torch_dtype=DTYPES[options.dtype] if options.dtype else best_dtype(device), device=device,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=options.quiet)
+    kind, changes = SAMPLERS[options.sampler]
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    weights = []
+    for text in options.lora:
+        source, scale = with_scale(text)
+        name, revision = with_revision(source)
+        report = pipe.load_lora_weights(
+            name, adapter_name=f"lora{len(weights)}", revision=revision,
+            local_files_only=options.local_files_only,
+        )  # fmt: skip
+        weights.append(scale)
+        if not options.quiet:
+            print(f"{source}: {report}", file=sys.stderr)
+    if weights:
+        pipe.set_adapters([f"lora{i}" for i in range(len(weights))], weights)
+    if options.ip_adapter is not None:
+        name, revision = with_revision(options.ip_adapter)
+        file = Path(name) if Path(name).is_file() else None
+        pipe.load_ip_adapter(
+            name if file is None else file.parent, weight_name=None if file is None else file.name,
+            revision=revision, local_files_only=options.local_files_only,
+        )  # fmt: skip
+        if options.ip_scale is not None:
+            pipe.set_ip_adapter_scale(options.ip_scale)
+    return pipe
+
+
+def with_scale(text: str) -> tuple[str, float]:
+    """FROM[:SCALE], where FROM may have colons of its own."""
+    source, colon, scale = text.rpartition(":")
+    try:
+        return (source, float(scale)) if colon and source else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def with_revision(text: str) -> tuple[str, str | None]:
+    """REPOSITORY[@REVISION]; what is on the disk is taken as it is."""
+    name, _, revision = text.partition("@")
+    return (text, None) if not revision or Path(text).exists() else (name, revision)
 
 
 def numbers(text: str) -> list[float]:

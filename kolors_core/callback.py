@@ -66,6 +66,7 @@ class Run:
         self.tensors: dict[str, Any] = dict(
             zip(TOLD, (told.text_tokens, told.pooled_text, told.size_ids), strict=True)
         )
+        self.images = (positive.image_prompts, () if negative is None else negative.image_prompts)
         self.tensors["negative_prompt_embeds"] = None if negative is None else negative.text_tokens
         self.tensors["negative_pooled_prompt_embeds"] = None if negative is None else negative.pooled_text
         self.tensors["negative_add_time_ids"] = None if negative is None else negative.size_ids
@@ -136,10 +137,12 @@ class Run:
                     f"wanted {' or '.join(map(str, allowed))} for {self.batch} pictures"
                 )
             rows[name] = self.tensors[name]
-        positive = Conditioning(*(tensor[-self.batch :] for tensor in rows.values()))
-        return positive, Conditioning(
-            *(tensor[: self.batch] for tensor in rows.values())
-        ) if is_guided else None
+        images, negative_images = self.images
+        positive = Conditioning(*(tensor[-self.batch :] for tensor in rows.values()), image_prompts=images)
+        if not is_guided:
+            return positive, None
+        halves = (tensor[: self.batch] for tensor in rows.values())
+        return positive, Conditioning(*halves, image_prompts=negative_images)
 
 
 class SDXLCFGCutoffCallback:

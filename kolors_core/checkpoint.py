@@ -1,4 +1,4 @@
-"""Checkpoints: finding the files of a folder or hub repository, strict loading, saving.
+"""Checkpoints: which files of a folder or hub repository, strict loading, saving.
 
 A model is built on the meta device, checked name by name and shape by shape against the file headers, and
 only then
@@ -17,16 +17,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
+from kolors_core.clip_vision import CLIPVision
+from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
+from kolors_core.hub import fetch
 from kolors_core.schedule import SCHEDULERS, Scheduler
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES, recognise
 from weights_convert.rules import UNUSED, compare
-from weights_convert.source import Source, weight_files
+from weights_convert.source import Source, Tensors, weight_files
+
+Model = ChatGLM | UNet | VAE | CLIPVision
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Kind:
     """How one component is built and saved: its config's reader, its class, its public file stem."""
 
     read_config: Callable[[dict[str, Any], str], Any]
-    build: Callable[[Any], ChatGLM | UNet | VAE]
+    build: Callable[[Any], Model]
     stem: str
 
 
@@ -42,8 +46,14 @@ KINDS = {
     "text_encoder": Kind(ChatGLMConfig.from_public, ChatGLM, "model"),
     "unet": Kind(UNetConfig.from_public, UNet, "diffusion_pytorch_model"),
     "vae": Kind(VAEConfig.from_public, VAE, "diffusion_pytorch_model"),
+    "image_encoder": Kind(CLIPVisionConfig.from_public, CLIPVision, "model"),
 }
 
+
+OPTIONAL = {"image_encoder"}  # what a checkpoint may lack
+
+# Where attached LoRAs (lora.py) and IP-Adapters (ip_adapter.py) have their tensors in a model.
+ADAPTERS = {"lora", "image_branches"}
 
 # The small Kolors that this package carries, and the name that `resolve` knows it by.
 EMBEDDED = Path(__file__).parent / "tiny"
@@ -55,72 +65,23 @@ EMBEDDED_NOTICE = (
 logger = logging.getLogger("kolors_core")
 
 
-def resolve(
-    name: str | Path,
-    components: Iterable[str],
-    *,
-    variant: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-) -> Path:
-    """The local folder of a checkpoint: `name` itself if it is one, else a hub repository's, downloaded.
+def resolve(name: str | Path, components: Iterable[str], variant: str | None = None, **hub: Any) -> Path:
+    """The local folder of a checkpoint; of a hub repository only the components' files are fetched.
 
-    "tiny" is the embedded model, which a log line says; a folder of that name is "./tiny".
-    Of a repository only the files of `components` in `variant` are fetched; `HF_ENDPOINT`, `HF_HUB_OFFLINE`
-    and the hub's cache are respected, and the cache serves when the hub cannot be reached. Raises
-    FileNotFoundError, in one line, naming what was looked for.
+    "tiny" is the embedded model, which a log line says; a folder of that name is "./tiny". hub: as for
+    `kolors_core.hub.fetch`, which raises the errors.
     """
-    if not isinstance(name, str | Path) or not str(name):
-        raise TypeError(f"wanted a checkpoint folder or hub repository, got {name!r}")
-    folder = EMBEDDED if name == EMBEDDED_NAME else Path(name)
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(f"revision {revision!r} has no effect: {folder} is a local folder")
-        if name == EMBEDDED_NAME:
-            logger.warning(EMBEDDED_NOTICE)
-        return folder
-    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name}: no such folder, and not a hub repository of the form owner/name")
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,  # pyright: ignore[reportPrivateImportUsage] (of the HTTP client, which differs by release)
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-    )
+    components = list(components)
 
-    repo, listing, reason = str(name), None, "local_files_only is set"
-    if not local_files_only:
-        try:
-            info = HfApi(token=token).model_info(repo, revision=revision)
-            listing = [file.rfilename for file in info.siblings or ()]
-        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-            raise FileNotFoundError(f"{repo}: cannot be had from the hub: {_one_line(error)}") from None
-        except (OSError, HTTPError) as error:  # no connection, or offline mode: the cache may serve
-            reason = f"the hub cannot be reached: {_one_line(error)}"
-    # Without a listing one file stands for all: the hub's client refuses a cache that lacks a file asked for,
-    # by default any of the repository, and ours lacks those that were not needed.
-    wanted = ["model_index.json"] if listing is None else needed_files(listing, components, variant, repo)
-    try:
-        return Path(
-            snapshot_download(
-                repo, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=wanted,
-                local_files_only=listing is None,
-            )
-        )  # fmt: skip
-    except (LocalEntryNotFoundError, HTTPError, HFValidationError) as error:
-        if listing is None:
-            raise FileNotFoundError(f"{repo}: not in the local cache, and {reason}") from None
-        raise FileNotFoundError(f"{repo}: cannot be had from the hub: {_one_line(error)}") from None
+    def pick(listing: list[str]) -> list[str]:
+        folders = {path.partition("/")[0] for path in listing}
+        wanted = [component for component in components if component not in OPTIONAL - folders]
+        return needed_files(listing, wanted, variant, str(name))
 
-
-def _one_line(error: Exception) -> str:
-    """What went wrong and where; after two lines, messages of the hub's client turn to advice."""
-    lines = [line for line in str(error).splitlines() if line]
-    return " ".join(lines[:2]) or type(error).__name__
+    folder = fetch(EMBEDDED if name == EMBEDDED_NAME else name, pick, **hub)
+    if name == EMBEDDED_NAME:
+        logger.warning(EMBEDDED_NOTICE)
+    return folder
 
 
 def needed_files(
@@ -149,15 +110,18 @@ def load_component(
     folder: str | Path,
     component: str,
     *,
+    subfolder: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """One model ("text_encoder", "unet" or "vae") of a checkpoint folder, in public names or ours.
+    """One model of `KINDS` from a checkpoint folder, in public names or ours.
+
+    subfolder: where in the folder; the component's name if None.
 
     Raises FileNotFoundError or ValueError naming the file, field or tensor, before weights are read.
     """
-    kind, place = KINDS[component], Path(folder) / component
+    kind, place = KINDS[component], Path(folder) / (component if subfolder is None else subfolder)
     if not place.is_dir():
         raise FileNotFoundError(f"{place}: no such folder, wanted the {component} of a Kolors checkpoint")
     config = kind.read_config(read_json(place / "config.json"), str(place / "config.json"))
@@ -170,7 +134,7 @@ def load_component(
 
 def load(
     model: nn.Module,
-    source: Source,
+    source: Source | Tensors,
     component: str,
     *,
     dtype: torch.dtype = torch.float32,
@@ -181,7 +145,7 @@ def load(
     Raises ValueError naming the first tensors that are missing, unexpected or misshapen; the model is then
     untouched.
     """
-    where = str(source.files[0].parent if len(source.files) > 1 else source.files[0])
+    where = source.where
     table, is_ours = recognise(source.keys(), where)
     if table is not TABLES[component]:
         raise ValueError(f"{where}: wanted the {component} of a Kolors checkpoint, got a {table.component}")
@@ -190,7 +154,7 @@ def load(
     if mismatch := compare(table, {ours[name]: source.shape(name) for name in source}, target):
         raise ValueError(f"{where}: {mismatch}")
     for name in source:
-        if not source.dtype(name).is_floating_point:
+        if not (ours[name].startswith(UNUSED) or source.dtype(name).is_floating_point):
             raise ValueError(f"{where}: {name} holds {source.dtype(name)}, wanted floating-point weights")
     state = {
         ours[name]: source[name].to(device=device, dtype=dtype)
@@ -218,7 +182,10 @@ def load_scheduler(folder: str | Path) -> Scheduler:
 
 
 def load_index(folder: Path) -> dict[str, Any]:
-    """The `model_index.json` of a Kolors pipeline; that of another pipeline is refused by its class."""
+    """The `model_index.json` of a Kolors pipeline; that of another pipeline is refused by its class.
+
+    "has": which of the components it names.
+    """
     file = folder / "model_index.json"
     index = {"force_zeros_for_empty_prompt": False} | read_json(file)
     if not str(index.get("_class_name")).startswith("Kolors"):
@@ -226,7 +193,10 @@ def load_index(folder: Path) -> dict[str, Any]:
     force_zeros = index["force_zeros_for_empty_prompt"]
     if not isinstance(force_zeros, bool):
         raise ValueError(f"{file}: force_zeros_for_empty_prompt is {force_zeros!r}, wanted true or false")
-    return index
+    named = {
+        name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0] is not None
+    }
+    return index | {"has": {component: component in named for component in OPTIONAL}}
 
 
 @contextmanager
@@ -242,10 +212,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
         whole.replace(folder)
 
 
-def save_component(
-    model: ChatGLM | UNet | VAE, folder: str | Path, component: str, *, variant: str | None = None
-) -> None:
-    """Write a model to `folder`/`component` under public names, as the reference reads it.
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own tensors, without those of attached adapters."""
+    state = model.state_dict()
+    return {name: state[name] for name in state if not ADAPTERS.intersection(name.split("."))}
+
+
+def save_component(model: Model, folder: str | Path, component: str, *, variant: str | None = None) -> None:
+    """Write a model to `folder`/`component` under public names, as the reference reads it, without adapters.
 
     Raises ValueError for a variant that is not letters, digits and underscores.
     """
@@ -255,7 +229,7 @@ def save_component(
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "config.json", model.config.to_public())
     table = TABLES[component]
-    tensors = {table.to_public(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {table.to_public(name): tensor.contiguous() for name, tensor in base_state(model).items()}
     name = ".".join(part for part in (KINDS[component].stem, variant, "safetensors") if part)
     save_file(tensors, place / name, metadata={"format": "pt"})
 
@@ -277,7 +251,11 @@ def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
         "tokenizer": ["kolors", "ChatGLMTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+        "image_encoder": [None, None],
+        "feature_extractor": [None, None],
     }
+    if components["image_encoder"] is not None:
+        index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
     write_json(folder / "model_index.json", index)
 
 

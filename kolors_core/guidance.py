@@ -12,7 +12,7 @@ from torch import Tensor
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
-from kolors_core.unet import UNet
+from kolors_core.unet import ImagePrompt, UNet
 
 Size = tuple[int, int]
 
@@ -22,19 +22,23 @@ class Conditioning:
     """What the UNet is told beside latents and time: a field here is an argument of `UNet.forward`.
 
     text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32; text_counts None or
-    [B, S]; see `UNet.forward`.
+    [B, S]; image_prompts one for each attached IP-Adapter; see `UNet.forward`.
     """
 
     text_tokens: Tensor
     pooled_text: Tensor
     size_ids: Tensor
     text_counts: Tensor | None = None
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
     @classmethod
     def cat(cls, *parts: "Conditioning") -> "Conditioning":
         """Batches one after another."""
         text = TextEmbedding.cat([TextEmbedding(p.text_tokens, p.pooled_text, p.text_counts) for p in parts])
-        return cls(text.tokens, text.pooled, torch.cat([part.size_ids for part in parts]), text.counts)
+        images = tuple(
+            ImagePrompt.cat(*images) for images in zip(*(p.image_prompts for p in parts), strict=True)
+        )
+        return cls(text.tokens, text.pooled, torch.cat([p.size_ids for p in parts]), text.counts, images)
 
 
 def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tensor:
@@ -67,8 +71,7 @@ def size_ids_of_both(
     """Positive and negative size ids [1, 6].
 
     What is not given is the picture's own size, for the negative what the positive has. A negative crop of
-    (0, 0) is
-    the default and alone says nothing: the positive crop then serves both.
+    (0, 0) is the default and alone says nothing: the positive crop then serves both.
     """
     original = picture if original is None else original
     target = picture if target is None else target
@@ -102,8 +105,9 @@ def guided(
             latents = torch.cat([latents, latents])
         timestep = torch.tensor(schedule.timestep(sigma), dtype=torch.float32, device=x.device)
         noise = unet(
-            latents, timestep, told.text_tokens, told.pooled_text, told.size_ids, told.text_counts
-        ).to(x.dtype)
+            latents, timestep, told.text_tokens, told.pooled_text, told.size_ids, told.text_counts,
+            told.image_prompts,
+        ).to(x.dtype)  # fmt: skip
         if is_guided:
             unconditional, conditional = noise.chunk(2)
             noise = unconditional + scale * (conditional - unconditional)

@@ -1,32 +1,25 @@
 """The tasks, as thin compositions of the rooms above, with the reference's argument names.
 
-Source: diffusers' pipelines/kolors/pipeline_kolors.py.
+Source: diffusers' pipelines/kolors/pipeline_kolors.py and pipeline_kolors_img2img.py.
 Shapes: B pictures (prompts times images per prompt).
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kolors_core.callback import NAMES, Run, StepCallback
-from kolors_core.chatglm import TextEmbedding
-from kolors_core.components import MAX_TOKENS, Components, Prompt, whole_number
-from kolors_core.config import VERSION
-from kolors_core.guidance import Conditioning, Size, size_ids_of_both
-from kolors_core.image import OUTPUT_TYPES, describe, to_output
-from kolors_core.sampling import Generators, draw_noise, sampler_of
+from kolors_core.callback import StepCallback
+from kolors_core.guidance import Size
+from kolors_core.image import vae_pixels
+from kolors_core.sampling import Generators, draw_noise
+from kolors_core.schedule import Schedule
+from kolors_core.task import KolorsPipelineOutput, Request, Task
+from kolors_core.text_prompt import MAX_TOKENS, Prompt
 
 
-class KolorsPipelineOutput(NamedTuple):
-    """`images`: PIL images; or, in [0, 1], an array [B, H, W, 3] or tensor [B, 3, H, W]; or latents."""
-
-    images: Any
-
-
-class KolorsPipeline(Components):
+class KolorsPipeline(Task):
     """Text to image."""
 
     @torch.no_grad()
@@ -49,9 +42,11 @@ class KolorsPipeline(Components):
         pooled_prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        cross_attention_kwargs: dict[str, Any] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
         original_size: Size | None = None,
         crops_coords_top_left: Size = (0, 0),
         target_size: Size | None = None,
@@ -62,151 +57,174 @@ class KolorsPipeline(Components):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = MAX_TOKENS,
     ) -> KolorsPipelineOutput | tuple[Any]:
-        """Make pictures.
+        """Make pictures from prompts.
 
-        prompt: one or several, Chinese or English; or prompt_embeds and pooled_prompt_embeds from
-        `encode_prompt`.
         height, width: pixels, multiples of 8; the UNet's own size (1024) if None.
-        num_inference_steps: or else `timesteps`, or `sigmas` with the last one where the run ends.
         denoising_end: stop after this part of the noise schedule, above 0 and at most 1, for a second model
         to go on.
-        guidance_scale: 1 or less runs without guidance; whatever is negative is then an error.
-        generator: one for all pictures, or one for each; noise is drawn on its device, the CPU's if None.
         latents: [B, 4, height/8, width/8] standard normal noise in place of drawn noise.
-        output_type: "pil", "np", "pt", or "latent" for what the VAE would decode.
-        original_size, crops_coords_top_left, target_size: SDXL's size conditions, (height, width) in pixels;
-        what is not given for the negative prompt is as for the prompt.
-        callback_on_step_end: see kolors_core/callback.py; it gets the tensors that
-        `callback_on_step_end_tensor_inputs` names.
-        eta, cross_attention_kwargs: of the reference's signature, without effect here and so refused if set.
+        All others are described at `kolors_core.task.Request`.
         Raises ValueError or TypeError naming the argument, what came and what was wanted.
         """
-        _refuse_idle(
-            guidance_scale, eta=eta or None, cross_attention_kwargs=cross_attention_kwargs or None,
-            negative_prompt=negative_prompt or None, negative_prompt_embeds=negative_prompt_embeds,
-            negative_original_size=negative_original_size, negative_target_size=negative_target_size,
-            negative_crops_coords_top_left=tuple(negative_crops_coords_top_left) != (0, 0) or None,
+        request = Request(
+            prompt=prompt, num_inference_steps=num_inference_steps, timesteps=timesteps,
+            sigmas=sigmas, guidance_scale=guidance_scale, negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
+            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds,
+            output_type=output_type, return_dict=return_dict,
+            cross_attention_kwargs=cross_attention_kwargs, original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left, target_size=target_size,
+            negative_original_size=negative_original_size,
+            negative_crops_coords_top_left=negative_crops_coords_top_left,
+            negative_target_size=negative_target_size, callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
         )  # fmt: skip
-        _one_of("output_type", (output_type,), (*OUTPUT_TYPES, "latent"))
-        names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        _one_of("callback_on_step_end_tensor_inputs", names, NAMES)
-        if callback_on_step_end is None and tuple(names) != ("latents",):
-            raise ValueError("callback_on_step_end_tensor_inputs has no effect without callback_on_step_end")
-        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
-        custom = timesteps is not None or sigmas is not None
-        if custom and num_inference_steps != 50:
-            raise ValueError("num_inference_steps has no effect beside timesteps or sigmas")
-        whole = self.scheduler.schedule(
-            None if custom else num_inference_steps, timesteps=timesteps, sigmas=sigmas
-        )
+        request.check()
+        whole = self._schedule(request)
         schedule = whole if denoising_end is None else whole.until(denoising_end)
+        size = self._size("height", height), self._size("width", width)
+        positive, negative = self._conditions(request, size)
+        shape = self._latent_shape(len(positive.size_ids), size)
+        noise = self._draw(shape, generator) if latents is None else self._given_latents(latents, shape)
+        x = noise * schedule.start_scale
+        facts = {"steps": len(whole.timesteps)}
+        return self._pictures(request, schedule, x, positive, negative, facts)
 
-        scale = self.vae.config.downscale
-        own = self.unet.config.sample_size * scale
-        height = whole_number("height", own if height is None else height, scale)
-        width = whole_number("width", own if width is None else width, scale)
-        ids, negative_ids = size_ids_of_both(
-            (height, width), original_size, crops_coords_top_left, target_size, negative_original_size,
-            negative_crops_coords_top_left, negative_target_size,
-        )  # fmt: skip
-        text, negative_text = self.embed(
-            prompt, guidance_scale > 1, negative_prompt, prompt_embeds, pooled_prompt_embeds,
-            negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
-        )  # fmt: skip
-        positive = self._condition(text, ids, num_images_per_prompt)
-        negative = (
-            self._condition(negative_text, negative_ids, num_images_per_prompt) if negative_text else None
-        )
 
-        shape = (len(positive.size_ids), self.vae.config.latent_channels, height // scale, width // scale)
-        precise = torch.promote_types(self.dtype, torch.float32)
+class KolorsImg2ImgPipeline(Task):
+    """Image to image: noise is added to a picture, and taken off again under the prompt."""
 
-        if latents is None:
-            latents = draw_noise(shape, generator, self.device, precise)
-        elif not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
-            got = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            raise ValueError(f"latents must be a tensor {list(shape)}, got {got}")
-        start = latents.to(self.device, precise) * schedule.start_scale
-        sampler = sampler_of(
-            self.scheduler, schedule, lambda: draw_noise(shape, generator, self.device, torch.float32)
-        )
-        self._num_timesteps = len(schedule.timesteps)
-        self._guidance_scale, self._interrupt = guidance_scale, False
-        with self._progress_bar(self._num_timesteps) as bar:
-            run = Run(self, schedule, positive, negative, callback_on_step_end, names, bar.update)
-            result = _finite(run(sampler, start), "the denoised latents", self.dtype)
-
-        images = (
-            result.to(self.dtype) if output_type == "latent" else to_output(self._decode(result), output_type)
-        )
-        if output_type == "pil":
-            self._describe(images, prompt, negative_prompt, generator, len(whole.timesteps), guidance_scale)
-        return KolorsPipelineOutput(images) if return_dict else (images,)
-
-    def _condition(self, text: TextEmbedding, ids: Tensor, images_per_prompt: int) -> Conditioning:
-        """Text [prompts, ...] and size ids [1, 6] as what the UNet is told for each picture."""
-        tokens = text.tokens.to(self.device, self.dtype).repeat_interleave(images_per_prompt, dim=0)
-        pooled = text.pooled.to(self.device, self.dtype).repeat_interleave(images_per_prompt, dim=0)
-        return Conditioning(tokens, pooled, ids.to(self.device).expand(len(tokens), -1))
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, H/8, W/8] to images [B, 3, H, W] in the VAE's own precision."""
-        weight = self.vae.post_quant_conv.weight
-        if weight.dtype == torch.float16:
-            raise ValueError("the VAE overflows in float16: pipe.vae.to(torch.float32)")
-        return _finite(self.vae.decode(latents.to(weight)), "the VAE's image", weight.dtype)
-
-    def _describe(
+    @torch.no_grad()
+    def __call__(
         self,
-        images: Any,
-        prompt: Prompt | None,
-        negative_prompt: Prompt | None,
-        generator: Generators,
-        steps: int,
-        guidance_scale: float,
-    ) -> None:
-        """Attach to each picture how it was made."""
-        for i, image in enumerate(images):
-            facts: dict[str, Any] = {}
-            for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-                if texts is not None:
-                    texts = [texts] if isinstance(texts, str) else texts
-                    facts[name] = texts[i * len(texts) // len(images)]
-            if generator is not None:
-                one = generator if isinstance(generator, torch.Generator) else generator[i]
-                facts["seed"] = one.initial_seed()
-                if isinstance(generator, torch.Generator) and len(images) > 1:
-                    facts["picture"] = f"{i + 1} of {len(images)} of this seed"
-            facts |= {
-                "steps": steps, "sampler": self.scheduler.describe(), "guidance_scale": guidance_scale,
-                "size": f"{image.width}x{image.height}", "software": f"kolors_core {VERSION}",
-            }  # fmt: skip
-            describe(image, facts)
+        prompt: Prompt | None = None,
+        image: Any = None,
+        strength: float = 0.3,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: Prompt | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
+        negative_original_size: Size | None = None,
+        negative_crops_coords_top_left: Size = (0, 0),
+        negative_target_size: Size | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = MAX_TOKENS,
+    ) -> KolorsPipelineOutput | tuple[Any]:
+        """Make pictures from pictures and prompts.
+
+        image: a PIL image, an array [H, W, 3], or a tensor [3, H, W] in [0, 1] or [-1, 1]; or a batch or list
+        of them, one for all, for each prompt or for each of the B pictures; or latents [b, 4, H/8, W/8].
+        strength: above 0 and at most 1; int(steps * strength) steps are done, from that much noise.
+        height, width: pixels, multiples of 8, to which the image is resized; its own if None.
+        denoising_start: take the image as one on which `denoising_end` has left off, and add no noise.
+        latents: [B, 4, H/8, W/8], noisy already, in place of the image's: `callback_on_step_end` sees such.
+        All others are described at `kolors_core.task.Request`.
+        Raises ValueError or TypeError naming the argument, what came and what was wanted.
+        """
+        request = Request(
+            prompt=prompt, num_inference_steps=num_inference_steps, timesteps=timesteps,
+            sigmas=sigmas, guidance_scale=guidance_scale, negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
+            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds,
+            output_type=output_type, return_dict=return_dict,
+            cross_attention_kwargs=cross_attention_kwargs, original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left, target_size=target_size,
+            negative_original_size=negative_original_size,
+            negative_crops_coords_top_left=negative_crops_coords_top_left,
+            negative_target_size=negative_target_size, callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )  # fmt: skip
+        request.check()
+        whole = self._schedule(request)
+        schedule = self._part(whole, strength, denoising_start, denoising_end)
+        clean = self._encoded(image, height, width, generator)  # [b, 4, H/8, W/8]
+        size = clean.shape[-2] * self.vae.config.downscale, clean.shape[-1] * self.vae.config.downscale
+        positive, negative = self._conditions(request, size)
+        clean = _for_each(clean, len(positive.size_ids), num_images_per_prompt)
+        if latents is not None:
+            x = self._given_latents(latents, tuple(clean.shape)) * self._preserved(schedule)
+        elif denoising_start is not None:
+            x = clean * self._preserved(schedule)
+        else:
+            x = clean + self._draw(clean.shape, generator) * schedule.sigmas[0].item()
+        facts = {"steps": len(whole.timesteps), "strength": strength}
+        return self._pictures(request, schedule, x, positive, negative, facts)
+
+    def _part(self, whole: Schedule, strength: float, start: float | None, end: float | None) -> Schedule:
+        """The steps that are done: those that strength or denoising_start leaves, up to denoising_end."""
+        if start is None:
+            schedule = whole.noised(strength)
+        elif strength != 0.3:
+            raise ValueError(f"strength has no effect beside denoising_start, got {strength} and {start}")
+        elif end is not None and start >= end:
+            raise ValueError(f"denoising_start must be before denoising_end, got {start} and {end}")
+        else:
+            schedule = whole.since(start)
+        return schedule if end is None else schedule.until(end)
+
+    def _encoded(self, image: Any, height: int | None, width: int | None, generator: Generators) -> Tensor:
+        """Images as latents [b, 4, H/8, W/8], sampled from the VAE's distribution; latents as they are."""
+        if image is None:
+            raise ValueError("no image: wanted the picture to start from, or its latents")
+        channels, scale = self.vae.config.latent_channels, self.vae.config.downscale
+        if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == channels:
+            for name, side, own in (("height", height, image.shape[2]), ("width", width, image.shape[3])):
+                if side not in (None, own * scale):
+                    raise ValueError(f"{name} of given latents is {own * scale}, and cannot become {side}")
+            return image.to(self.device, self.precision)
+        pixels = vae_pixels(image, height, width, scale)  # [b, 3, H, W]
+        self._on_device("vae")
+        weight = self._vae_weight
+        if not isinstance(generator, torch.Generator | None) and len(pixels) == 1:
+            pixels = pixels.expand(len(generator), -1, -1, -1)  # each picture draws its own sample
+        # In the order of the reference, one image after another, so that a batch needs no more memory.
+        found = [self.vae.encode(picture[None].to(weight)) for picture in pixels]
+        mean, std = (torch.cat([getattr(one, part) for one in found]) for part in ("mean", "std"))
+        noise = draw_noise(tuple(mean.shape), generator, mean.device, torch.float32)
+        return (mean + std * noise.to(std)).to(self.device, self.precision)
+
+    def _preserved(self, schedule: Schedule) -> float:
+        """What turns latents between steps, as the reference has them, into image + sigma * noise."""
+        if not self.scheduler.latents_preserve_variance:
+            return 1.0
+        return (schedule.sigmas[0].item() ** 2 + 1) ** 0.5
 
 
-def _finite(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:
-    """The tensor, or FloatingPointError naming the stage and its precision instead of a black picture."""
-    if not torch.isfinite(tensor).all():
-        raise FloatingPointError(f"{what} are not finite, computed in {dtype}: try bfloat16 or float32")
-    return tensor
-
-
-def _refuse_idle(
-    guidance_scale: float, eta: float | None, cross_attention_kwargs: Any, **negatives: Any
-) -> None:
-    """What is given and would do nothing is an error; None is what is not given."""
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, int | float):
-        raise TypeError(f"guidance_scale must be a number, got {guidance_scale!r}")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
-    if eta is not None:
-        raise ValueError(f"eta is {eta!r}, but only DDIM has a use for it, and there is no DDIM here")
-    if cross_attention_kwargs is not None:
-        raise ValueError(f"cross_attention_kwargs has no effect here, got {cross_attention_kwargs!r}")
-    if guidance_scale <= 1 and (given := [name for name, value in negatives.items() if value is not None]):
-        raise ValueError(f"{given[0]} has no effect without guidance, and guidance_scale is {guidance_scale}")
-
-
-def _one_of(name: str, got: Sequence[str], allowed: Sequence[str]) -> None:
-    if strangers := [value for value in got if value not in allowed]:
-        raise ValueError(f"{name} must be of {', '.join(allowed)}, got {strangers[0]!r}")
+def _for_each(clean: Tensor, count: int, images_per_prompt: int) -> Tensor:
+    """Images for B pictures: one for all, one for each prompt, or one for each picture."""
+    if len(clean) == count // images_per_prompt:
+        return clean.repeat_interleave(images_per_prompt, dim=0)
+    if count % len(clean):
+        wanted = f"one, {count // images_per_prompt} (one a prompt) or {count} (one a picture)"
+        raise ValueError(f"wanted {wanted} images, got {len(clean)}")
+    return clean.repeat(count // len(clean), 1, 1, 1)

@@ -40,8 +40,9 @@ def dtype_of(component: str, torch_dtype: Dtypes) -> torch.dtype:
     """
     asked = torch_dtype
     if isinstance(torch_dtype, Mapping):
-        if strangers := sorted(torch_dtype.keys() - {"text_encoder", "unet", "vae", "default"}):
-            raise ValueError(f"torch_dtype names {strangers[0]!r}; wanted text_encoder, unet, vae or default")
+        known = ("text_encoder", "unet", "vae", "image_encoder", "default")
+        if strangers := sorted(set(torch_dtype) - set(known)):
+            raise ValueError(f"torch_dtype names {strangers[0]!r}; wanted {', '.join(known)}")
         asked = torch_dtype.get(component, torch_dtype.get("default"))
     if asked is None:
         return torch.float32

@@ -50,16 +50,36 @@ class Schedule:
 
     def until(self, fraction: float) -> Self:
         """The first part of the denoising, a `fraction` of the T training timesteps (`denoising_end`)."""
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise ValueError(f"denoising_end must be above 0 and at most 1, got {fraction!r}")
-        if fraction == 1:
+        if _fraction("denoising_end", fraction) == 1:
             return self
-        total = len(self.table)
-        steps = int((self.timesteps >= round(total - fraction * total)).sum())
+        steps = int((self.timesteps >= self._cut(fraction)).sum())
         if steps == 0:
             raise ValueError(f"denoising_end {fraction} leaves none of the {len(self.timesteps)} steps")
         kept = {"sigmas": self.sigmas[: steps + 1], "timesteps": self.timesteps[:steps]}
         return replace(self, **kept, first_order_last=self.first_order_last and steps == len(self.timesteps))
+
+    def since(self, fraction: float) -> Self:
+        """What `until` with the same fraction leaves (`denoising_start`)."""
+        steps = int((self.timesteps < self._cut(_fraction("denoising_start", fraction))).sum())
+        if steps == 0:
+            raise ValueError(f"denoising_start {fraction} leaves none of the {len(self.timesteps)} steps")
+        return self._last(steps)
+
+    def noised(self, strength: float) -> Self:
+        """The steps that take noise of this strength off again: int(n * strength) of n, the last ones."""
+        steps = int(len(self.timesteps) * _fraction("strength", strength))
+        if steps == 0:
+            wanted = f"strength times steps must be at least 1, got {strength} times {len(self.timesteps)}"
+            raise ValueError(f"no step is left: {wanted}")
+        return self._last(steps)
+
+    def _last(self, steps: int) -> Self:
+        kept = {"sigmas": self.sigmas[-steps - 1 :], "timesteps": self.timesteps[-steps:]}
+        return replace(self, **kept, start_scale=math.sqrt(kept["sigmas"][0].item() ** 2 + 1))
+
+    def _cut(self, fraction: float) -> int:
+        total = len(self.table)
+        return round(total - fraction * total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +336,12 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
     if not least <= number <= most:
         raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
     return number
+
+
+def _fraction(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+    return value
 
 
 def _falling(name: str, values: Sequence[float], least: float, most: float) -> list[float]:

@@ -3,10 +3,12 @@
 Reads bottom up: parts, then levels, then `UNet.forward` last. SDXL's UNet (https://arxiv.org/abs/2307.01952)
 with three levels, a projection of ChatGLM's tokens inside, and a wider added condition.
 Source: `UNet2DConditionModel` in diffusers' models/unets/unet_2d_condition.py.
-Shapes: B batch, C channels, H height, W width (in latents), N = H * W, S text tokens, T time embedding width.
+Shapes: B batch, C channels, H height, W width (in latents), N = H * W, S text tokens, T time embedding width,
+I pictures that guide, Q tokens of each.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,11 +29,43 @@ def sinusoid(values: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class Text(NamedTuple):
-    """What the cross-attentions read: tokens [B, S, context_dim], and None or a logit bias [B, 1, 1, S]."""
+class ImagePrompt(NamedTuple):
+    """The pictures that one attached IP-Adapter (ip_adapter.py) reads.
+
+    tokens: [B, I, Q, context_dim]. masks: None, or [1 or B, I, any height, any width], from 0 to 1: where in
+    the picture each of them acts.
+    """
+
+    tokens: Tensor
+    masks: Tensor | None = None
+
+    @classmethod
+    def cat(cls, *parts: "ImagePrompt") -> "ImagePrompt":
+        """Batches one after another; masks of one row serve all."""
+        masks = [part.masks for part in parts if part.masks is not None]
+        if masks and any(len(mask) > 1 for mask in masks):
+            masks = [torch.cat(masks)]
+        return cls(torch.cat([part.tokens for part in parts]), masks[0] if masks else None)
+
+
+class Context(NamedTuple):
+    """What the cross-attentions read: text tokens [B, S, context_dim], None or a logit bias [B, 1, 1, S] on
+    them, and for each attached IP-Adapter its pictures, with masks [1 or B, I, N] or None."""
 
     tokens: Tensor
     bias: Tensor | None
+    images: tuple[ImagePrompt, ...]
+
+    def at(self, height: int, width: int) -> "Context":
+        """The same for a feature map of this size: masks are resized to it, as in the reference."""
+        if all(image.masks is None for image in self.images):
+            return self
+        images = []
+        for tokens, masks in self.images:
+            if masks is not None:
+                masks = F.interpolate(masks.float(), size=(height, width), mode="bicubic").flatten(2)
+            images.append(ImagePrompt(tokens, masks))  # [1 or B, I, N]
+        return self._replace(images=tuple(images))
 
 
 class Embedding(nn.Module):
@@ -78,14 +112,29 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, width, bias=False)
         self.to_v = nn.Linear(context_dim, width, bias=False)
         self.to_out = nn.Linear(width, width)
+        self.image_branches = nn.ModuleList()  # of attached IP-Adapters; none adds no key and no work
 
-    def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: [B, N, C]; context: [B, S, context_dim]; bias of the logits: [B, 1, 1, S]. Returns [B, N, C]."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        bias: Tensor | None = None,
+        images: Sequence[ImagePrompt] = (),
+    ) -> Tensor:
+        """x: [B, N, C]; context: [B, S, context_dim]; bias of the logits: [B, 1, 1, S]; images: one for each
+        of the image branches. Returns [B, N, C].
+        """
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)
         )  # [B, heads, N or S, C/heads]
-        return self.to_out(attention(q, k, v, bias).transpose(1, 2).flatten(2))  # [B, N, C]
+        h = attention(q, k, v, bias)
+        if len(images) != len(self.image_branches):
+            attached = f"{len(self.image_branches)} IP-Adapters are attached"
+            raise ValueError(f"got image prompts for {len(images)} IP-Adapters, and {attached}")
+        for branch, image in zip(self.image_branches, images, strict=True):
+            h = branch(h, q, image)
+        return self.to_out(h.transpose(1, 2).flatten(2))  # [B, N, C]
 
 
 class FeedForward(nn.Module):
@@ -102,7 +151,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each on a norm, each added."""
+    """Self-attention, cross-attention to text and images, feed-forward; each on a norm, each added."""
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -113,10 +162,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         normed = self.norm1(x)
         x = x + self.self_attention(normed, normed)
-        x = x + self.cross_attention(self.norm2(x), text.tokens, text.bias)
+        x = x + self.cross_attention(self.norm2(x), *context)
         return x + self.feed_forward(self.norm3(x))
 
 
@@ -132,11 +181,12 @@ class Transformer(nn.Module):
         )
         self.proj_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """x: [B, C, H, W]."""
         h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
+        context = context.at(*x.shape[-2:])
         for block in self.blocks:
-            h = block(h, text)
+            h = block(h, context)
         h = self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[-2:])  # [B, C, H, W]
         return x + h
 
@@ -155,13 +205,13 @@ class DownLevel(nn.Module):
         is_last = level == len(config.channels) - 1
         self.downsample = None if is_last else nn.Conv2d(width, width, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, time: Tensor, text: Text) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> list[Tensor]:
         """Every map that the way up will read; the last of them goes on down."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
-                x = self.attentions[i](x, text)
+                x = self.attentions[i](x, context)
             skips.append(x)
         if self.downsample is not None:
             skips.append(self.downsample(x))
@@ -177,9 +227,9 @@ class MidLevel(nn.Module):
         self.resnets = nn.ModuleList([ResBlock(width, width, config) for _ in range(2)])
         self.attentions = nn.ModuleList([Transformer(width, config.heads[-1], config.depths[-1], config)])
 
-    def forward(self, x: Tensor, time: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
         x = self.resnets[0](x, time)
-        x = self.attentions[0](x, text)
+        x = self.attentions[0](x, context)
         return self.resnets[1](x, time)
 
 
@@ -202,12 +252,12 @@ class UpLevel(nn.Module):
         )
         self.upsample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context) -> Tensor:
         """Takes its skips off the list's end, and grows to the size of the next one, which may be odd."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if self.attentions:
-                x = self.attentions[i](x, text)
+                x = self.attentions[i](x, context)
         if self.upsample is not None:
             x = self.upsample(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
         return x
@@ -248,24 +298,26 @@ class UNet(nn.Module):
         pooled_text: Tensor,
         size_ids: Tensor,
         text_counts: Tensor | None = None,
+        image_prompts: Sequence[ImagePrompt] = (),
     ) -> Tensor:
         """Predict the noise in `latents`.
 
         latents: [B, in_channels, H, W], any H and W, scaled to unit variance. timestep: [] or [B], 0 to 1099,
         need not be whole. text_tokens: [B, S, text_dim]. pooled_text: [B, text_dim]. size_ids: [B, 6], in
         pixels: original height and width, crop top and left, target height and width. text_counts: None, or
-        [B, S], how many equal tokens each text token stands for. Returns [B, out_channels, H, W].
+        [B, S], how many equal tokens each text token stands for. image_prompts: one for each attached
+        IP-Adapter. Returns [B, out_channels, H, W].
         """
         time = self.embed_time(timestep.expand(latents.shape[0]), pooled_text, size_ids)  # [B, T]
         bias = None if text_counts is None else count_bias(text_counts, text_tokens.dtype)
-        text = Text(self.text_proj(text_tokens), bias)
+        context = Context(self.text_proj(text_tokens), bias, tuple(image_prompts))
         x = self.conv_in(latents)
         skips = [x]
         for level in self.down:
-            skips += level(skips[-1], time, text)
-        x = self.mid(skips[-1], time, text)
+            skips += level(skips[-1], time, context)
+        x = self.mid(skips[-1], time, context)
         for level in self.up:
-            x = level(x, skips, time, text)
+            x = level(x, skips, time, context)
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def embed_time(self, timestep: Tensor, pooled_text: Tensor, size_ids: Tensor) -> Tensor:

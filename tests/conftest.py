@@ -1,12 +1,14 @@
 """What several test files share: a tokenizer, and one small checkpoint folder written by the reference."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.pipelines import Pair, make_pair, use_solver
+from tests.ip_adapters import Both, load_both, with_image_encoder, write_adapter
+from tests.pipelines import SOLVERS, Pair, make_pair, use_solver
 from tests.reference_folder import REAL_TOKENIZER, train_tokenizer, write
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
@@ -52,3 +54,25 @@ def pipes(float64: Pair) -> Pair:
     """Both in float64, with Euler."""
     use_solver(float64, "EulerDiscreteScheduler", {})
     return float64
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Files of two IP-Adapters, each alone in its folder."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return [write_adapter(folder / str(seed) / "ip_adapter.safetensors", seed) for seed in (0, 1)]
+
+
+@pytest.fixture
+def both(pipes: Pair) -> Both:
+    """Both pipelines with CLIP and UNets of their own, in float64, with Euler; no adapter yet."""
+    return with_image_encoder(pipes, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def loaded(float64: Pair, adapters: list[Path]) -> Iterator[Both]:
+    """The same with the first adapter."""
+    use_solver(float64, *SOLVERS[0])
+    made = with_image_encoder(float64, torch.float64)
+    load_both(made, adapters[0])
+    yield made

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kolors_core import EulerDiscreteScheduler, KolorsPipeline
@@ -52,6 +54,12 @@ def use_solver(pair: Pair, solver: str, changes: dict[str, Any]) -> None:
     ours, theirs = pair
     theirs.scheduler = getattr(diffusers, solver)(**KOLORS_SCHEDULER, **changes)
     ours.scheduler = SCHEDULERS[solver].from_config(theirs.scheduler.config)
+
+
+def picture(seed: int = 0, height: int = 64, width: int = 72) -> Image.Image:
+    """Blurred colours."""
+    values = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def steps_of(pipe: Any, seed: int = 0, **arguments: Any) -> list[Tensor]:

@@ -24,7 +24,8 @@ Spoil = Callable[[Path], None]
 def test_every_tensor_of_a_folder_arrives(reference_folder: Path) -> None:
     ours = KolorsPipeline.from_pretrained(reference_folder, variant="fp16", torch_dtype=torch.float32)
     theirs = diffusers.KolorsPipeline.from_pretrained(reference_folder, variant="fp16", dtype=torch.float32)
-    for component, table in TABLES.items():
+    for component in ("text_encoder", "unet", "vae"):
+        table = TABLES[component]
         expected = {table.to_ours(k): v for k, v in getattr(theirs, component).state_dict().items()}
         state = getattr(ours, component).state_dict()
         assert state and not any(tensor.is_meta for tensor in state.values())

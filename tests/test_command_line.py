@@ -10,7 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from kolors_core.__main__ import SAMPLERS, main
+from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core.__main__ import SAMPLERS, main, with_revision, with_scale
+from kolors_core.lora import attach, save_adapters
+from tests.ip_adapters import write_adapter
+from tests.parity import pair
+from tests.pipelines import picture
 
 PROMPT = "一张瓢虫的照片，微距，高质量"
 
@@ -92,6 +97,87 @@ def test_size_conditions_and_own_steps(reference_folder: Path, tmp_path: Path) -
     assert main([*command, *sizes, *own]) == 0
 
 
+@pytest.fixture(scope="module")
+def guides(reference_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a picture, an IP-Adapter with its image encoder, and a LoRA."""
+    folder = tmp_path_factory.mktemp("guides")
+    picture().save(folder / "cat.png")
+    write_adapter(folder / "plus" / "ip_adapter.safetensors")
+    pair("image_encoder", torch.float32)[1].save_pretrained(folder / "plus" / "image_encoder")
+    unet = KolorsPipeline.from_pretrained(reference_folder).unet
+    for i in range(2):
+        adapter = attach(unet, rank=2)
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(i))
+        save_adapters({"unet": adapter}, folder / f"{i}.safetensors")
+        adapter.detach()
+    return folder
+
+
+def pixels(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image).astype(int)
+
+
+def test_pictures_and_adapters_do_what_they_do_in_the_pipeline(
+    reference_folder: Path, guides: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--image", str(guides / "cat.png"), "--strength", "1", "--ip-image", str(guides / "cat.png"),
+             "--ip-adapter", str(guides / "plus"), "--ip-scale", "0.5",
+             "--lora", f"{guides}/0.safetensors:0.5", "--lora", f"{guides}/1.safetensors"]  # fmt: skip
+    assert draw(reference_folder, tmp_path / "all.png", "--seed", "3", *flags) == 0
+    assert capsys.readouterr() == ("", "")
+
+    pipe = KolorsImg2ImgPipeline.from_pretrained(reference_folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    for i in range(2):
+        pipe.load_lora_weights(guides / f"{i}.safetensors", adapter_name=str(i))
+    pipe.set_adapters(["0", "1"], [0.5, 1.0])
+    pipe.load_ip_adapter(guides / "plus")
+    pipe.set_ip_adapter_scale(0.5)
+    with Image.open(guides / "cat.png") as start:
+        expected = pipe(
+            "cat", start, strength=1.0, num_inference_steps=2, ip_adapter_image=start,
+            generator=torch.Generator().manual_seed(3),
+        ).images[0]  # fmt: skip
+    assert abs(pixels(tmp_path / "all.png") - np.asarray(expected).astype(int)).max() <= 1
+    for i, left_out in enumerate((slice(0, 4), slice(4, 10), slice(10, 12), slice(12, 14))):
+        fewer = [*flags[: left_out.start], *flags[left_out.stop :]]
+        assert draw(reference_folder, tmp_path / f"{i}.png", "--seed", "3", *fewer) == 0
+        size = pixels(tmp_path / f"{i}.png").shape
+        other = pixels(tmp_path / "all.png")
+        assert size != other.shape or abs(pixels(tmp_path / f"{i}.png") - other).max() > 1, left_out
+
+
+def test_a_lora_tells_what_it_matched(
+    reference_folder: Path, guides: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = ["cat", "-w", str(reference_folder), "--steps", "1", "-o", str(tmp_path / "x.png")]
+    assert main([*command, "--device", "cpu", "--lora", str(guides / "0.safetensors")]) == 0
+    assert "0.safetensors: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:0.5", ("a.safetensors", 0.5)),
+        ("C:/a.safetensors", ("C:/a.safetensors", 1.0)),
+        ("C:/a.safetensors:-1", ("C:/a.safetensors", -1.0)),
+        ("owner/name@refs/pr/4:2", ("owner/name@refs/pr/4", 2.0)),
+    ],
+)
+def test_a_scale_stands_behind_the_last_colon(text: str, found: tuple[str, float]) -> None:
+    assert with_scale(text) == found
+
+
+def test_a_revision_stands_behind_an_at(tmp_path: Path) -> None:
+    assert with_revision("owner/name@refs/pr/4") == ("owner/name", "refs/pr/4")
+    (tmp_path / "me@home").mkdir()
+    assert with_revision(str(tmp_path / "me@home")) == (str(tmp_path / "me@home"), None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -108,6 +194,12 @@ def test_size_conditions_and_own_steps(reference_folder: Path, tmp_path: Path) -
         (["cat", "-w", "FOLDER", "-o", "EXISTS.png"], "exists: choose another --out, or --force"),
         (["cat", "-w", "FOLDER", "--device", "toaster"], "wanted a device of this machine"),
         (["cat", "-w", "FOLDER", "--images", "0"], "num_images_per_prompt must be a positive whole number"),
+        (["cat", "-w", "FOLDER", "--strength", "0.5"], "--strength has no effect without --image"),
+        (["cat", "-w", "FOLDER", "--ip-image", "EXISTS.png"], "--ip-adapter, --ip-image and --ip-scale need"),
+        (["cat", "-w", "FOLDER", "--ip-scale", "1"], "--ip-adapter, --ip-image and --ip-scale need"),
+        (["cat", "-w", "FOLDER", "-o", "x.png", "--image", "EXISTS.png"], "EXISTS.png"),
+        (["cat", "-w", "FOLDER", "--image", "no.png"], "no.png"),
+        (["cat", "-w", "FOLDER", "--lora", "no.safetensors"], "no.safetensors"),
         (["--info", "FOLDER/model_index.json"], "not an image"),
         (["--info", "nothing.png"], "nothing.png"),
     ],
@@ -137,5 +229,9 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture) -> None:
         "--guidance",
         "--info",
         "--dtype",
+        "--image",
+        "--strength",
+        "--ip-adapter",
+        "--lora",
     ):
         assert flag in shown

@@ -6,18 +6,11 @@ The hub's client reads its settings when it is imported, so every load runs in a
 
 import hashlib
 import json
-import os
-import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -30,8 +23,8 @@ from kolors_core.config import TINY
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
+from tests.hub import Files, Hub, environment, files_of, serving
 
-Files = dict[str, bytes]
 REPO, PULL_REQUEST = "someone/kolors", "refs/pr/4"
 NEEDED = {
     "model_index.json",
@@ -60,104 +53,6 @@ BESIDE = {
 }
 
 
-class Request(NamedTuple):
-    method: str
-    path: str
-    token: str | None
-
-
-class Hub(ThreadingHTTPServer):
-    """Repositories, by name and revision, behind what a download asks of a hub; every request is noted."""
-
-    def __init__(self, repositories: dict[str, dict[str, Files]]) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.repositories, self.seen = repositories, list[Request]()
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def fetched(self, revision: str = "main") -> list[str]:
-        """The files of a revision whose content was asked for."""
-        start = f"/{REPO}/resolve/{commit(REPO, revision)}/"
-        asked = [path for method, path, _ in self.seen if method == "GET" and path.startswith(start)]
-        return [path.removeprefix(start) for path in asked]
-
-
-class Answer(BaseHTTPRequestHandler):
-    """Source: the paths and headers that huggingface_hub 2.4.0 reads in hf_api.py and file_download.py."""
-
-    server: Hub
-    protocol_version = "HTTP/1.1"
-    api = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/(?P<view>tree|revision)/(?P<revision>[^/]+))?")
-    file = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-
-    def do_GET(self) -> None:
-        url = urlsplit(self.path).path
-        self.server.seen.append(Request(self.command, unquote(url), self.headers["Authorization"]))
-        match = self.api.fullmatch(url) or self.file.fullmatch(url)
-        repo = match["repo"] if match else ""
-        if match is None or repo not in self.server.repositories:
-            return self.refuse("RepoNotFound", "Repository not found")
-        revisions = {name: name for name in self.server.repositories[repo]}
-        revisions |= {commit(repo, name): name for name in revisions}
-        revision = revisions.get(unquote(match["revision"] or "main"))
-        if revision is None:
-            return self.refuse("RevisionNotFound", "Invalid rev id")
-        files, sha = self.server.repositories[repo][revision], commit(repo, revision)
-        if match.re is self.file:
-            content = files.get(unquote(match["path"]))
-            if content is None:
-                return self.refuse("EntryNotFound", "Entry not found")
-            return self.send(200, content, {"ETag": f'"{git_hash(content)}"', "X-Repo-Commit": sha})
-        if match["view"] == "tree":
-            folders = sorted({path.rpartition("/")[0] for path in files} - {""})
-            entries = [{"type": "directory", "path": path, "oid": commit(repo, path)} for path in folders]
-            entries += [
-                {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
-                for path, content in files.items()
-            ]
-            return self.send(200, json.dumps(entries).encode())
-        info = {"id": repo, "sha": sha, "siblings": [{"rfilename": path} for path in files]}
-        return self.send(200, json.dumps(info).encode())
-
-    do_HEAD = do_GET
-
-    def refuse(self, code: str, message: str) -> None:
-        self.send(404, b"", {"X-Error-Code": code, "X-Error-Message": message})
-
-    def send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing on stderr."""
-
-
-def commit(repo: str, revision: str) -> str:
-    return hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
-
-
-def git_hash(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-@contextmanager
-def serving(repositories: dict[str, dict[str, Files]]) -> Iterator[Hub]:
-    with Hub(repositories) as hub:
-        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield hub
-        finally:
-            hub.shutdown()
-            thread.join()
-
-
 class Outcome(NamedTuple):
     """Of one `from_pretrained`: a hash of each model loaded, or the error; and the addresses reached for."""
 
@@ -168,19 +63,10 @@ class Outcome(NamedTuple):
 
 def from_pretrained(endpoint: str, home: Path, *calls: dict[str, Any], **settings: str) -> list[Outcome]:
     """Each call of `KolorsPipeline.from_pretrained`, in a fresh process with this hub and cache only."""
-    environment = {
-        name: value for name, value in os.environ.items()
-        if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) and not name.lower().endswith("_proxy")
-    }  # fmt: skip
-    environment |= {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        **settings,
-    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_hub", json.dumps([{"name": REPO, **call} for call in calls])],
-        env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120,
+        env=environment(endpoint, home, **settings), cwd=Path(__file__).parents[1], capture_output=True,
+        text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [Outcome(*outcome) for outcome in json.loads(done.stdout)]
@@ -244,7 +130,7 @@ def repository(pipe: KolorsPipeline, tmp_path_factory: pytest.TempPathFactory) -
     for part, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
         shard = whole.with_name(f"model.fp16-{part:05}-of-00002.safetensors")
         save_file({name: tensors[name] for name in names}, shard)
-    ours = {str(f.relative_to(folder).as_posix()): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    ours = files_of(folder)
     assert set(ours) == NEEDED
     pull_request = {path.replace(".fp16", ""): content for path, content in ours.items()}
     return {"main": ours | BESIDE, PULL_REQUEST: pull_request}
@@ -269,7 +155,7 @@ def download(repository: dict[str, Files], tmp_path_factory: pytest.TempPathFact
 def test_only_the_needed_files_are_fetched(download: Download, pipe: KolorsPipeline) -> None:
     assert download.outcome.error == ""
     assert download.outcome.loaded == hashes(pipe)
-    assert sorted(download.hub.fetched()) == sorted(NEEDED)  # each once
+    assert sorted(download.hub.fetched(REPO)) == sorted(NEEDED)  # each once
     asked = {path for _, path, _ in download.hub.seen}
     assert not [path for path in asked if path.endswith(tuple(BESIDE))]
 
@@ -327,8 +213,8 @@ def test_revision_cache_token_and_left_out_components_are_passed_on(
     wanted = [
         path for path in repository[PULL_REQUEST] if not path.startswith(("text_encoder/", "tokenizer/"))
     ]
-    assert sorted(hub.fetched(PULL_REQUEST)) == sorted(wanted)
-    assert hub.fetched("main") == []
+    assert sorted(hub.fetched(REPO, PULL_REQUEST)) == sorted(wanted)
+    assert hub.fetched(REPO) == []
     assert {request.token for request in hub.seen} == {"Bearer hf_secret"}
     assert (tmp_path / "cache" / "models--someone--kolors").is_dir()
 

@@ -33,6 +33,15 @@ def test_the_path_written_out_gives_the_pipelines_picture(
     assert abs(written - made).max() <= 1
 
 
+def test_the_image_to_image_example_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block_after("**Image to image.**", "python"), "README.md", "exec"), {})
+    made = np.asarray(Image.open("ladybug.png")).astype(int)
+    assert made.shape == (128, 128, 3)
+    red, black = (made[..., 0] > 180) & (made[..., 1] < 90), made.max(axis=2) < 90
+    assert red.mean() > 0.1 and black.mean() > 0.05, "a red sketch became a ladybug with black spots and legs"
+
+
 def test_the_lora_example_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()

@@ -11,20 +11,31 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.config import KOLORS
+from kolors_core.clip_vision import CLIPVision
+from kolors_core.config import KOLORS, CLIPVisionConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.parity import SMALL, reference_chatglm, reference_unet, reference_vae
+from tests.parity import SMALL, reference_chatglm, reference_clip, reference_unet, reference_vae
 from weights_convert import TABLES, recognise
 from weights_convert.__main__ import convert, main
 from weights_convert.rules import UNUSED, Table, compare
 from weights_convert.source import Source, weight_files
+
+
+def older_clip() -> nn.Module:
+    """The image encoder as older releases of transformers saved it: 392 tensors and the position numbers."""
+    model = reference_clip(CLIPVisionConfig())
+    embeddings = model.vision_model.embeddings
+    embeddings.register_buffer("position_ids", embeddings.position_ids, persistent=True)
+    return model
+
 
 FULL_SIZE = {
     "unet": (lambda: reference_unet(KOLORS.unet), lambda: UNet(KOLORS.unet), 1682, 2_579_458_820, 0),
     "vae": (lambda: reference_vae(KOLORS.vae), lambda: VAE(KOLORS.vae), 248, 83_653_863, 0),
     "text_encoder": (lambda: reference_chatglm(KOLORS.text_encoder), lambda: ChatGLM(KOLORS.text_encoder),
                      200, 5_977_241_600, 3),
+    "image_encoder": (older_clip, lambda: CLIPVision(CLIPVisionConfig()), 392 + 1, 304_293_888, 1),
 }  # fmt: skip
 
 

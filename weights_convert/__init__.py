@@ -3,11 +3,13 @@
 from collections.abc import Collection
 
 from weights_convert.chatglm import CHATGLM
+from weights_convert.clip_vision import CLIP_VISION
+from weights_convert.ip_adapter import IP_ADAPTER
 from weights_convert.rules import Table
 from weights_convert.unet import UNET
 from weights_convert.vae import VAE
 
-TABLES: dict[str, Table] = {table.component: table for table in (UNET, VAE, CHATGLM)}
+TABLES: dict[str, Table] = {table.component: table for table in (UNET, VAE, CHATGLM, CLIP_VISION, IP_ADAPTER)}
 
 
 def recognise(names: Collection[str], where: str) -> tuple[Table, bool]:
@@ -16,7 +18,10 @@ def recognise(names: Collection[str], where: str) -> tuple[Table, bool]:
     Raises ValueError naming `where` and what is missing if no table fits whole.
     """
     have = set(names)
-    nearest: tuple[int, str] = (0, "none of the tensors of a Kolors UNet, VAE or ChatGLM is in it")
+    nearest: tuple[int, str] = (
+        0,
+        "none of the tensors of a Kolors UNet, VAE, ChatGLM, CLIP or IP-Adapter is in it",
+    )
     for table in TABLES.values():
         for ours in (False, True):
             required = {table.to_ours(name) if ours else name: why for name, why in table.required.items()}

@@ -40,6 +40,7 @@ class Table:
     parts: every kind of block that the public format has, its grammar.
     rules: ordered (public, ours) pairs of dotted parts.
     dropped: public names that the model never reads, each with its reason.
+    odd: paths whose blocks are numbered 1, 3, 5, ... and not 0, 1, 2, ...
     required: public names without which a checkpoint is another model, each with what its absence means.
     """
 
@@ -48,6 +49,7 @@ class Table:
     rules: tuple[tuple[str, str], ...]
     dropped: Mapping[str, str] = field(default_factory=dict)
     required: Mapping[str, str] = field(default_factory=dict)
+    odd: tuple[str, ...] = ()
 
     def to_ours(self, public: str) -> str:
         """Our name of a public tensor; dropped ones come back as `unused.<public name>`."""
@@ -88,7 +90,8 @@ class Table:
             absent = [tensor for tensor in part.tensors if tensor not in have]
             found += [f"{path}.{tensor} is missing".lstrip(".") for tensor in absent]
         for path, seen in numbers.items():
-            found += [f"{path}.{i} is missing" for i in range(max(seen)) if i not in seen][:1]
+            wanted = range(1, max(seen), 2) if path in self.odd else range(max(seen))
+            found += [f"{path}.{i} is missing" for i in wanted if i not in seen][:1]
         return found
 
     def _place(self, name: str) -> tuple[str, Part | None, str]:

@@ -92,6 +92,11 @@ class Source(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._file_of)
 
+    @property
+    def where(self) -> str:
+        """The file, or the folder of several, for messages."""
+        return str(self.files[0].parent if len(self.files) > 1 else self.files[0])
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the header, without reading the tensor."""
         return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
@@ -116,3 +121,22 @@ class Source(Mapping[str, Tensor]):
     def metadata(self, file: Path) -> dict[str, str] | None:
         """The file's own text metadata."""
         return self._handles[file].metadata()
+
+
+class Tensors(dict[str, Tensor]):
+    """A checkpoint that is in memory already, read like a `Source`. ValueError for what is no tensor."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        super().__init__(tensors)
+        self.where = where
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{where}: {name} is {type(tensor).__name__}, wanted a tensor")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return tuple(self[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor."""
+        return self[name].dtype

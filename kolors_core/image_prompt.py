@@ -1,0 +1,336 @@
+"""Pictures as prompts: loading IP-Adapters and CLIP into a pipeline, and making image tokens of pictures.
+
+Source: `IPAdapterMixin` in diffusers' loaders/ip_adapter.py, and `prepare_ip_adapter_image_embeds` of its
+pipelines/kolors/pipeline_kolors.py.
+Shapes: B pictures to make, I pictures that guide for an adapter, P patches of each (577), D CLIP's width.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kolors_core.checkpoint import load, load_component
+from kolors_core.clip_vision import CLIPVision
+from kolors_core.components import Components
+from kolors_core.hub import fetch, find_file
+from kolors_core.image import clip_pixels
+from kolors_core.ip_adapter import Attached, IPAdapter, IPAdapterConfig, attach
+from kolors_core.placement import dtype_of
+from kolors_core.unet import ImagePrompt
+from weights_convert import TABLES, recognise
+from weights_convert.source import Source, Tensors, weight_files
+
+Images = Any  # a PIL image, or an array or tensor of one, or a list of them for each adapter
+
+
+class CLIPVisionModelWithProjection:
+    """The reference's name under which scripts load CLIP's vision encoder."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        subfolder: str = "",
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        low_cpu_mem_usage: bool = True,
+    ) -> CLIPVision:
+        """Load the encoder from a folder or hub repository; only its own files are fetched.
+
+        torch_dtype, or by its newer name dtype: float32 if None. low_cpu_mem_usage: True is how weights are
+        loaded here. Raises FileNotFoundError or ValueError naming the file, field or tensor.
+        """
+        if not low_cpu_mem_usage:
+            raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
+        if torch_dtype is not None and dtype is not None:
+            raise ValueError("torch_dtype and dtype are two names of one argument: give one")
+
+        def pick(listing: list[str]) -> list[str]:
+            inside = f"{subfolder}/" if subfolder else ""
+            names = [file.removeprefix(inside) for file in listing if file.startswith(inside)]
+            names = [file for file in names if "/" not in file]
+            if "config.json" not in names:
+                raise FileNotFoundError(f"{name}: has no {inside}config.json")
+            chosen = ["config.json", *weight_files(names, variant, f"{name}/{subfolder}")]
+            return [inside + file for file in chosen]
+
+        folder = fetch(
+            name, pick, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+        )
+        loaded = load_component(
+            folder, "image_encoder", subfolder=subfolder, variant=variant, device=device,
+            dtype=dtype_of("image_encoder", torch_dtype if dtype is None else dtype),
+        )  # fmt: skip
+        return cast(CLIPVision, loaded)
+
+
+class ImagePrompting(Components):
+    """A pipeline that pictures can guide."""
+
+    def load_ip_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        subfolder: str | Sequence[str] = "",
+        weight_name: str | Sequence[str] | None = None,
+        image_encoder_folder: str | None = "image_encoder",
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        low_cpu_mem_usage: bool = True,
+    ) -> None:
+        """Load one or several IP-Adapters in place of those loaded before, and CLIP if there is none yet.
+
+        pretrained_model_name_or_path_or_dict: a folder, hub repository, file, or dict of tensors; or a list.
+        subfolder, weight_name: one, or one for each; None takes the only safetensors file there is.
+        image_encoder_folder: where CLIP is, beside the adapter's file, or from the repository's top if it has
+        a slash; None loads none, for pipelines that are given their `image_encoder` or image embeddings.
+        Raises FileNotFoundError or ValueError naming the file or tensor; nothing is changed then.
+        """
+        if not low_cpu_mem_usage:
+            raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
+        hub = {
+            "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only,
+            "token": token,
+        }  # fmt: skip
+        encoder, weight = self.image_encoder, self.unet.conv_in.weight
+        adapters = []
+        for source, folder, file in _matched_sources(
+            pretrained_model_name_or_path_or_dict, subfolder, weight_name
+        ):
+            adapters.append(_build(_tensors(source, folder, file, hub), weight))
+            if encoder is None and image_encoder_folder is not None:
+                if isinstance(source, Mapping) or Path(source).is_file():
+                    raise ValueError("a dict or file has no image encoder: image_encoder_folder must be None")
+                encoder = CLIPVisionModelWithProjection.from_pretrained(
+                    source, subfolder=_encoder_folder(folder, image_encoder_folder), dtype=weight.dtype,
+                    device=weight.device, **hub,
+                )  # fmt: skip
+        for adapter in adapters:
+            if encoder is not None and adapter.config.image_dim != encoder.config.hidden_size:
+                got = f"the image encoder is {encoder.config.hidden_size} wide"
+                raise ValueError(f"{got}, and the IP-Adapter reads {adapter.config.image_dim}")
+        before = list(self._ip_adapters)
+        for attached in before:
+            attached.detach()
+        try:
+            self._ip_adapters[:] = [attach(self.unet, adapter) for adapter in adapters]
+        except ValueError:
+            self._ip_adapters[:] = [attach(self.unet, attached.adapter) for attached in before]
+            raise
+        if self.image_encoder is None and encoder is not None:
+            self.image_encoder, self._brought_encoder = encoder, True
+
+    def set_ip_adapter_scale(self, scale: Any) -> None:
+        """Weigh the adapters: 1 is as trained, 0 as if there were none.
+
+        scale: for all adapters, or a list with one for each, of: a number; a list with a number for each
+        masked picture; or by block, such as {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": 1.0}}, where
+        what is left out gets 0.
+        """
+        attached = self._need_adapters()
+        scales = list(scale) if isinstance(scale, list | tuple) else [scale] * len(attached)
+        if len(scales) != len(attached):
+            raise ValueError(f"wanted a scale for each of the {len(attached)} IP-Adapters, got {scale!r}")
+        for handle, one in zip(attached, scales, strict=True):
+            handle.set_scale(one)
+
+    def unload_ip_adapter(self) -> None:
+        """Take the adapters out, and CLIP if an adapter brought it; the UNet is as before, bit for bit."""
+        for attached in self._ip_adapters:
+            attached.detach()
+        self._ip_adapters.clear()
+        if self._brought_encoder:
+            self.image_encoder, self._brought_encoder = None, False
+
+    @torch.no_grad()
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: Images,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+    ) -> list[Tensor]:
+        """CLIP's states of pictures, to be given again as `ip_adapter_image_embeds`.
+
+        Returns a tensor for each adapter: [n, I, P, D] for n images a prompt, and under guidance the n
+        negative rows (of a picture that is all mean colour) before.
+        """
+        device = self.device if device is None else torch.device(device)
+        pairs = self._image_states(ip_adapter_image, ip_adapter_image_embeds, do_classifier_free_guidance)
+        embeds = []
+        for states, negative in pairs:
+            halves = [states] if negative is None else [negative, states]
+            embeds.append(
+                torch.cat([half.repeat(num_images_per_prompt, 1, 1, 1) for half in halves]).to(device)
+            )
+        return embeds
+
+    def _image_states(
+        self, image: Images, embeds: Sequence[Tensor] | None, is_guided: bool
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """For each adapter the states of its pictures, and the negative ones under guidance: [n, I, P, D]."""
+        attached = self._need_adapters()
+        if (image is None) == (embeds is None):
+            raise ValueError(
+                "give either ip_adapter_image or ip_adapter_image_embeds, not both and not neither"
+            )
+        given = embeds if image is None else image
+        given = list(given) if isinstance(given, list | tuple) else [given]
+        if len(given) != len(attached):
+            name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
+            wanted = f"one, or a list of them, for each of the {len(attached)} IP-Adapters"
+            raise ValueError(f"{name} must be a list of {wanted}, got {len(given)}")
+        if embeds is not None:
+            return [_halves(embed, is_guided) for embed in given]
+        encoder = self.image_encoder
+        if encoder is None:
+            raise ValueError("this pipeline has no image encoder: pass ip_adapter_image_embeds instead")
+        self._on_device("image_encoder")
+        pairs = []
+        for pictures in given:
+            pixels = self._pixels(pictures, encoder.config.image_size)
+            pixels = pixels.to(encoder.projection.weight)  # [I, 3, S, S]
+            states = encoder.penultimate(pixels)[None]  # [1, I, P, D]
+            negative = None
+            if is_guided:  # zeros in place of the normalised picture, the same for all of them
+                negative = encoder.penultimate(torch.zeros_like(pixels[:1]))[None].expand_as(states)
+            pairs.append((states, negative))
+        return pairs
+
+    def _pixels(self, pictures: Any, size: int) -> Tensor:
+        """Pictures as CLIP sees them [I, 3, S, S]; a tensor is taken as that already."""
+        if isinstance(pictures, Tensor):
+            return pictures
+        if self.feature_extractor is not None:
+            return self.feature_extractor(pictures, return_tensors="pt").pixel_values
+        return clip_pixels(pictures, size)
+
+    def _image_prompts(
+        self, image: Images, embeds: Sequence[Tensor] | None, masks: Any, batch: int, is_guided: bool
+    ) -> tuple[tuple[ImagePrompt, ...], tuple[ImagePrompt, ...]]:
+        """What the UNet is told of the pictures in each of its B rows, and in each negative one."""
+        if not self._ip_adapters and image is None and embeds is None and masks is None:
+            return (), ()
+        attached = self._need_adapters()
+        if image is None and embeds is None:
+            raise ValueError(
+                "an IP-Adapter is loaded and no ip_adapter_image given: unload_ip_adapter() first"
+            )
+        pairs = self._image_states(image, embeds, is_guided)
+        self._on_device("unet")
+        prompts, negatives = [], []
+        for handle, (states, negative), mask in zip(
+            attached, pairs, _masks_of(masks, len(attached)), strict=True
+        ):
+            if len(states) not in (1, batch):
+                raise ValueError(f"ip_adapter_image_embeds has {len(states)} rows, wanted 1 or {batch}")
+            mask = None if mask is None else mask.to(self.device)
+            for half, into in ((states, prompts), (negative, negatives)):
+                if half is not None:
+                    tokens = handle.tokens(half.to(self.device))
+                    into.append(ImagePrompt(tokens.expand(batch, -1, -1, -1), mask))
+        return tuple(prompts), tuple(negatives)
+
+    def _need_adapters(self) -> list[Attached]:
+        if not self._ip_adapters:
+            raise ValueError("no IP-Adapter is loaded: load_ip_adapter first")
+        return self._ip_adapters
+
+
+def save_image_embeds(embeds: Sequence[Tensor], file: str | Path) -> None:
+    """Write what `prepare_ip_adapter_image_embeds` returns to a safetensors file."""
+    save_file({f"ip_adapter.{i}": embed.contiguous() for i, embed in enumerate(embeds)}, file)
+
+
+def load_image_embeds(file: str | Path) -> list[Tensor]:
+    """Read a file of `save_image_embeds`. ValueError if it is another."""
+    tensors = load_file(file)
+    names = [f"ip_adapter.{i}" for i in range(len(tensors))]
+    if not tensors or set(names) != set(tensors):
+        raise ValueError(f"{file}: no image embeddings, wanted tensors ip_adapter.0 and so on")
+    return [tensors[name] for name in names]
+
+
+def _matched_sources(
+    source: Any, subfolder: str | Sequence[str], weight_name: str | Sequence[str] | None
+) -> list[tuple[Any, str, str | None]]:
+    """One (source, subfolder, file) for each adapter; a single value serves all."""
+    lists = [
+        list(part) if isinstance(part, list | tuple) else [part] for part in (source, subfolder, weight_name)
+    ]
+    count = max(map(len, lists))
+    for name, part in zip(("sources", "subfolder", "weight_name"), lists, strict=True):
+        if len(part) not in (1, count):
+            raise ValueError(f"wanted as many {name} as IP-Adapters ({count}) or one, got {len(part)}")
+    return list(zip(*(part * (count if len(part) == 1 else 1) for part in lists), strict=True))
+
+
+def _encoder_folder(subfolder: str, folder: str) -> str:
+    return folder if "/" in folder else "/".join(part for part in (subfolder, folder) if part)
+
+
+def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> Source | Tensors:
+    """An adapter's tensors; of a dict also nested, {"image_proj": {...}, "ip_adapter": {...}}."""
+    if not isinstance(source, Mapping):
+        return Source([find_file(source, weight_name, subfolder, **hub)])
+    flat: dict[str, Any] = {}
+    for name, value in source.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": tensor for inner, tensor in value.items()}
+        else:
+            flat[name] = value
+    return Tensors(flat, "the dict of tensors")
+
+
+def _build(source: Source | Tensors, like: Tensor) -> IPAdapter:
+    """An adapter of the shape that its tensors have, in the dtype and on the device of `like`."""
+    table, is_ours = recognise(source.keys(), source.where)
+    if table is not TABLES["ip_adapter"]:
+        raise ValueError(f"{source.where}: wanted an IP-Adapter, got a {table.component}")
+    shapes = {name if is_ours else table.to_ours(name): source.shape(name) for name in source}
+    with torch.device("meta"):
+        adapter = IPAdapter(IPAdapterConfig.from_shapes(shapes, source.where))
+    load(adapter, source, "ip_adapter", dtype=like.dtype, device=like.device)
+    return adapter.eval()
+
+
+def _halves(embed: Any, is_guided: bool) -> tuple[Tensor, Tensor | None]:
+    """Given image embeddings, split under guidance: (positive, negative)."""
+    if not isinstance(embed, Tensor) or embed.ndim != 4 or (is_guided and len(embed) % 2):
+        got = list(embed.shape) if isinstance(embed, Tensor) else type(embed).__name__
+        rows = "twice the batch, negative rows first" if is_guided else "batch"
+        raise ValueError(
+            f"ip_adapter_image_embeds must be tensors [{rows}, images, patches, width], got {got}"
+        )
+    if not is_guided:
+        return embed, None
+    negative, positive = embed.chunk(2)
+    return positive, negative
+
+
+def _masks_of(masks: Any, count: int) -> list[Tensor | None]:
+    """One tensor [1 or B, I, H, W] or None for each adapter; a tensor [adapters, 1, H, W] is taken apart."""
+    if masks is None:
+        return [None] * count
+    listed = list(masks.unsqueeze(1)) if isinstance(masks, Tensor) and masks.ndim == 4 else masks
+    if not isinstance(listed, list | tuple) or len(listed) != count:
+        raise ValueError(f"ip_adapter_masks must be a list of one tensor for each of {count} IP-Adapters")
+    for mask in listed:
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4):
+            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"ip_adapter_masks must be tensors [1, images, height, width], got {got}")
+    return list(listed)

@@ -1,0 +1,244 @@
+"""IP-Adapter-Plus (https://arxiv.org/abs/2308.06721): pictures guide the denoiser beside the text.
+
+A resampler makes 16 tokens of a picture's CLIP states; in each cross-attention of the UNet a branch with keys
+and values of its own attends to them: attention(q, k, v) + scale * attention(q, k_image, v_image).
+`attach` hangs the branches into a UNet and returns a handle; after `.detach()` the UNet is what it was.
+Source: `IPAdapterPlusImageProjection` in diffusers' models/embeddings.py, `IPAdapterAttnProcessor2_0` in its
+models/attention_processor.py, and `Resampler` of the original repository.
+Shapes: B batch, I pictures an adapter, Q queries (16), C width, P patches of a picture (577).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from kolors_core.attention import attention
+from kolors_core.blocks import BlockScale, block_scales
+from kolors_core.unet import Attention, ImagePrompt, UNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPAdapterConfig:
+    """Kolors-IP-Adapter-Plus. image_dim: width of CLIP's states; widths: of the UNet's cross-attentions, in
+    the file's order."""
+
+    image_dim: int = 1024
+    width: int = 2048
+    queries: int = 16
+    heads: int = 12
+    head_dim: int = 64
+    feed_forward_size: int = 8192
+    layers: int = 4
+    context_dim: int = 2048
+    branches: tuple[int, ...] = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> Self:
+        """Read off the tensors' shapes, by our names: the file has no config. ValueError for another kind."""
+        try:
+            queries, width = shapes["resampler.latents"][1:]
+            heads_times_dim = shapes["resampler.layers.0.attention.to_q.weight"][0]
+            branches = sorted(
+                (int(name.split(".")[1]), shape[0])
+                for name, shape in shapes.items()
+                if name.startswith("branches.") and name.endswith(".to_k.weight")
+            )
+            return cls(
+                image_dim=shapes["resampler.proj_in.weight"][1],
+                width=width,
+                queries=queries,
+                heads=heads_times_dim // cls.head_dim,
+                feed_forward_size=shapes["resampler.layers.0.feed_forward.proj_in.weight"][0],
+                layers=len({name.split(".")[2] for name in shapes if name.startswith("resampler.layers.")}),
+                context_dim=shapes["resampler.proj_out.weight"][0],
+                branches=tuple(size for _, size in branches),
+            )
+        except (KeyError, ValueError, IndexError) as error:
+            raise ValueError(f"{where}: not an IP-Adapter-Plus: {error}") from None
+
+
+def cross_attentions(unet: UNet) -> dict[str, Attention]:
+    """The UNet's cross-attentions by their paths, in the order of the adapter's file: down, up, mid."""
+    levels = [(f"{way}.{i}", level) for way in ("down", "up") for i, level in enumerate(getattr(unet, way))]
+    return {
+        f"{place}.attentions.{i}.blocks.{j}.cross_attention": block.cross_attention
+        for place, level in [*levels, ("mid", unet.mid)]
+        for i, transformer in enumerate(level.attentions)
+        for j, block in enumerate(transformer.blocks)
+    }
+
+
+class ResamplerAttention(nn.Module):
+    """From the queries to the picture's states and the queries themselves; keys and values in one tensor."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.heads = config.heads
+        self.norm_image = nn.LayerNorm(config.width)
+        self.norm_latents = nn.LayerNorm(config.width)
+        self.to_q = nn.Linear(config.width, inner, bias=False)
+        self.to_kv = nn.Linear(config.width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, config.width, bias=False)
+
+    def forward(self, latents: Tensor, image: Tensor) -> Tensor:
+        """latents: [B, Q, C]; image: [B, P, C]. Returns [B, Q, C]."""
+        latents = self.norm_latents(latents)
+        context = torch.cat([self.norm_image(image), latents], dim=1)  # [B, P + Q, C]
+        k, v = self.to_kv(context).chunk(2, dim=-1)
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(latents), k, v)
+        )  # [B, heads, Q or P + Q, head_dim]
+        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, Q, C]
+
+
+class ResamplerFeedForward(nn.Module):
+    """Norm, linear, gelu, linear."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width)
+        self.proj_in = nn.Linear(config.width, config.feed_forward_size, bias=False)
+        self.proj_out = nn.Linear(config.feed_forward_size, config.width, bias=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.proj_out(nn.functional.gelu(self.proj_in(self.norm(latents))))
+
+
+class ResamplerLayer(nn.Module):
+    """Attention and feed-forward, each added."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        self.attention = ResamplerAttention(config)
+        self.feed_forward = ResamplerFeedForward(config)
+
+    def forward(self, latents: Tensor, image: Tensor) -> Tensor:
+        latents = latents + self.attention(latents, image)
+        return latents + self.feed_forward(latents)
+
+
+class Resampler(nn.Module):
+    """A picture's CLIP states -> a few tokens as wide as the UNet's text context."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(1, config.queries, config.width))
+        self.proj_in = nn.Linear(config.image_dim, config.width)
+        self.layers = nn.ModuleList([ResamplerLayer(config) for _ in range(config.layers)])
+        self.proj_out = nn.Linear(config.width, config.context_dim)
+        self.norm_out = nn.LayerNorm(config.context_dim)
+        nn.init.normal_(self.latents, std=config.width**-0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states: [B, P, image_dim], CLIP's last but one. Returns [B, Q, context_dim]."""
+        image = self.proj_in(states)  # [B, P, C]
+        latents = self.latents.expand(len(states), -1, -1)  # [B, Q, C]
+        for layer in self.layers:
+            latents = layer(latents, image)
+        return self.norm_out(self.proj_out(latents))
+
+
+class ImageBranch(nn.Module):
+    """Keys and values of one cross-attention for the pictures, added to what the text brings.
+
+    scale: a number for all pictures, or one for each; a list needs masks, which keep the pictures apart.
+    """
+
+    def __init__(self, width: int, context_dim: int) -> None:
+        super().__init__()
+        self.to_k = nn.Linear(context_dim, width, bias=False)
+        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.scale: float | Sequence[float] = 1.0
+
+    def forward(self, h: Tensor, q: Tensor, image: ImagePrompt) -> Tensor:
+        """h, q: [B, heads, N, C/heads], the text's result and the queries; image: tokens [B, I, Q,
+        context_dim], masks [1 or B, I, N] or None. Returns h with the pictures added; at scale 0, h itself.
+        """
+        tokens, masks = image
+        if masks is None:
+            if not isinstance(self.scale, int | float):
+                raise ValueError(f"a scale for each picture, {list(self.scale)}, needs masks")
+            return h if self.scale == 0 else h + self.scale * self._attend(q, tokens.flatten(1, 2))
+        count = tokens.shape[1]
+        scales = [self.scale] * count if isinstance(self.scale, int | float) else list(self.scale)
+        if masks.shape[1] != count or len(scales) != count:
+            got = f"{masks.shape[1]} masks and {len(scales)} scales"
+            raise ValueError(f"wanted a mask and a scale for each of the {count} pictures, got {got}")
+        if any(scales):
+            for i, scale in enumerate(scales):
+                where = masks[:, i, None, :, None].to(h.dtype)  # [1 or B, 1, N, 1]
+                h = h + scale * (self._attend(q, tokens[:, i]) * where)
+        return h
+
+    def _attend(self, q: Tensor, tokens: Tensor) -> Tensor:
+        """tokens: [B, any number, context_dim]. Returns [B, heads, N, C/heads]."""
+        k, v = (
+            project(tokens).unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+            for project in (self.to_k, self.to_v)
+        )  # [B, heads, any number, C/heads]
+        return attention(q, k, v)
+
+
+class IPAdapter(nn.Module):
+    """The resampler, and a branch for each cross-attention, under the numbers of the file: 1, 3, 5, ..."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.resampler = Resampler(config)
+        self.branches = nn.ModuleDict(
+            {str(2 * i + 1): ImageBranch(size, config.context_dim) for i, size in enumerate(config.branches)}
+        )
+
+
+class Attached:
+    """The handle of an attached adapter: its branches by the path of the cross-attention they hang in."""
+
+    def __init__(self, unet: UNet, adapter: IPAdapter, branches: dict[str, ImageBranch]) -> None:
+        self.unet, self.adapter, self.branches = unet, adapter, branches
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """CLIP states of pictures [B, I, P, image_dim] as the UNet's image tokens [B, I, Q, context_dim]."""
+        resampler, wanted = self.adapter.resampler, self.adapter.config.image_dim
+        if states.ndim != 4 or states.shape[-1] != wanted:
+            raise ValueError(
+                f"wanted image embeddings [batch, images, patches, {wanted}], got {list(states.shape)}"
+            )
+        weight = resampler.proj_in.weight
+        return resampler(states.flatten(0, 1).to(weight)).unflatten(0, states.shape[:2])
+
+    def set_scale(self, scale: BlockScale) -> None:
+        """A number, or a mapping by block as in `blocks.block_scales`, where a block left out gets 0."""
+        scales = block_scales(scale, self.unet, default=0.0)
+        for path, branch in self.branches.items():
+            branch.scale = scales[path.partition(".blocks.")[0]]
+
+    def detach(self) -> None:
+        """Take the branches out again; the UNet is what it was, bit for bit."""
+        for path, branch in self.branches.items():
+            place = self.unet.get_submodule(path)
+            assert isinstance(place, Attention)
+            kept = [other for other in place.image_branches if other is not branch]
+            place.image_branches = nn.ModuleList(kept)
+        self.branches = {}
+
+
+def attach(unet: UNet, adapter: IPAdapter) -> Attached:
+    """Hang an adapter's branches into a UNet, after those of adapters attached before.
+
+    ValueError if the adapter was made for a UNet of another shape; the UNet is then untouched.
+    """
+    places, config = cross_attentions(unet), adapter.config
+    wanted = [place.to_q.in_features for place in places.values()]
+    if list(config.branches) != wanted or config.context_dim != unet.config.context_dim:
+        got = f"{len(config.branches)} attentions {sorted(set(config.branches))} wide"
+        have = f"{len(wanted)}, {sorted(set(wanted))} wide, of context {unet.config.context_dim}"
+        raise ValueError(f"the IP-Adapter is for {got}, of context {config.context_dim}; the UNet has {have}")
+    branches = {path: cast(ImageBranch, b) for path, b in zip(places, adapter.branches.values(), strict=True)}
+    for path, branch in branches.items():
+        places[path].image_branches.append(branch)
+    return Attached(unet, adapter, branches)

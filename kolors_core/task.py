@@ -1,0 +1,269 @@
+"""What every task does between its arguments and its pictures: check, condition, denoise, decode, describe.
+
+Source: the `__call__` of diffusers' pipelines/kolors/pipeline_kolors.py and pipeline_kolors_img2img.py.
+Shapes: B pictures (prompts times images per prompt).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kolors_core.callback import NAMES, Run, StepCallback
+from kolors_core.chatglm import TextEmbedding
+from kolors_core.components import whole_number
+from kolors_core.config import VERSION
+from kolors_core.guidance import Conditioning, Size, size_ids_of_both
+from kolors_core.image import OUTPUT_TYPES, describe, to_output
+from kolors_core.image_prompt import ImagePrompting
+from kolors_core.lora_loading import LoRALoading
+from kolors_core.sampling import Generators, draw_noise, sampler_of
+from kolors_core.schedule import Schedule
+from kolors_core.text_prompt import MAX_TOKENS, Prompt, TextPrompting
+
+
+class KolorsPipelineOutput(NamedTuple):
+    """`images`: PIL images; or, in [0, 1], an array [B, H, W, 3] or tensor [B, 3, H, W]; or latents."""
+
+    images: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The arguments that every task has, under the reference's names and defaults.
+
+    prompt: one or several, Chinese or English; or prompt_embeds and pooled_prompt_embeds from
+    `encode_prompt`.
+    num_inference_steps: or else `timesteps`, or `sigmas` with the last one where the run ends.
+    guidance_scale: 1 or less runs without guidance; whatever is negative is then an error.
+    generator: one for all pictures, or one for each; noise is drawn on its device, the CPU's if None.
+    ip_adapter_image: for each loaded IP-Adapter a picture, or a list of them; or ip_adapter_image_embeds
+    from `prepare_ip_adapter_image_embeds`.
+    output_type: "pil", "np", "pt", or "latent" for what the VAE would decode.
+    cross_attention_kwargs: {"ip_adapter_masks": masks} of where pictures act, and {"scale": a factor on
+    every loaded LoRA}.
+    original_size, crops_coords_top_left, target_size: SDXL's size conditions, (height, width) in pixels;
+    what is not given for the negative prompt is as for the prompt.
+    callback_on_step_end: see kolors_core/callback.py; it gets the tensors that
+    `callback_on_step_end_tensor_inputs` names.
+    eta: of the reference's signature, without effect here and so refused if set.
+    """
+
+    prompt: Prompt | None = None
+    num_inference_steps: int = 50
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
+    guidance_scale: float = 5.0
+    negative_prompt: Prompt | None = None
+    num_images_per_prompt: int = 1
+    eta: float = 0.0
+    generator: Generators = None
+    prompt_embeds: Tensor | None = None
+    pooled_prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
+    ip_adapter_image: Any = None
+    ip_adapter_image_embeds: list[Tensor] | None = None
+    output_type: str = "pil"
+    return_dict: bool = True
+    cross_attention_kwargs: Mapping[str, Any] | None = None
+    original_size: Size | None = None
+    crops_coords_top_left: Size = (0, 0)
+    target_size: Size | None = None
+    negative_original_size: Size | None = None
+    negative_crops_coords_top_left: Size = (0, 0)
+    negative_target_size: Size | None = None
+    callback_on_step_end: StepCallback | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    max_sequence_length: int = MAX_TOKENS
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative half is computed."""
+        return self.guidance_scale > 1
+
+    @property
+    def callback_tensors(self) -> Sequence[str]:
+        """The names of the tensors that the callback sees."""
+        return getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError for what is of a wrong kind, or would do nothing."""
+        scale, negatives = self.guidance_scale, {
+            "negative_prompt": self.negative_prompt or None,
+            "negative_prompt_embeds": self.negative_prompt_embeds,
+            "negative_original_size": self.negative_original_size,
+            "negative_target_size": self.negative_target_size,
+            "negative_crops_coords_top_left": tuple(self.negative_crops_coords_top_left) != (0, 0) or None,
+        }  # fmt: skip
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise TypeError(f"guidance_scale must be a number, got {scale!r}")
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale must be finite, got {scale}")
+        if self.eta:
+            raise ValueError(
+                f"eta is {self.eta!r}, but only DDIM has a use for it, and there is no DDIM here"
+            )
+        given = [name for name, value in negatives.items() if value is not None]
+        if not self.is_guided and given:
+            raise ValueError(f"{given[0]} has no effect without guidance, and guidance_scale is {scale}")
+        _one_of("output_type", (self.output_type,), (*OUTPUT_TYPES, "latent"))
+        _one_of("callback_on_step_end_tensor_inputs", self.callback_tensors, NAMES)
+        if self.callback_on_step_end is None and tuple(self.callback_tensors) != ("latents",):
+            raise ValueError("callback_on_step_end_tensor_inputs has no effect without callback_on_step_end")
+        if self.num_inference_steps != 50 and (self.timesteps is not None or self.sigmas is not None):
+            raise ValueError("num_inference_steps has no effect beside timesteps or sigmas")
+        _one_of("cross_attention_kwargs", self.cross_attention_kwargs or (), ("ip_adapter_masks", "scale"))
+
+
+class Task(TextPrompting, ImagePrompting, LoRALoading):
+    """The steps that tasks are composed of."""
+
+    def _schedule(self, request: Request) -> Schedule:
+        """The whole run's numbers, before a task takes a part of them."""
+        custom = request.timesteps is not None or request.sigmas is not None
+        return self.scheduler.schedule(
+            None if custom else request.num_inference_steps, timesteps=request.timesteps,
+            sigmas=request.sigmas,
+        )  # fmt: skip
+
+    def _size(self, name: str, value: int | None) -> int:
+        """A side in pixels, a multiple of 8; the UNet's own (1024) if None."""
+        scale = self.vae.config.downscale
+        return whole_number(name, self.unet.config.sample_size * scale if value is None else value, scale)
+
+    def _conditions(self, request: Request, size: Size) -> tuple[Conditioning, Conditioning | None]:
+        """What the UNet is told for B pictures of (height, width), and the negative half if there is one."""
+        copies = whole_number("num_images_per_prompt", request.num_images_per_prompt)
+        ids, negative_ids = size_ids_of_both(
+            size, request.original_size, request.crops_coords_top_left, request.target_size,
+            request.negative_original_size, request.negative_crops_coords_top_left,
+            request.negative_target_size,
+        )  # fmt: skip
+        text, negative_text = self.embed(
+            request.prompt, request.is_guided, request.negative_prompt, request.prompt_embeds,
+            request.pooled_prompt_embeds, request.negative_prompt_embeds,
+            request.negative_pooled_prompt_embeds, request.max_sequence_length,
+        )  # fmt: skip
+        images, negative_images = self._image_prompts(
+            request.ip_adapter_image, request.ip_adapter_image_embeds,
+            (request.cross_attention_kwargs or {}).get("ip_adapter_masks"),
+            len(text.tokens) * copies, request.is_guided,
+        )  # fmt: skip
+
+        def told(text: TextEmbedding, ids: Tensor, images: Any) -> Conditioning:
+            tokens = text.tokens.to(self.device, self.dtype).repeat_interleave(copies, dim=0)
+            pooled = text.pooled.to(self.device, self.dtype).repeat_interleave(copies, dim=0)
+            return Conditioning(
+                tokens, pooled, ids.to(self.device).expand(len(tokens), -1), image_prompts=images
+            )
+
+        positive = told(text, ids, images)
+        return positive, None if negative_text is None else told(negative_text, negative_ids, negative_images)
+
+    def _latent_shape(self, count: int, size: Size) -> tuple[int, ...]:
+        scale = self.vae.config.downscale
+        return count, self.vae.config.latent_channels, size[0] // scale, size[1] // scale
+
+    def _given_latents(self, latents: Any, shape: tuple[int, ...]) -> Tensor:
+        """The `latents` argument, in the precision of the steps; ValueError unless it has this shape."""
+        if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
+            got = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents must be a tensor {list(shape)}, got {got}")
+        return latents.to(self.device, self.precision)
+
+    def _draw(self, shape: Sequence[int], generator: Generators) -> Tensor:
+        """Standard normal noise in the UNet's precision, but at least float32."""
+        return draw_noise(tuple(shape), generator, self.device, self.precision)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What latents are kept in between steps: float32, or what the UNet has if that is more."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _pictures(
+        self,
+        request: Request,
+        schedule: Schedule,
+        x: Tensor,
+        positive: Conditioning,
+        negative: Conditioning | None,
+        facts: Mapping[str, Any],
+    ) -> KolorsPipelineOutput | tuple[Any]:
+        """Denoise x = image + sigma * noise along the schedule, and bring it into the form asked for.
+
+        facts: what the pictures' description says of the task.
+        """
+        sampler = sampler_of(
+            self.scheduler, schedule,
+            lambda: draw_noise(tuple(x.shape), request.generator, self.device, torch.float32),
+        )  # fmt: skip
+        self._num_timesteps = len(schedule.timesteps)
+        self._guidance_scale, self._interrupt = request.guidance_scale, False
+        factor = (request.cross_attention_kwargs or {}).get("scale")
+        self._on_device("unet")
+        with (
+            nullcontext() if factor is None else self.lora_scaled(factor),
+            self._progress_bar(self._num_timesteps) as bar,
+        ):
+            run = Run(
+                self, schedule, positive, negative, request.callback_on_step_end, request.callback_tensors,
+                bar.update,
+            )  # fmt: skip
+            result = _finite(run(sampler, x), "the denoised latents", self.dtype)
+        kind = request.output_type
+        images = result.to(self.dtype) if kind == "latent" else to_output(self._decode(result), kind)
+        self._on_device()
+        if kind == "pil":
+            self._describe(images, request, facts)
+        return KolorsPipelineOutput(images) if request.return_dict else (images,)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, 4, H/8, W/8] to images [B, 3, H, W] in the VAE's own precision."""
+        self._on_device("vae")
+        weight = self._vae_weight
+        return _finite(self.vae.decode(latents.to(weight)), "the VAE's image", weight.dtype)
+
+    @property
+    def _vae_weight(self) -> Tensor:
+        """A weight that tells the VAE's device and dtype; ValueError for float16, where it overflows."""
+        weight = self.vae.post_quant_conv.weight
+        if weight.dtype == torch.float16:
+            raise ValueError("the VAE overflows in float16: pipe.vae.to(torch.float32)")
+        return weight
+
+    def _describe(self, images: Any, request: Request, told: Mapping[str, Any]) -> None:
+        """Attach to each picture how it was made."""
+        generator = request.generator
+        for i, image in enumerate(images):
+            facts: dict[str, Any] = {}
+            for name in ("prompt", "negative_prompt"):
+                if (texts := getattr(request, name)) is not None:
+                    texts = [texts] if isinstance(texts, str) else texts
+                    facts[name] = texts[i * len(texts) // len(images)]
+            if generator is not None:
+                one = generator if isinstance(generator, torch.Generator) else generator[i]
+                facts["seed"] = one.initial_seed()
+                if isinstance(generator, torch.Generator) and len(images) > 1:
+                    facts["picture"] = f"{i + 1} of {len(images)} of this seed"
+            facts |= {
+                **told, "sampler": self.scheduler.describe(), "guidance_scale": request.guidance_scale,
+                "size": f"{image.width}x{image.height}", "software": f"kolors_core {VERSION}",
+            }  # fmt: skip
+            describe(image, facts)
+
+
+def _finite(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+    """The tensor, or FloatingPointError naming the stage and its precision instead of a black picture."""
+    if not torch.isfinite(tensor).all():
+        raise FloatingPointError(f"{what} are not finite, computed in {dtype}: try bfloat16 or float32")
+    return tensor
+
+
+def _one_of(name: str, got: Any, allowed: Sequence[str]) -> None:
+    if strangers := [value for value in got if value not in allowed]:
+        raise ValueError(f"{name} must be of {', '.join(allowed)}, got {strangers[0]!r}")
