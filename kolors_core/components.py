@@ -42,9 +42,9 @@ class Components:
         tokenizer: Tokenizer | None,
         unet: UNet,
         scheduler: Scheduler,
-        force_zeros_for_empty_prompt: bool = False,
         image_encoder: CLIPVision | None = None,
         feature_extractor: Callable[..., Any] | None = None,
+        force_zeros_for_empty_prompt: bool = False,
     ) -> None:
         """image_encoder: only IP-Adapters need it. feature_extractor: None is CLIP's own preprocessing.
 
