@@ -10,7 +10,7 @@ Reading order: tokenizer, chatglm, unet, vae, schedule, sampling, guidance, pipe
 from kolors_core.callback import SDXLCFGCutoffCallback
 from kolors_core.config import VERSION as __version__
 from kolors_core.image import IPAdapterMaskProcessor, load_image
-from kolors_core.image_prompt import CLIPVisionModelWithProjection
+from kolors_core.image_prompt import CLIPVisionModelWithProjection, load_image_embeds, save_image_embeds
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from kolors_core.task import KolorsPipelineOutput
@@ -26,4 +26,6 @@ __all__ = [
     "SDXLCFGCutoffCallback",
     "__version__",
     "load_image",
+    "load_image_embeds",
+    "save_image_embeds",
 ]

@@ -248,11 +248,7 @@ def load_pipeline(options: argparse.Namespace) -> KolorsPipeline:
         pipe.set_adapters([f"lora{i}" for i in range(len(weights))], weights)
     if options.ip_adapter is not None:
         name, revision = with_revision(options.ip_adapter)
-        file = Path(name) if Path(name).is_file() else None
-        pipe.load_ip_adapter(
-            name if file is None else file.parent, weight_name=None if file is None else file.name,
-            revision=revision, local_files_only=options.local_files_only,
-        )  # fmt: skip
+        pipe.load_ip_adapter(name, revision=revision, local_files_only=options.local_files_only)
         if options.ip_scale is not None:
             pipe.set_ip_adapter_scale(options.ip_scale)
     return pipe

@@ -1,8 +1,7 @@
 """Checkpoints: which files of a folder or hub repository, strict loading, saving.
 
 A model is built on the meta device, checked name by name and shape by shape against the file headers, and
-only then
-filled: each tensor goes from the memory-mapped file to its place once. Only safetensors are read.
+only then filled: each tensor goes from the memory-mapped file to its place once. Only safetensors are read.
 """
 
 import json
@@ -16,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
@@ -28,7 +26,7 @@ from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES, recognise
 from weights_convert.rules import UNUSED, compare
-from weights_convert.source import Source, Tensors, weight_files
+from weights_convert.source import Source, Tensors, save_tensors, weight_files
 
 Model = ChatGLM | UNet | VAE | CLIPVision
 
@@ -88,22 +86,26 @@ def needed_files(
     listing: Iterable[str], components: Iterable[str], variant: str | None, where: str
 ) -> list[str]:
     """Of a repository's files, those that the components load: configs, tokenizer, chosen weights."""
-    listing, needed = list(listing), []
-    folders: dict[str, list[str]] = {}
-    for path in map(PurePosixPath, listing):
-        folders.setdefault(str(path.parent), []).append(path.name)
-    if "model_index.json" in folders.get(".", []):
-        needed.append("model_index.json")
+    listing = list(listing)
+    needed = [path for path in listing if path == "model_index.json"]
     for component in components:
-        names = folders.get(component, [])
-        if not names:
-            raise FileNotFoundError(f"{where}: has no {component}/ folder")
-        chosen = [name for name in names if name.endswith(".json") and ".index." not in name]
-        chosen += [name for name in names if name == "tokenizer.model"]
-        if component in KINDS:
-            chosen += weight_files(names, variant, f"{where}/{component}")
-        needed += [f"{component}/{name}" for name in chosen]
+        needed += component_files(listing, component, component, variant, where)
     return needed
+
+
+def component_files(
+    listing: Iterable[str], component: str, subfolder: str, variant: str | None, where: str
+) -> list[str]:
+    """Of a repository's files, those that one component in a subfolder loads."""
+    paths = [path for path in map(PurePosixPath, listing) if path.parent == PurePosixPath(subfolder)]
+    if not paths:
+        raise FileNotFoundError(f"{where}: has no {subfolder}/ folder")
+    names = [path.name for path in paths]
+    chosen = [name for name in names if name.endswith(".json") and ".index." not in name]
+    chosen += [name for name in names if name == "tokenizer.model"]
+    if component in KINDS:
+        chosen += weight_files(names, variant, f"{where}/{subfolder}")
+    return [str(PurePosixPath(subfolder) / name) for name in chosen]
 
 
 def load_component(
@@ -229,9 +231,9 @@ def save_component(model: Model, folder: str | Path, component: str, *, variant:
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "config.json", model.config.to_public())
     table = TABLES[component]
-    tensors = {table.to_public(name): tensor.contiguous() for name, tensor in base_state(model).items()}
+    tensors = {table.to_public(name): tensor for name, tensor in base_state(model).items()}
     name = ".".join(part for part in (KINDS[component].stem, variant, "safetensors") if part)
-    save_file(tensors, place / name, metadata={"format": "pt"})
+    save_tensors(tensors, place / name)
 
 
 def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from kolors_core.checkpoint import (
     save_frame,
 )
 from kolors_core.clip_vision import CLIPVision
-from kolors_core.ip_adapter import Attached
+from kolors_core.ip_adapter import attached
 from kolors_core.placement import Dtypes, best_device, dtype_of, named_device
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
@@ -60,10 +60,8 @@ class Components:
         _must_fit(vae, text_encoder, tokenizer, unet)
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.feature_extractor = scheduler, feature_extractor
-        self.image_encoder: CLIPVision | None = image_encoder
+        self._image_encoder = image_encoder
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self._ip_adapters: list[Attached] = []
-        self._brought_encoder = False  # whether an IP-Adapter brought the image encoder, and takes it away
         self._offload: torch.device | None = None  # where models work, if they rest on the CPU
         self._progress: dict[str, Any] = {}
         self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
@@ -139,11 +137,8 @@ class Components:
             raise TypeError(f"wanted a pipeline of kolors_core, got {type(pipe).__name__}")
         if strangers := sorted(changes.keys() - pipe.components.keys()):
             raise TypeError(f"{strangers[0]!r} is no component; wanted {', '.join(pipe.components)}")
-        made = cls(**pipe.components | changes)
-        if made.unet is pipe.unet:
-            made._ip_adapters = pipe._ip_adapters
-        made._brought_encoder, made._offload = pipe._brought_encoder, pipe._offload
-        made._progress = pipe._progress
+        made = cls(**pipe.components | {"image_encoder": pipe._image_encoder} | changes)
+        made._offload, made._progress = pipe._offload, pipe._progress
         return made
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
@@ -199,7 +194,7 @@ class Components:
 
     def _models(self) -> dict[str, list[nn.Module]]:
         """What moves together, by the component that it works for."""
-        adapters = [attached.adapter for attached in self._ip_adapters]
+        adapters = [handle.adapter for handle in attached(self.unet)]
         models = {name: [getattr(self, name)] for name in KINDS if getattr(self, name) is not None}
         return models | {"unet": [self.unet, *adapters]}
 
@@ -211,6 +206,16 @@ class Components:
                     for model in models:
                         if (name in names) is is_named:
                             model.to(place)
+
+    @property
+    def image_encoder(self) -> CLIPVision | None:
+        """The pipeline's own, or else the one that came with an IP-Adapter and leaves with it."""
+        brought = (handle.encoder for handle in attached(self.unet) if handle.encoder is not None)
+        return next(brought, None) if self._image_encoder is None else self._image_encoder
+
+    @image_encoder.setter
+    def image_encoder(self, encoder: CLIPVision | None) -> None:
+        self._image_encoder = encoder
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@
 `to_public` writes one that the reference reads.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -239,15 +240,15 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_public(cls, public: Public, where: str = "image_encoder/config.json") -> Self:
-        """Read the config of transformers' `CLIPVisionModelWithProjection`.
+        """Read the config of transformers' `CLIPVisionModelWithProjection`, or of a whole CLIP.
 
         It must name every size: for one left out, transformers would take that of another model (ViT-B/32).
         """
-        fields = Fields(public, where)
         if public.get("model_type") == "clip":
-            fields.fail(
-                "model_type", "clip", "'clip_vision_model', the image encoder alone, without the text's"
-            )
+            public, where = public.get("vision_config") or {}, f"{where}: vision_config"
+        if not isinstance(public, Mapping):
+            raise ValueError(f"{where} is {public!r}, wanted the fields of the image encoder")
+        fields = Fields(public, where)
         fields.refuse_unless(_CLIP_VISION_FIXED)
         image_size = fields.integer("image_size")
         config = cls(
@@ -258,7 +259,7 @@ class CLIPVisionConfig:
             layers=fields.integer("num_hidden_layers", most=1000),
             heads=fields.integer("num_attention_heads"),
             projection_dim=fields.integer("projection_dim"),
-            norm_eps=fields.number("layer_norm_eps"),
+            norm_eps=fields.number("layer_norm_eps") if "layer_norm_eps" in public else cls.norm_eps,
         )
         fields.refuse_rest(_CLIP_VISION_INERT)
         if config.hidden_size % config.heads:

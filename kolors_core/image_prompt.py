@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kolors_core.checkpoint import load, load_component
+from kolors_core.checkpoint import component_files, load, load_component
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.components import Components
 from kolors_core.hub import fetch, find_file
 from kolors_core.image import clip_pixels
-from kolors_core.ip_adapter import Attached, IPAdapter, IPAdapterConfig, attach
+from kolors_core.ip_adapter import (
+    Attached,
+    IPAdapter,
+    IPAdapterConfig,
+    attach,
+    attached,
+    check_fits,
+)
 from kolors_core.placement import dtype_of
 from kolors_core.unet import ImagePrompt
 from weights_convert import TABLES, recognise
-from weights_convert.source import Source, Tensors, weight_files
+from weights_convert.source import Source, Tensors, save_tensors
 
 Images = Any  # a PIL image, or an array or tensor of one, or a list of them for each adapter
 
@@ -57,13 +63,7 @@ class CLIPVisionModelWithProjection:
             raise ValueError("torch_dtype and dtype are two names of one argument: give one")
 
         def pick(listing: list[str]) -> list[str]:
-            inside = f"{subfolder}/" if subfolder else ""
-            names = [file.removeprefix(inside) for file in listing if file.startswith(inside)]
-            names = [file for file in names if "/" not in file]
-            if "config.json" not in names:
-                raise FileNotFoundError(f"{name}: has no {inside}config.json")
-            chosen = ["config.json", *weight_files(names, variant, f"{name}/{subfolder}")]
-            return [inside + file for file in chosen]
+            return component_files(listing, "image_encoder", subfolder or ".", variant, str(name))
 
         folder = fetch(
             name, pick, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
@@ -105,33 +105,32 @@ class ImagePrompting(Components):
             "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only,
             "token": token,
         }  # fmt: skip
-        encoder, weight = self.image_encoder, self.unet.conv_in.weight
+        encoder = own = self._image_encoder
+        weight = self.unet.conv_in.weight
         adapters = []
         for source, folder, file in _matched_sources(
             pretrained_model_name_or_path_or_dict, subfolder, weight_name
         ):
+            if not isinstance(source, Mapping) and Path(source).is_file():
+                if folder or file is not None:
+                    raise ValueError(f"{source} is a file: subfolder and weight_name have no effect on it")
+                source, file = Path(source).parent, Path(source).name
             adapters.append(_build(_tensors(source, folder, file, hub), weight))
             if encoder is None and image_encoder_folder is not None:
-                if isinstance(source, Mapping) or Path(source).is_file():
-                    raise ValueError("a dict or file has no image encoder: image_encoder_folder must be None")
+                if isinstance(source, Mapping):
+                    raise ValueError("a dict has no image encoder: image_encoder_folder must be None")
                 encoder = CLIPVisionModelWithProjection.from_pretrained(
                     source, subfolder=_encoder_folder(folder, image_encoder_folder), dtype=weight.dtype,
                     device=weight.device, **hub,
                 )  # fmt: skip
         for adapter in adapters:
+            check_fits(self.unet, adapter)
             if encoder is not None and adapter.config.image_dim != encoder.config.hidden_size:
                 got = f"the image encoder is {encoder.config.hidden_size} wide"
                 raise ValueError(f"{got}, and the IP-Adapter reads {adapter.config.image_dim}")
-        before = list(self._ip_adapters)
-        for attached in before:
-            attached.detach()
-        try:
-            self._ip_adapters[:] = [attach(self.unet, adapter) for adapter in adapters]
-        except ValueError:
-            self._ip_adapters[:] = [attach(self.unet, attached.adapter) for attached in before]
-            raise
-        if self.image_encoder is None and encoder is not None:
-            self.image_encoder, self._brought_encoder = encoder, True
+        self.unload_ip_adapter()
+        for adapter in adapters:
+            attach(self.unet, adapter, encoder if encoder is not own else None)
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Weigh the adapters: 1 is as trained, 0 as if there were none.
@@ -140,20 +139,18 @@ class ImagePrompting(Components):
         masked picture; or by block, such as {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": 1.0}}, where
         what is left out gets 0.
         """
-        attached = self._need_adapters()
-        scales = list(scale) if isinstance(scale, list | tuple) else [scale] * len(attached)
-        if len(scales) != len(attached):
-            raise ValueError(f"wanted a scale for each of the {len(attached)} IP-Adapters, got {scale!r}")
-        for handle, one in zip(attached, scales, strict=True):
-            handle.set_scale(one)
+        handles = self._need_adapters()
+        given = list(scale) if isinstance(scale, list | tuple) else [scale] * len(handles)
+        if len(given) != len(handles):
+            raise ValueError(f"wanted a scale for each of the {len(handles)} IP-Adapters, got {scale!r}")
+        checked = [handle.scales(one) for handle, one in zip(handles, given, strict=True)]
+        for handle, scales in zip(handles, checked, strict=True):
+            handle.set_scales(scales)
 
     def unload_ip_adapter(self) -> None:
-        """Take the adapters out, and CLIP if an adapter brought it; the UNet is as before, bit for bit."""
-        for attached in self._ip_adapters:
-            attached.detach()
-        self._ip_adapters.clear()
-        if self._brought_encoder:
-            self.image_encoder, self._brought_encoder = None, False
+        """Take the adapters out, and CLIP if it came with one; the UNet is as before, bit for bit."""
+        for handle in attached(self.unet):
+            handle.detach()
 
     @torch.no_grad()
     def prepare_ip_adapter_image_embeds(
@@ -183,16 +180,16 @@ class ImagePrompting(Components):
         self, image: Images, embeds: Sequence[Tensor] | None, is_guided: bool
     ) -> list[tuple[Tensor, Tensor | None]]:
         """For each adapter the states of its pictures, and the negative ones under guidance: [n, I, P, D]."""
-        attached = self._need_adapters()
+        handles = self._need_adapters()
         if (image is None) == (embeds is None):
             raise ValueError(
                 "give either ip_adapter_image or ip_adapter_image_embeds, not both and not neither"
             )
         given = embeds if image is None else image
         given = list(given) if isinstance(given, list | tuple) else [given]
-        if len(given) != len(attached):
+        if len(given) != len(handles):
             name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
-            wanted = f"one, or a list of them, for each of the {len(attached)} IP-Adapters"
+            wanted = f"one, or a list of them, for each of the {len(handles)} IP-Adapters"
             raise ValueError(f"{name} must be a list of {wanted}, got {len(given)}")
         if embeds is not None:
             return [_halves(embed, is_guided) for embed in given]
@@ -223,9 +220,9 @@ class ImagePrompting(Components):
         self, image: Images, embeds: Sequence[Tensor] | None, masks: Any, batch: int, is_guided: bool
     ) -> tuple[tuple[ImagePrompt, ...], tuple[ImagePrompt, ...]]:
         """What the UNet is told of the pictures in each of its B rows, and in each negative one."""
-        if not self._ip_adapters and image is None and embeds is None and masks is None:
+        if not attached(self.unet) and image is None and embeds is None and masks is None:
             return (), ()
-        attached = self._need_adapters()
+        handles = self._need_adapters()
         if image is None and embeds is None:
             raise ValueError(
                 "an IP-Adapter is loaded and no ip_adapter_image given: unload_ip_adapter() first"
@@ -234,7 +231,7 @@ class ImagePrompting(Components):
         self._on_device("unet")
         prompts, negatives = [], []
         for handle, (states, negative), mask in zip(
-            attached, pairs, _masks_of(masks, len(attached)), strict=True
+            handles, pairs, _masks_of(masks, len(handles)), strict=True
         ):
             if len(states) not in (1, batch):
                 raise ValueError(f"ip_adapter_image_embeds has {len(states)} rows, wanted 1 or {batch}")
@@ -246,23 +243,23 @@ class ImagePrompting(Components):
         return tuple(prompts), tuple(negatives)
 
     def _need_adapters(self) -> list[Attached]:
-        if not self._ip_adapters:
+        if not (handles := attached(self.unet)):
             raise ValueError("no IP-Adapter is loaded: load_ip_adapter first")
-        return self._ip_adapters
+        return handles
 
 
 def save_image_embeds(embeds: Sequence[Tensor], file: str | Path) -> None:
-    """Write what `prepare_ip_adapter_image_embeds` returns to a safetensors file."""
-    save_file({f"ip_adapter.{i}": embed.contiguous() for i, embed in enumerate(embeds)}, file)
+    """Write what `prepare_ip_adapter_image_embeds` returns to a safetensors file, whole or not at all."""
+    save_tensors({f"ip_adapter.{i}": embed.clone() for i, embed in enumerate(embeds)}, Path(file))
 
 
 def load_image_embeds(file: str | Path) -> list[Tensor]:
-    """Read a file of `save_image_embeds`. ValueError if it is another."""
-    tensors = load_file(file)
-    names = [f"ip_adapter.{i}" for i in range(len(tensors))]
-    if not tensors or set(names) != set(tensors):
+    """Read a file of `save_image_embeds`. FileNotFoundError or ValueError if it is none."""
+    source = Source([Path(file)])
+    names = [f"ip_adapter.{i}" for i in range(len(source))]
+    if not names or set(names) != set(source):
         raise ValueError(f"{file}: no image embeddings, wanted tensors ip_adapter.0 and so on")
-    return [tensors[name] for name in names]
+    return [source[name] for name in names]
 
 
 def _matched_sources(

@@ -8,22 +8,23 @@ models/attention_processor.py, and `Resampler` of the original repository.
 Shapes: B batch, I pictures an adapter, Q queries (16), C width, P patches of a picture (577).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from kolors_core.attention import attention
 from kolors_core.blocks import BlockScale, block_scales
+from kolors_core.clip_vision import CLIPVision
 from kolors_core.unet import Attention, ImagePrompt, UNet
 
 
 @dataclass(frozen=True, kw_only=True)
 class IPAdapterConfig:
-    """Kolors-IP-Adapter-Plus. image_dim: width of CLIP's states; widths: of the UNet's cross-attentions, in
-    the file's order."""
+    """Kolors-IP-Adapter-Plus. image_dim: width of CLIP's states. branch_widths: of the UNet's
+    cross-attentions, in the file's order."""
 
     image_dim: int = 1024
     width: int = 2048
@@ -33,7 +34,7 @@ class IPAdapterConfig:
     feed_forward_size: int = 8192
     layers: int = 4
     context_dim: int = 2048
-    branches: tuple[int, ...] = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
+    branch_widths: tuple[int, ...] = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> Self:
@@ -54,7 +55,7 @@ class IPAdapterConfig:
                 feed_forward_size=shapes["resampler.layers.0.feed_forward.proj_in.weight"][0],
                 layers=len({name.split(".")[2] for name in shapes if name.startswith("resampler.layers.")}),
                 context_dim=shapes["resampler.proj_out.weight"][0],
-                branches=tuple(size for _, size in branches),
+                branch_widths=tuple(size for _, size in branches),
             )
         except (KeyError, ValueError, IndexError) as error:
             raise ValueError(f"{where}: not an IP-Adapter-Plus: {error}") from None
@@ -153,6 +154,7 @@ class ImageBranch(nn.Module):
         self.to_k = nn.Linear(context_dim, width, bias=False)
         self.to_v = nn.Linear(context_dim, width, bias=False)
         self.scale: float | Sequence[float] = 1.0
+        self.handle: Attached | None = None  # of the adapter that it belongs to, while attached
 
     def forward(self, h: Tensor, q: Tensor, image: ImagePrompt) -> Tensor:
         """h, q: [B, heads, N, C/heads], the text's result and the queries; image: tokens [B, I, Q,
@@ -191,15 +193,25 @@ class IPAdapter(nn.Module):
         self.config = config
         self.resampler = Resampler(config)
         self.branches = nn.ModuleDict(
-            {str(2 * i + 1): ImageBranch(size, config.context_dim) for i, size in enumerate(config.branches)}
+            {
+                str(2 * i + 1): ImageBranch(size, config.context_dim)
+                for i, size in enumerate(config.branch_widths)
+            }
         )
 
 
 class Attached:
-    """The handle of an attached adapter: its branches by the path of the cross-attention they hang in."""
+    """The handle of an attached adapter: its branches by the path of the cross-attention they hang in.
 
-    def __init__(self, unet: UNet, adapter: IPAdapter, branches: dict[str, ImageBranch]) -> None:
-        self.unet, self.adapter, self.branches = unet, adapter, branches
+    encoder: the image encoder that came with it, which whoever uses the adapter may use, or None.
+    """
+
+    def __init__(
+        self, unet: UNet, adapter: IPAdapter, branches: dict[str, ImageBranch], encoder: CLIPVision | None
+    ) -> None:
+        self.unet, self.adapter, self.branches, self.encoder = unet, adapter, branches, encoder
+        for branch in branches.values():
+            branch.handle = self
 
     def tokens(self, states: Tensor) -> Tensor:
         """CLIP states of pictures [B, I, P, image_dim] as the UNet's image tokens [B, I, Q, context_dim]."""
@@ -213,9 +225,17 @@ class Attached:
 
     def set_scale(self, scale: BlockScale) -> None:
         """A number, or a mapping by block as in `blocks.block_scales`, where a block left out gets 0."""
+        self.set_scales(self.scales(scale))
+
+    def scales(self, scale: BlockScale) -> dict[str, Any]:
+        """The scale of each branch by its path, checked but not set."""
         scales = block_scales(scale, self.unet, default=0.0)
+        return {path: scales[path.partition(".blocks.")[0]] for path in self.branches}
+
+    def set_scales(self, scales: Mapping[str, Any]) -> None:
+        """Weigh each branch by itself."""
         for path, branch in self.branches.items():
-            branch.scale = scales[path.partition(".blocks.")[0]]
+            branch.scale = scales[path]
 
     def detach(self) -> None:
         """Take the branches out again; the UNet is what it was, bit for bit."""
@@ -224,21 +244,35 @@ class Attached:
             assert isinstance(place, Attention)
             kept = [other for other in place.image_branches if other is not branch]
             place.image_branches = nn.ModuleList(kept)
+            branch.handle = None
         self.branches = {}
 
 
-def attach(unet: UNet, adapter: IPAdapter) -> Attached:
-    """Hang an adapter's branches into a UNet, after those of adapters attached before.
+def attached(unet: UNet) -> list[Attached]:
+    """The handles of the adapters that a UNet has, in the order in which it takes their pictures."""
+    first = next(iter(cross_attentions(unet).values()), None)
+    branches = () if first is None else first.image_branches
+    return [branch.handle for branch in cast(Iterable[Any], branches)]
 
-    ValueError if the adapter was made for a UNet of another shape; the UNet is then untouched.
-    """
+
+def check_fits(unet: UNet, adapter: IPAdapter) -> None:
+    """ValueError if the adapter was made for a UNet of another shape."""
     places, config = cross_attentions(unet), adapter.config
     wanted = [place.to_q.in_features for place in places.values()]
-    if list(config.branches) != wanted or config.context_dim != unet.config.context_dim:
-        got = f"{len(config.branches)} attentions {sorted(set(config.branches))} wide"
+    if list(config.branch_widths) != wanted or config.context_dim != unet.config.context_dim:
+        got = f"{len(config.branch_widths)} attentions {sorted(set(config.branch_widths))} wide"
         have = f"{len(wanted)}, {sorted(set(wanted))} wide, of context {unet.config.context_dim}"
         raise ValueError(f"the IP-Adapter is for {got}, of context {config.context_dim}; the UNet has {have}")
+
+
+def attach(unet: UNet, adapter: IPAdapter, encoder: CLIPVision | None = None) -> Attached:
+    """Hang an adapter's branches into a UNet, after those of adapters attached before.
+
+    ValueError if it does not fit; the UNet is then untouched.
+    """
+    check_fits(unet, adapter)
+    places = cross_attentions(unet)
     branches = {path: cast(ImageBranch, b) for path, b in zip(places, adapter.branches.values(), strict=True)}
     for path, branch in branches.items():
         places[path].image_branches.append(branch)
-    return Attached(unet, adapter, branches)
+    return Attached(unet, adapter, branches, encoder)

@@ -7,20 +7,19 @@ Shapes: R rank, I and O the layer's widths.
 """
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kolors_core.blocks import BlockScale, block_scales
 from kolors_core.lora_layers import KINDS, LoRALayer, Part
 from kolors_core.unet import UNet
 from weights_convert import TABLES
+from weights_convert.source import save_tensors
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out")
 TEXT_TARGETS = ("to_qkv",)
@@ -45,6 +44,11 @@ class Adapter:
     def is_active(self) -> bool:
         """Whether it acts, wherever adapters are enabled."""
         return any(part.is_active for part in self.parts().values())
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the model's adapters are switched on, see `enable`."""
+        return all(layer.is_enabled for layer in self.layers.values())
 
     def set_active(self, is_active: bool) -> None:
         """Switch it on or off; its scale stays. ValueError while adapters are fused."""
@@ -92,6 +96,8 @@ class Adapter:
         """
         refuse_fused(self.model, f"detach adapter {self.name!r}")
         for path, layer in self.layers.items():
+            if self.name not in layer.lora:
+                continue  # the model has been unloaded since
             del layer.lora[self.name]
             if not layer.lora:
                 _replace(self.model, path, layer.plain())
@@ -215,11 +221,16 @@ def refuse_fused(model: nn.Module, wish: str) -> None:
 def fuse(model: nn.Module, names: Sequence[str], share: float = 1.0) -> None:
     """Add adapters, each at its scale times `share`, to the base weights, which are kept on the CPU.
 
-    Until `unfuse` the model is this sum and nothing else: adapters that are not named do nothing.
+    Until `unfuse` the model is this sum and nothing else: adapters that are not named do nothing. ValueError
+    if a weight is then not finite; nothing is fused in that case.
     """
     refuse_fused(model, f"fuse {', '.join(names)}")
-    for layer in attached_layers(model).values():
+    layers = attached_layers(model)
+    for layer in layers.values():
         layer.fuse(names, share)
+    if broken := [path for path, layer in layers.items() if not torch.isfinite(layer.weight).all()]:
+        unfuse(model)
+        raise ValueError(f"fused with {', '.join(names)}, {broken[0]} is not finite: nothing is fused")
 
 
 def unfuse(model: nn.Module) -> None:
@@ -238,6 +249,7 @@ def enable(model: nn.Module, is_enabled: bool) -> None:
 def unload(model: nn.Module) -> None:
     """Take all adapters out. What is fused stays in the weights, and can then no more be unfused."""
     for path, layer in attached_layers(model).items():
+        layer.lora.clear()  # for handles that are still held
         _replace(model, path, layer.plain())
 
 
@@ -246,18 +258,7 @@ def save_adapters(adapters: dict[str, Adapter], file: str | Path) -> None:
     state = {}
     for component, adapter in adapters.items():
         state |= adapter.public_state(component)
-    write(state, Path(file))
-
-
-def write(state: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, whole or not at all; one that is there is replaced."""
-    scratch = file.with_name(f".{file.name}.partial")
-    try:
-        tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-        save_file(tensors, scratch, metadata={"format": "pt"} | dict(metadata or {}))
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    save_tensors(state, Path(file))
 
 
 def _of_layer(path: str, scale: BlockScale, scales: Mapping[str, Any]) -> Any:

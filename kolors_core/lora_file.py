@@ -108,10 +108,11 @@ def configs_of(source: Source | Tensors) -> dict[str, Mapping[str, Any]]:
     if isinstance(source, Tensors):
         return {}
     file = source.files[0]
+    # Beside a file of another name it is of another adapter.
     beside, inside = file.with_name("adapter_config.json"), (source.metadata(file) or {}).get(METADATA)
     if inside is not None:
         where, text = f"{file}: {METADATA}", inside
-    elif beside.is_file():
+    elif file.name == "adapter_model.safetensors" and beside.is_file():
         where, text = str(beside), beside.read_text(encoding="utf-8")
     else:
         return {}
@@ -142,6 +143,8 @@ def _part(roles: Roles, layer: nn.Module, public: str, config: Mapping[str, Any]
         raise Misfit(f"{', '.join(sorted(roles))} make no form of adapter that is known")
     if absent := FORMS[form][0] - rest.keys():
         raise Misfit(f"its layer's {', '.join(sorted(absent))} is missing")
+    if flat := [role for role, tensor in rest.items() if tensor.ndim < 2]:
+        raise Misfit(f"{flat[0]} is {list(rest[flat[0]].shape)}, wanted at least two axes")
     wide = {role: t if t.dtype == torch.float64 else t.float() for role, t in rest.items()}
     try:
         tensors, rank = form(wide, tuple(weight.shape))

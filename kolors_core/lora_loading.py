@@ -26,11 +26,10 @@ from kolors_core.lora import (
     refuse_fused,
     unfuse,
     unload,
-    write,
 )
 from kolors_core.lora_file import METADATA, LoRAReport, configs_of, read
 from kolors_core.unet import UNet
-from weights_convert.source import Source, Tensors
+from weights_convert.source import Source, Tensors, save_tensors
 
 COMPONENTS = ("unet", "text_encoder")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -67,6 +66,7 @@ class LoRALoading:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        low_cpu_mem_usage: bool = True,
         allow_partial: bool = False,
     ) -> LoRAReport:
         """Attach a LoRA of any known spelling, and make it the one that is active.
@@ -78,6 +78,8 @@ class LoRALoading:
         where a name is in use, nothing matches, or, unless `allow_partial`, something does not; the report
         says what.
         """
+        if not low_cpu_mem_usage:
+            raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
         models = self._lora_models()
         name = self._new_name() if adapter_name is None else adapter_name
         for model in models.values():
@@ -110,6 +112,8 @@ class LoRALoading:
         """
         names, models = _names(adapter_names), self._lora_models()
         self._refuse_unknown(names)
+        if len(set(names)) < len(names):
+            raise ValueError(f"an adapter has one weight, got {', '.join(names)}")
         for model in models.values():
             refuse_fused(model, f"set {', '.join(names)}")
         is_list = isinstance(adapter_weights, Sequence)
@@ -170,7 +174,7 @@ class LoRALoading:
             raise ValueError(f"the scale of LoRAs must be a number, got {factor!r}")
         refuse_fused(self.unet, "scale adapters")
         attached = adapters(self.unet).values()
-        if not any(adapter.is_active for adapter in attached):
+        if not any(adapter.is_active and adapter.is_enabled for adapter in attached):
             raise ValueError("no LoRA is active on the UNet, so that a scale has no effect")
         parts = [part for adapter in attached for part in adapter.parts().values()]
         before = [part.strength for part in parts]
@@ -186,11 +190,13 @@ class LoRALoading:
         self,
         components: Sequence[str] | None = None,
         lora_scale: float = 1.0,
+        safe_fusing: bool = True,
         adapter_names: str | Sequence[str] | None = None,
     ) -> None:
         """Add adapters, the active ones if None, to the weights of the components, all if None.
 
-        Each counts at its weight times `lora_scale`. The weights from before are kept on the CPU. Until
+        Each counts at its weight times `lora_scale`. safe_fusing: that the sums are finite is always checked,
+        and nothing is fused if they are not. The weights from before are kept on the CPU. Until
         `unfuse_lora`, other adapters do nothing and none can be loaded, weighed or deleted; but
         `unload_lora_weights` makes the fused weights the pipeline's own. Raises ValueError if there is
         nothing to fuse or something is fused already.
@@ -247,8 +253,10 @@ class LoRALoading:
         save_directory: str | Path,
         unet_lora_layers: Mapping[str, Tensor] | None = None,
         text_encoder_lora_layers: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        safe_serialization: bool = True,
         *,
-        weight_name: str = WEIGHT_NAME,
         adapter_name: str | None = None,
         unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
         text_encoder_lora_adapter_metadata: Mapping[str, Any] | None = None,
@@ -257,8 +265,13 @@ class LoRALoading:
 
         Of a pipeline, the attached adapter `adapter_name`, or the only one. With `unet_lora_layers` or
         `text_encoder_lora_layers`, also on the class, these tensors, by the names of their model, with PEFT's
-        settings as metadata. Raises ValueError if it is not clear what to write, or the names cannot say it.
+        settings as metadata. weight_name: pytorch_lora_weights.safetensors if None. is_main_process: others
+        write nothing. Raises ValueError if it is not clear what to write, or the names cannot say it.
         """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle; only safetensors are written")
+        if not is_main_process:
+            return
         given = {"unet": unet_lora_layers, "text_encoder": text_encoder_lora_layers}
         metadata = {"unet": unet_lora_adapter_metadata, "text_encoder": text_encoder_lora_adapter_metadata}
         if any(layers is not None for layers in given.values()):
@@ -272,7 +285,8 @@ class LoRALoading:
             state, settings = self._state_of(adapter_name), {}
         text = json.dumps(settings, sort_keys=True, default=list)  # PEFT's settings have sets
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write(state, Path(save_directory) / weight_name, {METADATA: text} if settings else None)
+        file = Path(save_directory) / (WEIGHT_NAME if weight_name is None else weight_name)
+        save_tensors(state, file, {METADATA: text} if settings else None)
 
     def _state_of(self, name: str | None) -> dict[str, Tensor]:
         """An attached adapter in diffusers' names; the only one if the name is None."""

@@ -138,8 +138,8 @@ class KolorsImg2ImgPipeline(Task):
     ) -> KolorsPipelineOutput | tuple[Any]:
         """Make pictures from pictures and prompts.
 
-        image: a PIL image, an array [H, W, 3], or a tensor [3, H, W] in [0, 1] or [-1, 1]; or a batch or list
-        of them, one for all, for each prompt or for each of the B pictures; or latents [b, 4, H/8, W/8].
+        image: a PIL image, an array [H, W, 3], a tensor [3, H, W] in [0, 1] or [-1, 1], or latents [4, H/8,
+        W/8]; or a batch or list of them, one for all, for each prompt or for each of the B pictures.
         strength: above 0 and at most 1; int(steps * strength) steps are done, from that much noise.
         height, width: pixels, multiples of 8, to which the image is resized; its own if None.
         denoising_start: take the image as one on which `denoising_end` has left off, and add no noise.
@@ -167,16 +167,19 @@ class KolorsImg2ImgPipeline(Task):
         request.check()
         whole = self._schedule(request)
         schedule = self._part(whole, strength, denoising_start, denoising_end)
-        clean = self._encoded(image, height, width, generator)  # [b, 4, H/8, W/8]
-        size = clean.shape[-2] * self.vae.config.downscale, clean.shape[-1] * self.vae.config.downscale
+        mean, std = self._encoded(image, height, width, is_only_size=latents is not None)  # [b, 4, H/8, W/8]
+        size = mean.shape[-2] * self.vae.config.downscale, mean.shape[-1] * self.vae.config.downscale
         positive, negative = self._conditions(request, size)
-        clean = _for_each(clean, len(positive.size_ids), num_images_per_prompt)
+        count = len(positive.size_ids)
         if latents is not None:
-            x = self._given_latents(latents, tuple(clean.shape)) * self._preserved(schedule)
-        elif denoising_start is not None:
-            x = clean * self._preserved(schedule)
+            shape = self._latent_shape(count, size)
+            x = self._given_latents(latents, shape) * self._preserved(schedule)
         else:
-            x = clean + self._draw(clean.shape, generator) * schedule.sigmas[0].item()
+            clean = self._sampled(mean, std, count, num_images_per_prompt, generator)
+            if denoising_start is not None:
+                x = clean * self._preserved(schedule)
+            else:
+                x = clean + self._draw(clean.shape, generator) * schedule.sigmas[0].item()
         facts = {"steps": len(whole.timesteps), "strength": strength}
         return self._pictures(request, schedule, x, positive, negative, facts)
 
@@ -192,26 +195,40 @@ class KolorsImg2ImgPipeline(Task):
             schedule = whole.since(start)
         return schedule if end is None else schedule.until(end)
 
-    def _encoded(self, image: Any, height: int | None, width: int | None, generator: Generators) -> Tensor:
-        """Images as latents [b, 4, H/8, W/8], sampled from the VAE's distribution; latents as they are."""
+    def _encoded(
+        self, image: Any, height: int | None, width: int | None, is_only_size: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Images as the VAE's mean and standard deviation over latents [b, 4, H/8, W/8]; latents have no
+        deviation. is_only_size: the shape is all that is asked for, nothing is encoded.
+        """
         if image is None:
             raise ValueError("no image: wanted the picture to start from, or its latents")
         channels, scale = self.vae.config.latent_channels, self.vae.config.downscale
-        if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == channels:
-            for name, side, own in (("height", height, image.shape[2]), ("width", width, image.shape[3])):
+        if (latents := _as_latents(image, channels)) is not None:
+            for name, side, own in (("height", height, latents.shape[2]), ("width", width, latents.shape[3])):
                 if side not in (None, own * scale):
                     raise ValueError(f"{name} of given latents is {own * scale}, and cannot become {side}")
-            return image.to(self.device, self.precision)
+            return latents.to(self.device, self.precision), None
         pixels = vae_pixels(image, height, width, scale)  # [b, 3, H, W]
+        if is_only_size:
+            return torch.empty(self._latent_shape(len(pixels), tuple(pixels.shape[-2:])), device="meta"), None
         self._on_device("vae")
         weight = self._vae_weight
-        if not isinstance(generator, torch.Generator | None) and len(pixels) == 1:
-            pixels = pixels.expand(len(generator), -1, -1, -1)  # each picture draws its own sample
-        # In the order of the reference, one image after another, so that a batch needs no more memory.
+        # One after another, so that a batch needs no more memory.
         found = [self.vae.encode(picture[None].to(weight)) for picture in pixels]
         mean, std = (torch.cat([getattr(one, part) for one in found]) for part in ("mean", "std"))
-        noise = draw_noise(tuple(mean.shape), generator, mean.device, torch.float32)
-        return (mean + std * noise.to(std)).to(self.device, self.precision)
+        return mean, std
+
+    def _sampled(
+        self, mean: Tensor, std: Tensor | None, count: int, images_per_prompt: int, generator: Generators
+    ) -> Tensor:
+        """Clean latents for B pictures. One generator draws for each image, a list for each picture."""
+        if std is not None:
+            if not isinstance(generator, torch.Generator | None):
+                mean, std = (_for_each(part, count, images_per_prompt) for part in (mean, std))
+            noise = draw_noise(tuple(mean.shape), generator, mean.device, torch.float32)
+            mean = mean + std * noise.to(std)
+        return _for_each(mean, count, images_per_prompt).to(self.device, self.precision)
 
     def _preserved(self, schedule: Schedule) -> float:
         """What turns latents between steps, as the reference has them, into image + sigma * noise."""
@@ -228,3 +245,14 @@ def _for_each(clean: Tensor, count: int, images_per_prompt: int) -> Tensor:
         wanted = f"one, {count // images_per_prompt} (one a prompt) or {count} (one a picture)"
         raise ValueError(f"wanted {wanted} images, got {len(clean)}")
     return clean.repeat(count // len(clean), 1, 1, 1)
+
+
+def _as_latents(image: Any, channels: int) -> Tensor | None:
+    """Latents [b, 4, h, w] if that is what is given: a tensor of one or several, or a list of them."""
+    listed = list(image) if isinstance(image, list | tuple) else [image]
+    for one in listed:
+        if not isinstance(one, Tensor) or one.ndim not in (3, 4) or one.shape[-3] != channels:
+            return None
+    if not listed or len({one.shape[-2:] for one in listed}) > 1:
+        raise ValueError(f"latents of different sizes: {', '.join(str(list(one.shape)) for one in listed)}")
+    return torch.cat([one if one.ndim == 4 else one[None] for one in listed])

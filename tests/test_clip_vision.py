@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 
+import kolors_core
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import CLIPVisionConfig
 from tests.parity import (
@@ -19,12 +20,13 @@ from tests.parity import (
     assert_parity,
     first_divergence,
     pair,
+    randomise,
     reference_clip,
     relative_error,
     transfer,
 )
 from weights_convert import TABLES, recognise
-from weights_convert.rules import compare
+from weights_convert.__main__ import convert
 
 REAL_CONFIG = Path(__file__).parents[2] / "shared" / "data" / "clip_vit_l_14_336_config.json"
 Spoil = Callable[[CLIPVision, nn.Module], object]
@@ -155,7 +157,11 @@ def test_what_the_reference_saves_is_read(tmp_path: Path) -> None:
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', wanted 'quick_gelu'"),
         ({"model_type": "siglip_vision_model"}, "model_type is 'siglip_vision_model', wanted 'clip_vision"),
-        ({"model_type": "clip"}, "model_type is 'clip', wanted 'clip_vision_model', the image encoder alone"),
+        ({"model_type": "clip"}, "vision_config: the field image_size is missing"),
+        (
+            {"model_type": "clip", "vision_config": 3},
+            "vision_config is 3, wanted the fields of the image enc",
+        ),
         ({"num_channels": 1}, "num_channels is 1, wanted 3"),
         ({"image_size": [336, 336]}, r"image_size is \[336, 336\], wanted a positive whole number"),
         ({"patch_size": 337}, "patch_size is 337, wanted a positive whole number up to 336"),
@@ -173,7 +179,7 @@ def test_another_image_encoder_is_refused_by_its_field(change: dict, message: st
 
 def test_a_size_left_out_is_demanded_and_what_both_take_alike_is_not() -> None:
     public = CLIPVisionConfig().to_public()
-    alike = {"architectures", "model_type", "hidden_act", "num_channels"}
+    alike = {"architectures", "model_type", "hidden_act", "num_channels", "layer_norm_eps"}
     assert (
         CLIPVisionConfig.from_public({k: v for k, v in public.items() if k not in alike})
         == CLIPVisionConfig()
@@ -183,21 +189,29 @@ def test_a_size_left_out_is_demanded_and_what_both_take_alike_is_not() -> None:
             CLIPVisionConfig.from_public({k: v for k, v in public.items() if k != missing})
 
 
-def test_a_whole_clip_and_one_without_projection_are_named() -> None:
-    table = TABLES["image_encoder"]
+def test_of_a_whole_clip_the_image_encoder_is_read(tmp_path: Path) -> None:
+    """As the reference does: the text's half is dropped, with a reason."""
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with torch.device("meta"):
-        whole = CLIPModel(
-            CLIPConfig(text_config=text, vision_config=SMALL_CLIP.to_public(), projection_dim=48)
-        )
-        ours = {name: tuple(tensor.shape) for name, tensor in CLIPVision(SMALL_CLIP).state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
-    assert "logit_scale is no tensor of Kolors' image_encoder" in table.faults(shapes)
-    mismatch = str(compare(table, {table.to_ours(name): shape for name, shape in shapes.items()}, ours))
-    assert "unexpected: logit_scale, text_model." in mismatch and "missing" not in mismatch
-    without = [name for name in shapes if name.startswith("vision_model.")]
+    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=SMALL_CLIP.to_public(), projection_dim=48))
+    randomise(whole)
+    whole.save_pretrained(tmp_path)
+    theirs = CLIPVisionModelWithProjection.from_pretrained(tmp_path).eval()
+    ours = kolors_core.CLIPVisionModelWithProjection.from_pretrained(tmp_path)
+    images = pixels(dtype=torch.float32)
+    with torch.no_grad():
+        other = theirs(images, output_hidden_states=True)
+        assert relative_error(ours(images).image_embeds, other.image_embeds) < FLOAT32
+        assert relative_error(ours.penultimate(images), other.hidden_states[-2]) < FLOAT32
+    report = convert(tmp_path / "model.safetensors", tmp_path / "converted.safetensors")
+    assert any("text_model.embeddings" in line and "reads prompts with ChatGLM" in line for line in report)
+    convert(tmp_path / "converted.safetensors", tmp_path / "back.safetensors", to_public=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "back.safetensors").read_bytes()
+
+
+def test_one_without_projection_is_named() -> None:
+    names = [name for name in reference_clip(SMALL_CLIP).state_dict() if name.startswith("vision_model.")]
     with pytest.raises(ValueError, match="visual_projection.weight is missing .it makes image_embeds"):
-        recognise(without, "here")
+        recognise(names, "here")
 
 
 def test_position_numbers_of_older_files_are_dropped_with_a_reason() -> None:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kolors_core.config import KOLORS
-from kolors_core.ip_adapter import IPAdapter, IPAdapterConfig, attach, cross_attentions
+from kolors_core.ip_adapter import IPAdapter, IPAdapterConfig, attach, attached, cross_attentions
 from kolors_core.unet import ImagePrompt, UNet
 from tests.ip_adapters import Both, adapter_config, guided_steps, load_both
 from tests.parity import EXACT, SMALL, SMALL_CLIP, randomise, reference_unet, relative_error
@@ -22,7 +22,7 @@ def test_the_resampler_equals_the_reference(loaded: Both) -> None:
     ours, theirs = loaded
     states = torch.randn(2, 17, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        mine = ours._ip_adapters[0].adapter.resampler(states)
+        mine = attached(ours.unet)[0].adapter.resampler(states)
         other = theirs.unet.encoder_hid_proj.image_projection_layers[0](states)
     assert mine.shape == (2, 5, SMALL.unet.context_dim)
     assert relative_error(mine, other) < EXACT
@@ -35,7 +35,7 @@ def test_the_unet_with_two_adapters_equals_the_reference(both: Both, adapters: l
     generator = torch.Generator().manual_seed(2)
     states = [torch.randn(2, n, 17, 64, dtype=torch.float64, generator=generator) for n in (1, 3)]
     with torch.no_grad():
-        prompts = [ImagePrompt(a.tokens(s)) for a, s in zip(ours._ip_adapters, states, strict=True)]
+        prompts = [ImagePrompt(a.tokens(s)) for a, s in zip(attached(ours.unet), states, strict=True)]
         mine = ours.unet(**given, image_prompts=prompts)
         added = {"text_embeds": given["pooled_text"], "time_ids": given["size_ids"], "image_embeds": states}
         other = theirs.unet(
@@ -49,11 +49,11 @@ def test_branches_swapped_are_noticed(both: Both, adapters: list[Path]) -> None:
     """The parity test can fail: the order down, up, mid matters though widths are equal."""
     ours, theirs = both
     load_both(both, adapters[0])
-    attached = ours._ip_adapters[0]
-    paths = [path for path, branch in attached.branches.items() if branch.to_k.out_features == 128]
+    handle = attached(ours.unet)[0]
+    paths = [path for path, branch in handle.branches.items() if branch.to_k.out_features == 128]
     up, mid = (next(path for path in paths if path.startswith(way)) for way in ("up", "mid"))
     for part in ("to_k", "to_v"):
-        a, b = (getattr(attached.branches[path], part) for path in (up, mid))
+        a, b = (getattr(handle.branches[path], part) for path in (up, mid))
         a.weight.data, b.weight.data = b.weight.data, a.weight.data
     mine, other = (guided_steps(pipe)[0] for pipe in (ours, theirs))
     assert relative_error(mine, other) > 1e-4
@@ -63,8 +63,8 @@ def test_the_map_is_closed_at_full_size_both_ways() -> None:
     """70 pairs of keys and values, in the order down 24, up 36, mid 10."""
     with torch.device("meta"):
         adapter, unet = IPAdapter(IPAdapterConfig()), UNet(KOLORS.unet)
-    attached = attach(unet, adapter)
-    ways = [path.split(".")[0] for path in attached.branches]
+    handle = attach(unet, adapter)
+    ways = [path.split(".")[0] for path in handle.branches]
     assert [ways.count(way) for way in ("down", "up", "mid")] == [24, 36, 10]
     assert ways == sorted(ways, key=["down", "up", "mid"].index) and len(ways) == 70
     table = TABLES["ip_adapter"]
@@ -86,13 +86,13 @@ def test_the_reference_takes_the_same_names_and_shapes_at_full_size() -> None:
     table = TABLES["ip_adapter"]
     with torch.device("meta"):
         adapter, theirs = IPAdapter(IPAdapterConfig()), reference_unet(KOLORS.unet)
-        attached = attach(UNet(KOLORS.unet), adapter)
+        handle = attach(UNet(KOLORS.unet), adapter)
         public: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
         for name, tensor in adapter.state_dict().items():
             part, _, rest = table.to_public(name).partition(".")
             public[part][rest] = tensor
         theirs._load_ip_adapter_weights([public])
-    for path, branch in attached.branches.items():
+    for path, branch in handle.branches.items():
         place = theirs.get_submodule(TABLES["unet"].to_public(path))
         assert place.processor.to_k_ip[0].weight.shape == branch.to_k.weight.shape
     assert len([n for n, _ in theirs.named_modules() if n.endswith("to_k_ip.0")]) == 70

@@ -76,7 +76,8 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="b.safetensors: no such file"):
         models.load_lora_weights(tmp_path / "b.safetensors")
     state = peft_names("unet", factors(models.unet, "unet", ATTENTION))
-    save_file(state, tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").unlink()
+    save_file(state, tmp_path / PEFT)
     for text, fault in (("[1]", "wanted a JSON object, got list"), ("{", "adapter_config.json: not JSON"),
                         ('{"lora_alpha": "two", "r": 2}', "has 'two' for .*, wanted a number")):  # fmt: skip
         (tmp_path / "adapter_config.json").write_text(text)

@@ -95,7 +95,7 @@ def _report(where: str, table: Table, source: Source, public: dict[str, str], pr
     for name in dropped:
         kept = "dropped" if prune else f"dropped, kept aside as {UNUSED}*"
         lines.append(
-            f"  {kept}: {public[name]}, {source.nbytes(name):,} bytes: {table.dropped[public[name]]}"
+            f"  {kept}: {public[name]}, {source.nbytes(name):,} bytes: {table.why_dropped(public[name])}"
         )
     return lines
 
@@ -121,7 +121,7 @@ def _convert_index(source: Path, destination: Path, to_public: bool, prune: bool
 
 
 def _is_dropped(name: str, table: Table) -> bool:
-    return name.removeprefix(UNUSED) in table.dropped
+    return table.why_dropped(name.removeprefix(UNUSED)) is not None
 
 
 def _variant(name: str) -> str | None:

@@ -1,8 +1,7 @@
 """CLIP's image encoder: transformers' CLIPVisionModelWithProjection <-> ours (392 tensors).
 
 Ours is `kolors_core.clip_vision.CLIPVision`. The public name of the first norm is misspelt, `pre_layrnorm`,
-and always was. A whole CLIP is refused by the names of its text encoder (`text_model.`, `logit_scale`): it
-is another model, with another config.
+and always was. A whole CLIP has its text encoder beside it, which Kolors does not read.
 """
 
 from weights_convert.rules import Part, Table, both, weights
@@ -44,6 +43,9 @@ CLIP_VISION = Table(
     ),
     dropped={
         "vision_model.embeddings.position_ids": "the numbers 0, 1, 2, ..., which older files store",
+        "text_model.": "CLIP's text encoder: Kolors reads prompts with ChatGLM",
+        "text_projection.": "CLIP's text encoder: Kolors reads prompts with ChatGLM",
+        "logit_scale": "how CLIP compares pictures with texts, which Kolors does not",
     },
     required={
         "vision_model.embeddings.patch_embedding.weight": "it is the embedding of CLIP's image patches",

@@ -39,7 +39,8 @@ class Table:
 
     parts: every kind of block that the public format has, its grammar.
     rules: ordered (public, ours) pairs of dotted parts.
-    dropped: public names that the model never reads, each with its reason.
+    dropped: public names that the model never reads, each with its reason; one that ends with a dot is of all
+    names that start so.
     odd: paths whose blocks are numbered 1, 3, 5, ... and not 0, 1, 2, ...
     required: public names without which a checkpoint is another model, each with what its absence means.
     """
@@ -53,9 +54,14 @@ class Table:
 
     def to_ours(self, public: str) -> str:
         """Our name of a public tensor; dropped ones come back as `unused.<public name>`."""
-        if public in self.dropped:
+        if self.why_dropped(public) is not None:
             return UNUSED + public
         return _replace(public, self.rules)
+
+    def why_dropped(self, public: str) -> str | None:
+        """Why the model never reads this public tensor; None if it does."""
+        starts = (start for start in self.dropped if start.endswith(".") and public.startswith(start))
+        return self.dropped.get(next(starts, public))
 
     def to_public(self, ours: str) -> str:
         """The public name of one of our tensors, the exact inverse of `to_ours`."""
@@ -72,7 +78,7 @@ class Table:
         """
         found, blocks, numbers = [], dict[str, tuple[Part, set[str]]](), dict[str, set[int]]()
         for name in shapes:
-            if name in self.dropped:
+            if self.why_dropped(name) is not None:
                 continue
             path, part, tensor = self._place(name)
             if part is None:

@@ -5,6 +5,7 @@ Files are found in a listing, never guessed by one fixed name: `diffusion_pytorc
 `model-00001-of-00007.fp16.safetensors` are all read by `weight_files`.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -140,3 +142,16 @@ class Tensors(dict[str, Tensor]):
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of one tensor."""
         return self[name].dtype
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all; one that is there is replaced."""
+    scratch = file.with_name(f".{file.name}.partial")
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, scratch, metadata={"format": "pt"} | dict(metadata or {}))
+        os.replace(scratch, file)
+    finally:
+        scratch.unlink(missing_ok=True)
