@@ -12,7 +12,7 @@ import torch
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.components import whole_number
 from kolors_core.config import VERSION
-from kolors_core.image import load_image, read_description, save_png
+from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.placement import best_device, best_dtype, named_device
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
@@ -74,8 +74,10 @@ def parser() -> argparse.ArgumentParser:
 
     picture = top.add_argument_group("picture")
     picture.add_argument("-n", "--negative", metavar="TEXT", help="what not to draw")
-    picture.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the model's own)")
-    picture.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: the model's own)")
+    picture.add_argument(
+        "--height", type=int, help="pixels, a multiple of 8 (default: the model's own, or --image's)"
+    )
+    picture.add_argument("--width", type=int, help="pixels, likewise; --image is resized to both")
     picture.add_argument("--images", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
     picture.add_argument(
         "--seed", type=int, help="of the noise; picture i of several takes seed + i (default: random)"
@@ -97,9 +99,13 @@ def parser() -> argparse.ArgumentParser:
     )
     images.add_argument("--ip-scale", type=float, help="how much (default: 1)")
     model.add_argument(
-        "--lora", action="append", default=[], metavar="FROM[:SCALE]",
-        help="a LoRA of any spelling: a file, folder or hub repository, with its weight (may be repeated)",
-    )  # fmt: skip
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FROM[:SCALE]",
+        help="a LoRA of any spelling: a file, folder or hub repository, whose revision may follow an @; may "
+        "be repeated",
+    )
 
     steps = top.add_argument_group("sampling")
     steps.add_argument("--steps", type=int, help="denoising steps (default: 50 for euler, 25 for the others)")
@@ -168,29 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def draw(options: argparse.Namespace) -> None:
     """Make and write the pictures that the options ask for."""
-    if options.prompt is None:
-        raise ValueError("no prompt: say what to draw")
-    if options.steps is not None and (options.timesteps or options.sigmas):
-        raise ValueError("--steps has no effect beside --timesteps or --sigmas")
-    if options.timesteps and "karras" in options.sampler:
-        raise ValueError(f"--timesteps needs a --sampler without karras, got {options.sampler}")
-    if options.out.suffix.lower() != ".png":
-        raise ValueError(f"--out must end in .png, got {options.out}")
-    outs = [options.out]
-    if options.images > 1:
-        outs = [options.out.with_stem(f"{options.out.stem}-{i + 1}") for i in range(options.images)]
-    if existing := [out for out in outs if out.exists() and not options.force]:
-        raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
-    if options.seed is not None and not 0 <= options.seed < 2**63:
-        raise ValueError(f"--seed must be from 0 to {2**63 - 1}, got {options.seed}")
-    for side in ("height", "width"):
-        if getattr(options, side) is not None:
-            whole_number(side, getattr(options, side), 8)
-    given = (options.ip_adapter is not None, options.ip_image is not None)
-    if any(given) and not all(given) or (options.ip_scale is not None and not all(given)):
-        raise ValueError("--ip-adapter, --ip-image and --ip-scale need each other")
-    if options.strength is not None and options.image is None:
-        raise ValueError("--strength has no effect without --image")
+    outs = checked(options)
     start = None if options.image is None else load_image(options.image)
     guides = [load_image(file) for file in options.ip_image or ()]
     outs[0].parent.mkdir(parents=True, exist_ok=True)
@@ -216,10 +200,43 @@ def draw(options: argparse.Namespace) -> None:
     else:
         strength = {} if options.strength is None else {"strength": options.strength}
         output = KolorsImg2ImgPipeline.from_pipe(pipe)(image=start, **strength, **arguments)
+    told = {name: getattr(options, name) for name in ("image", "lora", "ip_adapter", "ip_image")}
+    told = {
+        name: value if isinstance(value, str) else ", ".join(value) for name, value in told.items() if value
+    }
     for image, out in zip(output[0], outs, strict=True):
+        describe(image, image.info | told)
         save_png(image, out)
         if not options.quiet:
             print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)
+
+
+def checked(options: argparse.Namespace) -> list[Path]:
+    """The files to write; ValueError or FileExistsError, before anything is loaded, for what cannot be."""
+    if options.prompt is None:
+        raise ValueError("no prompt: say what to draw")
+    if options.steps is not None and (options.timesteps or options.sigmas):
+        raise ValueError("--steps has no effect beside --timesteps or --sigmas")
+    if options.timesteps and "karras" in options.sampler:
+        raise ValueError(f"--timesteps needs a --sampler without karras, got {options.sampler}")
+    if options.out.suffix.lower() != ".png":
+        raise ValueError(f"--out must end in .png, got {options.out}")
+    outs = [options.out]
+    if options.images > 1:
+        outs = [options.out.with_stem(f"{options.out.stem}-{i + 1}") for i in range(options.images)]
+    if existing := [out for out in outs if out.exists() and not options.force]:
+        raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to {2**63 - 1}, got {options.seed}")
+    for side in ("height", "width"):
+        if getattr(options, side) is not None:
+            whole_number(side, getattr(options, side), 8)
+    given = (options.ip_adapter is not None, options.ip_image is not None)
+    if any(given) and not all(given) or (options.ip_scale is not None and not all(given)):
+        raise ValueError("--ip-adapter, --ip-image and --ip-scale need each other")
+    if options.strength is not None and options.image is None:
+        raise ValueError("--strength has no effect without --image")
+    return outs
 
 
 def load_pipeline(options: argparse.Namespace) -> KolorsPipeline:

@@ -116,6 +116,16 @@ class CLIPVision(nn.Module):
         embeds = self.projection(self.norm_out(x[:, 0]))  # [B, projection_dim]
         return CLIPVisionOutput(embeds, x, tuple(states) if output_hidden_states else None)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.projection.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.projection.weight.dtype
+
     def penultimate(self, pixels: Tensor) -> Tensor:
         """`hidden_states[-2]` [B, N, C], all that the IP-Adapter reads: the last layer is not computed."""
         x = self.norm_in(self.embedding(pixels))  # [B, N, C]

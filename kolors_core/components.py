@@ -23,7 +23,7 @@ from kolors_core.checkpoint import (
 )
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.ip_adapter import attached
-from kolors_core.placement import Dtypes, best_device, dtype_of, named_device
+from kolors_core.placement import Dtypes, best_device, dtype_of, named_device, one_dtype, plain
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
@@ -52,9 +52,9 @@ class Components:
         """
         kinds = {"vae": (vae, VAE), "unet": (unet, UNet), "scheduler": (scheduler, Scheduler)}
         for name, (part, kind) in kinds.items():
-            if not isinstance(part, kind):
+            if not isinstance(plain(part), kind):
                 raise TypeError(f"{name} must be kolors_core's {kind.__name__}, got {type(part).__name__}")
-        if not isinstance(image_encoder, CLIPVision | None):
+        if not isinstance(plain(image_encoder), CLIPVision | None):
             got = f"{type(image_encoder).__module__}.{type(image_encoder).__name__}"
             raise TypeError(f"image_encoder must be kolors_core's CLIPVision or None, got {got}")
         _must_fit(vae, text_encoder, tokenizer, unet)
@@ -69,7 +69,7 @@ class Components:
     @classmethod
     def from_pretrained(
         cls,
-        name: str | Path = EMBEDDED_NAME,
+        pretrained_model_name_or_path: str | Path = EMBEDDED_NAME,
         *,
         torch_dtype: Dtypes = None,
         dtype: Dtypes = None,
@@ -80,6 +80,7 @@ class Components:
         local_files_only: bool = False,
         token: str | bool | None = None,
         use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool = True,
         text_encoder: ChatGLM | None = _LOAD,
         tokenizer: Tokenizer | None = _LOAD,
         unet: UNet = _LOAD,
@@ -97,9 +98,9 @@ class Components:
         """
         if use_safetensors is False:
             raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
-        if torch_dtype is not None and dtype is not None:
-            raise ValueError("torch_dtype and dtype are two names of one argument: give one")
-        asked = torch_dtype if dtype is None else dtype
+        if not low_cpu_mem_usage:
+            raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
+        asked = one_dtype(torch_dtype, dtype)
         parts = {
             "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae,
             "scheduler": scheduler, "image_encoder": image_encoder,
@@ -107,7 +108,7 @@ class Components:
         dtypes = {component: dtype_of(component, asked) for component in KINDS}
         wanted = [component for component, value in parts.items() if value is _LOAD]
         folder = resolve(
-            name, wanted, variant, revision=revision, cache_dir=cache_dir,
+            pretrained_model_name_or_path, wanted, variant, revision=revision, cache_dir=cache_dir,
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
         index = load_index(folder)
@@ -128,17 +129,18 @@ class Components:
         )  # fmt: skip
 
     @classmethod
-    def from_pipe(cls, pipe: "Components", **changes: Any) -> Self:
+    def from_pipe(cls, pipeline: "Components", **changes: Any) -> Self:
         """Another task with the very same models, adapters included; changes: components to replace.
 
         Loading or unloading an adapter in one of them is seen by both.
         """
-        if not isinstance(pipe, Components):
-            raise TypeError(f"wanted a pipeline of kolors_core, got {type(pipe).__name__}")
-        if strangers := sorted(changes.keys() - pipe.components.keys()):
-            raise TypeError(f"{strangers[0]!r} is no component; wanted {', '.join(pipe.components)}")
-        made = cls(**pipe.components | {"image_encoder": pipe._image_encoder} | changes)
-        made._offload, made._progress = pipe._offload, pipe._progress
+        if not isinstance(pipeline, Components):
+            raise TypeError(f"wanted a pipeline of kolors_core, got {type(pipeline).__name__}")
+        if strangers := sorted(changes.keys() - pipeline.components.keys()):
+            raise TypeError(f"{strangers[0]!r} is no component; wanted {', '.join(pipeline.components)}")
+        own: dict[str, Any] = {"image_encoder": pipeline._image_encoder}
+        made = cls(**pipeline.components | own | changes)
+        made._offload, made._progress = pipeline._offload, pipeline._progress
         return made
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
@@ -153,7 +155,7 @@ class Components:
         with new_folder(Path(folder)) as place:
             for component in KINDS:
                 if (model := getattr(self, component)) is not None:
-                    save_component(model, place, component, variant=variant)
+                    save_component(plain(model), place, component, variant=variant)
             save_frame(place, type(self).__name__, self.components)
 
     def to(
@@ -194,7 +196,7 @@ class Components:
 
     def _models(self) -> dict[str, list[nn.Module]]:
         """What moves together, by the component that it works for."""
-        adapters = [handle.adapter for handle in attached(self.unet)]
+        adapters = [handle.adapter for handle in attached(plain(self.unet))]
         models = {name: [getattr(self, name)] for name in KINDS if getattr(self, name) is not None}
         return models | {"unet": [self.unet, *adapters]}
 
@@ -210,7 +212,7 @@ class Components:
     @property
     def image_encoder(self) -> CLIPVision | None:
         """The pipeline's own, or else the one that came with an IP-Adapter and leaves with it."""
-        brought = (handle.encoder for handle in attached(self.unet) if handle.encoder is not None)
+        brought = (handle.encoder for handle in attached(plain(self.unet)) if handle.encoder is not None)
         return next(brought, None) if self._image_encoder is None else self._image_encoder
 
     @image_encoder.setter
@@ -237,6 +239,11 @@ class Components:
     def guidance_scale(self) -> float:
         """Of the run; a callback that sets `_guidance_scale` to 1 or less ends guidance."""
         return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the run computes the negative half."""
+        return self._guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:

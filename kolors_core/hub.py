@@ -56,7 +56,7 @@ def fetch(
         try:
             info = HfApi(token=token).model_info(repo, revision=revision)
             listing = [file.rfilename for file in info.siblings or ()]
-        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        except (HfHubHTTPError, LocalTokenNotFoundError, ValueError) as error:  # or no hub at all
             raise FileNotFoundError(f"{repo}: cannot be had from the hub: {_one_line(error)}") from None
         except (OSError, HTTPError) as error:  # no connection, or offline mode: the cache may serve
             reason = f"the hub cannot be reached: {_one_line(error)}"

@@ -26,6 +26,7 @@ DOWNLOAD_SECONDS = 30  # without an answer
 DOWNLOAD_BYTES = 256 * 2**20
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LONGEST = 100  # a side by the other, of a picture that CLIP is shown the middle of
 # A picture as a decoder leaves it overshoots [-1, 1] a little; [0, 255] in floats is another scale.
 LARGEST_VALUE = 2.0
 
@@ -80,7 +81,8 @@ def _download(address: str) -> BytesIO:
         with urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
             content = answer.read(DOWNLOAD_BYTES + 1)
     except (OSError, HTTPException, ValueError) as error:
-        raise OSError(f"{address}: cannot be fetched: {error}") from None
+        reason = " ".join(str(error).split())
+        raise OSError(f"{address}: cannot be fetched: {reason[:200]}") from None
     if len(content) > DOWNLOAD_BYTES:
         raise ValueError(f"{address}: larger than {DOWNLOAD_BYTES:,} bytes")
     return BytesIO(content)
@@ -95,9 +97,9 @@ def _naming(file: str | Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(f"{file}: {reason}") from None
+        raise ValueError(f"{file}: {reason}".replace(f"{file}: {file}: ", f"{file}: ")) from None
 
 
 def vae_pixels(
@@ -129,7 +131,7 @@ def vae_pixels(
         named = ", ".join(f"{h} x {w}" for h, w in sizes)
         raise ValueError(f"images of different sizes, {named} (height x width): give height and width")
     target = targets.pop()
-    if 0 in target:
+    if 0 in target or any(0 in size for size in sizes):
         raise ValueError(f"image sides must be at least {multiple}, got {sizes[0][0]} x {sizes[0][1]}")
     batch = torch.stack([_resized(picture, target) for picture in pictures])  # [B, 3, H, W]
     if not (largest := batch.abs().max().item()) <= LARGEST_VALUE:
@@ -225,6 +227,11 @@ def clip_pixels(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", siz
     for image in _listed(images):
         picture = _on_white(image)
         short, long = sorted(picture.size)
+        if not 0 < long <= LONGEST * short:
+            size_now = f"{picture.height} x {picture.width}"
+            raise ValueError(
+                f"wanted a picture with sides of 1 to {LONGEST} times each other, got {size_now}"
+            )
         length = int(size * long / short)
         target = (size, length) if picture.width <= picture.height else (length, size)
         left, top = (target[0] - size) // 2, (target[1] - size) // 2

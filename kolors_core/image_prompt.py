@@ -25,7 +25,7 @@ from kolors_core.ip_adapter import (
     attached,
     check_fits,
 )
-from kolors_core.placement import dtype_of
+from kolors_core.placement import dtype_of, one_dtype, plain
 from kolors_core.unet import ImagePrompt
 from weights_convert import TABLES, recognise
 from weights_convert.source import Source, Tensors, save_tensors
@@ -39,7 +39,7 @@ class CLIPVisionModelWithProjection:
     @classmethod
     def from_pretrained(
         cls,
-        name: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         subfolder: str = "",
         torch_dtype: torch.dtype | None = None,
@@ -59,8 +59,7 @@ class CLIPVisionModelWithProjection:
         """
         if not low_cpu_mem_usage:
             raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
-        if torch_dtype is not None and dtype is not None:
-            raise ValueError("torch_dtype and dtype are two names of one argument: give one")
+        name, asked = pretrained_model_name_or_path, one_dtype(torch_dtype, dtype)
 
         def pick(listing: list[str]) -> list[str]:
             return component_files(listing, "image_encoder", subfolder or ".", variant, str(name))
@@ -70,7 +69,7 @@ class CLIPVisionModelWithProjection:
         )
         loaded = load_component(
             folder, "image_encoder", subfolder=subfolder, variant=variant, device=device,
-            dtype=dtype_of("image_encoder", torch_dtype if dtype is None else dtype),
+            dtype=dtype_of("image_encoder", asked),
         )  # fmt: skip
         return cast(CLIPVision, loaded)
 
@@ -124,13 +123,13 @@ class ImagePrompting(Components):
                     device=weight.device, **hub,
                 )  # fmt: skip
         for adapter in adapters:
-            check_fits(self.unet, adapter)
+            check_fits(plain(self.unet), adapter)
             if encoder is not None and adapter.config.image_dim != encoder.config.hidden_size:
                 got = f"the image encoder is {encoder.config.hidden_size} wide"
                 raise ValueError(f"{got}, and the IP-Adapter reads {adapter.config.image_dim}")
         self.unload_ip_adapter()
         for adapter in adapters:
-            attach(self.unet, adapter, encoder if encoder is not own else None)
+            attach(plain(self.unet), adapter, encoder if encoder is not own else None)
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Weigh the adapters: 1 is as trained, 0 as if there were none.
@@ -149,7 +148,7 @@ class ImagePrompting(Components):
 
     def unload_ip_adapter(self) -> None:
         """Take the adapters out, and CLIP if it came with one; the UNet is as before, bit for bit."""
-        for handle in attached(self.unet):
+        for handle in attached(plain(self.unet)):
             handle.detach()
 
     @torch.no_grad()
@@ -220,7 +219,7 @@ class ImagePrompting(Components):
         self, image: Images, embeds: Sequence[Tensor] | None, masks: Any, batch: int, is_guided: bool
     ) -> tuple[tuple[ImagePrompt, ...], tuple[ImagePrompt, ...]]:
         """What the UNet is told of the pictures in each of its B rows, and in each negative one."""
-        if not attached(self.unet) and image is None and embeds is None and masks is None:
+        if not attached(plain(self.unet)) and image is None and embeds is None and masks is None:
             return (), ()
         handles = self._need_adapters()
         if image is None and embeds is None:
@@ -231,26 +230,26 @@ class ImagePrompting(Components):
         self._on_device("unet")
         prompts, negatives = [], []
         for handle, (states, negative), mask in zip(
-            handles, pairs, _masks_of(masks, len(handles)), strict=True
+            handles, pairs, _masks_of(masks, len(handles), batch), strict=True
         ):
-            if len(states) not in (1, batch):
-                raise ValueError(f"ip_adapter_image_embeds has {len(states)} rows, wanted 1 or {batch}")
+            if batch % len(states):
+                raise ValueError(f"ip_adapter_image_embeds has {len(states)} rows, for {batch} pictures")
             mask = None if mask is None else mask.to(self.device)
             for half, into in ((states, prompts), (negative, negatives)):
                 if half is not None:
                     tokens = handle.tokens(half.to(self.device))
-                    into.append(ImagePrompt(tokens.expand(batch, -1, -1, -1), mask))
+                    into.append(ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0), mask))
         return tuple(prompts), tuple(negatives)
 
     def _need_adapters(self) -> list[Attached]:
-        if not (handles := attached(self.unet)):
+        if not (handles := attached(plain(self.unet))):
             raise ValueError("no IP-Adapter is loaded: load_ip_adapter first")
         return handles
 
 
 def save_image_embeds(embeds: Sequence[Tensor], file: str | Path) -> None:
     """Write what `prepare_ip_adapter_image_embeds` returns to a safetensors file, whole or not at all."""
-    save_tensors({f"ip_adapter.{i}": embed.clone() for i, embed in enumerate(embeds)}, Path(file))
+    save_tensors({f"ip_adapter.{i}": embed for i, embed in enumerate(embeds)}, Path(file))
 
 
 def load_image_embeds(file: str | Path) -> list[Tensor]:
@@ -307,7 +306,8 @@ def _build(source: Source | Tensors, like: Tensor) -> IPAdapter:
 
 def _halves(embed: Any, is_guided: bool) -> tuple[Tensor, Tensor | None]:
     """Given image embeddings, split under guidance: (positive, negative)."""
-    if not isinstance(embed, Tensor) or embed.ndim != 4 or (is_guided and len(embed) % 2):
+    fits = isinstance(embed, Tensor) and embed.ndim == 4 and embed.numel() and embed.is_floating_point()
+    if not fits or (is_guided and len(embed) % 2):
         got = list(embed.shape) if isinstance(embed, Tensor) else type(embed).__name__
         rows = "twice the batch, negative rows first" if is_guided else "batch"
         raise ValueError(
@@ -319,7 +319,7 @@ def _halves(embed: Any, is_guided: bool) -> tuple[Tensor, Tensor | None]:
     return positive, negative
 
 
-def _masks_of(masks: Any, count: int) -> list[Tensor | None]:
+def _masks_of(masks: Any, count: int, batch: int) -> list[Tensor | None]:
     """One tensor [1 or B, I, H, W] or None for each adapter; a tensor [adapters, 1, H, W] is taken apart."""
     if masks is None:
         return [None] * count
@@ -327,7 +327,11 @@ def _masks_of(masks: Any, count: int) -> list[Tensor | None]:
     if not isinstance(listed, list | tuple) or len(listed) != count:
         raise ValueError(f"ip_adapter_masks must be a list of one tensor for each of {count} IP-Adapters")
     for mask in listed:
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or not mask.numel() or len(mask) not in (1, batch):
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"ip_adapter_masks must be tensors [1, images, height, width], got {got}")
+        if mask.is_complex() or not 0 <= mask.min() <= mask.max() <= 1:
+            raise ValueError(f"ip_adapter_masks must be from 0 to 1, got {mask.min()} to {mask.max()}")
     return list(listed)

@@ -215,12 +215,13 @@ class Attached:
 
     def tokens(self, states: Tensor) -> Tensor:
         """CLIP states of pictures [B, I, P, image_dim] as the UNet's image tokens [B, I, Q, context_dim]."""
-        resampler, wanted = self.adapter.resampler, self.adapter.config.image_dim
+        weight = next(iter(self.branches.values())).to_k.weight
+        resampler = self.adapter.resampler.to(weight)  # it follows where the UNet and its branches have gone
+        wanted = self.adapter.config.image_dim
         if states.ndim != 4 or states.shape[-1] != wanted:
             raise ValueError(
                 f"wanted image embeddings [batch, images, patches, {wanted}], got {list(states.shape)}"
             )
-        weight = resampler.proj_in.weight
         return resampler(states.flatten(0, 1).to(weight)).unflatten(0, states.shape[:2])
 
     def set_scale(self, scale: BlockScale) -> None:

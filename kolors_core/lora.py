@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kolors_core.blocks import BlockScale, block_scales
+from kolors_core.blocks import BlockScale, block_scales, finite
 from kolors_core.lora_layers import KINDS, LoRALayer, Part
 from kolors_core.unet import UNet
 from weights_convert import TABLES
@@ -78,10 +78,7 @@ class Adapter:
         else:
             by_transformer = {}
         scales = {path: _of_layer(path, scale, by_transformer) for path in self.layers}
-        for value in scales.values():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"the scale of an adapter must be a number, got {value!r}")
-        return scales
+        return {path: finite("the scale of an adapter", value) for path, value in scales.items()}
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
         """Weigh each layer by itself. ValueError while adapters are fused."""
@@ -226,11 +223,14 @@ def fuse(model: nn.Module, names: Sequence[str], share: float = 1.0) -> None:
     """
     refuse_fused(model, f"fuse {', '.join(names)}")
     layers = attached_layers(model)
-    for layer in layers.values():
-        layer.fuse(names, share)
-    if broken := [path for path, layer in layers.items() if not torch.isfinite(layer.weight).all()]:
+    try:
+        for path, layer in layers.items():
+            layer.fuse(names, share)
+            if not torch.isfinite(layer.weight).all():
+                raise ValueError(f"fused with {', '.join(names)}, {path} is not finite: nothing is fused")
+    except BaseException:
         unfuse(model)
-        raise ValueError(f"fused with {', '.join(names)}, {broken[0]} is not finite: nothing is fused")
+        raise
 
 
 def unfuse(model: nn.Module) -> None:

@@ -44,8 +44,14 @@ class LoRAReport:
         for kind, names in (("unmatched", self.unmatched), ("of the wrong shape", self.misshapen)):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                text += f"; {len(names)} {kind}: {', '.join(names[:3])}{more}"
+                text += f"; {len(names)} {kind}: {', '.join(map(_shown, names[:3]))}{more}"
         return text
+
+
+def _shown(name: str) -> str:
+    """A tensor's name, whatever it is, in one line of bearable length."""
+    line = " ".join(name.split())
+    return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 class Misfit(ValueError):
@@ -90,7 +96,7 @@ def read(
     count = sum(map(len, parts.values()))
     report = LoRAReport(adapter, count, tuple(matched), tuple(unmatched), tuple(misshapen))
     if not parts:
-        example = next(iter([*misshapen, *unmatched]), "it is empty")
+        example = _shown(next(iter([*misshapen, *unmatched]), "it is empty"))
         raise ValueError(
             f"{source.where}: none of its {len(source)} tensors fits this pipeline's {' and '.join(models)}, "
             f"for example {example}. Known spellings: {KNOWN}"
@@ -113,7 +119,7 @@ def configs_of(source: Source | Tensors) -> dict[str, Mapping[str, Any]]:
     if inside is not None:
         where, text = f"{file}: {METADATA}", inside
     elif file.name == "adapter_model.safetensors" and beside.is_file():
-        where, text = str(beside), beside.read_text(encoding="utf-8")
+        where, text = str(beside), beside.read_bytes()
     else:
         return {}
     try:
@@ -145,6 +151,8 @@ def _part(roles: Roles, layer: nn.Module, public: str, config: Mapping[str, Any]
         raise Misfit(f"its layer's {', '.join(sorted(absent))} is missing")
     if flat := [role for role, tensor in rest.items() if tensor.ndim < 2]:
         raise Misfit(f"{flat[0]} is {list(rest[flat[0]].shape)}, wanted at least two axes")
+    if broken := [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]:
+        raise Misfit(f"{broken[0]} has numbers that are not finite")
     wide = {role: t if t.dtype == torch.float64 else t.float() for role, t in rest.items()}
     try:
         tensors, rank = form(wide, tuple(weight.shape))
@@ -247,6 +255,8 @@ def _scale(alpha: Tensor | None, rank: int | None, public: str, config: Mapping[
     if alpha is not None:
         if alpha.numel() != 1:
             raise Misfit(f"alpha is {list(alpha.shape)}, wanted one number")
+        if not torch.isfinite(alpha).all():
+            raise Misfit(f"alpha is {alpha.item()}")
         return alpha.item() / rank if rank is not None else 1.0
     if not config:
         return 1.0
@@ -259,10 +269,14 @@ def _scale(alpha: Tensor | None, rank: int | None, public: str, config: Mapping[
 
 def _setting(config: Mapping[str, Any], pattern: str, public: str, default: Any) -> float | None:
     """A layer's own value in one of PEFT's patterns (of the end of its name), or the default."""
-    for key, value in (config.get(pattern) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", public):
-            default = value
-            break
+    values = config.get(pattern) or {}
+    try:
+        for key, value in values.items():
+            if re.fullmatch(rf"(.*\.)?({key})", public):
+                default = value
+                break
+    except (AttributeError, re.error) as error:
+        raise ValueError(f"the adapter's config has {values!r} for {pattern}: {error}") from None
     if default is not None and (isinstance(default, bool) or not isinstance(default, int | float)):
         raise ValueError(f"the adapter's config has {default!r} for {public}, wanted a number")
     return default

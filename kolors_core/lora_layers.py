@@ -34,6 +34,12 @@ class Part(nn.Module):
             tensor = tensors.get(name)
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
         self.scale, self.strength, self.is_active, self.order = scale, 1.0, True, 0
+        self.run_scale = 1.0  # a further factor, during one run
+
+    @property
+    def wanted(self) -> float:
+        """How much of the adapter is wanted now, before its own scale."""
+        return self.strength * self.run_scale
 
     def change(self, weight: Tensor, share: float = 1.0) -> Tensor:
         """What `share` of the adapter adds to a layer's weight, of the weight's shape and dtype.
@@ -41,7 +47,7 @@ class Part(nn.Module):
         With a magnitude it is m * V / |V| - W, where V = W + share * scale * up @ down; the norm takes no
         gradient (section 4.3 of the paper). A strength of 0 then still leaves m * W / |W|.
         """
-        amount = share * self.strength * self.scale
+        amount = share * self.wanted * self.scale
         if self.delta is not None:
             change = self.delta.to(weight.dtype) * amount
         else:
@@ -86,9 +92,9 @@ class LoRALayer(nn.Module):
                 weight = weight + part.change(self.weight)
             else:
                 h = self.run(input, part.down.to(input.dtype), None)  # [..., R]
-                added.append(part.strength * part.scale * self.widen(h, part.up.to(input.dtype)))
+                added.append(part.wanted * part.scale * self.widen(h, part.up.to(input.dtype)))
             if part.bias is not None and bias is not None:
-                bias = bias + part.strength * part.bias.to(bias.dtype)
+                bias = bias + part.wanted * part.bias.to(bias.dtype)
         return sum(added, self.run(input, weight, bias))
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kolors_core.blocks import BlockScale
+from kolors_core.blocks import BlockScale, finite
 from kolors_core.chatglm import ChatGLM
 from kolors_core.hub import find_file
 from kolors_core.lora import (
@@ -28,8 +28,9 @@ from kolors_core.lora import (
     unload,
 )
 from kolors_core.lora_file import METADATA, LoRAReport, configs_of, read
+from kolors_core.placement import plain
 from kolors_core.unet import UNet
-from weights_convert.source import Source, Tensors, save_tensors
+from weights_convert.source import PICKLES, Source, Tensors, save_tensors
 
 COMPONENTS = ("unet", "text_encoder")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -85,6 +86,8 @@ class LoRALoading:
         for model in models.values():
             check_name(model, name)
         source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, str | Path | Mapping):
+            raise TypeError(f"wanted a LoRA's file, folder, repository or tensors, got {source!r}")
         if isinstance(source, Mapping):
             tensors = Tensors(source, "the given LoRA")
         else:
@@ -116,8 +119,9 @@ class LoRALoading:
             raise ValueError(f"an adapter has one weight, got {', '.join(names)}")
         for model in models.values():
             refuse_fused(model, f"set {', '.join(names)}")
-        is_list = isinstance(adapter_weights, Sequence)
-        weights: list[Any] = list(adapter_weights) if is_list else [adapter_weights] * len(names)
+        weights: list[Any] = [adapter_weights] * len(names)
+        if isinstance(adapter_weights, Sequence) and not isinstance(adapter_weights, str):
+            weights = list(adapter_weights)
         if len(weights) != len(names):
             raise ValueError(f"wanted a weight for each of {len(names)} adapters, got {len(weights)}")
         chosen = dict(zip(names, weights, strict=True))
@@ -170,21 +174,19 @@ class LoRALoading:
         What a call's `cross_attention_kwargs={"scale": factor}` asks for. Raises ValueError where it would do
         nothing: no adapter is active, or one is fused.
         """
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
-            raise ValueError(f"the scale of LoRAs must be a number, got {factor!r}")
-        refuse_fused(self.unet, "scale adapters")
-        attached = adapters(self.unet).values()
+        factor = finite("the scale of LoRAs", factor)
+        refuse_fused(self._plain_unet, "scale adapters")
+        attached = adapters(self._plain_unet).values()
         if not any(adapter.is_active and adapter.is_enabled for adapter in attached):
             raise ValueError("no LoRA is active on the UNet, so that a scale has no effect")
         parts = [part for adapter in attached for part in adapter.parts().values()]
-        before = [part.strength for part in parts]
         try:
             for part in parts:
-                part.strength *= factor
+                part.run_scale = factor
             yield
         finally:
-            for part, strength in zip(parts, before, strict=True):
-                part.strength = strength
+            for part in parts:
+                part.run_scale = 1.0
 
     def fuse_lora(
         self,
@@ -203,6 +205,7 @@ class LoRALoading:
         """
         names = self.get_active_adapters() if adapter_names is None else _names(adapter_names)
         self._refuse_unknown(names)
+        lora_scale = finite("lora_scale", lora_scale)
         models = self._lora_models(components)
         found = {component: [n for n in names if n in adapters(model)] for component, model in models.items()}
         for model in models.values():
@@ -268,7 +271,7 @@ class LoRALoading:
         settings as metadata. weight_name: pytorch_lora_weights.safetensors if None. is_main_process: others
         write nothing. Raises ValueError if it is not clear what to write, or the names cannot say it.
         """
-        if not safe_serialization:
+        if not safe_serialization or (weight_name or "a.safetensors").endswith(PICKLES):
             raise ValueError("safe_serialization=False would write a pickle; only safetensors are written")
         if not is_main_process:
             return
@@ -278,6 +281,8 @@ class LoRALoading:
             if adapter_name is not None:
                 raise ValueError("give either adapter_name or layers, not both")
             state = {f"{c}.{name}": t for c, layers in given.items() for name, t in (layers or {}).items()}
+            if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+                raise ValueError("unet_lora_layers and text_encoder_lora_layers must be dicts of tensors")
             settings = {f"{c}.{name}": v for c, of in metadata.items() for name, v in (of or {}).items()}
         elif self is None or any(metadata.values()):
             raise ValueError("give unet_lora_layers or text_encoder_lora_layers")
@@ -306,8 +311,12 @@ class LoRALoading:
         names = COMPONENTS if components is None else _names(components)
         if unknown := [name for name in names if name not in COMPONENTS]:
             raise ValueError(f"LoRA goes into {' and '.join(COMPONENTS)}, not into {unknown[0]!r}")
-        models = {name: getattr(self, name) for name in names}
+        models = {name: plain(getattr(self, name)) for name in names}
         return {name: model for name, model in models.items() if model is not None}
+
+    @property
+    def _plain_unet(self) -> nn.Module:
+        return plain(self.unet)
 
     def _new_name(self) -> str:
         taken = {name for names in self.get_list_adapters().values() for name in names}
@@ -320,4 +329,7 @@ class LoRALoading:
 
 
 def _names(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, Sequence) or not all(isinstance(name, str) for name in listed):
+        raise TypeError(f"wanted a name, or a list of names, got {names!r}")
+    return list(listed)

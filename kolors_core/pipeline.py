@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.callback import StepCallback
+from kolors_core.components import whole_number
 from kolors_core.guidance import Size
 from kolors_core.image import vae_pixels
 from kolors_core.sampling import Generators, draw_noise
@@ -209,9 +210,13 @@ class KolorsImg2ImgPipeline(Task):
                 if side not in (None, own * scale):
                     raise ValueError(f"{name} of given latents is {own * scale}, and cannot become {side}")
             return latents.to(self.device, self.precision), None
+        for name, side in (("height", height), ("width", width)):
+            if side is not None:
+                whole_number(name, side, scale)
         pixels = vae_pixels(image, height, width, scale)  # [b, 3, H, W]
         if is_only_size:
-            return torch.empty(self._latent_shape(len(pixels), tuple(pixels.shape[-2:])), device="meta"), None
+            height, width = pixels.shape[-2:]
+            return torch.empty(self._latent_shape(len(pixels), (height, width)), device="meta"), None
         self._on_device("vae")
         weight = self._vae_weight
         # One after another, so that a batch needs no more memory.

@@ -1,6 +1,7 @@
 """Which device and which precision each stage runs in."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -49,3 +50,15 @@ def dtype_of(component: str, torch_dtype: Dtypes) -> torch.dtype:
     if not isinstance(asked, torch.dtype) or not asked.is_floating_point:
         raise TypeError(f"torch_dtype must be a floating torch.dtype, got {asked!r}")
     return torch.float32 if component == "vae" and asked == torch.float16 else asked
+
+
+def one_dtype(torch_dtype: Dtypes, dtype: Dtypes) -> Dtypes:
+    """The argument `torch_dtype`, or by its newer name `dtype`; ValueError if both are given."""
+    if torch_dtype is not None and dtype is not None:
+        raise ValueError("torch_dtype and dtype are two names of one argument: give one")
+    return torch_dtype if dtype is None else dtype
+
+
+def plain(model: Any) -> Any:
+    """The model itself, of one that `torch.compile` has wrapped."""
+    return getattr(model, "_orig_mod", model)

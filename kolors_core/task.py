@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,9 @@ from kolors_core.config import VERSION
 from kolors_core.guidance import Conditioning, Size, size_ids_of_both
 from kolors_core.image import OUTPUT_TYPES, describe, to_output
 from kolors_core.image_prompt import ImagePrompting
+from kolors_core.ip_adapter import attached
 from kolors_core.lora_loading import LoRALoading
+from kolors_core.placement import plain
 from kolors_core.sampling import Generators, draw_noise, sampler_of
 from kolors_core.schedule import Schedule
 from kolors_core.text_prompt import MAX_TOKENS, Prompt, TextPrompting
@@ -100,7 +103,7 @@ class Request:
             "negative_target_size": self.negative_target_size,
             "negative_crops_coords_top_left": tuple(self.negative_crops_coords_top_left) != (0, 0) or None,
         }  # fmt: skip
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
+        if isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"guidance_scale must be a number, got {scale!r}")
         if not math.isfinite(scale):
             raise ValueError(f"guidance_scale must be finite, got {scale}")
@@ -117,6 +120,8 @@ class Request:
             raise ValueError("callback_on_step_end_tensor_inputs has no effect without callback_on_step_end")
         if self.num_inference_steps != 50 and (self.timesteps is not None or self.sigmas is not None):
             raise ValueError("num_inference_steps has no effect beside timesteps or sigmas")
+        if not isinstance(self.cross_attention_kwargs, Mapping | None):
+            raise TypeError(f"cross_attention_kwargs must be a dict, got {self.cross_attention_kwargs!r}")
         _one_of("cross_attention_kwargs", self.cross_attention_kwargs or (), ("ip_adapter_masks", "scale"))
 
 
@@ -252,9 +257,20 @@ class Task(TextPrompting, ImagePrompting, LoRALoading):
                     facts["picture"] = f"{i + 1} of {len(images)} of this seed"
             facts |= {
                 **told, "sampler": self.scheduler.describe(), "guidance_scale": request.guidance_scale,
-                "size": f"{image.width}x{image.height}", "software": f"kolors_core {VERSION}",
+                **self._adapter_facts(), "size": f"{image.width}x{image.height}",
+                "software": f"kolors_core {VERSION}",
             }  # fmt: skip
             describe(image, facts)
+
+    def _adapter_facts(self) -> dict[str, Any]:
+        """What the pictures' description says of LoRAs and IP-Adapters."""
+        facts = {}
+        if names := self.get_active_adapters():
+            facts["lora"] = ", ".join(names)
+        if handles := attached(plain(self.unet)):
+            scales = (next(iter(handle.branches.values())).scale for handle in handles)
+            facts["ip_adapter_scale"] = ", ".join(map(str, scales))
+        return facts
 
 
 def _finite(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:

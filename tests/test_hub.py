@@ -26,6 +26,7 @@ from kolors_core.vae import VAE
 from tests.hub import Files, Hub, environment, files_of, serving
 
 REPO, PULL_REQUEST = "someone/kolors", "refs/pr/4"
+FIRST = "pretrained_model_name_or_path"
 NEEDED = {
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -64,7 +65,7 @@ class Outcome(NamedTuple):
 def from_pretrained(endpoint: str, home: Path, *calls: dict[str, Any], **settings: str) -> list[Outcome]:
     """Each call of `KolorsPipeline.from_pretrained`, in a fresh process with this hub and cache only."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.test_hub", json.dumps([{"name": REPO, **call} for call in calls])],
+        [sys.executable, "-m", "tests.test_hub", json.dumps([{FIRST: REPO, **call} for call in calls])],
         env=environment(endpoint, home, **settings), cwd=Path(__file__).parents[1], capture_output=True,
         text=True, timeout=120,
     )  # fmt: skip
@@ -223,8 +224,8 @@ def test_an_error_is_one_line_and_comes_before_any_file(repository: dict[str, Fi
     with serving({REPO: repository}) as hub:
         no_repo, no_revision, no_variant, not_both, no_name = from_pretrained(
             hub.endpoint, tmp_path,
-            {"name": "someone/nothing"}, {"revision": "v9"}, {"variant": "bf16"},
-            {"variant": "bf16", "text_encoder": None}, {"name": "someone/no such name"},
+            {FIRST: "someone/nothing"}, {"revision": "v9"}, {"variant": "bf16"},
+            {"variant": "bf16", "text_encoder": None}, {FIRST: "someone/no such name"},
         )  # fmt: skip
     assert no_repo.error.startswith("FileNotFoundError: someone/nothing: cannot be had from the hub: 404 ")
     assert "Repository Not Found" in no_repo.error

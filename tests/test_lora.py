@@ -196,6 +196,25 @@ def test_adapters_switch_and_leave_one_by_one(unet: UNet) -> None:
     assert torch.equal(run(unet), before) and not any(isinstance(m, LoRALinear) for m in unet.modules())
 
 
+def test_a_stale_handle_takes_nothing_out(unet: UNet) -> None:
+    stale = attach(unet, rank=2)
+    unload(unet)
+    other = attach(unet, rank=2)
+    stale.detach()
+    assert list(adapters(unet)) == ["default"]
+    other.detach()
+
+
+def test_a_sum_that_is_not_finite_is_not_fused(unet: UNet) -> None:
+    adapter, before = attach(unet, rank=2), {name: t.clone() for name, t in unet.state_dict().items()}
+    next(iter(adapter.parts().values())).scale = float("inf")
+    with pytest.raises(ValueError, match="fused with default, .*to_q is not finite: nothing is fused"):
+        fuse(unet, ["default"])
+    after = unet.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    adapter.detach()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fusing_is_undone_bit_for_bit(unet: UNet, dtype: torch.dtype) -> None:
     unet.to(dtype)

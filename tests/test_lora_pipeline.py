@@ -1,6 +1,7 @@
 """LoRA on pipelines: the methods beside the reference's, reports, all or nothing."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -376,3 +377,15 @@ def test_names_and_switches_that_are_not_there(models: Models) -> None:
         with pytest.raises(ValueError, match="while one is fused: unfuse first"):
             wish()
     models.unfuse_lora()
+
+
+def test_the_signatures_are_the_references() -> None:
+    """What is positional there is so here; ours may take more by keyword."""
+    for name in ("load_lora_weights", "set_adapters", "fuse_lora", "unfuse_lora", "delete_adapters",
+                 "unload_lora_weights", "enable_lora", "disable_lora", "get_active_adapters"):  # fmt: skip
+        mine, other = (
+            inspect.signature(getattr(kind, name)).parameters.values()
+            for kind in (KolorsPipeline, diffusers.KolorsPipeline)
+        )
+        positional = [p.name for p in mine if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert positional == [p.name for p in other][: len(positional)], name

@@ -84,6 +84,19 @@ def test_the_pages_second_example_runs(reference_folder: Path, tmp_path: Path) -
         wanted = ["image_encoder/config.json", "image_encoder/model.safetensors"]
         assert sorted(hub.fetched(ADAPTER, REVISION)) == [*wanted, "ip_adapter_plus_general.safetensors"]
         assert not [path for path in hub.fetched(MODEL) if path.endswith((".bin", ".md"))]
+        hub.seen.clear()
+        command = [
+            "-m", "kolors_core", "cat", "-w", str(reference_folder), "--steps", "1", "--device", "cpu",
+            "-o", "more.png", "--ip-adapter", f"{ADAPTER}@{REVISION}", "--ip-image", "cat.png",
+            "--image", f"{hub.endpoint}/{ADAPTER}/resolve/main/{CAT}", "--strength", "1",
+        ]  # fmt: skip
+        run = subprocess.run(
+            [sys.executable, *command], env=place, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        assert run.returncode == 0, run.stderr
+        assert Image.open(tmp_path / "more.png").size == (56, 80)
+        assert not hub.fetched(ADAPTER), "the encoder too is of the revision, and that is in the cache"
+        assert f"/{ADAPTER}/resolve/main/{CAT}" in [path for _, path, _ in hub.seen]
     made = tmp_path / "kolors_ipa_sample.png"
     assert Image.open(made).size == (128, 128)
     assert read_description(made)["prompt"] == "best quality, high quality"

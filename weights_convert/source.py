@@ -132,6 +132,8 @@ class Tensors(dict[str, Tensor]):
         super().__init__(tensors)
         self.where = where
         for name, tensor in tensors.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{where}: wanted names as keys, got {name!r}")
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{where}: {name} is {type(tensor).__name__}, wanted a tensor")
 
@@ -149,7 +151,12 @@ def save_tensors(
 ) -> None:
     """Write a safetensors file, whole or not at all; one that is there is replaced."""
     scratch = file.with_name(f".{file.name}.partial")
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    whole, places = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        whole[name] = tensor.detach().contiguous()
+        if whole[name].data_ptr() in places:  # one tensor under two names: the format wants two
+            whole[name] = whole[name].clone()
+        places.add(whole[name].data_ptr())
     try:
         save_file(whole, scratch, metadata={"format": "pt"} | dict(metadata or {}))
         os.replace(scratch, file)
