@@ -15,12 +15,12 @@ from torch import Tensor
 from kolors_core.checkpoint import component_files, load, load_component
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.components import Components
+from kolors_core.config import IPAdapterConfig
 from kolors_core.hub import fetch, find_file
 from kolors_core.image import clip_pixels
 from kolors_core.ip_adapter import (
     Attached,
     IPAdapter,
-    IPAdapterConfig,
     attach,
     attached,
     check_fits,
