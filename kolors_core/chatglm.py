@@ -42,6 +42,18 @@ class TextEmbedding:
             counts.append(F.pad(ones if part.counts is None else part.counts, (missing, 0)))
         return cls(torch.cat(tokens), pooled, torch.cat(counts))
 
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt, counted as often as each stands."""
+        return self.tokens.shape[1] if self.counts is None else int(self.counts[0].sum())
+
+    def expanded(self) -> "TextEmbedding":
+        """Each token as often as it stands, and no counts: [B, length, C]."""
+        if self.counts is None:
+            return self
+        rows = zip(self.tokens, self.counts.long(), strict=True)
+        return TextEmbedding(torch.stack([row.repeat_interleave(n, dim=0) for row, n in rows]), self.pooled)
+
     def to(self, device: torch.device | str) -> "TextEmbedding":
         """The same embedding on another device."""
         counts = None if self.counts is None else self.counts.to(device)
@@ -71,14 +83,21 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(config.hidden_size, sum(self.widths))
         self.to_out = nn.Linear(self.widths[0], config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor) -> Tensor:
-        """x: [B, L, C]; rotation: two of [B, 1, L, R/2]; allowed: see `attention_mask`. Returns [B, L, C]."""
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor, last_only: bool = False
+    ) -> Tensor:
+        """x: [B, L, C]; rotation: two of [B, 1, L, R/2]; allowed: see `attention_mask`.
+
+        Returns [B, L, C], or with last_only what is at the last position, [B, 1, C].
+        """
         q, k, v = self.to_qkv(x).split(self.widths, dim=-1)
         q = rotate(q.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2), *rotation)  # [B, H, L, D]
         k = rotate(k.unflatten(-1, (self.groups, self.head_dim)).transpose(1, 2), *rotation)  # [B, G, L, D]
         v = v.unflatten(-1, (self.groups, self.head_dim)).transpose(1, 2)  # [B, G, L, D]
         k = k.repeat_interleave(self.heads // self.groups, dim=1)  # [B, H, L, D]
         v = v.repeat_interleave(self.heads // self.groups, dim=1)  # [B, H, L, D]
+        if last_only:
+            q, allowed = q[:, :, -1:], allowed[:, :, -1:]
         return self.to_out(attention(q, k, v, allowed).transpose(1, 2).flatten(2))  # [B, L, C]
 
 
@@ -105,8 +124,12 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, allowed)
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor, last_only: bool = False
+    ) -> Tensor:
+        """Arguments as for the attention; last_only: the last position [B, 1, C] alone."""
+        h = self.attention(self.attention_norm(x), rotation, allowed, last_only)
+        x = (x[:, -1:] if last_only else x) + h
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -126,11 +149,13 @@ class ChatGLM(nn.Module):
         allowed = attention_mask(batch.mask)
         if batch.counts is not None:
             allowed = torch.where(allowed, count_bias(batch.counts, x.dtype), -torch.inf)
-        tokens = x
-        for layer in self.layers:
-            tokens = x
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, rotation, allowed)
-        return TextEmbedding(tokens=tokens, pooled=x[:, -1], counts=batch.counts)
+        pooled = last(
+            x, rotation, allowed, last_only=True
+        )  # [B, 1, C]: of the last layer nothing else is read
+        return TextEmbedding(tokens=x, pooled=pooled[:, 0], counts=batch.counts)
 
 
 def attention_mask(mask: Tensor) -> Tensor:
