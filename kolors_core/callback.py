@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kolors_core.guidance import Conditioning, guided
-from kolors_core.sampling import Sampler
+from kolors_core.guidance import Conditioning, Savings, guided
+from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Schedule, Scheduler
 from kolors_core.unet import UNet
 
@@ -30,6 +30,7 @@ class Pipeline(Protocol):
 
     unet: UNet
     scheduler: Scheduler
+    savings: Savings
     _guidance_scale: float
     _interrupt: bool
 
@@ -70,7 +71,12 @@ class Run:
         self.tensors["negative_prompt_embeds"] = None if negative is None else negative.text_tokens
         self.tensors["negative_pooled_prompt_embeds"] = None if negative is None else negative.pooled_text
         self.tensors["negative_add_time_ids"] = None if negative is None else negative.size_ids
-        self.denoise = guided(pipe.unet, schedule, positive, negative, pipe._guidance_scale)
+        self.counts = told.text_counts  # until the callback brings tokens of its own
+        self.denoise = self._guided(positive, negative)
+
+    def _guided(self, positive: Conditioning, negative: Conditioning | None) -> Denoise:
+        scale, read_once = self.pipe._guidance_scale, self.pipe.savings.read_once
+        return guided(self.pipe.unet, self.schedule, positive, negative, scale, read_once=read_once)
 
     def __call__(self, sampler: Sampler, x: Tensor) -> Tensor:
         """Run the sampler from x; returns the latents as the reference has them at the last sigma."""
@@ -111,13 +117,13 @@ class Run:
             x = after.to(x) * self._scale(i + 1)
         if self.pipe._interrupt:
             raise _Interrupted(x / self._scale(i + 1))
+        before = self.tensors["prompt_embeds"]
         is_changed = any(returned[name] is not self.tensors[name] for name in TOLD if name in returned)
         self.tensors.update(returned)
+        if "prompt_embeds" in returned and self.tensors["prompt_embeds"] is not before:
+            self.counts = None
         if is_changed or scale != self.pipe._guidance_scale:
-            positive, negative = self._conditions()
-            self.denoise = guided(
-                self.pipe.unet, self.schedule, positive, negative, self.pipe._guidance_scale
-            )
+            self.denoise = self._guided(*self._conditions())
         return x
 
     def _scale(self, step: int) -> float:
@@ -137,12 +143,13 @@ class Run:
                     f"wanted {' or '.join(map(str, allowed))} for {self.batch} pictures"
                 )
             rows[name] = self.tensors[name]
-        images, negative_images = self.images
-        positive = Conditioning(*(tensor[-self.batch :] for tensor in rows.values()), image_prompts=images)
-        if not is_guided:
-            return positive, None
-        halves = (tensor[: self.batch] for tensor in rows.values())
-        return positive, Conditioning(*halves, image_prompts=negative_images)
+        last, first = slice(-self.batch, None), slice(None, self.batch)
+        halves = []
+        for part, images in zip((last, first), self.images, strict=True):
+            counts = None if self.counts is None else self.counts[part]
+            tokens, pooled, ids = (rows[name][part] for name in TOLD)
+            halves.append(Conditioning(tokens, pooled, ids, counts, images))
+        return halves[0], halves[1] if is_guided else None
 
 
 class SDXLCFGCutoffCallback:

@@ -1,6 +1,7 @@
 """What every task shares: its models, loaded, saved, shared with another task, and moved between devices."""
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -8,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from kolors_core.chatglm import ChatGLM
+from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.checkpoint import (
     EMBEDDED_NAME,
     KINDS,
@@ -22,6 +23,7 @@ from kolors_core.checkpoint import (
     save_frame,
 )
 from kolors_core.clip_vision import CLIPVision
+from kolors_core.guidance import Savings
 from kolors_core.ip_adapter import attached
 from kolors_core.placement import Dtypes, best_device, dtype_of, named_device, one_dtype, plain
 from kolors_core.schedule import Scheduler
@@ -63,6 +65,8 @@ class Components:
         self._image_encoder = image_encoder
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self._offload: torch.device | None = None  # where models work, if they rest on the CPU
+        self.savings = Savings()
+        self.prompt_cache: OrderedDict[Any, TextEmbedding] = OrderedDict()
         self._progress: dict[str, Any] = {}
         self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
 
@@ -141,6 +145,7 @@ class Components:
         own: dict[str, Any] = {"image_encoder": pipeline._image_encoder}
         made = cls(**pipeline.components | own | changes)
         made._offload, made._progress = pipeline._offload, pipeline._progress
+        made.savings, made.prompt_cache = pipeline.savings, pipeline.prompt_cache
         return made
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:

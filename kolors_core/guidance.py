@@ -4,6 +4,7 @@ Shapes: B pictures, S text tokens; latents are [B, 4, H/8, W/8].
 """
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,20 @@ from kolors_core.schedule import Schedule
 from kolors_core.unet import ImagePrompt, UNet
 
 Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """What a pipeline saves without changing its result; each can be switched off, to compare.
+
+    collapse_pads: equal pads of a prompt are encoded and read as one that counts as many.
+    read_once: see `guided`.
+    cached_prompts: how many prompts, or lists of them, keep their embeddings in memory; 0 is none.
+    """
+
+    collapse_pads: bool = True
+    read_once: bool = True
+    cached_prompts: int = 32
 
 
 @dataclass(frozen=True)
@@ -89,28 +104,65 @@ def guided(
     positive: Conditioning,
     negative: Conditioning | None = None,
     scale: float = 1.0,
+    *,
+    read_once: bool = True,
 ) -> Denoise:
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): eps = uncond + scale * (cond - uncond).
 
     Without a negative, or with a scale of at most 1, the UNet runs once on the positive alone. The UNet sees
-    x / sqrt(1 + sigma^2) in its own dtype; x and x0 keep theirs.
+    x / sqrt(1 + sigma^2) in its own dtype; x and x0 keep theirs. read_once: compute what does not depend on x
+    (text and pictures as keys and values, the embeddings of sizes and of all steps' times) now and not in
+    every step; the result is the same. A UNet that is compiled as a whole is called as a whole.
     """
     is_guided = negative is not None and scale > 1
     told = Conditioning.cat(negative, positive) if negative is not None and is_guided else positive
     dtype = unet.conv_in.weight.dtype
+    is_compiled = hasattr(unet, "_orig_mod") or unet._compiled_call_impl is not None
+    run = _reading_once if read_once and not is_compiled else _reading_always
+    predict = run(unet, schedule, told)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         latents = (x / (sigma**2 + 1) ** 0.5).to(dtype)
         if is_guided:
             latents = torch.cat([latents, latents])
-        timestep = torch.tensor(schedule.timestep(sigma), dtype=torch.float32, device=x.device)
-        noise = unet(
-            latents, timestep, told.text_tokens, told.pooled_text, told.size_ids, told.text_counts,
-            told.image_prompts,
-        ).to(x.dtype)  # fmt: skip
+        noise = predict(latents, schedule.timestep(sigma)).to(x.dtype)
         if is_guided:
             unconditional, conditional = noise.chunk(2)
             noise = unconditional + scale * (conditional - unconditional)
         return x - sigma * noise
 
     return denoise
+
+
+Predict = Callable[[Tensor, float], Tensor]  # (scaled latents [B, 4, H/8, W/8], timestep) -> noise
+
+
+def _reading_always(unet: UNet, schedule: Schedule, told: Conditioning) -> Predict:
+    """The plain UNet."""
+
+    def predict(latents: Tensor, timestep: float) -> Tensor:
+        time = torch.tensor(timestep, dtype=torch.float32, device=latents.device)
+        return unet(
+            latents, time, told.text_tokens, told.pooled_text, told.size_ids, told.text_counts,
+            told.image_prompts,
+        )  # fmt: skip
+
+    return predict
+
+
+def _reading_once(unet: UNet, schedule: Schedule, told: Conditioning) -> Predict:
+    """The UNet without what is the same in every step."""
+    reads = unet.read(unet.context(told.text_tokens, told.text_counts, told.image_prompts))
+    condition = unet.embed_condition(told.pooled_text, told.size_ids)  # [B, T]
+
+    def embed(timesteps: list[float]) -> Tensor:
+        return unet.embed_time(torch.tensor(timesteps, dtype=torch.float32, device=condition.device))
+
+    known = schedule.timesteps.tolist()
+    times = dict(zip(known, embed(known), strict=True))  # each [T]
+
+    def predict(latents: Tensor, timestep: float) -> Tensor:
+        time = times[timestep] if timestep in times else embed([timestep])[0]
+        return unet.denoise(latents, time + condition, reads)
+
+    return predict

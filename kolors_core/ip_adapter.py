@@ -18,7 +18,7 @@ from kolors_core.attention import attention
 from kolors_core.blocks import BlockScale, block_scales
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import IPAdapterConfig
-from kolors_core.unet import Attention, ImagePrompt, UNet
+from kolors_core.unet import Attention, ImagePrompt, ReadImages, UNet, split_heads
 
 
 def cross_attentions(unet: UNet) -> dict[str, Attention]:
@@ -116,33 +116,32 @@ class ImageBranch(nn.Module):
         self.scale: float | Sequence[float] = 1.0
         self.handle: Attached | None = None  # of the adapter that it belongs to, while attached
 
-    def forward(self, h: Tensor, q: Tensor, image: ImagePrompt) -> Tensor:
-        """h, q: [B, heads, N, C/heads], the text's result and the queries; image: tokens [B, I, Q,
-        context_dim], masks [1 or B, I, N] or None. Returns h with the pictures added; at scale 0, h itself.
-        """
+    def read(self, image: ImagePrompt, heads: int) -> ReadImages:
+        """image: tokens [B, I, Q, context_dim]. Without masks the pictures' keys stand side by side."""
         tokens, masks = image
+        parts = [tokens.flatten(1, 2)] if masks is None else tokens.unbind(1)  # of [B, I * Q or Q, C]
+        pairs = ((self.to_k(part), self.to_v(part)) for part in parts)
+        return ReadImages(tuple((split_heads(k, heads), split_heads(v, heads)) for k, v in pairs), masks)
+
+    def forward(self, h: Tensor, q: Tensor, images: ReadImages) -> Tensor:
+        """h, q: [B, heads, N, C/heads], the text's result and the queries; masks of images: [1 or B, I, N].
+
+        Returns h with the pictures added; at scale 0, h itself.
+        """
+        count, masks = len(images.keys_values), images.masks
         if masks is None:
             if not isinstance(self.scale, int | float):
                 raise ValueError(f"a scale for each picture, {list(self.scale)}, needs masks")
-            return h if self.scale == 0 else h + self.scale * self._attend(q, tokens.flatten(1, 2))
-        count = tokens.shape[1]
+            return h if self.scale == 0 else h + self.scale * attention(q, *images.keys_values[0])
         scales = [self.scale] * count if isinstance(self.scale, int | float) else list(self.scale)
         if masks.shape[1] != count or len(scales) != count:
             got = f"{masks.shape[1]} masks and {len(scales)} scales"
             raise ValueError(f"wanted a mask and a scale for each of the {count} pictures, got {got}")
         if any(scales):
-            for i, scale in enumerate(scales):
+            for i, (scale, (k, v)) in enumerate(zip(scales, images.keys_values, strict=True)):
                 where = masks[:, i, None, :, None].to(h.dtype)  # [1 or B, 1, N, 1]
-                h = h + scale * (self._attend(q, tokens[:, i]) * where)
+                h = h + scale * (attention(q, k, v) * where)
         return h
-
-    def _attend(self, q: Tensor, tokens: Tensor) -> Tensor:
-        """tokens: [B, any number, context_dim]. Returns [B, heads, N, C/heads]."""
-        k, v = (
-            project(tokens).unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
-            for project in (self.to_k, self.to_v)
-        )  # [B, heads, any number, C/heads]
-        return attention(q, k, v)
 
 
 class IPAdapter(nn.Module):

@@ -160,12 +160,16 @@ class Task(TextPrompting, ImagePrompting, LoRALoading):
             len(text.tokens) * copies, request.is_guided,
         )  # fmt: skip
 
+        sees_tokens = {"prompt_embeds", "negative_prompt_embeds"}.intersection(request.callback_tensors)
+
         def told(text: TextEmbedding, ids: Tensor, images: Any) -> Conditioning:
+            text = text.expanded() if sees_tokens else text
             tokens = text.tokens.to(self.device, self.dtype).repeat_interleave(copies, dim=0)
             pooled = text.pooled.to(self.device, self.dtype).repeat_interleave(copies, dim=0)
-            return Conditioning(
-                tokens, pooled, ids.to(self.device).expand(len(tokens), -1), image_prompts=images
-            )
+            counts = text.counts
+            if counts is not None:
+                counts = counts.to(self.device).repeat_interleave(copies, dim=0)
+            return Conditioning(tokens, pooled, ids.to(self.device).expand(len(tokens), -1), counts, images)
 
         positive = told(text, ids, images)
         return positive, None if negative_text is None else told(negative_text, negative_ids, negative_images)

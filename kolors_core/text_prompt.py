@@ -5,12 +5,15 @@ Shapes: B pictures (prompts times images per prompt), S text tokens.
 """
 
 from collections.abc import Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.components import Components, whole_number
+from kolors_core.lora import state_of
+from kolors_core.placement import plain
 
 Prompt = str | Sequence[str]
 
@@ -43,6 +46,7 @@ class TextPrompting(Components):
             prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds, pooled_prompt_embeds,
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
         )  # fmt: skip
+        text, negative = text.expanded(), None if negative is None else negative.expanded()
         device = self.device if device is None else torch.device(device)
         num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
 
@@ -89,10 +93,11 @@ class TextPrompting(Components):
         if not is_guided:
             return text, None
         if negative is None and negative_prompt is None and self.force_zeros_for_empty_prompt:
-            negative = TextEmbedding(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled))
+            zeros = torch.zeros_like(text.tokens), torch.zeros_like(text.pooled)
+            negative = TextEmbedding(*zeros, text.counts)
         elif negative is None:
             wanted = "" if negative_prompt is None else negative_prompt
-            negative = self._encode("negative_prompt", wanted, text.tokens.shape[1])
+            negative = self._encode("negative_prompt", wanted, text.length)
         return text, _matched(negative, text)
 
     def _encode(self, name: str, prompt: Prompt | None, max_length: int) -> TextEmbedding:
@@ -109,9 +114,19 @@ class TextPrompting(Components):
             raise ValueError(f"{name} must be a string or a list of at least one string, got {prompt!r}")
         if not 2 < whole_number("max_sequence_length", max_length) <= MAX_TOKENS:
             raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
-        tokens = self.tokenizer(prompts, max_length)
         self._on_device("text_encoder")
-        return self.text_encoder(tokens.to(self.text_encoder.embedding.weight.device))
+        encoder, collapse = plain(self.text_encoder), self.savings.collapse_pads
+        key = (tuple(prompts), max_length, collapse, ref(encoder), ref(self.tokenizer), state_of(encoder))
+        if (known := self.prompt_cache.get(key)) is not None:
+            self.prompt_cache.move_to_end(key)
+            return known
+        tokens = self.tokenizer(prompts, max_length)
+        tokens = tokens.collapse() if collapse else tokens
+        text = self.text_encoder(tokens.to(encoder.embedding.weight.device))
+        self.prompt_cache[key] = text
+        while len(self.prompt_cache) > self.savings.cached_prompts:
+            self.prompt_cache.popitem(last=False)
+        return text
 
 
 def _given(prefix: str, tokens: Tensor | None, pooled: Tensor | None, width: int) -> TextEmbedding | None:
@@ -136,9 +151,12 @@ def _matched(negative: TextEmbedding, positive: TextEmbedding) -> TextEmbedding:
     """The negative embedding for as many prompts as the positive: a single one serves all."""
     count = len(positive.tokens)
     if len(negative.tokens) == 1:
-        negative = TextEmbedding(negative.tokens.expand(count, -1, -1), negative.pooled.expand(count, -1))
-    if negative.tokens.shape != positive.tokens.shape:
-        got, wanted = list(negative.tokens.shape), list(positive.tokens.shape)
+        counts = None if negative.counts is None else negative.counts.expand(count, -1)
+        tokens, pooled = negative.tokens.expand(count, -1, -1), negative.pooled.expand(count, -1)
+        negative = TextEmbedding(tokens, pooled, counts)
+    width = positive.tokens.shape[-1]
+    got, wanted = ([len(text.tokens), text.length, width] for text in (negative, positive))
+    if got != wanted:
         raise ValueError(
             f"the negative prompts must match the prompts: wanted embeddings {wanted}, got {got}"
         )

@@ -8,8 +8,9 @@ I pictures that guide, Q tokens of each.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,24 +49,49 @@ class ImagePrompt(NamedTuple):
         return cls(torch.cat([part.tokens for part in parts]), masks[0] if masks else None)
 
 
+class ReadImages(NamedTuple):
+    """Keys and values of an IP-Adapter's pictures in one cross-attention, each [B, heads, tokens, C/heads].
+
+    One pair for all pictures, or with masks [1 or B, I, any height, any width] one for each.
+    """
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    masks: Tensor | None
+
+
+class Read(NamedTuple):
+    """What a cross-attention has read: keys and values [B, heads, S, C/heads], a logit bias [B, 1, 1, S] or
+    None, and what its image branches have."""
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    images: tuple[ReadImages, ...]
+
+
+Contexts = Iterator["Context | Read"]
+
+
 class Context(NamedTuple):
-    """What the cross-attentions read: text tokens [B, S, context_dim], None or a logit bias [B, 1, 1, S] on
-    them, and for each attached IP-Adapter its pictures, with masks [1 or B, I, N] or None."""
+    """What an attention is to read: tokens [B, S, context_dim], None or a logit bias [B, 1, 1, S] on them,
+    and for each attached IP-Adapter its pictures."""
 
     tokens: Tensor
-    bias: Tensor | None
-    images: tuple[ImagePrompt, ...]
+    bias: Tensor | None = None
+    images: tuple[ImagePrompt, ...] = ()
 
-    def at(self, height: int, width: int) -> "Context":
-        """The same for a feature map of this size: masks are resized to it, as in the reference."""
-        if all(image.masks is None for image in self.images):
-            return self
-        images = []
-        for tokens, masks in self.images:
-            if masks is not None:
-                masks = F.interpolate(masks.float(), size=(height, width), mode="bicubic").flatten(2)
-            images.append(ImagePrompt(tokens, masks))  # [1 or B, I, N]
-        return self._replace(images=tuple(images))
+
+def at_size(images: tuple[Any, ...], height: int, width: int) -> tuple[Any, ...]:
+    """`ImagePrompt`s or `ReadImages` with masks resized to a feature map, as in the reference: [.., I, N]."""
+    if all(image.masks is None for image in images):
+        return images
+    resized = []
+    for image in images:
+        masks = image.masks
+        if masks is not None:
+            masks = F.interpolate(masks.float(), size=(height, width), mode="bicubic").flatten(2)
+        resized.append(image._replace(masks=masks))
+    return tuple(resized)
 
 
 class Embedding(nn.Module):
@@ -102,6 +128,11 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + h
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, C] -> [B, heads, N, C/heads]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head attention from x to a context, which is x itself in self-attention."""
 
@@ -114,26 +145,23 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
         self.image_branches = nn.ModuleList()  # of attached IP-Adapters; none adds no key and no work
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor,
-        bias: Tensor | None = None,
-        images: Sequence[ImagePrompt] = (),
-    ) -> Tensor:
-        """x: [B, N, C]; context: [B, S, context_dim]; bias of the logits: [B, 1, 1, S]; images: one for each
-        of the image branches. Returns [B, N, C].
-        """
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)
-        )  # [B, heads, N or S, C/heads]
-        h = attention(q, k, v, bias)
-        if len(images) != len(self.image_branches):
+    def read(self, context: Context) -> Read:
+        """Keys and values, which depend neither on x nor on time: once a picture is enough."""
+        if len(context.images) != len(self.image_branches):
             attached = f"{len(self.image_branches)} IP-Adapters are attached"
-            raise ValueError(f"got image prompts for {len(images)} IP-Adapters, and {attached}")
-        for branch, image in zip(self.image_branches, images, strict=True):
-            h = branch(h, q, image)
+            raise ValueError(f"got image prompts for {len(context.images)} IP-Adapters, and {attached}")
+        branches = zip(cast(Iterable[Any], self.image_branches), context.images, strict=True)
+        images = tuple(branch.read(image, self.heads) for branch, image in branches)
+        k, v = (split_heads(project(context.tokens), self.heads) for project in (self.to_k, self.to_v))
+        return Read(k, v, context.bias, images)
+
+    def forward(self, x: Tensor, context: Context | Read) -> Tensor:
+        """x: [B, N, C]; context: what there is to read, or what has been read already. Returns [B, N, C]."""
+        q = split_heads(self.to_q(x), self.heads)  # [B, heads, N, C/heads]
+        read = self.read(context) if isinstance(context, Context) else context
+        h = attention(q, read.k, read.v, read.bias)
+        for branch, images in zip(self.image_branches, read.images, strict=True):
+            h = branch(h, q, images)
         return self.to_out(h.transpose(1, 2).flatten(2))  # [B, N, C]
 
 
@@ -162,10 +190,11 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context | Read) -> Tensor:
+        """x: [B, N, C]; context: what the cross-attention is to read, or has read already."""
         normed = self.norm1(x)
-        x = x + self.self_attention(normed, normed)
-        x = x + self.cross_attention(self.norm2(x), *context)
+        x = x + self.self_attention(normed, Context(normed))
+        x = x + self.cross_attention(self.norm2(x), context)
         return x + self.feed_forward(self.norm3(x))
 
 
@@ -181,12 +210,11 @@ class Transformer(nn.Module):
         )
         self.proj_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x: [B, C, H, W]."""
+    def forward(self, x: Tensor, contexts: Contexts) -> Tensor:
+        """x: [B, C, H, W]; takes a context for each of its blocks."""
         h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
-        context = context.at(*x.shape[-2:])
-        for block in self.blocks:
-            h = block(h, context)
+        for block, context in zip(self.blocks, contexts, strict=False):
+            h = block(h, context._replace(images=at_size(context.images, *x.shape[-2:])))
         h = self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[-2:])  # [B, C, H, W]
         return x + h
 
@@ -205,13 +233,13 @@ class DownLevel(nn.Module):
         is_last = level == len(config.channels) - 1
         self.downsample = None if is_last else nn.Conv2d(width, width, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, time: Tensor, context: Context) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Tensor, contexts: Contexts) -> list[Tensor]:
         """Every map that the way up will read; the last of them goes on down."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, contexts)
             skips.append(x)
         if self.downsample is not None:
             skips.append(self.downsample(x))
@@ -227,9 +255,9 @@ class MidLevel(nn.Module):
         self.resnets = nn.ModuleList([ResBlock(width, width, config) for _ in range(2)])
         self.attentions = nn.ModuleList([Transformer(width, config.heads[-1], config.depths[-1], config)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, contexts: Contexts) -> Tensor:
         x = self.resnets[0](x, time)
-        x = self.attentions[0](x, context)
+        x = self.attentions[0](x, contexts)
         return self.resnets[1](x, time)
 
 
@@ -252,12 +280,12 @@ class UpLevel(nn.Module):
         )
         self.upsample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, contexts: Contexts) -> Tensor:
         """Takes its skips off the list's end, and grows to the size of the next one, which may be odd."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, contexts)
         if self.upsample is not None:
             x = self.upsample(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
         return x
@@ -308,22 +336,45 @@ class UNet(nn.Module):
         [B, S], how many equal tokens each text token stands for. image_prompts: one for each attached
         IP-Adapter. Returns [B, out_channels, H, W].
         """
-        time = self.embed_time(timestep.expand(latents.shape[0]), pooled_text, size_ids)  # [B, T]
-        bias = None if text_counts is None else count_bias(text_counts, text_tokens.dtype)
-        context = Context(self.text_proj(text_tokens), bias, tuple(image_prompts))
+        time = self.embed_time(timestep.expand(len(latents)))  # [B, T]
+        condition = self.embed_condition(pooled_text, size_ids)  # [B, T]
+        return self.denoise(
+            latents, time + condition, repeat(self.context(text_tokens, text_counts, image_prompts))
+        )
+
+    def denoise(self, latents: Tensor, time: Tensor, contexts: Iterable[Context | Read]) -> Tensor:
+        """`forward` on what a run computes once: time [B, T], and a context for each block or what it `read`.
+
+        time: `embed_time` plus `embed_condition`.
+        """
+        contexts = iter(contexts)
         x = self.conv_in(latents)
         skips = [x]
         for level in self.down:
-            skips += level(skips[-1], time, context)
-        x = self.mid(skips[-1], time, context)
+            skips += level(skips[-1], time, contexts)
+        x = self.mid(skips[-1], time, contexts)
         for level in self.up:
-            x = level(x, skips, time, context)
+            x = level(x, skips, time, contexts)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-    def embed_time(self, timestep: Tensor, pooled_text: Tensor, size_ids: Tensor) -> Tensor:
-        """Time [B], pooled text and sizes as every resnet hears them: [B, T]. Sinusoids are float32."""
-        dtype = pooled_text.dtype
-        sizes = sinusoid(size_ids, self.config.size_dim).flatten(1).to(dtype)  # [B, 6 * size_dim]
-        added = torch.cat([pooled_text, sizes], dim=-1)  # [B, text_dim + 6 * size_dim]
-        time = self.time_embedding(sinusoid(timestep, self.config.channels[0]).to(dtype))
-        return time + self.add_embedding(added)
+    def context(
+        self, text_tokens: Tensor, text_counts: Tensor | None, image_prompts: Sequence[ImagePrompt]
+    ) -> Context:
+        """What all cross-attentions read; arguments as in `forward`."""
+        bias = None if text_counts is None else count_bias(text_counts, text_tokens.dtype)
+        return Context(self.text_proj(text_tokens), bias, tuple(image_prompts))
+
+    def read(self, context: Context) -> list[Read]:
+        """Keys and values of every cross-attention, in the order in which the blocks run: down, mid, up."""
+        blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
+        return [block.cross_attention.read(context) for block in blocks]
+
+    def embed_time(self, timestep: Tensor) -> Tensor:
+        """Timesteps [n] as embeddings [n, T]; the sinusoid is float32."""
+        weight = self.time_embedding.linear_1.weight
+        return self.time_embedding(sinusoid(timestep, self.config.channels[0]).to(weight.dtype))
+
+    def embed_condition(self, pooled_text: Tensor, size_ids: Tensor) -> Tensor:
+        """Pooled text and sizes, which are added to the time: [B, T]. The sinusoid is float32."""
+        sizes = sinusoid(size_ids, self.config.size_dim).flatten(1).to(pooled_text.dtype)  # [B, 6 * size_dim]
+        return self.add_embedding(torch.cat([pooled_text, sizes], dim=-1))

@@ -70,7 +70,10 @@ def test_what_we_save_the_reference_loads(
         arguments = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
         pictures.append(pipe("cat", **arguments, generator=generator).images)
     assert relative_error(pictures[0], pictures[1]) < FLOAT32
-    assert torch.equal(pictures[0], pictures[2])
+    for component in ("text_encoder", "unet", "vae"):
+        first, second = (getattr(pipe, component).state_dict() for pipe in (ours, again))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert relative_error(pictures[0], pictures[2]) < FLOAT32, "the last bits depend on how memory is aligned"
 
 
 def test_a_component_passed_in_is_used_and_its_files_not_needed(

@@ -25,7 +25,7 @@ from kolors_core.lora import (
     unload,
 )
 from kolors_core.lora_layers import LoRAConv2d, LoRALinear, Part
-from kolors_core.unet import UNet
+from kolors_core.unet import Context, UNet
 from tests.parity import EXACT, FLOAT32, SMALL, pair, randomise, reference_unet, relative_error
 from tests.pipelines import Pair, steps_of, use_solver
 from tests.test_unet import inputs
@@ -303,7 +303,7 @@ def test_it_compiles_without_a_graph_break(unet: UNet) -> None:
     block = unet.mid.attentions[0].blocks[0].self_attention
     x = torch.randn(1, 4, 128, dtype=torch.float64)
     compiled = torch.compile(block, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(x, x), block(x, x))
+    assert torch.equal(compiled(x, Context(x)), block(x, Context(x)))
     adapter.detach()
 
 

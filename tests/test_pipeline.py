@@ -1,7 +1,9 @@
 """The whole pipeline against the reference, latents step by step; what every argument means and refuses."""
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,22 @@ import torch
 import kolors_core
 from kolors_core import DPMSolverMultistepScheduler, KolorsPipeline
 from kolors_core.chatglm import ChatGLM
+from kolors_core.guidance import Savings
 from kolors_core.image import read_description
+from kolors_core.lora import TEXT_TARGETS, attach
 from kolors_core.unet import UNet
-from tests.parity import FLOAT32, SMALL, relative_error
-from tests.pipelines import SMALL_PICTURE, SOLVERS, Pair, assert_same_steps, embeddings, steps_of, use_solver
+from tests.parity import EXACT, FLOAT32, SMALL, relative_error
+from tests.pipelines import (
+    NO_SAVINGS,
+    SMALL_PICTURE,
+    SOLVERS,
+    Pair,
+    assert_same_steps,
+    embeddings,
+    saving,
+    steps_of,
+    use_solver,
+)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -26,15 +40,74 @@ from tests.pipelines import SMALL_PICTURE, SOLVERS, Pair, assert_same_steps, emb
 def test_every_step_equals_the_reference(
     precision: str, solver: str, changes: dict, guidance_scale: float, request: pytest.FixtureRequest
 ) -> None:
+    """With all savings; in float32 they round elsewhere, so that there the plain arithmetic is compared."""
     pair = request.getfixturevalue(precision)
     use_solver(pair, solver, changes)
     prompts = ["一张瓢虫的照片", "a photo of the red cat"]
     # In float64 both differ by what the reference's schedulers cast to float32; in float32 the VAE makes
     # 9e-6 in the pictures of 4e-6 in the latents: a four-hundredth of one of 255 steps.
     pictures = FLOAT32 if precision == "float64" else 4 * FLOAT32
-    assert_same_steps(
-        pair, FLOAT32, pictures, prompt=prompts, num_images_per_prompt=2, guidance_scale=guidance_scale
-    )
+    with saving(pair[0], Savings() if precision == "float64" else NO_SAVINGS):
+        assert_same_steps(
+            pair, FLOAT32, pictures, prompt=prompts, num_images_per_prompt=2, guidance_scale=guidance_scale
+        )
+
+
+@pytest.mark.parametrize("left_out", ["collapse_pads", "read_once"])
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_savings_change_nothing(pipes: Pair, left_out: str, guidance_scale: float) -> None:
+    """Each is switched off in turn: latents stay what they are to the last bits of float64."""
+    ours = pipes[0]
+    given = {"prompt": ["cat", "a photo of the red cat"], "guidance_scale": guidance_scale}
+    if guidance_scale > 1:
+        given["negative_prompt"] = ["一张瓢虫的照片", "的"]  # of other lengths than the prompts
+    projected: list[int] = []  # tokens that go through the text projection
+    hook = ours.unet.text_proj.register_forward_hook(lambda _, x, y: projected.append(y[..., 0].numel()))
+    saved, few = steps_of(ours, **given), sum(projected)
+    with saving(ours, replace(Savings(), **{left_out: False})):
+        projected.clear()
+        other, many = steps_of(ours, **given), sum(projected)
+    hook.remove()
+    assert all(relative_error(a, b) < EXACT for a, b in zip(saved, other, strict=True))
+    assert many > 3 * few, "the switch does nothing"
+
+
+def test_prompts_are_encoded_once(pipes: Pair) -> None:
+    """Until the text encoder, a LoRA on it or the tokenizer is another."""
+    ours = KolorsPipeline.from_pipe(pipes[0], text_encoder=deepcopy(pipes[0].text_encoder))
+    ours.set_progress_bar_config(disable=True)
+    ours.prompt_cache = OrderedDict()
+    runs: list[int] = []
+    hook = ours.text_encoder.register_forward_hook(lambda *_: runs.append(1))
+
+    def drawn(prompt: Any = "cat", **arguments: Any) -> tuple[int, torch.Tensor]:
+        runs.clear()
+        made = steps_of(ours, prompt=prompt, num_inference_steps=1, **arguments)[-1]
+        return len(runs), made
+
+    first, again = drawn(), drawn(seed=0)
+    assert (first[0], again[0]) == (2, 0) and torch.equal(first[1], again[1])
+    assert drawn("red")[0] == 1, "the empty negative prompt is known"
+    assert drawn(guidance_scale=1.0)[0] == 0 and drawn(max_sequence_length=20)[0] == 2
+    lora = attach(ours.text_encoder, rank=2, targets=TEXT_TARGETS)
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    runs.clear()
+    adapted = drawn()
+    assert adapted[0] == 2 and relative_error(adapted[1], first[1]) > 1e-6
+    lora.set_scale(0.5)
+    assert drawn()[0] == 2
+    lora.detach()
+    assert torch.equal(drawn()[1], first[1])
+    with torch.no_grad():
+        next(ours.text_encoder.parameters()).mul_(1.5)
+    assert drawn()[0] == 2
+    with saving(ours, replace(Savings(), cached_prompts=3)):
+        drawn(["a", "b"])
+        assert len(ours.prompt_cache) == 3
+    with saving(ours, NO_SAVINGS):
+        assert drawn()[0] == drawn()[0] == 2 and not ours.prompt_cache
+    hook.remove()
 
 
 @pytest.mark.parametrize(
