@@ -1,6 +1,6 @@
-"""How fast the embedded model draws beside the reference: `python -m benchmarks.tiny.speed OUT [--rounds 10]`.
+"""How fast the embedded model draws beside the reference: `python -m benchmarks.tiny.speed OUT`.
 
-Both in one process, alternating, in turn forward and backward; medians, prompt to PNG, 25 steps with guidance.
+Both in one process, alternating, forward and backward in turn; medians, prompt to PNG, 25 guided steps.
 Writes speed.json: seconds, the ratio to the reference, and the machine.
 """
 
