@@ -112,13 +112,13 @@ def guided(
     Without a negative, or with a scale of at most 1, the UNet runs once on the positive alone. The UNet sees
     x / sqrt(1 + sigma^2) in its own dtype; x and x0 keep theirs. read_once: compute what does not depend on x
     (text and pictures as keys and values, the embeddings of sizes and of all steps' times) now and not in
-    every step; the result is the same. A UNet that is compiled as a whole is called as a whole.
+    every step; the result is the same. A UNet that is compiled as a whole, hooked, or has another forward is
+    called as a whole.
     """
     is_guided = negative is not None and scale > 1
     told = Conditioning.cat(negative, positive) if negative is not None and is_guided else positive
     dtype = unet.conv_in.weight.dtype
-    is_compiled = hasattr(unet, "_orig_mod") or unet._compiled_call_impl is not None
-    run = _reading_once if read_once and not is_compiled else _reading_always
+    run = _reading_once if read_once and _is_as_written(unet) else _reading_always
     predict = run(unet, schedule, told)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -132,6 +132,12 @@ def guided(
         return x - sigma * noise
 
     return denoise
+
+
+def _is_as_written(unet: UNet) -> bool:
+    """Whether the parts of `UNet.forward` may stand for calling the whole."""
+    is_another = type(unet).forward is not UNet.forward or "forward" in vars(unet)
+    return not (is_another or unet._compiled_call_impl or unet._forward_hooks or unet._forward_pre_hooks)
 
 
 Predict = Callable[[Tensor, float], Tensor]  # (scaled latents [B, 4, H/8, W/8], timestep) -> noise
