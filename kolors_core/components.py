@@ -70,6 +70,10 @@ class Components:
         self._progress: dict[str, Any] = {}
         self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: whose prompts are not kept."""
+        return self.__dict__ | {"prompt_cache": OrderedDict()}
+
     @classmethod
     def from_pretrained(
         cls,

@@ -1,6 +1,7 @@
 """The whole pipeline against the reference, latents step by step; what every argument means and refuses."""
 
 import inspect
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
@@ -108,6 +109,10 @@ def test_prompts_are_encoded_once(pipes: Pair) -> None:
     with saving(ours, NO_SAVINGS):
         assert drawn()[0] == drawn()[0] == 2 and not ours.prompt_cache
     hook.remove()
+    expected = drawn()[1]
+    assert torch.equal(
+        steps_of(pickle.loads(pickle.dumps(ours)), prompt="cat", num_inference_steps=1)[-1], expected
+    )
 
 
 @pytest.mark.parametrize(
