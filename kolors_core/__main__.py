@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
-from kolors_core.components import whole_number
 from kolors_core.config import VERSION
+from kolors_core.fields import whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.placement import best_device, best_dtype, named_device

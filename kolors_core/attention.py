@@ -34,6 +34,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
         raise RuntimeError(f"the forced attention kernel {name!r} cannot run {what}: {error}") from error
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, C] -> [B, heads, N, C/heads]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 def count_bias(counts: Tensor, dtype: torch.dtype) -> Tensor:
     """What to add to the logits of keys that each stand for `counts` [B, S] equal ones: [B, 1, 1, S]."""
     return counts.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)[:, None, None]

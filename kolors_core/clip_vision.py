@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kolors_core.attention import attention
+from kolors_core.attention import attention, split_heads
 from kolors_core.config import CLIPVisionConfig
 
 
@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, N, D]
+            split_heads(project(x), self.heads)  # [B, H, N, D]
             for project in (self.to_q, self.to_k, self.to_v)
         )
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, N, C]

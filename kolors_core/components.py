@@ -1,6 +1,5 @@
 """What every task shares: its models, loaded, saved, shared with another task, and moved between devices."""
 
-import operator
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,15 @@ from kolors_core.checkpoint import (
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.guidance import Savings
 from kolors_core.ip_adapter import attached
-from kolors_core.placement import Dtypes, best_device, dtype_of, named_device, one_dtype, plain
+from kolors_core.placement import (
+    Dtypes,
+    best_device,
+    dtype_of,
+    named_device,
+    one_dtype,
+    plain,
+    refuse_second_copy,
+)
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
@@ -106,8 +113,7 @@ class Components:
         """
         if use_safetensors is False:
             raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
-        if not low_cpu_mem_usage:
-            raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
+        refuse_second_copy(low_cpu_mem_usage)
         asked = one_dtype(torch_dtype, dtype)
         parts = {
             "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae,
@@ -205,7 +211,7 @@ class Components:
 
     def _models(self) -> dict[str, list[nn.Module]]:
         """What moves together, by the component that it works for."""
-        adapters = [handle.adapter for handle in attached(plain(self.unet))]
+        adapters = [handle.adapter for handle in attached(self.unet)]
         models = {name: [getattr(self, name)] for name in KINDS if getattr(self, name) is not None}
         return models | {"unet": [self.unet, *adapters]}
 
@@ -221,7 +227,7 @@ class Components:
     @property
     def image_encoder(self) -> CLIPVision | None:
         """The pipeline's own, or else the one that came with an IP-Adapter and leaves with it."""
-        brought = (handle.encoder for handle in attached(plain(self.unet)) if handle.encoder is not None)
+        brought = (handle.encoder for handle in attached(self.unet) if handle.encoder is not None)
         return next(brought, None) if self._image_encoder is None else self._image_encoder
 
     @image_encoder.setter
@@ -286,15 +292,3 @@ def _must_fit(vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | Non
     if text_encoder is not None and tokenizer is not None and tokenizer.size > text_encoder.config.vocab_size:
         got = f"the tokenizer has {tokenizer.size} tokens"
         raise ValueError(f"{got}, and the text encoder only {text_encoder.config.vocab_size}")
-
-
-def whole_number(name: str, value: Any, multiple: int = 1) -> int:
-    """A positive whole number, of any integer type, that is a multiple; ValueError naming it otherwise."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number <= 0 or number % multiple:
-        kind = "whole number" if multiple == 1 else f"multiple of {multiple}"
-        raise ValueError(f"{name} must be a positive {kind}, got {value!r}")
-    return number

@@ -1,5 +1,6 @@
-"""Reading a public `config.json` field by field: each read once, checked, and no field left unread."""
+"""Values from outside: a public `config.json` field by field, no field left unread; and whole numbers."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,3 +85,15 @@ class Fields:
         if name not in self.public:
             raise ValueError(f"{self.where}: the field {name} is missing")
         return self.public[name]
+
+
+def whole_number(name: str, value: Any, multiple: int = 1) -> int:
+    """A positive whole number, of any integer type, that is a multiple; ValueError naming it otherwise."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number <= 0 or number % multiple:
+        kind = "whole number" if multiple == 1 else f"multiple of {multiple}"
+        raise ValueError(f"{name} must be a positive {kind}, got {value!r}")
+    return number

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kolors_core.config import VERSION
+from kolors_core.fields import whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +100,7 @@ def _naming(file: str | Path) -> Iterator[None]:
         raise FileNotFoundError(f"{file}: no such file") from None
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(f"{file}: {reason}".replace(f"{file}: {file}: ", f"{file}: ")) from None
+        raise ValueError(f"{file}: {reason}") from None
 
 
 def vae_pixels(
@@ -116,8 +117,8 @@ def vae_pixels(
     to the nearest pixel. Raises ValueError for sizes that differ, sides that are no multiple, values beyond.
     """
     for name, side in (("height", height), ("width", width)):
-        if side is not None and (side <= 0 or side % multiple):
-            raise ValueError(f"{name} must be a positive multiple of {multiple}, got {side}")
+        if side is not None:
+            whole_number(name, side, multiple)
     single = _listed(images)
     if len(kinds := {str(getattr(image, "dtype", "PIL")) for image in single}) > 1:
         raise ValueError(f"images of different kinds, {', '.join(sorted(kinds))}: their ranges may differ")
@@ -294,7 +295,9 @@ def read_description(path: str | Path) -> dict[str, str]:
     from PIL import Image
 
     with _naming(path), Image.open(path) as image:
-        if image.format != "PNG":
-            raise ValueError(f"{path}: wanted a PNG, got {image.format}")
-        image.load()
-        return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
+        kind = image.format
+        if kind == "PNG":
+            image.load()
+    if kind != "PNG":
+        raise ValueError(f"{path}: wanted a PNG, got {kind}")
+    return {str(name): value for name, value in image.info.items() if isinstance(value, str)}

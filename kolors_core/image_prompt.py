@@ -25,7 +25,7 @@ from kolors_core.ip_adapter import (
     attached,
     check_fits,
 )
-from kolors_core.placement import dtype_of, one_dtype, plain
+from kolors_core.placement import dtype_of, one_dtype, plain, refuse_second_copy
 from kolors_core.unet import ImagePrompt
 from weights_convert import TABLES, recognise
 from weights_convert.source import Source, Tensors, save_tensors
@@ -57,8 +57,7 @@ class CLIPVisionModelWithProjection:
         torch_dtype, or by its newer name dtype: float32 if None. low_cpu_mem_usage: True is how weights are
         loaded here. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
-        if not low_cpu_mem_usage:
-            raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
+        refuse_second_copy(low_cpu_mem_usage)
         name, asked = pretrained_model_name_or_path, one_dtype(torch_dtype, dtype)
 
         def pick(listing: list[str]) -> list[str]:
@@ -98,8 +97,7 @@ class ImagePrompting(Components):
         a slash; None loads none, for pipelines that are given their `image_encoder` or image embeddings.
         Raises FileNotFoundError or ValueError naming the file or tensor; nothing is changed then.
         """
-        if not low_cpu_mem_usage:
-            raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
+        refuse_second_copy(low_cpu_mem_usage)
         hub = {
             "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only,
             "token": token,
@@ -123,7 +121,7 @@ class ImagePrompting(Components):
                     device=weight.device, **hub,
                 )  # fmt: skip
         for adapter in adapters:
-            check_fits(plain(self.unet), adapter)
+            check_fits(self.unet, adapter)
             if encoder is not None and adapter.config.image_dim != encoder.config.hidden_size:
                 got = f"the image encoder is {encoder.config.hidden_size} wide"
                 raise ValueError(f"{got}, and the IP-Adapter reads {adapter.config.image_dim}")
@@ -148,7 +146,7 @@ class ImagePrompting(Components):
 
     def unload_ip_adapter(self) -> None:
         """Take the adapters out, and CLIP if it came with one; the UNet is as before, bit for bit."""
-        for handle in attached(plain(self.unet)):
+        for handle in attached(self.unet):
             handle.detach()
 
     @torch.no_grad()
@@ -219,7 +217,7 @@ class ImagePrompting(Components):
         self, image: Images, embeds: Sequence[Tensor] | None, masks: Any, batch: int, is_guided: bool
     ) -> tuple[tuple[ImagePrompt, ...], tuple[ImagePrompt, ...]]:
         """What the UNet is told of the pictures in each of its B rows, and in each negative one."""
-        if not attached(plain(self.unet)) and image is None and embeds is None and masks is None:
+        if not attached(self.unet) and image is None and embeds is None and masks is None:
             return (), ()
         handles = self._need_adapters()
         if image is None and embeds is None:
@@ -242,7 +240,7 @@ class ImagePrompting(Components):
         return tuple(prompts), tuple(negatives)
 
     def _need_adapters(self) -> list[Attached]:
-        if not (handles := attached(plain(self.unet))):
+        if not (handles := attached(self.unet)):
             raise ValueError("no IP-Adapter is loaded: load_ip_adapter first")
         return handles
 

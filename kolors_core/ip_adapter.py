@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kolors_core.attention import attention
+from kolors_core.attention import attention, split_heads
 from kolors_core.blocks import BlockScale, block_scales
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import IPAdapterConfig
-from kolors_core.unet import Attention, ImagePrompt, ReadImages, UNet, split_heads
+from kolors_core.unet import Attention, ImagePrompt, ReadImages, UNet
 
 
 def cross_attentions(unet: UNet) -> dict[str, Attention]:
@@ -50,9 +50,7 @@ class ResamplerAttention(nn.Module):
         latents = self.norm_latents(latents)
         context = torch.cat([self.norm_image(image), latents], dim=1)  # [B, P + Q, C]
         k, v = self.to_kv(context).chunk(2, dim=-1)
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(latents), k, v)
-        )  # [B, heads, Q or P + Q, head_dim]
+        q, k, v = (split_heads(t, self.heads) for t in (self.to_q(latents), k, v))  # [B, heads, .., head_dim]
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, Q, C]
 
 

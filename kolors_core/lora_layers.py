@@ -5,6 +5,7 @@ The base weight keeps its name, so every table and checkpoint still fits; adapte
 Shapes: R rank, I and O the layer's widths, K a convolution's kernel (no axes in a linear layer).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -62,7 +63,7 @@ class Part(nn.Module):
         return magnitude / norm * turned - weight
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(nn.Module, ABC):
     """What linear layers and convolutions with adapters share."""
 
     weight: Tensor
@@ -70,7 +71,7 @@ class LoRALayer(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         nn.Module.__init__(self)
-        self.__dict__.update(vars(base))  # sizes, mode and hooks; the parameters are taken over, none is made
+        vars(self).update(vars(base))  # sizes, mode and hooks; the parameters are taken over, none is made
         self._parameters, self._modules = dict(base._parameters), {}
         self.base = (base,)  # in a tuple, since it is no submodule
         self.lora = nn.ModuleDict()
@@ -97,13 +98,13 @@ class LoRALayer(nn.Module):
                 bias = bias + part.wanted * part.bias.to(bias.dtype)
         return sum(added, self.run(input, weight, bias))
 
+    @abstractmethod
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with this weight and bias."""
-        raise NotImplementedError
 
+    @abstractmethod
     def widen(self, h: Tensor, up: Tensor) -> Tensor:
         """R channels -> O channels."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def fuse(self, names: Sequence[str], share: float) -> None:

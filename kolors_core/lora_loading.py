@@ -28,7 +28,7 @@ from kolors_core.lora import (
     unload,
 )
 from kolors_core.lora_file import METADATA, LoRAReport, configs_of, read
-from kolors_core.placement import plain
+from kolors_core.placement import plain, refuse_second_copy
 from kolors_core.unet import UNet
 from weights_convert.source import PICKLES, Source, Tensors, save_tensors
 
@@ -79,8 +79,7 @@ class LoRALoading:
         where a name is in use, nothing matches, or, unless `allow_partial`, something does not; the report
         says what.
         """
-        if not low_cpu_mem_usage:
-            raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
+        refuse_second_copy(low_cpu_mem_usage)
         models = self._lora_models()
         name = self._new_name() if adapter_name is None else adapter_name
         for model in models.values():

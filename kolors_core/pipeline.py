@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kolors_core.callback import StepCallback
-from kolors_core.components import whole_number
 from kolors_core.guidance import Size
 from kolors_core.image import vae_pixels
 from kolors_core.sampling import Generators, draw_noise
@@ -67,24 +66,7 @@ class KolorsPipeline(Task):
         All others are described at `kolors_core.task.Request`.
         Raises ValueError or TypeError naming the argument, what came and what was wanted.
         """
-        request = Request(
-            prompt=prompt, num_inference_steps=num_inference_steps, timesteps=timesteps,
-            sigmas=sigmas, guidance_scale=guidance_scale, negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
-            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds,
-            output_type=output_type, return_dict=return_dict,
-            cross_attention_kwargs=cross_attention_kwargs, original_size=original_size,
-            crops_coords_top_left=crops_coords_top_left, target_size=target_size,
-            negative_original_size=negative_original_size,
-            negative_crops_coords_top_left=negative_crops_coords_top_left,
-            negative_target_size=negative_target_size, callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-        )  # fmt: skip
-        request.check()
+        request = Request.of(locals())
         whole = self._schedule(request)
         schedule = whole if denoising_end is None else whole.until(denoising_end)
         size = self._size("height", height), self._size("width", width)
@@ -148,24 +130,7 @@ class KolorsImg2ImgPipeline(Task):
         All others are described at `kolors_core.task.Request`.
         Raises ValueError or TypeError naming the argument, what came and what was wanted.
         """
-        request = Request(
-            prompt=prompt, num_inference_steps=num_inference_steps, timesteps=timesteps,
-            sigmas=sigmas, guidance_scale=guidance_scale, negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
-            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds,
-            output_type=output_type, return_dict=return_dict,
-            cross_attention_kwargs=cross_attention_kwargs, original_size=original_size,
-            crops_coords_top_left=crops_coords_top_left, target_size=target_size,
-            negative_original_size=negative_original_size,
-            negative_crops_coords_top_left=negative_crops_coords_top_left,
-            negative_target_size=negative_target_size, callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-        )  # fmt: skip
-        request.check()
+        request = Request.of(locals())
         whole = self._schedule(request)
         schedule = self._part(whole, strength, denoising_start, denoising_end)
         mean, std = self._encoded(image, height, width, is_only_size=latents is not None)  # [b, 4, H/8, W/8]
@@ -210,9 +175,6 @@ class KolorsImg2ImgPipeline(Task):
                 if side not in (None, own * scale):
                     raise ValueError(f"{name} of given latents is {own * scale}, and cannot become {side}")
             return latents.to(self.device, self.precision), None
-        for name, side in (("height", height), ("width", width)):
-            if side is not None:
-                whole_number(name, side, scale)
         pixels = vae_pixels(image, height, width, scale)  # [b, 3, H, W]
         if is_only_size:
             height, width = pixels.shape[-2:]

@@ -59,6 +59,12 @@ def one_dtype(torch_dtype: Dtypes, dtype: Dtypes) -> Dtypes:
     return torch_dtype if dtype is None else dtype
 
 
+def refuse_second_copy(low_cpu_mem_usage: bool) -> None:
+    """ValueError for the reference's way of loading by a second copy, which there is none of here."""
+    if not low_cpu_mem_usage:
+        raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
+
+
 def plain(model: Any) -> Any:
     """The model itself, of one that `torch.compile` has wrapped."""
     return getattr(model, "_orig_mod", model)

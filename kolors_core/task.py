@@ -7,23 +7,22 @@ Shapes: B pictures (prompts times images per prompt).
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from kolors_core.callback import NAMES, Run, StepCallback
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.components import whole_number
 from kolors_core.config import VERSION
+from kolors_core.fields import whole_number
 from kolors_core.guidance import Conditioning, Size, size_ids_of_both
 from kolors_core.image import OUTPUT_TYPES, describe, to_output
 from kolors_core.image_prompt import ImagePrompting
 from kolors_core.ip_adapter import attached
 from kolors_core.lora_loading import LoRALoading
-from kolors_core.placement import plain
 from kolors_core.sampling import Generators, draw_noise, sampler_of
 from kolors_core.schedule import Schedule
 from kolors_core.text_prompt import MAX_TOKENS, Prompt, TextPrompting
@@ -93,6 +92,13 @@ class Request:
     def callback_tensors(self) -> Sequence[str]:
         """The names of the tensors that the callback sees."""
         return getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Those of a task's arguments that every task has, checked."""
+        request = cls(**{field.name: arguments[field.name] for field in fields(cls)})
+        request.check()
+        return request
 
     def check(self) -> None:
         """Raises ValueError or TypeError for what is of a wrong kind, or would do nothing."""
@@ -271,7 +277,7 @@ class Task(TextPrompting, ImagePrompting, LoRALoading):
         facts = {}
         if names := self.get_active_adapters():
             facts["lora"] = ", ".join(names)
-        if handles := attached(plain(self.unet)):
+        if handles := attached(self.unet):
             scales = (next(iter(handle.branches.values())).scale for handle in handles)
             facts["ip_adapter_scale"] = ", ".join(map(str, scales))
         return facts

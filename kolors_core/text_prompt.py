@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.components import Components, whole_number
+from kolors_core.components import Components
+from kolors_core.fields import whole_number
 from kolors_core.lora import state_of
 from kolors_core.placement import plain
 
@@ -114,12 +115,12 @@ class TextPrompting(Components):
             raise ValueError(f"{name} must be a string or a list of at least one string, got {prompt!r}")
         if not 2 < whole_number("max_sequence_length", max_length) <= MAX_TOKENS:
             raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
-        self._on_device("text_encoder")
         encoder, collapse = plain(self.text_encoder), self.savings.collapse_pads
         key = (tuple(prompts), max_length, collapse, ref(encoder), ref(self.tokenizer), state_of(encoder))
         if (known := self.prompt_cache.get(key)) is not None:
             self.prompt_cache.move_to_end(key)
             return known
+        self._on_device("text_encoder")
         tokens = self.tokenizer(prompts, max_length)
         tokens = tokens.collapse() if collapse else tokens
         text = self.text_encoder(tokens.to(encoder.embedding.weight.device))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.attention import attention, count_bias
+from kolors_core.attention import attention, count_bias, split_heads
 from kolors_core.config import UNetConfig
 
 
@@ -126,11 +126,6 @@ class ResBlock(nn.Module):
         h = h + self.time_proj(F.silu(time))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, N, C] -> [B, heads, N, C/heads]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class Attention(nn.Module):
