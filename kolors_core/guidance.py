@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
+from kolors_core.context import ImagePrompt
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
-from kolors_core.unet import ImagePrompt, UNet
+from kolors_core.unet import Shift, UNet
 
 Size = tuple[int, int]
 
@@ -111,7 +112,7 @@ def guided(
 
     Without a negative, or with a scale of at most 1, the UNet runs once on the positive alone. The UNet sees
     x / sqrt(1 + sigma^2) in its own dtype; x and x0 keep theirs. read_once: compute what does not depend on x
-    (text and pictures as keys and values, the embeddings of sizes and of all steps' times) now and not in
+    (text and pictures as keys and values, what each block makes of sizes and all steps' times) now and not in
     every step; the result is the same. A UNet that is compiled as a whole, hooked, or has another forward is
     called as a whole.
     """
@@ -119,13 +120,13 @@ def guided(
     told = Conditioning.cat(negative, positive) if negative is not None and is_guided else positive
     dtype = unet.conv_in.weight.dtype
     run = _reading_once if read_once and _is_as_written(unet) else _reading_always
-    predict = run(unet, schedule, told)
+    predict = run(unet, schedule, told, 2 if is_guided else 1)
+    known = dict(zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         latents = (x / (sigma**2 + 1) ** 0.5).to(dtype)
-        if is_guided:
-            latents = torch.cat([latents, latents])
-        noise = predict(latents, schedule.timestep(sigma)).to(x.dtype)
+        timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
+        noise = predict(latents, timestep).to(x.dtype)
         if is_guided:
             unconditional, conditional = noise.chunk(2)
             noise = unconditional + scale * (conditional - unconditional)
@@ -140,35 +141,37 @@ def _is_as_written(unet: UNet) -> bool:
     return not (is_another or unet._compiled_call_impl or unet._forward_hooks or unet._forward_pre_hooks)
 
 
-Predict = Callable[[Tensor, float], Tensor]  # (scaled latents [B, 4, H/8, W/8], timestep) -> noise
+Predict = Callable[[Tensor, float], Tensor]  # (scaled latents [b, 4, H/8, W/8], timestep) -> noise [B, ...]
 
 
-def _reading_always(unet: UNet, schedule: Schedule, told: Conditioning) -> Predict:
+def _reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: int) -> Predict:
     """The plain UNet."""
 
     def predict(latents: Tensor, timestep: float) -> Tensor:
         time = torch.tensor(timestep, dtype=torch.float32, device=latents.device)
         return unet(
-            latents, time, told.text_tokens, told.pooled_text, told.size_ids, told.text_counts,
-            told.image_prompts,
+            latents.repeat(copies, 1, 1, 1), time, told.text_tokens, told.pooled_text, told.size_ids,
+            told.text_counts, told.image_prompts,
         )  # fmt: skip
 
     return predict
 
 
-def _reading_once(unet: UNet, schedule: Schedule, told: Conditioning) -> Predict:
+def _reading_once(unet: UNet, schedule: Schedule, told: Conditioning, copies: int) -> Predict:
     """The UNet without what is the same in every step."""
     reads = unet.read(unet.context(told.text_tokens, told.text_counts, told.image_prompts))
     condition = unet.embed_condition(told.pooled_text, told.size_ids)  # [B, T]
 
-    def embed(timesteps: list[float]) -> Tensor:
-        return unet.embed_time(torch.tensor(timesteps, dtype=torch.float32, device=condition.device))
+    def shifts(timesteps: list[float]) -> list[list[Shift]]:
+        times = torch.tensor(timesteps, dtype=torch.float32, device=condition.device)
+        every = unet.shifts(unet.embed_time(times)[:, None] + condition)  # each [n, B, C]
+        return [[Shift(shift.added[i]) for shift in every] for i in range(len(timesteps))]
 
-    known = schedule.timesteps.tolist()
-    times = dict(zip(known, embed(known), strict=True))  # each [T]
+    timesteps = schedule.timesteps.tolist()
+    known = dict(zip(timesteps, shifts(timesteps), strict=True))
 
     def predict(latents: Tensor, timestep: float) -> Tensor:
-        time = times[timestep] if timestep in times else embed([timestep])[0]
-        return unet.denoise(latents, time + condition, reads)
+        times = known[timestep] if timestep in known else shifts([timestep])[0]
+        return unet.denoise(latents, times, reads, copies)
 
     return predict

@@ -16,6 +16,7 @@ from kolors_core.checkpoint import component_files, load, load_component
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.components import Components
 from kolors_core.config import IPAdapterConfig
+from kolors_core.context import ImagePrompt
 from kolors_core.hub import fetch, find_file
 from kolors_core.image import clip_pixels
 from kolors_core.ip_adapter import (
@@ -26,7 +27,6 @@ from kolors_core.ip_adapter import (
     check_fits,
 )
 from kolors_core.placement import dtype_of, one_dtype, plain, refuse_second_copy
-from kolors_core.unet import ImagePrompt
 from weights_convert import TABLES, recognise
 from weights_convert.source import Source, Tensors, save_tensors
 

@@ -18,7 +18,8 @@ from kolors_core.attention import attention, split_heads
 from kolors_core.blocks import BlockScale, block_scales
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import IPAdapterConfig
-from kolors_core.unet import Attention, ImagePrompt, ReadImages, UNet
+from kolors_core.context import ImagePrompt, Masks, ReadImages
+from kolors_core.unet import Attention, UNet
 
 
 def cross_attentions(unet: UNet) -> dict[str, Attention]:
@@ -127,6 +128,7 @@ class ImageBranch(nn.Module):
         Returns h with the pictures added; at scale 0, h itself.
         """
         count, masks = len(images.keys_values), images.masks
+        assert not isinstance(masks, Masks), "masks have the feature map's size by now"
         if masks is None:
             if not isinstance(self.scale, int | float):
                 raise ValueError(f"a scale for each picture, {list(self.scale)}, needs masks")

@@ -17,17 +17,18 @@ from kolors_core.schedule import DPMSolverMultistepScheduler, Schedule, Schedule
 Denoise = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int, Tensor], Tensor]
 Sampler = Callable[..., Tensor]
+Sigmas = Tensor | Sequence[float]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+def euler(denoise: Denoise, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
     """Euler's method on dx/dsigma = (x - x0) / sigma.
 
     Source: Karras et al., https://arxiv.org/abs/2206.00364, algorithm 1 without churn.
-    x: noise times the schedule's start scale. sigmas: [n + 1], falling. on_step(i, x): called after step i,
-    returns the x to go on with.
+    x: noise times the schedule's start scale. sigmas: n + 1, falling; a tensor or numbers. on_step(i, x):
+    called after step i, returns the x to go on with.
     """
-    for i, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+    for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
         x0 = denoise(x, sigma)
         x = x + (x - x0) / sigma * (next_sigma - sigma)
         if on_step is not None:
@@ -38,7 +39,7 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, on_step: OnStep | None = 
 def dpmpp_2m(
     denoise: Denoise,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Sigmas,
     on_step: OnStep | None = None,
     *,
     noise: Callable[[], Tensor] | None = None,
@@ -53,7 +54,7 @@ def dpmpp_2m(
     in the last step only; a step to sigma 0 always does.
     """
     last_x0, last_h, steps = None, 0.0, len(sigmas) - 1
-    for i, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+    for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
         x0 = denoise(x, sigma)
         drawn = (
             None if noise is None else noise()
@@ -78,6 +79,10 @@ def dpmpp_2m(
         if on_step is not None:
             x = on_step(i, x)
     return x
+
+
+def _floats(sigmas: Sigmas) -> Sequence[float]:
+    return sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas
 
 
 def sampler_of(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], Tensor]) -> Sampler:

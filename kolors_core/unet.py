@@ -3,8 +3,7 @@
 Reads bottom up: parts, then levels, then `UNet.forward` last. SDXL's UNet (https://arxiv.org/abs/2307.01952)
 with three levels, a projection of ChatGLM's tokens inside, and a wider added condition.
 Source: `UNet2DConditionModel` in diffusers' models/unets/unet_2d_condition.py.
-Shapes: B batch, C channels, H height, W width (in latents), N = H * W, S text tokens, T time embedding width,
-I pictures that guide, Q tokens of each.
+Shapes: B batch, C channels, H height, W width (in latents), N = H * W, S text tokens, T time embedding width.
 """
 
 import math
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention, count_bias, split_heads
 from kolors_core.config import UNetConfig
+from kolors_core.context import Context, ImagePrompt, Masks, Read, at_size
 
 
 def sinusoid(values: Tensor, width: int) -> Tensor:
@@ -30,70 +30,6 @@ def sinusoid(values: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class ImagePrompt(NamedTuple):
-    """The pictures that one attached IP-Adapter (ip_adapter.py) reads.
-
-    tokens: [B, I, Q, context_dim]. masks: None, or [1 or B, I, any height, any width], from 0 to 1: where in
-    the picture each of them acts.
-    """
-
-    tokens: Tensor
-    masks: Tensor | None = None
-
-    @classmethod
-    def cat(cls, *parts: "ImagePrompt") -> "ImagePrompt":
-        """Batches one after another; masks of one row serve all."""
-        masks = [part.masks for part in parts if part.masks is not None]
-        if masks and any(len(mask) > 1 for mask in masks):
-            masks = [torch.cat(masks)]
-        return cls(torch.cat([part.tokens for part in parts]), masks[0] if masks else None)
-
-
-class ReadImages(NamedTuple):
-    """Keys and values of an IP-Adapter's pictures in one cross-attention, each [B, heads, tokens, C/heads].
-
-    One pair for all pictures, or with masks [1 or B, I, any height, any width] one for each.
-    """
-
-    keys_values: tuple[tuple[Tensor, Tensor], ...]
-    masks: Tensor | None
-
-
-class Read(NamedTuple):
-    """What a cross-attention has read: keys and values [B, heads, S, C/heads], a logit bias [B, 1, 1, S] or
-    None, and what its image branches have."""
-
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None
-    images: tuple[ReadImages, ...]
-
-
-Contexts = Iterator["Context | Read"]
-
-
-class Context(NamedTuple):
-    """What an attention is to read: tokens [B, S, context_dim], None or a logit bias [B, 1, 1, S] on them,
-    and for each attached IP-Adapter its pictures."""
-
-    tokens: Tensor
-    bias: Tensor | None = None
-    images: tuple[ImagePrompt, ...] = ()
-
-
-def at_size(images: tuple[Any, ...], height: int, width: int) -> tuple[Any, ...]:
-    """`ImagePrompt`s or `ReadImages` with masks resized to a feature map, as in the reference: [.., I, N]."""
-    if all(image.masks is None for image in images):
-        return images
-    resized = []
-    for image in images:
-        masks = image.masks
-        if masks is not None:
-            masks = F.interpolate(masks.float(), size=(height, width), mode="bicubic").flatten(2)
-        resized.append(image._replace(masks=masks))
-    return tuple(resized)
-
-
 class Embedding(nn.Module):
     """A two-layer perceptron that turns a sinusoid, or the added condition, into a time embedding."""
 
@@ -104,6 +40,16 @@ class Embedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Shift(NamedTuple):
+    """What a ResBlock adds to its feature map at some times: [..., C]."""
+
+    added: Tensor
+
+
+Times = Iterator[Tensor | Shift]
+Contexts = Iterator[Context | Read]
 
 
 class ResBlock(nn.Module):
@@ -120,10 +66,15 @@ class ResBlock(nn.Module):
             nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         )
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: [B, C, H, W]; time: [B, T]."""
+    def shift(self, time: Tensor) -> Shift:
+        """What this block adds for times [..., T], which depends on nothing else."""
+        return Shift(self.time_proj(F.silu(time)))
+
+    def forward(self, x: Tensor, time: Tensor | Shift) -> Tensor:
+        """x: [B, C, H, W]; time: [B, T], or what this block has made of it."""
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_proj(F.silu(time))[:, :, None, None]
+        shift = time if isinstance(time, Shift) else self.shift(time)
+        h = h + shift.added[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
 
@@ -209,7 +160,7 @@ class Transformer(nn.Module):
         """x: [B, C, H, W]; takes a context for each of its blocks."""
         h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
         for block, context in zip(self.blocks, contexts, strict=False):
-            h = block(h, context._replace(images=at_size(context.images, *x.shape[-2:])))
+            h = block(h, at_size(context, *x.shape[-2:]))
         h = self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[-2:])  # [B, C, H, W]
         return x + h
 
@@ -228,11 +179,11 @@ class DownLevel(nn.Module):
         is_last = level == len(config.channels) - 1
         self.downsample = None if is_last else nn.Conv2d(width, width, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, time: Tensor, contexts: Contexts) -> list[Tensor]:
+    def forward(self, x: Tensor, times: Times, contexts: Contexts) -> list[Tensor]:
         """Every map that the way up will read; the last of them goes on down."""
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
+            x = resnet(x, next(times))
             if self.attentions:
                 x = self.attentions[i](x, contexts)
             skips.append(x)
@@ -250,10 +201,10 @@ class MidLevel(nn.Module):
         self.resnets = nn.ModuleList([ResBlock(width, width, config) for _ in range(2)])
         self.attentions = nn.ModuleList([Transformer(width, config.heads[-1], config.depths[-1], config)])
 
-    def forward(self, x: Tensor, time: Tensor, contexts: Contexts) -> Tensor:
-        x = self.resnets[0](x, time)
+    def forward(self, x: Tensor, times: Times, contexts: Contexts) -> Tensor:
+        x = self.resnets[0](x, next(times))
         x = self.attentions[0](x, contexts)
-        return self.resnets[1](x, time)
+        return self.resnets[1](x, next(times))
 
 
 class UpLevel(nn.Module):
@@ -275,10 +226,10 @@ class UpLevel(nn.Module):
         )
         self.upsample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, contexts: Contexts) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], times: Times, contexts: Contexts) -> Tensor:
         """Takes its skips off the list's end, and grows to the size of the next one, which may be odd."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            x = resnet(torch.cat([x, skips.pop()], dim=1), next(times))
             if self.attentions:
                 x = self.attentions[i](x, contexts)
         if self.upsample is not None:
@@ -332,35 +283,53 @@ class UNet(nn.Module):
         IP-Adapter. Returns [B, out_channels, H, W].
         """
         time = self.embed_time(timestep.expand(len(latents)))  # [B, T]
-        condition = self.embed_condition(pooled_text, size_ids)  # [B, T]
-        return self.denoise(
-            latents, time + condition, repeat(self.context(text_tokens, text_counts, image_prompts))
-        )
+        time = time + self.embed_condition(pooled_text, size_ids)  # [B, T]
+        context = self.context(text_tokens, text_counts, image_prompts)
+        return self.denoise(latents, repeat(time), repeat(context))
 
-    def denoise(self, latents: Tensor, time: Tensor, contexts: Iterable[Context | Read]) -> Tensor:
-        """`forward` on what a run computes once: time [B, T], and a context for each block or what it `read`.
+    def denoise(
+        self,
+        latents: Tensor,
+        times: Iterable[Tensor | Shift],
+        contexts: Iterable[Context | Read],
+        copies: int = 1,
+    ) -> Tensor:
+        """`forward` on what a run computes once.
 
-        time: `embed_time` plus `embed_condition`.
+        latents: [b, in_channels, H, W]. times: for each ResBlock in the order in which they run (down, mid,
+        up) `embed_time` plus `embed_condition` [B, T], or what `shifts` made of it. contexts: likewise for
+        each TransformerBlock a context, or what `read` made of it. copies: B / b, how often each latent
+        serves; 2 under guidance. Returns [B, out_channels, H, W].
         """
-        contexts = iter(contexts)
+        times, contexts = iter(times), iter(contexts)
         x = self.conv_in(latents)
+        if copies > 1:
+            x = x.repeat(copies, 1, 1, 1)  # [B, C, H, W]
         skips = [x]
         for level in self.down:
-            skips += level(skips[-1], time, contexts)
-        x = self.mid(skips[-1], time, contexts)
+            skips += level(skips[-1], times, contexts)
+        x = self.mid(skips[-1], times, contexts)
         for level in self.up:
-            x = level(x, skips, time, contexts)
+            x = level(x, skips, times, contexts)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    def shifts(self, time: Tensor) -> list[Shift]:
+        """What every ResBlock makes of times [..., T], in the order in which they run."""
+        return [module.shift(time) for module in self.modules() if isinstance(module, ResBlock)]
 
     def context(
         self, text_tokens: Tensor, text_counts: Tensor | None, image_prompts: Sequence[ImagePrompt]
     ) -> Context:
         """What all cross-attentions read; arguments as in `forward`."""
         bias = None if text_counts is None else count_bias(text_counts, text_tokens.dtype)
-        return Context(self.text_proj(text_tokens), bias, tuple(image_prompts))
+        images = tuple(
+            image._replace(masks=Masks(image.masks)) if isinstance(image.masks, Tensor) else image
+            for image in image_prompts
+        )
+        return Context(self.text_proj(text_tokens), bias, images)
 
     def read(self, context: Context) -> list[Read]:
-        """Keys and values of every cross-attention, in the order in which the blocks run: down, mid, up."""
+        """Keys and values of every cross-attention, in the order in which the blocks run."""
         blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
         return [block.cross_attention.read(context) for block in blocks]
 

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "fields", "config", "attention", "image", "tokenizer", "chatglm", "clip_vision", "unet", "blocks",
-    "vae", "ip_adapter", "controlnet", "lora_layers", "lora", "lora_file", "schedule", "sampling",
+    "fields", "config", "attention", "image", "tokenizer", "chatglm", "clip_vision", "context", "unet",
+    "blocks", "vae", "ip_adapter", "controlnet", "lora_layers", "lora", "lora_file", "schedule", "sampling",
     "guidance", "placement", "hub", "checkpoint", "lora_loading", "components", "text_prompt",
     "image_prompt", "callback", "task", "pipeline", "dataset", "training", "batch", "__init__", "__main__",
 ]  # fmt: skip

@@ -16,10 +16,10 @@ from kolors_core import (
     IPAdapterMaskProcessor,
     KolorsImg2ImgPipeline,
 )
+from kolors_core.context import ImagePrompt
 from kolors_core.image_prompt import load_image_embeds, save_image_embeds
 from kolors_core.lora import attach as attach_lora
 from kolors_core.lora import save_adapters
-from kolors_core.unet import ImagePrompt
 from tests.ip_adapters import Both, guided_steps, load_both
 from tests.parity import EXACT, FLOAT32, relative_error
 from tests.pipelines import SOLVERS, picture, use_solver

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kolors_core.config import KOLORS, IPAdapterConfig
+from kolors_core.context import ImagePrompt
 from kolors_core.ip_adapter import IPAdapter, attach, attached, cross_attentions
-from kolors_core.unet import ImagePrompt, UNet
+from kolors_core.unet import UNet
 from tests.ip_adapters import Both, adapter_config, guided_steps, load_both
 from tests.parity import EXACT, SMALL, SMALL_CLIP, randomise, reference_unet, relative_error
 from tests.test_unet import inputs

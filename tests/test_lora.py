@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from kolors_core.blocks import BlockScale, block_scales
+from kolors_core.context import Context
 from kolors_core.ip_adapter import ImageBranch
 from kolors_core.lora import (
     TEXT_TARGETS,
@@ -25,7 +26,7 @@ from kolors_core.lora import (
     unload,
 )
 from kolors_core.lora_layers import LoRAConv2d, LoRALinear, Part
-from kolors_core.unet import Context, UNet
+from kolors_core.unet import UNet
 from tests.parity import EXACT, FLOAT32, SMALL, pair, randomise, reference_unet, relative_error
 from tests.pipelines import Pair, steps_of, use_solver
 from tests.test_unet import inputs

@@ -1,0 +1,83 @@
+"""What the UNet is told beside latents and time: what its cross-attentions are to read, or have read.
+
+Shapes: B batch, C channels, N pixels of a feature map, S text tokens, I pictures that guide, Q tokens each.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Masks:
+    """Masks [1 or B, I, any height, any width], resized once to each size of feature map that asks."""
+
+    def __init__(self, masks: Tensor) -> None:
+        self.masks = masks.float()
+        self.sizes: dict[tuple[int, int], Tensor] = {}
+
+    def at(self, height: int, width: int) -> Tensor:
+        """At a feature map's size, as in the reference: [1 or B, I, N]."""
+        if (height, width) not in self.sizes:
+            resized = F.interpolate(self.masks, size=(height, width), mode="bicubic")
+            self.sizes[height, width] = resized.flatten(2)
+        return self.sizes[height, width]
+
+
+class ImagePrompt(NamedTuple):
+    """The pictures that one attached IP-Adapter (ip_adapter.py) reads.
+
+    tokens: [B, I, Q, context_dim]. masks: None, or [1 or B, I, any height, any width], from 0 to 1: where in
+    the picture each of them acts.
+    """
+
+    tokens: Tensor
+    masks: Tensor | Masks | None = None
+
+    @classmethod
+    def cat(cls, *parts: "ImagePrompt") -> "ImagePrompt":
+        """Batches one after another; masks of one row serve all."""
+        masks = [part.masks for part in parts if isinstance(part.masks, Tensor)]
+        if masks and any(len(mask) > 1 for mask in masks):
+            masks = [torch.cat(masks)]
+        return cls(torch.cat([part.tokens for part in parts]), masks[0] if masks else None)
+
+
+class ReadImages(NamedTuple):
+    """Keys and values of an IP-Adapter's pictures in one cross-attention, each [B, heads, tokens, C/heads].
+
+    One pair for all pictures, or with masks one for each. masks: None, or any size; [1 or B, I, N] once the
+    feature map's size is known.
+    """
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    masks: Masks | Tensor | None
+
+
+class Read(NamedTuple):
+    """What a cross-attention has read: keys and values [B, heads, S, C/heads], a logit bias [B, 1, 1, S] or
+    None, and what its image branches have."""
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    images: tuple[ReadImages, ...]
+
+
+class Context(NamedTuple):
+    """What an attention is to read: tokens [B, S, context_dim], None or a logit bias [B, 1, 1, S] on them,
+    and for each attached IP-Adapter its pictures."""
+
+    tokens: Tensor
+    bias: Tensor | None = None
+    images: tuple[ImagePrompt, ...] = ()
+
+
+def at_size(context: Context | Read, height: int, width: int) -> Context | Read:
+    """A `Context` or `Read` whose masks, if there are any, have a feature map's size."""
+    images: Any = tuple(
+        image._replace(masks=image.masks.at(height, width)) if isinstance(image.masks, Masks) else image
+        for image in context.images
+    )
+    return context._replace(images=images) if images else context
