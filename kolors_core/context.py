@@ -64,6 +64,14 @@ class Read(NamedTuple):
     bias: Tensor | None
     images: tuple[ReadImages, ...]
 
+    def rows(self, where: Tensor) -> "Read":
+        """These rows [B] of it; masks are those of all B rows already."""
+        images = tuple(
+            image._replace(keys_values=tuple((k[where], v[where]) for k, v in image.keys_values))
+            for image in self.images
+        )
+        return Read(self.k[where], self.v[where], None if self.bias is None else self.bias[where], images)
+
 
 class Context(NamedTuple):
     """What an attention is to read: tokens [B, S, context_dim], None or a logit bias [B, 1, 1, S] on them,

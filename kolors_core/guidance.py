@@ -141,6 +141,26 @@ def _is_as_written(unet: UNet) -> bool:
     return not (is_another or unet._compiled_call_impl or unet._forward_hooks or unet._forward_pre_hooks)
 
 
+def _distinct(told: Conditioning) -> tuple[Conditioning, Tensor]:
+    """Rows whose text and pictures differ, and for each row of B which of them it is: [B].
+
+    Several pictures of one prompt, and one negative prompt for several, are read once.
+    """
+    parts = [told.text_tokens, *(image.tokens for image in told.image_prompts)]
+    if told.text_counts is not None:
+        parts.append(told.text_counts)
+    kept, where = list[int](), list[int]()
+    for i in range(len(told.text_tokens)):
+        same = (n for n, k in enumerate(kept) if all(torch.equal(part[i], part[k]) for part in parts))
+        where.append(next(same, len(kept)))
+        if where[-1] == len(kept):
+            kept.append(i)
+    images = tuple(image._replace(tokens=image.tokens[kept]) for image in told.image_prompts)
+    counts = None if told.text_counts is None else told.text_counts[kept]
+    rows = Conditioning(told.text_tokens[kept], told.pooled_text[kept], told.size_ids[kept], counts, images)
+    return rows, torch.tensor(where, device=told.text_tokens.device)
+
+
 Predict = Callable[[Tensor, float], Tensor]  # (scaled latents [b, 4, H/8, W/8], timestep) -> noise [B, ...]
 
 
@@ -159,7 +179,9 @@ def _reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: 
 
 def _reading_once(unet: UNet, schedule: Schedule, told: Conditioning, copies: int) -> Predict:
     """The UNet without what is the same in every step."""
-    reads = unet.read(unet.context(told.text_tokens, told.text_counts, told.image_prompts))
+    rows, where = _distinct(told)
+    read = unet.read(unet.context(rows.text_tokens, rows.text_counts, rows.image_prompts))
+    reads = read if len(rows.text_tokens) == len(where) else [one.rows(where) for one in read]
     condition = unet.embed_condition(told.pooled_text, told.size_ids)  # [B, T]
 
     def shifts(timesteps: list[float]) -> list[list[Shift]]:
