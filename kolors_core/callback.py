@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kolors_core.graphs import Graphs
 from kolors_core.guidance import Conditioning, Savings, guided
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Schedule, Scheduler
@@ -31,6 +32,7 @@ class Pipeline(Protocol):
     unet: UNet
     scheduler: Scheduler
     savings: Savings
+    _graphs: Graphs | None
     _guidance_scale: float
     _interrupt: bool
 
@@ -75,8 +77,11 @@ class Run:
         self.denoise = self._guided(positive, negative)
 
     def _guided(self, positive: Conditioning, negative: Conditioning | None) -> Denoise:
-        scale, read_once = self.pipe._guidance_scale, self.pipe.savings.read_once
-        return guided(self.pipe.unet, self.schedule, positive, negative, scale, read_once=read_once)
+        pipe = self.pipe
+        return guided(
+            pipe.unet, self.schedule, positive, negative, pipe._guidance_scale,
+            read_once=pipe.savings.read_once, graphs=pipe._graphs,
+        )  # fmt: skip
 
     def __call__(self, sampler: Sampler, x: Tensor) -> Tensor:
         """Run the sampler from x; returns the latents as the reference has them at the last sigma."""

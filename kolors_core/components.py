@@ -22,6 +22,8 @@ from kolors_core.checkpoint import (
     save_frame,
 )
 from kolors_core.clip_vision import CLIPVision
+from kolors_core.compiling import GRAPHED, compile_blocks
+from kolors_core.graphs import Graphs
 from kolors_core.guidance import Savings
 from kolors_core.ip_adapter import attached
 from kolors_core.placement import (
@@ -73,13 +75,14 @@ class Components:
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self._offload: torch.device | None = None  # where models work, if they rest on the CPU
         self.savings = Savings()
+        self._graphs: Graphs | None = None  # if `compile` was asked for them
         self.prompt_cache: OrderedDict[Any, TextEmbedding] = OrderedDict()
         self._progress: dict[str, Any] = {}
         self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: whose prompts are not kept."""
-        return self.__dict__ | {"prompt_cache": OrderedDict()}
+        """For copies and pickles: whose prompts and recorded graphs are not kept."""
+        return self.__dict__ | {"prompt_cache": OrderedDict(), "_graphs": None}
 
     @classmethod
     def from_pretrained(
@@ -156,6 +159,7 @@ class Components:
         made = cls(**pipeline.components | own | changes)
         made._offload, made._progress = pipeline._offload, pipeline._progress
         made.savings, made.prompt_cache = pipeline.savings, pipeline.prompt_cache
+        made._graphs = pipeline._graphs
         return made
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
@@ -193,6 +197,18 @@ class Components:
             if isinstance(target, torch.device):
                 self._offload = None
         return self
+
+    def compile(self, mode: str | None = None, backend: str = "inductor") -> None:
+        """Compile the models' blocks when they first run, and again where a new kind of input comes.
+
+        mode, backend: as for `torch.compile`; "reduce-overhead" and "max-autotune" also make each step one
+        CUDA graph, where the UNet is on CUDA. Other picture sizes, LoRAs and weights go on working. See
+        kolors_core/compiling.py; ValueError for an unknown mode.
+        """
+        for component in KINDS:
+            if (model := getattr(self, component)) is not None:
+                compile_blocks(plain(model), mode, backend)
+        self._graphs = Graphs() if mode in GRAPHED and self.device.type == "cuda" else None
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None

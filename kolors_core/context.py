@@ -66,6 +66,8 @@ class Read(NamedTuple):
 
     def rows(self, where: Tensor) -> "Read":
         """These rows [B] of it; masks are those of all B rows already."""
+        if len(where) == len(self.k):
+            return self
         images = tuple(
             image._replace(keys_values=tuple((k[where], v[where]) for k, v in image.keys_values))
             for image in self.images
@@ -80,6 +82,22 @@ class Context(NamedTuple):
     tokens: Tensor
     bias: Tensor | None = None
     images: tuple[ImagePrompt, ...] = ()
+
+    def distinct(self) -> tuple["Context", Tensor]:
+        """The rows that differ, and for each of the B rows which of them it is: [B].
+
+        Several pictures of one prompt, and one negative prompt for several, need be read only once.
+        """
+        parts = [self.tokens, *(image.tokens for image in self.images)]
+        parts += [] if self.bias is None else [self.bias]
+        kept, where = list[int](), list[int]()
+        for i in range(len(self.tokens)):
+            same = (n for n, k in enumerate(kept) if all(torch.equal(part[i], part[k]) for part in parts))
+            where.append(next(same, len(kept)))
+            kept += [i] if where[-1] == len(kept) else []
+        images = tuple(image._replace(tokens=image.tokens[kept]) for image in self.images)
+        bias = None if self.bias is None else self.bias[kept]
+        return Context(self.tokens[kept], bias, images), torch.tensor(where, device=self.tokens.device)
 
 
 def at_size(context: Context | Read, height: int, width: int) -> Context | Read:

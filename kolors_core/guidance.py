@@ -6,15 +6,19 @@ Shapes: B pictures, S text tokens; latents are [B, 4, H/8, W/8].
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.context import ImagePrompt
+from kolors_core.context import ImagePrompt, Read
+from kolors_core.graphs import Graphs
+from kolors_core.ip_adapter import attached
+from kolors_core.lora import state_of
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
-from kolors_core.unet import Shift, UNet
+from kolors_core.unet import ResBlock, Shift, UNet
 
 Size = tuple[int, int]
 
@@ -107,20 +111,24 @@ def guided(
     scale: float = 1.0,
     *,
     read_once: bool = True,
+    graphs: Graphs | None = None,
 ) -> Denoise:
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): eps = uncond + scale * (cond - uncond).
 
     Without a negative, or with a scale of at most 1, the UNet runs once on the positive alone. The UNet sees
     x / sqrt(1 + sigma^2) in its own dtype; x and x0 keep theirs. read_once: compute what does not depend on x
     (text and pictures as keys and values, what each block makes of sizes and all steps' times) now and not in
-    every step; the result is the same. A UNet that is compiled as a whole, hooked, or has another forward is
-    called as a whole.
+    every step; the result is the same. graphs: record the step there as a CUDA graph, unless there are masks.
+    A UNet that is compiled as a whole, hooked, or has another forward is called as a whole and not recorded.
     """
     is_guided = negative is not None and scale > 1
     told = Conditioning.cat(negative, positive) if negative is not None and is_guided else positive
     dtype = unet.conv_in.weight.dtype
-    run = _reading_once if read_once and _is_as_written(unet) else _reading_always
-    predict = run(unet, schedule, told, 2 if is_guided else 1)
+    copies = 2 if is_guided else 1
+    if read_once and _is_as_written(unet):
+        predict = _reading_once(unet, schedule, told, copies, graphs)
+    else:
+        predict = _reading_always(unet, schedule, told, copies)
     known = dict(zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -141,26 +149,6 @@ def _is_as_written(unet: UNet) -> bool:
     return not (is_another or unet._compiled_call_impl or unet._forward_hooks or unet._forward_pre_hooks)
 
 
-def _distinct(told: Conditioning) -> tuple[Conditioning, Tensor]:
-    """Rows whose text and pictures differ, and for each row of B which of them it is: [B].
-
-    Several pictures of one prompt, and one negative prompt for several, are read once.
-    """
-    parts = [told.text_tokens, *(image.tokens for image in told.image_prompts)]
-    if told.text_counts is not None:
-        parts.append(told.text_counts)
-    kept, where = list[int](), list[int]()
-    for i in range(len(told.text_tokens)):
-        same = (n for n, k in enumerate(kept) if all(torch.equal(part[i], part[k]) for part in parts))
-        where.append(next(same, len(kept)))
-        if where[-1] == len(kept):
-            kept.append(i)
-    images = tuple(image._replace(tokens=image.tokens[kept]) for image in told.image_prompts)
-    counts = None if told.text_counts is None else told.text_counts[kept]
-    rows = Conditioning(told.text_tokens[kept], told.pooled_text[kept], told.size_ids[kept], counts, images)
-    return rows, torch.tensor(where, device=told.text_tokens.device)
-
-
 Predict = Callable[[Tensor, float], Tensor]  # (scaled latents [b, 4, H/8, W/8], timestep) -> noise [B, ...]
 
 
@@ -177,23 +165,32 @@ def _reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: 
     return predict
 
 
-def _reading_once(unet: UNet, schedule: Schedule, told: Conditioning, copies: int) -> Predict:
+def _reading_once(
+    unet: UNet, schedule: Schedule, told: Conditioning, copies: int, graphs: Graphs | None
+) -> Predict:
     """The UNet without what is the same in every step."""
-    rows, where = _distinct(told)
-    read = unet.read(unet.context(rows.text_tokens, rows.text_counts, rows.image_prompts))
-    reads = read if len(rows.text_tokens) == len(where) else [one.rows(where) for one in read]
+    rows, where = unet.context(told.text_tokens, told.text_counts, told.image_prompts).distinct()
+    reads = [read.rows(where) for read in unet.read(rows)]
     condition = unet.embed_condition(told.pooled_text, told.size_ids)  # [B, T]
 
-    def shifts(timesteps: list[float]) -> list[list[Shift]]:
+    def shifts(timesteps: list[float]) -> list[Tensor]:
         times = torch.tensor(timesteps, dtype=torch.float32, device=condition.device)
         every = unet.shifts(unet.embed_time(times)[:, None] + condition)  # each [n, B, C]
-        return [[Shift(shift.added[i]) for shift in every] for i in range(len(timesteps))]
+        return list(torch.cat([shift.added for shift in every], dim=-1))  # n of [B, all blocks' C]
 
+    widths = [block.time_proj.out_features for block in unet.modules() if isinstance(block, ResBlock)]
+
+    def step(reads: list[Read], latents: Tensor, shifts: Tensor) -> Tensor:
+        return unet.denoise(latents, map(Shift, shifts.split(widths, dim=-1)), reads, copies)
+
+    run = partial(step, reads)
+    if graphs is not None and all(image.masks is None for image in told.image_prompts):
+        scales = [branch.scale for handle in attached(unet) for branch in handle.branches.values()]
+        run = graphs.of_run(step, (copies, state_of(unet), str(scales)), reads)
     timesteps = schedule.timesteps.tolist()
     known = dict(zip(timesteps, shifts(timesteps), strict=True))
 
     def predict(latents: Tensor, timestep: float) -> Tensor:
-        times = known[timestep] if timestep in known else shifts([timestep])[0]
-        return unet.denoise(latents, times, reads, copies)
+        return run(latents, known[timestep] if timestep in known else shifts([timestep])[0])
 
     return predict

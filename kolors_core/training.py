@@ -24,16 +24,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from kolors_core.chatglm import ChatGLM, Layer, TextEmbedding
+from kolors_core.chatglm import ChatGLM, TextEmbedding
+from kolors_core.compiling import BLOCKS
 from kolors_core.dataset import Batches, Example, Sample, load_pixels, mix
 from kolors_core.guidance import size_ids
 from kolors_core.tokenizer import TokenBatch, Tokenizer
-from kolors_core.unet import ResBlock, TransformerBlock, UNet
+from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from kolors_core.vae import ResBlock as VAEResBlock
-
-# What FSDP2 gathers, and what checkpointing computes twice, as one.
-BLOCKS = (ResBlock, TransformerBlock, Layer, VAEResBlock)
 
 
 @dataclass(frozen=True, kw_only=True)

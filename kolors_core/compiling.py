@@ -1,0 +1,66 @@
+"""Compilation by block: each kind of repeated block is compiled once and serves all of its kind.
+
+What stands between blocks stays as it is, so that a changed forward, another picture size or an attached
+adapter needs no new compilation of the whole. A UNet of 2.58 billion parameters has 14 kinds among 87 blocks.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from kolors_core.chatglm import Layer as ChatGLMLayer
+from kolors_core.clip_vision import Layer as CLIPLayer
+from kolors_core.unet import ResBlock, TransformerBlock
+from kolors_core.vae import ResBlock as VAEResBlock
+
+# What is compiled as one, and in training gathered (FSDP2) and recomputed (checkpointing) as one.
+BLOCKS = (ResBlock, TransformerBlock, ChatGLMLayer, VAEResBlock, CLIPLayer)
+
+# torch's modes, and for those that replay CUDA graphs the one that compiles the same without.
+MODES = {
+    None: None,
+    "default": "default",
+    "reduce-overhead": "default",
+    "max-autotune": "max-autotune-no-cudagraphs",
+    "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs",
+}
+GRAPHED = ("reduce-overhead", "max-autotune")  # here the whole step is one CUDA graph, see graphs.py
+
+VARIANTS = 64  # of one kind: batches, sizes, precisions, adapters on and off
+
+
+def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "inductor") -> int:
+    """Compile a model's blocks when they first run; returns how many kinds there are.
+
+    mode, backend: as for `torch.compile`. A block is compiled whole or not at all, and anew where sizes,
+    precision or adapters ask for it: the second picture size compiles for all sizes. ValueError for an
+    unknown mode; torch's own error, never a slow path in silence, where a block cannot be compiled.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(str, MODES))}, got {mode!r}")
+    more: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13; before, 8 are allowed
+        more["recompile_limit"] = VARIANTS
+    kinds: dict[Any, Callable[..., Any]] = {}
+    for block in model.modules():
+        if isinstance(block, BLOCKS):
+            kind = type(block), tuple(parameter.shape for parameter in block.parameters())
+            if kind not in kinds:
+                options = {"fullgraph": True, "mode": MODES[mode], "backend": backend} | more
+                kinds[kind] = torch.compile(_own_call(), **options)
+            block._compiled_call_impl = partial(kinds[kind], block)
+    return len(kinds)
+
+
+def _call(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    return block._call_impl(*inputs, **named)  # with hooks, as calling the block does
+
+
+def _own_call() -> Callable[..., Any]:
+    """`_call` with a code object of its own: torch searches, and limits, compiled variants by code object."""
+    return FunctionType(_call.__code__.replace(), _call.__globals__)
