@@ -68,16 +68,16 @@ class QuantizedComponent:
 class QuantizationReport:
     """What was quantised, and how far the results are from those before, in the pipeline's own precision.
 
-    tokens, pooled: the text encoder's embeddings of `PROBES`; None if it was not quantised.
-    noise: one prediction of the UNet alone for the same text, in the middle of the schedule; None likewise.
-    latents: those of all that was quantised, after four guided steps from the same noise.
+    text_encoder, unet: None for what was not quantised; it then has no error of its own.
+    tokens, pooled: the text encoder's embeddings of `PROBES`. noise: one prediction of the UNet for the text
+    from before, in the middle of the schedule. latents: what both together make of it in four guided steps.
     """
 
     text_encoder: QuantizedComponent | None
     unet: QuantizedComponent | None
-    tokens: Deviation | None
-    pooled: Deviation | None
-    noise: Deviation | None
+    tokens: Deviation
+    pooled: Deviation
+    noise: Deviation
     latents: Deviation
 
     def __str__(self) -> str:
@@ -121,18 +121,13 @@ class Quantizing(Components):
             quantize(model, bits[name])
             made[name] = QuantizedComponent(bits[name], before, weight_bytes(model))
         new_texts = texts if text_encoder is None else self._probe_texts()
-        tokens, pooled = (
-            Deviation.of(
-                [getattr(text, state) for text in new_texts], [getattr(text, state) for text in texts]
-            )
-            for state in ("tokens", "pooled")
-        )
+        new_noise = noise if unet is None else self._probe_noise(texts[0])
         report = QuantizationReport(
             text_encoder=made.get("text_encoder"),
             unet=made.get("unet"),
-            tokens=None if text_encoder is None else tokens,
-            pooled=None if text_encoder is None else pooled,
-            noise=None if unet is None else Deviation.of([self._probe_noise(texts[0])], [noise]),
+            tokens=Deviation.of([text.tokens for text in new_texts], [text.tokens for text in texts]),
+            pooled=Deviation.of([text.pooled for text in new_texts], [text.pooled for text in texts]),
+            noise=Deviation.of([new_noise], [noise]),
             latents=Deviation.of([self._probe_latents(new_texts)], [latents]),
         )
         self._on_device()
