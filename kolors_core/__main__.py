@@ -15,6 +15,8 @@ from kolors_core.fields import whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.placement import best_device, best_dtype, named_device
+from kolors_core.quantize import BITS
+from kolors_core.quantize_report import QuantizationReport
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -71,6 +73,13 @@ def parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--device", help="cuda, mps, cpu, cuda:1, ... (default: the best there is)")
     model.add_argument("--dtype", choices=DTYPES, help="precision (default: float16, on a CPU float32)")
+    for name in ("text-encoder", "unet"):
+        model.add_argument(
+            f"--{name}-bits",
+            type=int,
+            choices=BITS,
+            help="hold its linear layers in so many bits; reports the error",
+        )
 
     picture = top.add_argument_group("picture")
     picture.add_argument("-n", "--negative", metavar="TEXT", help="what not to draw")
@@ -179,6 +188,8 @@ def draw(options: argparse.Namespace) -> None:
     guides = [load_image(file) for file in options.ip_image or ()]
     outs[0].parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(options)
+    quantized = quantize(pipe, options)
+    load_adapters(pipe, options)
     steps = options.steps if options.steps is not None else 25
     if options.steps is None and (options.timesteps or options.sigmas or options.sampler.startswith("euler")):
         steps = 50
@@ -204,6 +215,8 @@ def draw(options: argparse.Namespace) -> None:
     told = {
         name: value if isinstance(value, str) else ", ".join(value) for name, value in told.items() if value
     }
+    if quantized is not None:
+        told["quantized"] = str(quantized)
     for image, out in zip(output[0], outs, strict=True):
         describe(image, image.info | told)
         save_png(image, out)
@@ -240,7 +253,7 @@ def checked(options: argparse.Namespace) -> list[Path]:
 
 
 def load_pipeline(options: argparse.Namespace) -> KolorsPipeline:
-    """The pipeline, with the sampler and the adapters that the options ask for."""
+    """The pipeline, with the sampler that the options ask for."""
     device = named_device(options.device) if options.device is not None else best_device()
     pipe = KolorsPipeline.from_pretrained(
         options.weights, variant=options.variant, revision=options.revision,
@@ -250,6 +263,22 @@ def load_pipeline(options: argparse.Namespace) -> KolorsPipeline:
     pipe.set_progress_bar_config(disable=options.quiet)
     kind, changes = SAMPLERS[options.sampler]
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    return pipe
+
+
+def quantize(pipe: KolorsPipeline, options: argparse.Namespace) -> QuantizationReport | None:
+    """Quantise what the options ask for; None if nothing."""
+    bits = {"text_encoder": options.text_encoder_bits, "unet": options.unet_bits}
+    if not any(bits.values()):
+        return None
+    report = pipe.quantize(**bits)
+    if not options.quiet:
+        print(f"quantized: {report}", file=sys.stderr)
+    return report
+
+
+def load_adapters(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
+    """Load the LoRAs and the IP-Adapter that the options ask for."""
     weights = []
     for text in options.lora:
         source, scale = with_scale(text)
@@ -268,7 +297,6 @@ def load_pipeline(options: argparse.Namespace) -> KolorsPipeline:
         pipe.load_ip_adapter(name, revision=revision, local_files_only=options.local_files_only)
         if options.ip_scale is not None:
             pipe.set_ip_adapter_scale(options.ip_scale)
-    return pipe
 
 
 def with_scale(text: str) -> tuple[str, float]:

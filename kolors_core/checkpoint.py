@@ -21,6 +21,7 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from kolors_core.hub import fetch
+from kolors_core.quantize import refuse_quantized
 from kolors_core.schedule import SCHEDULERS, Scheduler
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
@@ -144,10 +145,11 @@ def load(
 ) -> None:
     """Fill a model from a checkpoint, strictly. The model may be on the meta device; nothing is left on it.
 
-    Raises ValueError naming the first tensors that are missing, unexpected or misshapen; the model is then
-    untouched.
+    Raises ValueError naming the first tensors that are missing, unexpected or misshapen, or for a quantised
+    model, which is then untouched.
     """
     where = source.where
+    refuse_quantized(model, f"load {where} into it; load a plain model, then quantise")
     table, is_ours = recognise(source.keys(), where)
     if table is not TABLES[component]:
         raise ValueError(f"{where}: wanted the {component} of a Kolors checkpoint, got a {table.component}")
@@ -220,11 +222,18 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in state if not ADAPTERS.intersection(name.split("."))}
 
 
+def check_savable(model: nn.Module, component: str) -> None:
+    """ValueError for a quantised model: its tensors have no public names."""
+    refuse_quantized(model, f"save the {component} for the reference, which reads full weights only")
+
+
 def save_component(model: Model, folder: str | Path, component: str, *, variant: str | None = None) -> None:
     """Write a model to `folder`/`component` under public names, as the reference reads it, without adapters.
 
-    Raises ValueError for a variant that is not letters, digits and underscores.
+    Raises ValueError for a quantised model, which the reference has no names for, and a variant that is not
+    letters, digits and underscores.
     """
+    check_savable(model, component)
     if variant is not None and re.fullmatch(r"\w+", variant) is None:
         raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
     place = Path(folder) / component

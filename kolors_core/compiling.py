@@ -49,7 +49,7 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
     kinds: dict[Any, Callable[..., Any]] = {}
     for block in model.modules():
         if isinstance(block, BLOCKS):
-            kind = type(block), tuple(parameter.shape for parameter in block.parameters())
+            kind = type(block), tuple(tensor.shape for tensor in block.state_dict().values())
             if kind not in kinds:
                 options = {"fullgraph": True, "mode": MODES[mode], "backend": backend} | more
                 kinds[kind] = torch.compile(_own_call(), **options)

@@ -13,6 +13,7 @@ from kolors_core.checkpoint import (
     EMBEDDED_NAME,
     KINDS,
     OPTIONAL,
+    check_savable,
     load_component,
     load_index,
     load_scheduler,
@@ -167,14 +168,17 @@ class Components:
 
         Loaded IP-Adapters and LoRAs are not part of it; a fused LoRA is, in the weights.
 
-        Raises FileExistsError if `folder` is there already and not empty, ValueError if a model is left out.
+        Raises FileExistsError if `folder` is there already and not empty, ValueError if a model is left out
+        or quantised.
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("this pipeline has no text encoder or tokenizer and cannot be saved whole")
+        models = {name: plain(getattr(self, name)) for name in KINDS if getattr(self, name) is not None}
+        for component, model in models.items():
+            check_savable(model, component)
         with new_folder(Path(folder)) as place:
-            for component in KINDS:
-                if (model := getattr(self, component)) is not None:
-                    save_component(plain(model), place, component, variant=variant)
+            for component, model in models.items():
+                save_component(model, place, component, variant=variant)
             save_frame(place, type(self).__name__, self.components)
 
     def to(

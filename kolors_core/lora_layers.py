@@ -1,4 +1,5 @@
-"""Layers with low-rank adapters: a `LoRALinear` is an `nn.Linear`, a `LoRAConv2d` an `nn.Conv2d`.
+"""Layers with low-rank adapters: a `LoRALinear` is an `nn.Linear`, a `LoRAConv2d` an `nn.Conv2d`, and a
+`LoRAQuantizedLinear` a `QuantizedLinear` (QLoRA, https://arxiv.org/abs/2305.14314).
 
 The base weight keeps its name, so every table and checkpoint still fits; adapters add keys,
 `<layer>.lora.<adapter>.down`, and never rename. How models get them is lora.py's.
@@ -12,6 +13,8 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kolors_core.quantize import QuantizedLinear
 
 
 class Part(nn.Module):
@@ -146,6 +149,14 @@ class LoRALinear(LoRALayer, nn.Linear):
         return F.linear(h, up)
 
 
+class LoRAQuantizedLinear(LoRALinear, QuantizedLinear):  # type: ignore[misc]
+    """A quantised linear layer with adapters, which cannot be fused."""
+
+    def fuse(self, names: Sequence[str], share: float) -> None:
+        """ValueError: a quantised weight cannot be written."""
+        raise ValueError(f"cannot fuse {', '.join(names)}: the layer's weight is quantised")
+
+
 class LoRAConv2d(LoRALayer, nn.Conv2d):
     """A convolution with adapters; `down` has its kernel and stride, `up` is 1x1."""
 
@@ -156,4 +167,8 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         return F.conv2d(h, up)
 
 
-KINDS: dict[type[nn.Module], type[LoRALayer]] = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
+KINDS: dict[type[nn.Module], type[LoRALayer]] = {
+    nn.Linear: LoRALinear,
+    QuantizedLinear: LoRAQuantizedLinear,
+    nn.Conv2d: LoRAConv2d,
+}

@@ -29,6 +29,7 @@ from kolors_core.lora import (
 )
 from kolors_core.lora_file import METADATA, LoRAReport, configs_of, read
 from kolors_core.placement import plain, refuse_second_copy
+from kolors_core.quantize import refuse_quantized
 from kolors_core.unet import UNet
 from weights_convert.source import PICKLES, Source, Tensors, save_tensors
 
@@ -200,7 +201,7 @@ class LoRALoading:
         and nothing is fused if they are not. The weights from before are kept on the CPU. Until
         `unfuse_lora`, other adapters do nothing and none can be loaded, weighed or deleted; but
         `unload_lora_weights` makes the fused weights the pipeline's own. Raises ValueError if there is
-        nothing to fuse or something is fused already.
+        nothing to fuse, something is fused already, or a model is quantised.
         """
         names = self.get_active_adapters() if adapter_names is None else _names(adapter_names)
         self._refuse_unknown(names)
@@ -211,6 +212,9 @@ class LoRALoading:
             refuse_fused(model, f"fuse {', '.join(names) or 'adapters'}")
         if not any(found.values()):
             raise ValueError(f"no active adapter to fuse in {' or '.join(models)}")
+        for component, model in models.items():
+            if found[component]:
+                refuse_quantized(model, f"fuse {', '.join(names)}")
         for component, model in models.items():
             if found[component]:
                 fuse(model, found[component], lora_scale)

@@ -23,6 +23,7 @@ from kolors_core.image import OUTPUT_TYPES, describe, to_output
 from kolors_core.image_prompt import ImagePrompting
 from kolors_core.ip_adapter import attached
 from kolors_core.lora_loading import LoRALoading
+from kolors_core.quantize_report import Quantizing
 from kolors_core.sampling import Generators, draw_noise, sampler_of
 from kolors_core.schedule import Schedule
 from kolors_core.text_prompt import MAX_TOKENS, Prompt, TextPrompting
@@ -131,7 +132,7 @@ class Request:
         _one_of("cross_attention_kwargs", self.cross_attention_kwargs or (), ("ip_adapter_masks", "scale"))
 
 
-class Task(TextPrompting, ImagePrompting, LoRALoading):
+class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
     """The steps that tasks are composed of."""
 
     def _schedule(self, request: Request) -> Schedule:
