@@ -1,6 +1,5 @@
 """What every task shares: its models, loaded, saved, shared with another task, and moved between devices."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -8,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from kolors_core.chatglm import ChatGLM, TextEmbedding
+from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import (
     EMBEDDED_NAME,
     KINDS,
@@ -36,6 +35,7 @@ from kolors_core.placement import (
     plain,
     refuse_second_copy,
 )
+from kolors_core.prompt_cache import PromptCache
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
@@ -77,13 +77,13 @@ class Components:
         self._offload: torch.device | None = None  # where models work, if they rest on the CPU
         self.savings = Savings()
         self._graphs: Graphs | None = None  # if `compile` was asked for them
-        self.prompt_cache: OrderedDict[Any, TextEmbedding] = OrderedDict()
+        self.prompt_cache = PromptCache()
         self._progress: dict[str, Any] = {}
         self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: whose prompts and recorded graphs are not kept."""
-        return self.__dict__ | {"prompt_cache": OrderedDict(), "_graphs": None}
+        return self.__dict__ | {"prompt_cache": PromptCache(), "_graphs": None}
 
     @classmethod
     def from_pretrained(

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,11 +31,14 @@ class Savings:
     collapse_pads: equal pads of a prompt are encoded and read as one that counts as many.
     read_once: see `guided`.
     cached_prompts: how many prompts, or lists of them, keep their embeddings in memory; 0 is none.
+    prompt_folder: where they are kept as safetensors files too, for other processes and days; see
+    kolors_core/prompt_cache.py.
     """
 
     collapse_pads: bool = True
     read_once: bool = True
     cached_prompts: int = 32
+    prompt_folder: str | Path | None = None
 
 
 @dataclass(frozen=True)

@@ -252,9 +252,14 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
     A write through `.data` goes unnoticed.
     """
     weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+    return weights, shares_of(model)
+
+
+def shares_of(model: nn.Module) -> tuple[Any, ...]:
+    """How a model's adapters are weighed, and which of them act."""
     layers = attached_layers(model).values()
     shares = tuple((p.scale, p.wanted, p.is_active) for layer in layers for p in layer.parts().values())
-    return weights, shares, tuple((layer.is_enabled, layer.fused) for layer in layers)
+    return shares, tuple((layer.is_enabled, layer.fused) for layer in layers)
 
 
 def unload(model: nn.Module) -> None:

@@ -5,7 +5,6 @@ Shapes: B pictures (prompts times images per prompt), S text tokens.
 """
 
 from collections.abc import Sequence
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from torch import Tensor
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.components import Components
 from kolors_core.fields import whole_number
-from kolors_core.lora import state_of
 from kolors_core.placement import plain
+from kolors_core.prompt_cache import Key
 
 Prompt = str | Sequence[str]
 
@@ -115,18 +114,14 @@ class TextPrompting(Components):
             raise ValueError(f"{name} must be a string or a list of at least one string, got {prompt!r}")
         if not 2 < whole_number("max_sequence_length", max_length) <= MAX_TOKENS:
             raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
-        encoder, collapse = plain(self.text_encoder), self.savings.collapse_pads
-        key = (tuple(prompts), max_length, collapse, ref(encoder), ref(self.tokenizer), state_of(encoder))
-        if (known := self.prompt_cache.get(key)) is not None:
-            self.prompt_cache.move_to_end(key)
-            return known
-        self._on_device("text_encoder")
-        tokens = self.tokenizer(prompts, max_length)
-        tokens = tokens.collapse() if collapse else tokens
-        text = self.text_encoder(tokens.to(encoder.embedding.weight.device))
-        self.prompt_cache[key] = text
-        while len(self.prompt_cache) > self.savings.cached_prompts:
-            self.prompt_cache.popitem(last=False)
+        tokens, savings = self.tokenizer(prompts, max_length), self.savings
+        tokens = tokens.collapse() if savings.collapse_pads else tokens
+        key = Key.of(plain(self.text_encoder), tokens)
+        text = self.prompt_cache.find(key, savings.prompt_folder)
+        if text is None:
+            self._on_device("text_encoder")
+            text = self.text_encoder(tokens.to(self.device))
+        self.prompt_cache.keep(key, text, savings.cached_prompts, savings.prompt_folder)
         return text
 
 

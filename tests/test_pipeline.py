@@ -2,7 +2,6 @@
 
 import inspect
 import pickle
-from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -20,6 +19,7 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.guidance import Savings
 from kolors_core.image import read_description
 from kolors_core.lora import TEXT_TARGETS, attach
+from kolors_core.prompt_cache import PromptCache
 from kolors_core.unet import UNet
 from tests.parity import EXACT, FLOAT32, SMALL, relative_error
 from tests.pipelines import (
@@ -77,7 +77,7 @@ def test_prompts_are_encoded_once(pipes: Pair) -> None:
     """Until the text encoder, a LoRA on it or the tokenizer is another."""
     ours = KolorsPipeline.from_pipe(pipes[0], text_encoder=deepcopy(pipes[0].text_encoder))
     ours.set_progress_bar_config(disable=True)
-    ours.prompt_cache = OrderedDict()
+    ours.prompt_cache = PromptCache()
     runs: list[int] = []
     hook = ours.text_encoder.register_forward_hook(lambda *_: runs.append(1))
 
@@ -105,9 +105,9 @@ def test_prompts_are_encoded_once(pipes: Pair) -> None:
     assert drawn()[0] == 2
     with saving(ours, replace(Savings(), cached_prompts=3)):
         drawn(["a", "b"])
-        assert len(ours.prompt_cache) == 3
+        assert len(ours.prompt_cache.kept) == 3
     with saving(ours, NO_SAVINGS):
-        assert drawn()[0] == drawn()[0] == 2 and not ours.prompt_cache
+        assert drawn()[0] == drawn()[0] == 2 and not ours.prompt_cache.kept
     hook.remove()
     expected = drawn()[1]
     assert torch.equal(

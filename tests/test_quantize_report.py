@@ -34,10 +34,10 @@ def test_the_report_and_the_picture(bits: int) -> None:
     """Of the embedded model: as near as measured, and its state is what it was."""
     pipe = fresh()
     before = draw(pipe)
-    cached, global_state = dict(pipe.prompt_cache), torch.random.get_rng_state()
+    cached, global_state = dict(pipe.prompt_cache.kept), torch.random.get_rng_state()
     report = pipe.quantize(text_encoder=bits, unet=bits)
     assert torch.equal(torch.random.get_rng_state(), global_state)
-    assert dict(pipe.prompt_cache) == cached and pipe.num_timesteps == 10
+    assert dict(pipe.prompt_cache.kept) == cached and pipe.num_timesteps == 10
     found = report.tokens, report.pooled, report.noise, report.latents
     floors = {8: (0.9999, 0.9999, 0.99999, 0.9999), 4: (0.98, 0.99, 0.9998, 0.998)}[bits]
     roofs = {8: (0.01, 0.012, 0.002, 0.008), 4: (0.12, 0.15, 0.02, 0.08)}[bits]
@@ -45,7 +45,7 @@ def test_the_report_and_the_picture(bits: int) -> None:
         assert floor < deviation.cosine < 1 + 1e-6, str(report)
         assert roof / 20 < deviation.error < roof, str(report)
     after = draw(pipe)
-    assert len(pipe.prompt_cache) == 2 * len(cached), "embeddings from before are not served"
+    assert len(pipe.prompt_cache.kept) == 2 * len(cached), "embeddings from before are not served"
     ratio = -10 * (after - before).square().mean().log10().item()
     assert {8: 45, 4: 28}[bits] < ratio < 80, f"PSNR {ratio:.1f} dB"
     part = report.text_encoder
