@@ -1,5 +1,7 @@
 """The one attention call: every kernel gives the written-out softmax, and a forced one is forced."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ def biases(queries: int = 13, keys: int = 9) -> list[Tensor | None]:
             torch.randn(1, 1, 1, keys, generator=generator, dtype=torch.float64)]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flash", "chunked"])
+@pytest.mark.parametrize("name", ["sdpa", "flash", "cudnn_first", "chunked"])
 @pytest.mark.parametrize("bias", range(4))
 def test_kernels_agree(name: str, bias: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
@@ -37,20 +39,27 @@ def test_kernels_agree(name: str, bias: int, monkeypatch: pytest.MonkeyPatch) ->
         assert relative_error(attention(q, k, v, biases()[bias]), expected) < EXACT
 
 
-def test_mps_takes_chunks_only_where_the_scores_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+class Elsewhere:
+    """Shapes of a tensor on a device that this machine need not have."""
+
+    def __init__(self, tensor: Tensor, device: str) -> None:
+        self.shape, self.device = tensor.shape, torch.device(device)
+
+
+def chosen(tensor: Tensor, device: str) -> str:
+    there = Elsewhere(tensor, device)
+    return choose(there, there)  # type: ignore[arg-type]
+
+
+def test_the_kernel_is_chosen_by_device_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks on MPS where the scores are many; cuDNN before flash on Hopper alone."""
     small, large = torch.empty(1, 1, 8, 4, device="meta"), torch.empty(2, 20, 4096, 64, device="meta")
-    assert choose(small, small) == choose(large, large) == "sdpa"
-
-    class OnMPS:
-        """Shapes of a tensor on a device that this machine need not have."""
-
-        device = torch.device("mps")
-
-        def __init__(self, tensor: Tensor) -> None:
-            self.shape = tensor.shape
-
-    assert choose(OnMPS(small), OnMPS(small)) == "sdpa"  # type: ignore[arg-type]
-    assert choose(OnMPS(large), OnMPS(large)) == "chunked"  # type: ignore[arg-type]
+    assert [chosen(small, "mps"), chosen(large, "mps")] == ["sdpa", "chunked"]
+    assert {chosen(tensor, "cpu") for tensor in (small, large)} == {"sdpa"}
+    for major, name in ((8, "sdpa"), (9, "cudnn_first"), (10, "sdpa")):
+        properties = SimpleNamespace(major=major)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
+        assert chosen(large, "cuda") == name
 
 
 def test_an_unknown_kernel_and_one_that_cannot_run_are_errors() -> None:
@@ -68,4 +77,4 @@ def test_an_unknown_kernel_and_one_that_cannot_run_are_errors() -> None:
 
 
 def test_every_kernel_has_a_name() -> None:
-    assert {"sdpa", "flash", "cudnn", "efficient", "chunked", "written_out"} == set(KERNELS)
+    assert {"sdpa", "flash", "cudnn", "efficient", "cudnn_first", "chunked", "written_out"} == set(KERNELS)
