@@ -123,7 +123,7 @@ class TextPrompting(Components):
         self._on_device("text_encoder")
         tokens = self.tokenizer(prompts, max_length)
         tokens = tokens.collapse() if collapse else tokens
-        text = self.text_encoder(tokens.to(encoder.embedding.weight.device))
+        text = self.text_encoder(tokens.to(self._works_on(encoder.embedding.weight)))
         self.prompt_cache[key] = text
         while len(self.prompt_cache) > self.savings.cached_prompts:
             self.prompt_cache.popitem(last=False)

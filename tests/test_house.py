@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "fields", "config", "attention", "image", "tokenizer", "chatglm", "clip_vision", "unet", "blocks",
     "vae", "ip_adapter", "controlnet", "lora_layers", "lora", "lora_file", "schedule", "sampling",
-    "guidance", "placement", "hub", "checkpoint", "lora_loading", "components", "text_prompt",
+    "guidance", "placement", "offload", "hub", "checkpoint", "lora_loading", "components", "text_prompt",
     "image_prompt", "callback", "task", "pipeline", "dataset", "training", "batch", "__init__", "__main__",
 ]  # fmt: skip
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
