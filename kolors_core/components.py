@@ -221,8 +221,9 @@ class Components:
         self._start_offload(gpu_id, device, by_block=True)
 
     def remove_all_hooks(self) -> None:
-        """End offload. The models stay on the CPU."""
-        self.offload.end()
+        """End offload, if it is on: the models are on the CPU then."""
+        if self.offload.device is not None:
+            self.to("cpu")
 
     def _start_offload(self, gpu_id: int | None, device: torch.device | str | None, by_block: bool) -> None:
         if gpu_id is not None and device is not None:

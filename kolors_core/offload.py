@@ -3,7 +3,8 @@
 A parameter's data has its home on the CPU, page-locked for CUDA. It comes by `tensor.data = copy` and leaves
 by `tensor.data = home`; nothing is copied back unless it was written meanwhile. While a unit (a model or a
 block) works, the one that followed it last time is copied. Of whole models only if both together are no
-larger than the largest: the most that is on the accelerator is the same as without.
+larger than the largest: the most that is on the accelerator is the same as without. For inference: a
+backward pass would find weights gone.
 Source: `enable_model_cpu_offload` and `enable_sequential_cpu_offload` of diffusers'
 pipelines/pipeline_utils.py, where work waits for every copy.
 """
@@ -112,8 +113,8 @@ class Lane:
 
 @dataclass(frozen=True)
 class Loan:
-    """A copy on the accelerator of a tensor's data; the tensor's version when it was made, and when it is
-    there."""
+    """A copy of a tensor's data on the accelerator, made when the tensor had this version and there from this
+    event on."""
 
     tensor: Tensor
     home: Tensor

@@ -1,6 +1,8 @@
 """What is on the accelerator, unit by unit: copied ahead, waited for, written back, dropped."""
 
+from contextlib import nullcontext
 from itertools import pairwise
+from unittest.mock import Mock, call, create_autospec
 
 import pytest
 import torch
@@ -176,6 +178,25 @@ def test_kolors_by_block_takes_little_memory() -> None:
     for model in (text, unet, vae, adapter):
         assert sum(bytes_of(((model, path),)) for path in blocks_of(model)) == bytes_of(((model, ""),))
         assert "" not in blocks_of(model), "a hook on the model itself would say it is changed"
+
+
+def test_the_lane_writes_after_the_computation_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls on CUDA's streams, in their order; what they do is CUDA's."""
+    calls = Mock()
+    calls.side, calls.compute = (create_autospec(torch.cuda.Stream, instance=True) for _ in range(2))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: calls.side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: calls.compute)
+    monkeypatch.setattr(torch.cuda, "stream", calls.use)
+    calls.use.return_value = nullcontext()
+    lane = Lane(torch.device("cuda"))
+    lane.device = ACCELERATOR
+    (copy,), event = lane.send([torch.ones(3)])
+    lane.wait(event)
+    assert torch.equal(copy, torch.ones(3))
+    assert calls.mock_calls == [
+        call.side.wait_stream(calls.compute), call.use(calls.side), call.side.record_event(),
+        call.compute.wait_event(event),
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
