@@ -85,11 +85,11 @@ def lora(pipe: Pipeline) -> dict[str, Tensor]:
 
 @pytest.fixture
 def ready(both: Both, adapters: list[Path]) -> KolorsPipeline:
-    """A pipeline with CLIP and an IP-Adapter, whose prompts are not known yet."""
+    """A pipeline with CLIP and an IP-Adapter, and models of its own."""
     ours, _ = both
     load_both((ours,), adapters[0])
     ours.set_progress_bar_config(disable=True)
-    ours.text_encoder = deepcopy(ours.text_encoder)
+    ours.text_encoder, ours.vae = deepcopy(ours.text_encoder), deepcopy(ours.vae)
     return ours
 
 
