@@ -15,11 +15,14 @@ from torch import nn
 
 from kolors_core.chatglm import Layer as ChatGLMLayer
 from kolors_core.clip_vision import Layer as CLIPLayer
+from kolors_core.ip_adapter import ResamplerLayer
 from kolors_core.unet import ResBlock, TransformerBlock
+from kolors_core.vae import Attention as VAEAttention
 from kolors_core.vae import ResBlock as VAEResBlock
 
-# What is compiled as one, and in training gathered (FSDP2) and recomputed (checkpointing) as one.
-BLOCKS = (ResBlock, TransformerBlock, ChatGLMLayer, VAEResBlock, CLIPLayer)
+# What is compiled as one, comes to the accelerator as one, and in training is gathered (FSDP2) and recomputed
+# (checkpointing) as one.
+BLOCKS = (ResBlock, TransformerBlock, ChatGLMLayer, VAEResBlock, VAEAttention, CLIPLayer, ResamplerLayer)
 
 # torch's modes, and for those that replay CUDA graphs the one that compiles the same without.
 MODES = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import (
@@ -26,6 +26,7 @@ from kolors_core.compiling import GRAPHED, compile_blocks
 from kolors_core.graphs import Graphs
 from kolors_core.guidance import Savings
 from kolors_core.ip_adapter import attached
+from kolors_core.offload import Offload, refuse_compiled
 from kolors_core.placement import (
     Dtypes,
     best_device,
@@ -74,7 +75,7 @@ class Components:
         self.scheduler, self.feature_extractor = scheduler, feature_extractor
         self._image_encoder = image_encoder
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self._offload: torch.device | None = None  # where models work, if they rest on the CPU
+        self.offload = Offload()
         self.savings = Savings()
         self._graphs: Graphs | None = None  # if `compile` was asked for them
         self.prompt_cache = PromptCache()
@@ -150,7 +151,7 @@ class Components:
     def from_pipe(cls, pipeline: "Components", **changes: Any) -> Self:
         """Another task with the very same models, adapters included; changes: components to replace.
 
-        Loading or unloading an adapter in one of them is seen by both.
+        Loading or unloading an adapter in one of them is seen by both, and so is offload.
         """
         if not isinstance(pipeline, Components):
             raise TypeError(f"wanted a pipeline of kolors_core, got {type(pipeline).__name__}")
@@ -158,7 +159,7 @@ class Components:
             raise TypeError(f"{strangers[0]!r} is no component; wanted {', '.join(pipeline.components)}")
         own: dict[str, Any] = {"image_encoder": pipeline._image_encoder}
         made = cls(**pipeline.components | own | changes)
-        made._offload, made._progress = pipeline._offload, pipeline._progress
+        made.offload, made._progress = pipeline.offload, pipeline._progress
         made.savings, made.prompt_cache = pipeline.savings, pipeline.prompt_cache
         made._graphs = pipeline._graphs
         return made
@@ -189,17 +190,19 @@ class Components:
     ) -> Self:
         """Move every model to a device, a dtype, or both; a VAE asked for in float16 takes float32.
 
-        A device ends `enable_model_cpu_offload`.
+        A device ends offload.
         """
         for target in (*targets, device, dtype):
             if isinstance(target, str):
                 target = named_device(target)
+            if target is None:
+                continue
+            if isinstance(target, torch.device):
+                self.offload.end()
+            self.offload.release()
             for name, models in self._models().items():
                 for model in models:
-                    if target is not None:
-                        model.to(dtype_of(name, target) if isinstance(target, torch.dtype) else target)
-            if isinstance(target, torch.device):
-                self._offload = None
+                    model.to(dtype_of(name, target) if isinstance(target, torch.dtype) else target)
         return self
 
     def compile(self, mode: str | None = None, backend: str = "inductor") -> None:
@@ -219,15 +222,40 @@ class Components:
     ) -> None:
         """Keep on the accelerator only the model that is at work: text encoder, CLIP, UNet or VAE.
 
+        The next one is brought while it works, if both together are no larger than the largest. All others
+        are on the CPU, on CUDA in page-locked memory. `pipe.offload.peak_bytes` tells what weights took.
         gpu_id: of CUDA; or device; the best there is if both are None. On a machine without an accelerator
         nothing changes. ValueError for a device that is not there.
         """
+        self._start_offload(gpu_id, device, by_block=False)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep on the accelerator only the block at work and the next one, which is brought meanwhile.
+
+        The least memory, and every step waits for the UNet's weights. A module that has parameters of its own
+        comes as one with all below it. Arguments and errors as in `enable_model_cpu_offload`; ValueError also
+        for a compiled model.
+        """
+        self._start_offload(gpu_id, device, by_block=True)
+
+    def remove_all_hooks(self) -> None:
+        """End offload, if it is on: the models are on the CPU then."""
+        if self.offload.device is not None:
+            self.to("cpu")
+
+    def _start_offload(self, gpu_id: int | None, device: torch.device | str | None, by_block: bool) -> None:
         if gpu_id is not None and device is not None:
             raise ValueError("give either gpu_id or device, not both")
         name = device if gpu_id is None else f"cuda:{gpu_id}"
         place = best_device() if name is None else named_device(str(name))
+        if by_block and place.type != "cpu":
+            refuse_compiled(self._models())
         self.to("cpu")
-        self._offload = place if place.type != "cpu" else None
+        if place.type != "cpu":
+            self.offload.start(place, by_block)
+            self._on_device()
 
     def _models(self) -> dict[str, list[nn.Module]]:
         """What moves together, by the component that it works for."""
@@ -235,14 +263,17 @@ class Components:
         models = {name: [getattr(self, name)] for name in KINDS if getattr(self, name) is not None}
         return models | {"unet": [self.unet, *adapters]}
 
-    def _on_device(self, *names: str) -> None:
-        """Under offload, bring these components to the accelerator, after the others have left it."""
-        if self._offload is not None:
-            for place, is_named in ((torch.device("cpu"), False), (self._offload, True)):
-                for name, models in self._models().items():
-                    for model in models:
-                        if (name in names) is is_named:
-                            model.to(place)
+    def _on_device(self, stage: str | None = None) -> None:
+        """Under offload, say which model works now, by its component; None when the run is over."""
+        self.offload.enter(stage, self._models())
+
+    def _works_on(self, weight: Tensor) -> torch.device:
+        """Where the model works that has this weight: where that is, or under offload the accelerator."""
+        return weight.device if self.offload.device is None else self.offload.device
+
+    def _input_for(self, weight: Tensor, tensor: Tensor) -> Tensor:
+        """A tensor where the model with this weight works, in its precision."""
+        return tensor.to(self._works_on(weight), weight.dtype)
 
     @property
     def image_encoder(self) -> CLIPVision | None:
@@ -257,7 +288,7 @@ class Components:
     @property
     def device(self) -> torch.device:
         """Where the UNet works."""
-        return self.unet.conv_in.weight.device if self._offload is None else self._offload
+        return self._works_on(self.unet.conv_in.weight)
 
     @property
     def dtype(self) -> torch.dtype:

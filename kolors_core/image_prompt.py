@@ -197,7 +197,7 @@ class ImagePrompting(Components):
         pairs = []
         for pictures in given:
             pixels = self._pixels(pictures, encoder.config.image_size)
-            pixels = pixels.to(encoder.projection.weight)  # [I, 3, S, S]
+            pixels = self._input_for(encoder.projection.weight, pixels)  # [I, 3, S, S]
             states = encoder.penultimate(pixels)[None]  # [1, I, P, D]
             negative = None
             if is_guided:  # zeros in place of the normalised picture, the same for all of them
@@ -233,6 +233,7 @@ class ImagePrompting(Components):
             if batch % len(states):
                 raise ValueError(f"ip_adapter_image_embeds has {len(states)} rows, for {batch} pictures")
             mask = None if mask is None else mask.to(self.device)
+            handle.follow_unet()
             for half, into in ((states, prompts), (negative, negatives)):
                 if half is not None:
                     tokens = handle.tokens(half.to(self.device))

@@ -174,14 +174,18 @@ class Attached:
 
     def tokens(self, states: Tensor) -> Tensor:
         """CLIP states of pictures [B, I, P, image_dim] as the UNet's image tokens [B, I, Q, context_dim]."""
-        weight = next(iter(self.branches.values())).to_k.weight
-        resampler = self.adapter.resampler.to(weight)  # it follows where the UNet and its branches have gone
+        resampler = self.adapter.resampler
         wanted = self.adapter.config.image_dim
         if states.ndim != 4 or states.shape[-1] != wanted:
             raise ValueError(
                 f"wanted image embeddings [batch, images, patches, {wanted}], got {list(states.shape)}"
             )
-        return resampler(states.flatten(0, 1).to(weight)).unflatten(0, states.shape[:2])
+        states = states.to(resampler.proj_in.weight.dtype)
+        return resampler(states.flatten(0, 1)).unflatten(0, states.shape[:2])  # [B, I, Q, context_dim]
+
+    def follow_unet(self) -> None:
+        """Bring the resampler, which is no part of the UNet, to the device and dtype of its branches."""
+        self.adapter.resampler.to(next(iter(self.branches.values())).to_k.weight)
 
     def set_scale(self, scale: BlockScale) -> None:
         """A number, or a mapping by block as in `blocks.block_scales`, where a block left out gets 0."""

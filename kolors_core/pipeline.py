@@ -182,7 +182,7 @@ class KolorsImg2ImgPipeline(Task):
         self._on_device("vae")
         weight = self._vae_weight
         # One after another, so that a batch needs no more memory.
-        found = [self.vae.encode(picture[None].to(weight)) for picture in pixels]
+        found = [self.vae.encode(self._input_for(weight, picture[None])) for picture in pixels]
         mean, std = (torch.cat([getattr(one, part) for one in found]) for part in ("mean", "std"))
         return mean, std
 

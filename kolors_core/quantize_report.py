@@ -137,7 +137,8 @@ class Quantizing(Components):
         """The probes' embeddings, past the prompt cache."""
         assert self.text_encoder is not None and self.tokenizer is not None
         self._on_device("text_encoder")
-        tokens = [self.tokenizer([prompt]).collapse().to(self.device) for prompt in PROBES]
+        place = self._works_on(plain(self.text_encoder).embedding.weight)
+        tokens = [self.tokenizer([prompt]).collapse().to(place) for prompt in PROBES]
         return [self.text_encoder(prompt) for prompt in tokens]
 
     def _probe_condition(self, text: TextEmbedding) -> Conditioning:

@@ -242,11 +242,11 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
         """Latents [B, 4, H/8, W/8] to images [B, 3, H, W] in the VAE's own precision."""
         self._on_device("vae")
         weight = self._vae_weight
-        return _finite(self.vae.decode(latents.to(weight)), "the VAE's image", weight.dtype)
+        return _finite(self.vae.decode(self._input_for(weight, latents)), "the VAE's image", weight.dtype)
 
     @property
     def _vae_weight(self) -> Tensor:
-        """A weight that tells the VAE's device and dtype; ValueError for float16, where it overflows."""
+        """A weight that tells the VAE's place and dtype; ValueError for float16, where it overflows."""
         weight = self.vae.post_quant_conv.weight
         if weight.dtype == torch.float16:
             raise ValueError("the VAE overflows in float16: pipe.vae.to(torch.float32)")

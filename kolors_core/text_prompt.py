@@ -116,11 +116,12 @@ class TextPrompting(Components):
             raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
         tokens, savings = self.tokenizer(prompts, max_length), self.savings
         tokens = tokens.collapse() if savings.collapse_pads else tokens
-        key = Key.of(plain(self.text_encoder), tokens)
+        encoder = plain(self.text_encoder)
+        key = Key.of(encoder, tokens)
         text = self.prompt_cache.find(key, savings.prompt_folder)
         if text is None:
             self._on_device("text_encoder")
-            text = self.text_encoder(tokens.to(self.device))
+            text = self.text_encoder(tokens.to(self._works_on(encoder.embedding.weight)))
         self.prompt_cache.keep(key, text, savings.cached_prompts, savings.prompt_folder)
         return text
 

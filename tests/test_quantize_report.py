@@ -13,7 +13,7 @@ from kolors_core.image import read_description
 from kolors_core.ip_adapter import ImageBranch
 from kolors_core.quantize import is_quantized, quantize, weight_bytes
 from tests.ip_adapters import Both, guided_steps, load_both
-from tests.test_placement import ACCELERATOR, watched
+from tests.offloads import offloaded
 
 PROMPTS = ["一张瓢虫的照片", "a photo of a panda"]
 
@@ -104,13 +104,11 @@ def test_under_offload_one_model_is_at_work(both: Both, adapters: list[Path]) ->
     for _ in range(2):
         parts = {"unet": copy.deepcopy(both[0].unet), "text_encoder": copy.deepcopy(both[0].text_encoder)}
         pipes.append(KolorsPipeline.from_pipe(both[0], image_encoder=both[0].image_encoder, **parts))
-    pipes[1]._offload = ACCELERATOR
-    with watched(pipes[1]) as seen:
-        reports = [pipe.quantize(text_encoder=8, unet=4) for pipe in pipes]
-        work = [set(there) for there in seen]
-    assert work and all(len(there) == 1 for there in work)
-    assert set().union(*work) == {"text_encoder", "unet"}
-    assert reports[0] == reports[1]
+    plain = pipes[0].quantize(text_encoder=8, unet=4)
+    largest = max(weight_bytes(model) for (model,) in pipes[1]._models().values())
+    with offloaded(pipes[1]) as offload:
+        assert pipes[1].quantize(text_encoder=8, unet=4) == plain
+        assert (offload.bytes_on_device, offload.peak_bytes) == (0, largest)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
