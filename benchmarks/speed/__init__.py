@@ -1,7 +1,12 @@
 """How fast, and in how much memory, beside the reference: one file a group of rows."""
 
 import argparse
+import os
 from pathlib import Path
+
+# Read by the reference when it is imported: a row's outcome should not drown in what it says about loading.
+for library in ("DIFFUSERS", "TRANSFORMERS"):
+    os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 

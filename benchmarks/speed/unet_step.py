@@ -35,7 +35,9 @@ def embedding(tokens: int, config: UNetConfig, dtype: torch.dtype) -> TextEmbedd
     return TextEmbedding(states.to(dtype), pooled.to(dtype), counts)
 
 
-def contestants(config: UNetConfig, pixels: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor | None]]:
+def contestants(
+    config: UNetConfig, pixels: int, dtype: torch.dtype
+) -> dict[str, Callable[[], Tensor | None]]:
     """The reference's step, ours, and ours once a run. The steps return the denoised latents."""
     theirs, ours = make_pair("unet", config, SEED, dtype)
     both = [embedding(tokens, config, dtype) for tokens in (EMPTY, PROMPT)]
