@@ -59,7 +59,7 @@ def measure(folder: Path, kind: str, rounds: int, is_small: bool) -> list[Row]:
             note=f"every page read; the load call alone {untouched:.3g} times as fast", **common,
         ),
         Row(
-            name=f"load_memory{suffix}", work=f"its peak memory{what}", goal=share(0.6, "peak"),
+            name=f"load_memory{suffix}", work=f"peak memory of loading it{what}", goal=share(0.6, "peak"),
             value=result.ratio("ours", "reference", "peak_gib"),
             note=f"ours {by_weights:.2f} times the weights' bytes, mapped pages counted", **common,
         ),

@@ -83,15 +83,14 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     goals = [advantage(row["goal"], row["goal"].limit) for row in rows]
     values = [advantage(row["goal"], row["value"]) if is_measured(row) else math.nan for row in rows]
     for y, (row, goal, value) in enumerate(zip(rows, goals, values, strict=True)):
-        if is_measured(row):
-            axes.barh(y, value, color=MET if row["goal"].is_met(row["value"]) else MISSED, height=0.6)
-            text = f"{value:.2f}"
-        else:
-            value, text = 0.0, "not measured"
         axes.plot([goal, goal], [y - 0.42, y + 0.42], color="black", linewidth=2)
-        # Beside the bar, or beside the goal's line if it would be crossed by it.
-        at = goal if value < goal < value * 1.15 + 0.8 else value
-        axes.text(at + 0.08, y, text, va="center", fontsize=9)
+        if not is_measured(row):
+            axes.text(goal + 0.08, y, "not measured", va="center", fontsize=9, color="grey")
+            continue
+        axes.barh(y, value, color=MET if row["goal"].is_met(row["value"]) else MISSED, height=0.6)
+        # Beside the bar, or beside the goal's line if that would cross the number.
+        at = goal if value <= goal < value + 0.8 else value
+        axes.text(at + 0.08, y, f"{value:.2f}", va="center", fontsize=9)
     axes.axvline(1, color="grey", linewidth=1, linestyle=":")
     axes.set_yticks(range(len(rows)), [row["work"] for row in rows], fontsize=9)
     axes.set_xlabel("times better than the reference (time or memory); black line: the goal")
