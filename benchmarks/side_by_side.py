@@ -197,6 +197,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": importlib.metadata.version("diffusers"),
         "transformers": importlib.metadata.version("transformers"),
+        "accelerate": importlib.metadata.version("accelerate"),
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
