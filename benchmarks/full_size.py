@@ -12,9 +12,7 @@ Errors: max |a - b| / max |b| and mean |a - b| / mean |b|, where b is the refere
 """
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import resource
 import statistics
 import sys
@@ -26,17 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kolors_core.chatglm import ChatGLM
+from benchmarks.pairs import make_pair, share
+from benchmarks.side_by_side import environment
 from kolors_core.config import KOLORS
 from kolors_core.tokenizer import TokenBatch
-from kolors_core.unet import UNet
-from weights_convert import TABLES
-from weights_convert.rules import UNUSED, compare
 
 SEED = 20240706
 LAYERS = 2
@@ -117,43 +111,8 @@ def _widen(value: Any) -> Any:
     return value.double() if isinstance(value, nn.Parameter) else value
 
 
-def randomise(model: nn.Module, seed: int) -> None:
-    """Draw every parameter, so that no norm or bias is an identity that would hide a swap."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if name == "bias":
-                mean, std = 0.0, 0.3
-            elif parameter.ndim == 1:
-                mean, std = 1.0, 0.3
-            elif isinstance(module, nn.Embedding):
-                mean, std = 0.0, 1.0
-            else:
-                # Below 1 / sqrt(fan in): the residual sums of 70 transformer blocks stay in range.
-                mean, std = 0.0, 0.7 * parameter[0].numel() ** -0.5
-            parameter.data.normal_(mean, std, generator=generator)
-
-
-def share(reference: nn.Module, ours: nn.Module, component: str) -> None:
-    """Give ours the reference's tensors under our names, the very same memory."""
-    table = TABLES[component]
-    state = {table.to_ours(name): tensor for name, tensor in reference.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    target = {name: tuple(tensor.shape) for name, tensor in ours.state_dict().items()}
-    if mismatch := compare(table, shapes, target):
-        raise ValueError(str(mismatch))
-    used = {name: tensor for name, tensor in state.items() if not name.startswith(UNUSED)}
-    ours.load_state_dict(used, strict=True, assign=True)
-
-
 def unet_pair() -> Pair:
-    config = KOLORS.unet
-    with torch.device("meta"):
-        reference: Any = UNet2DConditionModel.from_config(config.to_public())
-        ours = UNet(config)
-    reference = reference.to_empty(device="cpu").eval()
-    randomise(reference, SEED)
-    share(reference, ours, "unet")
+    reference, ours = make_pair("unet", KOLORS.unet, SEED)
     cases = {f"{h}x{w} latents": unet_inputs(h, w) for h, w in ((32, 32), (25, 38))}
     return Pair(
         component="unet", reference=reference, ours=ours, run_reference=run_unet_reference, run_ours=run_unet,
@@ -187,11 +146,7 @@ def run_unet(model: nn.Module, inputs: Tensors) -> Tensors:
 
 def chatglm_pair() -> Pair:
     config = replace(KOLORS.text_encoder, layers=LAYERS)
-    reference = ChatGLMModel(ChatGLMConfig(**config.to_public())).eval()
-    with torch.device("meta"):
-        ours = ChatGLM(config)
-    randomise(reference, SEED)
-    share(reference, ours, "text_encoder")
+    reference, ours = make_pair("text_encoder", config, SEED)
     return Pair(
         component="text_encoder", reference=reference, ours=ours,
         cases={"prompts of 17 and 23 tokens": chatglm_inputs((17, 23))},
@@ -315,21 +270,6 @@ def alternate(model: str, case: str, dtype: str, pair: Pair, inputs: Tensors, ro
         cpu_share=round((time.process_time() - cpu_start) / (wall * torch.get_num_threads()), 2),
         reference_all=seconds["reference"], ours_all=seconds["ours"],
     )  # fmt: skip
-
-
-def environment() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": importlib.metadata.version("diffusers"),
-        "transformers": importlib.metadata.version("transformers"),
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def markdown(errors: Sequence[Error], timings: Sequence[Timing]) -> str:
