@@ -1,7 +1,8 @@
 """Load one UNet folder and say what it took: `python -m benchmarks.speed.load_once SIDE FOLDER DTYPE`.
 
-A process of its own, since the peak of a process's memory is measured once. SIDE is "ours" or "reference".
-Prints one line of JSON.
+A process of its own, since the peak of a process's memory is measured once. SIDE is "ours", "reference", or
+"reference, without accelerate", which is how it loads where that package is not installed. Prints one line of
+JSON.
 """
 
 import json
@@ -26,8 +27,9 @@ def loader(side: str, folder: Path, dtype: torch.dtype) -> Callable[[], nn.Modul
 
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+    has_accelerate = side == "reference"
     return lambda: UNet2DConditionModel.from_pretrained(
-        folder, subfolder="unet", variant="fp16", torch_dtype=dtype
+        folder, subfolder="unet", variant="fp16", torch_dtype=dtype, low_cpu_mem_usage=has_accelerate
     )
 
 
