@@ -3,8 +3,8 @@
 The reference writes the folder (5.2 GB, in the temporary directory, which TMPDIR names); both load it in
 fresh processes that take turns, with the file in the page cache. Ours maps the file and reads it when it is
 used, so the time counts reading every page of every weight. Peak memory is all that the process has in
-memory at once, mapped pages too. The reference has `accelerate`, with which it maps the file as well; a plain
-installation has not, so that is measured too. And the same folder into bfloat16, which has to copy.
+memory at once, mapped pages too. The reference loads faster with `accelerate`, which a plain installation
+has not, so both ways are measured. And the same folder into bfloat16, which has to copy.
 """
 
 import json
