@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# Where scores of one head are written out on a CPU: few enough to stay in its cache, or heads of a width that
+# torch's flash kernel is slow at. With fewer keys it is the faster one again.
+CPU_SCORES, CPU_FEWEST_KEYS, CPU_WIDE_SCORES = 2**18, 64, 2**24
+
 # On MPS a score matrix of more elements than this is computed in chunks of queries, to fit in memory.
 MPS_SCORE_ELEMENTS = 2**28
 
@@ -51,13 +55,20 @@ def count_bias(counts: Tensor, dtype: torch.dtype) -> Tensor:
 def choose(q: Tensor, k: Tensor) -> str:
     """Name of the kernel for these inputs.
 
-    CUDA: what shapes, precision and bias allow, cuDNN's before flash on Hopper; MPS: query chunks where the
-    scores are many; CPU: torch's own.
+    CUDA: what shapes, precision and bias allow, cuDNN's before flash on Hopper. MPS: query chunks where the
+    scores are many. CPU: in bfloat16, without gradients, matrix products and a softmax where they are faster:
+    1.6 times on short rows and 1.7 on the VAE's wide head (benchmarks/NOTES.md). Else torch's own.
     """
-    if q.device.type == "cuda" and torch.cuda.get_device_properties(q.device).major == 9:
+    device, (batch, heads, queries, width), keys = q.device.type, q.shape, k.shape[2]
+    if device == "cuda" and torch.cuda.get_device_properties(q.device).major == 9:
         return "cudnn_first"
-    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    return "chunked" if q.device.type == "mps" and scores > MPS_SCORE_ELEMENTS else "sdpa"
+    if device == "mps" and batch * heads * queries * keys > MPS_SCORE_ELEMENTS:
+        return "chunked"
+    if device == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        is_wide = width > 128 and queries * keys <= CPU_WIDE_SCORES
+        if is_wide or (keys >= CPU_FEWEST_KEYS and queries * keys <= CPU_SCORES):
+            return "written_out"
+    return "sdpa"
 
 
 @contextmanager

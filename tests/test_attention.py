@@ -43,7 +43,7 @@ class Elsewhere:
     """Shapes of a tensor on a device that this machine need not have."""
 
     def __init__(self, tensor: Tensor, device: str) -> None:
-        self.shape, self.device = tensor.shape, torch.device(device)
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, torch.device(device)
 
 
 def chosen(tensor: Tensor, device: str) -> str:
@@ -74,6 +74,32 @@ def test_an_unknown_kernel_and_one_that_cannot_run_are_errors() -> None:
     ):
         attention(*inputs())
     assert torch.isfinite(attention(*inputs())).all(), "after the block the choice is free again"
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "name"),
+    [
+        ((2, 20, 256, 64), 256, "written_out"),  # a picture of 256 pixels
+        ((1, 16, 577, 64), 577, "sdpa"),
+        ((2, 20, 1024, 64), 77, "written_out"),
+        ((2, 20, 1024, 64), 21, "sdpa"),  # the text, its pads collapsed
+        ((2, 20, 1024, 64), 1024, "sdpa"),
+        ((1, 1, 4096, 512), 4096, "written_out"),  # the VAE at 512 pixels
+        ((1, 1, 16384, 512), 16384, "sdpa"),  # at 1024 the scores would take a gigabyte
+    ],
+)
+def test_on_a_cpu_in_bfloat16_short_rows_and_wide_heads_are_written_out(
+    shape: tuple[int, ...], keys: int, name: str
+) -> None:
+    q = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    k = torch.empty((*shape[:2], keys, shape[3]), dtype=torch.bfloat16, device="meta")
+    there = [Elsewhere(tensor, "cpu") for tensor in (q, k)]
+    with torch.no_grad():
+        assert choose(*there) == name  # type: ignore[arg-type]
+    assert choose(*there) == "sdpa"  # type: ignore[arg-type]
+    full = [Elsewhere(tensor.float(), "cpu") for tensor in (q, k)]
+    with torch.no_grad():
+        assert choose(*full) == "sdpa"  # type: ignore[arg-type]
 
 
 def test_every_kernel_has_a_name() -> None:

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -11,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kolors_core import KolorsPipeline
-from kolors_core.checkpoint import load, load_component, needed_files, resolve
+from kolors_core.checkpoint import load, load_component, needed_files, resolve, save_component
 from kolors_core.unet import UNet
 from tests.parity import FLOAT32, SMALL, relative_error
+from tests.pipelines import NO_SAVINGS
 from weights_convert import TABLES
 from weights_convert.__main__ import convert
 from weights_convert.source import Source
@@ -64,6 +68,7 @@ def test_what_we_save_the_reference_loads(
     theirs = diffusers.KolorsPipeline.from_pretrained(tmp_path / "saved", variant=variant)
     again = KolorsPipeline.from_pretrained(tmp_path / "saved")
     pictures = []
+    ours.savings = again.savings = NO_SAVINGS  # the last bits are not their subject
     for pipe in (ours, theirs, again):
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
@@ -228,3 +233,36 @@ def test_needed_files_of_the_published_layout() -> None:
     assert needed_files(listing, ["unet"], None, "hub")[-1] == "unet/diffusion_pytorch_model.safetensors"
     with pytest.raises(FileNotFoundError, match="hub: has no image_encoder/ folder"):
         needed_files(listing, ["image_encoder"], "fp16", "hub")
+
+
+LOADING = """
+import sys, torch
+from kolors_core import checkpoint
+
+def memory(line):
+    return next(int(text.split()[1]) * 1024 for text in open("/proc/self/status") if text.startswith(line))
+
+checkpoint.RELEASE_AFTER = int(sys.argv[3])
+before = memory("VmRSS")
+model = checkpoint.load_component(sys.argv[1], "unet", dtype=getattr(torch, sys.argv[2]))
+kept = sum(parameter.nbytes for parameter in model.parameters())
+print((memory("VmHWM") - before) / kept)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_loading_needs_no_more_memory_than_the_weights_kept(tmp_path: Path) -> None:
+    """Mapped pages counted; at most 1.1 times, and about twice if the file's pages are not let go of."""
+    config = replace(SMALL.unet, channels=(64, 256, 512), heads=(1, 4, 8), norm_groups=32)
+    save_component(UNet(config).to(torch.bfloat16), tmp_path, "unet")
+
+    def peak(dtype: str, release_after: int = 2**20) -> float:
+        command = [sys.executable, "-c", LOADING, str(tmp_path), dtype, str(release_after)]
+        run = subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        )
+        return float(run.stdout)
+
+    assert peak("float16") < 1.1
+    assert peak("bfloat16") < 1.1
+    assert peak("float16", 2**40) > 1.5, "the measure sees mapped pages"

@@ -94,6 +94,13 @@ class Source(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._file_of)
 
+    def release(self, name: str) -> None:
+        """Let go of what was read so far of this tensor's file: as long as it is mapped, its pages count as
+        this process's memory. Tensors that are still held keep theirs.
+        """
+        file = self._file_of[name]
+        self._handles[file] = safe_open(file, framework="pt")
+
     @property
     def where(self) -> str:
         """The file, or the folder of several, for messages."""
