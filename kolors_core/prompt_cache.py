@@ -89,7 +89,7 @@ def fingerprint(encoder: ChatGLM, tokens: TokenBatch) -> str:
     parts = [tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)] for tensor in state.values()]
     table = encoder.embedding.weight
     parts.append(table[tokens.ids.to(table.device).unique()])
-    values = torch.cat([part.detach().flatten().to("cpu", torch.float64) for part in parts])
+    values = torch.cat([part.detach().flatten().cpu().double() for part in parts])  # MPS has no float64
     digest = hashlib.sha256(repr(told).encode())
     digest.update(values.numpy().tobytes())
     for tensor in (tokens.ids, tokens.mask, tokens.positions, tokens.counts):

@@ -20,7 +20,7 @@ from kolors_core.clip_vision import CLIPVision
 from kolors_core.ip_adapter import attached
 from kolors_core.lora import attach as attach_lora
 from tests.ip_adapters import Both, adapter_config, guided_steps, load_both, write_adapter
-from tests.parity import FLOAT32, pair, relative_error
+from tests.parity import EXACT, FLOAT32, pair, relative_error
 from tests.pipelines import Pair, picture, steps_of
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -150,7 +150,8 @@ def test_a_compiled_unet_takes_adapters(both: Both, adapters: list[Path], tmp_pa
     ours.unet = torch.compile(ours.unet, backend="eager")
     load_both((ours,), adapters[0])
     ours.set_ip_adapter_scale({"down": 1.0, "mid": 1.0, "up": 1.0})
-    assert all(torch.equal(a, b) for a, b in zip(guided_steps(ours), expected, strict=True))
+    mine = guided_steps(ours)  # as a whole, which multiplies matrices of other heights
+    assert all(relative_error(a, b) < EXACT for a, b in zip(mine, expected, strict=True))
     lora = attach_lora(ours._plain_unet, rank=2, name="a")
     ours.set_adapters("a", {"unet": {"down": 0.5}})
     ours.save_lora_weights(tmp_path)

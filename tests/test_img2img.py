@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsPipeline
 from tests.parity import FLOAT32, SMALL, relative_error
-from tests.pipelines import SOLVERS, Pair, embeddings, picture, steps_of, use_solver
+from tests.pipelines import SOLVERS, WEAK, Pair, embeddings, picture, steps_of, use_solver
 from weights_convert import TABLES
 
 
@@ -59,7 +59,10 @@ def test_every_step_equals_the_reference(
 ) -> None:
     pair = request.getfixturevalue(precision)
     use_solver(pair, solver, changes)
-    steps = assert_same(pair, prompt=["一张瓢虫的照片", "a red cat"], num_images_per_prompt=2)
+    scale = WEAK if precision == "float32" else 5.0
+    steps = assert_same(
+        pair, prompt=["一张瓢虫的照片", "a red cat"], num_images_per_prompt=2, guidance_scale=scale
+    )
     assert steps == 4, "int(7 * 0.6)"
 
 
