@@ -216,7 +216,7 @@ def attached(unet: UNet) -> list[Attached]:
     """The handles of the adapters that a UNet has, in the order in which it takes their pictures."""
     first = next(iter(cross_attentions(unet).values()), None)
     branches = () if first is None else first.image_branches
-    return [branch.handle for branch in cast(Iterable[Any], branches)]
+    return [branch.handle for branch in cast("Iterable[Any]", branches)]
 
 
 def check_fits(unet: UNet, adapter: IPAdapter) -> None:

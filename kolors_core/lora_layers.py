@@ -84,7 +84,7 @@ class LoRALayer(nn.Module, ABC):
 
     def parts(self) -> dict[str, Part]:
         """The adapters of this layer, by name."""
-        return cast(dict[str, Part], dict(self.lora.items()))
+        return cast("dict[str, Part]", dict(self.lora.items()))
 
     def forward(self, input: Tensor) -> Tensor:
         """As the layer without adapters, plus what the active ones add. Fused adapters cost nothing."""

@@ -96,7 +96,7 @@ class Attention(nn.Module):
         if len(context.images) != len(self.image_branches):
             attached = f"{len(self.image_branches)} IP-Adapters are attached"
             raise ValueError(f"got image prompts for {len(context.images)} IP-Adapters, and {attached}")
-        branches = zip(cast(Iterable[Any], self.image_branches), context.images, strict=True)
+        branches = zip(cast("Iterable[Any]", self.image_branches), context.images, strict=True)
         images = tuple(branch.read(image, self.heads) for branch, image in branches)
         k, v = (split_heads(project(context.tokens), self.heads) for project in (self.to_k, self.to_v))
         return Read(k, v, context.bias, images)
