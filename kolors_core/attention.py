@@ -88,7 +88,7 @@ def attention_kernel(name: str) -> Iterator[None]:
 
 @contextmanager
 def planned_for(device: str) -> Iterator[None]:
-    """Within the block, tensors on the meta device take the kernels and the memory of a device of this type."""
+    """Within the block, tensors on the meta device get the kernels and the memory of this type of device."""
     global _planned_for
     before, _planned_for = _planned_for, device
     try:
@@ -98,7 +98,11 @@ def planned_for(device: str) -> Iterator[None]:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    return _memory_of(q, k, v) if q.is_meta and _planned_for is not None else F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return (
+        _memory_of(q, k, v)
+        if q.is_meta and _planned_for is not None
+        else F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    )
 
 
 def _only(backend: SDPBackend) -> Kernel:

@@ -18,21 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kolors_core.attention import planned_for
-from kolors_core.checkpoint import KINDS
 from kolors_core.chatglm import TextEmbedding
+from kolors_core.checkpoint import KINDS
 from kolors_core.fields import whole_number
 from kolors_core.ip_adapter import attached
 from kolors_core.offload import Lane, Models, Offload, tensors_of
-from kolors_core.placement import best_device, plain
+from kolors_core.placement import plain, planned_device
 from kolors_core.task import Request, Task
 from kolors_core.text_prompt import MAX_TOKENS
 from kolors_core.tokenizer import TokenBatch
 
 META = torch.device("meta")
-STEPS = 3  # of the denoiser: block by block, the second knows what comes next; a sampler has its past
+STEPS = 2  # of the denoiser: in the second what comes next is known, and the sampler has a past
 PATCHES = 577  # of a picture that guides, where no image encoder tells
 WAYS = {"resident": "all resident", "by_model": "model by model", "by_block": "block by block"}
 
@@ -71,11 +70,11 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"GiB for {self.run}", f"{'':<16}{'weights':>9}{'work':>9}{'both':>9}{'by block':>10}"]
         for name, stage in self.stages.items():
-            numbers = f"{stage.weights:>9.2f}{stage.work:>9.2f}{stage.total:>9.2f}{stage.by_block:>10.2f}"
+            numbers = f"{stage.weights:>9.3f}{stage.work:>9.3f}{stage.total:>9.3f}{stage.by_block:>10.3f}"
             lines.append(f"{name:<16}{numbers}")
         for name, way in WAYS.items():
             lines.append(
-                f"{way:<34}{getattr(self, name):>9.2f}{'  as it is now' if name == self.mode else ''}"
+                f"{way:<34}{getattr(self, name):>9.3f}{'  as it is now' if name == self.mode else ''}"
             )
         return "\n".join(lines)
 
@@ -109,16 +108,14 @@ class Planning(Task):
         prompts = whole_number("batch", batch)
         copies = whole_number("num_images_per_prompt", num_images_per_prompt)
         if not 2 < whole_number("max_sequence_length", max_sequence_length) <= MAX_TOKENS:
-            raise ValueError(
-                f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_sequence_length}"
-            )
+            raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_sequence_length}")
         request = Request(
             guidance_scale=guidance_scale, num_images_per_prompt=copies, output_type="pt",
             generator=torch.Generator(), callback_on_step_end=_stop,
         )  # fmt: skip
         request.check()
-        place = torch.device(self.device if device is None else device)
-        place = best_device() if place.type == "meta" else place
+        own = None if self.device.type == "meta" else self.device
+        place = planned_device(own if device is None else device)
         ledger = Ledger(place.type)
         twin = twin_of(self, PlannedOffload(ledger, by_block=True))
         with planned_for(place.type), ledger:
@@ -130,9 +127,7 @@ class Planning(Task):
         pictures = "1 picture" if prompts * copies == 1 else f"{prompts * copies} pictures"
         made = Plan(
             stages={
-                stage: Stage(
-                    weights=_gib(weights[stage]), work=_gib(work), by_block=_gib(ledger.both[stage])
-                )
+                stage: Stage(weights=_gib(weights[stage]), work=_gib(work), by_block=_gib(ledger.both[stage]))
                 for stage, work in ledger.work.items()
                 if stage is not None
             },
@@ -167,24 +162,41 @@ class Ledger(TorchDispatchMode):
         self.work: dict[str | None, int] = {}
         self.both: dict[str | None, int] = {}
         self._now = {"work": 0, "lent": 0}
-        self._known: set[int] = set()
+        self._known: set[int] = set()  # of storages, while they are alive
+        self._made_before: dict[Any, list[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made, or answer one that asks for values."""
-        inputs = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
-        if any(tensor.is_meta for tensor in inputs) and func in _ANSWERS:
+        inputs = _tensors((args, kwargs))
+        if func in _ANSWERS and inputs[0].is_meta:
             return _ANSWERS[func](inputs[0])
         for tensor in inputs:
             self._see(tensor, is_new=False)
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        result = self._made(func, args, kwargs or {})
+        for tensor in _tensors(result):
             self._see(tensor, is_new=True)
         if self.device == "cpu" and func is torch.ops.aten.convolution.default and result.is_meta:
             self._count(workspace(args[0], args[1], result))
         return result
 
-    def _see(self, tensor: Any, is_new: bool) -> None:
-        if not isinstance(tensor, Tensor) or not tensor.is_meta:
+    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation makes; if such inputs came before, by the shapes that it made then: fast."""
+        key = func, _shapes(args), _shapes(tuple(kwargs.items()))
+        if key in self._made_before:
+            made = [
+                torch.empty_strided(*shape, dtype=dtype, device=META)
+                for *shape, dtype in self._made_before[key]
+            ]
+            return made[0] if len(func._schema.returns) == 1 else tuple(made)
+        result = func(*args, **kwargs)
+        made = _tensors(result)
+        is_plain = isinstance(result, Tensor) or 1 < len(made) == len(func._schema.returns)
+        if is_plain and all(x.is_meta and x.untyped_storage()._cdata not in self._known for x in made):
+            self._made_before[key] = [(x.shape, x.stride(), x.dtype) for x in made]
+        return result
+
+    def _see(self, tensor: Tensor, is_new: bool) -> None:
+        if not tensor.is_meta:
             return
         storage = tensor.untyped_storage()
         if storage._cdata in self._known:
@@ -204,6 +216,20 @@ class Ledger(TorchDispatchMode):
     def _forget(self, key: int, kind: str, size: int) -> None:
         self._known.discard(key)
         self._now[kind] -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """All tensors in an operation's arguments or result."""
+    if isinstance(tree, tuple | list | dict):
+        return [x for part in (tree.values() if isinstance(tree, dict) else tree) for x in _tensors(part)]
+    return [tree] if isinstance(tree, Tensor) else []
+
+
+def _shapes(tree: Any) -> Any:
+    """An operation's arguments without their values, to be a key."""
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.stride(), tree.dtype, tree.device
+    return tuple(map(_shapes, tree)) if isinstance(tree, tuple | list) else (type(tree), tree)
 
 
 def _truth(tensor: Tensor) -> bool:
