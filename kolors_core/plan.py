@@ -172,7 +172,7 @@ class Ledger(TorchDispatchMode):
             return _ANSWERS[func](inputs[0])
         for tensor in inputs:
             self._see(tensor, is_new=False)
-        result = self._made(func, args, kwargs or {})
+        result = func(*args, **(kwargs or {})) if func.is_view else self._made(func, args, kwargs or {})
         for tensor in _tensors(result):
             self._see(tensor, is_new=True)
         if self.device == "cpu" and func is torch.ops.aten.convolution.default and result.is_meta:
@@ -338,7 +338,7 @@ def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, leng
     handles, encoder = attached(twin.unet), twin.image_encoder
     if handles and encoder is not None:
         side = encoder.config.image_size
-        given["ip_adapter_image"] = [[torch.empty(1, 3, side, side, device=META)]] * len(handles)
+        given["ip_adapter_image"] = [torch.empty(1, 3, side, side, device=META)] * len(handles)
     elif handles:
         widths = (handle.adapter.config.image_dim for handle in handles)
         rows = 2 if request.is_guided else 1

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from kolors_core import EulerDiscreteScheduler, KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.__main__ import main
-from kolors_core.attention import attention_kernel
+from kolors_core.attention import attention, attention_kernel, planned_for
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import Unfilled
 from kolors_core.clip_vision import CLIPVision
@@ -19,8 +19,8 @@ from kolors_core.config import KOLORS, ChatGLMConfig, KolorsConfig, UNetConfig, 
 from kolors_core.guidance import Savings
 from kolors_core.ip_adapter import IPAdapter, attach
 from kolors_core.lora import attach as attach_lora
-from kolors_core.plan import Plan
-from kolors_core.quantize import quantize
+from kolors_core.plan import Ledger, Plan
+from kolors_core.quantize import quantize, weight_bytes
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import TransformerBlock, UNet
 from kolors_core.vae import VAE
@@ -35,10 +35,10 @@ MEDIUM = KolorsConfig(
         vocab_size=640, hidden_size=64, feed_forward_size=96, layers=3, heads=4, head_dim=16, query_groups=2
     ),
     unet=UNetConfig(
-        sample_size=16, channels=(64, 128, 192), heads=(1, 2, 3), depths=(0, 1, 2),
+        sample_size=16, channels=(64, 128, 192), heads=(1, 2, 3), depths=(0, 1, 1), resnets_per_level=1,
         text_dim=64, context_dim=96, size_dim=16,
     ),
-    vae=VAEConfig(sample_size=128, channels=(32, 64, 64, 64)),
+    vae=VAEConfig(sample_size=128, channels=(32, 64, 64, 64), resnets_per_level=1),
 )  # fmt: skip
 
 
@@ -135,8 +135,7 @@ def bfloat16() -> KolorsPipeline:
         ("float32", 192, 128, 1, {}),
         ("float32", 128, 128, 2, {"guidance_scale": 1.0}),
         ("bfloat16", 128, 128, 2, {}),
-        ("bfloat16", 192, 256, 1, {"guidance_scale": 1.0, "num_images_per_prompt": 2}),
-        ("bfloat16", 64, 64, 1, {"num_images_per_prompt": 3}),
+        ("bfloat16", 64, 96, 1, {"guidance_scale": 1.0, "num_images_per_prompt": 3}),
     ],
 )
 def test_each_stage_takes_what_was_planned(
@@ -177,7 +176,7 @@ def test_under_offload_weights_and_work_take_together_what_was_planned(
 def test_quantised_and_adapted_models_are_planned_as_they_are() -> None:
     """int8 weights are made whole in a layer, a LoRA adds its own, CLIP and the resampler are part of it."""
     pipe = make(image_encoder=CLIPVision(SMALL_CLIP).eval())
-    plain = pipe.plan(64, 64)
+    before = weight_bytes(pipe.unet) / GIB
     quantize(pipe.unet, 8)
     attach_lora(pipe.unet, rank=16)
     adapter = IPAdapter(adapter_config(MEDIUM.unet))
@@ -190,7 +189,7 @@ def test_quantised_and_adapted_models_are_planned_as_they_are() -> None:
     compare(made, measured)
     tensors = {id(t): t for m in (pipe.unet, adapter) for t in (*m.parameters(), *m.buffers())}
     assert made.stages["unet"].weights == sum(t.nbytes for t in tensors.values()) / GIB
-    assert made.stages["unet"].weights < plain.stages["unet"].weights
+    assert made.stages["unet"].weights < before
     pipe._image_encoder = None
     assert list(pipe.plan(64, 64).stages) == ["text_encoder", "unet", "vae"]
 
@@ -215,26 +214,42 @@ def test_a_changed_architecture_is_planned_as_it_stands(
     plain, forward = float32.plan(64, 64), TransformerBlock.forward
 
     def keeps(self: TransformerBlock, x: Tensor, context: Any) -> Tensor:
-        kept = x.new_empty(2**22)
+        kept = x.new_empty(2**24)
         return forward(self, x, context) + kept[0]
 
     monkeypatch.setattr(TransformerBlock, "forward", keeps)
     made = float32.plan(64, 64)
-    assert made.stages["unet"].work - plain.stages["unet"].work > 0.9 * 2**24 / GIB
+    assert made.stages["unet"].work - plain.stages["unet"].work == pytest.approx(2**26 / GIB, rel=0.2)
     assert made.stages["vae"].work == plain.stages["vae"].work
     monkeypatch.setattr(TransformerBlock, "forward", lambda self, x, context: x * x.sum().item())
     with pytest.raises(NotImplementedError, match="a plan has no values, and the model asks for one of a"):
         float32.plan(64, 64)
 
 
-def test_scores_count_where_a_kernel_has_them(float32: KolorsPipeline) -> None:
-    """4,096 x 4,096 scores in float32 in the VAE at 512 pixels: fused they are nowhere."""
-    fused = float32.plan(512, 512, device="cuda").stages["vae"].work
-    with attention_kernel("written_out"):
-        written = float32.plan(512, 512, device="cuda").stages["vae"].work
-    on_mps = float32.plan(512, 512, device="mps").stages["vae"].work
-    assert written - fused > 0.9 * (2 * 2**26 - 2**26) / GIB and fused < on_mps or on_mps == fused
-    assert float32.plan(512, 512, device="cpu").stages["vae"].work > fused, "convolutions work on copies"
+@pytest.mark.parametrize(
+    ("device", "shape", "dtype", "scores"),
+    [
+        ("cuda", (1, 1, 4096, 512), torch.float32, 0),
+        ("cpu", (1, 1, 4096, 512), torch.float32, 0),
+        ("mps", (1, 1, 4096, 512), torch.float32, 2**26),
+        ("mps", (2, 20, 4096, 64), torch.float16, 2**29),  # in chunks, of 2^28 elements at most
+        ("cpu", (1, 1, 4096, 512), torch.bfloat16, 2**26),  # written out, before and after the softmax
+    ],
+)
+@torch.no_grad()
+def test_scores_count_where_a_kernel_has_them(
+    device: str, shape: tuple[int, ...], dtype: torch.dtype, scores: int
+) -> None:
+    """Fused they are nowhere; beside them there is the result, once more where chunks are put together."""
+    q = torch.empty(shape, dtype=dtype, device="meta")
+    with planned_for(device), Ledger(device) as ledger:
+        out = attention(q, q, q)
+    assert out.shape == q.shape
+    rows = q.numel() // shape[-1] * 4  # logsumexp
+    assert max(q.nbytes, 0.99 * scores) <= ledger.work[None] <= scores + 2 * q.nbytes + rows
+    with attention_kernel("written_out"), planned_for(device), Ledger(device) as ledger:
+        attention(q, q, q)
+    assert ledger.work[None] > 2 * q[..., 0].numel() * shape[2] * dtype.itemsize
 
 
 def test_the_released_model_is_planned_without_weights() -> None:
@@ -246,7 +261,6 @@ def test_the_released_model_is_planned_without_weights() -> None:
     assert got == {"text_encoder": (11.13, 0.04), "unet": (4.8, 0.47), "vae": (0.31, 3.01)}
     ways = (made.resident, made.by_model, made.by_block)
     assert [round(way, 2) for way in ways] == [19.26, 11.17, 3.01]
-    assert pipe.plan(512, 512, device="cuda").stages["vae"].work < 0.8
 
 
 def test_a_pipeline_on_the_meta_device_needs_configs_alone_and_says_so(
@@ -279,7 +293,7 @@ def test_a_pipeline_without_text_encoder_has_no_such_stage(float32: KolorsPipeli
     alone = KolorsPipeline.from_pipe(float32, text_encoder=None, tokenizer=None)
     made, whole = alone.plan(64, 64), float32.plan(64, 64)
     assert list(made.stages) == ["unet", "vae"]
-    assert made.stages["unet"] == whole.stages["unet"]
+    assert made.stages["unet"].work == pytest.approx(whole.stages["unet"].work, rel=1e-3)
     assert KolorsImg2ImgPipeline.from_pipe(float32).plan(64, 64) == whole
 
 
@@ -305,12 +319,11 @@ def test_the_command_line_prints_the_plan_and_makes_no_picture(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command = ["--plan", "-w", str(reference_folder), "--device", "cuda", "--height", "64", "--images", "2"]
-    assert main(command) == 0
+    assert main([*command, "-g", "1", "--unet-bits", "4"]) == 0
     printed = capsys.readouterr().out
     pipe = KolorsPipeline.from_pretrained(reference_folder, torch_dtype=torch.float16, device="meta")
-    assert printed == f"{pipe.plan(64, num_images_per_prompt=2, device='cuda')}\n"
-    assert "2 pictures of 128x64 with guidance on cuda" in printed
-    assert main([*command, "--unet-bits", "4", "--dtype", "float32", "-g", "1"]) == 0
-    assert "without guidance" in capsys.readouterr().out
+    quantize(pipe.unet, 4)
+    made = pipe.plan(64, num_images_per_prompt=2, guidance_scale=1.0, device="cuda")
+    assert printed == f"{made}\n" and made.run == "2 pictures of 128x64 without guidance on cuda"
     assert main([*command, "--height", "100"]) == 2
     assert not list(tmp_path.iterdir())
