@@ -204,6 +204,7 @@ class Ledger(TorchDispatchMode):
         self._known.add(storage._cdata)
         kind, size = "lent" if self.is_lending else "work", storage.nbytes() if is_new else 0
         self._now[kind] += size
+        # Torch keeps the Python object of a storage as long as the storage itself.
         finalize(storage, self._forget, storage._cdata, kind, size)
         self._count()
 
@@ -370,7 +371,8 @@ def _stop(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) ->
 
 
 def _brought(order: Sequence[str | None], models: Models, ledger: Ledger) -> dict[str | None, int]:
-    """Bytes of weights that are there in each stage if whole models come and go, in the first runs' worst."""
+    """The most bytes of weights that are there in each stage if whole models come and go, in two runs: the
+    second has learned from the first what comes next."""
     offload, most = PlannedOffload(ledger, by_block=False), dict.fromkeys(order, 0)
     for stage in (*order, None, *order, None):
         offload.enter(stage, models)
