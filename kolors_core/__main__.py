@@ -14,8 +14,9 @@ from kolors_core.config import VERSION
 from kolors_core.fields import whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.placement import best_device, best_dtype, named_device
+from kolors_core.placement import best_device, best_dtype, named_device, planned_device
 from kolors_core.quantize import BITS
+from kolors_core.quantize import quantize as quantize_model
 from kolors_core.quantize_report import QuantizationReport
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
 
@@ -52,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--force", action="store_true", help="write over a file that exists")
     top.add_argument(
         "--info", type=Path, metavar="PNG", help="print how a picture was made, and do nothing else"
+    )
+    top.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the memory that each stage will need, load no weights and make no picture",
     )
     top.add_argument("--version", action="version", version=f"kolors_core {VERSION}")
 
@@ -168,6 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError("--info stands alone: it prints how a picture was made, and draws none")
             for name, value in read_description(options.info).items():
                 print(f"{name}: {value}")
+        elif options.plan:
+            plan(options)
         else:
             draw(options)
     except KeyboardInterrupt:
@@ -187,7 +195,8 @@ def draw(options: argparse.Namespace) -> None:
     start = None if options.image is None else load_image(options.image)
     guides = [load_image(file) for file in options.ip_image or ()]
     outs[0].parent.mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline(options)
+    device = named_device(options.device) if options.device is not None else best_device()
+    pipe = load_pipeline(options, device)
     quantized = quantize(pipe, options)
     load_adapters(pipe, options)
     steps = options.steps if options.steps is not None else 25
@@ -224,9 +233,24 @@ def draw(options: argparse.Namespace) -> None:
             print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)
 
 
+def plan(options: argparse.Namespace) -> None:
+    """Print what the pictures that the options ask for would need; the device need not be there."""
+    checked(options)
+    device = planned_device(options.device)
+    pipe = load_pipeline(options, device)
+    for name, bits in (("text_encoder", options.text_encoder_bits), ("unet", options.unet_bits)):
+        if bits is not None:
+            quantize_model(getattr(pipe, name), bits)
+    load_adapters(pipe, options)
+    pipe.plan(
+        options.height, options.width, num_images_per_prompt=options.images,
+        guidance_scale=options.guidance, max_sequence_length=options.max_tokens, device=device,
+    )  # fmt: skip
+
+
 def checked(options: argparse.Namespace) -> list[Path]:
     """The files to write; ValueError or FileExistsError, before anything is loaded, for what cannot be."""
-    if options.prompt is None:
+    if options.prompt is None and not options.plan:
         raise ValueError("no prompt: say what to draw")
     if options.steps is not None and (options.timesteps or options.sigmas):
         raise ValueError("--steps has no effect beside --timesteps or --sigmas")
@@ -237,7 +261,7 @@ def checked(options: argparse.Namespace) -> list[Path]:
     outs = [options.out]
     if options.images > 1:
         outs = [options.out.with_stem(f"{options.out.stem}-{i + 1}") for i in range(options.images)]
-    if existing := [out for out in outs if out.exists() and not options.force]:
+    if existing := [out for out in outs if out.exists() and not (options.force or options.plan)]:
         raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed must be from 0 to {2**63 - 1}, got {options.seed}")
@@ -252,13 +276,13 @@ def checked(options: argparse.Namespace) -> list[Path]:
     return outs
 
 
-def load_pipeline(options: argparse.Namespace) -> KolorsPipeline:
-    """The pipeline, with the sampler that the options ask for."""
-    device = named_device(options.device) if options.device is not None else best_device()
+def load_pipeline(options: argparse.Namespace, device: torch.device) -> KolorsPipeline:
+    """The pipeline, with the sampler that the options ask for; if only planned, without weights."""
     pipe = KolorsPipeline.from_pretrained(
         options.weights, variant=options.variant, revision=options.revision,
         local_files_only=options.local_files_only,
-        torch_dtype=DTYPES[options.dtype] if options.dtype else best_dtype(device), device=device,
+        torch_dtype=DTYPES[options.dtype] if options.dtype else best_dtype(device),
+        device="meta" if options.plan else device,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=options.quiet)
     kind, changes = SAMPLERS[options.sampler]

@@ -60,7 +60,9 @@ def choose(q: Tensor, k: Tensor) -> str:
     1.6 times on short rows and 1.7 on the VAE's wide head (benchmarks/NOTES.md). Else torch's own.
     """
     device, (batch, heads, queries, width), keys = q.device.type, q.shape, k.shape[2]
-    if device == "cuda" and torch.cuda.get_device_properties(q.device).major == 9:
+    if device == "meta" and _planned_for is not None:
+        device = _planned_for
+    elif device == "cuda" and torch.cuda.get_device_properties(q.device).major == 9:
         return "cudnn_first"
     if device == "mps" and batch * heads * queries * keys > MPS_SCORE_ELEMENTS:
         return "chunked"
@@ -84,8 +86,23 @@ def attention_kernel(name: str) -> Iterator[None]:
         _forced = before
 
 
+@contextmanager
+def planned_for(device: str) -> Iterator[None]:
+    """Within the block, tensors on the meta device get the kernels and the memory of this type of device."""
+    global _planned_for
+    before, _planned_for = _planned_for, device
+    try:
+        yield
+    finally:
+        _planned_for = before
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return (
+        _memory_of(q, k, v)
+        if q.is_meta and _planned_for is not None
+        else F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    )
 
 
 def _only(backend: SDPBackend) -> Kernel:
@@ -117,6 +134,15 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat(parts, dim=2)  # [B, H, L, D]
 
 
+def _memory_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What torch's fused kernels allocate, and on MPS, which has none, its one matrix of scores."""
+    rows = (*q.shape[:-1], k.shape[2]) if _planned_for == "mps" else q.shape[:-1]
+    kept = q.new_empty(rows, dtype=None if _planned_for == "mps" else torch.float32)  # scores, or logsumexp
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)  # [B, H, L, D]
+    del kept
+    return out
+
+
 def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, L, S]
     if bias is not None:
@@ -134,3 +160,4 @@ KERNELS: dict[str, Kernel] = {
     "written_out": _written_out,
 }
 _forced: str | None = None
+_planned_for: str | None = None  # a device's type

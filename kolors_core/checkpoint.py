@@ -68,18 +68,24 @@ RELEASE_AFTER = 2**26  # bytes that were copied out of a mapped file, whose page
 logger = logging.getLogger("kolors_core")
 
 
-def resolve(name: str | Path, components: Iterable[str], variant: str | None = None, **hub: Any) -> Path:
+def resolve(
+    name: str | Path,
+    components: Iterable[str],
+    variant: str | None = None,
+    has_weights: bool = True,
+    **hub: Any,
+) -> Path:
     """The local folder of a checkpoint; of a hub repository only the components' files are fetched.
 
-    "tiny" is the embedded model, which a log line says; a folder of that name is "./tiny". hub: as for
-    `kolors_core.hub.fetch`, which raises the errors.
+    "tiny" is the embedded model, which a log line says; a folder of that name is "./tiny". has_weights: False
+    for configs alone. hub: as for `kolors_core.hub.fetch`, which raises the errors.
     """
     components = list(components)
 
     def pick(listing: list[str]) -> list[str]:
         folders = {path.partition("/")[0] for path in listing}
         wanted = [component for component in components if component not in OPTIONAL - folders]
-        return needed_files(listing, wanted, variant, str(name))
+        return needed_files(listing, wanted, variant, str(name), has_weights)
 
     folder = fetch(EMBEDDED if name == EMBEDDED_NAME else name, pick, **hub)
     if name == EMBEDDED_NAME:
@@ -88,18 +94,27 @@ def resolve(name: str | Path, components: Iterable[str], variant: str | None = N
 
 
 def needed_files(
-    listing: Iterable[str], components: Iterable[str], variant: str | None, where: str
+    listing: Iterable[str],
+    components: Iterable[str],
+    variant: str | None,
+    where: str,
+    has_weights: bool = True,
 ) -> list[str]:
-    """Of a repository's files, those that the components load: configs, tokenizer, chosen weights."""
+    """Of a repository's files, those that the components load: configs, and tokenizer and chosen weights."""
     listing = list(listing)
     needed = [path for path in listing if path == "model_index.json"]
     for component in components:
-        needed += component_files(listing, component, component, variant, where)
+        needed += component_files(listing, component, component, variant, where, has_weights)
     return needed
 
 
 def component_files(
-    listing: Iterable[str], component: str, subfolder: str, variant: str | None, where: str
+    listing: Iterable[str],
+    component: str,
+    subfolder: str,
+    variant: str | None,
+    where: str,
+    has_weights: bool = True,
 ) -> list[str]:
     """Of a repository's files, those that one component in a subfolder loads."""
     paths = [path for path in map(PurePosixPath, listing) if path.parent == PurePosixPath(subfolder)]
@@ -107,8 +122,8 @@ def component_files(
         raise FileNotFoundError(f"{where}: has no {subfolder}/ folder")
     names = [path.name for path in paths]
     chosen = [name for name in names if name.endswith(".json") and ".index." not in name]
-    chosen += [name for name in names if name == "tokenizer.model"]
-    if component in KINDS:
+    chosen += [name for name in names if name == "tokenizer.model" and has_weights]
+    if component in KINDS and has_weights:
         chosen += weight_files(names, variant, f"{where}/{subfolder}")
     return [str(PurePosixPath(subfolder) / name) for name in chosen]
 
@@ -124,7 +139,7 @@ def load_component(
 ) -> nn.Module:
     """One model of `KINDS` from a checkpoint folder, in public names or ours.
 
-    subfolder: where in the folder; the component's name if None.
+    subfolder: where in the folder; the component's name if None. device: on "meta" no weights are read.
 
     Raises FileNotFoundError or ValueError naming the file, field or tensor, before weights are read.
     """
@@ -132,9 +147,11 @@ def load_component(
     if not place.is_dir():
         raise FileNotFoundError(f"{place}: no such folder, wanted the {component} of a Kolors checkpoint")
     config = kind.read_config(read_json(place / "config.json"), str(place / "config.json"))
-    files = [place / name for name in weight_files([f.name for f in place.iterdir()], variant, str(place))]
     with torch.device("meta"), Unfilled():
         model = kind.build(config)
+    if torch.device(device).type == "meta":
+        return model.to(dtype).eval()
+    files = [place / name for name in weight_files([f.name for f in place.iterdir()], variant, str(place))]
     load(model, Source(files), component, dtype=dtype, device=device)
     return model.eval()
 

@@ -113,8 +113,9 @@ class Components:
 
         torch_dtype, or by its newer name dtype: one, or a mapping by component with a "default"; float32 if
         None, and the VAE is never float16. variant: such as "fp16"; None takes the only one there
-        is. device: where each tensor goes straight from its file. A component passed in is used as it is and
-        its files are not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
+        is. device: where each tensor goes straight from its file; "meta" reads and fetches no weights and no
+        tokenizer, for a pipeline that can be planned (`plan`). A component passed in is used as it is and its
+        files are not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         if use_safetensors is False:
             raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
@@ -126,13 +127,15 @@ class Components:
         }  # fmt: skip
         dtypes = {component: dtype_of(component, asked) for component in KINDS}
         wanted = [component for component, value in parts.items() if value is _LOAD]
+        has_weights = torch.device(device).type != "meta"
         folder = resolve(
-            pretrained_model_name_or_path, wanted, variant, revision=revision, cache_dir=cache_dir,
-            local_files_only=local_files_only, token=token,
+            pretrained_model_name_or_path, wanted, variant, has_weights, revision=revision,
+            cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip
         index = load_index(folder)
         for component in wanted:
-            if component in OPTIONAL and not index["has"][component]:
+            is_left_out = component in OPTIONAL and not index["has"][component]
+            if is_left_out or (component == "tokenizer" and not has_weights):
                 parts[component] = None
             elif component == "tokenizer":
                 parts[component] = Tokenizer(folder / "tokenizer")
@@ -198,6 +201,7 @@ class Components:
             if target is None:
                 continue
             if isinstance(target, torch.device):
+                self._need_weights()
                 self.offload.end()
             self.offload.release()
             for name, models in self._models().items():
@@ -265,7 +269,13 @@ class Components:
 
     def _on_device(self, stage: str | None = None) -> None:
         """Under offload, say which model works now, by its component; None when the run is over."""
+        self._need_weights()
         self.offload.enter(stage, self._models())
+
+    def _need_weights(self) -> None:
+        """ValueError on the meta device, unless work is sent there (plan.py)."""
+        if self.offload.device is None and self.unet.conv_in.weight.is_meta:
+            raise ValueError("this pipeline's weights are not loaded (device='meta'): it can only be planned")
 
     def _works_on(self, weight: Tensor) -> torch.device:
         """Where the model works that has this weight: where that is, or under offload the accelerator."""

@@ -61,7 +61,10 @@ class CLIPVisionModelWithProjection:
         name, asked = pretrained_model_name_or_path, one_dtype(torch_dtype, dtype)
 
         def pick(listing: list[str]) -> list[str]:
-            return component_files(listing, "image_encoder", subfolder or ".", variant, str(name))
+            has_weights = torch.device(device).type != "meta"
+            return component_files(
+                listing, "image_encoder", subfolder or ".", variant, str(name), has_weights
+            )
 
         folder = fetch(
             name, pick, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token

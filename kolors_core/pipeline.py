@@ -13,13 +13,14 @@ from torch import Tensor
 from kolors_core.callback import StepCallback
 from kolors_core.guidance import Size
 from kolors_core.image import vae_pixels
+from kolors_core.plan import Planning
 from kolors_core.sampling import Generators, draw_noise
 from kolors_core.schedule import Schedule
-from kolors_core.task import KolorsPipelineOutput, Request, Task
+from kolors_core.task import KolorsPipelineOutput, Request
 from kolors_core.text_prompt import MAX_TOKENS, Prompt
 
 
-class KolorsPipeline(Task):
+class KolorsPipeline(Planning):
     """Text to image."""
 
     @torch.no_grad()
@@ -78,7 +79,7 @@ class KolorsPipeline(Task):
         return self._pictures(request, schedule, x, positive, negative, facts)
 
 
-class KolorsImg2ImgPipeline(Task):
+class KolorsImg2ImgPipeline(Planning):
     """Image to image: noise is added to a picture, and taken off again under the prompt."""
 
     @torch.no_grad()

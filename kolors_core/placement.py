@@ -27,6 +27,14 @@ def named_device(name: str) -> torch.device:
         ) from None
 
 
+def planned_device(name: torch.device | str | None) -> torch.device:
+    """A device that this machine need not have, the best that it has if None; ValueError for another kind."""
+    if name is None:
+        return best_device()
+    kind = str(name).partition(":")[0]
+    return torch.device(name) if kind in ("cuda", "mps") else named_device(str(name))
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
     """float16 on an accelerator, as Kolors is published; float32 on a CPU, where float16 is very slow."""
     return torch.float32 if device.type == "cpu" else torch.float16

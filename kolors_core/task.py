@@ -226,11 +226,11 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
             nullcontext() if factor is None else self.lora_scaled(factor),
             self._progress_bar(self._num_timesteps) as bar,
         ):
-            run = Run(
+            result = Run(
                 self, schedule, positive, negative, request.callback_on_step_end, request.callback_tensors,
                 bar.update,
-            )  # fmt: skip
-            result = _finite(run(sampler, x), "the denoised latents", self.dtype)
+            )(sampler, x)  # fmt: skip
+        result = _finite(result, "the denoised latents", self.dtype)
         kind = request.output_type
         images = result.to(self.dtype) if kind == "latent" else to_output(self._decode(result), kind)
         self._on_device()

@@ -79,6 +79,7 @@ class TextPrompting(Components):
         `force_zeros_for_empty_prompt`; a single one serves all prompts. Raises ValueError naming what was
         given twice, not at all, or does not fit.
         """
+        self._need_weights()
         width = self.unet.config.text_dim
         text = _given("", prompt_embeds, pooled_prompt_embeds, width)
         negative = _given("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, width)

@@ -328,10 +328,10 @@ class UNet(nn.Module):
         )
         return Context(self.text_proj(text_tokens), bias, images)
 
-    def read(self, context: Context) -> list[Read]:
-        """Keys and values of every cross-attention, in the order in which the blocks run."""
+    def read(self, context: Context) -> Iterator[Read]:
+        """Keys and values of every cross-attention, one by one in the order in which the blocks run."""
         blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
-        return [block.cross_attention.read(context) for block in blocks]
+        return (block.cross_attention.read(context) for block in blocks)
 
     def embed_time(self, timestep: Tensor) -> Tensor:
         """Timesteps [n] as embeddings [n, T]; the sinusoid is float32."""

@@ -230,6 +230,8 @@ def test_needed_files_of_the_published_layout() -> None:
                 "text_encoder/model.safetensors.index.fp16.json", "unet/diffusion_pytorch_model.safetensors",
                 "vae/diffusion_pytorch_model.bin"}  # fmt: skip
     assert set(needed_files(listing, everything, "fp16", "hub")) == set(listing) - unwanted
+    configs = needed_files(listing, everything, "no such", "hub", has_weights=False)
+    assert all(file.endswith(".json") for file in configs) and "unet/config.json" in configs
     assert needed_files(listing, ["unet"], None, "hub")[-1] == "unet/diffusion_pytorch_model.safetensors"
     with pytest.raises(FileNotFoundError, match="hub: has no image_encoder/ folder"):
         needed_files(listing, ["image_encoder"], "fp16", "hub")

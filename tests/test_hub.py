@@ -103,7 +103,7 @@ def hashes(pipe: KolorsPipeline) -> dict[str, str]:
         if (model := getattr(pipe, component)) is not None:
             digest = hashlib.sha1()
             for name, tensor in sorted(model.state_dict().items()):
-                digest.update(name.encode() + tensor.numpy().tobytes())
+                digest.update(name.encode() + (b"" if tensor.is_meta else tensor.numpy().tobytes()))
             found[component] = digest.hexdigest()
     return found
 
@@ -159,6 +159,13 @@ def test_only_the_needed_files_are_fetched(download: Download, pipe: KolorsPipel
     assert sorted(download.hub.fetched(REPO)) == sorted(NEEDED)  # each once
     asked = {path for _, path, _ in download.hub.seen}
     assert not [path for path in asked if path.endswith(tuple(BESIDE))]
+
+
+def test_for_a_plan_no_weights_are_fetched(repository: dict[str, Files], tmp_path: Path) -> None:
+    with serving({REPO: repository}) as hub:
+        [outcome] = from_pretrained(hub.endpoint, tmp_path, {"device": "meta"})
+    assert outcome.error == "" and set(outcome.loaded) == {"text_encoder", "unet", "vae"}
+    assert sorted(hub.fetched(REPO)) == sorted(path for path in NEEDED if path.endswith(".json"))
 
 
 def test_hf_endpoint_is_the_only_place_asked(download: Download) -> None:
