@@ -86,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
             choices=BITS,
             help="hold its linear layers in so many bits; reports the error",
         )
+    model.add_argument(
+        "--offload",
+        choices=("model", "block"),
+        help="keep on the device only the model at work, or only its block (least memory, slowest)",
+    )
+    model.add_argument("--vae-tiling", action="store_true", help="decode in bands, with less memory")
 
     picture = top.add_argument_group("picture")
     picture.add_argument("-n", "--negative", metavar="TEXT", help="what not to draw")
@@ -282,8 +288,14 @@ def load_pipeline(options: argparse.Namespace, device: torch.device) -> KolorsPi
         options.weights, variant=options.variant, revision=options.revision,
         local_files_only=options.local_files_only,
         torch_dtype=DTYPES[options.dtype] if options.dtype else best_dtype(device),
-        device="meta" if options.plan else device,
+        device="meta" if options.plan else "cpu" if options.offload else device,
     )  # fmt: skip
+    if options.offload == "model" and not options.plan:
+        pipe.enable_model_cpu_offload(device=device)
+    if options.offload == "block" and not options.plan:
+        pipe.enable_sequential_cpu_offload(device=device)
+    if options.vae_tiling:
+        pipe.enable_vae_tiling()
     pipe.set_progress_bar_config(disable=options.quiet)
     kind, changes = SAMPLERS[options.sampler]
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)

@@ -244,6 +244,22 @@ class Components:
         """
         self._start_offload(gpu_id, device, by_block=True)
 
+    def enable_vae_tiling(self) -> None:
+        """Decode and encode in bands of rows: less memory, and the same picture; see `vae.enable_tiling`."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Maps as a whole again."""
+        self.vae.disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """Decode and encode one picture after another."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """All pictures at once again."""
+        self.vae.disable_slicing()
+
     def remove_all_hooks(self) -> None:
         """End offload, if it is on: the models are on the CPU then."""
         if self.offload.device is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention
 from kolors_core.config import VAEConfig
-from kolors_core.vae_tiles import Sparing, coder, down_level, middle, resnet, up_level
+from kolors_core.vae_tiles import Sparing, coder, down_level, middle, res_block, up_level
 
 NORM_EPS = 1e-6
 
@@ -163,7 +163,7 @@ class VAE(Sparing):
 
     RULES = {
         Encoder: coder, Decoder: coder, Middle: middle, DownLevel: down_level, UpLevel: up_level,
-        ResBlock: resnet,
+        ResBlock: res_block,
     }  # fmt: skip
 
     def __init__(self, config: VAEConfig) -> None:

@@ -9,31 +9,36 @@ statistics of their own: colours shift from tile to tile.
 Shapes: B batch, C channels, H height, W width, G groups.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kolors_core.config import VAEConfig
+
 SIDE = 256  # of a tile, in pixels
 FEWEST_ROWS = 8  # in a band: each needs up to four more around it
 
 
 class Map:
-    """A feature map [B, C, H, W] that is made when its rows are asked for."""
+    """A feature map [B, C, H, W] that is made, of its sources, when its rows are asked for.
 
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        self.shape = shape
+    row: elements, for a row of it, of the widest map that it is made of.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], *sources: "Map") -> None:
+        self.shape, (batch, channels, height, width) = shape, shape
+        self.row = max(batch * channels * width, *(s.row * s.shape[2] // height for s in sources), 0)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """[B, C, stop - start, W], for 0 <= start < stop <= H."""
         raise NotImplementedError
 
     def bands(self, elements: int) -> list[tuple[int, int]]:
-        """From where to where bands go, that have at most so many elements unless they have few rows."""
-        batch, channels, height, width = self.shape
-        rows = max(FEWEST_ROWS, elements // (batch * channels * width))
+        """From where to where each band goes: none needs a map of more elements, unless of few rows."""
+        height, rows = self.shape[2], max(FEWEST_ROWS, elements // self.row)
         return [(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
@@ -41,7 +46,8 @@ class Kept(Map):
     """One that is there as a whole."""
 
     def __init__(self, whole: Tensor) -> None:
-        super().__init__(whole.shape)  # type: ignore[arg-type]
+        batch, channels, height, width = whole.shape
+        super().__init__((batch, channels, height, width))
         self.whole = whole
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -55,11 +61,11 @@ class Convolved(Map):
     column to the right.
     """
 
-    def __init__(self, conv: nn.Module, source: Map) -> None:
+    def __init__(self, conv: Any, source: Map) -> None:
         self.conv, self.source, (height, width) = conv, source, source.shape[2:]
         self.stride, self.halo = conv.stride[0], conv.padding[0]
         sides = -(-height // self.stride), -(-width // self.stride)
-        super().__init__((source.shape[0], conv.out_channels, *sides))
+        super().__init__((source.shape[0], conv.out_channels, *sides), source)
         self.last = (0, 0, torch.empty(0))
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -85,7 +91,7 @@ class Doubled(Map):
 
     def __init__(self, source: Map) -> None:
         batch, channels, height, width = source.shape
-        super().__init__((batch, channels, 2 * height, 2 * width))
+        super().__init__((batch, channels, 2 * height, 2 * width), source)
         self.source = source
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -97,12 +103,12 @@ class Doubled(Map):
 class Normed(Map):
     """GroupNorm and SiLU. The whole source is read for the statistics when this is made."""
 
-    def __init__(self, norm: nn.Module, source: Map, elements: int) -> None:
-        super().__init__(source.shape)
+    def __init__(self, norm: Any, source: Map, elements: int) -> None:
+        super().__init__(source.shape, source)
         self.source = source
         mean, variance = pooled(source, norm.num_groups, elements)  # [B, G]
         scale = (variance + norm.eps).rsqrt()
-        norm(mean.new_zeros(1, self.shape[1], 1, 1, dtype=norm.weight.dtype))  # for hooks that bring weights
+        norm(mean.new_zeros(1, self.shape[1], 1, 2, dtype=norm.weight.dtype))  # for hooks that bring weights
         width = self.shape[1] // norm.num_groups
         scale, mean = (part.repeat_interleave(width, dim=1) for part in (scale, mean))  # [B, C]
         scale = scale * norm.weight
@@ -117,7 +123,7 @@ class Added(Map):
     """The sum of two."""
 
     def __init__(self, one: Map, other: Map) -> None:
-        super().__init__(one.shape)
+        super().__init__(one.shape, one, other)
         self.one, self.other = one, other
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -142,30 +148,39 @@ def pooled(source: Map, groups: int, elements: int) -> tuple[Tensor, Tensor]:
     return mean, squares / count
 
 
-class Bands:
-    """How each class of the VAE acts on a map. rules: by class; elements: what a band has at most."""
+Step = Callable[[Map], Map]
+Rule = Callable[["Bands", Any], Iterator[Step]]
 
-    def __init__(self, rules: Mapping[type, Callable[["Bands", Any, Map], Map]], elements: int) -> None:
+
+class Bands:
+    """Takes a VAE's parts apart into steps. rules: by the part's class; elements: what a band has at most."""
+
+    def __init__(self, rules: Mapping[type, Rule], elements: int) -> None:
         self.rules, self.elements = rules, elements
 
-    def __call__(self, part: nn.Module, x: Map) -> Map:
+    def run(self, part: nn.Module, x: Tensor) -> Tensor:
+        """part(x). Between two steps there is one map, and no caller that holds another."""
+        now: Map = Kept(x)
+        for step in self.steps(part):
+            now = step(now)
+        return self.keep(now).whole
+
+    def steps(self, part: nn.Module) -> Iterator[Step]:
         """TypeError for a part of a class that has no rule."""
-        rule = self.rules.get(type(part))
-        if rule is None:
+        if type(part) not in self.rules:
             known = ", ".join(kind.__name__ for kind in self.rules)
             raise TypeError(f"tiling knows {known}, got a {type(part).__name__}: vae.disable_tiling()")
-        return rule(self, part, x)
+        return self.rules[type(part)](self, part)
 
     def keep(self, source: Map) -> Kept:
         """Make the whole map, band by band."""
         if isinstance(source, Kept):
             return source
-        whole: Tensor | None = None
+        whole = torch.empty(0)
         for start, stop in source.bands(self.elements):
             band = source.rows(start, stop)
-            whole = band.new_empty(source.shape) if whole is None else whole
+            whole = band.new_empty(source.shape) if start == 0 else whole
             whole[:, :, start:stop] = band
-        assert whole is not None
         return Kept(whole)
 
     def norm(self, norm: nn.Module, x: Map) -> Normed:
@@ -173,41 +188,47 @@ class Bands:
         return Normed(norm, x, self.elements)
 
 
-def resnet(bands: Bands, block: Any, x: Map) -> Map:
+def res_block(bands: Bands, block: Any) -> Iterator[Step]:
     """`vae.ResBlock`."""
-    h = Convolved(block.conv1, bands.norm(block.norm1, x))
-    h = Convolved(block.conv2, bands.norm(block.norm2, h))
-    is_changed = isinstance(block.shortcut, nn.Conv2d)
-    return bands.keep(Added(h, Convolved(block.shortcut, x) if is_changed else x))
+
+    def step(x: Map) -> Map:
+        h = Convolved(block.conv1, bands.norm(block.norm1, x))
+        h = Convolved(block.conv2, bands.norm(block.norm2, h))
+        is_changed = isinstance(block.shortcut, nn.Conv2d)
+        return bands.keep(Added(h, Convolved(block.shortcut, x) if is_changed else x))
+
+    yield step
 
 
-def middle(bands: Bands, mid: Any, x: Map) -> Map:
+def middle(bands: Bands, mid: Any) -> Iterator[Step]:
     """`vae.Middle`, whose attention sees all of its map, which is the smallest."""
-    x = bands.keep(bands(mid.resnet_in, x))
-    return bands(mid.resnet_out, Kept(mid.attention(x.whole)))
+    yield from bands.steps(mid.resnet_in)
+    yield lambda x: Kept(mid.attention(bands.keep(x).whole))
+    yield from bands.steps(mid.resnet_out)
 
 
-def down_level(bands: Bands, level: Any, x: Map) -> Map:
+def down_level(bands: Bands, level: Any) -> Iterator[Step]:
     """`vae.DownLevel`."""
     for block in level.resnets:
-        x = bands(block, x)
-    return x if level.downsample is None else bands.keep(Convolved(level.downsample, x))
+        yield from bands.steps(block)
+    if level.downsample is not None:
+        yield lambda x: bands.keep(Convolved(level.downsample, x))
 
 
-def up_level(bands: Bands, level: Any, x: Map) -> Map:
+def up_level(bands: Bands, level: Any) -> Iterator[Step]:
     """`vae.UpLevel`. What it doubles is not kept: of the last level that would be the largest map of all."""
     for block in level.resnets:
-        x = bands(block, x)
-    return x if level.upsample is None else Convolved(level.upsample, Doubled(x))
+        yield from bands.steps(block)
+    if level.upsample is not None:
+        yield lambda x: Convolved(level.upsample, Doubled(x))
 
 
-def coder(bands: Bands, part: Any, x: Map) -> Map:
+def coder(bands: Bands, part: Any) -> Iterator[Step]:
     """`vae.Encoder`, and `vae.Decoder`, which begins in the middle."""
-    is_encoder = hasattr(part, "down")
-    x = bands.keep(Convolved(part.conv_in, x))
-    for level in [*part.down, part.mid] if is_encoder else [part.mid, *part.up]:
-        x = bands(level, x)
-    return Convolved(part.conv_out, bands.norm(part.norm_out, x))
+    yield lambda x: bands.keep(Convolved(part.conv_in, x))
+    for level in [*part.down, part.mid] if hasattr(part, "down") else [part.mid, *part.up]:
+        yield from bands.steps(level)
+    yield lambda x: Convolved(part.conv_out, bands.norm(part.norm_out, x))
 
 
 class Sparing(nn.Module):
@@ -217,7 +238,8 @@ class Sparing(nn.Module):
     tile_sample_min_size x tile_sample_min_size pixels has; what is no larger is computed as a whole.
     """
 
-    RULES: Mapping[type, Any] = {}
+    RULES: Mapping[type, Rule]
+    config: VAEConfig
     use_slicing, use_tiling, tile_sample_min_size = False, False, SIDE
 
     def enable_tiling(self, use_tiling: bool = True, *, tile_sample_min_size: int = SIDE) -> None:
@@ -248,5 +270,4 @@ class Sparing(nn.Module):
         if not self.use_tiling or pixels <= self.tile_sample_min_size**2:
             return part(x)
         widest_map = self.config.channels[0] * self.tile_sample_min_size**2
-        bands = Bands(self.RULES, widest_map)
-        return bands.keep(bands(part, Kept(x))).whole
+        return Bands(self.RULES, widest_map).run(part, x)
