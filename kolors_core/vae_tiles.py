@@ -62,8 +62,10 @@ class Convolved(Map):
     """
 
     def __init__(self, conv: Any, source: Map) -> None:
+        if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
+            raise TypeError(f"tiling knows convolutions padded with zeros, got {conv}: vae.disable_tiling()")
         self.conv, self.source, (height, width) = conv, source, source.shape[2:]
-        self.stride, self.halo = conv.stride[0], conv.padding[0]
+        self.stride, self.halo = conv.stride[0], int(conv.padding[0])
         sides = -(-height // self.stride), -(-width // self.stride)
         super().__init__((source.shape[0], conv.out_channels, *sides), source)
         self.last = (0, 0, torch.empty(0))
@@ -104,6 +106,8 @@ class Normed(Map):
     """GroupNorm and SiLU. The whole source is read for the statistics when this is made."""
 
     def __init__(self, norm: Any, source: Map, elements: int) -> None:
+        if type(norm) is not nn.GroupNorm or not norm.affine:
+            raise TypeError(f"tiling knows GroupNorm with weights, got {norm}: vae.disable_tiling()")
         super().__init__(source.shape, source)
         self.source = source
         mean, variance = pooled(source, norm.num_groups, elements)  # [B, G]

@@ -196,7 +196,7 @@ class Other(ResBlock):
 
 
 @torch.no_grad()
-def test_a_block_of_another_class_is_refused_by_name(vae: VAE) -> None:
+def test_what_bands_would_not_get_right_is_refused_by_name(vae: VAE) -> None:
     vae = copy.deepcopy(vae)
     vae.decoder.up[1].resnets[0] = Other(24, 24, 4).double()
     vae.enable_tiling(tile_sample_min_size=64)
@@ -204,6 +204,32 @@ def test_a_block_of_another_class_is_refused_by_name(vae: VAE) -> None:
         vae.decode(latents(1, 16, 16))
     vae.disable_tiling()
     assert vae.decode(latents(1, 16, 16)).shape == (1, 3, 128, 128)
+    bare = nn.GroupNorm(4, 24, affine=False)
+    round_ = nn.Conv2d(24, 24, 3, padding=1, padding_mode="circular")
+    changes = {
+        "GroupNorm with weights, got GroupNorm.*affine=False": ("norm1", bare),
+        "convolutions padded with zeros, got Conv2d.*circular": ("conv2", round_),
+        "convolutions padded with zeros, got Identity": ("conv2", nn.Identity()),
+    }
+    for message, (name, layer) in changes.items():
+        block = ResBlock(24, 24, 4)
+        setattr(block, name, layer)
+        vae.decoder.up[1].resnets[0] = block.double()
+        vae.enable_tiling(tile_sample_min_size=64)
+        with pytest.raises(TypeError, match=f"tiling knows {message}"):
+            vae.decode(latents(1, 16, 16))
+
+
+def test_gradients_pass(vae: VAE) -> None:
+    """Of the input and of every parameter."""
+    vae = copy.deepcopy(vae)
+    given = latents(1, 16, 12).requires_grad_()
+    wanted = (given, *vae.decoder.parameters())
+    plain = torch.autograd.grad(vae.decode(given).square().mean(), wanted)
+    vae.enable_tiling(tile_sample_min_size=64)
+    mine = torch.autograd.grad(vae.decode(given).square().mean(), wanted)
+    largest = max(float(grad.abs().max()) for grad in plain)
+    assert all(float((a - b).abs().max()) < EXACT * largest for a, b in zip(mine, plain, strict=True))
 
 
 @torch.no_grad()
