@@ -1,5 +1,6 @@
 """What several test files share: a tokenizer, and one small checkpoint folder written by the reference."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.pipelines import SOLVERS, Pair, make_pair, use_solver
 from tests.reference_folder import REAL_TOKENIZER, train_tokenizer, write
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
+os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the processes that tests start
 warnings.filterwarnings("ignore", module="diffusers")
 
 

@@ -52,6 +52,11 @@ def test_the_lora_example_trains_and_draws(tmp_path: Path, monkeypatch: pytest.M
     assert all(name.startswith("unet.") for name in load_file("zorp.safetensors"))
 
 
+def test_the_example_of_less_memory_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block_after("**Less memory**", "python"), "README.md", "exec"), {})
+    assert "text_encoder int8" in capsys.readouterr().out
+
+
 def test_the_path_written_out_is_about_thirty_lines() -> None:
     assert len(block_after("## The whole path", "python").splitlines()) <= 32
 
