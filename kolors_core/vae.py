@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention
 from kolors_core.config import VAEConfig
+from kolors_core.vae_tiles import Tiles
 
 NORM_EPS = 1e-6
 
@@ -92,9 +93,8 @@ class DownLevel(nn.Module):
         for resnet in self.resnets:
             x = resnet(x)
         if self.downsample is not None:
-            x = self.downsample(
-                F.pad(x, (0, 1, 0, 1))
-            )  # one row below, one column to the right, as it was trained
+            # As it was trained: padded by one row below and one column to the right.
+            x = self.downsample(F.pad(x, (0, 1, 0, 1)))
         return x
 
 
@@ -159,8 +159,11 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class VAE(nn.Module):
-    """Both ways. Latents outside this class are scaled: only it applies `config.scaling_factor`."""
+class VAE(Tiles, nn.Module):
+    """Both ways. Latents outside this class are scaled: only it applies `config.scaling_factor`.
+
+    `enable_tiling` and `enable_slicing` let large pictures and batches take less memory: see vae_tiles.py.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -178,10 +181,11 @@ class VAE(nn.Module):
             raise ValueError(
                 f"image sides must be multiples of {side}, got {images.shape[-2]} x {images.shape[-1]}"
             )
-        mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        mean, log_variance = self.quant_conv(self.through(self.encoder, images)).chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return LatentDistribution(mean * self.config.scaling_factor, std * self.config.scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents: [B, 4, H/8, W/8], scaled. Returns images [B, 3, H, W] of about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+        latents = self.post_quant_conv(latents / self.config.scaling_factor)
+        return self.through(self.decoder, latents)

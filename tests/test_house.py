@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "fields", "config", "attention", "image", "tokenizer", "chatglm", "clip_vision", "context", "unet",
-    "blocks", "vae", "ip_adapter", "controlnet", "quantize", "lora_layers", "lora", "lora_file", "graphs",
+    "blocks", "vae_tiles", "vae", "ip_adapter", "controlnet", "quantize", "lora_layers", "lora", "lora_file", "graphs",
     "compiling", "prompt_cache", "schedule", "sampling", "guidance", "placement", "offload", "hub",
     "checkpoint", "lora_loading", "components", "text_prompt", "image_prompt", "quantize_report",
     "callback", "task", "pipeline", "dataset", "training", "batch", "__init__", "__main__",
