@@ -38,7 +38,7 @@ class Tiles:
 
         tile_sample_min_size: pixels; a piece has as many values as a square of this side at the outermost
         level, and a picture that has no more pixels than the square is run whole. None keeps what is set, 256
-        at first. Gradients are not computed, and blocks that are run in pieces run no hooks of their own, only
+        at first. There are no gradients, and blocks that are run in pieces run no hooks of their own, only
         their layers'. ValueError for a side that is no multiple of 8 from 32 on, TypeError naming a part that
         is not as vae.py has it.
         """
@@ -63,6 +63,7 @@ class Tiles:
 
     def through(self, coder: nn.Module, x: Tensor) -> Tensor:
         """coder(x), an encoder's or decoder's; in pieces or slices, one picture after another."""
+        _check_side(self.tile_sample_min_size)
         in_pieces = self.use_tiling and _pixels(coder, x) > self.tile_sample_min_size**2
         if not in_pieces and (not self.use_slicing or len(x) == 1):
             return coder(x)
@@ -74,12 +75,12 @@ def tiled(coder: Any, x: Tensor, side: int) -> Tensor:
     """coder(x) of one picture in pieces, for vae.py's Encoder and Decoder; side: see `Tiles.enable_tiling`.
 
     A map that would have to be computed again is kept where all that is kept takes no more than the picture
-    and one map of the outermost level, which there has to be. Raises RuntimeError if x asks for gradients.
+    and one map of the outermost level, which there has to be. Raises RuntimeError where there would be
+    gradients.
     """
-    _check_side(side)
     _check(coder, type(coder).__name__.lower())
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError("no gradients go through tiles: disable_tiling() brings them back")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *coder.parameters())):
+        raise RuntimeError("no gradients go through tiles: use torch.no_grad(), or disable_tiling()")
     encodes = _encodes(coder)
     outer = coder.conv_in if encodes else coder.conv_out
     wide = max(outer.in_channels, outer.out_channels)
@@ -257,28 +258,26 @@ class _Run:
 
     def activation(self, norm: nn.GroupNorm, x: _Map) -> Change:
         """silu(norm(.)) for pieces, with the statistics of the whole map x, in float32 at least."""
-        precision, counts, means, variances = torch.float32, [], [], []
-        for i, (top, bottom) in enumerate(self.pieces(x)):
-            rows = x.read(top, bottom)
-            if i == 0:
-                norm(rows[:, :, :1])  # for its hooks: offload brings the weights that are read below
-                precision = torch.promote_types(rows.dtype, torch.float32)
-            grouped = rows.to(precision).unflatten(1, (norm.num_groups, -1))  # [1, G, C/G, R, W]
-            variance, mean = torch.var_mean(grouped, (2, 3, 4), correction=0)  # [1, G]
-            counts.append((bottom - top) / x.height)
-            means.append(mean)
-            variances.append(variance)
-        means, variances = torch.stack(means), torch.stack(variances)  # [P, 1, G]
-        shares = torch.tensor(counts, dtype=precision).to(means.device)[:, None, None]  # [P, 1, 1]
-        mean = (shares * means).sum(0)  # [1, G]
+        precision = torch.promote_types(norm.weight.dtype, torch.float32)
+
+        def moments(top: int, bottom: int) -> Tensor:
+            rows = x.read(top, bottom).to(precision).unflatten(1, (norm.num_groups, -1))  # [1, G, C/G, R, W]
+            variance, mean = torch.var_mean(rows, (0, 2, 3, 4), correction=0)
+            return torch.stack((mean, variance))  # [2, G]
+
+        pieces = list(self.pieces(x))
+        means, variances = torch.stack([moments(*piece) for piece in pieces], dim=1)  # [P, G] each
+        shares = means.new_tensor([(bottom - top) / x.height for top, bottom in pieces])[:, None]  # [P, 1]
+        mean = (shares * means).sum(0)  # [G]
         variance = (shares * (variances + (means - mean) ** 2)).sum(0)
-        repeats = x.channels // norm.num_groups
-        mean, deviation = (
-            value.repeat_interleave(repeats, 1) for value in (mean, (variance + norm.eps).sqrt())
-        )  # [1, C]
-        scale = norm.weight.to(precision) / deviation
-        shift = norm.bias.to(precision) - mean * scale
-        scale, shift = scale[..., None, None], shift[..., None, None]  # [1, C, 1, 1]
+        # Its hooks run: offload brings the weights that are read below.
+        norm(torch.zeros(1, x.channels, 1, 2, dtype=norm.weight.dtype, device=mean.device))
+        mean, scale = (
+            value.repeat_interleave(x.channels // norm.num_groups)[:, None, None]
+            for value in (mean, (variance + norm.eps).rsqrt())
+        )  # [C, 1, 1]
+        scale = norm.weight.to(precision)[:, None, None] * scale
+        shift = norm.bias.to(precision)[:, None, None] - mean * scale
 
         def change(rows: Tensor) -> Tensor:
             normal = torch.addcmul(shift, rows.to(precision), scale).to(rows.dtype)
@@ -313,7 +312,9 @@ class _Run:
 
 def _check_side(side: int) -> None:
     if isinstance(side, bool) or not isinstance(side, int) or side < SMALLEST_SIDE or side % 8:
-        raise ValueError(f"tile_sample_min_size must be a multiple of 8 from {SMALLEST_SIDE} on, got {side!r}")
+        raise ValueError(
+            f"tile_sample_min_size must be a multiple of 8 from {SMALLEST_SIDE} on, got {side!r}"
+        )
 
 
 def _check(coder: nn.Module, name: str) -> None:
@@ -322,7 +323,7 @@ def _check(coder: nn.Module, name: str) -> None:
         last = path.rpartition(".")[2]
         forward = getattr(part.forward, "__func__", part.forward)
         known = forward.__module__ == "kolors_core.vae" and forward.__qualname__ in KNOWN
-        if ".attention" in path or known or isinstance(part, nn.ModuleList | nn.Identity):
+        if path.startswith(f"{name}.mid.attention") or known or isinstance(part, nn.ModuleList | nn.Identity):
             continue
         if isinstance(part, nn.GroupNorm) and part.affine:
             continue
@@ -331,5 +332,5 @@ def _check(coder: nn.Module, name: str) -> None:
             plain = part.dilation == (1, 1) and part.padding_mode == "zeros"
             if plain and geometry == GEOMETRY.get(last, SAME_SIZE):
                 continue
-        got = f"{type(part).__module__}.{type(part).__qualname__}"
-        raise TypeError(f"tiling cannot run {path}, a {got} that is not as kolors_core/vae.py has it: {part}")
+        got = f"{type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})"
+        raise TypeError(f"tiling cannot run {path}: {got} is not as kolors_core/vae.py has it")
