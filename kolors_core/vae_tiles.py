@@ -32,6 +32,8 @@ class Tiles:
     use_tiling = False
     use_slicing = False
     tile_sample_min_size = 256
+    encoder: Any
+    decoder: Any
 
     def enable_tiling(self, use_tiling: bool = True, *, tile_sample_min_size: int | None = None) -> None:
         """Work on pieces of a picture: less memory, more time, the same result up to rounding.
@@ -45,8 +47,8 @@ class Tiles:
         side = self.tile_sample_min_size if tile_sample_min_size is None else tile_sample_min_size
         _check_side(side)
         if use_tiling:
-            for name in ("encoder", "decoder"):
-                _check(getattr(self, name), name)
+            _check(self.encoder, "encoder")
+            _check(self.decoder, "decoder")
         self.use_tiling, self.tile_sample_min_size = use_tiling, side
 
     def disable_tiling(self) -> None:
@@ -62,23 +64,25 @@ class Tiles:
         self.use_slicing = False
 
     def through(self, coder: nn.Module, x: Tensor) -> Tensor:
-        """coder(x), an encoder's or decoder's; in pieces or slices, one picture after another."""
-        _check_side(self.tile_sample_min_size)
-        in_pieces = self.use_tiling and _pixels(coder, x) > self.tile_sample_min_size**2
-        if not in_pieces and (not self.use_slicing or len(x) == 1):
-            return coder(x)
-        run = partial(tiled, coder, side=self.tile_sample_min_size) if in_pieces else coder
+        """coder(x), of the encoder or the decoder; in pieces or slices, one picture after another."""
+        run, in_pieces = coder, False
+        if self.use_tiling:
+            _check_side(side := self.tile_sample_min_size)
+            _check(coder, "encoder" if coder is self.encoder else "decoder")
+            in_pieces = _pixels(coder, x) > side * side
+            run = partial(_tiled, coder, side=side) if in_pieces else coder
+        if len(x) == 1 or not (in_pieces or self.use_slicing):
+            return run(x)
         return torch.cat([run(one) for one in x.split(1)])
 
 
-def tiled(coder: Any, x: Tensor, side: int) -> Tensor:
-    """coder(x) of one picture in pieces, for vae.py's Encoder and Decoder; side: see `Tiles.enable_tiling`.
+def _tiled(coder: Any, x: Tensor, side: int) -> Tensor:
+    """coder(x) of one picture, for vae.py's Encoder and Decoder; side: see `Tiles.enable_tiling`.
 
     A map that would have to be computed again is kept where all that is kept takes no more than the picture
     and one map of the outermost level, which there has to be. Raises RuntimeError where there would be
     gradients.
     """
-    _check(coder, type(coder).__name__.lower())
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *coder.parameters())):
         raise RuntimeError("no gradients go through tiles: use torch.no_grad(), or disable_tiling()")
     encodes = _encodes(coder)
@@ -325,7 +329,7 @@ def _check(coder: nn.Module, name: str) -> None:
         known = forward.__module__ == "kolors_core.vae" and forward.__qualname__ in KNOWN
         if path.startswith(f"{name}.mid.attention") or known or isinstance(part, nn.ModuleList | nn.Identity):
             continue
-        if isinstance(part, nn.GroupNorm) and part.affine:
+        if forward is nn.GroupNorm.forward and part.weight is not None and part.bias is not None:
             continue
         if isinstance(part, nn.Conv2d):
             geometry = part.kernel_size, part.stride, part.padding

@@ -238,6 +238,14 @@ def test_parts_that_are_not_known_are_refused() -> None:
     vae.encoder.conv_in = nn.Conv2d(3, 32, 5, padding=2)
     with pytest.raises(TypeError, match=r"encoder\.conv_in: torch.*kernel_size=\(5, 5\)"):
         vae.enable_tiling()
+    vae = small()
+    vae.enable_tiling(tile_sample_min_size=SIDE)
+    vae.decoder.norm_out = nn.GroupNorm(32, 32, affine=False)
+    with pytest.raises(TypeError, match=r"decoder\.norm_out: torch.*affine=False.* is not as"):
+        vae.decode(noise(1, 4, 13, 11))
+    vae.decoder = nn.Sequential(nn.ConvTranspose2d(4, 3, 8, 8))
+    with pytest.raises(TypeError, match=r"cannot run decoder: torch.*Sequential\(\) is not as"):
+        vae.decode(noise(1, 4, 13, 11))
 
 
 def test_a_new_attention_and_a_subclass_with_the_old_forward_are_run() -> None:
