@@ -244,26 +244,30 @@ class Components:
         """
         self._start_offload(gpu_id, device, by_block=True)
 
-    def enable_vae_tiling(self) -> None:
-        """Decode and encode in bands of rows: less memory, and the same picture; see `vae.enable_tiling`."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Maps as a whole again."""
-        self.vae.disable_tiling()
-
-    def enable_vae_slicing(self) -> None:
-        """Decode and encode one picture after another."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """All pictures at once again."""
-        self.vae.disable_slicing()
-
     def remove_all_hooks(self) -> None:
         """End offload, if it is on: the models are on the CPU then."""
         if self.offload.device is not None:
             self.to("cpu")
+
+    def enable_vae_tiling(self, *, tile_sample_min_size: int | None = None) -> None:
+        """Let the VAE work on a picture in pieces: a fifth of the memory at 1024 x 1024, the same picture.
+
+        Seen by every pipeline that has this VAE. Arguments and errors: see `Tiles.enable_tiling` in
+        kolors_core/vae_tiles.py.
+        """
+        plain(self.vae).enable_tiling(tile_sample_min_size=tile_sample_min_size)
+
+    def disable_vae_tiling(self) -> None:
+        """Let the VAE work on pictures whole."""
+        plain(self.vae).disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """Let the VAE work on one picture of a batch after another."""
+        plain(self.vae).enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Let the VAE work on all pictures of a batch at once."""
+        plain(self.vae).disable_slicing()
 
     def _start_offload(self, gpu_id: int | None, device: torch.device | str | None, by_block: bool) -> None:
         if gpu_id is not None and device is not None:

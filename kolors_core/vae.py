@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention
 from kolors_core.config import VAEConfig
-from kolors_core.vae_tiles import Sparing, coder, down_level, middle, res_block, up_level
+from kolors_core.vae_tiles import Tiles
 
 NORM_EPS = 1e-6
 
@@ -39,8 +39,9 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        is_changed = in_channels != out_channels
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if is_changed else nn.Identity()
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -92,7 +93,7 @@ class DownLevel(nn.Module):
         for resnet in self.resnets:
             x = resnet(x)
         if self.downsample is not None:
-            # One row below, one column to the right, as it was trained.
+            # As it was trained: padded by one row below and one column to the right.
             x = self.downsample(F.pad(x, (0, 1, 0, 1)))
         return x
 
@@ -158,13 +159,11 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class VAE(Sparing):
-    """Both ways. Latents outside this class are scaled: only it applies `config.scaling_factor`."""
+class VAE(Tiles, nn.Module):
+    """Both ways. Latents outside this class are scaled: only it applies `config.scaling_factor`.
 
-    RULES = {
-        Encoder: coder, Decoder: coder, Middle: middle, DownLevel: down_level, UpLevel: up_level,
-        ResBlock: res_block,
-    }  # fmt: skip
+    `enable_tiling` and `enable_slicing` let large pictures and batches take less memory: see vae_tiles.py.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -182,12 +181,11 @@ class VAE(Sparing):
             raise ValueError(
                 f"image sides must be multiples of {side}, got {images.shape[-2]} x {images.shape[-1]}"
             )
-        moments = self.quant_conv(self.sparing(self.encoder, images, images[0, 0].numel()))
-        mean, log_variance = moments.chunk(2, dim=1)
+        mean, log_variance = self.quant_conv(self.through(self.encoder, images)).chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return LatentDistribution(mean * self.config.scaling_factor, std * self.config.scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents: [B, 4, H/8, W/8], scaled. Returns images [B, 3, H, W] of about [-1, 1], not clamped."""
-        h = self.post_quant_conv(latents / self.config.scaling_factor)
-        return self.sparing(self.decoder, h, h[0, 0].numel() * self.config.downscale**2)
+        latents = self.post_quant_conv(latents / self.config.scaling_factor)
+        return self.through(self.decoder, latents)

@@ -1,277 +1,340 @@
-"""The VAE in bands of rows: the same picture in less memory.
+"""The autoencoder piece by piece: large pictures in little memory, and the same picture.
 
-A feature map is asked for its rows, and asks the map that it is made of for those that it needs. What is
-between two kept maps exists only in the band at work, and is computed again for each reader. A GroupNorm's
-statistics are pooled over the bands of the whole map before it gives its first row, and a convolution reads
-the rows around its own, so that nothing differs from the whole, and nothing needs to be blended.
-Source: in place of `tiled_decode` of diffusers' models/autoencoders/autoencoder_kl.py, whose tiles each have
-statistics of their own: colours shift from tile to tile.
-Shapes: B batch, C channels, H height, W width, G groups.
+A GroupNorm reads the whole map. So its statistics are pooled over all pieces first, and then pieces of a map
+are normalised and convolved with the rows beside them that a convolution reads. Nothing is blended, no seam
+is there to hide, and the result is the whole computation's up to rounding. What a statistic needs and is too
+large to keep is computed again. The reference's tiles (`tiled_decode` in diffusers'
+models/autoencoders/autoencoder_kl.py) each have statistics of their own, which tints them.
+Shapes: B batch (1 within pieces), C channels, H height, W width, G groups, P pieces, R rows of a piece.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.config import VAEConfig
+FEWEST_ROWS = 8  # of a piece: fewer, and most of the work is rows that are computed twice
+SMALLEST_SIDE = 32
+Change = Callable[[Tensor], Tensor]
 
-SIDE = 256  # of a tile, in pixels
-FEWEST_ROWS = 8  # in a band: each needs up to four more around it
-
-
-class Map:
-    """A feature map [B, C, H, W] that is made, of its sources, when its rows are asked for.
-
-    row: elements, for a row of it, of the widest map that it is made of.
-    """
-
-    def __init__(self, shape: tuple[int, int, int, int], *sources: "Map") -> None:
-        self.shape, (batch, channels, height, width) = shape, shape
-        self.row = max(batch * channels * width, *(s.row * s.shape[2] // height for s in sources), 0)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """[B, C, stop - start, W], for 0 <= start < stop <= H."""
-        raise NotImplementedError
-
-    def bands(self, elements: int) -> list[tuple[int, int]]:
-        """From where to where each band goes: none needs a map of more elements, unless of few rows."""
-        height, rows = self.shape[2], max(FEWEST_ROWS, elements // self.row)
-        return [(start, min(start + rows, height)) for start in range(0, height, rows)]
+# Whose forward is written again here for pieces. Attention is not: it reads the whole of a small map.
+KNOWN = {f"{name}.forward" for name in ("Encoder", "Decoder", "Middle", "DownLevel", "UpLevel", "ResBlock")}
+GEOMETRY = {"downsample": ((3, 3), (2, 2), (0, 0)), "shortcut": ((1, 1), (1, 1), (0, 0))}
+SAME_SIZE = ((3, 3), (1, 1), (1, 1))  # kernel, stride, padding of all other convolutions
 
 
-class Kept(Map):
-    """One that is there as a whole."""
+class Tiles:
+    """What an autoencoder has to run its encoder and decoder in pieces; off at first, as in the reference."""
 
-    def __init__(self, whole: Tensor) -> None:
-        batch, channels, height, width = whole.shape
-        super().__init__((batch, channels, height, width))
-        self.whole = whole
+    use_tiling = False
+    use_slicing = False
+    tile_sample_min_size = 256
+    encoder: Any
+    decoder: Any
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.whole[:, :, start:stop]
+    def enable_tiling(self, use_tiling: bool = True, *, tile_sample_min_size: int | None = None) -> None:
+        """Work on pieces of a picture: less memory, more time, the same result up to rounding.
 
-
-class Convolved(Map):
-    """A convolution's result. The last band is kept, for who asks for it or a part of it again.
-
-    Of height and width as its input, or half of that: such a one was trained with one row added below and one
-    column to the right.
-    """
-
-    def __init__(self, conv: Any, source: Map) -> None:
-        if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
-            raise TypeError(f"tiling knows convolutions padded with zeros, got {conv}: vae.disable_tiling()")
-        self.conv, self.source, (height, width) = conv, source, source.shape[2:]
-        self.stride, self.halo = conv.stride[0], int(conv.padding[0])
-        sides = -(-height // self.stride), -(-width // self.stride)
-        super().__init__((source.shape[0], conv.out_channels, *sides), source)
-        self.last = (0, 0, torch.empty(0))
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        if not self.last[0] <= start < stop <= self.last[1]:
-            self.last = (0, 0, torch.empty(0))  # before the next one is made
-            self.last = (start, stop, self.made(start, stop))
-        return self.last[2][:, :, start - self.last[0] : stop - self.last[0]]
-
-    def made(self, start: int, stop: int) -> Tensor:
-        """The module is called with the rows around, which it pads; what comes of the padding is cut off."""
-        height = self.source.shape[2]
-        if self.stride == 1:
-            above, below = max(0, start - self.halo), min(height, stop + self.halo)
-            made = self.conv(self.source.rows(above, below))
-            return made[:, :, start - above : stop - above]
-        above, below = start * self.stride, stop * self.stride + 1
-        x = self.source.rows(above, min(below, height))
-        return self.conv(F.pad(x, (0, 1, 0, max(0, below - height))))
-
-
-class Doubled(Map):
-    """Every pixel four times."""
-
-    def __init__(self, source: Map) -> None:
-        batch, channels, height, width = source.shape
-        super().__init__((batch, channels, 2 * height, 2 * width), source)
-        self.source = source
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        x = self.source.rows(start // 2, (stop + 1) // 2)
-        above = start // 2 * 2
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")[:, :, start - above : stop - above]
-
-
-class Normed(Map):
-    """GroupNorm and SiLU. The whole source is read for the statistics when this is made."""
-
-    def __init__(self, norm: Any, source: Map, elements: int) -> None:
-        if type(norm) is not nn.GroupNorm or not norm.affine:
-            raise TypeError(f"tiling knows GroupNorm with weights, got {norm}: vae.disable_tiling()")
-        super().__init__(source.shape, source)
-        self.source = source
-        mean, variance = pooled(source, norm.num_groups, elements)  # [B, G]
-        scale = (variance + norm.eps).rsqrt()
-        norm(mean.new_zeros(1, self.shape[1], 1, 2, dtype=norm.weight.dtype))  # for hooks that bring weights
-        width = self.shape[1] // norm.num_groups
-        scale, mean = (part.repeat_interleave(width, dim=1) for part in (scale, mean))  # [B, C]
-        scale = scale * norm.weight
-        self.scale, self.shift = scale[:, :, None, None], (norm.bias - mean * scale)[:, :, None, None]
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        x = self.source.rows(start, stop)
-        return F.silu((x * self.scale + self.shift).to(x.dtype), inplace=True)
-
-
-class Added(Map):
-    """The sum of two."""
-
-    def __init__(self, one: Map, other: Map) -> None:
-        super().__init__(one.shape, one, other)
-        self.one, self.other = one, other
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.one.rows(start, stop) + self.other.rows(start, stop)
-
-
-def pooled(source: Map, groups: int, elements: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance [B, G] of each group over all rows, of at least float32.
-
-    Source: pairs are merged as in Chan, Golub and LeVeque, "Algorithms for computing the sample variance".
-    """
-    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
-    for start, stop in source.bands(elements):
-        x = source.rows(start, stop).unflatten(1, (groups, -1)).flatten(2)  # [B, G, n]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, middle = torch.var_mean(x, dim=2, correction=0)
-        if count == 0:
-            mean, squares = torch.zeros_like(middle), torch.zeros_like(middle)
-        n, both = x.shape[2], count + x.shape[2]
-        squares = squares + variance * n + (middle - mean) ** 2 * (count * n / both)
-        mean, count = mean + (middle - mean) * (n / both), both
-    return mean, squares / count
-
-
-Step = Callable[[Map], Map]
-Rule = Callable[["Bands", Any], Iterator[Step]]
-
-
-class Bands:
-    """Takes a VAE's parts apart into steps. rules: by the part's class; elements: what a band has at most."""
-
-    def __init__(self, rules: Mapping[type, Rule], elements: int) -> None:
-        self.rules, self.elements = rules, elements
-
-    def run(self, part: nn.Module, x: Tensor) -> Tensor:
-        """part(x). Between two steps there is one map, and no caller that holds another."""
-        now: Map = Kept(x)
-        for step in self.steps(part):
-            now = step(now)
-        return self.keep(now).whole
-
-    def steps(self, part: nn.Module) -> Iterator[Step]:
-        """TypeError for a part of a class that has no rule."""
-        if type(part) not in self.rules:
-            known = ", ".join(kind.__name__ for kind in self.rules)
-            raise TypeError(f"tiling knows {known}, got a {type(part).__name__}: vae.disable_tiling()")
-        return self.rules[type(part)](self, part)
-
-    def keep(self, source: Map) -> Kept:
-        """Make the whole map, band by band."""
-        if isinstance(source, Kept):
-            return source
-        whole = torch.empty(0)
-        for start, stop in source.bands(self.elements):
-            band = source.rows(start, stop)
-            whole = band.new_empty(source.shape) if start == 0 else whole
-            whole[:, :, start:stop] = band
-        return Kept(whole)
-
-    def norm(self, norm: nn.Module, x: Map) -> Normed:
-        """A norm and its activation."""
-        return Normed(norm, x, self.elements)
-
-
-def res_block(bands: Bands, block: Any) -> Iterator[Step]:
-    """`vae.ResBlock`."""
-
-    def step(x: Map) -> Map:
-        h = Convolved(block.conv1, bands.norm(block.norm1, x))
-        h = Convolved(block.conv2, bands.norm(block.norm2, h))
-        is_changed = isinstance(block.shortcut, nn.Conv2d)
-        return bands.keep(Added(h, Convolved(block.shortcut, x) if is_changed else x))
-
-    yield step
-
-
-def middle(bands: Bands, mid: Any) -> Iterator[Step]:
-    """`vae.Middle`, whose attention sees all of its map, which is the smallest."""
-    yield from bands.steps(mid.resnet_in)
-    yield lambda x: Kept(mid.attention(bands.keep(x).whole))
-    yield from bands.steps(mid.resnet_out)
-
-
-def down_level(bands: Bands, level: Any) -> Iterator[Step]:
-    """`vae.DownLevel`."""
-    for block in level.resnets:
-        yield from bands.steps(block)
-    if level.downsample is not None:
-        yield lambda x: bands.keep(Convolved(level.downsample, x))
-
-
-def up_level(bands: Bands, level: Any) -> Iterator[Step]:
-    """`vae.UpLevel`. What it doubles is not kept: of the last level that would be the largest map of all."""
-    for block in level.resnets:
-        yield from bands.steps(block)
-    if level.upsample is not None:
-        yield lambda x: Convolved(level.upsample, Doubled(x))
-
-
-def coder(bands: Bands, part: Any) -> Iterator[Step]:
-    """`vae.Encoder`, and `vae.Decoder`, which begins in the middle."""
-    yield lambda x: bands.keep(Convolved(part.conv_in, x))
-    for level in [*part.down, part.mid] if hasattr(part, "down") else [part.mid, *part.up]:
-        yield from bands.steps(level)
-    yield lambda x: Convolved(part.conv_out, bands.norm(part.norm_out, x))
-
-
-class Sparing(nn.Module):
-    """A VAE's switches for less memory, by the reference's names; both change nothing but rounding.
-
-    use_slicing: one picture after another. use_tiling: in bands, each of as much as a tile of
-    tile_sample_min_size x tile_sample_min_size pixels has; what is no larger is computed as a whole.
-    """
-
-    RULES: Mapping[type, Rule]
-    config: VAEConfig
-    use_slicing, use_tiling, tile_sample_min_size = False, False, SIDE
-
-    def enable_tiling(self, use_tiling: bool = True, *, tile_sample_min_size: int = SIDE) -> None:
-        """Less memory for more time: a third convolutions more. Compiled blocks and hooks on blocks are
-        passed by. ValueError for a side below 64 pixels."""
-        if isinstance(tile_sample_min_size, bool) or not isinstance(tile_sample_min_size, int):
-            raise TypeError(f"tile_sample_min_size must be a whole number, got {tile_sample_min_size!r}")
-        if tile_sample_min_size < 64:
-            raise ValueError(f"tile_sample_min_size must be at least 64 pixels, got {tile_sample_min_size}")
-        self.use_tiling, self.tile_sample_min_size = use_tiling, tile_sample_min_size
+        tile_sample_min_size: pixels; a piece has as many values as a square of this side at the outermost
+        level, and a picture that has no more pixels than the square is run whole. None keeps what is set, 256
+        at first. There are no gradients, and blocks that are run in pieces run no hooks of their own, only
+        their layers'. ValueError for a side that is no multiple of 8 from 32 on, TypeError naming a part that
+        is not as vae.py has it.
+        """
+        side = self.tile_sample_min_size if tile_sample_min_size is None else tile_sample_min_size
+        _check_side(side)
+        if use_tiling:
+            _check(self.encoder, "encoder")
+            _check(self.decoder, "decoder")
+        self.use_tiling, self.tile_sample_min_size = use_tiling, side
 
     def disable_tiling(self) -> None:
-        """Maps as a whole again."""
+        """Run pictures whole again."""
         self.use_tiling = False
 
     def enable_slicing(self) -> None:
-        """One picture after another."""
+        """Run one picture of a batch after another."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
-        """All pictures at once again."""
+        """Run batches whole again."""
         self.use_slicing = False
 
-    def sparing(self, part: nn.Module, x: Tensor, pixels: int) -> Tensor:
-        """part(x), an encoder's or decoder's, as the switches say. pixels: of each picture."""
-        if self.use_slicing and len(x) > 1:
-            return torch.cat([self.sparing(part, one, pixels) for one in x.split(1)])
-        if not self.use_tiling or pixels <= self.tile_sample_min_size**2:
-            return part(x)
-        widest_map = self.config.channels[0] * self.tile_sample_min_size**2
-        return Bands(self.RULES, widest_map).run(part, x)
+    def through(self, coder: nn.Module, x: Tensor) -> Tensor:
+        """coder(x), of the encoder or the decoder; in pieces or slices, one picture after another."""
+        run, in_pieces = coder, False
+        if self.use_tiling:
+            _check_side(side := self.tile_sample_min_size)
+            _check(coder, "encoder" if coder is self.encoder else "decoder")
+            in_pieces = _pixels(coder, x) > side * side
+            run = partial(_tiled, coder, side=side) if in_pieces else coder
+        if len(x) == 1 or not (in_pieces or self.use_slicing):
+            return run(x)
+        return torch.cat([run(one) for one in x.split(1)])
+
+
+def _tiled(coder: Any, x: Tensor, side: int) -> Tensor:
+    """coder(x) of one picture, for vae.py's Encoder and Decoder; side: see `Tiles.enable_tiling`.
+
+    A map that would have to be computed again is kept where all that is kept takes no more than the picture
+    and one map of the outermost level, which there has to be. Raises RuntimeError where there would be
+    gradients.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *coder.parameters())):
+        raise RuntimeError("no gradients go through tiles: use torch.no_grad(), or disable_tiling()")
+    encodes = _encodes(coder)
+    outer = coder.conv_in if encodes else coder.conv_out
+    wide = max(outer.in_channels, outer.out_channels)
+    run = _Run(side * side * wide, _pixels(coder, x) * (outer.in_channels + outer.out_channels))
+    with torch.no_grad():
+        return run.encode(coder, x) if encodes else run.decode(coder, x)
+
+
+def _encodes(coder: Any) -> bool:
+    return hasattr(coder, "down")
+
+
+def _pixels(coder: Any, x: Tensor) -> int:
+    """Of the picture that comes in or out."""
+    doublings = 0 if _encodes(coder) else sum(level.upsample is not None for level in coder.up)
+    return x.shape[2] * x.shape[3] * 4**doublings
+
+
+class _Kept:
+    """A map [1, C, H, W] in memory, as bands of rows, which leave one by one when it is read for the last
+    time."""
+
+    def __init__(self, bands: list[Tensor]) -> None:
+        self.bands: list[tuple[int, int, Tensor | None]] = []
+        start = 0
+        for band in bands:
+            self.bands.append((start, start + band.shape[2], band))
+            start += band.shape[2]
+        self.channels, self.height, self.width = bands[0].shape[1], start, bands[0].shape[3]
+        self.held = self.size = self.channels * self.height * self.width
+        self.row = self.channels * self.width
+        self._is_spent = False
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """Rows [1, C, R, W] from top to before bottom."""
+        found = []
+        for i, (start, stop, band) in enumerate(self.bands):
+            if start < bottom and top < stop:
+                assert band is not None, "it has left already"
+                found.append(band[:, :, max(top - start, 0) : bottom - start])  # [1, C, .., W]
+            elif stop <= top and self._is_spent:
+                self.bands[i] = start, stop, None
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+    def spend(self) -> None:
+        """From now on it is read for the last time, from top to bottom: a band above a reading can leave."""
+        self._is_spent = True
+
+
+class _Computed:
+    """A map [1, C, H, W] that is not kept: its rows are computed from another map's when they are read."""
+
+    def __init__(
+        self,
+        source: "_Map",
+        shape: tuple[int, int, int],
+        compute: Callable[[int, int], Tensor],
+        row: int,
+        remembers: bool = False,
+    ) -> None:
+        """row: values of the largest map on the way, for one row of this. remembers: the last rows read."""
+        self.source, self.compute, self._remembers = source, compute, remembers
+        self.channels, self.height, self.width = shape
+        self.size, self.held = self.channels * self.height * self.width, source.held
+        self.row = max(row, self.channels * self.width)
+        self._last: tuple[int, int, Tensor] | None = None
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """Rows [1, C, R, W] from top to before bottom."""
+        if self._last is not None and self._last[0] <= top and bottom <= self._last[1]:
+            return self._last[2][:, :, top - self._last[0] : bottom - self._last[0]]
+        self._last = None
+        rows = self.compute(top, bottom)
+        if self._remembers:
+            self._last = top, bottom, rows
+        return rows
+
+    def spend(self) -> None:
+        """From now on it is read for the last time, from top to bottom."""
+        self.source.spend()
+
+
+_Map = _Kept | _Computed
+
+
+def _unchanged(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _convolved(conv: nn.Conv2d, x: _Map, change: Change = _unchanged, remembers: bool = False) -> _Computed:
+    """The 3x3 convolution of a changed map; its zeros stand around the map, not around a piece."""
+
+    def compute(top: int, bottom: int) -> Tensor:
+        first, last = max(top - 1, 0), min(bottom + 1, x.height)
+        rows = conv(change(x.read(first, last)))
+        return rows[:, :, top - first : bottom - first]  # [1, C, R, W]
+
+    return _Computed(x, (conv.out_channels, x.height, x.width), compute, x.row, remembers)
+
+
+def _doubled(x: _Map) -> _Computed:
+    """Each value four times."""
+
+    def compute(top: int, bottom: int) -> Tensor:
+        first = top // 2
+        rows = F.interpolate(x.read(first, (bottom + 1) // 2), scale_factor=2.0, mode="nearest")
+        return rows[:, :, top - 2 * first : bottom - 2 * first]  # [1, C, R, 2 W]
+
+    return _Computed(x, (x.channels, 2 * x.height, 2 * x.width), compute, x.row // 2)
+
+
+def _halved(conv: nn.Conv2d, x: _Map) -> _Computed:
+    """The convolution of stride 2, with a row of zeros below the map and a column to its right."""
+
+    def compute(top: int, bottom: int) -> Tensor:
+        last = min(2 * bottom + 1, x.height)
+        return conv(F.pad(x.read(2 * top, last), (0, 1, 0, 2 * bottom + 1 - last)))  # [1, C, R, W / 2]
+
+    return _Computed(x, (conv.out_channels, x.height // 2, x.width // 2), compute, 2 * x.row)
+
+
+class _Run:
+    """One encoding or decoding.
+
+    piece: values that a piece may have. limit: values that kept maps may have beside what must be kept.
+    """
+
+    def __init__(self, piece: int, limit: int) -> None:
+        self.piece, self.limit = piece, limit
+
+    def encode(self, coder: Any, image: Tensor) -> Tensor:
+        """As `Encoder.forward`."""
+        x: _Map = _convolved(coder.conv_in, _Kept([image]), remembers=True)
+        for level in coder.down:
+            for resnet in level.resnets:
+                x = self.residual(resnet, x)
+            if level.downsample is not None:
+                x = self.keep(_halved(level.downsample, x))
+        return self.head(coder, self.middle(coder.mid, x))
+
+    def decode(self, coder: Any, latents: Tensor) -> Tensor:
+        """As `Decoder.forward`."""
+        x: _Map = self.middle(coder.mid, _Kept([coder.conv_in(latents)]))
+        for level in coder.up:
+            for resnet in level.resnets:
+                x = self.residual(resnet, x)
+            if level.upsample is not None:
+                x = self.kept_if_small(_convolved(level.upsample, _doubled(x), remembers=True))
+        return self.head(coder, x)
+
+    def middle(self, block: Any, x: _Map) -> _Kept:
+        """As `Middle.forward`."""
+        x = self.residual(block.resnet_in, x)
+        x = _Kept([block.attention(x.read(0, x.height))])
+        return self.residual(block.resnet_out, x)
+
+    def residual(self, block: Any, x: _Map) -> _Kept:
+        """As `ResBlock.forward`. What was x leaves while the result grows."""
+        if max(x.row, block.conv1.out_channels * x.width) * x.height <= self.piece:
+            return _Kept([block(x.read(0, x.height))])
+        h = self.kept_if_small(_convolved(block.conv1, x, self.activation(block.norm1, x)))
+        after = _convolved(block.conv2, h, self.activation(block.norm2, h))
+        h.spend()
+
+        def compute(top: int, bottom: int) -> Tensor:
+            rows = after.read(top, bottom)
+            return block.shortcut(x.read(top, bottom)) + rows
+
+        return self.keep(_Computed(x, (after.channels, x.height, x.width), compute, after.row))
+
+    def head(self, coder: Any, x: _Map) -> Tensor:
+        """conv_out(silu(norm_out(x)))"""
+        head = self.keep(_convolved(coder.conv_out, x, self.activation(coder.norm_out, x)))
+        return head.read(0, x.height)
+
+    def activation(self, norm: nn.GroupNorm, x: _Map) -> Change:
+        """silu(norm(.)) for pieces, with the statistics of the whole map x, in float32 at least."""
+        precision = torch.promote_types(norm.weight.dtype, torch.float32)
+
+        def moments(top: int, bottom: int) -> Tensor:
+            rows = x.read(top, bottom).to(precision).unflatten(1, (norm.num_groups, -1))  # [1, G, C/G, R, W]
+            variance, mean = torch.var_mean(rows, (0, 2, 3, 4), correction=0)
+            return torch.stack((mean, variance))  # [2, G]
+
+        pieces = list(self.pieces(x))
+        means, variances = torch.stack([moments(*piece) for piece in pieces], dim=1)  # [P, G] each
+        shares = means.new_tensor([(bottom - top) / x.height for top, bottom in pieces])[:, None]  # [P, 1]
+        mean = (shares * means).sum(0)  # [G]
+        variance = (shares * (variances + (means - mean) ** 2)).sum(0)
+        # Its hooks run: offload brings the weights that are read below.
+        norm(torch.zeros(1, x.channels, 1, 2, dtype=norm.weight.dtype, device=mean.device))
+        mean, scale = (
+            value.repeat_interleave(x.channels // norm.num_groups)[:, None, None]
+            for value in (mean, (variance + norm.eps).rsqrt())
+        )  # [C, 1, 1]
+        scale = norm.weight.to(precision)[:, None, None] * scale
+        shift = norm.bias.to(precision)[:, None, None] - mean * scale
+
+        def change(rows: Tensor) -> Tensor:
+            normal = torch.addcmul(shift, rows.to(precision), scale).to(rows.dtype)
+            return F.silu(normal, inplace=True)
+
+        return change
+
+    def pieces(self, x: _Map) -> Iterator[tuple[int, int]]:
+        """First row, and the one after the last, of pieces of about the same height."""
+        rows = max(FEWEST_ROWS, self.piece // x.row)
+        count = -(-x.height // rows)
+        for i in range(count):
+            yield i * x.height // count, (i + 1) * x.height // count
+
+    def keep(self, x: _Computed) -> _Kept:
+        """Compute the map, and let go of what it is computed from."""
+        x.spend()
+        return self.compute(x)
+
+    def kept_if_small(self, x: _Computed) -> _Map:
+        """Computed now, if there is room for it beside what it is computed from, which stays."""
+        return self.compute(x) if x.held + x.size <= self.limit else x
+
+    def compute(self, x: _Computed) -> _Kept:
+        bands = []
+        for top, bottom in self.pieces(x):
+            band = x.read(top, bottom)
+            is_part = band.untyped_storage().nbytes() > band.nbytes
+            bands.append(band.clone() if is_part else band)
+        return _Kept(bands)
+
+
+def _check_side(side: int) -> None:
+    if isinstance(side, bool) or not isinstance(side, int) or side < SMALLEST_SIDE or side % 8:
+        raise ValueError(
+            f"tile_sample_min_size must be a multiple of 8 from {SMALLEST_SIDE} on, got {side!r}"
+        )
+
+
+def _check(coder: nn.Module, name: str) -> None:
+    """TypeError for a part whose forward is not the one that is written again here."""
+    for path, part in coder.named_modules(prefix=name):
+        last = path.rpartition(".")[2]
+        forward = getattr(part.forward, "__func__", part.forward)
+        known = forward.__module__ == "kolors_core.vae" and forward.__qualname__ in KNOWN
+        if path.startswith(f"{name}.mid.attention") or known or isinstance(part, nn.ModuleList | nn.Identity):
+            continue
+        if forward is nn.GroupNorm.forward and part.weight is not None and part.bias is not None:
+            continue
+        if isinstance(part, nn.Conv2d):
+            geometry = part.kernel_size, part.stride, part.padding
+            plain = part.dilation == (1, 1) and part.padding_mode == "zeros"
+            if plain and geometry == GEOMETRY.get(last, SAME_SIZE):
+                continue
+        got = f"{type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})"
+        raise TypeError(f"tiling cannot run {path}: {got} is not as kolors_core/vae.py has it")
