@@ -98,11 +98,9 @@ def planned_for(device: str) -> Iterator[None]:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    return (
-        _memory_of(q, k, v)
-        if q.is_meta and _planned_for is not None
-        else F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    )
+    if q.is_meta and _planned_for is not None:
+        return _memory_of(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def _only(backend: SDPBackend) -> Kernel:

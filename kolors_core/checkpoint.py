@@ -4,6 +4,7 @@ A model is built on the meta device, checked name by name and shape by shape aga
 only then filled: each tensor goes from the memory-mapped file to its place once. Only safetensors are read.
 """
 
+import gc
 import json
 import logging
 import re
@@ -147,13 +148,29 @@ def load_component(
     if not place.is_dir():
         raise FileNotFoundError(f"{place}: no such folder, wanted the {component} of a Kolors checkpoint")
     config = kind.read_config(read_json(place / "config.json"), str(place / "config.json"))
-    with torch.device("meta"), Unfilled():
-        model = kind.build(config)
-    if torch.device(device).type == "meta":
-        return model.to(dtype).eval()
-    files = [place / name for name in weight_files([f.name for f in place.iterdir()], variant, str(place))]
-    load(model, Source(files), component, dtype=dtype, device=device)
-    return model.eval()
+    with uncollected():
+        with torch.device("meta"), Unfilled():
+            model = kind.build(config)
+        if torch.device(device).type == "meta":
+            return model.to(dtype).eval()
+        files = [
+            place / name for name in weight_files([f.name for f in place.iterdir()], variant, str(place))
+        ]
+        load(model, Source(files), component, dtype=dtype, device=device)
+        return model.eval()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within it Python looks for no garbage: among thousands of new modules it would do so again and again,
+    for a third of the time that loading takes."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Unfilled(TorchFunctionMode):

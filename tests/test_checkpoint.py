@@ -1,5 +1,6 @@
 """Loading and saving: the reference reads what we write; what does not fit is named."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -235,6 +236,21 @@ def test_needed_files_of_the_published_layout() -> None:
     assert needed_files(listing, ["unet"], None, "hub")[-1] == "unet/diffusion_pytorch_model.safetensors"
     with pytest.raises(FileNotFoundError, match="hub: has no image_encoder/ folder"):
         needed_files(listing, ["image_encoder"], "fp16", "hub")
+
+
+def test_garbage_is_collected_again_after_loading(reference_folder: Path) -> None:
+    """Whether it went well or not, and not if it was not before."""
+    load_component(reference_folder, "vae")
+    assert gc.isenabled()
+    with pytest.raises(FileNotFoundError):
+        load_component(reference_folder, "vae", variant="missing")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        load_component(reference_folder, "vae")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 LOADING = """

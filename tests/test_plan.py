@@ -327,3 +327,12 @@ def test_the_command_line_prints_the_plan_and_makes_no_picture(
     assert printed == f"{made}\n" and made.run == "2 pictures of 128x64 without guidance on cuda"
     assert main([*command, "--height", "100"]) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_tiling_is_planned_as_it_is() -> None:
+    """And read from the VAE at every plan."""
+    pipe = full_size()
+    pipe.text_encoder = None
+    whole = pipe.plan(1024, 1024, device="cuda").stages["vae"].work
+    pipe.enable_vae_tiling()
+    assert pipe.plan(1024, 1024, device="cuda").stages["vae"].work < whole / 4
