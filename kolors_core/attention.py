@@ -59,10 +59,8 @@ def choose(q: Tensor, k: Tensor) -> str:
     scores are many. CPU: in bfloat16, without gradients, matrix products and a softmax where they are faster:
     1.6 times on short rows and 1.7 on the VAE's wide head (benchmarks/NOTES.md). Else torch's own.
     """
-    device, (batch, heads, queries, width), keys = q.device.type, q.shape, k.shape[2]
-    if device == "meta" and _planned_for is not None:
-        device = _planned_for
-    elif device == "cuda" and torch.cuda.get_device_properties(q.device).major == 9:
+    device, (batch, heads, queries, width), keys = device_type(q), q.shape, k.shape[2]
+    if q.device.type == "cuda" and torch.cuda.get_device_properties(q.device).major == 9:
         return "cudnn_first"
     if device == "mps" and batch * heads * queries * keys > MPS_SCORE_ELEMENTS:
         return "chunked"
@@ -95,6 +93,12 @@ def planned_for(device: str) -> Iterator[None]:
         yield
     finally:
         _planned_for = before
+
+
+def device_type(x: Tensor) -> str:
+    """What kind of device a tensor is on, or on the meta device, which kind it is planned for."""
+    kind = x.device.type
+    return _planned_for if kind == "meta" and _planned_for is not None else kind
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,11 +10,13 @@ Sizes are bytes inside and GiB (2^30 bytes) in a `Plan`. Shapes: B pictures, L t
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import finalize
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -118,7 +120,7 @@ class Planning(Task):
         place = planned_device(own if device is None else device)
         ledger = Ledger(place.type)
         twin = twin_of(self, PlannedOffload(ledger, by_block=True))
-        with planned_for(place.type), ledger:
+        with planned_for(place.type), ledger, Layouts() if place.type == "cpu" else nullcontext():
             _run(twin, request, size, prompts, max_sequence_length)
         twin.offload.end()
         brought = _brought(list(ledger.work), twin._models(), ledger)
@@ -173,9 +175,12 @@ class Ledger(TorchDispatchMode):
         for tensor in inputs:
             self._see(tensor, is_new=False)
         result = func(*args, **(kwargs or {})) if func.is_view else self._made(func, args, kwargs or {})
+        is_convolved = self.device == "cpu" and func is torch.ops.aten.convolution.default and result.is_meta
+        if is_convolved and not args[0].is_contiguous():  # as a CPU's does, it keeps channels last
+            result = torch.empty_like(result, memory_format=torch.channels_last)
         for tensor in _tensors(result):
             self._see(tensor, is_new=True)
-        if self.device == "cpu" and func is torch.ops.aten.convolution.default and result.is_meta:
+        if is_convolved:
             self._count(workspace(args[0], args[1], result))
         return result
 
@@ -236,9 +241,7 @@ def _shapes(tree: Any) -> Any:
 def _truth(tensor: Tensor) -> bool:
     """What is asked to be true, such as that all is finite, is. NotImplementedError for another value."""
     if tensor.dtype is not torch.bool:
-        raise NotImplementedError(
-            f"a plan has no values, and the model asks for one of a {tensor.dtype} tensor"
-        )
+        raise NotImplementedError(f"a plan has no values, and the model asks for a {tensor.dtype} one")
     return True
 
 
@@ -254,8 +257,8 @@ def workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
     x [B, ...] and the weight are copied into a layout of its own; then they go, and the result is copied out
     of it. A 1x1 kernel in float32 needs none of that, in half precision also float32 sums of one picture.
     """
-    if not x.is_contiguous() or x.dtype == torch.float64:
-        return 0
+    if not x.is_contiguous() or x.dtype == torch.float64:  # with channels last only the weight is copied
+        return 0 if x.dtype == torch.float64 else weight.nbytes
     if weight.shape[2:].numel() > 1:
         return max(x.nbytes + weight.nbytes, out.nbytes)
     return 0 if x.dtype == torch.float32 else x.nbytes + weight.nbytes + 4 * out[0].numel()
@@ -294,12 +297,18 @@ class PlannedOffload(Offload):
         super().enter(stage, models)
 
 
+class Layouts(TorchFunctionMode):
+    """Within it a GroupNorm keeps channels last, as on a CPU; on the meta device it would copy its input."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The result's memory, without the statistics."""
+        return torch.empty_like(args[0]) if func is F.group_norm else func(*args, **(kwargs or {}))
+
+
 class Weightless(TorchFunctionMode):
     """Within it, copies of tensors are on the meta device: shapes, and no values."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """A parameter's copy is made by `clone`, any other tensor's by `__deepcopy__`."""
         if func is Tensor.clone:
             return torch.empty_like(args[0], device=META)

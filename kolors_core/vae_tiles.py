@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kolors_core.attention import device_type
+
 FEWEST_ROWS = 8  # of a piece: fewer, and most of the work is rows that are computed twice
 SMALLEST_SIDE = 32
 Change = Callable[[Tensor], Tensor]
@@ -64,7 +66,16 @@ class Tiles:
         self.use_slicing = False
 
     def through(self, coder: nn.Module, x: Tensor) -> Tensor:
-        """coder(x), of the encoder or the decoder; in pieces or slices, one picture after another."""
+        """coder(x), of the encoder or the decoder; in pieces or slices, one picture after another.
+
+        On a CPU with channels last, where convolutions are 1.07 to 1.13 times as fast (benchmarks/NOTES.md)
+        and need no copies in a layout of their own.
+        """
+        if device_type(x) == "cpu" and x.is_contiguous():
+            return self._through(coder, x.contiguous(memory_format=torch.channels_last)).contiguous()
+        return self._through(coder, x)
+
+    def _through(self, coder: nn.Module, x: Tensor) -> Tensor:
         run, in_pieces = coder, False
         if self.use_tiling:
             _check_side(side := self.tile_sample_min_size)
