@@ -135,7 +135,7 @@ def memory(where: Place, _rounds: int) -> list[Row]:
     for name in ("text_encoder", "unet", "vae"):
         getattr(reference, name).to("meta")  # ours still has the shared weights
     placements = {
-        "resident": ("all resident", 19, []),
+        "resident": ("all resident, VAE in tiles", 19, ["enable_vae_tiling"]),
         "staged": ("staged", 13, ["enable_model_cpu_offload"]),
         "smallest": ("smallest", 5, ["enable_sequential_cpu_offload", "enable_vae_tiling"]),
     }
