@@ -241,7 +241,7 @@ def _shapes(tree: Any) -> Any:
 def _truth(tensor: Tensor) -> bool:
     """What is asked to be true, such as that all is finite, is. NotImplementedError for another value."""
     if tensor.dtype is not torch.bool:
-        raise NotImplementedError(f"a plan has no values, and the model asks for a {tensor.dtype} one")
+        raise NotImplementedError(f"a plan has no values, and the model asks for one of a {tensor.dtype}")
     return True
 
 
