@@ -238,7 +238,7 @@ def load_scheduler(folder: str | Path) -> Scheduler:
     try:
         return SCHEDULERS[name].from_config({"steps_offset": 0} | config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{file}: {' '.join(str(error).split())[:300]}") from None
 
 
 def load_index(folder: Path) -> dict[str, Any]:

@@ -74,9 +74,9 @@ def load(
     """Fill a model from a checkpoint, strictly. The model may be on the meta device; nothing is left on it.
 
     partial: load what fits. Each tensor of the model that the checkpoint lacks, or has in another shape, must
-    match one of these names or patterns (`"conv_in.weight"`, `"up.*.bias"`, by our names), and its initialiser,
-    such as `zeros` or `padded`, makes it; the first that matches counts. What the checkpoint has beyond the
-    model is reported.
+    match one of these names or patterns (`"conv_in.weight"`, `"up.*.bias"`, by our names), and its
+    initialiser, such as `zeros` or `padded`, makes it; the first that matches counts. What the checkpoint has
+    beyond the model is reported.
 
     Raises ValueError naming the first tensors that are missing, unexpected or misshapen, an initialiser that
     no such tensor matches or that makes another shape, or a quantised model, which is then untouched.

@@ -31,7 +31,8 @@ from kolors_core.guidance import size_ids
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from weights_convert.source import Source, save_tensors
+from weights_convert.source import Source as Weights
+from weights_convert.source import save_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +303,7 @@ class Trainer:
         file = self.folder / "state.safetensors"
         if not file.exists():
             return
-        source = Source([file])
+        source = Weights([file])
         step = (source.metadata(file) or {}).get("step", "")
         kinds = ("weights", "exp_avg", "exp_avg_sq", *(("ema",) if self.ema else ()))
         wanted = [f"{kind}.{name}" for kind in kinds for name in self.named]

@@ -76,8 +76,8 @@ def test_missing_by_pattern_unexpected_reported_and_the_first_pattern_counts(pub
     ("partial", "message"),
     [
         ({}, r"conv_in.weight is \[32, 4, 3, 3\], the model wants \[32, 9, 3, 3\]: give an initialiser"),
-        ({"conv_in.*": padded, "conv_out.*": zeros}, r"partial: 'conv_out.\*' matches no tensor that is missing"),
-        ({"*": lambda shape, found: found}, r"initialiser of conv_in.weight made \[32, 4, 3, 3\], the model wants"),
+        ({"conv_in.*": padded, "conv_out.*": zeros}, r"partial: 'conv_out.\*' matches no tensor that"),
+        ({"*": lambda shape, found: found}, r"conv_in.weight made \[32, 4, 3, 3\], the model wants"),
         ({"*": lambda shape, found: None}, "made NoneType, the model wants"),
         ({"*": lambda shape, found: torch.empty(shape, device="meta")}, "initialiser of conv_in.weight made"),
     ],

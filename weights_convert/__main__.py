@@ -4,8 +4,8 @@ SRC is a pipeline folder, a component's folder or one safetensors file. DST gets
 names, with the tensors renamed; a tensor that the model never reads stays in its file behind `unused.`, so
 the way back is byte-equal. DST appears whole or not at all.
 
-With --pickle, SRC is a file that torch.save wrote, and DST becomes a safetensors file of its tensors under the
-names that they have: the only place where a pickle is opened, and then for tensors alone.
+With --pickle, SRC is a file that torch.save wrote, and DST becomes a safetensors file of its tensors under
+the names that they have: the only place where a pickle is opened, and then for tensors alone.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def convert(source: Path, destination: Path, *, to_public: bool = False, prune: 
 
 
 def convert_pickle(source: Path, destination: Path) -> list[str]:
-    """Write the tensors of a pickle as safetensors, under the names that they have; returns the report's lines.
+    """Write a pickle's tensors as safetensors, under the names that they have; returns the report's lines.
 
     Of a training checkpoint, those of its "state_dict". Names of nested dicts are joined by dots.
     Raises ValueError or FileNotFoundError naming the file and what in it is no tensor; then `destination`

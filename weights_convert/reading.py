@@ -45,7 +45,7 @@ def open_weights(file: Path) -> Any:
 
     Raises FileNotFoundError, or ValueError naming the file and the tensor or number that is wrong.
     """
-    size = _size(file)
+    size, header = _size(file), b""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -97,7 +97,7 @@ def _disguise(start: bytes) -> str | None:
 
 
 def _header_fault(header: bytes, size: int) -> str | None:
-    """Where a header of a file of `size` bytes breaks the format, tensor and field; None if it is not clear."""
+    """Where a header of a file of `size` bytes breaks the format, by tensor and field; None if not clear."""
     if len(header) > LONGEST_EXPLAINED:
         return None
     try:

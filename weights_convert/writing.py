@@ -72,14 +72,14 @@ def _scratch(target: Path, is_folder: bool) -> Iterator[Path]:
         if left.fullmatch(path.name) and (lock := _lock(path)) is not None:
             _remove(path)
             os.close(lock)
-    lock = None
-    while lock is None:  # another writer may take it away before it is locked
+    while True:
         scratch = target.with_name(f"{start}{secrets.token_hex(8)}.partial")
         if is_folder:
             scratch.mkdir()
         else:
             scratch.touch(exist_ok=False)
-        lock = _lock(scratch)
+        if (lock := _lock(scratch)) is not None:
+            break  # and no other writer took it away before it was locked
     try:
         yield scratch
     finally:
