@@ -47,7 +47,7 @@ def versions():
 
 write(0)
 left = 0
-for start in range(1, 40_001, 1000):
+for start in range(1, 25_001, 1000):
     child = os.fork()
     if child == 0:
         for version in range(start, start + 1000):
@@ -79,7 +79,7 @@ print(left)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_a_killed_writer_leaves_a_whole_file_and_no_rubbish(tmp_path: Path) -> None:
-    """Forty writers, each killed within 30 ms; what they left behind is gone after the next write."""
+    """Twenty-five writers, each killed within 30 ms; what they left behind is gone after the next write."""
     run = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
     )
