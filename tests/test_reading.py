@@ -7,6 +7,7 @@ import struct
 import tempfile
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from kolors_core import KolorsPipeline
-from kolors_core.checkpoint import KINDS, Unfilled, load_component, read_json
+from kolors_core.checkpoint import KINDS, Unfilled, load_component, read_json, save_component
+from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import KOLORS, ChatGLMConfig, CLIPVisionConfig, UNetConfig
 from tests.fuzz import CONFIGS, outcome
+from tests.parity import SMALL_CLIP
 from weights_convert.__main__ import convert, main
 from weights_convert.reading import DTYPES, LONGEST_HEADER, read_object
 from weights_convert.source import Source, index_files, save_tensors
@@ -187,6 +190,21 @@ def test_other_models_are_named_by_a_field() -> None:
         UNetConfig.from_public(KOLORS.unet.to_public() | {"norm_eps": 10**400})
     with pytest.raises(ValueError, match="^unet/config.json: 'new.nline' is 3, wanted no such field"):
         UNetConfig.from_public(KOLORS.unet.to_public() | {"new\nline": 3})
+
+
+def test_weights_of_another_clip_and_a_stale_unet_are_named(reference_folder: Path, tmp_path: Path) -> None:
+    """Patches are counted in the position embedding: 16 of 28 pixels a side, 25 of 35."""
+    save_component(CLIPVision(SMALL_CLIP), tmp_path, "image_encoder")
+    place = tmp_path / "image_encoder" / "config.json"
+    place.write_text(json.dumps(replace(SMALL_CLIP, image_size=35).to_public()))
+    with pytest.raises(ValueError, match=r"1 misshapen: embedding.positions\S* is \[17, 64\].* \[26, 64\]"):
+        load_component(tmp_path, "image_encoder")
+    shutil.copytree(reference_folder / "unet", tmp_path / "unet")
+    for file in (tmp_path / "unet").glob("*.safetensors"):
+        state = load_file(file)
+        save_tensors({name: state[name] for name in state if not name.startswith("encoder_hid_proj")}, file)
+    with pytest.raises(ValueError, match=r"encoder_hid_proj.weight is missing \(.* stale Kolors UNet"):
+        load_component(tmp_path, "unet")
 
 
 @pytest.mark.parametrize("component", CONFIGS)

@@ -25,7 +25,15 @@ from torch import Tensor
 from weights_convert import recognise
 from weights_convert.reading import read_object
 from weights_convert.rules import UNUSED, Table
-from weights_convert.source import LONGEST_INDEX, PICKLES, Source, index_files, save_tensors, weight_files
+from weights_convert.source import (
+    LONGEST_INDEX,
+    PICKLE_REFUSED,
+    PICKLES,
+    Source,
+    index_files,
+    save_tensors,
+    weight_files,
+)
 from weights_convert.writing import copy_file, new_file, new_folder, write_bytes
 
 
@@ -121,7 +129,7 @@ def _convert_folder(source: Path, destination: Path, to_public: bool, prune: boo
             report += _convert_files(chosen, [there / file.name for file in chosen], to_public, prune)
         for name in sorted(set(files) - set(weights)):
             if name.endswith(PICKLES):
-                report.append(f"{here / name}: skipped, a pickle can run code and is never opened")
+                report.append(f"{here / name}: skipped, {PICKLE_REFUSED.format(file=here / name)}")
             elif ".safetensors.index." in name:
                 _convert_index(here / name, there / name, to_public, prune)
             else:
