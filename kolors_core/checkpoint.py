@@ -1,19 +1,18 @@
-"""Checkpoints: which files of a folder or hub repository, strict loading, saving.
+"""Checkpoints: which files of a folder or hub repository, models built and filled from them, saving.
 
 A model is built on the meta device, checked name by name and shape by shape against the file headers, and
-only then filled: each tensor goes from the memory-mapped file to its place once. Only safetensors are read.
+only then filled (loading.py). Only safetensors are read.
 """
 
 import gc
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +22,16 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from kolors_core.hub import fetch
+from kolors_core.loading import check, fill
+from kolors_core.loading import load as load  # the other way to fill a model
 from kolors_core.quantize import refuse_quantized
 from kolors_core.schedule import SCHEDULERS, Scheduler
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from weights_convert import TABLES, recognise
-from weights_convert.rules import UNUSED, compare
-from weights_convert.source import Source, Tensors, save_tensors, weight_files
+from weights_convert import TABLES
+from weights_convert.reading import read_object
+from weights_convert.source import Source, index_files, save_tensors, weight_files
+from weights_convert.writing import write_bytes
 
 Model = ChatGLM | UNet | VAE | CLIPVision
 
@@ -64,7 +66,7 @@ EMBEDDED_NOTICE = (
     "Kwai-Kolors/Kolors-diffusers with the variant fp16"
 )
 
-RELEASE_AFTER = 2**26  # bytes that were copied out of a mapped file, whose pages are then let go
+LONGEST_CONFIG = 2**18  # bytes; real ones have less than 2**13
 
 logger = logging.getLogger("kolors_core")
 
@@ -144,6 +146,39 @@ def load_component(
 
     Raises FileNotFoundError or ValueError naming the file, field or tensor, before weights are read.
     """
+    has_weights = torch.device(device).type != "meta"
+    opened = open_component(folder, component, subfolder=subfolder, variant=variant, has_weights=has_weights)
+    return opened.fill(dtype, device)
+
+
+class Opened(NamedTuple):
+    """A model without weights, and the files that fit it; None if it gets none."""
+
+    model: nn.Module
+    source: Source | None
+    names: dict[str, str]  # of the file -> of the model
+
+    def fill(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        """The model with its weights."""
+        if self.source is None:
+            return self.model.to(dtype).eval()
+        with uncollected():
+            fill(self.model, self.source, self.names, dtype=dtype, device=device)
+        return self.model.eval()
+
+
+def open_component(
+    folder: str | Path,
+    component: str,
+    *,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    has_weights: bool = True,
+) -> Opened:
+    """Build one model and check that its files fit it, by config and headers; no weight is read.
+
+    Arguments and errors are those of `load_component`.
+    """
     kind, place = KINDS[component], Path(folder) / (component if subfolder is None else subfolder)
     if not place.is_dir():
         raise FileNotFoundError(f"{place}: no such folder, wanted the {component} of a Kolors checkpoint")
@@ -151,13 +186,14 @@ def load_component(
     with uncollected():
         with torch.device("meta"), Unfilled():
             model = kind.build(config)
-        if torch.device(device).type == "meta":
-            return model.to(dtype).eval()
-        files = [
-            place / name for name in weight_files([f.name for f in place.iterdir()], variant, str(place))
-        ]
-        load(model, Source(files), component, dtype=dtype, device=device)
-        return model.eval()
+        if not has_weights:
+            return Opened(model, None, {})
+        listing = sorted(file.name for file in place.iterdir())
+        for name in listing:
+            if ".safetensors.index." in name:
+                index_files(place / name)
+        source = Source([place / name for name in weight_files(listing, variant, str(place))])
+        return Opened(model, source, check(model, source, component))
 
 
 @contextmanager
@@ -188,44 +224,6 @@ class Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load(
-    model: nn.Module,
-    source: Source | Tensors,
-    component: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Fill a model from a checkpoint, strictly. The model may be on the meta device; nothing is left on it.
-
-    Raises ValueError naming the first tensors that are missing, unexpected or misshapen, or for a quantised
-    model, which is then untouched.
-    """
-    where = source.where
-    refuse_quantized(model, f"load {where} into it; load a plain model, then quantise")
-    table, is_ours = recognise(source.keys(), where)
-    if table is not TABLES[component]:
-        raise ValueError(f"{where}: wanted the {component} of a Kolors checkpoint, got a {table.component}")
-    ours = {name: name if is_ours else table.to_ours(name) for name in source}
-    target = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if mismatch := compare(table, {ours[name]: source.shape(name) for name in source}, target):
-        raise ValueError(f"{where}: {mismatch}")
-    for name in source:
-        if not (ours[name].startswith(UNUSED) or source.dtype(name).is_floating_point):
-            raise ValueError(f"{where}: {name} holds {source.dtype(name)}, wanted floating-point weights")
-    state, copied = dict[str, Tensor](), 0
-    for name in source:
-        if ours[name].startswith(UNUSED):
-            continue
-        tensor = source[name]
-        state[ours[name]] = tensor.to(device=device, dtype=dtype)
-        copied += tensor.nbytes if state[ours[name]] is not tensor else 0
-        if isinstance(source, Source) and copied > RELEASE_AFTER:
-            source.release(name)
-            copied = 0
-    model.load_state_dict(state, strict=True, assign=True)
-
-
 def load_scheduler(folder: str | Path) -> Scheduler:
     """The scheduler of a checkpoint folder, by the class that its config names."""
     file = Path(folder) / "scheduler" / "scheduler_config.json"
@@ -240,7 +238,7 @@ def load_scheduler(folder: str | Path) -> Scheduler:
     try:
         return SCHEDULERS[name].from_config({"steps_offset": 0} | config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{file}: {' '.join(str(error).split())[:300]}") from None
 
 
 def load_index(folder: Path) -> dict[str, Any]:
@@ -259,19 +257,6 @@ def load_index(folder: Path) -> dict[str, Any]:
         name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0] is not None
     }
     return index | {"has": {component: component in named for component in OPTIONAL}}
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes the name `folder` if the block ends well, and vanishes if not."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists already, and is not overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        whole = Path(scratch) / "whole"
-        whole.mkdir()
-        yield whole
-        whole.replace(folder)
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -308,7 +293,7 @@ def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
     scheduler, tokenizer = components["scheduler"], components["tokenizer"]
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer" / "tokenizer.model").write_bytes(tokenizer.file.read_bytes())
+    write_bytes(tokenizer.file.read_bytes(), folder / "tokenizer" / "tokenizer.model")
     config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
     write_json(folder / "tokenizer" / "tokenizer_config.json", config)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler.to_public())
@@ -330,17 +315,9 @@ def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; FileNotFoundError or ValueError naming the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such file") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: wanted a JSON object, got {type(content).__name__}")
-    return content
+    return read_object(file, LONGEST_CONFIG)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write as the reference does: two spaces, sorted."""
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_bytes((json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), file)

@@ -12,11 +12,11 @@ from kolors_core.checkpoint import (
     EMBEDDED_NAME,
     KINDS,
     OPTIONAL,
+    Opened,
     check_savable,
-    load_component,
     load_index,
     load_scheduler,
-    new_folder,
+    open_component,
     resolve,
     save_component,
     save_frame,
@@ -41,6 +41,7 @@ from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
+from weights_convert.writing import new_folder
 
 _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; None is a component left out
 
@@ -142,9 +143,10 @@ class Components:
             elif component == "scheduler":
                 parts[component] = load_scheduler(folder)
             else:
-                parts[component] = load_component(
-                    folder, component, variant=variant, dtype=dtypes[component], device=device
-                )
+                parts[component] = open_component(folder, component, variant=variant, has_weights=has_weights)
+        for component, part in parts.items():  # all fit: only now are weights read
+            if isinstance(part, Opened):
+                parts[component] = part.fill(dtypes[component], device)
         return cls(
             **parts, feature_extractor=feature_extractor,
             force_zeros_for_empty_prompt=index["force_zeros_for_empty_prompt"],

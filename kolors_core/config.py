@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from kolors_core.fields import Fields, Public
@@ -46,8 +46,8 @@ class ChatGLMConfig:
             hidden_size=fields.integer("hidden_size"),
             feed_forward_size=fields.integer("ffn_hidden_size"),
             layers=fields.integer("num_layers", most=1000),
-            heads=fields.integer("num_attention_heads"),
-            head_dim=fields.integer("kv_channels"),
+            heads=fields.integer("num_attention_heads", most=4096),
+            head_dim=fields.integer("kv_channels", most=4096),
             query_groups=fields.integer("multi_query_group_num"),
             norm_eps=fields.number("layernorm_epsilon"),
         )
@@ -65,7 +65,7 @@ class ChatGLMConfig:
     def to_public(self) -> dict[str, Any]:
         """The `config.json` that the reference's ChatGLMModel reads."""
         return {
-            **_CHATGLM_FIXED, "architectures": ["ChatGLMModel"], "model_type": "chatglm",
+            **_CHATGLM_FIXED, "architectures": ["ChatGLMModel"],
             "seq_length": 32768, "padded_vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
             "ffn_hidden_size": self.feed_forward_size, "num_layers": self.layers,
             "num_attention_heads": self.heads, "kv_channels": self.head_dim,
@@ -137,6 +137,8 @@ class UNetConfig:
             norm_eps=fields.number("norm_eps"),
         )
         fields.refuse_rest(_UNET_INERT)
+        if (blocks := sum(config.depths) * (2 * config.resnets_per_level + 1)) > 1000:
+            fields.fail("transformer_layers_per_block", list(depths), f"up to 1,000 in all, not {blocks:,}")
         for width, heads in zip(config.channels, config.heads, strict=True):
             if width % config.norm_groups or width % heads:
                 wanted = f"multiples of the {config.norm_groups} norm groups and of the heads {config.heads}"
@@ -250,7 +252,7 @@ class CLIPVisionConfig:
             raise ValueError(f"{where} is {public!r}, wanted the fields of the image encoder")
         fields = Fields(public, where)
         fields.refuse_unless(_CLIP_VISION_FIXED)
-        image_size = fields.integer("image_size")
+        image_size = fields.integer("image_size", most=4096)
         config = cls(
             image_size=image_size,
             patch_size=fields.integer("patch_size", most=image_size),
@@ -262,6 +264,8 @@ class CLIPVisionConfig:
             norm_eps=fields.number("layer_norm_eps") if "layer_norm_eps" in public else cls.norm_eps,
         )
         fields.refuse_rest(_CLIP_VISION_INERT)
+        if config != cls() and replace(config, image_size=cls.image_size) == cls():
+            fields.fail("image_size", image_size, "336: Kolors' adapters read CLIP ViT-L/14 at 336 pixels")
         if config.hidden_size % config.heads:
             fields.fail("hidden_size", config.hidden_size, f"a multiple of the {config.heads} heads")
         return config
@@ -342,6 +346,7 @@ TINY = KolorsConfig(
 
 # What the code computes. A public config may leave a field out, but not set it to anything else.
 _CHATGLM_FIXED: dict[str, Any] = {
+    "model_type": "chatglm",
     "add_bias_linear": False, "add_qkv_bias": True, "apply_residual_connection_post_layernorm": False,
     "fp32_residual_connection": False, "multi_query_attention": True, "original_rope": True,
     "post_layer_norm": True, "rmsnorm": True, "quantization_bit": 0, "rope_ratio": 1, "pre_seq_len": None,
@@ -358,7 +363,7 @@ _TRANSFORMERS_INERT = {
     "finetuning_task",
 }  # fmt: skip
 _CHATGLM_INERT = _TRANSFORMERS_INERT | {
-    "model_type", "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "hidden_dropout",
+    "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "hidden_dropout",
     "classifier_dropout", "bias_dropout_fusion", "seq_length", "use_cache", "vocab_size", "prefix_projection",
 }  # fmt: skip
 _UNET_FIXED: dict[str, Any] = {

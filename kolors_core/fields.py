@@ -14,7 +14,8 @@ class Fields:
         self.public, self.where, self.seen = public, where, set[str]()
 
     def fail(self, name: str, got: Any, wanted: str) -> None:
-        raise ValueError(f"{self.where}: {name} is {got!r}, wanted {wanted}")
+        field = name if name.isprintable() and len(name) <= 100 else repr(name[:100])
+        raise ValueError(f"{self.where}: {field} is {_shown(got)}, wanted {wanted}")
 
     def integer(self, name: str, most: int = 2**24) -> int:
         """A positive whole number; `most` bounds it before a model of that many parts is built."""
@@ -30,10 +31,10 @@ class Fields:
             self.fail(name, list(values), "one number for all levels")
         return values[0]
 
-    def number(self, name: str) -> float:
+    def number(self, name: str, most: float = 1e6) -> float:
         value = self._get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            self.fail(name, value, "a positive number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+            self.fail(name, value, f"a positive number up to {most:g}")
         return float(value)
 
     def integers(self, name: str, length: int | None = None, most: int = 2**24) -> tuple[int, ...]:
@@ -85,6 +86,15 @@ class Fields:
         if name not in self.public:
             raise ValueError(f"{self.where}: the field {name} is missing")
         return self.public[name]
+
+
+def _shown(value: Any) -> str:
+    """A value in an error's one line, cut short."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list of thousands of levels
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def whole_number(name: str, value: Any, multiple: int = 1) -> int:

@@ -8,14 +8,9 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from weights_convert.source import PICKLES
+from weights_convert.source import PICKLE_REFUSED, PICKLES
 
 Pick = Callable[[list[str]], list[str]]
-
-_PICKLE = (
-    "a pickle can run code and is never opened. Convert it where you trust it: "
-    "safetensors.torch.save_file(torch.load(file, weights_only=True), 'new.safetensors')"
-)
 
 
 def fetch(
@@ -95,7 +90,8 @@ def find_file(
         if any(given is not None for given in (weight_name, subfolder or None, hub.get("revision"))):
             raise ValueError(f"{source} is a file: weight_name, subfolder and revision have no effect on it")
         if file.suffix != ".safetensors":
-            raise ValueError(f"{file}: {_PICKLE if file.suffix in PICKLES else 'is not a .safetensors file'}")
+            refused = PICKLE_REFUSED.format(file=file)
+            raise ValueError(f"{file}: {refused if file.suffix in PICKLES else 'is not a .safetensors file'}")
         return file
     inside = PurePosixPath(subfolder or ".")
     if weight_name is not None:
@@ -122,7 +118,8 @@ def _choose(names: Sequence[str], weight_name: str | None, preferred: Sequence[s
         return found[0]
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickle := next((name for name in pickles if name == weight_name or not found), None):
-        raise ValueError(f"{where}/{pickle}: {_PICKLE}")
+        file = f"{where}/{pickle}"
+        raise ValueError(f"{file}: {PICKLE_REFUSED.format(file=file)}")
     want = "one .safetensors file, or a weight_name" if weight_name is None else weight_name
     raise FileNotFoundError(f"{where}: wanted {want}, found {', '.join(found) or 'no .safetensors file'}")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kolors_core.config import VERSION
 from kolors_core.fields import whole_number
+from weights_convert.writing import new_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -279,15 +280,11 @@ def describe(image: "Image", facts: Mapping[str, Any]) -> None:
 
 
 def save_png(image: "Image", path: str | Path) -> None:
-    """Write a PNG with its description, whole or not at all: first beside it, then under its name."""
+    """Write a PNG with its description, whole or not at all. OSError naming the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
+    with new_file(path) as scratch:
         image.save(scratch, format="PNG")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def read_description(path: str | Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kolors_core.checkpoint import component_files, load, load_component
+from kolors_core.checkpoint import component_files, load_component
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.components import Components
 from kolors_core.config import IPAdapterConfig
@@ -26,6 +26,7 @@ from kolors_core.ip_adapter import (
     attached,
     check_fits,
 )
+from kolors_core.loading import load
 from kolors_core.placement import dtype_of, one_dtype, plain, refuse_second_copy
 from weights_convert import TABLES, recognise
 from weights_convert.source import Source, Tensors, save_tensors

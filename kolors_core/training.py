@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,6 +31,8 @@ from kolors_core.guidance import size_ids
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
+from weights_convert.source import Source as Weights
+from weights_convert.source import save_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,9 +294,7 @@ class Trainer:
                 tensors[f"ema.{name}"] = _whole(self.ema[name])
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            scratch = self.folder / ".state.partial"
-            save_file(tensors, scratch, metadata={"step": str(self.step)})
-            os.replace(scratch, self.folder / "state.safetensors")
+            save_tensors(tensors, self.folder / "state.safetensors", {"step": str(self.step)})
         if self.world > 1:
             dist.barrier()
 
@@ -303,14 +303,16 @@ class Trainer:
         file = self.folder / "state.safetensors"
         if not file.exists():
             return
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as opened:
-            self.step = int((opened.metadata() or {})["step"])
-        tensors = load_file(file, device=str(self.device))
-        wanted = {f"weights.{name}" for name in self.named}
-        if missing := sorted(wanted - tensors.keys()):
+        source = Weights([file])
+        step = (source.metadata(file) or {}).get("step", "")
+        kinds = ("weights", "exp_avg", "exp_avg_sq", *(("ema",) if self.ema else ()))
+        wanted = [f"{kind}.{name}" for kind in kinds for name in self.named]
+        if missing := [name for name in wanted if name not in source]:
             raise ValueError(f"{file}: is of another run: it has no {missing[0]}")
+        if not step.isdecimal():
+            raise ValueError(f"{file}: its metadata give step {step[:100]!r}, wanted a whole number")
+        self.step = int(step)
+        tensors = load_file(file, device=str(self.device))
         for name, parameter in self.named.items():
             _fill(parameter, tensors[f"weights.{name}"])
             state = self.optimizer.state[parameter]

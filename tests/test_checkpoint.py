@@ -255,12 +255,12 @@ def test_garbage_is_collected_again_after_loading(reference_folder: Path) -> Non
 
 LOADING = """
 import sys, torch
-from kolors_core import checkpoint
+from kolors_core import checkpoint, loading
 
 def memory(line):
     return next(int(text.split()[1]) * 1024 for text in open("/proc/self/status") if text.startswith(line))
 
-checkpoint.RELEASE_AFTER = int(sys.argv[3])
+loading.RELEASE_AFTER = int(sys.argv[3])
 before = memory("VmRSS")
 model = checkpoint.load_component(sys.argv[1], "unet", dtype=getattr(torch, sys.argv[2]))
 kept = sum(parameter.nbytes for parameter in model.parameters())

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.dataset import Batches, read_folder
@@ -21,6 +22,7 @@ from kolors_core.vae import VAE
 from tests.parity import EXACT, SMALL, pair, randomise, relative_error
 from tests.reference_folder import KOLORS_SCHEDULER
 from tests.test_dataset import write_pictures
+from weights_convert.source import save_tensors
 
 CONFIG = TrainingConfig(
     steps=6,
@@ -123,6 +125,26 @@ def test_a_killed_run_goes_on_to_the_same_losses(
         assert torch.equal(parameter, second.named[name]), name
         assert torch.equal(whole.ema[name], second.ema[name]), name
     assert len(set(expected)) == len(expected) == 6
+
+
+def test_a_damaged_state_is_refused_by_name(pictures: Path, tmp_path: Path, small_tokenizer: Path) -> None:
+    make_trainer(tmp_path, pictures, small_tokenizer, replace(CONFIG, steps=1)).fit()
+    file = tmp_path / "state.safetensors"
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    whole, state = file.read_bytes(), load_file(file)
+    save_tensors(state, file)
+    with pytest.raises(
+        ValueError, match="state.safetensors: its metadata give step '', wanted a whole number"
+    ):
+        make_trainer(tmp_path, pictures, small_tokenizer).fit()
+    save_tensors({name: tensor for name, tensor in state.items() if "ema." not in name}, file, {"step": "1"})
+    with pytest.raises(ValueError, match="state.safetensors: is of another run: it has no ema.unet"):
+        make_trainer(tmp_path, pictures, small_tokenizer).fit()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(
+        ValueError, match="state.safetensors: not a whole safetensors file: its tensors end at"
+    ):
+        make_trainer(tmp_path, pictures, small_tokenizer).fit()
 
 
 def test_the_loss_falls_and_the_average_follows(

@@ -3,21 +3,38 @@
 SRC is a pipeline folder, a component's folder or one safetensors file. DST gets the same files under the same
 names, with the tensors renamed; a tensor that the model never reads stays in its file behind `unused.`, so
 the way back is byte-equal. DST appears whole or not at all.
+
+With --pickle, SRC is a file that torch.save wrote, and DST becomes a safetensors file of its tensors under
+the names that they have: the only place where a pickle is opened, and then for tensors alone.
 """
 
 import argparse
 import json
 import os
-import shutil
+import pickle
 import sys
-import tempfile
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from weights_convert import recognise
+from weights_convert.reading import read_object
 from weights_convert.rules import UNUSED, Table
-from weights_convert.source import PICKLES, Source, weight_files
+from weights_convert.source import (
+    LONGEST_INDEX,
+    PICKLE_REFUSED,
+    PICKLES,
+    Source,
+    index_files,
+    save_tensors,
+    weight_files,
+)
+from weights_convert.writing import copy_file, new_file, new_folder, write_bytes
 
 
 def convert(source: Path, destination: Path, *, to_public: bool = False, prune: bool = False) -> list[str]:
@@ -32,41 +49,95 @@ def convert(source: Path, destination: Path, *, to_public: bool = False, prune: 
         raise FileExistsError(f"{destination}: exists already, and is not overwritten")
     if source.resolve() in destination.resolve().parents:
         raise ValueError(f"{destination}: lies inside {source}, which is to be converted")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
-        whole = Path(scratch) / "whole"
-        if source.is_file():
-            report = _convert_files([source], whole.parent, to_public, prune)
-            (whole.parent / source.name).rename(whole)
-        else:
-            report = _convert_folder(source, whole, to_public, prune)
-            if not report:
-                raise FileNotFoundError(f"{source}: no safetensors weights in it")
-        os.replace(whole, destination)
+    if source.is_file():
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        return _convert_files([source], [destination], to_public, prune)
+    with new_folder(destination) as scratch:
+        report = _convert_folder(source, scratch, to_public, prune)
+        if not report:
+            raise FileNotFoundError(f"{source}: no safetensors weights in it")
     return report
 
 
+def convert_pickle(source: Path, destination: Path) -> list[str]:
+    """Write a pickle's tensors as safetensors, under the names that they have; returns the report's lines.
+
+    Of a training checkpoint, those of its "state_dict". Names of nested dicts are joined by dots.
+    Raises ValueError or FileNotFoundError naming the file and what in it is no tensor; then `destination`
+    does not exist.
+    """
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file")
+    if source.suffix not in PICKLES:
+        raise ValueError(f"{source}: wanted a pickle ({', '.join(PICKLES)}) with --pickle")
+    if destination.suffix != ".safetensors":
+        raise ValueError(f"{destination}: must end in .safetensors")
+    if destination.exists():
+        raise FileExistsError(f"{destination}: exists already, and is not overwritten")
+    try:
+        content = torch.load(
+            source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source)
+        )  # on the CPU, whatever it was saved from
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError,
+            AttributeError, OSError, zipfile.BadZipFile) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source}: not a whole pickle of tensors alone: {reason}") from None
+    beside: list[str] = []
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        beside, content = [str(name) for name in content if name != "state_dict"], content["state_dict"]
+    tensors, size = {}, source.stat().st_size
+    for name, value in _flat(content, ""):
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise ValueError(
+                f"{source}: {name or 'all of it'} is {type(value).__name__}, wanted a plain tensor"
+            )
+        if value.nbytes > size:
+            raise ValueError(f"{source}: {name} would be {value.nbytes:,} bytes, of a file of {size:,}")
+        if name in tensors:
+            raise ValueError(f"{source}: {name} is in it twice")
+        tensors[name] = value
+    if not tensors:
+        raise ValueError(f"{source}: has no tensors")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, destination)
+    lines = [
+        f"{len(tensors):,} tensors {sum(tensor.nbytes for tensor in tensors.values()):,} bytes   {source}"
+    ]
+    return lines + [f"  left out: {name}, which is beside the state_dict" for name in beside]
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """What nested dicts hold, by joined names."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for inner, part in value.items():
+        yield from _flat(part, f"{name}.{inner}" if name else str(inner))
+
+
 def _convert_folder(source: Path, destination: Path, to_public: bool, prune: bool) -> list[str]:
-    report = []
-    destination.mkdir()
+    report, seen = [], set[Path]()
     for folder, _, files in os.walk(source, followlinks=True):
+        if (real := Path(folder).resolve()) in seen:
+            raise ValueError(f"{folder}: a link to {real}, which is in {source} already")
+        seen.add(real)
         here, there = Path(folder), destination / Path(folder).relative_to(source)
         there.mkdir(exist_ok=True)
         weights = [name for name in files if name.endswith(".safetensors")]
         for variant in sorted({_variant(name) for name in weights}, key=str) if weights else []:
             chosen = [here / name for name in weight_files(weights, variant, str(here))]
-            report += _convert_files(chosen, there, to_public, prune)
+            report += _convert_files(chosen, [there / file.name for file in chosen], to_public, prune)
         for name in sorted(set(files) - set(weights)):
             if name.endswith(PICKLES):
-                report.append(f"{here / name}: skipped, a pickle can run code and is never opened")
+                report.append(f"{here / name}: skipped, {PICKLE_REFUSED.format(file=here / name)}")
             elif ".safetensors.index." in name:
                 _convert_index(here / name, there / name, to_public, prune)
             else:
-                shutil.copyfile(here / name, there / name)
+                copy_file(here / name, there / name)
     return report
 
 
-def _convert_files(files: list[Path], destination: Path, to_public: bool, prune: bool) -> list[str]:
+def _convert_files(files: list[Path], destinations: list[Path], to_public: bool, prune: bool) -> list[str]:
     where = str(files[0].parent if len(files) > 1 else files[0])
     source = Source(files)
     table, is_ours = recognise(source.keys(), where)
@@ -80,9 +151,10 @@ def _convert_files(files: list[Path], destination: Path, to_public: bool, prune:
     if collisions := [name for name in source if not to_public and table.to_public(renamed[name]) != name]:
         raise ValueError(f"{where}: {collisions[0]} cannot be renamed both ways")
     kept = [name for name in source if not (prune and _is_dropped(name, table))]
-    for file in files:
+    for file, destination in zip(files, destinations, strict=True):
         tensors = {renamed[name]: source[name] for name in source.names_in(file) if name in kept}
-        save_file(tensors, destination / file.name, metadata=source.metadata(file))
+        with new_file(destination) as scratch:
+            save_file(tensors, scratch, metadata=source.metadata(file))
     return _report(where, table, source, public, prune)
 
 
@@ -101,11 +173,8 @@ def _report(where: str, table: Table, source: Source, public: dict[str, str], pr
 
 
 def _convert_index(source: Path, destination: Path, to_public: bool, prune: bool) -> None:
-    try:
-        index = json.loads(source.read_text(encoding="utf-8"))
-        weight_map = {str(name): str(file) for name, file in index["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source}: not an index of shards: {error}") from None
+    weight_map = index_files(source)
+    index = read_object(source, LONGEST_INDEX)
     shards = Source([source.parent / file for file in sorted(set(weight_map.values()))])
     if set(weight_map) != set(shards):
         odd = sorted(set(weight_map) ^ set(shards))[0]
@@ -117,7 +186,7 @@ def _convert_index(source: Path, destination: Path, to_public: bool, prune: bool
         renamed = {name: file for name, file in renamed.items() if not _is_dropped(name, table)}
         index.pop("metadata", None)  # its total size counts the dropped tensors
     index["weight_map"] = dict(sorted(renamed.items()))
-    destination.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_bytes((json.dumps(index, indent=2) + "\n").encode(), destination)
 
 
 def _is_dropped(name: str, table: Table) -> bool:
@@ -137,15 +206,26 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="a folder, or one .safetensors file")
     parser.add_argument("destination", type=Path, metavar="DST", help="what to write; must not exist")
-    parser.add_argument("--to", choices=("kolors_core", "diffusers"), default="kolors_core", help="direction")
+    parser.add_argument(
+        "--to", choices=("kolors_core", "diffusers"), help="direction; kolors_core if not given"
+    )
     parser.add_argument(
         "--prune", action="store_true", help="leave out the tensors that the model never reads"
     )
+    parser.add_argument(
+        "--pickle", action="store_true",
+        help="open SRC, a pickle from where you trust, for tensors alone; write them as they are named",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
-        report = convert(
-            options.source, options.destination, to_public=options.to == "diffusers", prune=options.prune
-        )
+        if options.pickle:
+            if options.to is not None or options.prune:
+                raise ValueError("--to and --prune have no effect with --pickle: convert its result")
+            report = convert_pickle(options.source, options.destination)
+        else:
+            report = convert(
+                options.source, options.destination, to_public=options.to == "diffusers", prune=options.prune
+            )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,26 +5,28 @@ Files are found in a listing, never guessed by one fixed name: `diffusion_pytorc
 `model-00001-of-00007.fp16.safetensors` are all read by `weight_files`.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weights_convert.reading import DTYPES, open_weights, read_object
+from weights_convert.writing import new_file
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_REFUSED = (
+    "a pickle can run code and is never opened. Convert it where you trust it: "
+    "python -m weights_convert --pickle {file} NEW.safetensors"
+)
+LONGEST_INDEX = 2**24  # bytes
 _WEIGHT_FILE = re.compile(
     r"(?P<stem>[\w-]+?)(\.(?P<before>\w+))?(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?(\.(?P<after>\w+))?\.safetensors"
 )
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 def weight_files(listing: Iterable[str], variant: str | None, where: str) -> list[str]:
@@ -41,7 +43,8 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
             found.setdefault(match["before"] or match["after"], []).append((name, match))
     if not found:
         pickles = [name for name in listing if name.endswith(PICKLES)]
-        hint = f"only pickles ({pickles[0]}), which can run code and are never opened" if pickles else "none"
+        refused = PICKLE_REFUSED.format(file=pickles[0]) if pickles else ""
+        hint = f"only pickles ({pickles[0]}): {refused}" if pickles else "none"
         raise FileNotFoundError(f"{where}: wanted .safetensors weights, found {hint}")
     if variant is None and None not in found and len(found) == 1:
         variant = next(iter(found))
@@ -65,6 +68,29 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
     return [name for name, _ in chosen]
 
 
+def index_files(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index of shards: tensor name -> file name, all in the index's own folder.
+
+    Raises ValueError for what is no index, and for a file elsewhere, be it by its name or by a link; links
+    of a Hugging Face cache, from snapshots/ to blobs/, are followed.
+    """
+    content = read_object(index, LONGEST_INDEX)
+    files = content.get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{index}: not an index of shards: weight_map is not a map from tensors to files")
+    home = index.parent.resolve()
+    places = {home, *(folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots")}
+    for name, file in files.items():
+        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise ValueError(
+                f"{index}: weight_map[{name!r}] is {file[:100]!r}, wanted a file beside the index"
+            )
+    for file in sorted(set(files.values())):
+        if (place := (home / file).resolve().parent) not in places:
+            raise ValueError(f"{index}: {file} is a link to {place}, wanted a file beside the index")
+    return files
+
+
 class Source(Mapping[str, Tensor]):
     """Tensors of safetensors files by name, each read from the mapped file when asked for."""
 
@@ -73,13 +99,7 @@ class Source(Mapping[str, Tensor]):
         self._handles = {}
         self._file_of: dict[str, Path] = {}
         for file in self.files:
-            try:
-                handle = safe_open(file, framework="pt")
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{file}: no such file") from None
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
-            self._handles[file] = handle
+            handle = self._handles[file] = open_weights(file)
             for name in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
                 if name in self._file_of:
                     raise ValueError(f"{file}: tensor {name} is in {self._file_of[name].name} already")
@@ -157,15 +177,11 @@ def save_tensors(
     tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file, whole or not at all; one that is there is replaced."""
-    scratch = file.with_name(f".{file.name}.partial")
     whole, places = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         whole[name] = tensor.detach().contiguous()
         if whole[name].data_ptr() in places:  # one tensor under two names: the format wants two
             whole[name] = whole[name].clone()
         places.add(whole[name].data_ptr())
-    try:
+    with new_file(file) as scratch:
         save_file(whole, scratch, metadata={"format": "pt"} | dict(metadata or {}))
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)

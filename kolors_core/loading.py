@@ -1,0 +1,182 @@
+"""A checkpoint's tensors -> a model: strictly, or in part with a word on every tensor that does not fit.
+
+Everything is checked by names and shapes from the file headers first; only then are tensors read, each from
+the memory-mapped file to its place once, and the model gets all of them in one step or none.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from kolors_core.quantize import refuse_quantized
+from weights_convert import TABLES, recognise
+from weights_convert.rules import UNUSED, Table, compare
+from weights_convert.source import Source, Tensors
+
+RELEASE_AFTER = 2**26  # bytes that were copied out of a mapped file, whose pages are then let go
+
+# (shape that the model wants, the checkpoint's tensor of another shape or None) -> a tensor of that shape
+Initialiser = Callable[[torch.Size, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor: by the model's names, but the checkpoint's for `unexpected`.
+
+    missing and misshapen were made by the initialisers that were given for them.
+    """
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} loaded"]
+        for kind in ("missing", "unexpected", "misshapen"):
+            if names := getattr(self, kind):
+                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                parts.append(f"{len(names)} {kind}: {shown}")
+        return "; ".join(parts)
+
+
+def zeros(shape: torch.Size, found: Tensor | None) -> Tensor:
+    """An initialiser: zeros, whatever the checkpoint has."""
+    return torch.zeros(shape)
+
+
+def padded(shape: torch.Size, found: Tensor | None) -> Tensor:
+    """An initialiser: the checkpoint's tensor in the first places of each axis, zeros after it.
+
+    So a convolution with new input channels computes at first what it did without them. Raises ValueError for
+    a tensor that is missing or does not fit in.
+    """
+    if found is None or found.ndim != len(shape) or any(map(int.__gt__, found.shape, shape)):
+        got = "none" if found is None else f"one of {list(found.shape)}"
+        raise ValueError(f"cannot pad to {list(shape)}: wanted a tensor no larger, got {got}")
+    whole = torch.zeros(shape, dtype=found.dtype)
+    whole[tuple(slice(size) for size in found.shape)] = found
+    return whole
+
+
+def load(
+    model: nn.Module,
+    source: Source | Tensors,
+    component: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    partial: Mapping[str, Initialiser] | None = None,
+) -> LoadReport:
+    """Fill a model from a checkpoint, strictly. The model may be on the meta device; nothing is left on it.
+
+    partial: load what fits. Each tensor of the model that the checkpoint lacks, or has in another shape, must
+    match one of these names or patterns (`"conv_in.weight"`, `"up.*.bias"`, by our names), and its
+    initialiser, such as `zeros` or `padded`, makes it; the first that matches counts. What the checkpoint has
+    beyond the model is reported.
+
+    Raises ValueError naming the first tensors that are missing, unexpected or misshapen, an initialiser that
+    no such tensor matches or that makes another shape, or a quantised model, which is then untouched.
+    """
+    if partial is None:
+        names = check(model, source, component)
+        fill(model, source, names, dtype=dtype, device=device)
+        return LoadReport(sorted(names.values()), [], [], [])
+    refuse_quantized(model, f"load {source.where} into it; load a plain model, then quantise")
+    target = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    ours = _names_by_hits(source, TABLES[component], target)
+    theirs = {name: found for found, name in ours.items()}
+    names = {f: name for f, name in ours.items() if name in target and source.shape(f) == target[name]}
+    missing = sorted(target.keys() - theirs.keys())
+    misshapen = sorted(target.keys() & theirs.keys() - set(names.values()))
+    _refuse_whole_numbers(source, [*names, *(theirs[name] for name in misshapen)])
+    makers, used = dict[str, Initialiser](), set[str]()
+    for name in (*missing, *misshapen):
+        pattern = next((pattern for pattern in partial if fnmatchcase(name, pattern)), None)
+        if pattern is None:
+            had = f"is {list(source.shape(theirs[name]))}" if name in theirs else "is missing"
+            wanted = f"the model wants {list(target[name])}: give an initialiser for it in partial"
+            raise ValueError(f"{source.where}: {name} {had}, {wanted}")
+        makers[name] = partial[pattern]
+        used.add(pattern)
+    if idle := [pattern for pattern in partial if pattern not in used]:
+        raise ValueError(f"partial: {idle[0]!r} matches no tensor that is missing or misshapen")
+    made = {}
+    for name, maker in makers.items():
+        try:
+            value = maker(target[name], source[theirs[name]] if name in theirs else None)
+        except ValueError as error:
+            raise ValueError(f"{source.where}: {name}: {error}") from None
+        if not isinstance(value, Tensor) or value.shape != target[name] or value.is_meta:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the initialiser of {name} made {got}, the model wants {list(target[name])}")
+        made[name] = value.detach().to(device=device, dtype=dtype, copy=True)
+    fill(model, source, names, dtype=dtype, device=device, made=made)
+    unexpected = sorted(f for f in source if ours[f] not in target and not ours[f].startswith(UNUSED))
+    return LoadReport(sorted(names.values()), missing, unexpected, misshapen)
+
+
+def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[str, str]:
+    """The model's name for each of a checkpoint's tensors that it reads, all of which fit; no tensor is read.
+
+    Raises ValueError as `load` does.
+    """
+    where = source.where
+    refuse_quantized(model, f"load {where} into it; load a plain model, then quantise")
+    table, is_ours = recognise(source.keys(), where)
+    if table is not TABLES[component]:
+        raise ValueError(f"{where}: wanted the {component} of a Kolors checkpoint, got a {table.component}")
+    ours = {name: name if is_ours else table.to_ours(name) for name in source}
+    target = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if mismatch := compare(table, {ours[name]: source.shape(name) for name in source}, target):
+        raise ValueError(f"{where}: {mismatch}")
+    names = {name: ours[name] for name in source if not ours[name].startswith(UNUSED)}
+    if len(set(names.values())) < len(names):
+        twice = next(name for name in names if list(names.values()).count(names[name]) > 1)
+        raise ValueError(f"{where}: {twice} is there under two names")
+    _refuse_whole_numbers(source, names)
+    return names
+
+
+def fill(
+    model: nn.Module,
+    source: Source | Tensors,
+    names: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    made: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Give a model its tensors: those of a checkpoint by their names in the model, and those made already."""
+    state, copied = dict(made or {}), 0
+    for name, own in names.items():
+        tensor = source[name]
+        state[own] = tensor.to(device=device, dtype=dtype)
+        copied += tensor.nbytes if state[own] is not tensor else 0
+        if isinstance(source, Source) and copied > RELEASE_AFTER:
+            source.release(name)
+            copied = 0
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def _names_by_hits(source: Source | Tensors, table: Table, target: Mapping[str, object]) -> dict[str, str]:
+    """Our name of each tensor, read as public or as ours, whichever the model knows more of."""
+    public = {name: table.to_ours(name) for name in source}
+    own = {name: name for name in source}
+    best = max((public, own), key=lambda names: sum(name in target for name in names.values()))
+    if not any(name in target for name in best.values()):
+        raise ValueError(f"{source.where}: has no tensor of the model, a {table.component}")
+    if len(set(best.values())) < len(best):
+        raise ValueError(f"{source.where}: has a tensor under two names")
+    return best
+
+
+def _refuse_whole_numbers(source: Source | Tensors, names: "Mapping[str, str] | list[str]") -> None:
+    for name in names:
+        if not source.dtype(name).is_floating_point:
+            raise ValueError(
+                f"{source.where}: {name} holds {source.dtype(name)}, wanted floating-point weights"
+            )

@@ -1,0 +1,155 @@
+"""Files from outside, opened with suspicion: a JSON object, and a safetensors file with its header.
+
+What is damaged is refused in one line that names the file and what is wrong in it, before any tensor is read.
+The format has no checksum: a bit that flipped among a tensor's values cannot be seen.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+# Bytes. The largest header of Kolors is a tenth of this; LoRA trainers write much about their data in theirs.
+LONGEST_HEADER = 2**24
+LONGEST_EXPLAINED = 2**20  # of a header that is faulty
+LONGEST_NAME = 500  # characters
+_ENTRY = re.compile(rb'"data_offsets"\s*:\s*\[')
+
+
+def read_object(file: Path, longest: int) -> dict[str, Any]:
+    """A JSON object of at most `longest` bytes. FileNotFoundError or ValueError naming the file."""
+    size = _size(file)
+    if size > longest:
+        raise ValueError(f"{file}: {size:,} bytes, wanted at most {longest:,}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{file}: not JSON: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: wanted a JSON object, got {type(content).__name__}")
+    return content
+
+
+def open_weights(file: Path) -> Any:
+    """A handle on a safetensors file, whose header was held against the file's length.
+
+    Raises FileNotFoundError, or ValueError naming the file and the tensor or number that is wrong.
+    """
+    size, header = _size(file), b""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if fault := _length_fault(length, size):
+                stream.seek(0)
+                raise ValueError(_disguise(stream.read(64)) or fault)
+            header = stream.read(length)
+        handle = safe_open(file, framework="pt")
+        names = handle.keys()
+        # The format's own reader takes the last of several tensors of one name.
+        if sum(1 for _ in _ENTRY.finditer(header)) != len(names):
+            raise ValueError(_header_fault(header, size) or "its header spells data_offsets in another way")
+    except (SafetensorError, OSError, ValueError) as error:
+        fault = _header_fault(header, size) if isinstance(error, SafetensorError) else None
+        raise ValueError(f"{file}: not a whole safetensors file: {fault or _one_line(error)}") from None
+    for name in names:
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise ValueError(f"{file}: a tensor has the name {name[:100]!r}, wanted a short, printable one")
+    return handle
+
+
+def _size(file: Path) -> int:
+    """Bytes of a regular file, be it behind a link."""
+    if not file.is_file():
+        if file.exists():
+            raise ValueError(f"{file}: not a file")
+        raise FileNotFoundError(f"{file}: no such file")
+    return file.stat().st_size
+
+
+def _length_fault(length: int, size: int) -> str | None:
+    """What is wrong with the length that a file of `size` bytes gives its header."""
+    if size < 10:
+        return f"it is {'empty' if size == 0 else f'{size} bytes long'}"
+    if length > size - 8:
+        return f"its header is {length:,} bytes by the first eight, and {size - 8:,} follow"
+    if length > LONGEST_HEADER:
+        return f"its header is {length:,} bytes, wanted at most {LONGEST_HEADER:,}"
+    return None
+
+
+def _disguise(start: bytes) -> str | None:
+    """What else has this name, by its first bytes."""
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer to the file, which `git lfs pull` fetches"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return "it is a pickle under another name, which can run code and is never opened"
+    return None
+
+
+def _header_fault(header: bytes, size: int) -> str | None:
+    """Where a header of a file of `size` bytes breaks the format, by tensor and field; None if not clear."""
+    if len(header) > LONGEST_EXPLAINED:
+        return None
+    try:
+        entries = json.loads(header, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        return f"its header: {_one_line(error)}"
+    if not isinstance(entries, dict):
+        return f"its header is {type(entries).__name__}, wanted an object"
+    entries.pop("__metadata__", None)
+    spans = []
+    for name, entry in entries.items():
+        name = repr(name[:100])
+        if not isinstance(entry, dict):
+            return f"tensor {name} is {type(entry).__name__}, wanted dtype, shape and data_offsets"
+        for field in ("dtype", "shape", "data_offsets"):
+            if field not in entry:
+                return f"tensor {name}: {field} is missing"
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str):
+            return f"tensor {name}: dtype is {type(dtype).__name__}, wanted a name"
+        if not _are_sizes(shape):
+            return f"tensor {name}: shape is {repr(shape)[:100]}, wanted sizes"
+        if not _are_sizes(offsets) or len(offsets) != 2:
+            return f"tensor {name}: data_offsets is {repr(offsets)[:100]}, wanted two places in the file"
+        if dtype in DTYPES and offsets[1] - offsets[0] != (need := prod(shape) * DTYPES[dtype].itemsize):
+            return f"tensor {name}: data_offsets {offsets} do not span the {need:,} bytes of {dtype} {shape}"
+        spans.append((*offsets, name))
+    at = 0
+    for start, end, name in sorted(spans):
+        if start != at:
+            return f"tensor {name}: data_offsets start at {start:,}, wanted {at:,}, where the one before ends"
+        at = end
+    if at != size - 8 - len(header):
+        return f"its tensors end at {at:,}, and the data are {size - 8 - len(header):,} bytes"
+    return None
+
+
+def _are_sizes(value: Any) -> bool:
+    return (
+        isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value) and len(value) < 64
+    )
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose names are given once; ValueError for one that is given twice."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:100]!r} is given twice")
+        found[name] = value
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,135 @@
+"""The one place where files are written: each appears under its name whole, or not at all.
+
+What is written goes to a scratch file beside its target, then to the disk (fsync), and only then takes the
+target's name, in one step. A full disk, an error or a killed process leaves what was there before. A writer
+holds a lock on its scratch; what a killed one left has none, and the next write of that name takes it away.
+"""
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be taken away
+    fcntl = None
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A scratch path that takes the name `file` if the block ends well, in the place of one that is there.
+
+    Raises OSError naming `file` for what cannot be written, such as on a full disk.
+    """
+    with _naming(file), _scratch(file, is_folder=False) as scratch:
+        yield scratch
+        _to_disk(scratch)
+        scratch.replace(file)
+        _to_disk(file.parent)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes the name `folder` if the block ends well, and vanishes if not.
+
+    Raises FileExistsError for a folder that has something in it, and is not overwritten.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists already, and is not overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(folder, is_folder=True) as scratch:
+        yield scratch
+        for inside, _, _ in os.walk(scratch):
+            _to_disk(Path(inside))
+        scratch.replace(folder)
+        _to_disk(folder.parent)
+
+
+def write_bytes(content: bytes, file: Path) -> None:
+    """Write a small file."""
+    with new_file(file) as scratch:
+        scratch.write_bytes(content)
+
+
+def copy_file(source: Path, file: Path) -> None:
+    """Write a copy of another file."""
+    with new_file(file) as scratch:
+        shutil.copyfile(source, scratch)
+
+
+@contextmanager
+def _scratch(target: Path, is_folder: bool) -> Iterator[Path]:
+    """A new file or folder beside the target, locked, and gone at the end; those of killed writers go too."""
+    start = f".{target.name[:32]}."  # names of files end at 255 bytes
+    left = re.compile(re.escape(start) + r"[0-9a-f]{16}\.partial")
+    for path in target.parent.iterdir():
+        if left.fullmatch(path.name) and (lock := _lock(path)) is not None:
+            _remove(path)
+            os.close(lock)
+    while True:
+        scratch = target.with_name(f"{start}{secrets.token_hex(8)}.partial")
+        if is_folder:
+            scratch.mkdir()
+        else:
+            scratch.touch(exist_ok=False)
+        if (lock := _lock(scratch)) is not None:
+            break  # and no other writer took it away before it was locked
+    try:
+        yield scratch
+    finally:
+        _remove(scratch)
+        os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the path's lock; None if another writer has it or took the path away."""
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.stat(path), os.fstat(opened)):
+            return opened
+    except OSError:
+        pass
+    os.close(opened)
+    return None
+
+
+def _remove(path: Path) -> None:
+    """Take a file or folder away, if it is there and may be taken."""
+    with suppress(OSError):
+        path.unlink() if not path.is_dir() else shutil.rmtree(path)
+
+
+def _to_disk(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, survive a loss of power."""
+    if fcntl is None and path.is_dir():
+        return
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turn what cannot be written into OSError that names the file, and not the scratch."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{file}: cannot be written: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(file)) from None
