@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kolors_core.graphs import Graphs
 from kolors_core.guidance import Conditioning, Savings, guided
+from kolors_core.placement import finite
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Schedule, Scheduler
 from kolors_core.unet import UNet
@@ -73,6 +74,7 @@ class Run:
         self.tensors["negative_prompt_embeds"] = None if negative is None else negative.text_tokens
         self.tensors["negative_pooled_prompt_embeds"] = None if negative is None else negative.pooled_text
         self.tensors["negative_add_time_ids"] = None if negative is None else negative.size_ids
+        self.finite: list[Tensor] = []  # whether all was, after each step
         self.counts = told.text_counts  # until the callback brings tokens of its own
         self.denoise = self._guided(positive, negative)
 
@@ -84,16 +86,24 @@ class Run:
         )  # fmt: skip
 
     def __call__(self, sampler: Sampler, x: Tensor) -> Tensor:
-        """Run the sampler from x; returns the latents as the reference has them at the last sigma."""
+        """Run the sampler from x; returns the latents as the reference has them at the last sigma.
+
+        FloatingPointError naming the step after which they were not finite. It is looked for when the run is
+        over: asking in every step would let a GPU wait.
+        """
         try:
             x = sampler(lambda x, sigma: self.denoise(x, sigma), x, self.schedule.sigmas, self.on_step)
+            x = x / self._scale(len(self.schedule.timesteps))
         except _Interrupted as stopped:
-            return stopped.x
-        return x / self._scale(len(self.schedule.timesteps))
+            x = stopped.x
+        spoiled = (i for i, is_finite in enumerate(self.finite, 1) if not is_finite)
+        steps = "" if torch.isfinite(x).all() else f" after step {next(spoiled, '?')} of {len(self.finite)}"
+        return finite(x, f"the latents{steps}", self.pipe.unet.conv_in.weight.dtype)
 
     def on_step(self, i: int, x: Tensor) -> Tensor:
         """After step i: show the bar and the callback, take what the callback returns."""
         self.progress()
+        self.finite.append(torch.isfinite(x).all())
         if self.callback is None:
             return x
         latents = (x / self._scale(i + 1)).to(self.pipe.unet.conv_in.weight.dtype)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
 
@@ -76,3 +77,10 @@ def refuse_second_copy(low_cpu_mem_usage: bool) -> None:
 def plain(model: Any) -> Any:
     """The model itself, of one that `torch.compile` has wrapped."""
     return getattr(model, "_orig_mod", model)
+
+
+def finite(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+    """The tensor, or FloatingPointError naming the stage and its precision instead of a black picture."""
+    if not torch.isfinite(tensor).all():
+        raise FloatingPointError(f"{what} are not finite, computed in {dtype}: try bfloat16 or float32")
+    return tensor

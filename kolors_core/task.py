@@ -23,6 +23,7 @@ from kolors_core.image import OUTPUT_TYPES, describe, to_output
 from kolors_core.image_prompt import ImagePrompting
 from kolors_core.ip_adapter import attached
 from kolors_core.lora_loading import LoRALoading
+from kolors_core.placement import finite
 from kolors_core.quantize_report import Quantizing
 from kolors_core.sampling import Generators, draw_noise, sampler_of
 from kolors_core.schedule import Schedule
@@ -178,6 +179,8 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
                 counts = counts.to(self.device).repeat_interleave(copies, dim=0)
             return Conditioning(tokens, pooled, ids.to(self.device).expand(len(tokens), -1), counts, images)
 
+        for half in (text,) if negative_text is None else (text, negative_text):
+            finite(half.tokens, "the prompt's embeddings", half.tokens.dtype)
         positive = told(text, ids, images)
         return positive, None if negative_text is None else told(negative_text, negative_ids, negative_images)
 
@@ -230,7 +233,6 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
                 self, schedule, positive, negative, request.callback_on_step_end, request.callback_tensors,
                 bar.update,
             )(sampler, x)  # fmt: skip
-        result = _finite(result, "the denoised latents", self.dtype)
         kind = request.output_type
         images = result.to(self.dtype) if kind == "latent" else to_output(self._decode(result), kind)
         self._on_device()
@@ -242,7 +244,7 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
         """Latents [B, 4, H/8, W/8] to images [B, 3, H, W] in the VAE's own precision."""
         self._on_device("vae")
         weight = self._vae_weight
-        return _finite(self.vae.decode(self._input_for(weight, latents)), "the VAE's image", weight.dtype)
+        return finite(self.vae.decode(self._input_for(weight, latents)), "the VAE's image", weight.dtype)
 
     @property
     def _vae_weight(self) -> Tensor:
@@ -282,13 +284,6 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
             scales = (next(iter(handle.branches.values())).scale for handle in handles)
             facts["ip_adapter_scale"] = ", ".join(map(str, scales))
         return facts
-
-
-def _finite(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:
-    """The tensor, or FloatingPointError naming the stage and its precision instead of a black picture."""
-    if not torch.isfinite(tensor).all():
-        raise FloatingPointError(f"{what} are not finite, computed in {dtype}: try bfloat16 or float32")
-    return tensor
 
 
 def _one_of(name: str, got: Any, allowed: Sequence[str]) -> None:

@@ -297,16 +297,27 @@ def test_whole_numbers_and_lists_may_be_numpys(pipes: Pair) -> None:
 
 
 def test_no_black_picture_is_made_of_what_is_not_finite(pipes: Pair) -> None:
+    """The stage is named, its step and its precision."""
     ours = pipes[0]
+    ours.prompt_cache.clear()
     for part, stage in (
-        (ours.unet.conv_out, "the denoised latents"),
+        (ours.text_encoder.layers[0].mlp.proj_out, "the prompt's embeddings"),
+        (ours.unet.conv_out, "the latents after step 1 of 4"),
         (ours.vae.decoder.conv_out, "the VAE's image"),
     ):
-        kept = part.bias.detach().clone()
-        part.bias.data[0] = float("nan")
+        kept = part.weight.detach().clone()
+        part.weight.data[0] = float("nan")
         with pytest.raises(FloatingPointError, match=f"{stage} are not finite, computed in torch.float64"):
             ours("cat", **SMALL_PICTURE)
-        part.bias.data.copy_(kept)
+        part.weight.data.copy_(kept)
+        ours.prompt_cache.clear()
+
+    def spoil(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] * (float("inf") if i == 1 else 1)}
+
+    with pytest.raises(FloatingPointError, match="the latents after step 3 of 4 are not finite"):
+        ours("cat", callback_on_step_end=spoil, **SMALL_PICTURE)
+    assert np.isfinite(steps_of(ours, prompt="cat")[-1]).all(), "it works again"
 
 
 def test_models_that_do_not_fit_together_are_named(pipes: Pair) -> None:
