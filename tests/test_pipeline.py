@@ -282,7 +282,7 @@ def test_bad_arguments_are_named(pipes: Pair, arguments: dict, message: str) -> 
             "prompt_embeds must be a torch.Tensor",
         ),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
 def test_arguments_of_another_type_are_named(pipes: Pair, arguments: dict, message: str) -> None:
     with pytest.raises(TypeError, match=message):
