@@ -5,6 +5,8 @@ Sources: `VaeImageProcessor`, `IPAdapterMaskProcessor` and `load_image` in diffu
 in transformers.
 """
 
+import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -279,12 +281,19 @@ def describe(image: "Image", facts: Mapping[str, Any]) -> None:
 
 
 def save_png(image: "Image", path: str | Path) -> None:
-    """Write a PNG with its description, whole or not at all: first beside it, then under its name."""
+    """Write a PNG with its description, whole or not at all: first beside it, then under its name.
+
+    The scratch file is this call's own, and on the disk before it gets the name: neither another process nor
+    a power cut leaves a part of a picture there.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        image.save(scratch, format="PNG")
+        with scratch.open("xb") as file:
+            image.save(file, format="PNG")
+            file.flush()
+            os.fsync(file.fileno())
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
