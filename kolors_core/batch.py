@@ -189,10 +189,10 @@ class Batch:
 
     def _follow(self, pair: Pair) -> None:
         """Compute the other half of what the leader of the pair draws."""
-        pictures = {line.number: line.picture for line in self.lines}
-        while (number := pair.tell()) is not None:
+        while (picture := pair.tell()) is not None:
+            pipe = self.pipe
             try:
-                self._make(self.pipe, pictures[number])
+                self._make(pipe, picture)
             except PartnerLost:
                 raise
             except Exception:  # the leader writes down why
@@ -222,7 +222,7 @@ class Batch:
         if line.picture is not None and (reason := self._obstacle(line)) is None:
             self.claims.mark(line.number, True)
             if self.pair is not None:
-                self.pair.tell(line.number)
+                self.pair.tell(line.picture)
             pipe = self.pipe
             try:
                 image = self._make(pipe, line.picture)
@@ -250,7 +250,7 @@ class Batch:
                 negative_prompt=picture.negative_prompt,
                 generator=torch.Generator().manual_seed(picture.seed),
                 output_type="pil" if pair is None or pair.half == 0 else "latent",
-            ).images[0]  # fmt: skip
+            )[0][0]  # fmt: skip
         except Exception as error:
             if pair is not None and not pair.has_met:
                 pair.meet(_one_line(error))

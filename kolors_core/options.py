@@ -1,4 +1,4 @@
-"""What the command lines for one picture and for many share: flags of model and sampler, and what they load."""
+"""What the command lines for one picture and for many share: flags of model and sampler, and their use."""
 
 import argparse
 import math

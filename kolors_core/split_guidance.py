@@ -5,6 +5,7 @@ steps; guidance is linear in the noise and so in x0: x0 = x0_u + scale * (x0_c -
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,11 +34,11 @@ class Pair:
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % 2:
             raise ValueError(f"--split-guidance needs an even number of processes, got {world}")
-        self.group = dist.new_subgroups(group_size=2)[0]
-        self.half = dist.get_rank() % 2
+        groups: list[Any] = [dist.new_group([rank, rank + 1]) for rank in range(0, world, 2)]
+        self.group, self.half = groups[dist.get_rank() // 2], dist.get_rank() % 2
         self.has_met = False
 
-    def tell(self, word: object = None) -> object:
+    def tell(self, word: Any = None) -> Any:
         """What the leader says to the other."""
         box = [word]
         self._exchange(lambda: dist.broadcast_object_list(box, group_src=0, group=self.group))
@@ -53,13 +54,12 @@ class Pair:
 
     def gather(self, compute: Callable[[], Tensor]) -> list[Tensor]:
         """Both halves' tensors, of one shape; raises PartnerFailed if the other could not compute its own."""
-        own, well = None, [torch.zeros(1), torch.zeros(1)]
         try:
             own = compute().contiguous()
-        finally:  # the other must not wait for what will not come
-            is_well = torch.tensor([0.0 if own is None else 1.0])
-            self._exchange(lambda: dist.all_gather(well, is_well, group=self.group))
-        if not all(well):
+        except Exception:  # the other must not wait for what will not come
+            self._are_both_well(False)
+            raise
+        if not self._are_both_well(True):
             raise PartnerFailed("the other process of the pair failed in a step")
         both = [torch.empty_like(own) for _ in range(2)]
         self._exchange(lambda: dist.all_gather(both, own, group=self.group))
@@ -90,6 +90,11 @@ class Pair:
             return unconditional + scale * (conditional - unconditional)
 
         return denoise if is_guided else own
+
+    def _are_both_well(self, is_well: bool) -> bool:
+        told = [torch.zeros(1), torch.zeros(1)]
+        self._exchange(lambda: dist.all_gather(told, torch.tensor([float(is_well)]), group=self.group))
+        return all(told)
 
     def _exchange(self, call: Callable[[], object]) -> None:
         try:

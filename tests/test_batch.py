@@ -142,17 +142,14 @@ def test_a_picture_is_the_command_lines_own(undisturbed: Path, lora: Path, tmp_p
         assert len(told.pop("batch_line")) == 32 and told == read_description(other)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_who_is_killed_is_replaced_by_the_other(
-    victim: int, prompts: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    """Killed at a random moment, even the one that all others joined; what it was at, the other draws."""
+def test_who_is_killed_is_replaced_by_the_other(prompts: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Killed at a random moment, and it is the one that the other joined; what it was at, the other draws."""
     processes = start_two("kolors_core.batch", str(prompts), str(tmp_path), "--device", "cpu")
     wait_for_records(tmp_path, 1)
-    time.sleep(random.Random(victim).uniform(0, 0.3))
-    processes[victim].kill()
-    _, said = processes[1 - victim].communicate(timeout=60)
-    assert processes[victim].wait() == -signal.SIGKILL and processes[1 - victim].returncode == 0, said
+    time.sleep(random.uniform(0, 0.3))
+    processes[0].kill()
+    _, said = processes[1].communicate(timeout=60)
+    assert processes[0].wait() == -signal.SIGKILL and processes[1].returncode == 0, said
     assert b"14 pictures in" in said
     assert_same(tmp_path, undisturbed)
 
