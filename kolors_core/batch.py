@@ -128,6 +128,7 @@ class Batch:
         self.manifest = Manifest(self.folder / "manifest.jsonl", self.claims)
         self.process = f"{self.rank} of {self.world}, {socket.gethostname()} {os.getpid()}"
         self.loras: tuple[str, ...] = ()  # where those come from that are loaded
+        self.told: dict[str, str] = {}  # what all pictures' descriptions say
 
     def _agree(self) -> str:
         """A name of this run, the same for all its processes; ValueError if one has other lines."""
@@ -227,7 +228,7 @@ class Batch:
             try:
                 image = self._make(pipe, line.picture)
                 lora = {"lora": ", ".join(line.picture.lora)} if line.picture.lora else {}
-                describe(image, image.info | lora | {KEY: line.fingerprint})
+                describe(image, image.info | lora | self.told | {KEY: line.fingerprint})
                 save_png(image, self._path(line))
             except PartnerLost:
                 raise
@@ -261,7 +262,8 @@ class Batch:
         """Loaded when the first line needs it."""
         pipe = load_pipeline(self.options, self.device)
         pipe.set_progress_bar_config(disable=True)
-        quantize(pipe, self.options)
+        if (report := quantize(pipe, self.options)) is not None:
+            self.told["quantized"] = str(report)
         if self.pair is not None:
             pipe.guided = self.pair.guided
         return pipe
