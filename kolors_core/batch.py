@@ -149,7 +149,7 @@ class Batch:
         else:
             self._lead()
         self.manifest.refresh()
-        failed = [line for line in self.lines if self._record(line).get("status") == "failed"]
+        failed = [line for line in self.lines if self._has_failed(line)]
         if self._is_everyone_here():
             if self.rank == 0:
                 self._end(failed)
@@ -301,6 +301,11 @@ class Batch:
         self.manifest.refresh()
         return bool(self._record(line)) or self._is_drawn(line)
 
+    def _has_failed(self, line: Line) -> bool:
+        """Of a line that has ended."""
+        is_failed = self.manifest.records.get(line.number, {}).get("status") == "failed"
+        return is_failed and not self._is_drawn(line)
+
     def _record(self, line: Line) -> Record:
         """What this run wrote down about a line; empty if nothing."""
         record = self.manifest.records.get(line.number, {})
@@ -341,6 +346,7 @@ class Batch:
 
         def complete(records: dict[int, Record]) -> None:
             for line in self.lines:
+                self.claims.mark(line.number, False)
                 record = records.get(line.number, {})
                 is_told = (record.get("status"), record.get("fingerprint")) == ("done", line.fingerprint)
                 if not is_told and self._is_drawn(line):  # the process that drew it did not live to say so
@@ -356,13 +362,16 @@ class Batch:
         others = [
             file for file in self.folder.iterdir() if own.fullmatch(file.name) and file.name not in names
         ]
-        print(f"{len(self.lines) - len(failed)} pictures in {self.folder}", file=sys.stderr)
+        drawn = f"{len(self.lines) - len(failed)} of {len(self.lines)} pictures"
+        print(f"{drawn} are in {self.folder}", file=sys.stderr)
         if others:
             print(
                 f"{len(others)} more are of no line of this file, such as {others[0].name}", file=sys.stderr
             )
         for line in failed:
-            print(f"line {line.number} failed: {self._record(line)['reason']}", file=sys.stderr)
+            print(
+                f"line {line.number} failed: {self.manifest.records[line.number]['reason']}", file=sys.stderr
+            )
 
 
 def _sources(picture: Picture | None) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ def test_names_manifest_and_fingerprints(
     assert all(fingerprint_of(undisturbed / record["file"]) == record["fingerprint"] for record in told)
     before = {file: file.stat().st_mtime_ns for file in undisturbed.glob("*.png")}
     assert main([str(prompts), str(undisturbed), "--device", "cpu"]) == 0
-    assert f"{COUNT} pictures" in capsys.readouterr().err
+    assert f"{COUNT} of {COUNT} pictures are in" in capsys.readouterr().err
     assert before == {file: file.stat().st_mtime_ns for file in undisturbed.glob("*.png")}
     assert records(undisturbed) == told, "nothing is drawn again or forgotten"
 
@@ -132,7 +132,7 @@ def test_who_is_killed_is_replaced_by_the_other(prompts: Path, undisturbed: Path
             assert processes[victim].exitcode == -signal.SIGKILL
     processes[1].join(60)
     assert processes[1].exitcode == 0, log.read_text()
-    assert f"{COUNT} pictures in" in log.read_text()
+    assert f"{COUNT} of {COUNT} pictures" in log.read_text()
     assert_same(out, undisturbed)
 
 
@@ -215,7 +215,7 @@ def test_a_bad_line_fails_alone_and_is_tried_again(
         "later.safetensors" in told[0]["reason"] and "2000" in told[3]["reason"] and told[0]["file"] is None
     )
     said = capsys.readouterr().err
-    assert "line 2 failed: prompt must be a text, got 5" in said and "1 pictures in" in said and "4/4" in said
+    assert "line 2 failed: prompt must be a text, got 5" in said and "1 of 4 pictures" in said
     (tmp_path / "later.safetensors").write_bytes(lora.read_bytes())
     assert main([*command, "-q"]) == 1
     assert [record["status"] for record in records(tmp_path / "out")] == ["done", "failed", "done", "failed"]
