@@ -132,14 +132,18 @@ class Batch:
 
     def _agree(self) -> str:
         """A name of this run, the same for all its processes; ValueError if one has other lines."""
-        mine = (secrets.token_hex(4), [(line.number, line.fingerprint) for line in self.lines])
+        token, lines = secrets.token_hex(4), [(line.number, line.fingerprint) for line in self.lines]
         if self.world == 1:
-            return mine[0]
+            return token
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         told: list[Any] = [None] * self.world
-        dist.all_gather_object(told, mine)
-        if others := [rank for rank, (_, lines) in enumerate(told) if lines != told[0][1]]:
+        dist.all_gather_object(told, (token, lines, f"torch {torch.__version__}, {name}{threads}"))
+        if others := [rank for rank, (_, lines, _) in enumerate(told) if lines != told[0][1]]:
             wanted = "wanted one file, the same options and one precision for all"
             raise ValueError(f"process {others[0]} has other lines than process 0: {wanted}")
+        if len(engines := {engine for *_, engine in told}) > 1:
+            logger.warning("who draws a picture decides how it is rounded: %s", "; ".join(sorted(engines)))
         return told[0][0]
 
     def run(self) -> list[Line]:

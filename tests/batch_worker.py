@@ -50,6 +50,13 @@ def _run(rank: int, port: int, log: Path, work: Callable[..., int], arguments: t
     sys.exit(work(*arguments))
 
 
+def draw_unlike(*arguments: list[str]) -> int:
+    """A batch with as many threads as the rank + 1, and arguments of each process's own if there are several."""
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(rank + 1)
+    return main(arguments[rank % len(arguments)])
+
+
 def measure_split(out: Path, arguments: list[str]) -> int:
     """Write how far split guidance is from whole in float64 and float32 latents; then run a batch."""
     join_processes("cpu")

@@ -22,7 +22,7 @@ from kolors_core.batch import main
 from kolors_core.image import read_description
 from kolors_core.lines import fingerprint_of, read_lines
 from kolors_core.lora import attach, save_adapters
-from tests.batch_worker import measure_split, start_two
+from tests.batch_worker import draw_unlike, measure_split, start_two
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"height": 64, "width": 64, "steps": 5}
@@ -172,6 +172,20 @@ def test_guidance_split_over_two(prompts: Path, undisturbed: Path, lora: Path, t
     for record in told[:6]:
         split, whole = (np.asarray(Image.open(f / record["file"])) for f in (tmp_path / "out", undisturbed))
         assert abs(split.astype(int) - whole.astype(int)).max() <= 1
+
+
+def test_processes_that_are_told_different_things(prompts: Path, tmp_path: Path) -> None:
+    """Other lines are refused; what only rounds otherwise is said."""
+    one, log = write(tmp_path / "one.jsonl", [SMALL | {"prompt": "cat"}]), tmp_path / "log.txt"
+    commands = [[str(file), str(tmp_path / "out"), "--device", "cpu"] for file in (one, prompts)]
+    for process in start_two(draw_unlike, log, *commands):
+        process.join(60)
+        assert process.exitcode == 2, log.read_text()
+    assert "error: process 1 has other lines than process 0" in log.read_text()
+    for process in start_two(draw_unlike, log, commands[0]):
+        process.join(60)
+        assert process.exitcode == 0, log.read_text()
+    assert "cpu, 1 threads; torch" in log.read_text() and "cpu, 2 threads" in log.read_text()
 
 
 BAD = [
