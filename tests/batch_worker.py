@@ -51,7 +51,7 @@ def _run(rank: int, port: int, log: Path, work: Callable[..., int], arguments: t
 
 
 def draw_unlike(*arguments: list[str]) -> int:
-    """A batch with as many threads as the rank + 1, and arguments of each process's own if there are several."""
+    """A batch with as many threads as the rank + 1, and its own arguments if there are several."""
     rank = int(os.environ["RANK"])
     torch.set_num_threads(rank + 1)
     return main(arguments[rank % len(arguments)])

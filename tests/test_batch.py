@@ -303,3 +303,13 @@ def test_what_cannot_begin_is_one_line(
     assert main([*arguments, "-q"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_a_process_whose_torchrun_is_gone_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    told = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in (told | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    assert main([str(write(tmp_path / "p.jsonl", [{"prompt": "cat"}])), str(tmp_path / "out")]) == 2
+    assert "torchrun, which started this process, cannot be reached" in capsys.readouterr().err
