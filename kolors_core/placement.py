@@ -48,7 +48,7 @@ def join_processes(name: str | None = None) -> torch.device:
 
 
 def _refuse_orphan() -> None:
-    """OSError if `torchrun`, whose store is there before its processes, is gone: joining would wait for it."""
+    """OSError if `torchrun`, whose store is there before its processes, is gone: to join would be to wait."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
