@@ -174,10 +174,10 @@ def test_guidance_split_over_two(prompts: Path, undisturbed: Path, lora: Path, t
         assert abs(split.astype(int) - whole.astype(int)).max() <= 1
 
 
-def test_processes_that_are_told_different_things(prompts: Path, tmp_path: Path) -> None:
+def test_processes_that_are_told_different_things(prompts: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Other lines are refused; what only rounds otherwise is said."""
     one, log = write(tmp_path / "one.jsonl", [SMALL | {"prompt": "cat"}]), tmp_path / "log.txt"
-    commands = [[str(file), str(tmp_path / "out"), "--device", "cpu"] for file in (one, prompts)]
+    commands = [[str(file), str(undisturbed), "--device", "cpu"] for file in (prompts, one)]
     for process in start_two(draw_unlike, log, *commands):
         process.join(60)
         assert process.exitcode == 2, log.read_text()
