@@ -13,25 +13,19 @@ from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.config import VERSION
 from kolors_core.fields import whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
+from kolors_core.options import (
+    add_model,
+    add_sampler,
+    check_seed,
+    default_steps,
+    load_loras,
+    load_pipeline,
+    quantize,
+    with_revision,
+)
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.placement import best_device, best_dtype, named_device, planned_device
-from kolors_core.quantize import BITS
+from kolors_core.placement import best_device, named_device, planned_device
 from kolors_core.quantize import quantize as quantize_model
-from kolors_core.quantize_report import QuantizationReport
-from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
-    "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
-    "euler-karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
-    "dpmpp-2m": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
-    "dpmpp-2m-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "dpmpp-2m-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "dpmpp-2m-sde-karras": (
-        DPMSolverMultistepScheduler,
-        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-    ),
-}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,37 +56,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"kolors_core {VERSION}")
 
     model = top.add_argument_group("model")
-    model.add_argument(
-        "-w",
-        "--weights",
-        metavar="DIR",
-        default=EMBEDDED_NAME,
-        help="a checkpoint folder, or a hub repository such as Kwai-Kolors/Kolors-diffusers (default: the "
-        "embedded model, which draws emoji)",
-    )
-    model.add_argument(
-        "--variant", help='which weight files, such as "fp16" (default: the only ones there are)'
-    )
-    model.add_argument("--revision", help="branch, tag or commit of the hub repository")
-    model.add_argument(
-        "--local-files-only", action="store_true", help="never download, use the hub's local cache"
-    )
-    model.add_argument("--device", help="cuda, mps, cpu, cuda:1, ... (default: the best there is)")
-    model.add_argument("--dtype", choices=DTYPES, help="precision (default: float16, on a CPU float32)")
-    for name in ("text-encoder", "unet"):
-        model.add_argument(
-            f"--{name}-bits",
-            type=int,
-            choices=BITS,
-            help="hold its linear layers in so many bits; reports the error",
-        )
-    model.add_argument(
-        "--offload",
-        choices=("model", "block"),
-        help="keep on the device only the model at work, or only its block (least memory, slowest)",
-    )
-    model.add_argument("--vae-tiling", action="store_true", help="decode in bands, with less memory")
-
+    add_model(model)
     picture = top.add_argument_group("picture")
     picture.add_argument("-n", "--negative", metavar="TEXT", help="what not to draw")
     picture.add_argument(
@@ -130,9 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
     steps = top.add_argument_group("sampling")
     steps.add_argument("--steps", type=int, help="denoising steps (default: 50 for euler, 25 for the others)")
-    steps.add_argument(
-        "--sampler", choices=SAMPLERS, default="dpmpp-2m-karras", help="(default: %(default)s)"
-    )
+    add_sampler(steps)
     steps.add_argument(
         "-g",
         "--guidance",
@@ -205,9 +167,9 @@ def draw(options: argparse.Namespace) -> None:
     pipe = load_pipeline(options, device)
     quantized = quantize(pipe, options)
     load_adapters(pipe, options)
-    steps = options.steps if options.steps is not None else 25
-    if options.steps is None and (options.timesteps or options.sigmas or options.sampler.startswith("euler")):
-        steps = 50
+    steps = default_steps(options.sampler) if options.steps is None else options.steps
+    if options.timesteps or options.sigmas:
+        steps = 50  # the pipeline's own default, which says nothing
     seed = options.seed if options.seed is not None else secrets.randbelow(2**32)
     arguments: dict[str, Any] = dict(
         prompt=options.prompt, negative_prompt=options.negative, height=options.height, width=options.width,
@@ -243,7 +205,7 @@ def plan(options: argparse.Namespace) -> None:
     """Print what the pictures that the options ask for would need; the device need not be there."""
     checked(options)
     device = planned_device(options.device)
-    pipe = load_pipeline(options, device)
+    pipe = load_pipeline(options, device, is_planned=True)
     for name, bits in (("text_encoder", options.text_encoder_bits), ("unet", options.unet_bits)):
         if bits is not None:
             quantize_model(getattr(pipe, name), bits)
@@ -269,8 +231,8 @@ def checked(options: argparse.Namespace) -> list[Path]:
         outs = [options.out.with_stem(f"{options.out.stem}-{i + 1}") for i in range(options.images)]
     if existing := [out for out in outs if out.exists() and not (options.force or options.plan)]:
         raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
-    if options.seed is not None and not 0 <= options.seed < 2**63:
-        raise ValueError(f"--seed must be from 0 to {2**63 - 1}, got {options.seed}")
+    if options.seed is not None:
+        check_seed("--seed", options.seed)
     for side in ("height", "width"):
         if getattr(options, side) is not None:
             whole_number(side, getattr(options, side), 8)
@@ -282,72 +244,14 @@ def checked(options: argparse.Namespace) -> list[Path]:
     return outs
 
 
-def load_pipeline(options: argparse.Namespace, device: torch.device) -> KolorsPipeline:
-    """The pipeline, with the sampler that the options ask for; if only planned, without weights."""
-    pipe = KolorsPipeline.from_pretrained(
-        options.weights, variant=options.variant, revision=options.revision,
-        local_files_only=options.local_files_only,
-        torch_dtype=DTYPES[options.dtype] if options.dtype else best_dtype(device),
-        device="meta" if options.plan else "cpu" if options.offload else device,
-    )  # fmt: skip
-    if options.offload == "model" and not options.plan:
-        pipe.enable_model_cpu_offload(device=device)
-    if options.offload == "block" and not options.plan:
-        pipe.enable_sequential_cpu_offload(device=device)
-    if options.vae_tiling:
-        pipe.enable_vae_tiling()
-    pipe.set_progress_bar_config(disable=options.quiet)
-    kind, changes = SAMPLERS[options.sampler]
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
-    return pipe
-
-
-def quantize(pipe: KolorsPipeline, options: argparse.Namespace) -> QuantizationReport | None:
-    """Quantise what the options ask for; None if nothing."""
-    bits = {"text_encoder": options.text_encoder_bits, "unet": options.unet_bits}
-    if not any(bits.values()):
-        return None
-    report = pipe.quantize(**bits)
-    if not options.quiet:
-        print(f"quantized: {report}", file=sys.stderr)
-    return report
-
-
 def load_adapters(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
     """Load the LoRAs and the IP-Adapter that the options ask for."""
-    weights = []
-    for text in options.lora:
-        source, scale = with_scale(text)
-        name, revision = with_revision(source)
-        report = pipe.load_lora_weights(
-            name, adapter_name=f"lora{len(weights)}", revision=revision,
-            local_files_only=options.local_files_only,
-        )  # fmt: skip
-        weights.append(scale)
-        if not options.quiet:
-            print(f"{source}: {report}", file=sys.stderr)
-    if weights:
-        pipe.set_adapters([f"lora{i}" for i in range(len(weights))], weights)
+    load_loras(pipe, options.lora, options.local_files_only, options.quiet)
     if options.ip_adapter is not None:
         name, revision = with_revision(options.ip_adapter)
         pipe.load_ip_adapter(name, revision=revision, local_files_only=options.local_files_only)
         if options.ip_scale is not None:
             pipe.set_ip_adapter_scale(options.ip_scale)
-
-
-def with_scale(text: str) -> tuple[str, float]:
-    """FROM[:SCALE], where FROM may have colons of its own."""
-    source, colon, scale = text.rpartition(":")
-    try:
-        return (source, float(scale)) if colon and source else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
-def with_revision(text: str) -> tuple[str, str | None]:
-    """REPOSITORY[@REVISION]; what is on the disk is taken as it is."""
-    name, _, revision = text.partition("@")
-    return (text, None) if not revision or Path(text).exists() else (name, revision)
 
 
 def numbers(text: str) -> list[float]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.graphs import Graphs
-from kolors_core.guidance import Conditioning, Savings, guided
+from kolors_core.guidance import Conditioning, Savings
 from kolors_core.placement import finite
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Schedule, Scheduler
@@ -33,6 +33,7 @@ class Pipeline(Protocol):
     unet: UNet
     scheduler: Scheduler
     savings: Savings
+    guided: Callable[..., Denoise]
     _graphs: Graphs | None
     _guidance_scale: float
     _interrupt: bool
@@ -80,7 +81,7 @@ class Run:
 
     def _guided(self, positive: Conditioning, negative: Conditioning | None) -> Denoise:
         pipe = self.pipe
-        return guided(
+        return pipe.guided(
             pipe.unet, self.schedule, positive, negative, pipe._guidance_scale,
             read_once=pipe.savings.read_once, graphs=pipe._graphs,
         )  # fmt: skip

@@ -24,7 +24,7 @@ from kolors_core.checkpoint import (
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.compiling import GRAPHED, compile_blocks
 from kolors_core.graphs import Graphs
-from kolors_core.guidance import Savings
+from kolors_core.guidance import Savings, guided
 from kolors_core.ip_adapter import attached
 from kolors_core.offload import Offload, refuse_compiled
 from kolors_core.placement import (
@@ -37,6 +37,7 @@ from kolors_core.placement import (
     refuse_second_copy,
 )
 from kolors_core.prompt_cache import PromptCache
+from kolors_core.sampling import Denoise
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
@@ -78,6 +79,7 @@ class Components:
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.offload = Offload()
         self.savings = Savings()
+        self.guided: Callable[..., Denoise] = guided  # another rule of its signature may stand here
         self._graphs: Graphs | None = None  # if `compile` was asked for them
         self.prompt_cache = PromptCache()
         self._progress: dict[str, Any] = {}
@@ -165,7 +167,9 @@ class Components:
         own: dict[str, Any] = {"image_encoder": pipeline._image_encoder}
         made = cls(**pipeline.components | own | changes)
         made.offload, made._progress = pipeline.offload, pipeline._progress
-        made.savings, made.prompt_cache = pipeline.savings, pipeline.prompt_cache
+        made.savings, made.prompt_cache, made.guided = (
+            pipeline.savings, pipeline.prompt_cache, pipeline.guided,
+        )  # fmt: skip
         made._graphs = pipeline._graphs
         return made
 

@@ -1,9 +1,12 @@
 """Which device and which precision each stage runs in."""
 
+import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
@@ -26,6 +29,33 @@ def named_device(name: str) -> torch.device:
         raise ValueError(
             f"wanted a device of this machine, such as cpu, cuda:0 or mps, got {name!r}"
         ) from None
+
+
+def join_processes(name: str | None = None) -> torch.device:
+    """Under `torchrun`, join the other processes, by NCCL on CUDA and gloo elsewhere; this one's device.
+
+    name: None is the best there is. Of several GPUs, unless one is named by number, each process of a machine
+    has its own; what is exchanged from the CPU goes by gloo everywhere. OSError if `torchrun` is gone.
+    """
+    device = best_device() if name is None else named_device(name)
+    if "RANK" in os.environ and not dist.is_initialized():
+        _refuse_orphan()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        if name in (None, "cuda"):
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
+
+
+def _refuse_orphan() -> None:
+    """OSError if `torchrun`, whose store is there before its processes, is gone: to join would be to wait."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(place, timeout=60).close()
+        except OSError as error:
+            raise OSError(f"torchrun, which started this process, cannot be reached: {error}") from None
 
 
 def planned_device(name: torch.device | str | None) -> torch.device:

@@ -8,7 +8,6 @@ Shapes: B pictures of the whole batch, b of one rank's part, T training timestep
 """
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -334,19 +333,6 @@ def checkpoint_blocks(model: nn.Module) -> None:
     """Make every resnet and transformer block recompute its activations in the backward pass."""
     for block in _blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def join_processes() -> torch.device:
-    """Under `torchrun`, join the other processes; the device of this one. Alone, the best device there is."""
-    from kolors_core.placement import best_device
-
-    device = best_device()
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    return device
 
 
 def _blocks(model: nn.Module) -> Iterable[nn.Module]:

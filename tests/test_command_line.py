@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.__main__ import SAMPLERS, main, with_revision, with_scale
+from kolors_core.__main__ import main
 from kolors_core.image import read_description
 from kolors_core.lora import attach, save_adapters
+from kolors_core.options import SAMPLERS, with_revision, with_scale
 from tests.ip_adapters import write_adapter
 from tests.parity import pair
 from tests.pipelines import picture

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kolors_core.training import join_processes
+from kolors_core.placement import join_processes
 from tests.test_training import CONFIG, Killed, kill, make_trainer
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ def new_file(file: Path) -> Iterator[Path]:
 
     Raises OSError naming `file` for what cannot be written, such as on a full disk.
     """
-    with _naming(file), _scratch(file, is_folder=False) as scratch:
-        yield scratch
-        _to_disk(scratch)
-        scratch.replace(file)
+    with _naming(file), _scratch(file) as scratch:
+        whole = scratch / file.name  # alone in a folder: safetensors writes by a scratch of its own beside it
+        yield whole
+        _to_disk(whole)
+        whole.replace(file)
         _to_disk(file.parent)
 
 
@@ -43,7 +44,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists already, and is not overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(folder, is_folder=True) as scratch:
+    with _scratch(folder) as scratch:
         yield scratch
         for inside, _, _ in os.walk(scratch):
             _to_disk(Path(inside))
@@ -63,21 +64,23 @@ def copy_file(source: Path, file: Path) -> None:
         shutil.copyfile(source, scratch)
 
 
-@contextmanager
-def _scratch(target: Path, is_folder: bool) -> Iterator[Path]:
-    """A new file or folder beside the target, locked, and gone at the end; those of killed writers go too."""
-    start = f".{target.name[:32]}."  # names of files end at 255 bytes
-    left = re.compile(re.escape(start) + r"[0-9a-f]{16}\.partial")
-    for path in target.parent.iterdir():
+def sweep(folder: Path, start: str = ".") -> None:
+    """Take away what killed writers left in a folder, of names that start so."""
+    left = re.compile(re.escape(start) + r".*[0-9a-f]{16}\.partial")
+    for path in folder.iterdir():
         if left.fullmatch(path.name) and (lock := _lock(path)) is not None:
             _remove(path)
             os.close(lock)
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A new folder beside the target, locked, and gone at the end; those of killed writers go too."""
+    start = f".{target.name[:32]}."  # names of files end at 255 bytes
+    sweep(target.parent, start)
     while True:
         scratch = target.with_name(f"{start}{secrets.token_hex(8)}.partial")
-        if is_folder:
-            scratch.mkdir()
-        else:
-            scratch.touch(exist_ok=False)
+        scratch.mkdir()
         if (lock := _lock(scratch)) is not None:
             break  # and no other writer took it away before it was locked
     try:
