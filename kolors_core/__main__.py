@@ -16,6 +16,7 @@ from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.options import (
     add_model,
     add_sampler,
+    bits_of,
     check_seed,
     default_steps,
     load_loras,
@@ -24,7 +25,7 @@ from kolors_core.options import (
     with_revision,
 )
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.placement import best_device, named_device, planned_device
+from kolors_core.placement import named_device, planned_device
 from kolors_core.quantize import quantize as quantize_model
 
 
@@ -163,7 +164,7 @@ def draw(options: argparse.Namespace) -> None:
     start = None if options.image is None else load_image(options.image)
     guides = [load_image(file) for file in options.ip_image or ()]
     outs[0].parent.mkdir(parents=True, exist_ok=True)
-    device = named_device(options.device) if options.device is not None else best_device()
+    device = named_device(options.device)
     pipe = load_pipeline(options, device)
     quantized = quantize(pipe, options)
     load_adapters(pipe, options)
@@ -206,9 +207,8 @@ def plan(options: argparse.Namespace) -> None:
     checked(options)
     device = planned_device(options.device)
     pipe = load_pipeline(options, device, is_planned=True)
-    for name, bits in (("text_encoder", options.text_encoder_bits), ("unet", options.unet_bits)):
-        if bits is not None:
-            quantize_model(getattr(pipe, name), bits)
+    for name, bits in bits_of(options).items():
+        quantize_model(getattr(pipe, name), bits)
     load_adapters(pipe, options)
     pipe.plan(
         options.height, options.width, num_images_per_prompt=options.images,

@@ -35,6 +35,7 @@ from kolors_core.lines import KEY, Line, Picture, fingerprint_of, read_lines
 from kolors_core.options import (
     add_model,
     add_sampler,
+    bits_of,
     check_seed,
     default_steps,
     load_loras,
@@ -47,6 +48,7 @@ from kolors_core.options import (
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.placement import join_processes
 from kolors_core.split_guidance import Pair, PartnerLost
+from weights_convert.reading import one_line
 from weights_convert.writing import sweep
 
 PAUSE = 0.2  # seconds between looks at lines that others draw
@@ -117,8 +119,7 @@ class Batch:
         if options.quiet:
             logger.setLevel(logging.ERROR)
         model = {name: getattr(options, name) for name in ("weights", "variant", "revision", "sampler")}
-        model |= {"dtype": str(precision(options, device)), "text_encoder_bits": options.text_encoder_bits}
-        model |= {"unet_bits": options.unet_bits}
+        model |= {"dtype": str(precision(options, device)), "bits": bits_of(options)}
         self.lines = read_lines(
             options.prompts, model, check_seed("--seed", options.seed), default_steps(options.sampler)
         )
@@ -239,7 +240,7 @@ class Batch:
                 raise
             except Exception as error:
                 self._check_device()
-                reason = _one_line(error)
+                reason = one_line(error, None)
         seconds = round(time.perf_counter() - start, 3)
         self.manifest.add(self._as_record(line, reason, seconds, self.process))
         self.claims.mark(line.number, False)
@@ -259,7 +260,7 @@ class Batch:
             )[0][0]  # fmt: skip
         except Exception as error:
             if pair is not None and not pair.has_met:
-                pair.meet(_one_line(error))
+                pair.meet(one_line(error, None))
             raise
 
     @cached_property
@@ -379,10 +380,6 @@ class Batch:
 
 def _sources(picture: Picture | None) -> tuple[str, ...]:
     return () if picture is None else tuple(with_scale(text)[0] for text in picture.lora)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -97,9 +97,11 @@ class Run:
             x = x / self._scale(len(self.schedule.timesteps))
         except _Interrupted as stopped:
             x = stopped.x
-        spoiled = (i for i, is_finite in enumerate(self.finite, 1) if not is_finite)
-        steps = "" if torch.isfinite(x).all() else f" after step {next(spoiled, '?')} of {len(self.finite)}"
-        return finite(x, f"the latents{steps}", self.pipe.unet.conv_in.weight.dtype)
+        return finite(x, self._spoiled, self.pipe.unet.conv_in.weight.dtype)
+
+    def _spoiled(self) -> str:
+        first = next((i for i, is_finite in enumerate(self.finite, 1) if not is_finite), len(self.finite))
+        return f"the latents after step {first} of {len(self.finite)}"
 
     def on_step(self, i: int, x: Tensor) -> Tensor:
         """After step i: show the bar and the callback, take what the callback returns."""

@@ -23,13 +23,12 @@ from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from kolors_core.hub import fetch
 from kolors_core.loading import check, fill
-from kolors_core.loading import load as load  # the other way to fill a model
 from kolors_core.quantize import refuse_quantized
 from kolors_core.schedule import SCHEDULERS, Scheduler
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES
-from weights_convert.reading import read_object
+from weights_convert.reading import one_line, read_object
 from weights_convert.source import Source, index_files, save_tensors, weight_files
 from weights_convert.writing import write_bytes
 
@@ -238,7 +237,7 @@ def load_scheduler(folder: str | Path) -> Scheduler:
     try:
         return SCHEDULERS[name].from_config({"steps_offset": 0} | config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"{file}: {one_line(error)}") from None
 
 
 def load_index(folder: Path) -> dict[str, Any]:

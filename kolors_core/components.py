@@ -29,7 +29,6 @@ from kolors_core.ip_adapter import attached
 from kolors_core.offload import Offload, refuse_compiled
 from kolors_core.placement import (
     Dtypes,
-    best_device,
     dtype_of,
     named_device,
     one_dtype,
@@ -279,7 +278,7 @@ class Components:
         if gpu_id is not None and device is not None:
             raise ValueError("give either gpu_id or device, not both")
         name = device if gpu_id is None else f"cuda:{gpu_id}"
-        place = best_device() if name is None else named_device(str(name))
+        place = named_device(None if name is None else str(name))
         if by_block and place.type != "cpu":
             refuse_compiled(self._models())
         self.to("cpu")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from weights_convert.source import PICKLE_REFUSED, PICKLES
+from weights_convert.source import PICKLES, why_refused
 
 Pick = Callable[[list[str]], list[str]]
 
@@ -90,8 +90,8 @@ def find_file(
         if any(given is not None for given in (weight_name, subfolder or None, hub.get("revision"))):
             raise ValueError(f"{source} is a file: weight_name, subfolder and revision have no effect on it")
         if file.suffix != ".safetensors":
-            refused = PICKLE_REFUSED.format(file=file)
-            raise ValueError(f"{file}: {refused if file.suffix in PICKLES else 'is not a .safetensors file'}")
+            is_pickle = file.suffix in PICKLES
+            raise ValueError(f"{file}: {why_refused(file) if is_pickle else 'is not a .safetensors file'}")
         return file
     inside = PurePosixPath(subfolder or ".")
     if weight_name is not None:
@@ -119,7 +119,7 @@ def _choose(names: Sequence[str], weight_name: str | None, preferred: Sequence[s
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickle := next((name for name in pickles if name == weight_name or not found), None):
         file = f"{where}/{pickle}"
-        raise ValueError(f"{file}: {PICKLE_REFUSED.format(file=file)}")
+        raise ValueError(f"{file}: {why_refused(file)}")
     want = "one .safetensors file, or a weight_name" if weight_name is None else weight_name
     raise FileNotFoundError(f"{where}: wanted {want}, found {', '.join(found) or 'no .safetensors file'}")
 

@@ -101,10 +101,15 @@ def load_pipeline(
     return pipe
 
 
+def bits_of(options: argparse.Namespace) -> dict[str, int]:
+    """In how many bits the models are to be held that are to be quantised."""
+    bits = {"text_encoder": options.text_encoder_bits, "unet": options.unet_bits}
+    return {name: count for name, count in bits.items() if count is not None}
+
+
 def quantize(pipe: KolorsPipeline, options: argparse.Namespace) -> QuantizationReport | None:
     """Quantise what the options ask for; None if nothing."""
-    bits = {"text_encoder": options.text_encoder_bits, "unet": options.unet_bits}
-    if not any(bits.values()):
+    if not (bits := bits_of(options)):
         return None
     report = pipe.quantize(**bits)
     if not options.quiet:

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def named_device(name: str) -> torch.device:
-    """The device of this name; ValueError if there is no such device, or not on this machine."""
+def named_device(name: str | None) -> torch.device:
+    """The device of this name, the best there is if None; ValueError if it is not on this machine."""
+    if name is None:
+        return best_device()
     try:
         if name == "meta":
             raise RuntimeError("nothing is computed on the meta device")
@@ -37,7 +39,7 @@ def join_processes(name: str | None = None) -> torch.device:
     name: None is the best there is. Of several GPUs, unless one is named by number, each process of a machine
     has its own; what is exchanged from the CPU goes by gloo everywhere. OSError if `torchrun` is gone.
     """
-    device = best_device() if name is None else named_device(name)
+    device = named_device(name)
     if "RANK" in os.environ and not dist.is_initialized():
         _refuse_orphan()
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -60,10 +62,9 @@ def _refuse_orphan() -> None:
 
 def planned_device(name: torch.device | str | None) -> torch.device:
     """A device that this machine need not have, the best that it has if None; ValueError for another kind."""
-    if name is None:
-        return best_device()
-    kind = str(name).partition(":")[0]
-    return torch.device(name) if kind in ("cuda", "mps") else named_device(str(name))
+    if name is not None and str(name).partition(":")[0] in ("cuda", "mps"):
+        return torch.device(name)
+    return named_device(None if name is None else str(name))
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -109,8 +110,9 @@ def plain(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def finite(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+def finite(tensor: Tensor, what: str | Callable[[], str], dtype: torch.dtype) -> Tensor:
     """The tensor, or FloatingPointError naming the stage and its precision instead of a black picture."""
     if not torch.isfinite(tensor).all():
+        what = what if isinstance(what, str) else what()
         raise FloatingPointError(f"{what} are not finite, computed in {dtype}: try bfloat16 or float32")
     return tensor

@@ -9,15 +9,16 @@ Sizes are bytes inside and GiB (2^30 bytes) in a `Plan`. Shapes: B pictures, L t
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from weakref import finalize
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +27,7 @@ from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import KINDS
 from kolors_core.fields import whole_number
 from kolors_core.ip_adapter import attached
-from kolors_core.offload import Lane, Models, Offload, tensors_of
+from kolors_core.offload import Lane, Models, Offload, bytes_of
 from kolors_core.placement import plain, planned_device
 from kolors_core.task import Request, Task
 from kolors_core.text_prompt import MAX_TOKENS
@@ -124,8 +125,9 @@ class Planning(Task):
             _run(twin, request, size, prompts, max_sequence_length)
         twin.offload.end()
         brought = _brought(list(ledger.work), twin._models(), ledger)
-        weights = {stage: _weight(models) for stage, models in self._models().items()}
-        every = [model for models in self._models().values() for model in models]
+        units = {stage: tuple((model, "") for model in models) for stage, models in self._models().items()}
+        weights = {stage: bytes_of(unit) for stage, unit in units.items()}
+        every = tuple(chain(*units.values()))
         pictures = "1 picture" if prompts * copies == 1 else f"{prompts * copies} pictures"
         made = Plan(
             stages={
@@ -133,7 +135,7 @@ class Planning(Task):
                 for stage, work in ledger.work.items()
                 if stage is not None
             },
-            resident=_gib(_weight(every) + max(ledger.work.values())),
+            resident=_gib(bytes_of(every) + max(ledger.work.values())),
             by_model=_gib(max(brought[stage] + work for stage, work in ledger.work.items())),
             by_block=_gib(max(ledger.both.values())),
             mode=self._mode(),
@@ -388,11 +390,6 @@ def _brought(order: Sequence[str | None], models: Models, ledger: Ledger) -> dic
         most[stage] = max(most.get(stage, 0), offload.bytes_on_device)
     offload.end()
     return most
-
-
-def _weight(models: Iterable[nn.Module]) -> int:
-    """Bytes of these models' weights; what several hold counts once."""
-    return sum(tensor.nbytes for tensor in tensors_of(tuple((model, "") for model in models)).values())
 
 
 def _gib(count: int) -> float:

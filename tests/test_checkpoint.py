@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kolors_core import KolorsPipeline
-from kolors_core.checkpoint import load, load_component, needed_files, resolve, save_component
+from kolors_core.checkpoint import load_component, needed_files, resolve, save_component
+from kolors_core.loading import load
 from kolors_core.unet import UNet
 from tests.parity import FLOAT32, SMALL, relative_error
 from tests.pipelines import NO_SAVINGS

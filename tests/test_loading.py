@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kolors_core.checkpoint import load
 from kolors_core.config import UNetConfig
-from kolors_core.loading import Initialiser, LoadReport, padded, zeros
+from kolors_core.loading import Initialiser, LoadReport, load, padded, zeros
 from kolors_core.unet import UNet
 from tests.parity import SMALL, randomise
 from weights_convert import TABLES

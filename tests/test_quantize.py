@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from kolors_core import KolorsPipeline
 from kolors_core.chatglm import ChatGLM
-from kolors_core.checkpoint import load, save_component
+from kolors_core.checkpoint import save_component
 from kolors_core.config import ChatGLMConfig, UNetConfig
+from kolors_core.loading import load
 from kolors_core.lora import Adapter, attach, fuse
 from kolors_core.lora_layers import LoRAQuantizedLinear
 from kolors_core.quantize import QuantizedLinear, is_quantized, quantize, weight_bytes

@@ -23,16 +23,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weights_convert import recognise
-from weights_convert.reading import read_object
+from weights_convert.reading import one_line, read_object
 from weights_convert.rules import UNUSED, Table
 from weights_convert.source import (
     LONGEST_INDEX,
-    PICKLE_REFUSED,
     PICKLES,
     Source,
     index_files,
     save_tensors,
     weight_files,
+    why_refused,
 )
 from weights_convert.writing import copy_file, new_file, new_folder, write_bytes
 
@@ -80,7 +80,7 @@ def convert_pickle(source: Path, destination: Path) -> list[str]:
         )  # on the CPU, whatever it was saved from
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError,
             AttributeError, OSError, zipfile.BadZipFile) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"{source}: not a whole pickle of tensors alone: {reason}") from None
     beside: list[str] = []
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -129,7 +129,7 @@ def _convert_folder(source: Path, destination: Path, to_public: bool, prune: boo
             report += _convert_files(chosen, [there / file.name for file in chosen], to_public, prune)
         for name in sorted(set(files) - set(weights)):
             if name.endswith(PICKLES):
-                report.append(f"{here / name}: skipped, {PICKLE_REFUSED.format(file=here / name)}")
+                report.append(f"{here / name}: skipped, {why_refused(here / name)}")
             elif ".safetensors.index." in name:
                 _convert_index(here / name, there / name, to_public, prune)
             else:

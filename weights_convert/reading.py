@@ -34,7 +34,7 @@ def read_object(file: Path, longest: int) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{file}: not JSON: {_one_line(error)}") from None
+        raise ValueError(f"{file}: not JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: wanted a JSON object, got {type(content).__name__}")
     return content
@@ -60,7 +60,7 @@ def open_weights(file: Path) -> Any:
             raise ValueError(_header_fault(header, size) or "its header spells data_offsets in another way")
     except (SafetensorError, OSError, ValueError) as error:
         fault = _header_fault(header, size) if isinstance(error, SafetensorError) else None
-        raise ValueError(f"{file}: not a whole safetensors file: {fault or _one_line(error)}") from None
+        raise ValueError(f"{file}: not a whole safetensors file: {fault or one_line(error)}") from None
     for name in names:
         if len(name) > LONGEST_NAME or not name.isprintable():
             raise ValueError(f"{file}: a tensor has the name {name[:100]!r}, wanted a short, printable one")
@@ -103,7 +103,7 @@ def _header_fault(header: bytes, size: int) -> str | None:
     try:
         entries = json.loads(header, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        return f"its header: {_one_line(error)}"
+        return f"its header: {one_line(error)}"
     if not isinstance(entries, dict):
         return f"its header is {type(entries).__name__}, wanted an object"
     entries.pop("__metadata__", None)
@@ -151,5 +151,6 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def one_line(error: BaseException, most: int | None = 300) -> str:
+    """What an error says, or else its name, in one line of at most so many letters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -19,14 +19,18 @@ from weights_convert.reading import DTYPES, open_weights, read_object
 from weights_convert.writing import new_file
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-PICKLE_REFUSED = (
-    "a pickle can run code and is never opened. Convert it where you trust it: "
-    "python -m weights_convert --pickle {file} NEW.safetensors"
-)
 LONGEST_INDEX = 2**24  # bytes
 _WEIGHT_FILE = re.compile(
     r"(?P<stem>[\w-]+?)(\.(?P<before>\w+))?(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?(\.(?P<after>\w+))?\.safetensors"
 )
+
+
+def why_refused(pickle: str | Path) -> str:
+    """What to say of a pickle."""
+    return (
+        "a pickle can run code and is never opened. Convert it where you trust it: "
+        f"python -m weights_convert --pickle {pickle} NEW.safetensors"
+    )
 
 
 def weight_files(listing: Iterable[str], variant: str | None, where: str) -> list[str]:
@@ -43,8 +47,7 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
             found.setdefault(match["before"] or match["after"], []).append((name, match))
     if not found:
         pickles = [name for name in listing if name.endswith(PICKLES)]
-        refused = PICKLE_REFUSED.format(file=pickles[0]) if pickles else ""
-        hint = f"only pickles ({pickles[0]}): {refused}" if pickles else "none"
+        hint = f"only pickles ({pickles[0]}): {why_refused(pickles[0])}" if pickles else "none"
         raise FileNotFoundError(f"{where}: wanted .safetensors weights, found {hint}")
     if variant is None and None not in found and len(found) == 1:
         variant = next(iter(found))

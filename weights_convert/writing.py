@@ -15,6 +15,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from weights_convert.reading import one_line
+
 try:
     import fcntl
 except ImportError:  # Windows, where a file that is open cannot be taken away
@@ -131,7 +133,7 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{file}: cannot be written: {' '.join(str(error).split())}") from None
+        raise OSError(f"{file}: cannot be written: {one_line(error, None)}") from None
     except OSError as error:
         if error.errno is None:
             raise
