@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kolors_core.conditioning import Conditioning
 from kolors_core.graphs import Graphs
-from kolors_core.guidance import Conditioning, Savings
+from kolors_core.guidance import Savings
 from kolors_core.placement import finite
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Schedule, Scheduler

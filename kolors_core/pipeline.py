@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.callback import StepCallback
-from kolors_core.guidance import Size
+from kolors_core.conditioning import Size
 from kolors_core.image import vae_pixels
 from kolors_core.plan import Planning
 from kolors_core.sampling import Generators, draw_noise

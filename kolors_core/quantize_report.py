@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.components import Components
+from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.context import ImagePrompt
-from kolors_core.guidance import Conditioning, guided, size_ids
+from kolors_core.guidance import guided
 from kolors_core.ip_adapter import attached
 from kolors_core.placement import plain
 from kolors_core.quantize import quantizable, quantize, weight_bytes

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kolors_core.conditioning import Conditioning
 from kolors_core.graphs import Graphs
-from kolors_core.guidance import Conditioning, guided
+from kolors_core.guidance import guided
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
 from kolors_core.unet import UNet

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kolors_core.callback import NAMES, Run, StepCallback
 from kolors_core.chatglm import TextEmbedding
+from kolors_core.conditioning import Conditioning, Size, size_ids_of_both
 from kolors_core.config import VERSION
 from kolors_core.fields import whole_number
-from kolors_core.guidance import Conditioning, Size, size_ids_of_both
 from kolors_core.image import OUTPUT_TYPES, describe, to_output
 from kolors_core.image_prompt import ImagePrompting
 from kolors_core.ip_adapter import attached

@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.compiling import BLOCKS
+from kolors_core.conditioning import size_ids
 from kolors_core.dataset import Batches, Example, Sample, load_pixels, mix
-from kolors_core.guidance import size_ids
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE

@@ -16,9 +16,10 @@ from torch._dynamo.utils import counters
 
 from kolors_core import KolorsPipeline, lora
 from kolors_core.compiling import BLOCKS, compile_blocks
+from kolors_core.conditioning import Conditioning
 from kolors_core.config import KOLORS
 from kolors_core.graphs import Graphs
-from kolors_core.guidance import Conditioning, guided
+from kolors_core.guidance import guided
 from kolors_core.ip_adapter import attached
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import TokenBatch

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kolors_core.guidance import Conditioning, guided
+from kolors_core.conditioning import Conditioning
+from kolors_core.guidance import guided
 from kolors_core.ip_adapter import cross_attentions
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import EulerDiscreteScheduler

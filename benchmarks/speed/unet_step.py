@@ -17,8 +17,9 @@ from benchmarks.side_by_side import Row, faster, operators, race, timed, write_j
 from benchmarks.speed import arguments
 from kolors_core import EulerDiscreteScheduler
 from kolors_core.chatglm import TextEmbedding
+from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.config import KOLORS, TINY, UNetConfig
-from kolors_core.guidance import Conditioning, guided, size_ids
+from kolors_core.guidance import guided
 
 STEPS, SCALE, SEED, TOKENS = 25, 5.0, 20240708, 256
 PROMPT, EMPTY = 20, 2  # tokens

@@ -20,9 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from benchmarks.tiny.emoji import CHINESE_UNSEEN, ENGLISH_UNSEEN, Concept, read_concepts
+from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.config import VERSION
 from kolors_core.dataset import load_pixels, read_folder
-from kolors_core.guidance import Conditioning, guided, size_ids
+from kolors_core.guidance import guided
 from kolors_core.image import to_output
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.placement import best_device
