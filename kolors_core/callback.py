@@ -105,15 +105,20 @@ class Run:
         return f"the latents after step {first} of {len(self.finite)}"
 
     def on_step(self, i: int, x: Tensor) -> Tensor:
-        """After step i: show the bar and the callback, take what the callback returns."""
+        """After step i: show the bar and the callback, take what it returns, end if that is asked for."""
         self.progress()
         self.finite.append(torch.isfinite(x).all())
-        if self.callback is None:
-            return x
+        if self.callback is not None:
+            x = self._called_back(self.callback, i, x)
+        if self.pipe._interrupt:
+            raise _Interrupted(x / self._scale(i + 1))
+        return x
+
+    def _called_back(self, callback: StepCallback, i: int, x: Tensor) -> Tensor:
         latents = (x / self._scale(i + 1)).to(self.pipe.unet.conv_in.weight.dtype)
         seen = {name: latents if name == "latents" else self.tensors[name] for name in self.names}
         scale = self.pipe._guidance_scale
-        answer = self.callback(self.pipe, i, self.schedule.timesteps[i], seen)
+        answer = callback(self.pipe, i, self.schedule.timesteps[i], seen)
         if not isinstance(answer, dict):
             raise TypeError(
                 f"callback_on_step_end must return a dict of tensors, got {type(answer).__name__}"
@@ -134,8 +139,6 @@ class Run:
                     f"callback_on_step_end returned latents {list(after.shape)}, wanted {list(x.shape)}"
                 )
             x = after.to(x) * self._scale(i + 1)
-        if self.pipe._interrupt:
-            raise _Interrupted(x / self._scale(i + 1))
         before = self.tensors["prompt_embeds"]
         is_changed = any(returned[name] is not self.tensors[name] for name in TOLD if name in returned)
         self.tensors.update(returned)

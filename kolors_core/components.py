@@ -30,12 +30,14 @@ from kolors_core.offload import Offload, refuse_compiled
 from kolors_core.placement import (
     Dtypes,
     dtype_of,
+    move,
     named_device,
     one_dtype,
     plain,
     refuse_second_copy,
 )
 from kolors_core.prompt_cache import PromptCache
+from kolors_core.running import Interrupt
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
@@ -198,7 +200,7 @@ class Components:
     ) -> Self:
         """Move every model to a device, a dtype, or both; a VAE asked for in float16 takes float32.
 
-        A device ends offload.
+        A device ends offload. If there is no room, all models are where they were.
         """
         for target in (*targets, device, dtype):
             if isinstance(target, str):
@@ -209,9 +211,11 @@ class Components:
                 self._need_weights()
                 self.offload.end()
             self.offload.release()
-            for name, models in self._models().items():
-                for model in models:
-                    model.to(dtype_of(name, target) if isinstance(target, torch.dtype) else target)
+            move(
+                (model, dtype_of(name, target) if isinstance(target, torch.dtype) else target)
+                for name, models in self._models().items()
+                for model in models
+            )
         return self
 
     def compile(self, mode: str | None = None, backend: str = "inductor") -> None:
@@ -352,9 +356,11 @@ class Components:
         return self._num_timesteps
 
     @property
-    def interrupt(self) -> bool:
-        """Whether a callback has set `_interrupt`, which ends the run after its step."""
-        return self._interrupt
+    def interrupt(self) -> Interrupt:
+        """Called, from a callback or another thread, it ends the run after its step: the pictures are decoded
+        as they are by then. As a truth value, whether that was asked for since the run began.
+        """
+        return Interrupt(self)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of tqdm's bar, such as `disable=True`."""

@@ -27,7 +27,7 @@ from kolors_core.ip_adapter import (
     check_fits,
 )
 from kolors_core.loading import load
-from kolors_core.placement import dtype_of, one_dtype, plain, refuse_second_copy
+from kolors_core.placement import dtype_of, finite, one_dtype, plain, refuse_second_copy
 from weights_convert import TABLES, recognise
 from weights_convert.source import Source, Tensors, save_tensors
 
@@ -241,6 +241,7 @@ class ImagePrompting(Components):
             for half, into in ((states, prompts), (negative, negatives)):
                 if half is not None:
                     tokens = handle.tokens(half.to(self.device))
+                    finite(tokens, "the image prompt's tokens", tokens.dtype)
                     into.append(ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0), mask))
         return tuple(prompts), tuple(negatives)
 

@@ -147,7 +147,7 @@ class Offload:
     def __init__(self) -> None:
         self.device: torch.device | None = None
         self.by_block, self.lane = False, Lane(torch.device("cpu"))
-        self.bytes_on_device = self.peak_bytes = 0
+        self.peak_bytes = 0
         self.at_work: str | None = None
         self._before: str | None = None  # the unit that was at work before
         self._units: dict[str, Unit] = {}
@@ -187,6 +187,10 @@ class Offload:
         if stage is not None and not self.by_block:
             self.need(stage)
 
+    @property
+    def bytes_on_device(self) -> int:
+        return sum(loan.copy.nbytes for loan in (self._coming | self._here).values())
+
     @torch.inference_mode(False)
     def need(self, name: str) -> None:
         """Bring a unit, after the others have left, and start to bring the one that is likely next."""
@@ -199,11 +203,12 @@ class Offload:
         if self._keep(own, own | coming) and not self.by_block:
             self.lane.tidy()
         self._send([tensor for key, tensor in own.items() if key not in self._here | self._coming])
-        arrived = {key: self._coming.pop(key) for key in own if key in self._coming}
+        arrived = {key: self._coming[key] for key in own if key in self._coming}
         self._wait(arrived.values())
-        for loan in arrived.values():
+        self._here |= arrived  # noted first: what comes is sent home even if an exception cuts this short
+        for key, loan in arrived.items():
             loan.tensor.data = loan.copy
-        self._here |= arrived
+            self._coming.pop(key)
         self._send([tensor for key, tensor in coming.items() if key not in self._here | self._coming])
 
     def release(self) -> None:
@@ -240,7 +245,6 @@ class Offload:
             del self._here[id(tensor)]
         for loan in dropped:
             del self._coming[id(loan.tensor)]
-        self.bytes_on_device -= sum(loan.copy.nbytes for loan in [*leaving, *dropped])
         return bool(leaving)
 
     def _send(self, tensors: Sequence[Tensor]) -> None:
@@ -251,7 +255,6 @@ class Offload:
         copies, arrival = self.lane.send(homes) if homes else ([], None)
         for tensor, home, copy in zip(tensors, homes, copies, strict=True):
             self._coming[id(tensor)] = Loan(tensor, home, copy, tensor._version, arrival)
-            self.bytes_on_device += copy.nbytes
         self.peak_bytes = max(self.peak_bytes, self.bytes_on_device)
 
     def _wait(self, loans: Iterable[Loan]) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from kolors_core.callback import StepCallback
 from kolors_core.conditioning import Size
 from kolors_core.image import vae_pixels
+from kolors_core.placement import finite
 from kolors_core.plan import Planning
+from kolors_core.running import run
 from kolors_core.sampling import Generators, draw_noise
 from kolors_core.schedule import Schedule
 from kolors_core.task import KolorsPipelineOutput, Request
@@ -23,7 +25,7 @@ from kolors_core.text_prompt import MAX_TOKENS, Prompt
 class KolorsPipeline(Planning):
     """Text to image."""
 
-    @torch.no_grad()
+    @run
     def __call__(
         self,
         prompt: Prompt | None = None,
@@ -82,7 +84,7 @@ class KolorsPipeline(Planning):
 class KolorsImg2ImgPipeline(Planning):
     """Image to image: noise is added to a picture, and taken off again under the prompt."""
 
-    @torch.no_grad()
+    @run
     def __call__(
         self,
         prompt: Prompt | None = None,
@@ -185,7 +187,7 @@ class KolorsImg2ImgPipeline(Planning):
         # One after another, so that a batch needs no more memory.
         found = [self.vae.encode(self._input_for(weight, picture[None])) for picture in pixels]
         mean, std = (torch.cat([getattr(one, part) for one in found]) for part in ("mean", "std"))
-        return mean, std
+        return finite(mean, "the given image's latents", weight.dtype), std
 
     def _sampled(
         self, mean: Tensor, std: Tensor | None, count: int, images_per_prompt: int, generator: Generators

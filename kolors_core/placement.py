@@ -2,14 +2,19 @@
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
+
+# What helps against numbers that have become too large for a precision.
+HELP = {torch.float16: "try bfloat16 or float32", torch.bfloat16: "try float32"}
+AT_FAULT = "no precision helps, look at the weights, at adapters' scales and at what was given"
 
 
 def best_device() -> torch.device:
@@ -105,6 +110,19 @@ def refuse_second_copy(low_cpu_mem_usage: bool) -> None:
         raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
 
 
+def move(models: Iterable[tuple[nn.Module, torch.device | torch.dtype]]) -> None:
+    """Bring each model to its device or dtype; if there is no room for one, all are brought back."""
+    before: list[tuple[Tensor, torch.device, torch.dtype]] = []
+    try:
+        for model, target in models:
+            before += [(t, t.device, t.dtype) for t in chain(model.parameters(), model.buffers())]
+            model.to(target)
+    except BaseException:
+        for tensor, device, dtype in before:
+            tensor.data = tensor.data.to(device, dtype)
+        raise
+
+
 def plain(model: Any) -> Any:
     """The model itself, of one that `torch.compile` has wrapped."""
     return getattr(model, "_orig_mod", model)
@@ -114,5 +132,5 @@ def finite(tensor: Tensor, what: str | Callable[[], str], dtype: torch.dtype) ->
     """The tensor, or FloatingPointError naming the stage and its precision instead of a black picture."""
     if not torch.isfinite(tensor).all():
         what = what if isinstance(what, str) else what()
-        raise FloatingPointError(f"{what} are not finite, computed in {dtype}: try bfloat16 or float32")
+        raise FloatingPointError(f"{what} are not finite, computed in {dtype}: {HELP.get(dtype, AT_FAULT)}")
     return tensor

@@ -360,7 +360,9 @@ def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, leng
     positive, negative = twin._conditions(request, size)
     shape = twin._latent_shape(len(positive.size_ids), size)
     x = torch.empty(shape, device=META, dtype=twin.precision)
+    twin._interrupt = False
     twin._pictures(request, twin.scheduler.schedule(50), x, positive, negative, {})
+    twin._on_device()
 
 
 def _encoded(twin: Task, prompts: int, length: int) -> TextEmbedding:

@@ -222,7 +222,7 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
             lambda: draw_noise(tuple(x.shape), request.generator, self.device, torch.float32),
         )  # fmt: skip
         self._num_timesteps = len(schedule.timesteps)
-        self._guidance_scale, self._interrupt = request.guidance_scale, False
+        self._guidance_scale = request.guidance_scale
         factor = (request.cross_attention_kwargs or {}).get("scale")
         self._on_device("unet")
         with (
@@ -235,7 +235,6 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
             )(sampler, x)  # fmt: skip
         kind = request.output_type
         images = result.to(self.dtype) if kind == "latent" else to_output(self._decode(result), kind)
-        self._on_device()
         if kind == "pil":
             self._describe(images, request, facts)
         return KolorsPipelineOutput(images) if request.return_dict else (images,)

@@ -1,0 +1,60 @@
+"""What surrounds a run: it can be interrupted, and whatever becomes of it, its models go to rest.
+
+Ctrl-C, lack of memory and every other exception pass through here; the pipeline works again afterwards.
+"""
+
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+
+class Running(Protocol):
+    """A pipeline, as far as a run's begin and end need it."""
+
+    _interrupt: bool
+
+    def _on_device(self, stage: str | None = None) -> None: ...
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Self = TypeVar("Self", bound=Running)
+
+
+def run(call: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
+    """A task's `__call__` without gradients, that nobody has interrupted yet and that leaves all at rest."""
+
+    @wraps(call)
+    @torch.no_grad()
+    def guarded(self: Self, *arguments: P.args, **named: P.kwargs) -> R:
+        self._interrupt = False
+        try:
+            return call(self, *arguments, **named)
+        except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
+            traceback.clear_frames(error.__traceback__)  # or an interactive session keeps all their tensors
+            raise
+        finally:
+            self._on_device()
+
+    return guarded
+
+
+class Interrupt:
+    """`pipe.interrupt`: called, it ends the run after its step, from any thread; as a truth value, it says
+    whether that was asked for. The reference has the second only, and asks by `pipe._interrupt = True`.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    def __call__(self) -> None:
+        self.pipe._interrupt = True
+
+    def __bool__(self) -> bool:
+        return self.pipe._interrupt
+
+    def __repr__(self) -> str:
+        return f"<interrupt of a pipeline, {'asked for' if self else 'not asked for'}>"
