@@ -24,11 +24,12 @@ from kolors_core.fields import whole_number
 from kolors_core.image import OUTPUT_TYPES, describe, to_output
 from kolors_core.ip_adapter import attached
 from kolors_core.lora_loading import LoRALoading
-from kolors_core.placement import finite
+from kolors_core.placement import finite, plain
 from kolors_core.quantize_report import Quantizing
 from kolors_core.sampling import Generators, draw_noise, sampler_of
 from kolors_core.schedule import Schedule
 from kolors_core.text_prompt import MAX_TOKENS, Prompt, TextPrompting
+from kolors_core.textual_inversion import words_of
 
 
 class KolorsPipelineOutput(NamedTuple):
@@ -291,10 +292,12 @@ class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing):
             describe(image, facts)
 
     def _adapter_facts(self) -> dict[str, Any]:
-        """What the pictures' description says of LoRAs and IP-Adapters."""
+        """What the pictures' description says of LoRAs, learned words and IP-Adapters."""
         facts = {}
         if names := self.get_active_adapters():
             facts["lora"] = ", ".join(names)
+        if self.text_encoder is not None and (words := words_of(plain(self.text_encoder))):
+            facts["learned_words"] = ", ".join(words)
         for handle in attached(self.unet):
             name = "face_scale" if isinstance(handle.adapter, FaceIDAdapter) else "ip_adapter_scale"
             scale = str(next(iter(handle.branches.values())).scale)
