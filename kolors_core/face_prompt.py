@@ -5,6 +5,7 @@ https://github.com/Kwai-Kolors/Kolors.
 Shapes: B pictures to make, n faces (1 or a divisor of B), P patches of each (577), D CLIP's width.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor
 from kolors_core.blocks import BlockScale
 from kolors_core.context import ImagePrompt
 from kolors_core.face_id import FaceIDAdapter
+from kolors_core.hub import find_file
 from kolors_core.image_prompt import ImagePrompting, Told
 from kolors_core.ip_adapter import Attached, attach, attached
 from kolors_core.placement import finite, plain, refuse_second_copy
+from weights_convert.reading import one_line
+from weights_convert.source import Source
 
 PATCHES = 577  # of a picture that guides, where no image encoder tells
 
@@ -143,6 +147,29 @@ class FacePrompting(ImagePrompting):
         self._on_device("image_encoder")
         pixels = self._pixels(image, encoder.config.image_size)  # [n, 3, S, S]
         return encoder.penultimate(self._input_for(encoder.projection.weight, pixels))
+
+
+def load_face_embeds(file: str | Path) -> Tensor:
+    """An id vector [1, id_dim] from a file: numpy's .npy, or the only tensor of a .safetensors.
+
+    FileNotFoundError or ValueError naming the file if it holds something else.
+    """
+    file = Path(file)
+    if file.suffix == ".npy":
+        import numpy as np
+
+        try:
+            vector = torch.as_tensor(np.load(file, allow_pickle=False))
+        except (ValueError, TypeError, EOFError) as error:
+            raise ValueError(f"{file}: not an array of numbers: {one_line(error, 200)}") from None
+    else:
+        source = Source([find_file(file)])
+        if len(source) != 1:
+            raise ValueError(f"{file}: wanted one tensor, a face's id vector, got {len(source)}")
+        vector = next(iter(source.values()))
+    if vector.numel() != vector.shape[-1:].numel() or vector.ndim not in (1, 2):
+        raise ValueError(f"{file}: wanted one id vector, got {list(vector.shape)}")
+    return vector.reshape(1, -1)
 
 
 def _ids(embeds: Any, width: int) -> Tensor:

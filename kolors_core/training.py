@@ -129,7 +129,9 @@ class Objective(nn.Module):
         word that says roughly what it is. ValueError for a word that it has not.
         """
         have = {} if self.text_encoder is None else vectors_of(self.text_encoder)
-        if unknown := [word for word in words if word not in have] or ([] if words else ["nothing"]):
+        if not words:
+            raise ValueError("no word to be learned")
+        if unknown := [word for word in words if word not in have]:
             raise ValueError(f"{unknown[0]} is no learned word; there are: {', '.join(have) or 'none'}")
         self.requires_grad_(False)
         for word in words:
