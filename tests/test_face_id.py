@@ -6,19 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core.__main__ import main
 from kolors_core.config import KOLORS
 from kolors_core.face_id import FaceIDAdapter, FaceIDConfig
+from kolors_core.face_prompt import load_face_embeds
+from kolors_core.image import read_description
 from kolors_core.ip_adapter import attach, attached
 from kolors_core.lora import attach as attach_lora
 from kolors_core.lora import save_adapters
 from kolors_core.unet import UNet
 from tests.face_ids import FACE, TOKENS, ReferenceFace, face_config, parts_of, write_face
 from tests.ip_adapters import Both, load_both
+from tests.offloads import offloaded
 from tests.parity import EXACT, FLOAT32, pair, relative_error
 from tests.pipelines import EMBEDDINGS, NO_SAVINGS, SOLVERS, picture, saving, steps_of, use_solver
 from weights_convert import TABLES
@@ -217,6 +223,14 @@ def test_it_is_planned(faced: Faced) -> None:
     assert ours.plan(64, 64).stages["unet"].weights < with_face.stages["unet"].weights
 
 
+@pytest.mark.parametrize("by_block", [False, True])
+def test_it_comes_to_the_accelerator(by_block: bool, faced: Faced) -> None:
+    ours = faced[0]
+    expected = face_steps(ours)[-1]
+    with offloaded(ours, by_block):
+        assert torch.equal(face_steps(ours)[-1], expected)
+
+
 # Files.
 
 
@@ -312,3 +326,56 @@ def test_a_face_without_an_adapter_is_an_error(both: Both) -> None:
     with pytest.raises(ValueError, match="no face adapter is loaded"):
         both[0].set_ip_adapter_face_id_scale(1.0)
     both[0].unload_ip_adapter_face_id()  # nothing to do, and nothing happens
+
+
+def test_files_of_id_vectors(tmp_path: Path) -> None:
+    vector = torch.arange(4.0)
+    np.save(tmp_path / "flat.npy", vector.numpy())
+    np.save(tmp_path / "row.npy", vector[None].numpy())
+    save_file({"embedding": vector}, tmp_path / "flat.safetensors")
+    for name in ("flat.npy", "row.npy", "flat.safetensors"):
+        assert torch.equal(load_face_embeds(tmp_path / name), vector[None])
+    np.save(tmp_path / "two.npy", torch.zeros(2, 4).numpy())
+    np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "scalar.npy", np.float32(1))
+    save_file({"a": vector, "b": -vector}, tmp_path / "two.safetensors")
+    (tmp_path / "text.npy").write_text("no array")
+    for name, message in {
+        "two.npy": r"two.npy: wanted one id vector, got \[2, 4\]",
+        "object.npy": "object.npy: not an array of numbers",
+        "scalar.npy": r"scalar.npy: wanted one id vector, got \[\]",
+        "text.npy": "text.npy: not an array of numbers",
+        "two.safetensors": "two.safetensors: wanted one tensor, a face's id vector, got 2",
+        "none.npy": "none.npy",
+        "face.bin": "face.bin: a pickle",
+    }.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_face_embeds(tmp_path / name)
+
+
+def test_on_the_command_line(reference_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_face(tmp_path / "face" / "face.safetensors")
+    encoder = pair("image_encoder", torch.float32)[1]
+    encoder.save_pretrained(tmp_path / "face" / "clip-vit-large-patch14-336")
+    np.save(tmp_path / "id.npy", FACE["face_embeds"][0].float().numpy())
+    FACE["face_image"].save(tmp_path / "face.png")
+    command = ["cat", "-w", str(reference_folder), "--device", "cpu", "-q", "--seed", "3", "--steps", "2"]
+    flags = ["--face-adapter", str(tmp_path / "face"), "--face-image", str(tmp_path / "face.png"),
+             "--face-embeds", str(tmp_path / "id.npy"), "--face-scale", "0.8"]  # fmt: skip
+    out = tmp_path / "out.png"
+    assert main([*command, *flags, "-o", str(out)]) == 0
+    pipe = KolorsPipeline.from_pretrained(reference_folder)
+    pipe.scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_ip_adapter_face_id(tmp_path / "face")
+    pipe.set_ip_adapter_face_id_scale(0.8)
+    given = FACE | {"generator": torch.Generator().manual_seed(3), "num_inference_steps": 2}
+    expected = np.asarray(pipe("cat", **given).images[0]).astype(int)
+    with Image.open(out) as image:
+        assert abs(np.asarray(image).astype(int) - expected).max() <= 1
+    told = read_description(out)
+    assert (told["face_adapter"], told["face_scale"]) == (str(tmp_path / "face"), "0.8")
+    assert main([*command, *flags[:4], "-o", str(tmp_path / "no.png")]) == 2
+    assert "--face-adapter, --face-image, --face-embeds and --face-scale need" in capsys.readouterr().err
+    assert main([*command, *flags, "--plan"]) == 0
+    assert "image_encoder" in capsys.readouterr().out

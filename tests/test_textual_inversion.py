@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core.__main__ import main
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.dataset import Batches, read_folder
 from kolors_core.guidance import Savings
+from kolors_core.image import read_description
+from kolors_core.options import with_word
 from kolors_core.prompt_cache import PromptCache
 from kolors_core.quantize import quantize
 from kolors_core.schedule import EulerDiscreteScheduler
@@ -305,6 +308,24 @@ def test_other_bad_input_is_named(pipe: KolorsPipeline, tmp_path: Path) -> None:
     pipe.text_encoder = None
     with pytest.raises(ValueError, match="no text encoder, and learned words are read by it"):
         pipe.load_textual_inversion({"<cat>": vectors(1)})
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The embedded model with another concept's vectors under a new word draws that concept."""
+    tokenizer, encoder = Tokenizer(EMBEDDED / "tokenizer"), load_component(EMBEDDED, "text_encoder")
+    assert isinstance(encoder, ChatGLM)
+    file = tmp_path / "concept.safetensors"
+    save_file({"emb_params": encoder.embedding.weight[tokenizer.pieces.encode("a red apple")].clone()}, file)
+    assert (with_word(str(file)), with_word(f"{file}:<x>")) == ((str(file), None), (str(file), "<x>"))
+    command = ["--steps", "2", "--seed", "1", "-q", "--device", "cpu", "--height", "64", "--width", "64"]
+    out, plain = tmp_path / "word.png", tmp_path / "plain.png"
+    assert main(["<x>", *command, "-o", str(out), "--textual-inversion", f"{file}:<x>"]) == 0
+    assert main(["a red apple", *command, "-o", str(plain)]) == 0
+    assert Image.open(out).tobytes() == Image.open(plain).tobytes()
+    told = read_description(out)
+    assert (told["learned_words"], told["textual_inversion"]) == ("<x>", f"{file}:<x>")
+    assert main(["<x>", *command, "-o", str(tmp_path / "no.png"), "--textual-inversion", str(file)]) == 2
+    assert "emb_params names no word" in capsys.readouterr().err
 
 
 # Training.
