@@ -27,6 +27,7 @@ from tests.ip_adapters import Both, load_both
 from tests.offloads import offloaded
 from tests.parity import EXACT, FLOAT32, pair, relative_error
 from tests.pipelines import EMBEDDINGS, NO_SAVINGS, SOLVERS, picture, saving, steps_of, use_solver
+from tests.test_unet import inputs
 from weights_convert import TABLES
 from weights_convert.__main__ import convert, convert_pickle
 from weights_convert.rules import compare
@@ -65,6 +66,17 @@ def test_the_resampler_equals_the_reference(faced: Faced) -> None:
     with torch.no_grad():
         mine, other = adapter_of(ours).resampler(ids, states), theirs.projection(ids)
     assert mine.shape == (2, TOKENS, ours.unet.config.text_dim) and relative_error(mine, other) < EXACT
+
+
+@torch.no_grad()
+def test_the_unet_equals_the_reference(faced: Faced) -> None:
+    ours, theirs = faced
+    given, ids = inputs(1, 9, 7, torch.float64), FACE["face_embeds"]
+    guide, _ = ours._face_prompts(FACE["face_image"], ids, 1, is_guided=False)[attached(ours.unet)[0]]
+    text = torch.cat([given["text_tokens"], theirs.tokens(ids, FACE["face_image"])[0]], dim=1)
+    added = {"text_embeds": given["pooled_text"], "time_ids": given["size_ids"]}
+    call = theirs.pipe.unet(given["latents"], given["timestep"], text, added_cond_kwargs=added)
+    assert relative_error(ours.unet(**given, image_prompts=[guide]), call.sample) < EXACT
 
 
 @pytest.mark.parametrize(("solver", "changes"), SOLVERS[:2], ids=["euler", "dpm"])
