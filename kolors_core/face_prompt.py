@@ -110,7 +110,8 @@ class FacePrompting(ImagePrompting):
         positive = told(adapter.tokens(unet, ids, states))
         if not is_guided:
             return {handle: (positive, None)}
-        return {handle: (positive, told(adapter.tokens(unet, 0 * ids[:1], 0 * states[:1])))}
+        nobody = torch.zeros_like(ids[:1]), torch.zeros_like(states[:1])
+        return {handle: (positive, told(adapter.tokens(unet, *nobody)))}
 
     def stand_ins(self, device: torch.device, is_guided: bool) -> dict[str, Any]:
         """Arguments without values: for each loaded adapter one picture, or without CLIP its states."""
