@@ -11,6 +11,7 @@ import torch
 
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.config import VERSION
+from kolors_core.face_prompt import load_face_embeds
 from kolors_core.fields import whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.options import (
@@ -21,6 +22,7 @@ from kolors_core.options import (
     default_steps,
     load_loras,
     load_pipeline,
+    load_words,
     quantize,
     with_revision,
 )
@@ -84,6 +86,24 @@ def parser() -> argparse.ArgumentParser:
         "--ip-image", action="append", metavar="FILE", help="be guided by this picture (may be repeated)"
     )
     images.add_argument("--ip-scale", type=float, help="how much (default: 1)")
+    images.add_argument(
+        "--face-adapter",
+        metavar="FROM",
+        help="IP-Adapter-FaceID-Plus as safetensors, with CLIP beside it or from --ip-adapter",
+    )
+    images.add_argument("--face-image", metavar="FILE", help="a square picture of the face")
+    images.add_argument(
+        "--face-embeds", metavar="FILE", help="its id vector by insightface, as .npy or .safetensors"
+    )
+    images.add_argument("--face-scale", type=float, help="how much (default: 1)")
+    model.add_argument(
+        "--textual-inversion",
+        action="append",
+        default=[],
+        metavar="FROM[:WORD]",
+        help="learned vectors that a word of the prompt stands for, by its name in the file or by WORD; a "
+        "file, folder or hub repository; may be repeated",
+    )
     model.add_argument(
         "--lora",
         action="append",
@@ -163,6 +183,12 @@ def draw(options: argparse.Namespace) -> None:
     outs = checked(options)
     start = None if options.image is None else load_image(options.image)
     guides = [load_image(file) for file in options.ip_image or ()]
+    face = {}
+    if options.face_adapter is not None:
+        face = {
+            "face_embeds": load_face_embeds(options.face_embeds),
+            "face_image": load_image(options.face_image),
+        }
     outs[0].parent.mkdir(parents=True, exist_ok=True)
     device = named_device(options.device)
     pipe = load_pipeline(options, device)
@@ -182,14 +208,15 @@ def draw(options: argparse.Namespace) -> None:
         target_size=options.target_size, negative_original_size=options.negative_original_size,
         negative_crops_coords_top_left=options.negative_crop or (0, 0),
         negative_target_size=options.negative_target_size, max_sequence_length=options.max_tokens,
-        ip_adapter_image=[guides] if guides else None,
+        ip_adapter_image=[guides] if guides else None, **face,
     )  # fmt: skip
     if start is None:
         output = pipe(**arguments)
     else:
         strength = {} if options.strength is None else {"strength": options.strength}
         output = KolorsImg2ImgPipeline.from_pipe(pipe)(image=start, **strength, **arguments)
-    told = {name: getattr(options, name) for name in ("image", "lora", "ip_adapter", "ip_image")}
+    names = ("image", "lora", "textual_inversion", "ip_adapter", "ip_image", "face_adapter", "face_image")
+    told = {name: getattr(options, name) for name in names}
     told = {
         name: value if isinstance(value, str) else ", ".join(value) for name, value in told.items() if value
     }
@@ -239,19 +266,28 @@ def checked(options: argparse.Namespace) -> list[Path]:
     given = (options.ip_adapter is not None, options.ip_image is not None)
     if any(given) and not all(given) or (options.ip_scale is not None and not all(given)):
         raise ValueError("--ip-adapter, --ip-image and --ip-scale need each other")
+    given = tuple(getattr(options, f"face_{name}") is not None for name in ("adapter", "image", "embeds"))
+    if any(given) and not all(given) or (options.face_scale is not None and not all(given)):
+        raise ValueError("--face-adapter, --face-image, --face-embeds and --face-scale need each other")
     if options.strength is not None and options.image is None:
         raise ValueError("--strength has no effect without --image")
     return outs
 
 
 def load_adapters(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
-    """Load the LoRAs and the IP-Adapter that the options ask for."""
+    """Load the LoRAs, the learned words and the IP-Adapters that the options ask for."""
     load_loras(pipe, options.lora, options.local_files_only, options.quiet)
+    load_words(pipe, options.textual_inversion, options.local_files_only)
     if options.ip_adapter is not None:
         name, revision = with_revision(options.ip_adapter)
         pipe.load_ip_adapter(name, revision=revision, local_files_only=options.local_files_only)
         if options.ip_scale is not None:
             pipe.set_ip_adapter_scale(options.ip_scale)
+    if options.face_adapter is not None:
+        name, revision = with_revision(options.face_adapter)
+        pipe.load_ip_adapter_face_id(name, revision=revision, local_files_only=options.local_files_only)
+        if options.face_scale is not None:
+            pipe.set_ip_adapter_face_id_scale(options.face_scale)
 
 
 def numbers(text: str) -> list[float]:

@@ -54,8 +54,8 @@ KINDS = {
 
 OPTIONAL = {"image_encoder"}  # what a checkpoint may lack
 
-# Where attached LoRAs (lora.py) and IP-Adapters (ip_adapter.py) have their tensors in a model.
-ADAPTERS = {"lora", "image_branches"}
+# Where LoRAs (lora.py), IP-Adapters (ip_adapter.py) and words (textual_inversion.py) have their tensors.
+ADAPTERS = {"lora", "image_branches", "learned"}
 
 # The small Kolors that this package carries, and the name that `resolve` knows it by.
 EMBEDDED = Path(__file__).parent / "tiny"
@@ -259,7 +259,7 @@ def load_index(folder: Path) -> dict[str, Any]:
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own tensors, without those of attached adapters."""
+    """The model's own tensors, without those of attached adapters and learned words."""
     state = model.state_dict()
     return {name: state[name] for name in state if not ADAPTERS.intersection(name.split("."))}
 

@@ -5,7 +5,7 @@ pipelines/kolors/pipeline_kolors.py.
 Shapes: B pictures to make, I pictures that guide for an adapter, P patches of each (577), D CLIP's width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,20 +17,27 @@ from kolors_core.clip_vision import CLIPVision
 from kolors_core.components import Components
 from kolors_core.config import IPAdapterConfig
 from kolors_core.context import ImagePrompt
+from kolors_core.face_id import FaceIDAdapter, FaceIDConfig
 from kolors_core.hub import fetch, find_file
 from kolors_core.image import clip_pixels
 from kolors_core.ip_adapter import (
+    Adapter,
     Attached,
     IPAdapter,
     attach,
     attached,
-    check_fits,
 )
 from kolors_core.loading import load
 from kolors_core.placement import dtype_of, finite, one_dtype, plain, refuse_second_copy
 from weights_convert import TABLES, recognise
 from weights_convert.source import Source, Tensors, save_tensors
 
+ADAPTERS: dict[str, tuple[Callable[..., Adapter], type[IPAdapterConfig]]] = {
+    "ip_adapter": (IPAdapter, IPAdapterConfig),
+    "face_id": (FaceIDAdapter, FaceIDConfig),
+}
+# What each attached adapter has its branches read, and in the negative half, if there is one.
+Told = dict[Attached, tuple[ImagePrompt, ImagePrompt | None]]
 Images = Any  # a PIL image, or an array or tensor of one, or a list of them for each adapter
 
 
@@ -107,31 +114,47 @@ class ImagePrompting(Components):
             "token": token,
         }  # fmt: skip
         encoder = own = self._image_encoder
-        weight = self.unet.conv_in.weight
         adapters = []
         for source, folder, file in _matched_sources(
             pretrained_model_name_or_path_or_dict, subfolder, weight_name
         ):
-            if not isinstance(source, Mapping) and Path(source).is_file():
-                if folder or file is not None:
-                    raise ValueError(f"{source} is a file: subfolder and weight_name have no effect on it")
-                source, file = Path(source).parent, Path(source).name
-            adapters.append(_build(_tensors(source, folder, file, hub), weight))
-            if encoder is None and image_encoder_folder is not None:
-                if isinstance(source, Mapping):
-                    raise ValueError("a dict has no image encoder: image_encoder_folder must be None")
-                encoder = CLIPVisionModelWithProjection.from_pretrained(
-                    source, subfolder=_encoder_folder(folder, image_encoder_folder), dtype=weight.dtype,
-                    device=weight.device, **hub,
-                )  # fmt: skip
-        for adapter in adapters:
-            check_fits(self.unet, adapter)
-            if encoder is not None and adapter.config.image_dim != encoder.config.hidden_size:
-                got = f"the image encoder is {encoder.config.hidden_size} wide"
-                raise ValueError(f"{got}, and the IP-Adapter reads {adapter.config.image_dim}")
+            adapter, encoder = self._opened(
+                "ip_adapter", source, folder, file, encoder, image_encoder_folder, hub
+            )
+            adapters.append(adapter)
         self.unload_ip_adapter()
         for adapter in adapters:
             attach(plain(self.unet), adapter, encoder if encoder is not own else None)
+
+    def _opened(
+        self,
+        component: str,
+        source: Any,
+        subfolder: str,
+        weight_name: str | None,
+        encoder: CLIPVision | None,
+        encoder_folder: str | None,
+        hub: dict[str, Any],
+    ) -> tuple[Adapter, CLIPVision | None]:
+        """An adapter of a kind, and the image encoder: the given one, or else what lies in the folder."""
+        weight = self.unet.conv_in.weight
+        if not isinstance(source, Mapping) and Path(source).is_file():
+            if subfolder or weight_name is not None:
+                raise ValueError(f"{source} is a file: subfolder and weight_name have no effect on it")
+            source, weight_name = Path(source).parent, Path(source).name
+        adapter = _build(component, _tensors(source, subfolder, weight_name, hub), weight)
+        adapter.check_fits(plain(self.unet))
+        if encoder is None and encoder_folder is not None:
+            if isinstance(source, Mapping):
+                raise ValueError("a dict has no image encoder: image_encoder_folder must be None")
+            encoder = CLIPVisionModelWithProjection.from_pretrained(
+                source, subfolder=_encoder_folder(subfolder, encoder_folder), dtype=weight.dtype,
+                device=weight.device, **hub,
+            )  # fmt: skip
+        if encoder is not None and adapter.config.image_dim != encoder.config.hidden_size:
+            got = f"the image encoder is {encoder.config.hidden_size} wide"
+            raise ValueError(f"{got}, and the IP-Adapter reads {adapter.config.image_dim}")
+        return adapter, encoder
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Weigh the adapters: 1 is as trained, 0 as if there were none.
@@ -150,7 +173,7 @@ class ImagePrompting(Components):
 
     def unload_ip_adapter(self) -> None:
         """Take the adapters out, and CLIP if it came with one; the UNet is as before, bit for bit."""
-        for handle in attached(self.unet):
+        for handle in self._picture_adapters:
             handle.detach()
 
     @torch.no_grad()
@@ -219,10 +242,10 @@ class ImagePrompting(Components):
 
     def _image_prompts(
         self, image: Images, embeds: Sequence[Tensor] | None, masks: Any, batch: int, is_guided: bool
-    ) -> tuple[tuple[ImagePrompt, ...], tuple[ImagePrompt, ...]]:
+    ) -> Told:
         """What the UNet is told of the pictures in each of its B rows, and in each negative one."""
-        if not attached(self.unet) and image is None and embeds is None and masks is None:
-            return (), ()
+        if not self._picture_adapters and image is None and embeds is None and masks is None:
+            return {}
         handles = self._need_adapters()
         if image is None and embeds is None:
             raise ValueError(
@@ -230,7 +253,7 @@ class ImagePrompting(Components):
             )
         pairs = self._image_states(image, embeds, is_guided)
         self._on_device("unet")
-        prompts, negatives = [], []
+        told: Told = {}
         for handle, (states, negative), mask in zip(
             handles, pairs, _masks_of(masks, len(handles), batch), strict=True
         ):
@@ -238,15 +261,20 @@ class ImagePrompting(Components):
                 raise ValueError(f"ip_adapter_image_embeds has {len(states)} rows, for {batch} pictures")
             mask = None if mask is None else mask.to(self.device)
             handle.follow_unet()
-            for half, into in ((states, prompts), (negative, negatives)):
-                if half is not None:
-                    tokens = handle.tokens(half.to(self.device))
-                    finite(tokens, "the image prompt's tokens", tokens.dtype)
-                    into.append(ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0), mask))
-        return tuple(prompts), tuple(negatives)
+            positive = _prompt(handle, states.to(self.device), batch, mask)
+            told[handle] = (
+                positive,
+                None if negative is None else _prompt(handle, negative.to(self.device), batch, mask),
+            )
+        return told
+
+    @property
+    def _picture_adapters(self) -> list[Attached]:
+        """The adapters that pictures guide, but not a face's."""
+        return [handle for handle in attached(self.unet) if isinstance(handle.adapter, IPAdapter)]
 
     def _need_adapters(self) -> list[Attached]:
-        if not (handles := attached(self.unet)):
+        if not (handles := self._picture_adapters):
             raise ValueError("no IP-Adapter is loaded: load_ip_adapter first")
         return handles
 
@@ -296,16 +324,25 @@ def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> 
     return Tensors(flat, "the dict of tensors")
 
 
-def _build(source: Source | Tensors, like: Tensor) -> IPAdapter:
+def _build(component: str, source: Source | Tensors, like: Tensor) -> Adapter:
     """An adapter of the shape that its tensors have, in the dtype and on the device of `like`."""
     table, is_ours = recognise(source.keys(), source.where)
-    if table is not TABLES["ip_adapter"]:
-        raise ValueError(f"{source.where}: wanted an IP-Adapter, got a {table.component}")
+    if table is not TABLES[component]:
+        hint = ": load_ip_adapter_face_id loads it" if table is TABLES["face_id"] else ""
+        raise ValueError(f"{source.where}: wanted an {component}, got a {table.component}{hint}")
+    kind, config = ADAPTERS[component]
     shapes = {name if is_ours else table.to_ours(name): source.shape(name) for name in source}
     with torch.device("meta"):
-        adapter = IPAdapter(IPAdapterConfig.from_shapes(shapes, source.where))
-    load(adapter, source, "ip_adapter", dtype=like.dtype, device=like.device)
+        adapter = kind(config.from_shapes(shapes, source.where))
+    load(adapter, source, component, dtype=like.dtype, device=like.device)
     return adapter.eval()
+
+
+def _prompt(handle: Attached, states: Tensor, batch: int, mask: Tensor | None) -> ImagePrompt:
+    """What an adapter's branches read of states [n, I, P, D], in each of B rows."""
+    tokens = handle.tokens(states)  # [n, I, Q, context_dim]
+    finite(tokens, "the image prompt's tokens", tokens.dtype)
+    return ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0), mask)
 
 
 def _halves(embed: Any, is_guided: bool) -> tuple[Tensor, Tensor | None]:

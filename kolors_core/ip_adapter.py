@@ -144,19 +144,39 @@ class ImageBranch(nn.Module):
         return h
 
 
-class IPAdapter(nn.Module):
-    """The resampler, and a branch for each cross-attention, under the numbers of the file: 1, 3, 5, ..."""
+class Adapter(nn.Module):
+    """What makes image tokens, and branches for the cross-attentions, numbered as in the file: 1, 3, ..."""
 
-    def __init__(self, config: IPAdapterConfig) -> None:
+    def __init__(self, config: IPAdapterConfig, resampler: nn.Module) -> None:
         super().__init__()
         self.config = config
-        self.resampler = Resampler(config)
+        self.resampler = resampler
         self.branches = nn.ModuleDict(
             {
                 str(2 * i + 1): ImageBranch(size, config.context_dim)
                 for i, size in enumerate(config.branch_widths)
             }
         )
+
+    def check_fits(self, unet: UNet) -> None:
+        """ValueError if it was made for a UNet of another shape."""
+        places, config = cross_attentions(unet), self.config
+        wanted = [place.to_q.in_features for place in places.values()]
+        if list(config.branch_widths) != wanted or config.context_dim != unet.config.context_dim:
+            got = f"{len(config.branch_widths)} attentions {sorted(set(config.branch_widths))} wide"
+            have = f"{len(wanted)}, {sorted(set(wanted))} wide, of context {unet.config.context_dim}"
+            raise ValueError(
+                f"the IP-Adapter is for {got}, of context {config.context_dim}; the UNet has {have}"
+            )
+
+
+class IPAdapter(Adapter):
+    """IP-Adapter-Plus."""
+
+    resampler: Resampler
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__(config, Resampler(config))
 
 
 class Attached:
@@ -166,7 +186,7 @@ class Attached:
     """
 
     def __init__(
-        self, unet: UNet, adapter: IPAdapter, branches: dict[str, ImageBranch], encoder: CLIPVision | None
+        self, unet: UNet, adapter: Adapter, branches: dict[str, ImageBranch], encoder: CLIPVision | None
     ) -> None:
         self.unet, self.adapter, self.branches, self.encoder = unet, adapter, branches, encoder
         for branch in branches.values():
@@ -174,6 +194,7 @@ class Attached:
 
     def tokens(self, states: Tensor) -> Tensor:
         """CLIP states of pictures [B, I, P, image_dim] as the UNet's image tokens [B, I, Q, context_dim]."""
+        assert isinstance(self.adapter, IPAdapter)
         resampler = self.adapter.resampler
         wanted = self.adapter.config.image_dim
         if states.ndim != 4 or states.shape[-1] != wanted:
@@ -219,22 +240,12 @@ def attached(unet: UNet) -> list[Attached]:
     return [branch.handle for branch in cast("Iterable[Any]", branches)]
 
 
-def check_fits(unet: UNet, adapter: IPAdapter) -> None:
-    """ValueError if the adapter was made for a UNet of another shape."""
-    places, config = cross_attentions(unet), adapter.config
-    wanted = [place.to_q.in_features for place in places.values()]
-    if list(config.branch_widths) != wanted or config.context_dim != unet.config.context_dim:
-        got = f"{len(config.branch_widths)} attentions {sorted(set(config.branch_widths))} wide"
-        have = f"{len(wanted)}, {sorted(set(wanted))} wide, of context {unet.config.context_dim}"
-        raise ValueError(f"the IP-Adapter is for {got}, of context {config.context_dim}; the UNet has {have}")
-
-
-def attach(unet: UNet, adapter: IPAdapter, encoder: CLIPVision | None = None) -> Attached:
+def attach(unet: UNet, adapter: Adapter, encoder: CLIPVision | None = None) -> Attached:
     """Hang an adapter's branches into a UNet, after those of adapters attached before.
 
     ValueError if it does not fit; the UNet is then untouched.
     """
-    check_fits(unet, adapter)
+    adapter.check_fits(unet)
     places = cross_attentions(unet)
     branches = {path: cast(ImageBranch, b) for path, b in zip(places, adapter.branches.values(), strict=True)}
     for path, branch in branches.items():

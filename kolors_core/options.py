@@ -130,6 +130,14 @@ def load_loras(pipe: KolorsPipeline, loras: Sequence[str], is_local: bool, is_qu
     weigh_loras(pipe, loras)
 
 
+def load_words(pipe: KolorsPipeline, files: Sequence[str], is_local: bool) -> None:
+    """Load learned words, each written FROM[:WORD]."""
+    for text in files:
+        source, word = with_word(text)
+        name, revision = with_revision(source)
+        pipe.load_textual_inversion(name, word, revision=revision, local_files_only=is_local)
+
+
 def weigh_loras(pipe: KolorsPipeline, loras: Sequence[str]) -> None:
     """Give loaded LoRAs the scales that stand here."""
     if loras:
@@ -143,6 +151,12 @@ def with_scale(text: str) -> tuple[str, float]:
         return (source, float(scale)) if colon and source else (text, 1.0)
     except ValueError:
         return text, 1.0
+
+
+def with_word(text: str) -> tuple[str, str | None]:
+    """FROM[:WORD]; what is on the disk is taken as it is."""
+    source, colon, word = text.rpartition(":")
+    return (text, None) if not colon or Path(text).exists() else (source, word)
 
 
 def with_revision(text: str) -> tuple[str, str | None]:

@@ -35,7 +35,6 @@ from kolors_core.tokenizer import TokenBatch
 
 META = torch.device("meta")
 STEPS = 2  # of the denoiser: in the second what comes next is known, and the sampler has a past
-PATCHES = 577  # of a picture that guides, where no image encoder tells
 WAYS = {"resident": "all resident", "by_model": "model by model", "by_block": "block by block"}
 
 
@@ -347,15 +346,7 @@ def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, leng
     if request.is_guided:
         negative = _encoded(twin, 1, length)
         given |= {"negative_prompt_embeds": negative.tokens, "negative_pooled_prompt_embeds": negative.pooled}
-    handles, encoder = attached(twin.unet), twin.image_encoder
-    if handles and encoder is not None:
-        side = encoder.config.image_size
-        given["ip_adapter_image"] = [torch.empty(1, 3, side, side, device=META)] * len(handles)
-    elif handles:
-        widths = (handle.adapter.config.image_dim for handle in handles)
-        rows = 2 if request.is_guided else 1
-        embeds = [torch.empty(rows, 1, PATCHES, width, device=META, dtype=twin.dtype) for width in widths]
-        given["ip_adapter_image_embeds"] = embeds
+    given |= twin.stand_ins(META, request.is_guided)
     request = Request(**vars(request) | given)
     positive, negative = twin._conditions(request, size)
     shape = twin._latent_shape(len(positive.size_ids), size)

@@ -87,8 +87,8 @@ def fingerprint(encoder: ChatGLM, tokens: TokenBatch) -> str:
     told = [encoder.config, shares_of(encoder)]
     told += [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]
     parts = [tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)] for tensor in state.values()]
-    table = encoder.embedding.weight
-    parts.append(table[tokens.ids.to(table.device).unique()])
+    ids = tokens.ids.to(encoder.embedding.weight.device).unique()
+    parts.append(encoder.embedding.forward(ids))  # past hooks: nobody is told of it
     values = torch.cat([part.detach().flatten().cpu().double() for part in parts])  # MPS has no float64
     digest = hashlib.sha256(repr(told).encode())
     digest.update(values.numpy().tobytes())

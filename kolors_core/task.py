@@ -6,7 +6,7 @@ Shapes: B pictures (prompts times images per prompt).
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, NamedTuple, Self
@@ -18,16 +18,18 @@ from kolors_core.callback import NAMES, Run, StepCallback
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.conditioning import Conditioning, Size, size_ids_of_both
 from kolors_core.config import VERSION
+from kolors_core.face_id import FaceIDAdapter
+from kolors_core.face_prompt import FacePrompting
 from kolors_core.fields import whole_number
 from kolors_core.image import OUTPUT_TYPES, describe, to_output
-from kolors_core.image_prompt import ImagePrompting
 from kolors_core.ip_adapter import attached
 from kolors_core.lora_loading import LoRALoading
-from kolors_core.placement import finite
+from kolors_core.placement import finite, plain
 from kolors_core.quantize_report import Quantizing
 from kolors_core.sampling import Generators, draw_noise, sampler_of
 from kolors_core.schedule import Schedule
 from kolors_core.text_prompt import MAX_TOKENS, Prompt, TextPrompting
+from kolors_core.textual_inversion import words_of
 
 
 class KolorsPipelineOutput(NamedTuple):
@@ -47,6 +49,9 @@ class Request:
     generator: one for all pictures, or one for each; noise is drawn on its device, the CPU's if None.
     ip_adapter_image: for each loaded IP-Adapter a picture, or a list of them; or ip_adapter_image_embeds
     from `prepare_ip_adapter_image_embeds`.
+    face_embeds, face_image: for a loaded face adapter the id vector of the face, [1 or more, 512] as
+    insightface's antelopev2 gives it (`embedding`, not normed), and a square picture of it, or CLIP's states
+    of that [1 or more, 577, 1024]; one for all, or one for each prompt or picture.
     output_type: "pil", "np", "pt", or "latent" for what the VAE would decode.
     cross_attention_kwargs: {"ip_adapter_masks": masks} of where pictures act, and {"scale": a factor on
     every loaded LoRA}.
@@ -72,6 +77,8 @@ class Request:
     negative_pooled_prompt_embeds: Tensor | None = None
     ip_adapter_image: Any = None
     ip_adapter_image_embeds: list[Tensor] | None = None
+    face_embeds: Any = None
+    face_image: Any = None
     output_type: str = "pil"
     return_dict: bool = True
     cross_attention_kwargs: Mapping[str, Any] | None = None
@@ -133,7 +140,7 @@ class Request:
         _one_of("cross_attention_kwargs", self.cross_attention_kwargs or (), ("ip_adapter_masks", "scale"))
 
 
-class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
+class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing):
     """The steps that tasks are composed of."""
 
     def _schedule(self, request: Request) -> Schedule:
@@ -162,11 +169,16 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
             request.pooled_prompt_embeds, request.negative_prompt_embeds,
             request.negative_pooled_prompt_embeds, request.max_sequence_length,
         )  # fmt: skip
-        images, negative_images = self._image_prompts(
+        batch = len(text.tokens) * copies
+        pictures = self._image_prompts(
             request.ip_adapter_image, request.ip_adapter_image_embeds,
-            (request.cross_attention_kwargs or {}).get("ip_adapter_masks"),
-            len(text.tokens) * copies, request.is_guided,
+            (request.cross_attention_kwargs or {}).get("ip_adapter_masks"), batch, request.is_guided,
         )  # fmt: skip
+        with self._lora_factor(request):  # a face's tokens go through a layer of the UNet
+            faces = self._face_prompts(request.face_image, request.face_embeds, batch, request.is_guided)
+        guides = [(pictures | faces)[handle] for handle in attached(self.unet)]
+        images = tuple(guide for guide, _ in guides)
+        negative_images = tuple(guide for _, guide in guides if guide is not None)
 
         sees_tokens = {"prompt_embeds", "negative_prompt_embeds"}.intersection(request.callback_tensors)
 
@@ -183,6 +195,11 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
             finite(half.tokens, "the prompt's embeddings", half.tokens.dtype)
         positive = told(text, ids, images)
         return positive, None if negative_text is None else told(negative_text, negative_ids, negative_images)
+
+    def _lora_factor(self, request: Request) -> AbstractContextManager[None]:
+        """Within it every LoRA counts as `cross_attention_kwargs` say."""
+        factor = (request.cross_attention_kwargs or {}).get("scale")
+        return nullcontext() if factor is None else self.lora_scaled(factor)
 
     def _latent_shape(self, count: int, size: Size) -> tuple[int, ...]:
         scale = self.vae.config.downscale
@@ -223,10 +240,9 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
         )  # fmt: skip
         self._num_timesteps = len(schedule.timesteps)
         self._guidance_scale = request.guidance_scale
-        factor = (request.cross_attention_kwargs or {}).get("scale")
         self._on_device("unet")
         with (
-            nullcontext() if factor is None else self.lora_scaled(factor),
+            self._lora_factor(request),
             self._progress_bar(self._num_timesteps) as bar,
         ):
             result = Run(
@@ -275,13 +291,16 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
             describe(image, facts)
 
     def _adapter_facts(self) -> dict[str, Any]:
-        """What the pictures' description says of LoRAs and IP-Adapters."""
+        """What the pictures' description says of LoRAs, learned words and IP-Adapters."""
         facts = {}
         if names := self.get_active_adapters():
             facts["lora"] = ", ".join(names)
-        if handles := attached(self.unet):
-            scales = (next(iter(handle.branches.values())).scale for handle in handles)
-            facts["ip_adapter_scale"] = ", ".join(map(str, scales))
+        if self.text_encoder is not None and (words := words_of(plain(self.text_encoder))):
+            facts["learned_words"] = ", ".join(words)
+        for handle in attached(self.unet):
+            name = "face_scale" if isinstance(handle.adapter, FaceIDAdapter) else "ip_adapter_scale"
+            scale = str(next(iter(handle.branches.values())).scale)
+            facts[name] = f"{facts[name]}, {scale}" if name in facts else scale
         return facts
 
 

@@ -14,13 +14,14 @@ from kolors_core.components import Components
 from kolors_core.fields import whole_number
 from kolors_core.placement import plain
 from kolors_core.prompt_cache import Key
+from kolors_core.textual_inversion import TextualInversion, words_of
 
 Prompt = str | Sequence[str]
 
 MAX_TOKENS = 256
 
 
-class TextPrompting(Components):
+class TextPrompting(Components, TextualInversion):
     """A pipeline that reads prompts."""
 
     @torch.no_grad()
@@ -115,9 +116,9 @@ class TextPrompting(Components):
             raise ValueError(f"{name} must be a string or a list of at least one string, got {prompt!r}")
         if not 2 < whole_number("max_sequence_length", max_length) <= MAX_TOKENS:
             raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
-        tokens, savings = self.tokenizer(prompts, max_length), self.savings
+        encoder, savings = plain(self.text_encoder), self.savings
+        tokens = self.tokenizer(prompts, max_length, words_of(encoder))
         tokens = tokens.collapse() if savings.collapse_pads else tokens
-        encoder = plain(self.text_encoder)
         key = Key.of(encoder, tokens)
         text = self.prompt_cache.find(key, savings.prompt_folder)
         if text is None:

@@ -3,7 +3,8 @@
 Shapes: B prompts, L `max_length`.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +70,20 @@ class Tokenizer:
         self.pad_id: int = self.pieces.unk_id()
         self.size: int = first + len(SPECIAL_TOKENS)
 
-    def __call__(self, prompts: Sequence[str], max_length: int = 256) -> TokenBatch:
+    def encode(self, text: str, words: Mapping[str, Sequence[int]]) -> list[int]:
+        """Ids of a text, in which each of `words` stands for its own, the longest first; what is between them
+        is encoded as a prompt of its own would be.
+        """
+        listed = sorted(map(re.escape, words), key=len, reverse=True)
+        parts = re.split(f"({'|'.join(listed)})", text) if words else [text]
+        return [i for part in parts for i in (words[part] if part in words else self.pieces.encode(part))]
+
+    def __call__(
+        self, prompts: Sequence[str], max_length: int = 256, words: Mapping[str, Sequence[int]] | None = None
+    ) -> TokenBatch:
         """Token ids of each prompt, cut on the right and padded on the left to `max_length`.
 
+        words: of textual inversion, each with its ids.
         Raises ValueError for an empty list or a `max_length` that leaves no room for text, TypeError for a
         non-string.
         """
@@ -89,7 +101,7 @@ class Tokenizer:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt {row} must be a string, got {type(prompt).__name__}")
             try:
-                tokens = (prefix + self.pieces.encode(prompt))[:max_length]
+                tokens = (prefix + self.encode(prompt, words or {}))[:max_length]
             except (RuntimeError, UnicodeError):
                 raise ValueError(f"prompt {row} is not valid Unicode text: {prompt[:40]!a}") from None
             start = max_length - len(tokens)

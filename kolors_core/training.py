@@ -8,7 +8,7 @@ Shapes: B pictures of the whole batch, b of one rank's part, T training timestep
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.compiling import BLOCKS
 from kolors_core.conditioning import size_ids
 from kolors_core.dataset import Batches, Example, Sample, load_pixels, mix
+from kolors_core.textual_inversion import vectors_of
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
@@ -121,6 +122,21 @@ class Objective(nn.Module):
             loss = loss * (snr.clamp(max=self.config.min_snr_gamma) / snr)
         return loss.mean()
 
+    def learn_words(self, *words: str) -> None:
+        """Let only these words be trained: textual inversion (https://arxiv.org/abs/2208.01618, eq. 2).
+
+        The encoder has them already (`textual_inversion.add_words`): the paper starts from the embedding of a
+        word that says roughly what it is. ValueError for a word that it has not.
+        """
+        have = {} if self.text_encoder is None else vectors_of(self.text_encoder)
+        if not words:
+            raise ValueError("no word to be learned")
+        if unknown := [word for word in words if word not in have]:
+            raise ValueError(f"{unknown[0]} is no learned word; there are: {', '.join(have) or 'none'}")
+        self.requires_grad_(False)
+        for word in words:
+            have[word].requires_grad_(True)
+
 
 class Data:
     """Latents of every picture, encoded once; captions as tokens, or encoded once by a frozen encoder."""
@@ -134,8 +150,11 @@ class Data:
         config: TrainingConfig,
         frozen_text: ChatGLM | None,
         timesteps: int = 1100,
+        words: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        self.batches, self.config, self.tokenizer = batches, config, tokenizer
+        """words: of textual inversion in the captions, each with its ids."""
+        self.batches, self.config = batches, config
+        self.tokenizer = partial(tokenizer, max_length=config.max_tokens, words=words)
         self.timesteps = timesteps  # how many the schedule has
         self.latents: dict[int, tuple[Tensor, Tensor]] = {}
         self.sizes: dict[int, Tensor] = {}
@@ -150,7 +169,7 @@ class Data:
         if frozen_text is not None:
             for caption in sorted({caption for example in examples for caption in example.captions} | {""}):
                 with torch.no_grad():
-                    tokens = tokenizer([caption], config.max_tokens).collapse()
+                    tokens = self.tokenizer([caption]).collapse()
                     text = frozen_text(tokens.to(frozen_text.embedding.weight.device))
                 self.text[caption] = text.to("cpu")
 
@@ -173,7 +192,7 @@ class Data:
     def _text(self, samples: Sequence[Sample]) -> TextEmbedding | TokenBatch:
         captions = [sample.caption for sample in samples]
         if not self.text:
-            return self.tokenizer(captions, self.config.max_tokens).collapse()
+            return self.tokenizer(captions).collapse()
         return TextEmbedding.cat([self.text[caption] for caption in captions])
 
 

@@ -4,12 +4,15 @@ from collections.abc import Collection
 
 from weights_convert.chatglm import CHATGLM
 from weights_convert.clip_vision import CLIP_VISION
+from weights_convert.face_id import FACE_ID
 from weights_convert.ip_adapter import IP_ADAPTER
 from weights_convert.rules import Table
 from weights_convert.unet import UNET
 from weights_convert.vae import VAE
 
-TABLES: dict[str, Table] = {table.component: table for table in (UNET, VAE, CHATGLM, CLIP_VISION, IP_ADAPTER)}
+TABLES: dict[str, Table] = {
+    table.component: table for table in (UNET, VAE, CHATGLM, CLIP_VISION, IP_ADAPTER, FACE_ID)
+}
 
 
 def recognise(names: Collection[str], where: str) -> tuple[Table, bool]:

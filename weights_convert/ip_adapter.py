@@ -5,28 +5,35 @@ The file numbers the UNet's cross-attentions 1, 3, 5, ... in the order down, up,
 
 from weights_convert.rules import Part, Table, both, weights
 
+LAYER = (
+    (r"layers\.\d+\.0", both("norm1", "norm2") + weights("to_q", "to_kv", "to_out")),
+    (r"layers\.\d+\.1", both("0") + weights("1", "3")),
+)
+LAYER_RULES = (
+    ("0.norm1", "attention.norm_image"),
+    ("0.norm2", "attention.norm_latents"),
+    ("0.to_q", "attention.to_q"),
+    ("0.to_kv", "attention.to_kv"),
+    ("0.to_out", "attention.to_out"),
+    ("1.0.weight", "feed_forward.norm.weight"),
+    ("1.0.bias", "feed_forward.norm.bias"),
+    ("1.1.weight", "feed_forward.proj_in.weight"),
+    ("1.3.weight", "feed_forward.proj_out.weight"),
+)
+BRANCH = {"to_k_ip": "to_k", "to_v_ip": "to_v"}
+
 IP_ADAPTER = Table(
     component="ip_adapter",
     parts=(
         Part("image_proj", (*both("proj_in", "proj_out", "norm_out"), "latents")),
-        Part(r"image_proj\.layers\.\d+\.0", both("norm1", "norm2") + weights("to_q", "to_kv", "to_out")),
-        Part(r"image_proj\.layers\.\d+\.1", both("0") + weights("1", "3")),
-        Part(r"ip_adapter\.\d*[13579]", weights("to_k_ip", "to_v_ip")),
+        *(Part(rf"image_proj\.{path}", tensors) for path, tensors in LAYER),
+        Part(r"ip_adapter\.\d*[13579]", weights(*BRANCH)),
     ),
     rules=(
         ("image_proj", "resampler"),
-        ("0.norm1", "attention.norm_image"),
-        ("0.norm2", "attention.norm_latents"),
-        ("0.to_q", "attention.to_q"),
-        ("0.to_kv", "attention.to_kv"),
-        ("0.to_out", "attention.to_out"),
-        ("1.0.weight", "feed_forward.norm.weight"),
-        ("1.0.bias", "feed_forward.norm.bias"),
-        ("1.1.weight", "feed_forward.proj_in.weight"),
-        ("1.3.weight", "feed_forward.proj_out.weight"),
+        *LAYER_RULES,
         ("ip_adapter", "branches"),
-        ("to_k_ip", "to_k"),
-        ("to_v_ip", "to_v"),
+        *BRANCH.items(),
     ),
     odd=("ip_adapter",),
     required={

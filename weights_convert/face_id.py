@@ -1,0 +1,34 @@
+"""IP-Adapter-FaceID-Plus: public file <-> `kolors_core.face_id.FaceIDAdapter`.
+
+Kolors-IP-Adapter-FaceID-Plus is a pickle, `ipa-faceid-plus.bin`, of two dicts, "image_proj" and
+"adapter_modules"; `python -m weights_convert --pickle` joins their names by dots. The keys and values are
+numbered as in IP-Adapter-Plus.
+"""
+
+from weights_convert.ip_adapter import BRANCH, LAYER, LAYER_RULES
+from weights_convert.rules import Part, Table, both, weights
+
+FACE_ID = Table(
+    component="face_id",
+    parts=(
+        Part("image_proj", both("proj.0", "proj.2", "norm")),
+        Part(r"image_proj\.perceiver_resampler", both("proj_in", "proj_out", "norm_out")),
+        *(Part(rf"image_proj\.perceiver_resampler\.{path}", tensors) for path, tensors in LAYER),
+        Part(r"adapter_modules\.\d*[13579]", weights(*BRANCH)),
+    ),
+    rules=(
+        ("image_proj.perceiver_resampler", "resampler"),
+        ("image_proj.proj.0", "resampler.id_in"),
+        ("image_proj.proj.2", "resampler.id_out"),
+        ("image_proj.norm", "resampler.id_norm"),
+        *LAYER_RULES,
+        ("adapter_modules", "branches"),
+        *BRANCH.items(),
+    ),
+    odd=("adapter_modules",),
+    required={
+        "image_proj.proj.0.weight": "it reads the face's id vector",
+        "image_proj.perceiver_resampler.proj_in.weight": "it reads CLIP's states of the face",
+        "adapter_modules.1.to_k_ip.weight": "it is the first attention's image branch",
+    },
+)
