@@ -5,6 +5,7 @@ Files are found in a listing, never guessed by one fixed name: `diffusion_pytorc
 `model-00001-of-00007.fp16.safetensors` are all read by `weight_files`.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
@@ -69,6 +70,16 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
         if absent := sorted(set(range(1, int(chosen[0][1]["parts"]) + 1)) - have_parts):
             raise FileNotFoundError(f"{where}: shard {absent[0]} of {int(chosen[0][1]['parts'])} is missing")
     return [name for name, _ in chosen]
+
+
+def walk(source: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder in a folder and its file names, links followed. ValueError for a folder met twice."""
+    seen = set[Path]()
+    for folder, _, files in os.walk(source, followlinks=True):
+        if (real := Path(folder).resolve()) in seen:
+            raise ValueError(f"{folder}: a link to {real}, which is in {source} already")
+        seen.add(real)
+        yield Path(folder), files
 
 
 def index_files(index: Path) -> dict[str, str]:
