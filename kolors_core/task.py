@@ -27,6 +27,7 @@ from kolors_core.placement import finite
 from kolors_core.quantize_report import Quantizing
 from kolors_core.sampling import Generators, draw_noise, sampler_of
 from kolors_core.schedule import Schedule
+from kolors_core.single_file import SingleFile
 from kolors_core.text_prompt import MAX_TOKENS, Prompt, TextPrompting
 
 
@@ -133,7 +134,7 @@ class Request:
         _one_of("cross_attention_kwargs", self.cross_attention_kwargs or (), ("ip_adapter_masks", "scale"))
 
 
-class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
+class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing, SingleFile):
     """The steps that tasks are composed of."""
 
     def _schedule(self, request: Request) -> Schedule:

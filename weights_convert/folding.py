@@ -18,7 +18,16 @@ from torch import Tensor
 
 from weights_convert import TABLES, recognise
 from weights_convert.reading import parse_object
-from weights_convert.single import FILES, NAMINGS, PREFIXES, Part, Spelling, in_spelling, open_parts, stored_names
+from weights_convert.single import (
+    FILES,
+    NAMINGS,
+    PREFIXES,
+    Part,
+    Spelling,
+    in_spelling,
+    open_parts,
+    stored_names,
+)
 from weights_convert.source import LONGEST_INDEX, PICKLES, Source, walk, weight_files, why_refused
 from weights_convert.writing import new_file, new_folder, write_bytes
 
@@ -105,7 +114,10 @@ def to_folder(source: Path, destination: Path) -> list[str]:
                     with new_file(scratch / place) as file:
                         save_file(tensors, file, metadata=metadata)
         if layout is None and not any(part.scales for part in parts.values()):
-            told = {"metadata": whole.metadata(source), "models": {c: [*p.spelling] for c, p in parts.items()}}
+            told = {
+                "metadata": whole.metadata(source),
+                "models": {c: [*p.spelling] for c, p in parts.items()},
+            }
             write_bytes((json.dumps(told, indent=2, sort_keys=True) + "\n").encode(), scratch / HISTORY)
     report = [_line(component, part, source) for component, part in parts.items()]
     many = [f"  its {part.bits}-bit layers are multiplied out" for part in parts.values() if part.scales]
@@ -175,7 +187,9 @@ def _layout(
         found[place] = (metadata, names)
     for component, part in parts.items():
         if odd := sorted(set(seen[component]) ^ set(part)):
-            raise ValueError(f"{source}: {LAYOUT}: does not list the tensors of the {component}: {odd[0][:100]}")
+            raise ValueError(
+                f"{source}: {LAYOUT}: does not list the tensors of the {component}: {odd[0][:100]}"
+            )
         if len(seen[component]) > len(part):
             raise ValueError(f"{source}: {LAYOUT}: lists a tensor of the {component} twice")
     return found
@@ -218,7 +232,11 @@ def _bytes(file: Path) -> Tensor:
 
 
 def _as_tensor(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    return (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if content
+        else torch.empty(0, dtype=torch.uint8)
+    )
 
 
 def _line(component: str, part: Source, source: Path) -> str:

@@ -62,6 +62,7 @@ _SUFFIXES = tuple((re.compile(rf"(.+?){pattern}"), role) for pattern, role in SU
 OLDER = ((r"(attn\d)\.to_([qkv])", r"\1.processor.to_\2"), (r"(attn\d)\.to_out\.0", r"\1.processor.to_out"),
          (r"to_out\.0", "to_out"))  # fmt: skip
 
+
 class Place(NamedTuple):
     """What a tensor of a LoRA is: of which module of which model, and in which role."""
 

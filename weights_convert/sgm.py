@@ -132,16 +132,15 @@ def _possible_blocks(names: list[str]) -> list[str]:
     resnets = min(samplers) - 1 if samplers else max(inputs, default=0)
     if resnets > 100 or len(samplers) > 16:
         return []  # no UNet: numbers that only a damaged name has
-    blocks, have = [], set(names)
-    for level in range(len(samplers) + 1):
+    blocks, have, last = list[str](), set(names), len(samplers)
+    for level in range(last + 1):
         attends = f"input_blocks.{level * (resnets + 1) + 1}.1.norm.weight" in have
-        kinds = ("resnets", "attentions") if attends else ("resnets",)
-        up = len(samplers) - level
-        blocks += [f"down_blocks.{level}.{kind}.{i}.x" for kind in kinds for i in range(resnets)]
-        blocks += [f"up_blocks.{up}.{kind}.{i}.x" for kind in kinds for i in range(resnets + 1)]
-        blocks += [f"down_blocks.{level}.downsamplers.0.x", f"up_blocks.{level}.upsamplers.0.x"]
-    return [block for block in blocks if not block.startswith((f"down_blocks.{len(samplers)}.downsamplers",
-                                                               f"up_blocks.{len(samplers)}.upsamplers"))]  # fmt: skip
+        for kind in ("resnets", "attentions") if attends else ("resnets",):
+            blocks += [f"down_blocks.{level}.{kind}.{i}.x" for i in range(resnets)]
+            blocks += [f"up_blocks.{last - level}.{kind}.{i}.x" for i in range(resnets + 1)]
+        if level < last:
+            blocks += [f"down_blocks.{level}.downsamplers.0.x", f"up_blocks.{level}.upsamplers.0.x"]
+    return blocks
 
 
 def _levels(names: list[str], way: str) -> int:

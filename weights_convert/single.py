@@ -49,7 +49,7 @@ class Part(Source):
         self._whole, self._stored = whole, dict(stored)
         self.component, self.spelling, self.bits = component, spelling, None
         self.scales = dict[str, str]()
-        for name in [name for name in stored if name.endswith(SCALE)]:
+        for name in [name for name in stored if component == "text_encoder" and name.endswith(SCALE)]:
             self.scales[name.removesuffix(SCALE)] = self._stored.pop(name)
         self._file_of = {name: whole._file_of[there] for name, there in self._stored.items()}
         if self.scales:
@@ -95,7 +95,7 @@ class Part(Source):
 
     def _count_bits(self) -> int:
         """Of the whole numbers; ValueError for what is not THUDM's format."""
-        embedding = self._whole.shape(self._stored["embedding.word_embeddings.weight"])
+        width = self._whole.shape(self._stored["embedding.word_embeddings.weight"])[-1:]
         first = "encoder.layers.0.self_attention.query_key_value.weight"
         for name, scale in self.scales.items():
             if name not in self._stored:
@@ -105,11 +105,11 @@ class Part(Source):
                 raise ValueError(f"{self.where}: {name} is {dtype} {list(shape)}, wanted int8 [O, I]")
             if (got := self._whole.shape(scale)) != shape[:1]:
                 raise ValueError(f"{self.where}: {name + SCALE} is {list(got)}, wanted {list(shape[:1])}")
-        columns = self._whole.shape(self._stored[first])[-1]
-        if columns not in (embedding[-1], embedding[-1] / 2):
-            wanted = f"{embedding[-1]} (8 bits) or half of it (4 bits)"
-            raise ValueError(f"{self.where}: {first} has {columns} columns, wanted {wanted}")
-        return 8 if columns == embedding[-1] else 4
+        columns = self._whole.shape(self._stored[first])[-1:]
+        if width not in (columns, tuple(2 * count for count in columns)):
+            wanted = f"{list(width)} (8 bits) or half of it (4 bits)"
+            raise ValueError(f"{self.where}: {first} has {list(columns)} columns, wanted {wanted}")
+        return 8 if columns == width else 4
 
 
 def open_parts(file: Path) -> tuple[dict[str, Part], Source, list[str]]:
