@@ -69,6 +69,7 @@ def quantize(model: nn.Module, bits: int, group: int = GROUP) -> None:
 
     Layer by layer, so that both whole models are never in memory at once. There is no way back but to load
     the model again. A model on the meta device gets the shapes, for a quantised state dict to be assigned to.
+    group: with 4 bits, how many weights share a scale; `WHOLE_ROWS` for all of a row.
     ValueError, before anything is changed, for what `quantizable` refuses.
     """
     for path in quantizable(model, bits):

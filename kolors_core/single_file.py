@@ -181,9 +181,9 @@ def _open(part: Part, place: Path, has_weights: bool) -> Opened:
     kind, file = KINDS[part.component], place / part.component / "config.json"
     is_own = file.exists()
     config = kind.read_config(read_json(file), str(file)) if is_own else SIZES[part.component]()
-    if isinstance(config, UNetConfig) and not is_own:
-        if "conv_in.weight" in part and part.shape("conv_in.weight")[1:2] == (9,):  # it is for inpainting
-            config = replace(config, in_channels=9)
+    is_inpainting = "conv_in.weight" in part and part.shape("conv_in.weight")[1:2] == (9,)
+    if isinstance(config, UNetConfig) and not is_own and is_inpainting:
+        config = replace(config, in_channels=9)
     with uncollected():
         with torch.device("meta"), Unfilled():
             model = kind.build(config)

@@ -110,7 +110,7 @@ def to_folder(source: Path, destination: Path) -> list[str]:
             files = layout or {f"{component}/{STEMS[component]}.safetensors": ({"format": "pt"}, list(part))}
             for place, (metadata, names) in files.items():
                 if place.startswith(f"{component}/"):
-                    tensors = {name: part[name].contiguous() for name in names or part}
+                    tensors = {name: part[name].contiguous() for name in (part if names is None else names)}
                     with new_file(scratch / place) as file:
                         save_file(tensors, file, metadata=metadata)
         if layout is None and not any(part.scales for part in parts.values()):

@@ -122,6 +122,9 @@ class Source(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._handles[self._file_of[name]].get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of  # no tensor is read for it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
