@@ -102,6 +102,7 @@ VAE_FILE = "vae/diffusion_pytorch_model.fp16-00001-of-00003.safetensors"
         (lambda s: s.update({"files.../x.json": BYTES}), "'../x.json': wanted a path inside the folder"),
         (lambda s: s.update({"files./etc/x.json": BYTES}), "wanted a path inside the folder"),
         (lambda s: s.update({"files.vae\\x": BYTES}), "wanted a path inside the folder"),
+        (lambda s: s.update({"files.model_index.json/x": BYTES}), "is a file, and no folder"),
         (lambda s: s.update({"files.vae/x.bin": BYTES}), "weights are no small file"),
         (lambda s: s.update({"files.vae/x.json": torch.ones(3)}), "x.json is torch.float32"),
         (lambda s: s.update({"stranger.weight": torch.ones(3)}), "stranger.weight is no tensor"),
@@ -159,3 +160,10 @@ def test_folders_that_make_no_file_are_named(whole_folder: Path, tmp_path: Path)
     with pytest.raises(FileNotFoundError, match="no safetensors weights"):
         to_single(tmp_path / "empty", tmp_path / "two.safetensors")
     assert not (tmp_path / "two.safetensors").exists()
+
+
+def test_a_file_of_our_names_stays_a_file(adapters: list[Path], tmp_path: Path) -> None:
+    """An IP-Adapter, which has no place in a pipeline's file, goes to our names and back as before."""
+    ours, back = str(tmp_path / "ours.safetensors"), tmp_path / "back.safetensors"
+    assert main([str(adapters[0]), ours]) == main([ours, str(back), "--to", "diffusers"]) == 0
+    assert back.read_bytes() == adapters[0].read_bytes()

@@ -103,22 +103,22 @@ def to_folder(source: Path, destination: Path) -> list[str]:
         if faults := TABLES[component].faults({name: part.shape(name) for name in part}):
             raise ValueError(f"{source}: {component}: {faults[0]}")
     layout = _layout(parts, whole, source) if LAYOUT in small else None
-    with new_folder(destination) as scratch:
-        unpack(whole, small, scratch)
+    with new_folder(destination) as made:
+        unpack(whole, small, made)
         for component, part in parts.items():
-            (scratch / component).mkdir(exist_ok=True)
+            (made / component).mkdir(exist_ok=True)
             files = layout or {f"{component}/{STEMS[component]}.safetensors": ({"format": "pt"}, list(part))}
             for place, (metadata, names) in files.items():
                 if place.startswith(f"{component}/"):
                     tensors = {name: part[name].contiguous() for name in (part if names is None else names)}
-                    with new_file(scratch / place) as file:
-                        save_file(tensors, file, metadata=metadata)
+                    with new_file(made / place) as scratch:
+                        save_file(tensors, scratch, metadata=metadata)
         if layout is None and not any(part.scales for part in parts.values()):
             told = {
                 "metadata": whole.metadata(source),
                 "models": {c: [*p.spelling] for c, p in parts.items()},
             }
-            write_bytes((json.dumps(told, indent=2, sort_keys=True) + "\n").encode(), scratch / HISTORY)
+            write_bytes((json.dumps(told, indent=2, sort_keys=True) + "\n").encode(), made / HISTORY)
     report = [_line(component, part, source) for component, part in parts.items()]
     many = [f"  its {part.bits}-bit layers are multiplied out" for part in parts.values() if part.scales]
     return report + many
@@ -128,16 +128,18 @@ def is_single(source: Path) -> bool:
     """Whether it is a file to be made a folder of: any but one of our names alone, which stays a file."""
     if not source.is_file():
         return False
-    parts, _, _ = open_parts(source)
-    return [part.spelling for part in parts.values()] != [Spelling("", "ours")]
+    try:
+        return not recognise(Source([source]).keys(), str(source))[1]
+    except ValueError:
+        return True  # prefixes, SGM's names or several models, or `to_folder` says what is wrong
 
 
 def unpack(whole: Source, small: list[str], folder: Path) -> None:
     """Write the small files that a file has as tensors. ValueError for a path that leads elsewhere."""
-    for name in small:
-        if name == LAYOUT:
-            continue
-        path = _inside(name.removeprefix(FILES), whole)
+    paths = {name: _inside(name.removeprefix(FILES), whole) for name in small if name != LAYOUT}
+    for name, path in paths.items():
+        if taken := set(path.parents) & set(paths.values()):
+            raise ValueError(f"{whole.where}: {name}: {min(taken)} is a file, and no folder")
         if path.suffix == ".safetensors" or path.suffix in PICKLES:
             raise ValueError(f"{whole.where}: {name}: weights are no small file")
         (folder / path.parent).mkdir(parents=True, exist_ok=True)
