@@ -38,6 +38,7 @@ from kolors_core.options import (
     bits_of,
     check_seed,
     default_steps,
+    files_of,
     load_loras,
     load_pipeline,
     precision,
@@ -119,7 +120,7 @@ class Batch:
         if options.quiet:
             logger.setLevel(logging.ERROR)
         model = {name: getattr(options, name) for name in ("weights", "variant", "revision", "sampler")}
-        model |= {"dtype": str(precision(options, device)), "bits": bits_of(options)}
+        model |= {"dtype": str(precision(options, device)), "bits": bits_of(options)} | files_of(options)
         self.lines = read_lines(
             options.prompts, model, check_seed("--seed", options.seed), default_steps(options.sampler)
         )

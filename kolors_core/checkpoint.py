@@ -292,7 +292,7 @@ def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
     scheduler, tokenizer = components["scheduler"], components["tokenizer"]
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_bytes(tokenizer.file.read_bytes(), folder / "tokenizer" / "tokenizer.model")
+    write_bytes(tokenizer.content, folder / "tokenizer" / "tokenizer.model")
     config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
     write_json(folder / "tokenizer" / "tokenizer_config.json", config)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler.to_public())

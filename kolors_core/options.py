@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,9 @@ from kolors_core.placement import best_dtype
 from kolors_core.quantize import BITS
 from kolors_core.quantize_report import QuantizationReport
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
+from kolors_core.single_file import open_model
 
+MODELS = ("unet", "text_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
     "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
@@ -36,9 +39,14 @@ def add_model(model: argparse._ArgumentGroup) -> None:
         "--weights",
         metavar="DIR",
         default=EMBEDDED_NAME,
-        help="a checkpoint folder, or a hub repository such as Kwai-Kolors/Kolors-diffusers (default: the "
-        "embedded model, which draws emoji)",
+        help="a checkpoint folder or .safetensors file, or a hub repository such as "
+        "Kwai-Kolors/Kolors-diffusers (default: the embedded model, which draws emoji)",
     )
+    for name in MODELS:
+        model.add_argument(
+            f"--{name.replace('_', '-')}", metavar="FILE",
+            help=f"take the {name} from this .safetensors file, whatever its names, and not from --weights",
+        )  # fmt: skip
     model.add_argument(
         "--variant", help='which weight files, such as "fp16" (default: the only ones there are)'
     )
@@ -84,10 +92,18 @@ def load_pipeline(
     options: argparse.Namespace, device: torch.device, is_planned: bool = False
 ) -> KolorsPipeline:
     """The pipeline, with the sampler that the options ask for; if only planned, without weights."""
-    pipe = KolorsPipeline.from_pretrained(
+    is_file = options.weights.endswith(".safetensors")
+    if files_of(options) and options.weights == EMBEDDED_NAME:
+        raise ValueError(f"--{next(iter(files_of(options)))} needs --weights, the checkpoint of the rest")
+    folder = options.weights if Path(options.weights).is_dir() else None
+    models: dict[str, Any] = {
+        name: open_model(file, name, config=folder, has_weights=not is_planned)
+        for name, file in files_of(options).items()
+    }
+    pipe = (KolorsPipeline.from_single_file if is_file else KolorsPipeline.from_pretrained)(
         options.weights, variant=options.variant, revision=options.revision,
         local_files_only=options.local_files_only, torch_dtype=precision(options, device),
-        device="meta" if is_planned else "cpu" if options.offload else device,
+        device="meta" if is_planned else "cpu" if options.offload else device, **models,
     )  # fmt: skip
     if options.offload == "model" and not is_planned:
         pipe.enable_model_cpu_offload(device=device)
@@ -99,6 +115,11 @@ def load_pipeline(
     kind, changes = SAMPLERS[options.sampler]
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
     return pipe
+
+
+def files_of(options: argparse.Namespace) -> dict[str, str]:
+    """The models that come from files of their own."""
+    return {name: file for name in MODELS if (file := getattr(options, name)) is not None}
 
 
 def bits_of(options: argparse.Namespace) -> dict[str, int]:

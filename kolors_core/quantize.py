@@ -19,6 +19,7 @@ from kolors_core.unet import Transformer
 
 BITS = (4, 8)
 GROUP = 64  # int4 weights that share a scale; 32 gain 0.001 of cosine for a half bit a weight
+WHOLE_ROWS = 0  # a group that is a whole row, as in files of THUDM's ChatGLM
 
 
 class QuantizedLinear(nn.Linear):
@@ -27,7 +28,7 @@ class QuantizedLinear(nn.Linear):
     8 bits: q * scale, with quantized int8 [O, I] from -127 to 127 and scale [O, 1], of each row.
     4 bits: q * scale + lowest, with q from 0 to 15, scale and lowest [O, I/g, 1] of each group, and quantized
     uint8 [O, I/g, g/2]: a group's first half in the low four bits, its second half in the high ones. g is 64,
-    or for other widths the largest power of two below that divides I.
+    or for other widths the largest power of two below that divides I; with `WHOLE_ROWS` it is I.
     All are buffers. scale and lowest have the model's dtype, and so the weight; they are rounded to the
     8 bits of bfloat16 before they are used, so that a later change of dtype does not change them.
     The weight cannot be written or trained; inputs and the bias have gradients. A backward pass keeps each
@@ -38,13 +39,14 @@ class QuantizedLinear(nn.Linear):
     scale: Tensor
     lowest: Tensor | None
 
-    def __init__(self, linear: nn.Linear, bits: int) -> None:
+    def __init__(self, linear: nn.Linear, bits: int, group: int = GROUP) -> None:
         nn.Module.__init__(self)
         vars(self).update(vars(linear))  # sizes, mode and hooks; of the parameters only the bias
         self._parameters, self._buffers, self.bits = {}, {}, bits
         self.register_parameter("bias", linear.bias)
-        make = _in_8_bits if bits == 8 else _in_4_bits
-        for name, tensor in zip(("quantized", "scale", "lowest"), make(linear.weight.detach()), strict=True):
+        weight = linear.weight.detach()
+        made = _in_8_bits(weight) if bits == 8 else _in_4_bits(weight, group)
+        for name, tensor in zip(("quantized", "scale", "lowest"), made, strict=True):
             self.register_buffer(name, tensor)
 
     @property
@@ -62,16 +64,17 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
-def quantize(model: nn.Module, bits: int) -> None:
+def quantize(model: nn.Module, bits: int, group: int = GROUP) -> None:
     """Put a `QuantizedLinear` in the place of each large linear layer of a ChatGLM or UNet.
 
     Layer by layer, so that both whole models are never in memory at once. There is no way back but to load
     the model again. A model on the meta device gets the shapes, for a quantised state dict to be assigned to.
+    group: with 4 bits, how many weights share a scale; `WHOLE_ROWS` for all of a row.
     ValueError, before anything is changed, for what `quantizable` refuses.
     """
     for path in quantizable(model, bits):
         parent, _, name = path.rpartition(".")
-        layer = QuantizedLinear(cast(nn.Linear, model.get_submodule(path)), bits)
+        layer = QuantizedLinear(cast(nn.Linear, model.get_submodule(path)), bits, group)
         setattr(model.get_submodule(parent), name, layer)
 
 
@@ -128,9 +131,9 @@ def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, None]:
     return q, scale, None
 
 
-def _in_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _in_4_bits(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """The buffers of a weight [O, I]."""
-    group = math.gcd(weight.shape[1], GROUP)
+    group = math.gcd(weight.shape[1], group)
     w = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, group))  # [O, I/g, g]
     lowest, highest = w.amin(dim=-1, keepdim=True), w.amax(dim=-1, keepdim=True)  # [O, I/g, 1]
     lowest = lowest.to(torch.bfloat16).to(weight.dtype)

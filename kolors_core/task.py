@@ -28,6 +28,7 @@ from kolors_core.placement import finite, plain
 from kolors_core.quantize_report import Quantizing
 from kolors_core.sampling import Generators, draw_noise, sampler_of
 from kolors_core.schedule import Schedule
+from kolors_core.single_file import SingleFile
 from kolors_core.text_prompt import MAX_TOKENS, Prompt, TextPrompting
 from kolors_core.textual_inversion import words_of
 
@@ -140,7 +141,7 @@ class Request:
         _one_of("cross_attention_kwargs", self.cross_attention_kwargs or (), ("ip_adapter_masks", "scale"))
 
 
-class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing):
+class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing, SingleFile):
     """The steps that tasks are composed of."""
 
     def _schedule(self, request: Request) -> Schedule:

@@ -62,7 +62,8 @@ class Tokenizer:
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.file}: no such file, wanted ChatGLM's SentencePiece model")
         try:
-            self.pieces = SentencePieceProcessor(model_file=str(self.file))
+            self.content = self.file.read_bytes()  # kept: the file may be a passing one
+            self.pieces = SentencePieceProcessor(model_proto=self.content)
         except RuntimeError as error:
             raise ValueError(f"{self.file}: not a SentencePiece model: {error}") from None
         first = self.pieces.vocab_size()

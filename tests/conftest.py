@@ -1,6 +1,8 @@
 """What several test files share: a tokenizer, and one small checkpoint folder written by the reference."""
 
+import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +11,10 @@ import pytest
 import torch
 
 from tests.ip_adapters import Both, load_both, with_image_encoder, write_adapter
+from tests.parity import SMALL_CLIP, randomise, reference_clip
 from tests.pipelines import SOLVERS, Pair, make_pair, use_solver
 from tests.reference_folder import REAL_TOKENIZER, train_tokenizer, write
+from weights_convert.folding import to_single
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the processes that tests start
@@ -78,3 +82,25 @@ def loaded(float64: Pair, adapters: list[Path]) -> Iterator[Both]:
     made = with_image_encoder(float64, torch.float64)
     load_both(made, adapters[0])
     yield made
+
+
+@pytest.fixture(scope="session")
+def whole_folder(reference_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published layout, written by the reference, with an image encoder."""
+    place = tmp_path_factory.mktemp("single") / "kolors"
+    shutil.copytree(reference_folder, place)
+    clip = reference_clip(SMALL_CLIP)
+    randomise(clip)
+    clip.half().save_pretrained(place / "image_encoder", variant="fp16")
+    index = json.loads((place / "model_index.json").read_text())
+    index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
+    (place / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return place
+
+
+@pytest.fixture(scope="session")
+def whole_file(whole_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in one file."""
+    file = tmp_path_factory.mktemp("single") / "kolors.safetensors"
+    to_single(whole_folder, file)
+    return file

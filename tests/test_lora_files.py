@@ -39,7 +39,8 @@ from tests.loras import (
 )
 from tests.parity import EXACT, SMALL, pair, reference_unet
 from weights_convert import TABLES
-from weights_convert.lora import normalise, sgm_blocks, spellings, to_sgm
+from weights_convert.lora import normalise, spellings
+from weights_convert.sgm import sgm_blocks, to_sgm
 
 
 @pytest.fixture(scope="module")

@@ -172,10 +172,10 @@ def test_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     unet, alive = small_unet(), []
     made = QuantizedLinear.__init__
 
-    def watch(self: QuantizedLinear, layer: nn.Linear, bits: int) -> None:
+    def watch(self: QuantizedLinear, layer: nn.Linear, bits: int, group: int) -> None:
         alive.append(weakref.ref(layer.weight))
         assert sum(ref() is not None for ref in alive) <= 2
-        made(self, layer, bits)
+        made(self, layer, bits, group)
 
     monkeypatch.setattr(QuantizedLinear, "__init__", watch)
     quantize(unet, 8)

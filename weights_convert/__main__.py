@@ -1,5 +1,8 @@
 """Convert a Kolors checkpoint to our names, or back: `python -m weights_convert SRC DST [--to diffusers]`.
 
+`--to single` makes one file of a folder, and `--to diffusers` a folder of such a file, or of one that another
+program made, with one model or several: see folding.py.
+
 SRC is a pipeline folder, a component's folder or one safetensors file. DST gets the same files under the same
 names, with the tensors renamed; a tensor that the model never reads stays in its file behind `unused.`, so
 the way back is byte-equal. DST appears whole or not at all.
@@ -10,7 +13,6 @@ the names that they have: the only place where a pickle is opened, and then for 
 
 import argparse
 import json
-import os
 import pickle
 import sys
 import zipfile
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weights_convert import recognise
+from weights_convert.folding import is_single, to_folder, to_single
 from weights_convert.reading import one_line, read_object
 from weights_convert.rules import UNUSED, Table
 from weights_convert.source import (
@@ -31,6 +34,7 @@ from weights_convert.source import (
     Source,
     index_files,
     save_tensors,
+    walk,
     weight_files,
     why_refused,
 )
@@ -116,12 +120,9 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _convert_folder(source: Path, destination: Path, to_public: bool, prune: bool) -> list[str]:
-    report, seen = [], set[Path]()
-    for folder, _, files in os.walk(source, followlinks=True):
-        if (real := Path(folder).resolve()) in seen:
-            raise ValueError(f"{folder}: a link to {real}, which is in {source} already")
-        seen.add(real)
-        here, there = Path(folder), destination / Path(folder).relative_to(source)
+    report = []
+    for here, files in walk(source):
+        there = destination / here.relative_to(source)
         there.mkdir(exist_ok=True)
         weights = [name for name in files if name.endswith(".safetensors")]
         for variant in sorted({_variant(name) for name in weights}, key=str) if weights else []:
@@ -207,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, metavar="SRC", help="a folder, or one .safetensors file")
     parser.add_argument("destination", type=Path, metavar="DST", help="what to write; must not exist")
     parser.add_argument(
-        "--to", choices=("kolors_core", "diffusers"), help="direction; kolors_core if not given"
+        "--to", choices=("kolors_core", "diffusers", "single"), help="direction; kolors_core if not given"
     )
     parser.add_argument(
         "--prune", action="store_true", help="leave out the tensors that the model never reads"
@@ -222,6 +223,10 @@ def main(arguments: list[str] | None = None) -> int:
             if options.to is not None or options.prune:
                 raise ValueError("--to and --prune have no effect with --pickle: convert its result")
             report = convert_pickle(options.source, options.destination)
+        elif options.to == "single" or (options.to == "diffusers" and is_single(options.source)):
+            if options.prune:
+                raise ValueError("--prune has no effect on one file of a folder, and back")
+            report = (to_single if options.to == "single" else to_folder)(options.source, options.destination)
         else:
             report = convert(
                 options.source, options.destination, to_public=options.to == "diffusers", prune=options.prune

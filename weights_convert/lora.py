@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from weights_convert.chatglm import CHATGLM
+from weights_convert.sgm import sgm_blocks, to_sgm
 from weights_convert.unet import UNET
 
 # What an error tells of the spellings.
@@ -61,28 +62,6 @@ _SUFFIXES = tuple((re.compile(rf"(.+?){pattern}"), role) for pattern, role in SU
 OLDER = ((r"(attn\d)\.to_([qkv])", r"\1.processor.to_\2"), (r"(attn\d)\.to_out\.0", r"\1.processor.to_out"),
          (r"to_out\.0", "to_out"))  # fmt: skip
 
-# SGM's names of what has a fixed place, and of a resnet's parts; `sgm_blocks` has the rest.
-SGM_TOP = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-SGM_PARTS = {
-    "resnets": {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "conv_shortcut": "skip_connection",
-    },
-    "downsamplers": {"conv": "op"},
-}
-_BLOCK = re.compile(r"((?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(\w+)\.\d+)\.(.+)")
-
 
 class Place(NamedTuple):
     """What a tensor of a LoRA is: of which module of which model, and in which role."""
@@ -90,37 +69,6 @@ class Place(NamedTuple):
     component: str
     module: str
     role: str
-
-
-def sgm_blocks(public: Iterable[str]) -> dict[str, str]:
-    """diffusers' blocks -> SGM's, which number resnets and samplers through; from the UNet's own modules."""
-    blocks = sorted({match[1] for name in public if (match := _BLOCK.fullmatch(name))})
-    resnets = sum(block.startswith("down_blocks.0.resnets.") for block in blocks)
-    found = {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-             "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
-    for block in blocks:
-        if block in found:
-            continue
-        way, level, kind, number = block.split(".")
-        is_sampler = kind.endswith("samplers")
-        i = int(level) * (resnets + 1) + (resnets if is_sampler else int(number))
-        part = int(kind == "attentions")
-        if way == "down_blocks":
-            found[block] = f"input_blocks.{i + 1}.{part}"  # the first is conv_in
-            continue
-        if is_sampler:  # it stands in the last resnet's block, behind the transformer where there is one
-            part = 1 + any(other.startswith(f"up_blocks.{level}.attentions.") for other in blocks)
-        found[block] = f"output_blocks.{i}.{part}"
-    return found
-
-
-def to_sgm(public: str, blocks: Mapping[str, str]) -> str:
-    """SGM's name of a UNet module; Kolors' own text projection has none and keeps its name."""
-    match = _BLOCK.fullmatch(public)
-    if match is None:
-        return SGM_TOP.get(public, public)
-    block, kind, inner = match.groups()
-    return f"{blocks[block]}.{SGM_PARTS.get(kind, {}).get(inner, inner)}"
 
 
 def spellings(modules: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:

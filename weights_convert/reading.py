@@ -32,12 +32,21 @@ def read_object(file: Path, longest: int) -> dict[str, Any]:
     if size > longest:
         raise ValueError(f"{file}: {size:,} bytes, wanted at most {longest:,}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
-    except (ValueError, RecursionError, OSError) as error:
+        content = file.read_bytes()
+    except OSError as error:
         raise ValueError(f"{file}: not JSON: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: wanted a JSON object, got {type(content).__name__}")
-    return content
+    return parse_object(content, str(file))
+
+
+def parse_object(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that the bytes are. ValueError naming where they are from."""
+    try:
+        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: wanted a JSON object, got {type(found).__name__}")
+    return found
 
 
 def open_weights(file: Path) -> Any:

@@ -56,7 +56,7 @@ class Table:
         """Our name of a public tensor; dropped ones come back as `unused.<public name>`."""
         if self.why_dropped(public) is not None:
             return UNUSED + public
-        return _replace(public, self.rules)
+        return rename(public, self.rules)
 
     def why_dropped(self, public: str) -> str | None:
         """Why the model never reads this public tensor; None if it does."""
@@ -67,7 +67,7 @@ class Table:
         """The public name of one of our tensors, the exact inverse of `to_ours`."""
         if ours.startswith(UNUSED):
             return ours.removeprefix(UNUSED)
-        return _replace(ours, tuple((new, old) for old, new in reversed(self.rules)))
+        return rename(ours, inverse(self.rules))
 
     def faults(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """What is wrong with a set of public names and shapes, by the format alone.
@@ -100,6 +100,10 @@ class Table:
             found += [f"{path}.{i} is missing" for i in wanted if i not in seen][:1]
         return found
 
+    def has(self, public: str) -> bool:
+        """Whether the public format has a tensor of this name."""
+        return self._place(public)[1] is not None
+
     def _place(self, name: str) -> tuple[str, Part | None, str]:
         """The block's path, the kind of block, and the tensor's name in it."""
         for part in self.parts:
@@ -115,11 +119,17 @@ class Table:
         return [(old, new) for old, new in self.rules if not any(f".{old}." in name for name in dotted)]
 
 
-def _replace(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    """The name with each rule's first parts turned to its second, in order."""
     dotted = f".{name}."
     for old, new in rules:
         dotted = dotted.replace(f".{old}.", f".{new}.")
     return dotted[1:-1]
+
+
+def inverse(rules: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """The rules that undo these."""
+    return tuple((new, old) for old, new in reversed(rules))
 
 
 @dataclass(frozen=True)

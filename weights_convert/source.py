@@ -5,6 +5,7 @@ Files are found in a listing, never guessed by one fixed name: `diffusion_pytorc
 `model-00001-of-00007.fp16.safetensors` are all read by `weight_files`.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
@@ -71,6 +72,16 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
     return [name for name, _ in chosen]
 
 
+def walk(source: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder in a folder and its file names, links followed. ValueError for a folder met twice."""
+    seen = set[Path]()
+    for folder, _, files in os.walk(source, followlinks=True):
+        if (real := Path(folder).resolve()) in seen:
+            raise ValueError(f"{folder}: a link to {real}, which is in {source} already")
+        seen.add(real)
+        yield Path(folder), files
+
+
 def index_files(index: Path) -> dict[str, str]:
     """The `weight_map` of an index of shards: tensor name -> file name, all in the index's own folder.
 
@@ -110,6 +121,9 @@ class Source(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._handles[self._file_of[name]].get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of  # no tensor is read for it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)

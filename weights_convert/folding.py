@@ -1,0 +1,245 @@
+"""A checkpoint folder <-> one file that has all of it, byte for byte both ways.
+
+The file has the models by ComfyUI's names (SGM's blocks behind `model.diffusion_model.` and
+`first_stage_model.`; ChatGLM behind `text_encoder.`, for which no other program has a name), and each small
+file of the folder as a tensor of its bytes: `files.tokenizer/tokenizer.model`, as ComfyUI keeps tokenizers.
+`files.layout.json` says in which file of the folder each tensor was. A folder that was made from a file of
+another program has `single_file.json` instead, which says how that file was.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weights_convert import TABLES, recognise
+from weights_convert.reading import parse_object
+from weights_convert.single import (
+    FILES,
+    NAMINGS,
+    PREFIXES,
+    Part,
+    Spelling,
+    in_spelling,
+    open_parts,
+    stored_names,
+)
+from weights_convert.source import LONGEST_INDEX, PICKLES, Source, walk, weight_files, why_refused
+from weights_convert.writing import new_file, new_folder, write_bytes
+
+LAYOUT = FILES + "layout.json"
+HISTORY = "single_file.json"  # in a folder
+LONGEST_FILE = 2**28  # bytes
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+         "text_encoder": "model", "image_encoder": "model"}  # fmt: skip
+
+
+def to_single(source: Path, destination: Path) -> list[str]:
+    """Write a checkpoint folder as one file; returns the report's lines.
+
+    Raises ValueError or FileNotFoundError naming the file; then `destination` does not exist.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such folder")
+    if destination.suffix != ".safetensors":
+        raise ValueError(f"{destination}: must end in .safetensors")
+    if destination.exists():
+        raise FileExistsError(f"{destination}: exists already, and is not overwritten")
+    report, layout = [], dict[str, Any]()
+    tensors, metadata = dict[str, Tensor](), {"format": "pt"}
+    history = _history(source / HISTORY) if (source / HISTORY).exists() else None
+    for folder, files in walk(source):
+        weights = [name for name in files if name.endswith(".safetensors")]
+        if weights:
+            component = str(folder.relative_to(source).as_posix())
+            if component not in PREFIXES:
+                raise ValueError(f"{folder}: has weights, wanted them only in {', '.join(PREFIXES)}")
+            chosen = weight_files(weights, None, str(folder))
+            if others := sorted(set(weights) - set(chosen)):
+                raise ValueError(f"{folder}: several checkpoints side by side: {chosen[0]}, {others[0]}")
+            part = Source([folder / name for name in chosen])
+            spelling = Spelling(PREFIXES[component][0], "sgm" if component in ("unet", "vae") else "public")
+            if history is not None:
+                spelling = history[1].get(component, spelling)
+            tensors |= _spelled(part, component, spelling)
+            for file in part.files:
+                names = sorted(part.names_in(file)) if len(part.files) > 1 else None
+                layout[f"{component}/{file.name}"] = {"metadata": part.metadata(file), "tensors": names}
+            report.append(_line(component, part, source))
+        for name in sorted(set(files) - set(weights)):
+            file = folder / name
+            if name.endswith(PICKLES):
+                report.append(f"{file}: skipped, {why_refused(file)}")
+            elif history is None:
+                tensors[FILES + file.relative_to(source).as_posix()] = _bytes(file)
+            elif file != source / HISTORY and name != "config.json":
+                raise ValueError(f"{file}: the file that {HISTORY} tells of has no place for it")
+    if not layout:
+        raise FileNotFoundError(f"{source}: no safetensors weights in it")
+    if history is None:
+        if LAYOUT in tensors:
+            raise ValueError(f"{source}/layout.json: its name is taken")
+        tensors[LAYOUT] = _as_tensor((json.dumps(layout, sort_keys=True) + "\n").encode())
+    else:
+        metadata = history[0]
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(destination) as scratch:
+        save_file(tensors, scratch, metadata=metadata)
+    return report
+
+
+def to_folder(source: Path, destination: Path) -> list[str]:
+    """Write a file of one or several models as a folder by public names; returns the report's lines.
+
+    Whole numbers are multiplied out. Raises ValueError or FileNotFoundError naming the file and the tensor;
+    then `destination` does not exist.
+    """
+    parts, whole, small = open_parts(source)
+    for component, part in parts.items():
+        if faults := TABLES[component].faults({name: part.shape(name) for name in part}):
+            raise ValueError(f"{source}: {component}: {faults[0]}")
+    layout = _layout(parts, whole, source) if LAYOUT in small else None
+    with new_folder(destination) as made:
+        unpack(whole, small, made)
+        for component, part in parts.items():
+            (made / component).mkdir(exist_ok=True)
+            files = layout or {f"{component}/{STEMS[component]}.safetensors": ({"format": "pt"}, list(part))}
+            for place, (metadata, names) in files.items():
+                if place.startswith(f"{component}/"):
+                    tensors = {name: part[name].contiguous() for name in (part if names is None else names)}
+                    with new_file(made / place) as scratch:
+                        save_file(tensors, scratch, metadata=metadata)
+        if layout is None and not any(part.scales for part in parts.values()):
+            told = {
+                "metadata": whole.metadata(source),
+                "models": {c: [*p.spelling] for c, p in parts.items()},
+            }
+            write_bytes((json.dumps(told, indent=2, sort_keys=True) + "\n").encode(), made / HISTORY)
+    report = [_line(component, part, source) for component, part in parts.items()]
+    many = [f"  its {part.bits}-bit layers are multiplied out" for part in parts.values() if part.scales]
+    return report + many
+
+
+def is_single(source: Path) -> bool:
+    """Whether it is a file to be made a folder of: any but one of our names alone, which stays a file."""
+    if not source.is_file():
+        return False
+    try:
+        return not recognise(Source([source]).keys(), str(source))[1]
+    except ValueError:
+        return True  # prefixes, SGM's names or several models, or `to_folder` says what is wrong
+
+
+def unpack(whole: Source, small: list[str], folder: Path) -> None:
+    """Write the small files that a file has as tensors. ValueError for a path that leads elsewhere."""
+    paths = {name: _inside(name.removeprefix(FILES), whole) for name in small if name != LAYOUT}
+    for name, path in paths.items():
+        if taken := set(path.parents) & set(paths.values()):
+            raise ValueError(f"{whole.where}: {name}: {min(taken)} is a file, and no folder")
+        if path.suffix == ".safetensors" or path.suffix in PICKLES:
+            raise ValueError(f"{whole.where}: {name}: weights are no small file")
+        (folder / path.parent).mkdir(parents=True, exist_ok=True)
+        write_bytes(content(whole, name), folder / path)
+
+
+def content(whole: Source, name: str) -> bytes:
+    """The bytes of a small file. ValueError for what is none."""
+    shape, dtype = whole.shape(name), whole.dtype(name)
+    if dtype != torch.uint8 or len(shape) != 1 or shape[0] > LONGEST_FILE:
+        wanted = f"at most {LONGEST_FILE:,} bytes"
+        raise ValueError(f"{whole.where}: {name} is {dtype} {list(shape)}, wanted {wanted}")
+    return bytes(whole[name].numpy())
+
+
+def _spelled(part: Source, component: str, spelling: Spelling) -> dict[str, Tensor]:
+    """The tensors of a component's folder as the one file has them; all are checked first."""
+    table, is_ours = recognise(part.keys(), part.where)
+    if table.component != component:
+        raise ValueError(f"{part.where}: wanted a {component}, got a {table.component}")
+    if is_ours:
+        raise ValueError(f"{part.where}: has our names, wanted diffusers' (--to diffusers)")
+    if faults := table.faults({name: part.shape(name) for name in part}):
+        raise ValueError(f"{part.where}: {faults[0]}")
+    names = stored_names(component, list(part), spelling)
+    return {there: in_spelling(part, component, name, spelling) for name, there in names.items()}
+
+
+def _layout(
+    parts: Mapping[str, Part], whole: Source, source: Path
+) -> dict[str, tuple[dict[str, str] | None, list[str] | None]]:
+    """File of the folder -> its metadata and tensors, None for all of its component. Strictly checked."""
+    found, seen = {}, {component: list[str]() for component in parts}
+    for place, entry in parse_object(content(whole, LAYOUT), f"{source}: {LAYOUT}").items():
+        path = _inside(place, whole)
+        where = f"{source}: {LAYOUT}: {place[:100]!r}"
+        if len(path.parts) != 2 or path.parts[0] not in parts or path.suffix != ".safetensors":
+            raise ValueError(f"{where}: wanted a .safetensors file in the folder of a model that is here")
+        if not isinstance(entry, dict) or entry.keys() != {"metadata", "tensors"}:
+            raise ValueError(f"{where}: wanted metadata and tensors")
+        metadata, names = entry["metadata"], entry["tensors"]
+        if metadata is not None and not _is_text(metadata):
+            raise ValueError(f"{where}: metadata: wanted texts by name")
+        if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+            raise ValueError(f"{where}: tensors: wanted a list of names")
+        seen[path.parts[0]] += list(parts[path.parts[0]]) if names is None else names
+        found[place] = (metadata, names)
+    for component, part in parts.items():
+        if odd := sorted(set(seen[component]) ^ set(part)):
+            raise ValueError(
+                f"{source}: {LAYOUT}: does not list the tensors of the {component}: {odd[0][:100]}"
+            )
+        if len(seen[component]) > len(part):
+            raise ValueError(f"{source}: {LAYOUT}: lists a tensor of the {component} twice")
+    return found
+
+
+def _history(file: Path) -> tuple[dict[str, str] | None, dict[str, Spelling]]:
+    """Metadata and spellings of the file that a folder was made from."""
+    if file.stat().st_size > LONGEST_INDEX:
+        raise ValueError(f"{file}: {file.stat().st_size:,} bytes, wanted at most {LONGEST_INDEX:,}")
+    told = parse_object(file.read_bytes(), str(file))
+    metadata, models = told.get("metadata"), told.get("models")
+    if (metadata is not None and not _is_text(metadata)) or not isinstance(models, dict):
+        raise ValueError(f"{file}: wanted metadata, texts by name, and models")
+    spellings = {}
+    for component, way in models.items():
+        fits = isinstance(way, list) and len(way) == 2 and all(isinstance(part, str) for part in way)
+        if component not in PREFIXES or not fits or way[1] not in NAMINGS:
+            raise ValueError(f"{file}: {component[:100]}: wanted a prefix and one of {', '.join(NAMINGS)}")
+        spellings[component] = Spelling(*way)
+    return metadata, spellings
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _inside(path: str, whole: Source) -> PurePosixPath:
+    """A path below a folder; ValueError for one that may lead out of it."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or any(sign in path for sign in "\\:\0"):
+        raise ValueError(f"{whole.where}: {path[:100]!r}: wanted a path inside the folder")
+    return PurePosixPath(path)
+
+
+def _bytes(file: Path) -> Tensor:
+    """A small file as a tensor."""
+    if (size := file.stat().st_size) > LONGEST_FILE:
+        raise ValueError(f"{file}: {size:,} bytes, wanted at most {LONGEST_FILE:,} of what is no weight")
+    return _as_tensor(file.read_bytes())
+
+
+def _as_tensor(content: bytes) -> Tensor:
+    return (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if content
+        else torch.empty(0, dtype=torch.uint8)
+    )
+
+
+def _line(component: str, part: Source, source: Path) -> str:
+    return f"{component:13} {len(part):6,} tensors {sum(map(part.nbytes, part)):15,} bytes   {source}"
