@@ -3,13 +3,17 @@
 Shapes: B prompts, L `max_length`.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("kolors_core")
 
 # ChatGLM3 numbers its special tokens right after the SentencePiece pieces, in this order.
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -84,7 +88,7 @@ class Tokenizer:
     ) -> TokenBatch:
         """Token ids of each prompt, cut on the right and padded on the left to `max_length`.
 
-        words: of textual inversion, each with its ids.
+        words: of textual inversion, each with its ids. What is cut is told once, by a log line.
         Raises ValueError for an empty list or a `max_length` that leaves no room for text, TypeError for a
         non-string.
         """
@@ -102,11 +106,22 @@ class Tokenizer:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt {row} must be a string, got {type(prompt).__name__}")
             try:
-                tokens = (prefix + self.encode(prompt, words or {}))[:max_length]
+                tokens = prefix + self.encode(prompt, words or {})
             except (RuntimeError, UnicodeError):
                 raise ValueError(f"prompt {row} is not valid Unicode text: {prompt[:40]!a}") from None
+            if len(tokens) > max_length:
+                lost = [i for i in tokens[max_length:] if i < self.pieces.vocab_size()]
+                _tell_cut(len(tokens), max_length, self.pieces.decode(lost))
+                tokens = tokens[:max_length]
             start = max_length - len(tokens)
             ids[row, start:] = torch.tensor(tokens)
             mask[row, start:] = True
             positions[row, start:] = torch.arange(len(tokens))
         return TokenBatch(ids, mask, positions)
+
+
+@lru_cache(maxsize=256)
+def _tell_cut(count: int, most: int, lost: str) -> None:
+    """Warn, once for each text that is lost."""
+    shown = lost if len(lost) <= 120 else f"{lost[:120]}..."
+    logger.warning("a prompt of %d tokens is cut to %d; what is lost: %r", count, most, shown)

@@ -62,3 +62,45 @@ def test_bad_input_is_named(small_tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         Tokenizer(tmp_path)
+
+
+HOSTILE = {
+    "NUL": "a\0b", "only NUL": "\0", "escape codes": "\x1b[31m\x07\x7f", "right to left": "\u202eשלום عليكم",
+    "byte order mark": "\ufeffa", "no characters": "\uffff\U0010ffff", "100,000 letters": "a" * 100_000,
+    "100,000 words": "红苹果 red " * 14_286, "stacked accents": "e" + "\u0301" * 1000,
+    "special tokens": "[gMASK]sop</s><s><unk><pad><|user|>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_any_text_is_encoded_as_text(name: str, real_tokenizer: Path) -> None:
+    """No text becomes a special token but for the two in front; what fits is read back as it was."""
+    prompt, tokenizer = HOSTILE[name], Tokenizer(real_tokenizer)
+    batch = tokenizer([prompt])
+    ids = batch.ids[0][batch.mask[0]].tolist()
+    assert ids[:2] == [64_790, 64_792] and all(i < 64_789 for i in ids[2:])
+    read = tokenizer.pieces.decode(ids[2:])
+    assert prompt.startswith(read) if len(ids) == 256 else read == prompt
+
+
+@pytest.mark.parametrize("prompt", ["a\ud800b", "\udcff", "\udc80\ud800"])
+def test_lone_surrogates_are_refused_and_shown(prompt: str, small_tokenizer: Path) -> None:
+    with pytest.raises(ValueError, match=r"prompt 1 is not valid Unicode text: '.*\\ud"):
+        Tokenizer(small_tokenizer)(["fine", prompt])
+
+
+def test_what_is_cut_is_told_once(small_tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer(small_tokenizer)
+    whole = tokenizer(["a red apple, a cat"], 256)
+    count = int(whole.mask.sum())
+    for _ in range(3):
+        cut = tokenizer(["a red apple, a cat"] * 2, count - 2)
+    kept = cut.ids[0, 2:].tolist()
+    lost = "a red apple, a cat".removeprefix(tokenizer.pieces.decode(kept)).strip()
+    assert lost and len(caplog.records) == 1
+    assert caplog.messages[0].startswith(f"a prompt of {count} tokens is cut to {count - 2}; what is lost: ")
+    assert lost in caplog.messages[0]
+    tokenizer(["a red apple, a cat"], count)
+    assert len(caplog.records) == 1, "nothing is told where nothing is cut"
+    tokenizer(["cat " * 2000], 16)
+    assert len(caplog.messages[1]) < 300, "a long one is shown in part"
