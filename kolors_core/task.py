@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple, Self
 
@@ -19,6 +20,7 @@ from kolors_core.chatglm import TextEmbedding
 from kolors_core.conditioning import Conditioning, Size, size_ids_of_both
 from kolors_core.config import VERSION
 from kolors_core.fields import whole_number
+from kolors_core.freeu import FreeUSwitch
 from kolors_core.image import OUTPUT_TYPES, describe, to_output
 from kolors_core.image_prompt import ImagePrompting
 from kolors_core.ip_adapter import attached
@@ -133,7 +135,7 @@ class Request:
         _one_of("cross_attention_kwargs", self.cross_attention_kwargs or (), ("ip_adapter_masks", "scale"))
 
 
-class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
+class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing, FreeUSwitch):
     """The steps that tasks are composed of."""
 
     def _schedule(self, request: Request) -> Schedule:
@@ -276,8 +278,13 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
             describe(image, facts)
 
     def _adapter_facts(self) -> dict[str, Any]:
-        """What the pictures' description says of LoRAs and IP-Adapters."""
+        """What the pictures' description says of the guidance rule, FreeU, LoRAs and IP-Adapters."""
         facts = {}
+        if isinstance(self.guided, partial):
+            told = ", ".join(f"{name}={value!r}" for name, value in self.guided.keywords.items())
+            facts["guidance"] = f"{self.guided.func.__name__}({told})"
+        if self.freeu is not None:
+            facts["freeu"] = ", ".join(f"{name}={value}" for name, value in self.freeu.items())
         if names := self.get_active_adapters():
             facts["lora"] = ", ".join(names)
         if handles := attached(self.unet):
