@@ -4,13 +4,14 @@ Source: https://arxiv.org/abs/2309.11497, equations 4 and 5, as in diffusers' `a
 factor for a whole map. Shapes: B batch, C channels, H height, W width (in latents).
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from kolors_core.blocks import finite
-from kolors_core.unet import UNet
+from kolors_core.unet import UNet, UpLevel
 
 NAMES = ("s1", "s2", "b1", "b2")
 
@@ -47,12 +48,15 @@ class FreeUSwitch:
         for name, value in zip(NAMES, (s1, s2, b1, b2), strict=True):
             if finite(name, value) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {value}")
-        self.unet.up[0].freeu, self.unet.up[1].freeu = FreeU(b1, s1), FreeU(b2, s2)
+        self._join(FreeU(b1, s1), FreeU(b2, s2))
 
     def disable_freeu(self) -> None:
         """Leave the UNet as it was before."""
-        for level in self.unet.up:
-            level.freeu = None
+        self._join(None, None)
+
+    def _join(self, *ways: FreeU | None) -> None:
+        for level, way in zip(cast("Sequence[UpLevel]", self.unet.up), ways, strict=False):
+            level.freeu = way
 
     @property
     def freeu(self) -> dict[str, float] | None:

@@ -54,9 +54,8 @@ class KolorsPAGPipeline(KolorsPipeline):
     ) -> Self:
         """As `KolorsPipeline.from_pipe`; layers None: those that the other pipeline has, else "mid"."""
         made = super().from_pipe(pipeline, **changes)
-        if pag_applied_layers is None:
-            pag_applied_layers = getattr(pipeline, "pag_applied_layers", "mid")
-        made.set_pag_applied_layers(pag_applied_layers)
+        own: Layers = getattr(pipeline, "pag_applied_layers", "mid")
+        made.set_pag_applied_layers(own if pag_applied_layers is None else pag_applied_layers)
         return made
 
     def set_pag_applied_layers(self, pag_applied_layers: Layers) -> None:
@@ -106,7 +105,7 @@ class KolorsPAGPipeline(KolorsPipeline):
 
         pag_scale: how strongly; 0 is `KolorsPipeline`. pag_adaptive_scale: see `perturbed.perturbed`.
         All others are as for `KolorsPipeline`. A callback sees the rows that it sees there.
-        Raises ValueError or TypeError as there; also for another rule at `pipe.guided`, which has no room here.
+        Raises ValueError or TypeError as there; also for another rule at `pipe.guided`: only one can be.
         """
         given = {name: value for name, value in locals().items() if name not in _OWN}
         with self._perturbing(pag_scale, pag_adaptive_scale):

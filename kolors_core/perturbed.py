@@ -1,7 +1,7 @@
 """Perturbed-attention guidance: away from what the UNet predicts when some self-attentions see nothing.
 
-In the perturbed copy of the conditional rows the attention map of the named layers is the identity: each pixel
-gets its own value. Source: https://arxiv.org/abs/2403.17377; diffusers' pipelines/pag/pag_utils.py.
+In a copy of the conditional rows the attention map of the named layers is the identity: each pixel gets its
+own value. Source: https://arxiv.org/abs/2403.17377; diffusers' pipelines/pag/pag_utils.py.
 """
 
 import re
@@ -42,11 +42,11 @@ def perturbed(
 ) -> Denoise:
     """As `guidance.guided`, plus pag_scale * (cond - perturbed), with and without classifier-free guidance.
 
-    pag_adaptive_scale: takes this much off pag_scale, but no more than all, for each training timestep that is
-    denoised already: of the schedule's own number (1,100), where the reference counts from 1,000.
-    pag_applied_layers: see `perturbed_layers`. rescale, interval: see kolors_core/tempering.py; outside of the
-    interval the positive alone is run. Raises ValueError for a scale that is not above 0 and for an adaptive one
-    below 0.
+    pag_adaptive_scale: takes this much off pag_scale, but no more than all, for each training timestep that
+    is denoised already: of the schedule's own number (1,100), where the reference counts from 1,000.
+    pag_applied_layers: see `perturbed_layers`. rescale, interval: see kolors_core/tempering.py; outside of
+    the interval the positive alone is run. Raises ValueError for a scale that is not above 0, and for an
+    adaptive one below 0.
     """
     if finite("pag_scale", pag_scale) <= 0:
         raise ValueError(f"pag_scale must be above 0, got {pag_scale}: without it, use `guided`")
@@ -78,8 +78,8 @@ def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
     """For each TransformerBlock in the order in which they run, whether a name means its self-attention.
 
     names: one or several, each found anywhere in the reference's name of the layer, as a regular expression:
-    "mid", "down_blocks.1", "up_blocks.(0|1).attentions.1"; or as its documentation has them, "down.block_2" or
-    "up.block_0.attentions_1". Raises ValueError or TypeError for what matches no layer, or is no name.
+    "mid", "down_blocks.1", "up_blocks.(0|1).attentions.1"; or as its documentation has them, "down.block_2"
+    or "up.block_0.attentions_1". Raises ValueError or TypeError for what matches no layer, or is no name.
     """
     names = [names] if isinstance(names, str) else names
     layers = [

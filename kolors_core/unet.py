@@ -289,8 +289,8 @@ class UNet(nn.Module):
         need not be whole. text_tokens: [B, S, text_dim]. pooled_text: [B, text_dim]. size_ids: [B, 6], in
         pixels: original height and width, crop top and left, target height and width. text_counts: None, or
         [B, S], how many equal tokens each text token stands for. image_prompts: one for each attached
-        IP-Adapter. perturbed: none, or for each TransformerBlock of how many of the last rows the self-attention
-        has the identity for its map. Returns [B, out_channels, H, W].
+        IP-Adapter. perturbed: none, or for each TransformerBlock of how many of the last rows the map of the
+        self-attention is the identity. Returns [B, out_channels, H, W].
         """
         time = self.embed_time(timestep.expand(len(latents)))  # [B, T]
         time = time + self.embed_condition(pooled_text, size_ids)  # [B, T]
