@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class Sigmas(NamedTuple):
 
 
 Interval = tuple[float, float]  # parts of a run's steps, from 0 to 1; or `Sigmas`
+Rule = Callable[..., Denoise]  # of `guidance.guided`'s signature
 
 
 def rescaling(part: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -54,13 +56,7 @@ def bounds(interval: Interval, schedule: Schedule) -> Sigmas:
 
     Raises ValueError for what is no interval, and for one without any of the schedule's steps.
     """
-    if not isinstance(interval, tuple | list) or len(interval) != 2:
-        raise ValueError(f"a guidance interval must be two numbers, got {interval!r}")
-    low, high = (finite("an end of the guidance interval", end) for end in interval)
-    most = math.inf if isinstance(interval, Sigmas) else 1
-    if not 0 <= low < high <= most:
-        wanted = "rise from 0 or more" + ("" if isinstance(interval, Sigmas) else " to 1 at most")
-        raise ValueError(f"a guidance interval must {wanted}, got {low} to {high}")
+    low, high = ends(interval)
     *sigmas, end = schedule.sigmas.tolist()
     if not isinstance(interval, Sigmas):
         start, stop = round(low * len(sigmas)), round(high * len(sigmas))
@@ -68,3 +64,23 @@ def bounds(interval: Interval, schedule: Schedule) -> Sigmas:
     if not any(low < sigma <= high for sigma in sigmas):
         raise ValueError(f"the guidance interval {tuple(interval)} has none of the {len(sigmas)} steps")
     return Sigmas(low, high)
+
+
+def ends(interval: Interval) -> tuple[float, float]:
+    """An interval's two numbers; ValueError for what is none."""
+    if not isinstance(interval, tuple | list) or len(interval) != 2:
+        raise ValueError(f"a guidance interval must be two numbers, got {interval!r}")
+    low, high = (finite("an end of the guidance interval", end) for end in interval)
+    most = math.inf if isinstance(interval, Sigmas) else 1
+    if not 0 <= low < high <= most:
+        wanted = "rise from 0 or more" + ("" if isinstance(interval, Sigmas) else " to 1 at most")
+        raise ValueError(f"a guidance interval must {wanted}, got {low} to {high}")
+    return low, high
+
+
+def throughout(rule: Rule) -> Rule:
+    """A guidance rule without its interval, which needs in every step what that needs at most."""
+    if not isinstance(rule, partial):
+        return rule
+    kept = {name: value for name, value in rule.keywords.items() if name != "interval"}
+    return partial(rule.func, *rule.args, **kept)
