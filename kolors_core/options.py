@@ -11,7 +11,7 @@ import torch
 
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.guidance import guided
-from kolors_core.perturbed import perturbed, perturbed_layers
+from kolors_core.perturbed import check_scales, perturbed, perturbed_layers
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.placement import best_dtype
 from kolors_core.quantize import BITS
@@ -103,8 +103,8 @@ def guidance_of(options: argparse.Namespace) -> dict[str, object]:
     """The guidance rule's keywords that the options ask for; ValueError for what cannot be, or has no use."""
     if options.pag is None and (options.pag_layers or options.pag_adaptive is not None):
         raise ValueError("--pag-layers and --pag-adaptive have no effect without --pag")
-    if options.pag is not None and check_number("--pag", options.pag) <= 0:
-        raise ValueError(f"--pag must be above 0, got {options.pag}: without it there is none")
+    if options.pag is not None:
+        check_scales(options.pag, options.pag_adaptive or 0.0)
     if options.guidance_rescale is not None:
         rescaling(options.guidance_rescale)
     if options.guidance_interval is not None:

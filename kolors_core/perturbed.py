@@ -48,10 +48,7 @@ def perturbed(
     the interval the positive alone is run. Raises ValueError for a scale that is not above 0, and for an
     adaptive one below 0.
     """
-    if finite("pag_scale", pag_scale) <= 0:
-        raise ValueError(f"pag_scale must be above 0, got {pag_scale}: without it, use `guided`")
-    if finite("pag_adaptive_scale", pag_adaptive_scale) < 0:
-        raise ValueError(f"pag_adaptive_scale must be 0 or more, got {pag_adaptive_scale}")
+    check_scales(pag_scale, pag_adaptive_scale)
     is_guided = negative is not None and scale > 1
     temper = rescaling(rescale)
 
@@ -72,6 +69,14 @@ def perturbed(
     x0_of = partial(combined, unet, schedule, read_once=read_once, graphs=graphs)
     inside = x0_of(told, len(parts), combine)
     return inside if interval is None else within(interval, schedule, inside, x0_of(positive))
+
+
+def check_scales(pag_scale: float, pag_adaptive_scale: float) -> None:
+    """ValueError for what `perturbed` cannot take."""
+    if finite("pag_scale", pag_scale) <= 0:
+        raise ValueError(f"pag_scale must be above 0, got {pag_scale}: without it, use `guided`")
+    if finite("pag_adaptive_scale", pag_adaptive_scale) < 0:
+        raise ValueError(f"pag_adaptive_scale must be 0 or more, got {pag_adaptive_scale}")
 
 
 def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
