@@ -326,9 +326,7 @@ def test_guidance_rules_and_freeu_are_every_lines(tmp_path: Path, capsys: pytest
     assert np.array_equal(np.asarray(batch), np.asarray(one))
     for name in ("guidance", "freeu"):
         assert batch.info[name] == one.info[name]
-    assert main([str(file), str(tmp_path / "out"), "--device", "cpu", "-q"]) == 1, (
-        "a picture of other options"
-    )
+    assert main([str(file), str(tmp_path / "out"), "--device", "cpu", "-q"]) == 1, "a picture of others"
     capsys.readouterr()
     split = [str(file), str(tmp_path / "new"), "--device", "cpu", "--split-guidance"]
     assert main([*split, "--guidance-rescale", "0.5"]) == 2
