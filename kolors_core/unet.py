@@ -230,14 +230,15 @@ class UpLevel(nn.Module):
             [Transformer(width, heads, depth, config) for _ in range(n if depth else 0)]
         )
         self.upsample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
-        self.freeu: Callable[[Tensor, Tensor], Tensor] | None = None  # joins x and a skip, see freeu.py
+        self.freeu: Callable[[Tensor, Tensor], Tensor] | None = None  # another way to join, see freeu.py
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat([x, skip], dim=1) if self.freeu is None else self.freeu(x, skip)
 
     def forward(self, x: Tensor, skips: list[Tensor], times: Times, contexts: Contexts) -> Tensor:
         """Takes its skips off the list's end, and grows to the size of the next one, which may be odd."""
         for i, resnet in enumerate(self.resnets):
-            skip = skips.pop()
-            x = torch.cat([x, skip], dim=1) if self.freeu is None else self.freeu(x, skip)
-            x = resnet(x, next(times))
+            x = resnet(self.join(x, skips.pop()), next(times))
             if self.attentions:
                 x = self.attentions[i](x, contexts)
         if self.upsample is not None:
