@@ -15,11 +15,14 @@ from kolors_core.face_prompt import load_face_embeds
 from kolors_core.fields import whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.options import (
+    add_guidance,
     add_model,
     add_sampler,
     bits_of,
     check_seed,
     default_steps,
+    guidance_of,
+    guide,
     load_loras,
     load_pipeline,
     load_words,
@@ -124,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SCALE",
         help="how strongly to follow the prompt; 1 is off (default: %(default)s)",
     )
+    add_guidance(steps)
     steps.add_argument(
         "--timesteps", type=numbers, metavar="T,T,...", help="own timesteps, falling, in place of --steps"
     )
@@ -194,6 +198,7 @@ def draw(options: argparse.Namespace) -> None:
     pipe = load_pipeline(options, device)
     quantized = quantize(pipe, options)
     load_adapters(pipe, options)
+    guide(pipe, options)
     steps = default_steps(options.sampler) if options.steps is None else options.steps
     if options.timesteps or options.sigmas:
         steps = 50  # the pipeline's own default, which says nothing
@@ -237,6 +242,7 @@ def plan(options: argparse.Namespace) -> None:
     for name, bits in bits_of(options).items():
         quantize_model(getattr(pipe, name), bits)
     load_adapters(pipe, options)
+    guide(pipe, options)
     pipe.plan(
         options.height, options.width, num_images_per_prompt=options.images,
         guidance_scale=options.guidance, max_sequence_length=options.max_tokens, device=device,
@@ -271,6 +277,9 @@ def checked(options: argparse.Namespace) -> list[Path]:
         raise ValueError("--face-adapter, --face-image, --face-embeds and --face-scale need each other")
     if options.strength is not None and options.image is None:
         raise ValueError("--strength has no effect without --image")
+    keywords = guidance_of(options)
+    if keywords and options.guidance <= 1 and options.pag is None:
+        raise ValueError("--guidance-rescale and --guidance-interval need --guidance above 1, or --pag")
     return outs
 
 

@@ -33,12 +33,15 @@ from kolors_core.claims import Claims, Manifest, Record
 from kolors_core.image import describe, save_png
 from kolors_core.lines import KEY, Line, Picture, fingerprint_of, read_lines
 from kolors_core.options import (
+    add_guidance,
     add_model,
     add_sampler,
     bits_of,
     check_seed,
     default_steps,
     files_of,
+    guidance_of,
+    guide,
     load_loras,
     load_pipeline,
     precision,
@@ -79,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
         "done, not more of them",
     )
     add_model(top.add_argument_group("model"))
-    add_sampler(top.add_argument_group("sampling"))
+    sampling = top.add_argument_group("sampling")
+    add_sampler(sampling)
+    add_guidance(sampling)
     top.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
     return top
 
@@ -121,6 +126,10 @@ class Batch:
             logger.setLevel(logging.ERROR)
         model = {name: getattr(options, name) for name in ("weights", "variant", "revision", "sampler")}
         model |= {"dtype": str(precision(options, device)), "bits": bits_of(options)} | files_of(options)
+        if (keywords := guidance_of(options)) and options.split_guidance:
+            raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
+        asked = {"rule": keywords, "freeu": options.freeu}  # pictures of neither are as they have been named
+        model |= {name: value for name, value in asked.items() if value}
         self.lines = read_lines(
             options.prompts, model, check_seed("--seed", options.seed), default_steps(options.sampler)
         )
@@ -271,6 +280,7 @@ class Batch:
         pipe.set_progress_bar_config(disable=True)
         if (report := quantize(pipe, self.options)) is not None:
             self.told["quantized"] = str(report)
+        guide(pipe, self.options)
         if self.pair is not None:
             pipe.guided = self.pair.guided
         return pipe

@@ -20,7 +20,8 @@ class Conditioning:
     """What the UNet is told beside latents and time: a field here is an argument of `UNet.forward`.
 
     text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32; text_counts None or
-    [B, S]; image_prompts one for each attached IP-Adapter; see `UNet.forward`.
+    [B, S]; image_prompts one for each attached IP-Adapter; perturbed none, or rows for each TransformerBlock,
+    which `cat` leaves out; see `UNet.forward`.
     """
 
     text_tokens: Tensor
@@ -28,6 +29,7 @@ class Conditioning:
     size_ids: Tensor
     text_counts: Tensor | None = None
     image_prompts: tuple[ImagePrompt, ...] = ()
+    perturbed: tuple[int, ...] = ()
 
     @classmethod
     def cat(cls, *parts: "Conditioning") -> "Conditioning":

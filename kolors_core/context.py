@@ -57,12 +57,13 @@ class ReadImages(NamedTuple):
 
 class Read(NamedTuple):
     """What a cross-attention has read: keys and values [B, heads, S, C/heads], a logit bias [B, 1, 1, S] or
-    None, and what its image branches have."""
+    None, and what its image branches have. perturbed: as in `Context`."""
 
     k: Tensor
     v: Tensor
     bias: Tensor | None
     images: tuple[ReadImages, ...]
+    perturbed: int = 0
 
     def rows(self, where: Tensor) -> "Read":
         """These rows [B] of it; masks are those of all B rows already."""
@@ -72,16 +73,21 @@ class Read(NamedTuple):
             image._replace(keys_values=tuple((k[where], v[where]) for k, v in image.keys_values))
             for image in self.images
         )
-        return Read(self.k[where], self.v[where], None if self.bias is None else self.bias[where], images)
+        bias = None if self.bias is None else self.bias[where]
+        return Read(self.k[where], self.v[where], bias, images, self.perturbed)
 
 
 class Context(NamedTuple):
     """What an attention is to read: tokens [B, S, context_dim], None or a logit bias [B, 1, 1, S] on them,
-    and for each attached IP-Adapter its pictures."""
+    and for each attached IP-Adapter its pictures.
+
+    perturbed: of how many of the last rows the block's self-attention returns the values as they are.
+    """
 
     tokens: Tensor
     bias: Tensor | None = None
     images: tuple[ImagePrompt, ...] = ()
+    perturbed: int = 0
 
     def distinct(self) -> tuple["Context", Tensor]:
         """The rows that differ, and for each of the B rows which of them it is: [B].
@@ -97,7 +103,8 @@ class Context(NamedTuple):
             kept += [i] if where[-1] == len(kept) else []
         images = tuple(image._replace(tokens=image.tokens[kept]) for image in self.images)
         bias = None if self.bias is None else self.bias[kept]
-        return Context(self.tokens[kept], bias, images), torch.tensor(where, device=self.tokens.device)
+        told = Context(self.tokens[kept], bias, images, self.perturbed)
+        return told, torch.tensor(where, device=self.tokens.device)
 
 
 def at_size(context: Context | Read, height: int, width: int) -> Context | Read:

@@ -18,6 +18,7 @@ from kolors_core.ip_adapter import attached
 from kolors_core.lora import state_of
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
+from kolors_core.tempering import Interval, rescaling, within
 from kolors_core.unet import ResBlock, Shift, UNet
 
 
@@ -45,6 +46,8 @@ def guided(
     negative: Conditioning | None = None,
     scale: float = 1.0,
     *,
+    rescale: float = 0.0,
+    interval: Interval | None = None,
     read_once: bool = True,
     graphs: Graphs | None = None,
 ) -> Denoise:
@@ -55,11 +58,36 @@ def guided(
     (text and pictures as keys and values, what each block makes of sizes and all steps' times) now and not in
     every step; the result is the same. graphs: record the step there as a CUDA graph, unless there are masks.
     A UNet that is compiled as a whole, hooked, or has another forward is called as a whole and not recorded.
+    rescale, interval: see kolors_core/tempering.py; outside of the interval, too, the positive alone is run.
     """
-    is_guided = negative is not None and scale > 1
-    told = Conditioning.cat(negative, positive) if negative is not None and is_guided else positive
+    temper = rescaling(rescale)
+
+    def combine(_timestep: float, noise: Tensor) -> Tensor:
+        unconditional, conditional = noise.chunk(2)
+        return temper(unconditional + scale * (conditional - unconditional), conditional)
+
+    x0_of = partial(combined, unet, schedule, read_once=read_once, graphs=graphs)
+    if negative is None or scale <= 1:
+        return x0_of(positive)
+    inside = x0_of(Conditioning.cat(negative, positive), 2, combine)
+    return inside if interval is None else within(interval, schedule, inside, x0_of(positive))
+
+
+def combined(
+    unet: UNet,
+    schedule: Schedule,
+    told: Conditioning,
+    copies: int = 1,
+    combine: Callable[[float, Tensor], Tensor] = lambda _timestep, noise: noise,
+    *,
+    read_once: bool,
+    graphs: Graphs | None,
+) -> Denoise:
+    """x0 = x - sigma * eps, with eps what `combine(timestep, noise)` makes of all rows' noise.
+
+    told: conditions of B pictures, `copies` times. read_once, graphs: see `guided`.
+    """
     dtype = unet.conv_in.weight.dtype
-    copies = 2 if is_guided else 1
     if read_once and _is_as_written(unet):
         predict = _reading_once(unet, schedule, told, copies, graphs)
     else:
@@ -69,11 +97,7 @@ def guided(
     def denoise(x: Tensor, sigma: float) -> Tensor:
         latents = (x / (sigma**2 + 1) ** 0.5).to(dtype)
         timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
-        noise = predict(latents, timestep).to(x.dtype)
-        if is_guided:
-            unconditional, conditional = noise.chunk(2)
-            noise = unconditional + scale * (conditional - unconditional)
-        return x - sigma * noise
+        return x - sigma * combine(timestep, predict(latents, timestep).to(x.dtype))
 
     return denoise
 
@@ -89,12 +113,13 @@ Predict = Callable[[Tensor, float], Tensor]  # (scaled latents [b, 4, H/8, W/8],
 
 def _reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: int) -> Predict:
     """The plain UNet."""
+    more = {"perturbed": told.perturbed} if told.perturbed else {}
 
     def predict(latents: Tensor, timestep: float) -> Tensor:
         time = torch.tensor(timestep, dtype=torch.float32, device=latents.device)
         return unet(
             latents.repeat(copies, 1, 1, 1), time, told.text_tokens, told.pooled_text, told.size_ids,
-            told.text_counts, told.image_prompts,
+            told.text_counts, told.image_prompts, **more,
         )  # fmt: skip
 
     return predict
@@ -106,6 +131,8 @@ def _reading_once(
     """The UNet without what is the same in every step."""
     rows, where = unet.context(told.text_tokens, told.text_counts, told.image_prompts).distinct()
     reads = [read.rows(where) for read in unet.read(rows)]
+    if told.perturbed:
+        reads = [read._replace(perturbed=n) for read, n in zip(reads, told.perturbed, strict=True)]
     condition = unet.embed_condition(told.pooled_text, told.size_ids)  # [B, T]
 
     def shifts(timesteps: list[float]) -> list[Tensor]:
@@ -121,7 +148,8 @@ def _reading_once(
     run = partial(step, reads)
     if graphs is not None and all(image.masks is None for image in told.image_prompts):
         scales = [branch.scale for handle in attached(unet) for branch in handle.branches.values()]
-        run = graphs.of_run(step, (copies, state_of(unet), str(scales)), reads)
+        numbers = str((scales, told.perturbed, [level.freeu for level in unet.up]))
+        run = graphs.of_run(step, (copies, state_of(unet), numbers), reads)
     timesteps = schedule.timesteps.tolist()
     known = dict(zip(timesteps, shifts(timesteps), strict=True))
 

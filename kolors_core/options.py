@@ -4,18 +4,22 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kolors_core.checkpoint import EMBEDDED_NAME
+from kolors_core.guidance import guided
+from kolors_core.perturbed import check_scales, perturbed, perturbed_layers
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.placement import best_dtype
 from kolors_core.quantize import BITS
 from kolors_core.quantize_report import QuantizationReport
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
 from kolors_core.single_file import open_model
+from kolors_core.tempering import ends, rescaling
 
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -76,6 +80,59 @@ def add_sampler(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--sampler", choices=SAMPLERS, default="dpmpp-2m-karras", help="(default: %(default)s)"
     )
+
+
+def add_guidance(group: argparse._ArgumentGroup) -> None:
+    """What stands beside the guidance scale, and FreeU."""
+    group.add_argument(
+        "--pag", type=float, metavar="SCALE", help="perturbed-attention guidance, 3 is usual (default: none)"
+    )
+    group.add_argument(
+        "--pag-layers", nargs="+", metavar="LAYER",
+        help='whose self-attention it perturbs, such as "down.block_2" (default: mid)',
+    )  # fmt: skip
+    group.add_argument(
+        "--pag-adaptive", type=float, metavar="SCALE", help="takes this off --pag per timestep, of 1,100"
+    )
+    group.add_argument(
+        "--guidance-rescale", type=float, metavar="PART", help="against overexposure, 0.7 is usual"
+    )
+    group.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("A", "B"),
+        help="guide only in these parts of the steps, 0 to 1; the others take half the time",
+    )  # fmt: skip
+    group.add_argument(
+        "--freeu", type=float, nargs=4, metavar=("S1", "S2", "B1", "B2"),
+        help="weigh the UNet's skips and what comes from below, 0.6 0.4 1.1 1.2 is usual",
+    )  # fmt: skip
+
+
+def guidance_of(options: argparse.Namespace) -> dict[str, object]:
+    """The guidance rule's keywords that the options ask for; ValueError for what cannot be, or has no use."""
+    if options.pag is None and (options.pag_layers or options.pag_adaptive is not None):
+        raise ValueError("--pag-layers and --pag-adaptive have no effect without --pag")
+    if options.pag is not None:
+        check_scales(options.pag, options.pag_adaptive or 0.0)
+    if options.guidance_rescale is not None:
+        rescaling(options.guidance_rescale)
+    if options.guidance_interval is not None:
+        ends(options.guidance_interval)
+    interval = None if options.guidance_interval is None else tuple(options.guidance_interval)
+    asked = {
+        "pag_scale": options.pag, "pag_adaptive_scale": options.pag_adaptive,
+        "pag_applied_layers": options.pag_layers, "rescale": options.guidance_rescale, "interval": interval,
+    }  # fmt: skip
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def guide(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
+    """Have the guidance rule and FreeU that the options ask for."""
+    if keywords := guidance_of(options):
+        if "pag_scale" in keywords:
+            perturbed_layers(pipe.unet, options.pag_layers or "mid")
+        pipe.guided = partial(perturbed if "pag_scale" in keywords else guided, **keywords)
+    if options.freeu is not None:
+        pipe.enable_freeu(*options.freeu)
 
 
 def default_steps(sampler: str) -> int:

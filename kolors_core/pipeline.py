@@ -5,7 +5,7 @@ Shapes: B pictures (prompts times images per prompt).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from kolors_core.plan import Planning
 from kolors_core.running import run
 from kolors_core.sampling import Generators, draw_noise
 from kolors_core.schedule import Schedule
-from kolors_core.task import KolorsPipelineOutput, Request
+from kolors_core.task import Extras, KolorsPipelineOutput, Request
 from kolors_core.text_prompt import MAX_TOKENS, Prompt
 
 
@@ -47,8 +47,6 @@ class KolorsPipeline(Planning):
         negative_pooled_prompt_embeds: Tensor | None = None,
         ip_adapter_image: Any = None,
         ip_adapter_image_embeds: list[Tensor] | None = None,
-        face_embeds: Any = None,
-        face_image: Any = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -61,6 +59,7 @@ class KolorsPipeline(Planning):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = MAX_TOKENS,
+        **extras: Unpack[Extras],
     ) -> KolorsPipelineOutput | tuple[Any]:
         """Make pictures from prompts.
 
@@ -68,7 +67,7 @@ class KolorsPipeline(Planning):
         denoising_end: stop after this part of the noise schedule, above 0 and at most 1, for a second model
         to go on.
         latents: [B, 4, height/8, width/8] standard normal noise in place of drawn noise.
-        All others are described at `kolors_core.task.Request`.
+        All others, and `Extras`, are described at `kolors_core.task.Request`.
         Raises ValueError or TypeError naming the argument, what came and what was wanted.
         """
         request = Request.of(locals())
@@ -111,8 +110,6 @@ class KolorsImg2ImgPipeline(Planning):
         negative_pooled_prompt_embeds: Tensor | None = None,
         ip_adapter_image: Any = None,
         ip_adapter_image_embeds: list[Tensor] | None = None,
-        face_embeds: Any = None,
-        face_image: Any = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -125,6 +122,7 @@ class KolorsImg2ImgPipeline(Planning):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = MAX_TOKENS,
+        **extras: Unpack[Extras],
     ) -> KolorsPipelineOutput | tuple[Any]:
         """Make pictures from pictures and prompts.
 
@@ -134,7 +132,7 @@ class KolorsImg2ImgPipeline(Planning):
         height, width: pixels, multiples of 8, to which the image is resized; its own if None.
         denoising_start: take the image as one on which `denoising_end` has left off, and add no noise.
         latents: [B, 4, H/8, W/8], noisy already, in place of the image's: `callback_on_step_end` sees such.
-        All others are described at `kolors_core.task.Request`.
+        All others, and `Extras`, are described at `kolors_core.task.Request`.
         Raises ValueError or TypeError naming the argument, what came and what was wanted.
         """
         request = Request.of(locals())

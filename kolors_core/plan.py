@@ -30,6 +30,7 @@ from kolors_core.ip_adapter import attached
 from kolors_core.offload import Lane, Models, Offload, bytes_of
 from kolors_core.placement import plain, planned_device
 from kolors_core.task import Request, Task
+from kolors_core.tempering import throughout
 from kolors_core.text_prompt import MAX_TOKENS
 from kolors_core.tokenizer import TokenBatch
 
@@ -336,6 +337,7 @@ def twin_of(pipe: Task, offload: Offload) -> Task:
     for name, model in copies.items():
         setattr(twin, name, model)
     twin.offload, twin._progress = offload, {"disable": True}
+    twin.guided = throughout(pipe.guided)
     return twin
 
 

@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from numbers import Real
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from kolors_core.config import VERSION
 from kolors_core.face_id import FaceIDAdapter
 from kolors_core.face_prompt import FacePrompting
 from kolors_core.fields import whole_number
+from kolors_core.freeu import FreeUSwitch
 from kolors_core.image import OUTPUT_TYPES, describe, to_output
 from kolors_core.ip_adapter import attached
 from kolors_core.lora_loading import LoRALoading
@@ -37,6 +39,13 @@ class KolorsPipelineOutput(NamedTuple):
     """`images`: PIL images; or, in [0, 1], an array [B, H, W, 3] or tensor [B, 3, H, W]; or latents."""
 
     images: Any
+
+
+class Extras(TypedDict, total=False):
+    """Arguments that every task has and the reference does not, described at `Request`; by name only."""
+
+    face_embeds: Any
+    face_image: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +115,11 @@ class Request:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
         """Those of a task's arguments that every task has, checked."""
-        request = cls(**{field.name: arguments[field.name] for field in fields(cls)})
+        extras, names = arguments["extras"], Extras.__annotations__
+        if strangers := sorted(extras.keys() - names):
+            raise TypeError(f"{strangers[0]!r} is no argument of this task, nor of {', '.join(names)}")
+        own = (field.name for field in fields(cls) if field.name not in names)
+        request = cls(**{name: arguments[name] for name in own}, **extras)
         request.check()
         return request
 
@@ -141,7 +154,7 @@ class Request:
         _one_of("cross_attention_kwargs", self.cross_attention_kwargs or (), ("ip_adapter_masks", "scale"))
 
 
-class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing, SingleFile):
+class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing, FreeUSwitch, SingleFile):
     """The steps that tasks are composed of."""
 
     def _schedule(self, request: Request) -> Schedule:
@@ -292,8 +305,13 @@ class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing, SingleFile):
             describe(image, facts)
 
     def _adapter_facts(self) -> dict[str, Any]:
-        """What the pictures' description says of LoRAs, learned words and IP-Adapters."""
+        """What the pictures' description says of the guidance rule, FreeU, LoRAs, words and IP-Adapters."""
         facts = {}
+        if isinstance(self.guided, partial):
+            told = ", ".join(f"{name}={value!r}" for name, value in self.guided.keywords.items())
+            facts["guidance"] = f"{self.guided.func.__name__}({told})"
+        if self.freeu is not None:
+            facts["freeu"] = ", ".join(f"{name}={value}" for name, value in self.freeu.items())
         if names := self.get_active_adapters():
             facts["lora"] = ", ".join(names)
         if self.text_encoder is not None and (words := words_of(plain(self.text_encoder))):

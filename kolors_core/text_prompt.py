@@ -117,7 +117,8 @@ class TextPrompting(Components, TextualInversion):
         if not 2 < whole_number("max_sequence_length", max_length) <= MAX_TOKENS:
             raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
         encoder, savings = plain(self.text_encoder), self.savings
-        tokens = self.tokenizer(prompts, max_length, words_of(encoder))
+        words = {"words": words} if (words := words_of(encoder)) else {}
+        tokens = self.tokenizer(prompts, max_length, **words)
         tokens = tokens.collapse() if savings.collapse_pads else tokens
         key = Key.of(encoder, tokens)
         text = self.prompt_cache.find(key, savings.prompt_folder)

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H height, W width (in latents), N = H * W, S text t
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, cast
 
@@ -99,13 +99,18 @@ class Attention(nn.Module):
         branches = zip(cast("Iterable[Any]", self.image_branches), context.images, strict=True)
         images = tuple(branch.read(image, self.heads) for branch, image in branches)
         k, v = (split_heads(project(context.tokens), self.heads) for project in (self.to_k, self.to_v))
-        return Read(k, v, context.bias, images)
+        return Read(k, v, context.bias, images, context.perturbed)
 
-    def forward(self, x: Tensor, context: Context | Read) -> Tensor:
-        """x: [B, N, C]; context: what there is to read, or what has been read already. Returns [B, N, C]."""
+    def forward(self, x: Tensor, context: Context | Read, perturbed: int = 0) -> Tensor:
+        """x: [B, N, C]; context: what there is to read, or what has been read already. Returns [B, N, C].
+
+        perturbed: of how many of the last rows the attention map is the identity.
+        """
         q = split_heads(self.to_q(x), self.heads)  # [B, heads, N, C/heads]
         read = self.read(context) if isinstance(context, Context) else context
         h = attention(q, read.k, read.v, read.bias)
+        if perturbed:
+            h = torch.cat([h[:-perturbed], read.v[-perturbed:]])
         for branch, images in zip(self.image_branches, read.images, strict=True):
             h = branch(h, q, images)
         return self.to_out(h.transpose(1, 2).flatten(2))  # [B, N, C]
@@ -139,7 +144,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Context | Read) -> Tensor:
         """x: [B, N, C]; context: what the cross-attention is to read, or has read already."""
         normed = self.norm1(x)
-        x = x + self.self_attention(normed, Context(normed))
+        x = x + self.self_attention(normed, Context(normed), context.perturbed)
         x = x + self.cross_attention(self.norm2(x), context)
         return x + self.feed_forward(self.norm3(x))
 
@@ -225,11 +230,15 @@ class UpLevel(nn.Module):
             [Transformer(width, heads, depth, config) for _ in range(n if depth else 0)]
         )
         self.upsample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
+        self.freeu: Callable[[Tensor, Tensor], Tensor] | None = None  # another way to join, see freeu.py
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat([x, skip], dim=1) if self.freeu is None else self.freeu(x, skip)
 
     def forward(self, x: Tensor, skips: list[Tensor], times: Times, contexts: Contexts) -> Tensor:
         """Takes its skips off the list's end, and grows to the size of the next one, which may be odd."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), next(times))
+            x = resnet(self.join(x, skips.pop()), next(times))
             if self.attentions:
                 x = self.attentions[i](x, contexts)
         if self.upsample is not None:
@@ -273,6 +282,7 @@ class UNet(nn.Module):
         size_ids: Tensor,
         text_counts: Tensor | None = None,
         image_prompts: Sequence[ImagePrompt] = (),
+        perturbed: Sequence[int] = (),
     ) -> Tensor:
         """Predict the noise in `latents`.
 
@@ -280,12 +290,14 @@ class UNet(nn.Module):
         need not be whole. text_tokens: [B, S, text_dim]. pooled_text: [B, text_dim]. size_ids: [B, 6], in
         pixels: original height and width, crop top and left, target height and width. text_counts: None, or
         [B, S], how many equal tokens each text token stands for. image_prompts: one for each attached
-        IP-Adapter. Returns [B, out_channels, H, W].
+        IP-Adapter. perturbed: none, or for each TransformerBlock of how many of the last rows the map of the
+        self-attention is the identity. Returns [B, out_channels, H, W].
         """
         time = self.embed_time(timestep.expand(len(latents)))  # [B, T]
         time = time + self.embed_condition(pooled_text, size_ids)  # [B, T]
         context = self.context(text_tokens, text_counts, image_prompts)
-        return self.denoise(latents, repeat(time), repeat(context))
+        contexts = [context._replace(perturbed=rows) for rows in perturbed] or repeat(context)
+        return self.denoise(latents, repeat(time), contexts)
 
     def denoise(
         self,

@@ -313,3 +313,21 @@ def test_a_process_whose_torchrun_is_gone_does_not_wait(
         monkeypatch.setenv(name, value)
     assert main([str(write(tmp_path / "p.jsonl", [{"prompt": "cat"}])), str(tmp_path / "out")]) == 2
     assert "torchrun, which started this process, cannot be reached" in capsys.readouterr().err
+
+
+def test_guidance_rules_and_freeu_are_every_lines(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A picture is the command line's with the same flags; another rule is another fingerprint."""
+    file = write(tmp_path / "p.jsonl", [SMALL | {"prompt": "apples", "seed": 7, "steps": 2}])
+    more = ["--pag", "2", "--guidance-interval", "0", "0.5", "--freeu", "0.6", "0.4", "1.1", "1.2"]
+    assert main([str(file), str(tmp_path / "out"), "--device", "cpu", "-q", *more]) == 0
+    size = ["--height", "64", "--width", "64", "--steps", "2", "--seed", "7", "--device", "cpu", "-q"]
+    assert draw_one(["apples", *size, "-o", str(tmp_path / "one.png"), *more]) == 0
+    batch, one = (Image.open(tmp_path / name) for name in ("out/000001-7.png", "one.png"))
+    assert np.array_equal(np.asarray(batch), np.asarray(one))
+    for name in ("guidance", "freeu"):
+        assert batch.info[name] == one.info[name]
+    assert main([str(file), str(tmp_path / "out"), "--device", "cpu", "-q"]) == 1, "a picture of others"
+    capsys.readouterr()
+    split = [str(file), str(tmp_path / "new"), "--device", "cpu", "--split-guidance"]
+    assert main([*split, "--guidance-rescale", "0.5"]) == 2
+    assert "error: --split-guidance splits no --pag, --guidance-rescale" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -15,6 +16,7 @@ from kolors_core.__main__ import main
 from kolors_core.image import read_description
 from kolors_core.lora import attach, save_adapters
 from kolors_core.options import SAMPLERS, with_revision, with_scale
+from kolors_core.perturbed import perturbed
 from tests.ip_adapters import write_adapter
 from tests.parity import pair
 from tests.pipelines import picture
@@ -183,6 +185,42 @@ def test_a_revision_stands_behind_an_at(tmp_path: Path) -> None:
     assert with_revision(str(tmp_path / "me@home")) == (str(tmp_path / "me@home"), None)
 
 
+def test_guidance_rules_and_freeu(reference_folder: Path, tmp_path: Path) -> None:
+    """The picture of a pipeline that was told the same, and a description that tells it again."""
+    rule = ["--pag", "2", "--pag-layers", "mid", "up_blocks.1", "--pag-adaptive", "0.001",
+            "--guidance-rescale", "0.5", "--guidance-interval", "0", "0.5"]  # fmt: skip
+    freeu = ["--freeu", "0.6", "0.4", "1.1", "1.2"]
+    assert draw(reference_folder, tmp_path / "a.png", "--seed", "3", *rule, *freeu) == 0
+    told = read_description(tmp_path / "a.png")
+    assert told["guidance"] == (
+        "perturbed(pag_scale=2.0, pag_adaptive_scale=0.001, pag_applied_layers=['mid', 'up_blocks.1'], "
+        "rescale=0.5, interval=(0.0, 0.5))"
+    )
+    assert told["freeu"] == "s1=0.6, s2=0.4, b1=1.1, b2=1.2"
+    pipe = KolorsPipeline.from_pretrained(reference_folder)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    pipe.guided = partial(
+        perturbed, pag_scale=2.0, pag_adaptive_scale=0.001, pag_applied_layers=["mid", "up_blocks.1"],
+        rescale=0.5, interval=(0.0, 0.5),
+    )  # fmt: skip
+    pipe.enable_freeu(0.6, 0.4, 1.1, 1.2)
+    image = pipe("cat", num_inference_steps=2, generator=torch.Generator().manual_seed(3)).images[0]
+    assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(image))
+    assert draw(reference_folder, tmp_path / "b.png", "--seed", "3", *freeu) == 0
+    assert draw(reference_folder, tmp_path / "c.png", "--seed", "3", "--guidance-rescale", "1") == 0
+    assert read_description(tmp_path / "c.png")["guidance"] == "guided(rescale=1.0)"
+    assert len({pixels(tmp_path / f"{name}.png").tobytes() for name in "abc"}) == 3
+
+
+def test_a_plan_counts_every_row(reference_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """A late interval too: what the most expensive step needs."""
+    plans = []
+    for more in ([], ["--pag", "3"], ["--pag", "3", "--guidance-interval", "0.9", "1"]):
+        assert main(["--plan", "-w", str(reference_folder), "--device", "cpu", "-q", *more]) == 0
+        plans.append(capsys.readouterr().out)
+    assert plans[0] != plans[1] == plans[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -205,6 +243,27 @@ def test_a_revision_stands_behind_an_at(tmp_path: Path) -> None:
         (["cat", "-w", "FOLDER", "-o", "x.png", "--image", "EXISTS.png"], "EXISTS.png"),
         (["cat", "-w", "FOLDER", "--image", "no.png"], "no.png"),
         (["cat", "-w", "FOLDER", "--lora", "no.safetensors"], "no.safetensors"),
+        (["cat", "-w", "FOLDER", "--pag", "0"], "pag_scale must be above 0, got 0.0"),
+        (["cat", "-w", "FOLDER", "--pag-layers", "mid"], "have no effect without --pag"),
+        (["cat", "-w", "FOLDER", "--pag-adaptive", "0.1"], "have no effect without --pag"),
+        (
+            ["cat", "-w", "FOLDER", "--pag", "3", "--pag-layers", "mid", "low"],
+            "is named 'low'",
+        ),
+        (
+            ["cat", "-w", "FOLDER", "--pag", "3", "--pag-adaptive", "-1"],
+            "must be 0 or more, got -1.0",
+        ),
+        (["cat", "-w", "FOLDER", "--guidance-rescale", "7"], "rescale must be from 0 to 1, got 7.0"),
+        (
+            ["cat", "-w", "FOLDER", "--guidance-rescale", "0.7", "-g", "1"],
+            "need --guidance above 1",
+        ),
+        (
+            ["cat", "-w", "FOLDER", "--guidance-interval", "0.8", "0.2"],
+            "must rise from 0 or more to 1",
+        ),
+        (["cat", "-w", "FOLDER", "--freeu", "-1", "1", "1", "1"], "s1 must be 0 or more, got -1.0"),
         (["--info", "FOLDER/model_index.json"], "not an image"),
         (["--info", "nothing.png"], "nothing.png"),
     ],
@@ -238,5 +297,9 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture) -> None:
         "--strength",
         "--ip-adapter",
         "--lora",
+        "--pag",
+        "--guidance-rescale",
+        "--guidance-interval",
+        "--freeu",
     ):
         assert flag in shown

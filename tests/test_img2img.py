@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import kolors_core
 from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsPipeline
 from tests.parity import FLOAT32, SMALL, relative_error
 from tests.pipelines import SOLVERS, WEAK, Pair, embeddings, picture, steps_of, use_solver
@@ -266,11 +267,14 @@ def test_bad_arguments_are_named(pipes: Pair, arguments: dict, message: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_the_signature_is_the_references() -> None:
-    mine = inspect.signature(KolorsImg2ImgPipeline.__call__).parameters
-    other = inspect.signature(diffusers.KolorsImg2ImgPipeline.__call__).parameters
-    assert list(mine) == list(other)
-    for parameter in mine.keys() - {"self", "prompt", "callback_on_step_end_tensor_inputs"}:
+@pytest.mark.parametrize("kind", ["KolorsPipeline", "KolorsImg2ImgPipeline"])
+def test_the_signature_is_the_references(kind: str) -> None:
+    """What is ours alone comes behind it, and by name only."""
+    mine, other = (
+        inspect.signature(getattr(package, kind).__call__).parameters for package in (kolors_core, diffusers)
+    )
+    assert list(mine) == [*other, "extras"]
+    for parameter in mine.keys() - {"extras", "self", "prompt", "callback_on_step_end_tensor_inputs"}:
         assert mine[parameter].default == other[parameter].default, parameter
 
 

@@ -189,3 +189,8 @@ def test_ctrl_c_on_the_command_line_writes_nothing(tmp_path: Path) -> None:
     rest = process.stderr.read()
     assert process.wait() == 130 and rest.endswith("interrupted, nothing written\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_argument_that_no_task_has_is_named(pipe: KolorsPipeline) -> None:
+    with pytest.raises(TypeError, match="'promt' is no argument of this task, nor of face_embeds"):
+        pipe("a red apple", promt="a red apple")  # type: ignore[call-arg]
