@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.context import ImagePrompt
+from kolors_core.controlnet import Control
 
 Size = tuple[int, int]
 
@@ -20,7 +21,8 @@ class Conditioning:
     """What the UNet is told beside latents and time: a field here is an argument of `UNet.forward`.
 
     text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32; text_counts None or
-    [B, S]; image_prompts one for each attached IP-Adapter; see `UNet.forward`.
+    [B, S]; image_prompts one for each attached IP-Adapter; see `UNet.forward`. controls: what each ControlNet
+    sees, whose residuals are told.
     """
 
     text_tokens: Tensor
@@ -28,6 +30,7 @@ class Conditioning:
     size_ids: Tensor
     text_counts: Tensor | None = None
     image_prompts: tuple[ImagePrompt, ...] = ()
+    controls: tuple[Control, ...] = ()
 
     @classmethod
     def cat(cls, *parts: "Conditioning") -> "Conditioning":
@@ -36,7 +39,9 @@ class Conditioning:
         images = tuple(
             ImagePrompt.cat(*images) for images in zip(*(p.image_prompts for p in parts), strict=True)
         )
-        return cls(text.tokens, text.pooled, torch.cat([p.size_ids for p in parts]), text.counts, images)
+        controls = tuple(Control.cat(*them) for them in zip(*(p.controls for p in parts), strict=True))
+        ids = torch.cat([p.size_ids for p in parts])
+        return cls(text.tokens, text.pooled, ids, text.counts, images, controls)
 
 
 def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tensor:

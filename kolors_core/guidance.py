@@ -7,18 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kolors_core.conditioning import Conditioning
-from kolors_core.context import Read
+from kolors_core.controlnet import ControlNet, acting, summed
 from kolors_core.graphs import Graphs
 from kolors_core.ip_adapter import attached
 from kolors_core.lora import state_of
+from kolors_core.reading import Told
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
-from kolors_core.unet import ResBlock, Shift, UNet
+from kolors_core.unet import Encoder, UNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +62,19 @@ def guided(
     told = Conditioning.cat(negative, positive) if negative is not None and is_guided else positive
     dtype = unet.conv_in.weight.dtype
     copies = 2 if is_guided else 1
-    if read_once and _is_as_written(unet):
+    if read_once and all(map(_is_as_written, (unet, *(control.net for control in told.controls)))):
         predict = _reading_once(unet, schedule, told, copies, graphs)
     else:
         predict = _reading_always(unet, schedule, told, copies)
-    known = dict(zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False))
+    sigmas = schedule.sigmas.tolist()
+    known = dict(zip(sigmas, schedule.timesteps.tolist(), strict=False))
+    controls_of_step = acting(told.controls, len(schedule.timesteps))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         latents = (x / (sigma**2 + 1) ** 0.5).to(dtype)
         timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
-        noise = predict(latents, timestep).to(x.dtype)
+        step = min(sum(level > sigma for level in sigmas), len(controls_of_step) - 1)
+        noise = predict(latents, timestep, controls_of_step[step]).to(x.dtype)
         if is_guided:
             unconditional, conditional = noise.chunk(2)
             noise = unconditional + scale * (conditional - unconditional)
@@ -78,24 +83,26 @@ def guided(
     return denoise
 
 
-def _is_as_written(unet: UNet) -> bool:
-    """Whether the parts of `UNet.forward` may stand for calling the whole."""
-    is_another = type(unet).forward is not UNet.forward or "forward" in vars(unet)
-    return not (is_another or unet._compiled_call_impl or unet._forward_hooks or unet._forward_pre_hooks)
+def _is_as_written(net: Encoder) -> bool:
+    """Whether the parts of a UNet's or ControlNet's `forward` may stand for calling the whole."""
+    is_another = type(net).forward not in (UNet.forward, ControlNet.forward) or "forward" in vars(net)
+    return not (is_another or net._compiled_call_impl or net._forward_hooks or net._forward_pre_hooks)
 
 
-Predict = Callable[[Tensor, float], Tensor]  # (scaled latents [b, 4, H/8, W/8], timestep) -> noise [B, ...]
+# (scaled latents [b, 4, H/8, W/8], timestep, which controls act) -> noise [B, ...]
+Predict = Callable[[Tensor, float, tuple[int, ...]], Tensor]
 
 
 def _reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: int) -> Predict:
-    """The plain UNet."""
+    """The plain UNet, and plain ControlNets."""
 
-    def predict(latents: Tensor, timestep: float) -> Tensor:
+    def predict(latents: Tensor, timestep: float, those: tuple[int, ...]) -> Tensor:
         time = torch.tensor(timestep, dtype=torch.float32, device=latents.device)
-        return unet(
-            latents.repeat(copies, 1, 1, 1), time, told.text_tokens, told.pooled_text, told.size_ids,
-            told.text_counts, told.image_prompts,
-        )  # fmt: skip
+        given = latents.repeat(copies, 1, 1, 1), time, told.text_tokens, told.pooled_text, told.size_ids
+        controls = [told.controls[k] for k in those]
+        residuals = summed((c.scale, c.net(*given, c.image, told.text_counts)) for c in controls)
+        more = {"residuals": residuals} if residuals else {}
+        return unet(*given, told.text_counts, told.image_prompts, **more)
 
     return predict
 
@@ -103,29 +110,32 @@ def _reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: 
 def _reading_once(
     unet: UNet, schedule: Schedule, told: Conditioning, copies: int, graphs: Graphs | None
 ) -> Predict:
-    """The UNet without what is the same in every step."""
-    rows, where = unet.context(told.text_tokens, told.text_counts, told.image_prompts).distinct()
-    reads = [read.rows(where) for read in unet.read(rows)]
-    condition = unet.embed_condition(told.pooled_text, told.size_ids)  # [B, T]
+    """The UNet and ControlNets without what is the same in every step."""
+    main, controls = Told(unet, schedule, told, told.image_prompts), told.controls
+    nets = [Told(control.net, schedule, told) for control in controls]
+    images = [control.net.image_embedding(control.image) for control in controls]
+    constant = [main.reads, [net.reads for net in nets], images]
 
-    def shifts(timesteps: list[float]) -> list[Tensor]:
-        times = torch.tensor(timesteps, dtype=torch.float32, device=condition.device)
-        every = unet.shifts(unet.embed_time(times)[:, None] + condition)  # each [n, B, C]
-        return list(torch.cat([shift.added for shift in every], dim=-1))  # n of [B, all blocks' C]
+    def step(those: tuple[int, ...], constant: Any, latents: Tensor, shifts: Tensor, *more: Tensor) -> Tensor:
+        reads, reads_of, images = constant
+        residuals = summed(
+            (controls[k].scale,
+             controls[k].net.residuals(latents, images[k], nets[k].split(one), reads_of[k], copies))
+            for k, one in zip(those, more, strict=True)
+        )  # fmt: skip
+        return unet.denoise(latents, main.split(shifts), reads, copies, residuals)
 
-    widths = [block.time_proj.out_features for block in unet.modules() if isinstance(block, ResBlock)]
-
-    def step(reads: list[Read], latents: Tensor, shifts: Tensor) -> Tensor:
-        return unet.denoise(latents, map(Shift, shifts.split(widths, dim=-1)), reads, copies)
-
-    run = partial(step, reads)
-    if graphs is not None and all(image.masks is None for image in told.image_prompts):
+    def runner(those: tuple[int, ...]) -> Callable[..., Tensor]:
+        if graphs is None or any(image.masks is not None for image in told.image_prompts):
+            return partial(step, those, constant)
         scales = [branch.scale for handle in attached(unet) for branch in handle.branches.values()]
-        run = graphs.of_run(step, (copies, state_of(unet), str(scales)), reads)
-    timesteps = schedule.timesteps.tolist()
-    known = dict(zip(timesteps, shifts(timesteps), strict=True))
+        states = [(state_of(control.net), control.scale) for control in controls]
+        key = copies, state_of(unet), str(scales), those, *states
+        return graphs.of_run(partial(step, those), key, constant)
 
-    def predict(latents: Tensor, timestep: float) -> Tensor:
-        return run(latents, known[timestep] if timestep in known else shifts([timestep])[0])
+    runs = {those: runner(those) for those in acting(controls, len(schedule.timesteps))}
+
+    def predict(latents: Tensor, timestep: float, those: tuple[int, ...]) -> Tensor:
+        return runs[those](latents, main.shifts(timestep), *(nets[k].shifts(timestep) for k in those))
 
     return predict

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kolors_core.callback import StepCallback
 from kolors_core.conditioning import Size
+from kolors_core.control_image import DEFAULT_SCALE
 from kolors_core.image import vae_pixels
 from kolors_core.plan import Planning
 from kolors_core.sampling import Generators, draw_noise
@@ -57,6 +58,10 @@ class KolorsPipeline(Planning):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = MAX_TOKENS,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = DEFAULT_SCALE,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> KolorsPipelineOutput | tuple[Any]:
         """Make pictures from prompts.
 
@@ -82,12 +87,14 @@ class KolorsPipeline(Planning):
 class KolorsImg2ImgPipeline(Planning):
     """Image to image: noise is added to a picture, and taken off again under the prompt."""
 
+    default_strength = 0.3
+
     @torch.no_grad()
     def __call__(
         self,
         prompt: Prompt | None = None,
         image: Any = None,
-        strength: float = 0.3,
+        strength: float = default_strength,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -119,6 +126,10 @@ class KolorsImg2ImgPipeline(Planning):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = MAX_TOKENS,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = DEFAULT_SCALE,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> KolorsPipelineOutput | tuple[Any]:
         """Make pictures from pictures and prompts.
 
@@ -154,7 +165,7 @@ class KolorsImg2ImgPipeline(Planning):
         """The steps that are done: those that strength or denoising_start leaves, up to denoising_end."""
         if start is None:
             schedule = whole.noised(strength)
-        elif strength != 0.3:
+        elif strength != self.default_strength:
             raise ValueError(f"strength has no effect beside denoising_start, got {strength} and {start}")
         elif end is not None and start >= end:
             raise ValueError(f"denoising_start must be before denoising_end, got {start} and {end}")

@@ -18,6 +18,8 @@ from kolors_core.callback import NAMES, Run, StepCallback
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.conditioning import Conditioning, Size, size_ids_of_both
 from kolors_core.config import VERSION
+from kolors_core.control_image import DEFAULT_SCALE, Controlling
+from kolors_core.controlnet import Control
 from kolors_core.fields import whole_number
 from kolors_core.image import OUTPUT_TYPES, describe, to_output
 from kolors_core.image_prompt import ImagePrompting
@@ -54,6 +56,10 @@ class Request:
     what is not given for the negative prompt is as for the prompt.
     callback_on_step_end: see kolors_core/callback.py; it gets the tensors that
     `callback_on_step_end_tensor_inputs` names.
+    control_image: what the ControlNet sees, resized to the picture: one for all, for each prompt or for each
+    picture; of a list of ControlNets a list of these. controlnet_conditioning_scale, control_guidance_start,
+    control_guidance_end: how much it says, and the part of the run's steps in which it does, from 0 to 1; a
+    number for all ControlNets or a list with one for each.
     eta: of the reference's signature, without effect here and so refused if set.
     """
 
@@ -84,6 +90,10 @@ class Request:
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     max_sequence_length: int = MAX_TOKENS
+    control_image: Any = None
+    controlnet_conditioning_scale: float | Sequence[float] = DEFAULT_SCALE
+    control_guidance_start: float | Sequence[float] = 0.0
+    control_guidance_end: float | Sequence[float] = 1.0
 
     @property
     def is_guided(self) -> bool:
@@ -133,7 +143,7 @@ class Request:
         _one_of("cross_attention_kwargs", self.cross_attention_kwargs or (), ("ip_adapter_masks", "scale"))
 
 
-class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
+class Task(TextPrompting, ImagePrompting, Controlling, LoRALoading, Quantizing):
     """The steps that tasks are composed of."""
 
     def _schedule(self, request: Request) -> Schedule:
@@ -168,6 +178,11 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
             len(text.tokens) * copies, request.is_guided,
         )  # fmt: skip
 
+        controls = self._controls(
+            request.control_image, request.controlnet_conditioning_scale, request.control_guidance_start,
+            request.control_guidance_end, size, len(text.tokens) * copies, copies,
+        )  # fmt: skip
+
         sees_tokens = {"prompt_embeds", "negative_prompt_embeds"}.intersection(request.callback_tensors)
 
         def told(text: TextEmbedding, ids: Tensor, images: Any) -> Conditioning:
@@ -177,7 +192,8 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
             counts = text.counts
             if counts is not None:
                 counts = counts.to(self.device).repeat_interleave(copies, dim=0)
-            return Conditioning(tokens, pooled, ids.to(self.device).expand(len(tokens), -1), counts, images)
+            ids = ids.to(self.device).expand(len(tokens), -1)
+            return Conditioning(tokens, pooled, ids, counts, images, controls)
 
         for half in (text,) if negative_text is None else (text, negative_text):
             finite(half.tokens, "the prompt's embeddings", half.tokens.dtype)
@@ -237,7 +253,7 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
         images = result.to(self.dtype) if kind == "latent" else to_output(self._decode(result), kind)
         self._on_device()
         if kind == "pil":
-            self._describe(images, request, facts)
+            self._describe(images, request, {**facts, **_control_facts(positive.controls)})
         return KolorsPipelineOutput(images) if request.return_dict else (images,)
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -284,6 +300,15 @@ class Task(TextPrompting, ImagePrompting, LoRALoading, Quantizing):
             scales = (next(iter(handle.branches.values())).scale for handle in handles)
             facts["ip_adapter_scale"] = ", ".join(map(str, scales))
         return facts
+
+
+def _control_facts(controls: Sequence[Control]) -> dict[str, Any]:
+    """What the pictures' description says of ControlNets."""
+    if not controls:
+        return {}
+    facts = {"control_scale": ", ".join(str(control.scale) for control in controls)}
+    parts = [f"{control.start:g} to {control.end:g}" for control in controls]
+    return facts if set(parts) == {"0 to 1"} else facts | {"control_steps": ", ".join(parts)}
 
 
 def _one_of(name: str, got: Any, allowed: Sequence[str]) -> None:
