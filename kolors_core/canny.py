@@ -39,7 +39,7 @@ def _gradient(pixels: "np.ndarray") -> "tuple[np.ndarray, np.ndarray, np.ndarray
 
     best = None
     for channel in range(3):
-        x = np.pad(pixels[..., channel].astype(np.int32), 1, mode="edge")
+        x = np.pad(pixels[..., channel].astype(np.int16), 1, mode="edge")
         rows = x[:-2] + 2 * x[1:-1] + x[2:]  # [H, W + 2]
         columns = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]  # [H + 2, W]
         dx, dy = rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]
@@ -48,7 +48,7 @@ def _gradient(pixels: "np.ndarray") -> "tuple[np.ndarray, np.ndarray, np.ndarray
             best = size, dx, dy
         else:
             more = size > best[0]
-            best = tuple(np.where(more, new, old) for new, old in zip((size, dx, dy), best, strict=True))
+            best = np.where(more, size, best[0]), np.where(more, dx, best[1]), np.where(more, dy, best[2])
     assert best is not None
     return best
 

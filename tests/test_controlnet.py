@@ -1,4 +1,4 @@
-"""The ControlNet against the reference's: every residual, gradients, the UNet that takes them, and loading."""
+"""The ControlNet against the reference's: residuals, gradients, the UNet that takes them, and loading."""
 
 import json
 from dataclasses import replace
@@ -131,9 +131,7 @@ def test_the_unet_takes_residuals_as_the_reference_does() -> None:
     given, image = inputs(2, 9, 12), control_image(2, 9, 12)
     target = torch.randn(2, 4, 9, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     one = [a + 0.5 * b for a, b in zip(*(mine(**given, image=image) for mine, _ in nets), strict=True)]
-    both = [
-        reference_residuals(net, given, image, scale) for (_, net), scale in zip(nets, (1, 0.5), strict=True)
-    ]
+    both = [reference_residuals(nets[k][1], given, image, scale) for k, scale in enumerate((1, 0.5))]
     other = [a + b for a, b in zip(*both, strict=True)]
     predicted = ours(**given, residuals=one)
     expected = theirs(
@@ -262,7 +260,7 @@ def test_steps_in_which_a_control_acts_are_the_references() -> None:
     net, image = KolorsControlNet(NET), torch.zeros(1, 3, 8, 8)
     controls = [Control(net, image), Control(net, image, start=0.25, end=0.8), Control(net, image, end=0.3)]
     assert acting(controls, 4) == [(0, 2), (0, 1), (0, 1), (0,)]
-    with pytest.raises(ValueError, match=r"ControlNet 3 would act in none of the 2 steps, from 0.0 to 0.3"):
+    with pytest.raises(ValueError, match=r"ControlNet 2 would act in none of the 2 steps, from 0.25 to 0.8"):
         acting(controls, 2)
 
 

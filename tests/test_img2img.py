@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsPipeline
 from tests.parity import FLOAT32, SMALL, relative_error
-from tests.pipelines import SOLVERS, WEAK, Pair, embeddings, picture, steps_of, use_solver
+from tests.pipelines import CONTROL, SOLVERS, WEAK, Pair, embeddings, picture, steps_of, use_solver
 from weights_convert import TABLES
 
 

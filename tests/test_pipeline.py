@@ -23,6 +23,7 @@ from kolors_core.prompt_cache import PromptCache
 from kolors_core.unet import UNet
 from tests.parity import EXACT, FLOAT32, SMALL, relative_error
 from tests.pipelines import (
+    CONTROL,
     NO_SAVINGS,
     SMALL_PICTURE,
     SOLVERS,
