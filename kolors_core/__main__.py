@@ -11,14 +11,19 @@ import torch
 
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.config import VERSION
+from kolors_core.control_pipeline import KolorsControlNetPipeline
 from kolors_core.fields import whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.options import (
+    add_control,
     add_model,
     add_sampler,
     bits_of,
+    check_control,
     check_seed,
+    control_arguments,
     default_steps,
+    load_controls,
     load_loras,
     load_pipeline,
     quantize,
@@ -61,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
     picture = top.add_argument_group("picture")
     picture.add_argument("-n", "--negative", metavar="TEXT", help="what not to draw")
     picture.add_argument(
-        "--height", type=int, help="pixels, a multiple of 8 (default: the model's own, or --image's)"
+        "--height",
+        type=int,
+        help="pixels, a multiple of 8 (default: the model's own, or --image's, or the control image's)",
     )
     picture.add_argument("--width", type=int, help="pixels, likewise; --image is resized to both")
     picture.add_argument("--images", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
@@ -84,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
         "--ip-image", action="append", metavar="FILE", help="be guided by this picture (may be repeated)"
     )
     images.add_argument("--ip-scale", type=float, help="how much (default: 1)")
+    add_control(images)
     model.add_argument(
         "--lora",
         action="append",
@@ -163,11 +171,13 @@ def draw(options: argparse.Namespace) -> None:
     outs = checked(options)
     start = None if options.image is None else load_image(options.image)
     guides = [load_image(file) for file in options.ip_image or ()]
+    controls = control_arguments(options)
     outs[0].parent.mkdir(parents=True, exist_ok=True)
     device = named_device(options.device)
     pipe = load_pipeline(options, device)
     quantized = quantize(pipe, options)
     load_adapters(pipe, options)
+    load_controls(options, pipe, device)
     steps = default_steps(options.sampler) if options.steps is None else options.steps
     if options.timesteps or options.sigmas:
         steps = 50  # the pipeline's own default, which says nothing
@@ -182,14 +192,18 @@ def draw(options: argparse.Namespace) -> None:
         target_size=options.target_size, negative_original_size=options.negative_original_size,
         negative_crops_coords_top_left=options.negative_crop or (0, 0),
         negative_target_size=options.negative_target_size, max_sequence_length=options.max_tokens,
-        ip_adapter_image=[guides] if guides else None,
+        ip_adapter_image=[guides] if guides else None, **controls,
     )  # fmt: skip
-    if start is None:
+    if start is None and controls:
+        image = arguments.pop("control_image")
+        output = KolorsControlNetPipeline.from_pipe(pipe)(image=image, **arguments)
+    elif start is None:
         output = pipe(**arguments)
     else:
         strength = {} if options.strength is None else {"strength": options.strength}
         output = KolorsImg2ImgPipeline.from_pipe(pipe)(image=start, **strength, **arguments)
-    told = {name: getattr(options, name) for name in ("image", "lora", "ip_adapter", "ip_image")}
+    names = ("image", "lora", "ip_adapter", "ip_image", "control", "control_image", "canny")
+    told = {name: getattr(options, name) for name in names}
     told = {
         name: value if isinstance(value, str) else ", ".join(value) for name, value in told.items() if value
     }
@@ -210,6 +224,7 @@ def plan(options: argparse.Namespace) -> None:
     for name, bits in bits_of(options).items():
         quantize_model(getattr(pipe, name), bits)
     load_adapters(pipe, options)
+    load_controls(options, pipe, device, is_planned=True)
     pipe.plan(
         options.height, options.width, num_images_per_prompt=options.images,
         guidance_scale=options.guidance, max_sequence_length=options.max_tokens, device=device,
@@ -239,6 +254,7 @@ def checked(options: argparse.Namespace) -> list[Path]:
     given = (options.ip_adapter is not None, options.ip_image is not None)
     if any(given) and not all(given) or (options.ip_scale is not None and not all(given)):
         raise ValueError("--ip-adapter, --ip-image and --ip-scale need each other")
+    check_control(options)
     if options.strength is not None and options.image is None:
         raise ValueError("--strength has no effect without --image")
     return outs

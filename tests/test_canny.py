@@ -72,10 +72,10 @@ def test_a_weak_edge_counts_where_it_is_connected_to_a_strong_one() -> None:
     alone = pixels.copy()
     alone[:30, 12:] = 140
     assert not edges(Image.fromarray(alone)).any()
-    parted = pixels.copy()
-    parted[30:36, 12:] = 100  # nothing between them
-    found = edges(Image.fromarray(parted))
-    assert found[:28, 11].all() and not found[40:].any()
+    apart = np.concatenate([pixels, alone[:, ::-1]], axis=1)  # the weak one's step is 24 pixels away
+    apart[:, 24:] = alone
+    found = edges(Image.fromarray(apart))
+    assert found[31:, 11].all() and not found[:, 30:].any()
 
 
 def test_the_strongest_colour_counts() -> None:
