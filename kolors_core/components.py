@@ -194,7 +194,8 @@ class Components:
         with new_folder(Path(folder)) as place:
             for component, model in models.items():
                 save_component(model, place, component, variant=variant)
-            save_frame(place, type(self).__name__, self.components)
+            task = type(self).__name__.replace("ControlNet", "")  # which the reference has a name for
+            save_frame(place, task, self.components)
 
     def to(
         self,

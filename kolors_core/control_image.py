@@ -27,6 +27,7 @@ from kolors_core.hub import fetch
 from kolors_core.image import control_pixels
 from kolors_core.loading import LoadReport, load
 from kolors_core.placement import Dtypes, dtype_of, one_dtype, plain, refuse_second_copy
+from kolors_core.quantize import refuse_quantized
 from kolors_core.unet import UNet
 from weights_convert import TABLES
 from weights_convert.source import Source, Tensors, save_tensors, weight_files
@@ -105,6 +106,7 @@ class KolorsControlNet(ControlNet):
         )  # fmt: skip
         place = folder / subfolder
         file, unet = place / "config.json", plain(unet)
+        refuse_quantized(unet, "borrow from it; borrow from a plain UNet, then quantise")
         public = read_json(file)
         if public.get("encoder_hid_dim_type") is not None:
             raise ValueError(f"{file}: it has a text projection: load it by from_pretrained")

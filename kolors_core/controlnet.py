@@ -110,12 +110,15 @@ class ControlNet(Encoder):
     def from_unet(cls, unet: UNet, image_widths: Sequence[int] = ControlNetConfig.image_widths) -> Self:
         """One to be trained: the UNet's own weights, text projection included, and as yet no effect.
 
-        Of an inpainting UNet it knows the latents alone.
+        Of an inpainting UNet it knows the latents alone. ValueError for a quantised UNet.
         """
         latents = unet.config.out_channels
         config = asdict(unet.config) | {"in_channels": latents, "image_widths": tuple(image_widths)}
         net = cls(ControlNetConfig(**config)).to(unet.conv_in.weight)
-        theirs = unet.state_dict()
+        theirs, own = unet.state_dict(), ("image_embedding.", "to_skips.", "to_mid.")
+        absent = (name for name in net.state_dict() if name not in theirs and not name.startswith(own))
+        if (first := next(absent, None)) is not None:
+            raise ValueError(f"the UNet, quantised perhaps, has no plain {first} to start from")
         state = {name: theirs.get(name, tensor) for name, tensor in net.state_dict().items()}
         state["conv_in.weight"] = state["conv_in.weight"][:, :latents]
         net.load_state_dict(state)

@@ -55,8 +55,9 @@ def guided(
     Without a negative, or with a scale of at most 1, the UNet runs once on the positive alone. The UNet sees
     x / sqrt(1 + sigma^2) in its own dtype; x and x0 keep theirs. read_once: compute what does not depend on x
     (text and pictures as keys and values, what each block makes of sizes and all steps' times) now and not in
-    every step; the result is the same. graphs: record the step there as a CUDA graph, unless there are masks.
-    A UNet that is compiled as a whole, hooked, or has another forward is called as a whole and not recorded.
+    every step; the result is the same. Controls add their residuals in the steps in which they act. graphs:
+    record the step there as a CUDA graph, unless there are masks. A UNet or ControlNet that is compiled as a
+    whole, hooked, or has another forward is called as a whole, and nothing is recorded.
     """
     is_guided = negative is not None and scale > 1
     told = Conditioning.cat(negative, positive) if negative is not None and is_guided else positive

@@ -168,8 +168,8 @@ class Data:
                 with torch.no_grad():
                     found = vae.encode(pixels[None].to(vae.post_quant_conv.weight))
                 if control is not None:
-                    picture = control(to_output(pixels[None], "pil")[0])
-                    self.controls[i] = (255 * control_pixels(picture)[0]).round().byte()
+                    picture: Any = to_output(pixels[None], "pil")[0]
+                    self.controls[i] = (255 * control_pixels(control(picture))[0]).round().byte()
                 self.latents[i] = (found.mean[0].float().cpu(), found.std[0].float().cpu())
                 self.sizes[i] = size_ids((examples[i].height, examples[i].width), crop, size)
         self.text: dict[str, TextEmbedding] = {}

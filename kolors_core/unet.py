@@ -354,7 +354,10 @@ class UNet(Encoder):
             x = x.repeat(copies, 1, 1, 1)  # [B, C, H, W]
         skips, x = self.descend(x, times, contexts)
         if residuals:
-            *skips, x = (map_ + added for map_, added in zip([*skips, x], residuals, strict=True))
+            if len(residuals) != len(skips) + 1:
+                wanted = f"{len(skips) + 1}, one for each skip and the middle's"
+                raise ValueError(f"wanted {wanted}, got {len(residuals)} residuals")
+            *skips, x = (own + added for own, added in zip([*skips, x], residuals, strict=True))
         for level in self.up:
             x = level(x, skips, times, contexts)
         return self.conv_out(F.silu(self.norm_out(x)))

@@ -333,7 +333,7 @@ def test_a_plan_counts_the_controlnets(pipes: Pair, steered: KolorsControlNetPip
     assert not next(steered.controlnet[0].parameters()).is_meta
 
 
-def test_moving_and_sharing(pipes: Pair, folders: list[Path]) -> None:
+def test_moving_saving_and_sharing(pipes: Pair, folders: list[Path], tmp_path: Path) -> None:
     net = KolorsControlNet.from_pretrained(folders[0])
     parts = {name: deepcopy(getattr(pipes[0], name)) for name in ("unet", "vae", "text_encoder")}
     pipe = KolorsControlNetPipeline.from_pipe(pipes[0], controlnet=net, **parts)
@@ -343,5 +343,8 @@ def test_moving_and_sharing(pipes: Pair, folders: list[Path]) -> None:
     assert net.conv_in.weight.dtype == torch.bfloat16
     assert KolorsImg2ImgPipeline.from_pipe(pipe).controlnet is net
     assert pipe.components["controlnet"] is net
+    pipe.to(torch.float32).save_pretrained(tmp_path / "saved")
+    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")) is diffusers.KolorsPipeline
+    assert KolorsPipeline.from_pretrained(tmp_path / "saved").controlnet is None
     with pytest.raises(ValueError, match="text_dim is 96, and the UNet's 64"):
         KolorsPipeline.from_pipe(pipe, controlnet=KolorsControlNet(replace(NET, text_dim=96)))

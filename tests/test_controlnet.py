@@ -14,6 +14,7 @@ from torch import Tensor
 from kolors_core import KolorsControlNet
 from kolors_core.config import KOLORS
 from kolors_core.controlnet import Control, ControlNet, ControlNetConfig, acting, check_fits
+from kolors_core.quantize import quantize
 from kolors_core.unet import UNet
 from tests.controlnets import (
     NET,
@@ -144,7 +145,7 @@ def test_the_unet_takes_residuals_as_the_reference_does() -> None:
     F.mse_loss(expected, target).backward()
     weights = nets[0][0].to_skips[4].weight, nets[0][1].controlnet_down_blocks[4].weight
     assert_parity(weights[0].grad, weights[1].grad, EXACT)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="wanted 10, one for each skip and the middle's, got 9 residuals"):
         ours(**given, residuals=one[:-1])
 
 
@@ -162,11 +163,19 @@ def test_a_new_one_of_a_unet_has_its_weights_and_no_effect_yet() -> None:
         "text_proj.weight" in shared and "down.1.attentions.0.blocks.0.self_attention.to_q.weight" in shared
     )
     assert all(torch.equal(net.state_dict()[name], state[name]) for name in shared)
+    with pytest.raises(ValueError, match="no plain down.1.attentions.0.proj_in.weight to start from"):
+        KolorsControlNet.from_unet(_quantized(), NET.image_widths)
     wide = UNet(replace(SMALL.unet, in_channels=9)).double()
     of_wide = KolorsControlNet.from_unet(wide, NET.image_widths)
     assert torch.equal(of_wide.conv_in.weight, wide.conv_in.weight[:, :4])
     with torch.no_grad():
         of_wide(**given, image=image)
+
+
+def _quantized() -> UNet:
+    unet = UNet(SMALL.unet)
+    quantize(unet, 8)
+    return unet
 
 
 def test_loading_what_the_reference_saved_and_saving_for_it(tmp_path: Path) -> None:
@@ -227,6 +236,8 @@ def test_an_sdxl_controlnet_loads_only_when_borrowed(tmp_path: Path) -> None:
     with torch.no_grad():
         assert relative_error(unet(**given, residuals=net(**given, image=image)), unet(**given)) > 1e-3
     check_fits(net, unet, 8)
+    with pytest.raises(ValueError, match="borrow from a plain UNet"):
+        KolorsControlNet.borrow(tmp_path / "sdxl", _quantized())
 
 
 def test_borrowing_keeps_an_added_condition_that_fits_and_refuses_what_needs_none(tmp_path: Path) -> None:
