@@ -22,7 +22,7 @@ from kolors_core.checkpoint import (
     write_json,
 )
 from kolors_core.components import Components
-from kolors_core.controlnet import Control, ControlNet, ControlNetConfig, nets_of
+from kolors_core.controlnet import Control, ControlNet, ControlNetConfig, has_several, nets_of
 from kolors_core.hub import fetch
 from kolors_core.image import control_pixels
 from kolors_core.loading import LoadReport, load
@@ -194,8 +194,7 @@ class Controlling(Components):
             return ()
         if not nets:
             raise ValueError("a control image is given, and the pipeline has no ControlNet: controlnet=...")
-        several = isinstance(self.controlnet, list | tuple | torch.nn.ModuleList)
-        images = _of_each("control images", image, len(nets)) if several else [image]
+        images = _of_each("control images", image, len(nets)) if has_several(self.controlnet) else [image]
         numbers = [
             _of_each(name, value, len(nets)) if isinstance(value, list | tuple) else [value] * len(nets)
             for name, value in (

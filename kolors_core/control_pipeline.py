@@ -7,7 +7,7 @@ community's pipeline_controlnet_xl_kolors.py.
 
 from typing import Any
 
-from kolors_core.controlnet import nets_of
+from kolors_core.controlnet import has_several
 from kolors_core.image import control_pixels
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.task import KolorsPipelineOutput
@@ -34,9 +34,8 @@ class KolorsControlNetPipeline(KolorsPipeline):
         if image is None:
             raise ValueError("no image: wanted the control image, or one for each of several ControlNets")
         if height is None or width is None:
-            several = isinstance(image, list | tuple) and len(nets_of(self.controlnet)) > 1
-            own = control_pixels(image[0] if several else image, height, width).shape[-2:]
-            height, width = own
+            several = image and isinstance(image, list | tuple) and has_several(self.controlnet)
+            height, width = control_pixels(image[0] if several else image, height, width).shape[-2:]
         return super().__call__(prompt, height, width, control_image=image, **arguments)
 
 

@@ -223,14 +223,17 @@ def nets_of(controlnet: Any) -> list[ControlNet]:
     """A pipeline's ControlNets: none, one or a list. TypeError for what is none."""
     if controlnet is None:
         return []
-    nets: list[Any] = (
-        list(controlnet) if isinstance(controlnet, list | tuple | nn.ModuleList) else [controlnet]
-    )
+    nets: list[Any] = list(controlnet) if has_several(controlnet) else [controlnet]
     for net in nets:
         if not isinstance(getattr(net, "_orig_mod", net), ControlNet):
             got = f"{type(net).__module__}.{type(net).__name__}"
             raise TypeError(f"controlnet must be kolors_core's ControlNet, a list of them or None, got {got}")
     return nets
+
+
+def has_several(controlnet: Any) -> bool:
+    """Whether a pipeline has a list of ControlNets, be it of one, and so takes a list of images."""
+    return isinstance(controlnet, list | tuple | nn.ModuleList)
 
 
 def check_fits(controlnet: Any, unet: UNet, downscale: int) -> None:
