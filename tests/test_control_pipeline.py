@@ -29,6 +29,7 @@ from tests.loras import ATTENTION, factors, peft_names
 from tests.offloads import offloaded
 from tests.parity import EXACT, FLOAT32, relative_error
 from tests.pipelines import Pair, picture, steps_of
+from tests.test_unet import inputs
 
 HEIGHT, WIDTH, STEPS, GUIDANCE = 64, 72, 5, 5.0
 SCALES, STARTS, ENDS = [0.7, 1.2], [0.0, 0.2], [0.6, 1.0]
@@ -283,7 +284,7 @@ def test_halves_of_guidance_apart_are_what_both_are_together(steered: KolorsCont
     assert same(run(steered), whole, FLOAT32)
 
 
-def test_compiled_recorded_and_hooked_it_draws_the_same(steered: KolorsControlNetPipeline) -> None:
+def test_recorded_and_hooked_it_draws_the_same(steered: KolorsControlNetPipeline) -> None:
     from kolors_core.graphs import Graphs
     from tests.test_compiling import Recorder
 
@@ -293,7 +294,6 @@ def test_compiled_recorded_and_hooked_it_draws_the_same(steered: KolorsControlNe
     assert same(run(steered), plain)
     assert recorder.count == 3, "one for each set of ControlNets that act: the first, both, the second"
     assert same(run(steered), plain) and recorder.count == 3
-    steered.controlnet[1].to_mid.weight.data.mul_(1.0)
     with torch.no_grad():
         steered.controlnet[1].to_mid.weight.mul_(1.5)
     assert not same(run(steered), plain, 1e-6) and recorder.count > 3
@@ -305,14 +305,18 @@ def test_compiled_recorded_and_hooked_it_draws_the_same(steered: KolorsControlNe
     assert same(run(steered), plain, FLOAT32)
     assert len(seen) == 3, "called as a whole, in each of the steps in which it acts"
     handle.remove()
+
+
+@torch.no_grad()
+def test_compiling_a_pipeline_compiles_its_controlnets(steered: KolorsControlNetPipeline) -> None:
     torch.compiler.reset()
-    pipe = KolorsControlNetPipeline.from_pipe(
-        steered, unet=deepcopy(steered.unet), vae=deepcopy(steered.vae),
-        controlnet=deepcopy(steered.controlnet), text_encoder=deepcopy(steered.text_encoder),
-    )  # fmt: skip
-    pipe.compile(backend="eager")
-    assert same(run(pipe), plain)
-    assert pipe.controlnet[0].mid.resnets[0]._compiled_call_impl is not None
+    net, given = steered.controlnet[0], inputs(1, 8, 8)
+    image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    plain = net(**given, image=image)
+    parts = {name: deepcopy(getattr(steered, name)) for name in ("unet", "vae", "text_encoder")}
+    KolorsControlNetPipeline.from_pipe(steered, **parts).compile(backend="eager")
+    assert net.mid.resnets[0]._compiled_call_impl is not None
+    assert all(torch.equal(a, b) for a, b in zip(net(**given, image=image), plain, strict=True))
     torch.compiler.reset()
 
 
