@@ -204,7 +204,7 @@ class Controlling(Components):
             )
         ]
         weight, controls = self.unet.conv_in.weight, []
-        for net, one, *numbers_of in zip(map(plain, nets), images, *numbers, strict=True):
+        for net, one, *numbers_of in zip(nets, images, *numbers, strict=True):
             own = net.conv_in.weight
             if (own.dtype, own.device) != (weight.dtype, weight.device):
                 got = f"the ControlNet is {own.dtype} on {own.device}"

@@ -74,7 +74,7 @@ def guided(
     def denoise(x: Tensor, sigma: float) -> Tensor:
         latents = (x / (sigma**2 + 1) ** 0.5).to(dtype)
         timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
-        step = min(sum(level > sigma for level in sigmas), len(controls_of_step) - 1)
+        step = min(max(sum(level >= sigma for level in sigmas), 1), len(controls_of_step)) - 1
         noise = predict(latents, timestep, controls_of_step[step]).to(x.dtype)
         if is_guided:
             unconditional, conditional = noise.chunk(2)

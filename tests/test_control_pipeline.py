@@ -22,6 +22,8 @@ from kolors_core import (
     KolorsPipeline,
     SDXLCFGCutoffCallback,
 )
+from kolors_core.conditioning import Conditioning
+from kolors_core.controlnet import Control
 from kolors_core.guidance import guided
 from tests.controlnets import NET, write_controlnet
 from tests.ip_adapters import Both, load_both
@@ -305,6 +307,23 @@ def test_recorded_and_hooked_it_draws_the_same(steered: KolorsControlNetPipeline
     assert same(run(steered), plain, FLOAT32)
     assert len(seen) == 3, "called as a whole, in each of the steps in which it acts"
     handle.remove()
+
+
+@torch.no_grad()
+def test_a_sampler_may_ask_within_a_step(steered: KolorsControlNetPipeline) -> None:
+    """A control acts from its step's noise level down to the next one's."""
+    given, image = inputs(1, 8, 8), torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    schedule, net = steered.scheduler.schedule(4), steered.controlnet[0]
+    text = [given[name] for name in ("text_tokens", "pooled_text", "size_ids")]
+    ways = [(), (Control(net, image),), (Control(net, image, end=0.5),)]
+    without, always, early = (
+        guided(steered.unet, schedule, Conditioning(*text, controls=controls)) for controls in ways
+    )
+    s = schedule.sigmas.tolist()
+    for sigma in (s[0] + 1, s[0], s[1], (s[1] + s[2]) / 2, s[2], (s[2] + s[3]) / 2, s[3], s[3] / 2):
+        wanted = always if sigma > s[2] else without
+        assert torch.equal(early(given["latents"], sigma), wanted(given["latents"], sigma)), sigma
+    assert not torch.equal(always(given["latents"], s[0]), without(given["latents"], s[0]))
 
 
 @torch.no_grad()
