@@ -44,6 +44,7 @@ PLACES = 5  # of each thing
 CAPTIONS = 4  # of each thing: what it is called is not learnt here
 # Things and outlines of the sheet; the seeds of places are beyond those trained on.
 SHOWN = ("🐞", "🍎", "🚗", "🐱", "🌻", "🚀", "🐠", "🎸")
+GUIDANCE = 2.0  # the stronger it is, the more the model insists on what it knows, in the middle and large
 NEAR = 1  # pixels that an edge may be off
 
 
@@ -113,7 +114,7 @@ def followed(edges: Image.Image, picture: Image.Image) -> float:
 def outlines() -> list[tuple[str, Image.Image]]:
     """Shapes drawn by hand, and what each shall become."""
     found = []
-    for prompt, box in (("a basketball", (8, 40, 72, 104)), ("西瓜", (20, 20, 116, 96))):
+    for prompt, box in (("a basketball", (8, 40, 72, 104)), ("watermelon", (20, 20, 116, 96))):
         page = Image.new("RGB", (SIZE, SIZE))
         ImageDraw.Draw(page).ellipse(box, outline="white")
         found.append((prompt, page))
@@ -126,7 +127,7 @@ def compare(pipe: KolorsControlNetPipeline, concepts: list[Concept], out: Path) 
     asked = [(names[one], canny(placed(one, 1000))) for one in SHOWN] + outlines()
     (net,) = nets_of(pipe.controlnet)
     plain, rows, shares = KolorsPipeline.from_pipe(pipe, controlnet=None), [], {"without": [], "with": []}
-    given = {"num_inference_steps": 25, "height": SIZE, "width": SIZE}
+    given = {"num_inference_steps": 25, "guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE}
     for i, (prompt, edges) in enumerate(asked):
         seeds = [torch.Generator().manual_seed(50 + i) for _ in range(2)]
         bare = plain(prompt, generator=seeds[0], **given).images[0]
