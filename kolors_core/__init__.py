@@ -8,7 +8,10 @@ Reading order: tokenizer, chatglm, unet, vae, schedule, sampling, guidance, pipe
 """
 
 from kolors_core.callback import SDXLCFGCutoffCallback
+from kolors_core.canny import canny
 from kolors_core.config import VERSION as __version__
+from kolors_core.control_image import KolorsControlNet
+from kolors_core.control_pipeline import KolorsControlNetImg2ImgPipeline, KolorsControlNetPipeline
 from kolors_core.image import IPAdapterMaskProcessor, load_image
 from kolors_core.image_prompt import CLIPVisionModelWithProjection, load_image_embeds, save_image_embeds
 from kolors_core.pag_pipeline import KolorsPAGPipeline
@@ -21,12 +24,16 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "EulerDiscreteScheduler",
     "IPAdapterMaskProcessor",
+    "KolorsControlNet",
+    "KolorsControlNetImg2ImgPipeline",
+    "KolorsControlNetPipeline",
     "KolorsImg2ImgPipeline",
     "KolorsPAGPipeline",
     "KolorsPipeline",
     "KolorsPipelineOutput",
     "SDXLCFGCutoffCallback",
     "__version__",
+    "canny",
     "load_image",
     "load_image_embeds",
     "save_image_embeds",

@@ -11,18 +11,23 @@ import torch
 
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.config import VERSION
+from kolors_core.control_pipeline import KolorsControlNetPipeline
 from kolors_core.face_prompt import load_face_embeds
 from kolors_core.fields import whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.options import (
+    add_control,
     add_guidance,
     add_model,
     add_sampler,
     bits_of,
+    check_control,
     check_seed,
+    control_arguments,
     default_steps,
     guidance_of,
     guide,
+    load_controls,
     load_loras,
     load_pipeline,
     load_words,
@@ -66,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
     picture = top.add_argument_group("picture")
     picture.add_argument("-n", "--negative", metavar="TEXT", help="what not to draw")
     picture.add_argument(
-        "--height", type=int, help="pixels, a multiple of 8 (default: the model's own, or --image's)"
+        "--height",
+        type=int,
+        help="pixels, a multiple of 8 (default: the model's own, or --image's, or the control image's)",
     )
     picture.add_argument("--width", type=int, help="pixels, likewise; --image is resized to both")
     picture.add_argument("--images", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
@@ -107,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
         help="learned vectors that a word of the prompt stands for, by its name in the file or by WORD; a "
         "file, folder or hub repository; may be repeated",
     )
+    add_control(images)
     model.add_argument(
         "--lora",
         action="append",
@@ -193,12 +201,14 @@ def draw(options: argparse.Namespace) -> None:
             "face_embeds": load_face_embeds(options.face_embeds),
             "face_image": load_image(options.face_image),
         }
+    controls = control_arguments(options)
     outs[0].parent.mkdir(parents=True, exist_ok=True)
     device = named_device(options.device)
     pipe = load_pipeline(options, device)
     quantized = quantize(pipe, options)
     load_adapters(pipe, options)
     guide(pipe, options)
+    load_controls(options, pipe, device)
     steps = default_steps(options.sampler) if options.steps is None else options.steps
     if options.timesteps or options.sigmas:
         steps = 50  # the pipeline's own default, which says nothing
@@ -213,14 +223,18 @@ def draw(options: argparse.Namespace) -> None:
         target_size=options.target_size, negative_original_size=options.negative_original_size,
         negative_crops_coords_top_left=options.negative_crop or (0, 0),
         negative_target_size=options.negative_target_size, max_sequence_length=options.max_tokens,
-        ip_adapter_image=[guides] if guides else None, **face,
+        ip_adapter_image=[guides] if guides else None, **face, **controls,
     )  # fmt: skip
-    if start is None:
+    if start is None and controls:
+        image = arguments.pop("control_image")
+        output = KolorsControlNetPipeline.from_pipe(pipe)(image=image, **arguments)
+    elif start is None:
         output = pipe(**arguments)
     else:
         strength = {} if options.strength is None else {"strength": options.strength}
         output = KolorsImg2ImgPipeline.from_pipe(pipe)(image=start, **strength, **arguments)
-    names = ("image", "lora", "textual_inversion", "ip_adapter", "ip_image", "face_adapter", "face_image")
+    names = ("image", "lora", "textual_inversion", "ip_adapter", "ip_image", "face_adapter", "face_image",
+             "control", "control_image", "canny")  # fmt: skip
     told = {name: getattr(options, name) for name in names}
     told = {
         name: value if isinstance(value, str) else ", ".join(value) for name, value in told.items() if value
@@ -243,6 +257,7 @@ def plan(options: argparse.Namespace) -> None:
         quantize_model(getattr(pipe, name), bits)
     load_adapters(pipe, options)
     guide(pipe, options)
+    load_controls(options, pipe, device, is_planned=True)
     pipe.plan(
         options.height, options.width, num_images_per_prompt=options.images,
         guidance_scale=options.guidance, max_sequence_length=options.max_tokens, device=device,
@@ -275,6 +290,7 @@ def checked(options: argparse.Namespace) -> list[Path]:
     given = tuple(getattr(options, f"face_{name}") is not None for name in ("adapter", "image", "embeds"))
     if any(given) and not all(given) or (options.face_scale is not None and not all(given)):
         raise ValueError("--face-adapter, --face-image, --face-embeds and --face-scale need each other")
+    check_control(options)
     if options.strength is not None and options.image is None:
         raise ValueError("--strength has no effect without --image")
     keywords = guidance_of(options)

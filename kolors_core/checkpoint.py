@@ -40,7 +40,7 @@ class Kind:
     """How one component is built and saved: its config's reader, its class, its public file stem."""
 
     read_config: Callable[[dict[str, Any], str], Any]
-    build: Callable[[Any], Model]
+    build: Callable[[Any], nn.Module]
     stem: str
 
 
@@ -125,7 +125,7 @@ def component_files(
     names = [path.name for path in paths]
     chosen = [name for name in names if name.endswith(".json") and ".index." not in name]
     chosen += [name for name in names if name == "tokenizer.model" and has_weights]
-    if component in KINDS and has_weights:
+    if component not in ("tokenizer", "scheduler") and has_weights:
         chosen += weight_files(names, variant, f"{where}/{subfolder}")
     return [str(PurePosixPath(subfolder) / name) for name in chosen]
 
@@ -173,12 +173,14 @@ def open_component(
     subfolder: str | None = None,
     variant: str | None = None,
     has_weights: bool = True,
+    kind: Kind | None = None,
 ) -> Opened:
     """Build one model and check that its files fit it, by config and headers; no weight is read.
 
-    Arguments and errors are those of `load_component`.
+    kind: of a component that is not one of `KINDS`. Arguments and errors are those of `load_component`.
     """
-    kind, place = KINDS[component], Path(folder) / (component if subfolder is None else subfolder)
+    kind = KINDS[component] if kind is None else kind
+    place = Path(folder) / (component if subfolder is None else subfolder)
     if not place.is_dir():
         raise FileNotFoundError(f"{place}: no such folder, wanted the {component} of a Kolors checkpoint")
     config = kind.read_config(read_json(place / "config.json"), str(place / "config.json"))

@@ -1,6 +1,6 @@
 """What every task shares: its models, loaded, saved, shared with another task, and moved between devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,8 +23,9 @@ from kolors_core.checkpoint import (
 )
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.compiling import GRAPHED, compile_blocks
+from kolors_core.controlnet import ControlNet, check_fits, nets_of
 from kolors_core.graphs import Graphs
-from kolors_core.guidance import Savings, guided
+from kolors_core.guidance import guided
 from kolors_core.ip_adapter import attached
 from kolors_core.offload import Offload, refuse_compiled
 from kolors_core.placement import (
@@ -37,6 +38,7 @@ from kolors_core.placement import (
     refuse_second_copy,
 )
 from kolors_core.prompt_cache import PromptCache
+from kolors_core.reading import Savings
 from kolors_core.running import Interrupt
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Scheduler
@@ -61,8 +63,10 @@ class Components:
         image_encoder: CLIPVision | None = None,
         feature_extractor: Callable[..., Any] | None = None,
         force_zeros_for_empty_prompt: bool = False,
+        controlnet: ControlNet | Sequence[ControlNet] | None = None,
     ) -> None:
         """image_encoder: only IP-Adapters need it. feature_extractor: None is CLIP's own preprocessing.
+        controlnet: one or several, each of which then needs a control image.
 
         Raises TypeError or ValueError, naming the component, for what is of another kind or size.
         """
@@ -74,6 +78,8 @@ class Components:
             got = f"{type(image_encoder).__module__}.{type(image_encoder).__name__}"
             raise TypeError(f"image_encoder must be kolors_core's CLIPVision or None, got {got}")
         _must_fit(vae, text_encoder, tokenizer, unet)
+        check_fits(controlnet, plain(unet), plain(vae).config.downscale)
+        self.controlnet = controlnet
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.feature_extractor = scheduler, feature_extractor
         self._image_encoder = image_encoder
@@ -112,6 +118,7 @@ class Components:
         scheduler: Scheduler = _LOAD,
         image_encoder: CLIPVision | None = _LOAD,
         feature_extractor: Callable[..., Any] | None = None,
+        controlnet: ControlNet | Sequence[ControlNet] | None = None,
     ) -> Self:
         """Load a checkpoint folder or hub repository; the embedded tiny model if none is named.
 
@@ -151,7 +158,7 @@ class Components:
             if isinstance(part, Opened):
                 parts[component] = part.fill(dtypes[component], device)
         return cls(
-            **parts, feature_extractor=feature_extractor,
+            **parts, feature_extractor=feature_extractor, controlnet=controlnet,
             force_zeros_for_empty_prompt=index["force_zeros_for_empty_prompt"],
         )  # fmt: skip
 
@@ -177,7 +184,7 @@ class Components:
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
         """Write a new folder that the reference and `from_pretrained` load, whole or not at all.
 
-        Loaded IP-Adapters and LoRAs are not part of it; a fused LoRA is, in the weights.
+        ControlNets and loaded IP-Adapters and LoRAs are not part of it; a fused LoRA is, in the weights.
 
         Raises FileExistsError if `folder` is there already and not empty, ValueError if a model is left out
         or quantised.
@@ -190,7 +197,8 @@ class Components:
         with new_folder(Path(folder)) as place:
             for component, model in models.items():
                 save_component(model, place, component, variant=variant)
-            save_frame(place, type(self).__name__, self.components)
+            task = type(self).__name__.replace("ControlNet", "")  # which the reference has a name for
+            save_frame(place, task, self.components)
 
     def to(
         self,
@@ -225,8 +233,9 @@ class Components:
         CUDA graph, where the UNet is on CUDA. Other picture sizes, LoRAs and weights go on working. See
         kolors_core/compiling.py; ValueError for an unknown mode.
         """
-        for component in KINDS:
-            if (model := getattr(self, component)) is not None:
+        models = (getattr(self, component) for component in KINDS)
+        for model in (*models, *nets_of(self.controlnet)):
+            if model is not None:
                 compile_blocks(plain(model), mode, backend)
         self._graphs = Graphs() if mode in GRAPHED and self.device.type == "cuda" else None
 
@@ -294,7 +303,7 @@ class Components:
         """What moves together, by the component that it works for."""
         adapters = [handle.adapter for handle in attached(self.unet)]
         models = {name: [getattr(self, name)] for name in KINDS if getattr(self, name) is not None}
-        return models | {"unet": [self.unet, *adapters]}
+        return models | {"unet": [self.unet, *adapters, *nets_of(self.controlnet)]}
 
     def _on_device(self, stage: str | None = None) -> None:
         """Under offload, say which model works now, by its component; None when the run is over."""
@@ -337,8 +346,8 @@ class Components:
     @property
     def components(self) -> dict[str, Any]:
         """What the constructor takes, to build another pipeline that shares it."""
-        names = (*KINDS, "tokenizer", "scheduler", "feature_extractor", "force_zeros_for_empty_prompt")
-        return {name: getattr(self, name) for name in names}
+        names = (*KINDS, "controlnet", "tokenizer", "scheduler", "feature_extractor")
+        return {name: getattr(self, name) for name in (*names, "force_zeros_for_empty_prompt")}
 
     @property
     def guidance_scale(self) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.context import ImagePrompt
+from kolors_core.controlnet import Control
 
 Size = tuple[int, int]
 
@@ -21,7 +22,7 @@ class Conditioning:
 
     text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32; text_counts None or
     [B, S]; image_prompts one for each attached IP-Adapter; perturbed none, or rows for each TransformerBlock,
-    which `cat` leaves out; see `UNet.forward`.
+    which `cat` leaves out; see `UNet.forward`. controls: what each ControlNet sees, whose residuals are told.
     """
 
     text_tokens: Tensor
@@ -30,6 +31,7 @@ class Conditioning:
     text_counts: Tensor | None = None
     image_prompts: tuple[ImagePrompt, ...] = ()
     perturbed: tuple[int, ...] = ()
+    controls: tuple[Control, ...] = ()
 
     @classmethod
     def cat(cls, *parts: "Conditioning") -> "Conditioning":
@@ -38,7 +40,9 @@ class Conditioning:
         images = tuple(
             ImagePrompt.cat(*images) for images in zip(*(p.image_prompts for p in parts), strict=True)
         )
-        return cls(text.tokens, text.pooled, torch.cat([p.size_ids for p in parts]), text.counts, images)
+        controls = tuple(Control.cat(*them) for them in zip(*(p.controls for p in parts), strict=True))
+        ids = torch.cat([p.size_ids for p in parts])
+        return cls(text.tokens, text.pooled, ids, text.counts, images, controls=controls)
 
 
 def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tensor:

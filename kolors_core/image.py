@@ -117,6 +117,26 @@ def vae_pixels(
     image's own side is rounded down to the multiple. PIL images are resized with Lanczos, arrays and tensors
     to the nearest pixel. Raises ValueError for sizes that differ, sides that are no multiple, values beyond.
     """
+    batch = _stacked(images, height, width, multiple)  # [B, 3, H, W]
+    if not (largest := batch.abs().max().item()) <= LARGEST_VALUE:
+        raise ValueError(f"image values must lie in [0, 1] or [-1, 1], got one of size {largest:g}")
+    return batch if batch.min() < 0 else 2.0 * batch - 1.0
+
+
+def control_pixels(images: Any, height: int | None = None, width: int | None = None) -> Tensor:
+    """Images for ControlNets: [B, 3, H, W] in [0, 1].
+
+    Images, sizes and errors as for `vae_pixels`, but that values below 0 are refused.
+    """
+    batch = _stacked(images, height, width, 8)
+    if not bool(((batch >= 0) & (batch <= 1)).all()):
+        got = f"{batch.min().item():g} to {batch.max().item():g}"
+        raise ValueError(f"a control image's values must lie in [0, 1], got {got}")
+    return batch
+
+
+def _stacked(images: Any, height: int | None, width: int | None, multiple: int) -> Tensor:
+    """Images of one size [B, 3, H, W] in the range that they came in, [0, 1] for PIL."""
     for name, side in (("height", height), ("width", width)):
         if side is not None:
             whole_number(name, side, multiple)
@@ -135,10 +155,7 @@ def vae_pixels(
     target = targets.pop()
     if 0 in target or any(0 in size for size in sizes):
         raise ValueError(f"image sides must be at least {multiple}, got {sizes[0][0]} x {sizes[0][1]}")
-    batch = torch.stack([_resized(picture, target) for picture in pictures])  # [B, 3, H, W]
-    if not (largest := batch.abs().max().item()) <= LARGEST_VALUE:
-        raise ValueError(f"image values must lie in [0, 1] or [-1, 1], got one of size {largest:g}")
-    return batch if batch.min() < 0 else 2.0 * batch - 1.0
+    return torch.stack([_resized(picture, target) for picture in pictures])  # [B, 3, H, W]
 
 
 def _listed(images: Any) -> list[Any]:

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from kolors_core.canny import canny
 from kolors_core.checkpoint import EMBEDDED_NAME
+from kolors_core.control_image import DEFAULT_SCALE, KolorsControlNet
 from kolors_core.guidance import guided
+from kolors_core.image import load_image
 from kolors_core.perturbed import check_scales, perturbed, perturbed_layers
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.placement import best_dtype
@@ -23,6 +26,7 @@ from kolors_core.tempering import ends, rescaling
 
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CONTROLNETS = {kind: f"Kwai-Kolors/Kolors-ControlNet-{kind.title()}" for kind in ("canny", "depth", "pose")}
 SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
     "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
     "euler-karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
@@ -222,13 +226,75 @@ def weigh_loras(pipe: KolorsPipeline, loras: Sequence[str]) -> None:
         pipe.set_adapters([f"lora{i}" for i in range(len(loras))], [with_scale(text)[1] for text in loras])
 
 
-def with_scale(text: str) -> tuple[str, float]:
+def add_control(images: argparse._ArgumentGroup) -> None:
+    """What a ControlNet sees; given in the same order, as often as there are ControlNets."""
+    images.add_argument(
+        "--control",
+        action="append",
+        metavar="FROM[:SCALE]",
+        help="a ControlNet: canny, depth or pose for Kwai-Kolors' own, or a folder or hub repository, whose "
+        f"revision may follow an @; how much it says (default: {DEFAULT_SCALE}); may be repeated",
+    )
+    images.add_argument(
+        "--control-image",
+        action="append",
+        metavar="FILE",
+        help="what it sees, as it is: edges, depth or a pose; may be repeated, one for each --control",
+    )
+    images.add_argument(
+        "--canny", metavar="FILE", help="in place of one --control-image: the edges of this picture"
+    )
+    images.add_argument(
+        "--control-end", type=float, metavar="PART", help="end its say after this part of the steps"
+    )
+
+
+def check_control(options: argparse.Namespace) -> None:
+    """ValueError unless there is an image for each ControlNet, and the other way round."""
+    nets, images = options.control or [], len(options.control_image or ()) + (options.canny is not None)
+    if len(nets) != images:
+        got = f"{len(nets)} --control and {images} of --control-image and --canny"
+        raise ValueError(f"wanted an image for each ControlNet, got {got}")
+    if options.control_end is not None and not nets:
+        raise ValueError("--control-end has no effect without --control")
+
+
+def load_controls(
+    options: argparse.Namespace, pipe: KolorsPipeline, device: torch.device, is_planned: bool = False
+) -> None:
+    """Give the pipeline the ControlNets that the options name."""
+    nets = []
+    for text in options.control or ():
+        source, _ = with_scale(text, DEFAULT_SCALE)
+        name, revision = with_revision(CONTROLNETS.get(source, source))
+        nets.append(
+            KolorsControlNet.from_pretrained(
+                name, revision=revision, local_files_only=options.local_files_only, torch_dtype=pipe.dtype,
+                device="meta" if is_planned else "cpu" if options.offload else device,
+            )
+        )  # fmt: skip
+    if nets:
+        pipe.controlnet = KolorsPipeline.from_pipe(pipe, controlnet=nets).controlnet  # checked there
+
+
+def control_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline's arguments for its ControlNets; the edges of --canny are the last image."""
+    if not options.control:
+        return {}
+    images = [load_image(file) for file in options.control_image or ()]
+    images += [] if options.canny is None else [canny(load_image(options.canny))]
+    scales = [with_scale(text, DEFAULT_SCALE)[1] for text in options.control]
+    end = {} if options.control_end is None else {"control_guidance_end": options.control_end}
+    return {"control_image": images, "controlnet_conditioning_scale": scales} | end
+
+
+def with_scale(text: str, default: float = 1.0) -> tuple[str, float]:
     """FROM[:SCALE], where FROM may have colons of its own."""
     source, colon, scale = text.rpartition(":")
     try:
-        return (source, float(scale)) if colon and source else (text, 1.0)
+        return (source, float(scale)) if colon and source else (text, default)
     except ValueError:
-        return text, 1.0
+        return text, default
 
 
 def with_word(text: str) -> tuple[str, str | None]:

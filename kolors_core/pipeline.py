@@ -85,12 +85,14 @@ class KolorsPipeline(Planning):
 class KolorsImg2ImgPipeline(Planning):
     """Image to image: noise is added to a picture, and taken off again under the prompt."""
 
+    default_strength = 0.3
+
     @run
     def __call__(
         self,
         prompt: Prompt | None = None,
         image: Any = None,
-        strength: float = 0.3,
+        strength: float = default_strength,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -158,7 +160,7 @@ class KolorsImg2ImgPipeline(Planning):
         """The steps that are done: those that strength or denoising_start leaves, up to denoising_end."""
         if start is None:
             schedule = whole.noised(strength)
-        elif strength != 0.3:
+        elif strength != self.default_strength:
             raise ValueError(f"strength has no effect beside denoising_start, got {strength} and {start}")
         elif end is not None and start >= end:
             raise ValueError(f"denoising_start must be before denoising_end, got {start} and {end}")

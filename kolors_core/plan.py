@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kolors_core.attention import planned_for
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import KINDS
+from kolors_core.controlnet import nets_of
 from kolors_core.fields import whole_number
 from kolors_core.ip_adapter import attached
 from kolors_core.offload import Lane, Models, Offload, bytes_of
@@ -322,7 +323,8 @@ class Weightless(TorchFunctionMode):
 def twin_of(pipe: Task, offload: Offload) -> Task:
     """The pipeline with copies of its models that have no values and no hooks and are not compiled."""
     models = {name: plain(getattr(pipe, name)) for name in KINDS if getattr(pipe, name) is not None}
-    parts = [*models.values(), *(handle.adapter for handle in attached(models["unet"]))]
+    nets = [plain(net) for net in nets_of(pipe.controlnet)]
+    parts = [*models.values(), *(handle.adapter for handle in attached(models["unet"])), *nets]
     memo = {
         id(hooks): OrderedDict()
         for module in (module for part in parts for module in part.modules())
@@ -330,7 +332,7 @@ def twin_of(pipe: Task, offload: Offload) -> Task:
         if name.endswith("_hooks")
     }
     with Weightless():
-        copies = copy.deepcopy(models, memo)
+        copies = copy.deepcopy(models | {"controlnet": nets or None}, memo)
     if pipe._image_encoder is None:
         copies.pop("image_encoder", None)  # it came with an IP-Adapter, and so does its copy
     twin = copy.copy(pipe)
@@ -349,6 +351,8 @@ def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, leng
         negative = _encoded(twin, 1, length)
         given |= {"negative_prompt_embeds": negative.tokens, "negative_pooled_prompt_embeds": negative.pooled}
     given |= twin.stand_ins(META, request.is_guided)
+    if nets := nets_of(twin.controlnet):
+        given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
     request = Request(**vars(request) | given)
     positive, negative = twin._conditions(request, size)
     shape = twin._latent_shape(len(positive.size_ids), size)

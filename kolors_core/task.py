@@ -19,6 +19,8 @@ from kolors_core.callback import NAMES, Run, StepCallback
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.conditioning import Conditioning, Size, size_ids_of_both
 from kolors_core.config import VERSION
+from kolors_core.control_image import DEFAULT_SCALE, Controlling
+from kolors_core.controlnet import Control
 from kolors_core.face_id import FaceIDAdapter
 from kolors_core.face_prompt import FacePrompting
 from kolors_core.fields import whole_number
@@ -46,6 +48,10 @@ class Extras(TypedDict, total=False):
 
     face_embeds: Any
     face_image: Any
+    control_image: Any
+    controlnet_conditioning_scale: float | Sequence[float]
+    control_guidance_start: float | Sequence[float]
+    control_guidance_end: float | Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,10 @@ class Request:
     what is not given for the negative prompt is as for the prompt.
     callback_on_step_end: see kolors_core/callback.py; it gets the tensors that
     `callback_on_step_end_tensor_inputs` names.
+    control_image: what the ControlNet sees, resized to the picture: one for all, for each prompt or for each
+    picture; of a list of ControlNets a list of these. controlnet_conditioning_scale, control_guidance_start,
+    control_guidance_end: how much it says, and the part of the run's steps in which it does, from 0 to 1; a
+    number for all ControlNets or a list with one for each.
     eta: of the reference's signature, without effect here and so refused if set.
     """
 
@@ -101,6 +111,10 @@ class Request:
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     max_sequence_length: int = MAX_TOKENS
+    control_image: Any = None
+    controlnet_conditioning_scale: float | Sequence[float] = DEFAULT_SCALE
+    control_guidance_start: float | Sequence[float] = 0.0
+    control_guidance_end: float | Sequence[float] = 1.0
 
     @property
     def is_guided(self) -> bool:
@@ -154,7 +168,7 @@ class Request:
         _one_of("cross_attention_kwargs", self.cross_attention_kwargs or (), ("ip_adapter_masks", "scale"))
 
 
-class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing, FreeUSwitch, SingleFile):
+class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, FreeUSwitch, SingleFile):
     """The steps that tasks are composed of."""
 
     def _schedule(self, request: Request) -> Schedule:
@@ -194,6 +208,11 @@ class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing, FreeUSwitch, S
         images = tuple(guide for guide, _ in guides)
         negative_images = tuple(guide for _, guide in guides if guide is not None)
 
+        controls = self._controls(
+            request.control_image, request.controlnet_conditioning_scale, request.control_guidance_start,
+            request.control_guidance_end, size, batch, copies,
+        )  # fmt: skip
+
         sees_tokens = {"prompt_embeds", "negative_prompt_embeds"}.intersection(request.callback_tensors)
 
         def told(text: TextEmbedding, ids: Tensor, images: Any) -> Conditioning:
@@ -203,7 +222,8 @@ class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing, FreeUSwitch, S
             counts = text.counts
             if counts is not None:
                 counts = counts.to(self.device).repeat_interleave(copies, dim=0)
-            return Conditioning(tokens, pooled, ids.to(self.device).expand(len(tokens), -1), counts, images)
+            ids = ids.to(self.device).expand(len(tokens), -1)
+            return Conditioning(tokens, pooled, ids, counts, images, controls=controls)
 
         for half in (text,) if negative_text is None else (text, negative_text):
             finite(half.tokens, "the prompt's embeddings", half.tokens.dtype)
@@ -266,7 +286,7 @@ class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing, FreeUSwitch, S
         kind = request.output_type
         images = result.to(self.dtype) if kind == "latent" else to_output(self._decode(result), kind)
         if kind == "pil":
-            self._describe(images, request, facts)
+            self._describe(images, request, {**facts, **_control_facts(positive.controls)})
         return KolorsPipelineOutput(images) if request.return_dict else (images,)
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -321,6 +341,15 @@ class Task(TextPrompting, FacePrompting, LoRALoading, Quantizing, FreeUSwitch, S
             scale = str(next(iter(handle.branches.values())).scale)
             facts[name] = f"{facts[name]}, {scale}" if name in facts else scale
         return facts
+
+
+def _control_facts(controls: Sequence[Control]) -> dict[str, Any]:
+    """What the pictures' description says of ControlNets."""
+    if not controls:
+        return {}
+    facts = {"control_scale": ", ".join(str(control.scale) for control in controls)}
+    parts = [f"{control.start:g} to {control.end:g}" for control in controls]
+    return facts if set(parts) == {"0 to 1"} else facts | {"control_steps": ", ".join(parts)}
 
 
 def _one_of(name: str, got: Any, allowed: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,13 +26,18 @@ from torch.utils.checkpoint import checkpoint
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.compiling import BLOCKS
 from kolors_core.conditioning import size_ids
+from kolors_core.controlnet import ControlNet
 from kolors_core.dataset import Batches, Example, Sample, load_pixels, mix
+from kolors_core.image import control_pixels, to_output
 from kolors_core.textual_inversion import vectors_of
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert.source import Source as Weights
 from weights_convert.source import save_tensors
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +98,27 @@ class Batch:
     size_ids: Tensor  # [b, 6]
     timesteps: Tensor  # [b]
     noise: Tensor  # as latents
+    control: Tensor | None = None  # [b, 3, H, W] in [0, 1], for a ControlNet
 
 
 class Objective(nn.Module):
-    """The loss as one module, which DDP and FSDP need. text_encoder: None unless it is trained too."""
+    """The loss as one module, which DDP and FSDP need.
+
+    text_encoder: None unless it is trained too. controlnet: to be trained; the UNet is then best left as it
+    is (`requires_grad_(False)`), and the data must have control images.
+    """
 
     def __init__(
-        self, unet: UNet, text_encoder: ChatGLM | None, sigmas: Tensor, config: TrainingConfig
+        self,
+        unet: UNet,
+        text_encoder: ChatGLM | None,
+        sigmas: Tensor,
+        config: TrainingConfig,
+        controlnet: ControlNet | None = None,
     ) -> None:
         super().__init__()
         self.unet, self.text_encoder, self.config = unet, text_encoder, config
+        self.controlnet = controlnet
         self.sigmas = sigmas  # [T]; not a buffer: it is no part of the model
 
     def forward(self, batch: Batch) -> Tensor:
@@ -113,9 +129,11 @@ class Objective(nn.Module):
             text = self.text_encoder(text)
         sigma = self.sigmas.to(batch.latents.device)[batch.timesteps][:, None, None, None]  # [b, 1, 1, 1]
         noisy = (batch.latents + sigma * batch.noise) / (sigma**2 + 1).sqrt()
-        predicted = self.unet(
-            noisy, batch.timesteps.float(), text.tokens, text.pooled, batch.size_ids, text.counts
-        )
+        given = noisy, batch.timesteps.float(), text.tokens, text.pooled, batch.size_ids
+        if (self.controlnet is None) != (batch.control is None):
+            raise ValueError("a ControlNet and control images need each other: one of them is missing")
+        residuals = () if self.controlnet is None else self.controlnet(*given, batch.control, text.counts)
+        predicted = self.unet(*given, text.counts, residuals=residuals)
         loss = (predicted.float() - batch.noise).square().mean(dim=(1, 2, 3))  # [b]
         if self.config.min_snr_gamma is not None:
             snr = sigma.flatten() ** -2
@@ -139,7 +157,10 @@ class Objective(nn.Module):
 
 
 class Data:
-    """Latents of every picture, encoded once; captions as tokens, or encoded once by a frozen encoder."""
+    """Latents of every picture, encoded once; captions as tokens, or encoded once by a frozen encoder.
+
+    control: makes the control image of a picture, for a ControlNet; each is made once and kept in 8 bits.
+    """
 
     def __init__(
         self,
@@ -151,6 +172,7 @@ class Data:
         frozen_text: ChatGLM | None,
         timesteps: int = 1100,
         words: Mapping[str, Sequence[int]] | None = None,
+        control: "Callable[[Image], Image] | None" = None,
     ) -> None:
         """words: of textual inversion in the captions, each with its ids."""
         self.batches, self.config = batches, config
@@ -158,11 +180,15 @@ class Data:
         self.timesteps = timesteps  # how many the schedule has
         self.latents: dict[int, tuple[Tensor, Tensor]] = {}
         self.sizes: dict[int, Tensor] = {}
+        self.controls: dict[int, Tensor] = {}  # uint8 [3, H, W]
         for size, members in batches.members.items():
             for i in members:
                 pixels, crop = load_pixels(examples[i], size)
                 with torch.no_grad():
                     found = vae.encode(pixels[None].to(vae.post_quant_conv.weight))
+                if control is not None:
+                    picture: Any = to_output(pixels[None], "pil")[0]
+                    self.controls[i] = (255 * control_pixels(control(picture))[0]).round().byte()
                 self.latents[i] = (found.mean[0].float().cpu(), found.std[0].float().cpu())
                 self.sizes[i] = size_ids((examples[i].height, examples[i].width), crop, size)
         self.text: dict[str, TextEmbedding] = {}
@@ -187,7 +213,10 @@ class Data:
         text = self._text(samples[part])
         moved = (tensor[part].to(device) for tensor in (latents, ids, timesteps, noise))
         latents, ids, timesteps, noise = moved
-        return Batch(latents, text.to(device), ids, timesteps, noise)
+        control = None
+        if self.controls:
+            control = torch.stack([self.controls[s.example] for s in samples[part]]).to(device) / 255
+        return Batch(latents, text.to(device), ids, timesteps, noise, control)
 
     def _text(self, samples: Sequence[Sample]) -> TextEmbedding | TokenBatch:
         captions = [sample.caption for sample in samples]

@@ -246,8 +246,8 @@ class UpLevel(nn.Module):
         return x
 
 
-class UNet(nn.Module):
-    """The whole denoiser. `config.depths`, `heads` and `channels` say what stands at each level."""
+class Encoder(nn.Module):
+    """The way down and the middle with all that they read: what a UNet and a ControlNet have in common."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -256,74 +256,21 @@ class UNet(nn.Module):
         self.time_embedding = Embedding(first, time_dim)
         self.add_embedding = Embedding(config.text_dim + 6 * config.size_dim, time_dim)
         self.text_proj = nn.Linear(config.text_dim, config.context_dim)
-
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
-        self.down, skips, width = nn.ModuleList(), [first], first
+        self.down, self.skip_channels, width = nn.ModuleList(), [first], first
         for level, channels in enumerate(config.channels):
             self.down.append(DownLevel(width, level, config))
             is_last = level == len(config.channels) - 1
-            skips += [channels] * (config.resnets_per_level + (not is_last))
+            self.skip_channels += [channels] * (config.resnets_per_level + (not is_last))
             width = channels
         self.mid = MidLevel(config)
-        self.up = nn.ModuleList()
-        for level in reversed(range(len(config.channels))):
-            taken = [skips.pop() for _ in range(config.resnets_per_level + 1)]
-            self.up.append(UpLevel(width, taken, level, config))
-            width = config.channels[level]
-        self.norm_out = nn.GroupNorm(config.norm_groups, first, eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text_tokens: Tensor,
-        pooled_text: Tensor,
-        size_ids: Tensor,
-        text_counts: Tensor | None = None,
-        image_prompts: Sequence[ImagePrompt] = (),
-        perturbed: Sequence[int] = (),
-    ) -> Tensor:
-        """Predict the noise in `latents`.
-
-        latents: [B, in_channels, H, W], any H and W, scaled to unit variance. timestep: [] or [B], 0 to 1099,
-        need not be whole. text_tokens: [B, S, text_dim]. pooled_text: [B, text_dim]. size_ids: [B, 6], in
-        pixels: original height and width, crop top and left, target height and width. text_counts: None, or
-        [B, S], how many equal tokens each text token stands for. image_prompts: one for each attached
-        IP-Adapter. perturbed: none, or for each TransformerBlock of how many of the last rows the map of the
-        self-attention is the identity. Returns [B, out_channels, H, W].
-        """
-        time = self.embed_time(timestep.expand(len(latents)))  # [B, T]
-        time = time + self.embed_condition(pooled_text, size_ids)  # [B, T]
-        context = self.context(text_tokens, text_counts, image_prompts)
-        contexts = [context._replace(perturbed=rows) for rows in perturbed] or repeat(context)
-        return self.denoise(latents, repeat(time), contexts)
-
-    def denoise(
-        self,
-        latents: Tensor,
-        times: Iterable[Tensor | Shift],
-        contexts: Iterable[Context | Read],
-        copies: int = 1,
-    ) -> Tensor:
-        """`forward` on what a run computes once.
-
-        latents: [b, in_channels, H, W]. times: for each ResBlock in the order in which they run (down, mid,
-        up) `embed_time` plus `embed_condition` [B, T], or what `shifts` made of it. contexts: likewise for
-        each TransformerBlock a context, or what `read` made of it. copies: B / b, how often each latent
-        serves; 2 under guidance. Returns [B, out_channels, H, W].
-        """
-        times, contexts = iter(times), iter(contexts)
-        x = self.conv_in(latents)
-        if copies > 1:
-            x = x.repeat(copies, 1, 1, 1)  # [B, C, H, W]
+    def descend(self, x: Tensor, times: Times, contexts: Contexts) -> tuple[list[Tensor], Tensor]:
+        """From [B, channels[0], H, W] the maps that the way up will read, and the middle's own."""
         skips = [x]
         for level in self.down:
             skips += level(skips[-1], times, contexts)
-        x = self.mid(skips[-1], times, contexts)
-        for level in self.up:
-            x = level(x, skips, times, contexts)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return skips, self.mid(skips[-1], times, contexts)
 
     def shifts(self, time: Tensor) -> list[Shift]:
         """What every ResBlock makes of times [..., T], in the order in which they run."""
@@ -354,3 +301,75 @@ class UNet(nn.Module):
         """Pooled text and sizes, which are added to the time: [B, T]. The sinusoid is float32."""
         sizes = sinusoid(size_ids, self.config.size_dim).flatten(1).to(pooled_text.dtype)  # [B, 6 * size_dim]
         return self.add_embedding(torch.cat([pooled_text, sizes], dim=-1))
+
+
+class UNet(Encoder):
+    """The whole denoiser. `config.depths`, `heads` and `channels` say what stands at each level."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        first, width, skips = config.channels[0], config.channels[-1], list(self.skip_channels)
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(config.channels))):
+            taken = [skips.pop() for _ in range(config.resnets_per_level + 1)]
+            self.up.append(UpLevel(width, taken, level, config))
+            width = config.channels[level]
+        self.norm_out = nn.GroupNorm(config.norm_groups, first, eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text_tokens: Tensor,
+        pooled_text: Tensor,
+        size_ids: Tensor,
+        text_counts: Tensor | None = None,
+        image_prompts: Sequence[ImagePrompt] = (),
+        residuals: Sequence[Tensor] = (),
+        perturbed: Sequence[int] = (),
+    ) -> Tensor:
+        """Predict the noise in `latents`.
+
+        latents: [B, in_channels, H, W], any H and W, scaled to unit variance. timestep: [] or [B], 0 to 1099,
+        need not be whole. text_tokens: [B, S, text_dim]. pooled_text: [B, text_dim]. size_ids: [B, 6], in
+        pixels: original height and width, crop top and left, target height and width. text_counts: None, or
+        [B, S], how many equal tokens each text token stands for. image_prompts: one for each attached
+        IP-Adapter. residuals: of ControlNets (controlnet.py), what to add to each skip and to the middle, as
+        large as these. perturbed: none, or for each TransformerBlock of how many of the last rows the map of
+        the self-attention is the identity. Returns [B, out_channels, H, W].
+        """
+        time = self.embed_time(timestep.expand(len(latents)))  # [B, T]
+        time = time + self.embed_condition(pooled_text, size_ids)  # [B, T]
+        context = self.context(text_tokens, text_counts, image_prompts)
+        contexts = [context._replace(perturbed=rows) for rows in perturbed] or repeat(context)
+        return self.denoise(latents, repeat(time), contexts, residuals=residuals)
+
+    def denoise(
+        self,
+        latents: Tensor,
+        times: Iterable[Tensor | Shift],
+        contexts: Iterable[Context | Read],
+        copies: int = 1,
+        residuals: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """`forward` on what a run computes once.
+
+        latents: [b, in_channels, H, W]. times: for each ResBlock in the order in which they run (down, mid,
+        up) `embed_time` plus `embed_condition` [B, T], or what `shifts` made of it. contexts: likewise for
+        each TransformerBlock a context, or what `read` made of it. copies: B / b, how often each latent
+        serves; 2 under guidance. residuals: as in `forward`. Returns [B, out_channels, H, W].
+        """
+        times, contexts = iter(times), iter(contexts)
+        x = self.conv_in(latents)
+        if copies > 1:
+            x = x.repeat(copies, 1, 1, 1)  # [B, C, H, W]
+        skips, x = self.descend(x, times, contexts)
+        if residuals:
+            if len(residuals) != len(skips) + 1:
+                wanted = f"{len(skips) + 1}, one for each skip and the middle's"
+                raise ValueError(f"wanted {wanted}, got {len(residuals)} residuals")
+            *skips, x = (own + added for own, added in zip([*skips, x], residuals, strict=True))
+        for level in self.up:
+            x = level(x, skips, times, contexts)
+        return self.conv_out(F.silu(self.norm_out(x)))

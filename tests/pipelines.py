@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kolors_core import EulerDiscreteScheduler, KolorsPipeline
 from kolors_core.chatglm import ChatGLM
-from kolors_core.guidance import Savings
+from kolors_core.reading import Savings
 from kolors_core.schedule import SCHEDULERS
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
@@ -27,6 +27,13 @@ EMBEDDINGS = (
     "negative_prompt_embeds",
     "pooled_prompt_embeds",
     "negative_pooled_prompt_embeds",
+)
+# What every task of ours takes beyond the reference's arguments.
+CONTROL = (
+    "control_image",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
 )
 Pair = tuple[KolorsPipeline, diffusers.KolorsPipeline]
 SOLVERS: list[tuple[str, dict[str, Any]]] = [

@@ -11,12 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
-from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core import (
+    DPMSolverMultistepScheduler,
+    KolorsControlNet,
+    KolorsControlNetPipeline,
+    KolorsImg2ImgPipeline,
+    KolorsPipeline,
+    canny,
+)
 from kolors_core.__main__ import main
 from kolors_core.image import read_description
 from kolors_core.lora import attach, save_adapters
 from kolors_core.options import SAMPLERS, with_revision, with_scale
 from kolors_core.perturbed import perturbed
+from tests.controlnets import write_controlnet
 from tests.ip_adapters import write_adapter
 from tests.parity import pair
 from tests.pipelines import picture
@@ -239,6 +247,12 @@ def test_a_plan_counts_every_row(reference_folder: Path, capsys: pytest.CaptureF
         (["cat", "-w", "FOLDER", "--images", "0"], "num_images_per_prompt must be a positive whole number"),
         (["cat", "-w", "FOLDER", "--strength", "0.5"], "--strength has no effect without --image"),
         (["cat", "-w", "FOLDER", "--ip-image", "EXISTS.png"], "--ip-adapter, --ip-image and --ip-scale need"),
+        (
+            ["cat", "-w", "FOLDER", "--control", "canny"],
+            "got 1 --control and 0 of --control-image and",
+        ),
+        (["cat", "-w", "FOLDER", "--canny", "EXISTS.png"], "got 0 --control and 1 of --control-image and"),
+        (["cat", "-w", "FOLDER", "--control-end", "0.5"], "--control-end has no effect without --control"),
         (["cat", "-w", "FOLDER", "--ip-scale", "1"], "--ip-adapter, --ip-image and --ip-scale need"),
         (["cat", "-w", "FOLDER", "-o", "x.png", "--image", "EXISTS.png"], "EXISTS.png"),
         (["cat", "-w", "FOLDER", "--image", "no.png"], "no.png"),
@@ -303,3 +317,47 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture) -> None:
         "--freeu",
     ):
         assert flag in shown
+
+
+def test_controlnets_see_a_picture_and_the_edges_of_another(reference_folder: Path, tmp_path: Path) -> None:
+    nets = [str(write_controlnet(tmp_path / str(seed), seed)) for seed in (20, 21)]
+    picture(11, 64, 88).save(tmp_path / "depth.png")
+    picture(12, 64, 88).save(tmp_path / "photo.png")
+    files = [str(tmp_path / "depth.png"), str(tmp_path / "photo.png")]
+    flags = ["--control", f"{nets[0]}:0.6", "--control", nets[1], "--control-image", files[0],
+             "--canny", files[1], "--control-end", "0.5", "--seed", "3"]  # fmt: skip
+    out = tmp_path / "out.png"
+    assert draw(reference_folder, out, *flags) == 0
+    told = read_description(out)
+    assert told["control"] == f"{nets[0]}:0.6, {nets[1]}"
+    assert (told["control_image"], told["canny"]) == (f"{tmp_path}/depth.png", f"{tmp_path}/photo.png")
+    assert (told["control_scale"], told["control_steps"]) == ("0.6, 0.8", "0 to 0.5, 0 to 0.5")
+    assert told["size"] == "88x64", "the control image's own"
+
+    pipe = KolorsControlNetPipeline.from_pretrained(
+        reference_folder, variant="fp16", controlnet=[KolorsControlNet.from_pretrained(net) for net in nets]
+    )
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    images = [picture(11, 64, 88), canny(picture(12, 64, 88))]
+    generator = [torch.Generator().manual_seed(3)]
+    made = pipe("cat", images, num_inference_steps=2, control_guidance_end=0.5, generator=generator,
+                controlnet_conditioning_scale=[0.6, 0.8]).images[0]  # fmt: skip
+    assert np.array_equal(np.asarray(made), np.asarray(Image.open(out)))
+    assert draw(reference_folder, tmp_path / "from.png", *flags, "--image", str(tmp_path / "photo.png"),
+                "--strength", "1") == 0  # fmt: skip
+
+
+def test_a_plan_of_a_run_with_a_controlnet(
+    reference_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    net = str(write_controlnet(tmp_path / "net", 20))
+    picture(11).save(tmp_path / "edges.png")
+    plain = ["--plan", "-w", str(reference_folder), "--device", "cpu", "--variant", "fp16"]
+    assert main(plain) == 0
+    before = capsys.readouterr().out
+    assert main([*plain, "--control", net, "--control-image", str(tmp_path / "edges.png")]) == 0
+    after = capsys.readouterr().out
+    weights = [
+        float(line.split()[1]) for text in (before, after) for line in text.splitlines() if "unet" in line
+    ]
+    assert weights[0] < weights[1]

@@ -16,11 +16,11 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import Unfilled
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import KOLORS, ChatGLMConfig, KolorsConfig, UNetConfig, VAEConfig
-from kolors_core.guidance import Savings
 from kolors_core.ip_adapter import IPAdapter, attach
 from kolors_core.lora import attach as attach_lora
 from kolors_core.plan import Ledger, Plan
 from kolors_core.quantize import quantize, weight_bytes
+from kolors_core.reading import Savings
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import TransformerBlock, UNet
 from kolors_core.vae import VAE

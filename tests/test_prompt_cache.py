@@ -10,10 +10,10 @@ from torch import nn
 
 from kolors_core import KolorsPipeline
 from kolors_core.chatglm import ChatGLM
-from kolors_core.guidance import Savings
 from kolors_core.lora import TEXT_TARGETS, attach
 from kolors_core.prompt_cache import Key, PromptCache
 from kolors_core.quantize import quantize
+from kolors_core.reading import Savings
 from kolors_core.tokenizer import TokenBatch
 from tests.pipelines import Pair, steps_of
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.tiny.autoencoder import Pixels, Pool, Reconstruction, new_vae, standardise
+from benchmarks.tiny.controlnet import followed, placed
 from benchmarks.tiny.emoji import (
     CHINESE_UNSEEN,
     CONCEPTS,
@@ -18,6 +20,7 @@ from benchmarks.tiny.emoji import (
 )
 from benchmarks.tiny.quality import interval, nearest
 from benchmarks.tiny.text import CaptionSource, train
+from kolors_core import canny
 from kolors_core.config import TINY
 from kolors_core.dataset import Example, read_folder
 from kolors_core.tokenizer import Tokenizer
@@ -154,3 +157,13 @@ def test_nearest_and_interval() -> None:
     assert nearest(torch.stack([known[2] * 0.8, known[0] + 0.1, known[1]]), known) == [2, 0, 1]
     low, high = interval(0.8, 500)
     assert low == pytest.approx(0.763, abs=1e-3) and high == pytest.approx(0.833, abs=1e-3)
+
+
+@pytest.mark.skipif(not FONT.exists(), reason="Debian's fonts-noto-color-emoji is not installed")
+def test_a_thing_stands_where_its_seed_says_and_its_edges_tell(tmp_path: Path) -> None:
+    pictures = [placed("🐞", seed) for seed in (0, 0, 1)]
+    assert pictures[0].size == (128, 128) and pictures[0].tobytes() == pictures[1].tobytes()
+    edges = [canny(picture) for picture in pictures]
+    assert followed(edges[0], pictures[0]) == 1.0
+    assert followed(edges[0], pictures[2]) < 0.7
+    assert followed(edges[0], Image.new("RGB", (128, 128), "white")) == 0.0

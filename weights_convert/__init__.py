@@ -4,14 +4,16 @@ from collections.abc import Collection
 
 from weights_convert.chatglm import CHATGLM
 from weights_convert.clip_vision import CLIP_VISION
+from weights_convert.controlnet import CONTROLNET
 from weights_convert.face_id import FACE_ID
 from weights_convert.ip_adapter import IP_ADAPTER
 from weights_convert.rules import Table
 from weights_convert.unet import UNET
 from weights_convert.vae import VAE
 
+# A ControlNet has all that tells a UNet, and more: it is looked for first.
 TABLES: dict[str, Table] = {
-    table.component: table for table in (UNET, VAE, CHATGLM, CLIP_VISION, IP_ADAPTER, FACE_ID)
+    table.component: table for table in (CONTROLNET, UNET, VAE, CHATGLM, CLIP_VISION, IP_ADAPTER, FACE_ID)
 }
 
 
@@ -23,7 +25,7 @@ def recognise(names: Collection[str], where: str) -> tuple[Table, bool]:
     have = set(names)
     nearest: tuple[int, str] = (
         0,
-        "none of the tensors of a Kolors UNet, VAE, ChatGLM, CLIP or IP-Adapter is in it",
+        "none of the tensors of a Kolors UNet, VAE, ChatGLM, CLIP, IP-Adapter or ControlNet is in it",
     )
     for table in TABLES.values():
         for ours in (False, True):

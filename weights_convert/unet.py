@@ -3,41 +3,54 @@
 from weights_convert.rules import Part, Table, both, weights
 
 _LEVEL = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"
-_ATTENTION = rf"{_LEVEL}\.attentions\.\d+"
 _NORMS = ("norm1", "norm2", "norm3")
 _OUT = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
 _QKV = tuple(f"attn{i}.to_{name}" for i in (1, 2) for name in "qkv")
-_EMBEDDINGS = tuple(f"{kind}_embedding.linear_{i}" for kind in ("time", "add") for i in (1, 2))
+EMBEDDINGS = tuple(f"{kind}_embedding.linear_{i}" for kind in ("time", "add") for i in (1, 2))
+
+# What a ControlNet has too.
+RULES = (
+    ("down_blocks", "down"),
+    ("mid_block", "mid"),
+    ("downsamplers.0.conv", "downsample"),
+    ("time_emb_proj", "time_proj"),
+    ("conv_shortcut", "shortcut"),
+    ("transformer_blocks", "blocks"),
+    ("attn1", "self_attention"),
+    ("attn2", "cross_attention"),
+    ("to_out.0", "to_out"),
+    ("ff.net.0.proj", "feed_forward.proj_in"),
+    ("ff.net.2", "feed_forward.proj_out"),
+    ("encoder_hid_proj", "text_proj"),
+)
+
+
+def encoder_parts(level: str) -> tuple[Part, ...]:
+    """Resnets and transformers of the levels whose paths these are."""
+    attention = rf"{level}\.attentions\.\d+"
+    return (
+        Part(
+            rf"{level}\.resnets\.\d+",
+            both("norm1", "conv1", "time_emb_proj", "norm2", "conv2"),
+            optional=both("conv_shortcut"),
+        ),
+        Part(attention, both("norm", "proj_in", "proj_out")),
+        Part(rf"{attention}\.transformer_blocks\.\d+", both(*_NORMS, *_OUT) + weights(*_QKV)),
+    )
+
 
 UNET = Table(
     component="unet",
     parts=(
-        Part("", both("conv_in", "conv_norm_out", "conv_out", "encoder_hid_proj", *_EMBEDDINGS)),
-        Part(
-            rf"{_LEVEL}\.resnets\.\d+",
-            both("norm1", "conv1", "time_emb_proj", "norm2", "conv2"),
-            optional=both("conv_shortcut"),
-        ),
-        Part(_ATTENTION, both("norm", "proj_in", "proj_out")),
-        Part(rf"{_ATTENTION}\.transformer_blocks\.\d+", both(*_NORMS, *_OUT) + weights(*_QKV)),
+        Part("", both("conv_in", "conv_norm_out", "conv_out", "encoder_hid_proj", *EMBEDDINGS)),
+        *encoder_parts(_LEVEL),
         Part(r"(down_blocks\.\d+\.down|up_blocks\.\d+\.up)samplers\.0", both("conv")),
     ),  # fmt: skip
     rules=(
-        ("down_blocks", "down"),
-        ("mid_block", "mid"),
+        *RULES,
         ("up_blocks", "up"),
-        ("downsamplers.0.conv", "downsample"),
         ("upsamplers.0.conv", "upsample"),
-        ("time_emb_proj", "time_proj"),
-        ("conv_shortcut", "shortcut"),
-        ("transformer_blocks", "blocks"),
-        ("attn1", "self_attention"),
-        ("attn2", "cross_attention"),
-        ("to_out.0", "to_out"),
-        ("ff.net.0.proj", "feed_forward.proj_in"),
-        ("ff.net.2", "feed_forward.proj_out"),
         ("conv_norm_out", "norm_out"),
-        ("encoder_hid_proj", "text_proj"),
     ),
     required={
         "encoder_hid_proj.weight": "it projects ChatGLM's tokens; an SDXL or a stale Kolors UNet has none",

@@ -1,0 +1,32 @@
+"""ControlNet: diffusers' `ControlNetModel` with a text projection <-> `kolors_core.controlnet.ControlNet`."""
+
+from weights_convert.rules import Part, Table, both
+from weights_convert.unet import EMBEDDINGS, RULES, encoder_parts
+
+_LEVEL = r"(down_blocks\.\d+|mid_block)"
+_IMAGE = "controlnet_cond_embedding"
+
+CONTROLNET = Table(
+    component="controlnet",
+    parts=(
+        Part("", both("conv_in", "encoder_hid_proj", "controlnet_mid_block", *EMBEDDINGS)),
+        Part(_IMAGE, both("conv_in", "conv_out")),
+        Part(rf"({_IMAGE}\.blocks|controlnet_down_blocks)\.\d+", ("weight", "bias")),
+        *encoder_parts(_LEVEL),
+        Part(r"down_blocks\.\d+\.downsamplers\.0", both("conv")),
+    ),
+    rules=(
+        (f"{_IMAGE}.conv_in", "image_embedding.conv_in"),
+        (f"{_IMAGE}.blocks", "image_embedding.convs"),
+        (f"{_IMAGE}.conv_out", "image_embedding.conv_out"),
+        ("controlnet_down_blocks", "to_skips"),
+        ("controlnet_mid_block", "to_mid"),
+        *RULES,
+    ),
+    required={
+        f"{_IMAGE}.conv_in.weight": "it reads the control image; a UNet has none",
+        "controlnet_mid_block.weight": "it is what a ControlNet adds to the UNet's middle",
+        "encoder_hid_proj.weight": "it projects ChatGLM's tokens; an SDXL ControlNet has none and can only "
+        "be borrowed: KolorsControlNet.borrow",
+    },
+)
