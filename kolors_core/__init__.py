@@ -11,6 +11,7 @@ from kolors_core.callback import SDXLCFGCutoffCallback
 from kolors_core.config import VERSION as __version__
 from kolors_core.image import IPAdapterMaskProcessor, load_image
 from kolors_core.image_prompt import CLIPVisionModelWithProjection, load_image_embeds, save_image_embeds
+from kolors_core.inpaint import KolorsInpaintPipeline
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from kolors_core.task import KolorsPipelineOutput
@@ -21,6 +22,7 @@ __all__ = [
     "EulerDiscreteScheduler",
     "IPAdapterMaskProcessor",
     "KolorsImg2ImgPipeline",
+    "KolorsInpaintPipeline",
     "KolorsPipeline",
     "KolorsPipelineOutput",
     "SDXLCFGCutoffCallback",

@@ -6,6 +6,7 @@ Shapes: B pictures; under guidance the tensors of `NAMES` that are not negative 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -72,7 +73,7 @@ class Run:
         self.tensors: dict[str, Any] = dict(
             zip(TOLD, (told.text_tokens, told.pooled_text, told.size_ids), strict=True)
         )
-        self.images = (positive.image_prompts, () if negative is None else negative.image_prompts)
+        self.halves = (positive, positive if negative is None else negative)
         self.tensors["negative_prompt_embeds"] = None if negative is None else negative.text_tokens
         self.tensors["negative_pooled_prompt_embeds"] = None if negative is None else negative.pooled_text
         self.tensors["negative_add_time_ids"] = None if negative is None else negative.size_ids
@@ -164,10 +165,12 @@ class Run:
             rows[name] = self.tensors[name]
         last, first = slice(-self.batch, None), slice(None, self.batch)
         halves = []
-        for part, images in zip((last, first), self.images, strict=True):
+        for part, half in zip((last, first), self.halves, strict=True):
             counts = None if self.counts is None else self.counts[part]
             tokens, pooled, ids = (rows[name][part] for name in TOLD)
-            halves.append(Conditioning(tokens, pooled, ids, counts, images))
+            halves.append(
+                replace(half, text_tokens=tokens, pooled_text=pooled, size_ids=ids, text_counts=counts)
+            )
         return halves[0], halves[1] if is_guided else None
 
 

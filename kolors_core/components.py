@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; N
 class Components:
     """The models of a pipeline. Each is a plain attribute and may be replaced."""
 
+    repaints: ClassVar[bool] = False  # whether the UNet may read a mask and the masked picture's latents too
+
     def __init__(
         self,
         vae: VAE,
@@ -71,7 +73,7 @@ class Components:
         if not isinstance(plain(image_encoder), CLIPVision | None):
             got = f"{type(image_encoder).__module__}.{type(image_encoder).__name__}"
             raise TypeError(f"image_encoder must be kolors_core's CLIPVision or None, got {got}")
-        _must_fit(vae, text_encoder, tokenizer, unet)
+        _must_fit(vae, text_encoder, tokenizer, unet, self.repaints)
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.feature_extractor = scheduler, feature_extractor
         self._image_encoder = image_encoder
@@ -366,12 +368,17 @@ class Components:
         return tqdm(total=total, **self._progress)
 
 
-def _must_fit(vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet) -> None:
+def _must_fit(
+    vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet, repaints: bool
+) -> None:
     """The widths at which the models meet."""
-    latents = vae.config.latent_channels
-    if (unet.config.in_channels, unet.config.out_channels) != (latents, latents):
-        got = f"{unet.config.in_channels} in and {unet.config.out_channels} out"
-        raise ValueError(f"the UNet has {got} channels, wanted the VAE's {latents} for both")
+    latents, ins = vae.config.latent_channels, unet.config.in_channels
+    masked = 2 * latents + 1
+    if ins not in ((latents, masked) if repaints else (latents,)) or unet.config.out_channels != latents:
+        wanted = f"the VAE's {latents} for both" + (f", or {masked} in" if repaints else "")
+        hint = ": one with a mask is for KolorsInpaintPipeline" if ins == masked and not repaints else ""
+        got = f"{ins} in and {unet.config.out_channels} out"
+        raise ValueError(f"the UNet has {got} channels, wanted {wanted}{hint}")
     if text_encoder is not None and text_encoder.config.hidden_size != unet.config.text_dim:
         got = f"the text encoder is {text_encoder.config.hidden_size} wide"
         raise ValueError(f"{got}, and the UNet reads {unet.config.text_dim}")

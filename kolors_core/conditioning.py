@@ -20,7 +20,8 @@ class Conditioning:
     """What the UNet is told beside latents and time: a field here is an argument of `UNet.forward`.
 
     text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32; text_counts None or
-    [B, S]; image_prompts one for each attached IP-Adapter; see `UNet.forward`.
+    [B, S]; image_prompts one for each attached IP-Adapter; see `UNet.forward`. extra [B, more, H/8, W/8]:
+    what a UNet of more input channels reads behind the scaled latents, as inpainting's its mask.
     """
 
     text_tokens: Tensor
@@ -28,15 +29,21 @@ class Conditioning:
     size_ids: Tensor
     text_counts: Tensor | None = None
     image_prompts: tuple[ImagePrompt, ...] = ()
+    extra: Tensor | None = None
 
     @classmethod
     def cat(cls, *parts: "Conditioning") -> "Conditioning":
-        """Batches one after another."""
+        """Batches one after another; ValueError if only some have `extra`."""
         text = TextEmbedding.cat([TextEmbedding(p.text_tokens, p.pooled_text, p.text_counts) for p in parts])
         images = tuple(
             ImagePrompt.cat(*images) for images in zip(*(p.image_prompts for p in parts), strict=True)
         )
-        return cls(text.tokens, text.pooled, torch.cat([p.size_ids for p in parts]), text.counts, images)
+        extras = [p.extra for p in parts if p.extra is not None]
+        if len(extras) not in (0, len(parts)):
+            raise ValueError(f"{len(extras)} of {len(parts)} conditions have `extra`, wanted all or none")
+        extra = torch.cat(extras) if extras else None
+        ids = torch.cat([p.size_ids for p in parts])
+        return cls(text.tokens, text.pooled, ids, text.counts, images, extra)
 
 
 def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tensor:

@@ -51,15 +51,17 @@ def guided(
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): eps = uncond + scale * (cond - uncond).
 
     Without a negative, or with a scale of at most 1, the UNet runs once on the positive alone. The UNet sees
-    x / sqrt(1 + sigma^2) in its own dtype; x and x0 keep theirs. read_once: compute what does not depend on x
-    (text and pictures as keys and values, what each block makes of sizes and all steps' times) now and not in
-    every step; the result is the same. graphs: record the step there as a CUDA graph, unless there are masks.
+    x / sqrt(1 + sigma^2), and `extra` behind it, in its own dtype; x and x0 keep theirs. read_once: compute
+    what does not depend on x (text and pictures as keys and values, what each block makes of sizes and all
+    steps' times) now and not in every step; the result is the same. graphs: record the step there as a CUDA
+    graph, unless there are masks.
     A UNet that is compiled as a whole, hooked, or has another forward is called as a whole and not recorded.
     """
     is_guided = negative is not None and scale > 1
     told = Conditioning.cat(negative, positive) if negative is not None and is_guided else positive
     dtype = unet.conv_in.weight.dtype
-    copies = 2 if is_guided else 1
+    halves = 2 if is_guided else 1
+    copies = halves if told.extra is None else 1  # the two halves' extra may differ, and so their latents
     if read_once and _is_as_written(unet):
         predict = _reading_once(unet, schedule, told, copies, graphs)
     else:
@@ -68,6 +70,8 @@ def guided(
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         latents = (x / (sigma**2 + 1) ** 0.5).to(dtype)
+        if told.extra is not None:
+            latents = torch.cat([latents.repeat(halves, 1, 1, 1), told.extra.to(dtype)], dim=1)
         timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
         noise = predict(latents, timestep).to(x.dtype)
         if is_guided:
@@ -84,7 +88,7 @@ def _is_as_written(unet: UNet) -> bool:
     return not (is_another or unet._compiled_call_impl or unet._forward_hooks or unet._forward_pre_hooks)
 
 
-Predict = Callable[[Tensor, float], Tensor]  # (scaled latents [b, 4, H/8, W/8], timestep) -> noise [B, ...]
+Predict = Callable[[Tensor, float], Tensor]  # (what conv_in reads [b, ...], timestep) -> noise [B, ...]
 
 
 def _reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: int) -> Predict:
