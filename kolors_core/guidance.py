@@ -60,8 +60,7 @@ def guided(
     is_guided = negative is not None and scale > 1
     told = Conditioning.cat(negative, positive) if negative is not None and is_guided else positive
     dtype = unet.conv_in.weight.dtype
-    halves = 2 if is_guided else 1
-    copies = halves if told.extra is None else 1  # the two halves' extra may differ, and so their latents
+    copies = 2 if is_guided and told.extra is None else 1  # with it, `beside` has made the copies
     if read_once and _is_as_written(unet):
         predict = _reading_once(unet, schedule, told, copies, graphs)
     else:
@@ -69,9 +68,7 @@ def guided(
     known = dict(zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        latents = (x / (sigma**2 + 1) ** 0.5).to(dtype)
-        if told.extra is not None:
-            latents = torch.cat([latents.repeat(halves, 1, 1, 1), told.extra.to(dtype)], dim=1)
+        latents = told.beside((x / (sigma**2 + 1) ** 0.5).to(dtype))
         timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
         noise = predict(latents, timestep).to(x.dtype)
         if is_guided:

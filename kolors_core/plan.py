@@ -357,8 +357,11 @@ def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, leng
         embeds = [torch.empty(rows, 1, PATCHES, width, device=META, dtype=twin.dtype) for width in widths]
         given["ip_adapter_image_embeds"] = embeds
     request = Request(**vars(request) | given)
-    positive, negative = twin._conditions(request, size)
-    shape = twin._latent_shape(len(positive.size_ids), size)
+    halves = twin._conditions(request, size)
+    shape = twin._latent_shape(len(halves[0].size_ids), size)
+    channels = twin.unet.config.in_channels
+    positive, negative = (half and half.with_blank_extra(channels, shape) for half in halves)
+    assert positive is not None
     x = torch.empty(shape, device=META, dtype=twin.precision)
     twin._pictures(request, twin.scheduler.schedule(50), x, positive, negative, {})
 

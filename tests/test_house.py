@@ -12,10 +12,10 @@ ORDER = [
     "fields", "config", "attention", "image", "masks", "tokenizer", "chatglm", "clip_vision", "context",
     "unet", "blocks", "vae_tiles", "vae", "ip_adapter", "controlnet", "conditioning", "quantize",
     "lora_layers", "lora", "lora_file", "graphs", "compiling", "prompt_cache", "schedule", "sampling",
-    "holding", "guidance", "placement", "offload", "hub", "loading", "checkpoint", "lora_loading", "components",
-    "text_prompt", "image_prompt", "quantize_report", "callback", "task", "plan", "from_picture", "pipeline",
-    "inpaint", "dataset", "training", "options", "lines", "claims", "split_guidance", "batch", "__init__",
-    "__main__",
+    "holding", "guidance", "placement", "offload", "hub", "loading", "checkpoint", "lora_loading",
+    "components", "text_prompt", "image_prompt", "quantize_report", "callback", "task", "plan",
+    "from_picture", "pipeline", "inpaint", "dataset", "training", "options", "lines", "claims",
+    "split_guidance", "batch", "__init__", "__main__",
 ]  # fmt: skip
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
 
