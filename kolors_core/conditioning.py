@@ -46,20 +46,21 @@ class Conditioning:
         ids = torch.cat([p.size_ids for p in parts])
         return cls(text.tokens, text.pooled, ids, text.counts, images, extra)
 
-    def beside(self, latents: Tensor) -> Tensor:
-        """What the UNet's first layer reads: latents [b, 4, H/8, W/8]; if there is `extra`, repeated to its B
-        rows, and that behind them.
-        """
-        if self.extra is None:
-            return latents
-        copies = len(self.extra) // len(latents)
-        return torch.cat([latents.repeat(copies, 1, 1, 1), self.extra.to(latents)], dim=1)
-
     def with_blank_extra(self, channels: int, latents: Sequence[int]) -> "Conditioning":
         """The same, with `extra` of zeros if a UNet of so many channels reads more than such latents."""
         more = channels - latents[1]
         zeros = self.text_tokens.new_zeros(len(self.text_tokens), more, *latents[2:]) if more else None
         return replace(self, extra=zeros)
+
+
+def beside(latents: Tensor, extra: Tensor | None) -> Tensor:
+    """What the UNet's first layer reads: latents [b, 4, H/8, W/8]; with `extra`, repeated to its B rows,
+    and that behind them.
+    """
+    if extra is None:
+        return latents
+    copies = len(extra) // len(latents)
+    return torch.cat([latents.repeat(copies, 1, 1, 1), extra.to(latents)], dim=1)
 
 
 def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kolors_core.conditioning import Conditioning
+from kolors_core.conditioning import Conditioning, beside
 from kolors_core.context import Read
 from kolors_core.graphs import Graphs
 from kolors_core.ip_adapter import attached
@@ -60,7 +60,8 @@ def guided(
     is_guided = negative is not None and scale > 1
     told = Conditioning.cat(negative, positive) if negative is not None and is_guided else positive
     dtype = unet.conv_in.weight.dtype
-    copies = 2 if is_guided and told.extra is None else 1  # with it, `beside` has made the copies
+    extra = told.extra
+    copies = 2 if is_guided and extra is None else 1  # with it, `beside` has made the copies
     if read_once and _is_as_written(unet):
         predict = _reading_once(unet, schedule, told, copies, graphs)
     else:
@@ -68,7 +69,7 @@ def guided(
     known = dict(zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        latents = told.beside((x / (sigma**2 + 1) ** 0.5).to(dtype))
+        latents = beside((x / (sigma**2 + 1) ** 0.5).to(dtype), extra)
         timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
         noise = predict(latents, timestep).to(x.dtype)
         if is_guided:

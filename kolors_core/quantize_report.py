@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.components import Components
-from kolors_core.conditioning import Conditioning, size_ids
+from kolors_core.conditioning import Conditioning, beside, size_ids
 from kolors_core.context import ImagePrompt
 from kolors_core.guidance import guided
 from kolors_core.ip_adapter import attached
@@ -164,7 +164,7 @@ class Quantizing(Components):
         self._on_device("unet")
         timestep = torch.tensor(self.scheduler.num_train_timesteps // 2, device=self.device)
         told = self._probe_condition(text)
-        latents = told.beside(self._probe_start().to(self.dtype))
+        latents = beside(self._probe_start().to(self.dtype), told.extra)
         noise = self.unet(
             latents, timestep, told.text_tokens, told.pooled_text, told.size_ids,
             told.text_counts, told.image_prompts,

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kolors_core import KolorsInpaintPipeline
+from tests.inpainting import NINE, Nine
 from tests.ip_adapters import Both, load_both, with_image_encoder, write_adapter
+from tests.parity import pair
 from tests.pipelines import SOLVERS, Pair, make_pair, use_solver
 from tests.reference_folder import REAL_TOKENIZER, train_tokenizer, write
 
@@ -78,3 +81,12 @@ def loaded(float64: Pair, adapters: list[Path]) -> Iterator[Both]:
     made = with_image_encoder(float64, torch.float64)
     load_both(made, adapters[0])
     yield made
+
+
+@pytest.fixture(scope="module")
+def nine(float64: Pair) -> Nine:
+    """Ours with a UNet of 9 channels, and the reference's UNet with the same random weights."""
+    unet, other = pair("unet", torch.float64, NINE)
+    made = KolorsInpaintPipeline.from_pipe(float64[0], unet=unet)
+    made.set_progress_bar_config(disable=True)
+    return made, other

@@ -1,14 +1,9 @@
 """Inpainting and image to image with a strength map against loops over the reference's modules, step by step;
 what is held, loaded and refused."""
 
-import inspect
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,41 +11,10 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from kolors_core import KolorsImg2ImgPipeline, KolorsInpaintPipeline, KolorsPipeline, SDXLCFGCutoffCallback
-from kolors_core.checkpoint import open_component
-from kolors_core.conditioning import Conditioning
-from kolors_core.config import KOLORS, UNetConfig
-from kolors_core.graphs import Graphs
-from kolors_core.guidance import guided
-from kolors_core.quantize import quantize
-from kolors_core.schedule import EulerDiscreteScheduler
-from kolors_core.unet import UNet
-from tests.parity import EXACT, FLOAT32, SMALL, pair, relative_error
-from tests.pipelines import NO_SAVINGS, SOLVERS, Pair, embeddings, picture, saving, steps_of, use_solver
-from tests.reference_folder import reference_pipeline
-from tests.test_compiling import Recorder
-from tests.test_unet import inputs
-from weights_convert import TABLES
-
-NINE = replace(SMALL, unet=replace(SMALL.unet, in_channels=9))
-Nine = tuple[KolorsInpaintPipeline, Any]
-
-
-def mask_of(height: int = 64, width: int = 72) -> Image.Image:
-    """Black, with a white box and a grey edge."""
-    values = np.zeros((height, width), dtype=np.uint8)
-    values[height // 4 : height * 3 // 4, width // 3 : width * 3 // 4] = 100
-    values[height // 4 + 3 : height * 3 // 4 - 3, width // 3 + 3 : width * 3 // 4 - 3] = 255
-    return Image.fromarray(values)
-
-
-@pytest.fixture(scope="module")
-def nine(float64: Pair) -> Nine:
-    """Ours with a UNet of 9 channels, and the reference's UNet with the same random weights."""
-    unet, other = pair("unet", torch.float64, NINE)
-    made = KolorsInpaintPipeline.from_pipe(float64[0], unet=unet)
-    made.set_progress_bar_config(disable=True)
-    return made, other
+from kolors_core import KolorsImg2ImgPipeline, KolorsInpaintPipeline
+from tests.inpainting import Nine, mask_of
+from tests.parity import EXACT, FLOAT32, relative_error
+from tests.pipelines import SOLVERS, Pair, embeddings, picture, steps_of, use_solver
 
 
 def four(pipes: Pair) -> KolorsInpaintPipeline:
@@ -329,7 +293,7 @@ def test_a_map_for_each_prompt(pipes: Pair) -> None:
         ({"denoising_start": 0.5}, "denoising_start needs a UNet that reads the mask"),
         ({"padding_mask_crop": -1}, "padding_mask_crop must be a whole number of pixels from 0, got -1"),
         ({"padding_mask_crop": 2, "image": torch.zeros(3, 64, 72)}, "needs image as one PIL image"),
-        ({"padding_mask_crop": 2, "mask_image": mask_of(32, 36)}, "mask and image of one size .* 32 x 36 and"),
+        ({"padding_mask_crop": 2, "mask_image": mask_of(32, 36)}, "mask and image of one size"),
         ({"padding_mask_crop": 2, "mask_image": Image.new("L", (72, 64))}, "leaves nothing to repaint"),
         ({"padding_mask_crop": 2, "output_type": "latent"}, "need pictures, and output_type is 'latent'"),
         ({"paste_back": True, "output_type": "latent"}, "need pictures, and output_type is 'latent'"),
