@@ -13,6 +13,7 @@ from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.config import VERSION
 from kolors_core.fields import whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
+from kolors_core.inpaint import KolorsInpaintPipeline
 from kolors_core.options import (
     add_model,
     add_sampler,
@@ -26,6 +27,7 @@ from kolors_core.options import (
 )
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.placement import named_device, planned_device
+from kolors_core.plan import Planning
 from kolors_core.quantize import quantize as quantize_model
 
 
@@ -72,7 +74,30 @@ def parser() -> argparse.ArgumentParser:
     images = top.add_argument_group("from pictures")
     images.add_argument("--image", metavar="FILE", help="start from this picture; or its http(s) address")
     images.add_argument(
-        "--strength", type=float, help="how much of it is made anew, above 0, at most 1 (default: 0.3)"
+        "--strength",
+        type=float,
+        help="how much of it is made anew, above 0, at most 1 (default: 0.3, with --mask 0.9999)",
+    )
+    images.add_argument(
+        "--strength-map",
+        metavar="FILE",
+        help="a grey picture of how much each place of --image may change: white as --strength says",
+    )
+    images.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="make anew only what is white in this picture, and leave all else of --image as it is",
+    )
+    images.add_argument(
+        "--padding-mask-crop",
+        type=int,
+        metavar="N",
+        help="with --mask: work on its region and N pixels around, at --height and --width",
+    )
+    images.add_argument(
+        "--no-paste-back",
+        action="store_true",
+        help="with --mask: leave the picture as the model decodes it, a little changed outside the mask too",
     )
     images.add_argument(
         "--ip-adapter",
@@ -162,10 +187,14 @@ def draw(options: argparse.Namespace) -> None:
     """Make and write the pictures that the options ask for."""
     outs = checked(options)
     start = None if options.image is None else load_image(options.image)
+    mask, strengths = (
+        None if file is None else load_image(file, lambda picture: picture.convert("L"))
+        for file in (options.mask, options.strength_map)
+    )
     guides = [load_image(file) for file in options.ip_image or ()]
     outs[0].parent.mkdir(parents=True, exist_ok=True)
     device = named_device(options.device)
-    pipe = load_pipeline(options, device)
+    pipe = load_pipeline(options, device, task=task_of(options))
     quantized = quantize(pipe, options)
     load_adapters(pipe, options)
     steps = default_steps(options.sampler) if options.steps is None else options.steps
@@ -184,14 +213,23 @@ def draw(options: argparse.Namespace) -> None:
         negative_target_size=options.negative_target_size, max_sequence_length=options.max_tokens,
         ip_adapter_image=[guides] if guides else None,
     )  # fmt: skip
+    if options.strength is not None:
+        arguments["strength"] = options.strength
     if start is None:
         output = pipe(**arguments)
+    elif mask is None:
+        output = KolorsImg2ImgPipeline.from_pipe(pipe)(image=start, strength_map=strengths, **arguments)
     else:
-        strength = {} if options.strength is None else {"strength": options.strength}
-        output = KolorsImg2ImgPipeline.from_pipe(pipe)(image=start, **strength, **arguments)
-    told = {name: getattr(options, name) for name in ("image", "lora", "ip_adapter", "ip_image")}
+        output = pipe(
+            image=start, mask_image=mask, padding_mask_crop=options.padding_mask_crop,
+            paste_back=False if options.no_paste_back else None, **arguments,
+        )  # fmt: skip
+    names = ("image", "mask", "strength_map", "padding_mask_crop", "lora", "ip_adapter", "ip_image")
+    told = {name: getattr(options, name) for name in names}
     told = {
-        name: value if isinstance(value, str) else ", ".join(value) for name, value in told.items() if value
+        name: ", ".join(value) if isinstance(value, list) else value
+        for name, value in told.items()
+        if value not in (None, [])
     }
     if quantized is not None:
         told["quantized"] = str(quantized)
@@ -206,7 +244,7 @@ def plan(options: argparse.Namespace) -> None:
     """Print what the pictures that the options ask for would need; the device need not be there."""
     checked(options)
     device = planned_device(options.device)
-    pipe = load_pipeline(options, device, is_planned=True)
+    pipe = load_pipeline(options, device, is_planned=True, task=task_of(options))
     for name, bits in bits_of(options).items():
         quantize_model(getattr(pipe, name), bits)
     load_adapters(pipe, options)
@@ -239,12 +277,21 @@ def checked(options: argparse.Namespace) -> list[Path]:
     given = (options.ip_adapter is not None, options.ip_image is not None)
     if any(given) and not all(given) or (options.ip_scale is not None and not all(given)):
         raise ValueError("--ip-adapter, --ip-image and --ip-scale need each other")
-    if options.strength is not None and options.image is None:
-        raise ValueError("--strength has no effect without --image")
+    needs = dict.fromkeys(("strength", "strength_map", "mask"), "image")
+    for name, needed in (needs | dict.fromkeys(("padding_mask_crop", "no_paste_back"), "mask")).items():
+        if getattr(options, name) not in (None, False) and getattr(options, needed) is None:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without --{needed}")
+    if options.mask is not None and options.strength_map is not None:
+        raise ValueError("--mask and --strength-map exclude each other: a mask is a map of black and white")
     return outs
 
 
-def load_adapters(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
+def task_of(options: argparse.Namespace) -> type[Planning]:
+    """What the weights are loaded for: inpainting may have a UNet of its own."""
+    return KolorsPipeline if options.mask is None else KolorsInpaintPipeline
+
+
+def load_adapters(pipe: Planning, options: argparse.Namespace) -> None:
     """Load the LoRAs and the IP-Adapter that the options ask for."""
     load_loras(pipe, options.lora, options.local_files_only, options.quiet)
     if options.ip_adapter is not None:

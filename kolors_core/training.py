@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.compiling import BLOCKS
-from kolors_core.conditioning import size_ids
+from kolors_core.conditioning import beside, size_ids
 from kolors_core.dataset import Batches, Example, Sample, load_pixels, mix
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
@@ -92,6 +92,7 @@ class Batch:
     size_ids: Tensor  # [b, 6]
     timesteps: Tensor  # [b]
     noise: Tensor  # as latents
+    extra: Tensor | None = None  # [b, more, H/8, W/8], of a UNet with more input channels: see masked_data.py
 
 
 class Objective(nn.Module):
@@ -113,8 +114,9 @@ class Objective(nn.Module):
         sigma = self.sigmas.to(batch.latents.device)[batch.timesteps][:, None, None, None]  # [b, 1, 1, 1]
         noisy = (batch.latents + sigma * batch.noise) / (sigma**2 + 1).sqrt()
         predicted = self.unet(
-            noisy, batch.timesteps.float(), text.tokens, text.pooled, batch.size_ids, text.counts
-        )
+            beside(noisy, batch.extra), batch.timesteps.float(), text.tokens, text.pooled, batch.size_ids,
+            text.counts,
+        )  # fmt: skip
         loss = (predicted.float() - batch.noise).square().mean(dim=(1, 2, 3))  # [b]
         if self.config.min_snr_gamma is not None:
             snr = sigma.flatten() ** -2

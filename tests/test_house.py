@@ -14,7 +14,7 @@ ORDER = [
     "lora_layers", "lora", "lora_file", "graphs", "compiling", "prompt_cache", "schedule", "sampling",
     "holding", "guidance", "placement", "offload", "hub", "loading", "checkpoint", "lora_loading",
     "components", "text_prompt", "image_prompt", "quantize_report", "callback", "task", "plan",
-    "from_picture", "pipeline", "inpaint", "dataset", "training", "options", "lines", "claims",
+    "from_picture", "pipeline", "inpaint", "dataset", "training", "masked_data", "options", "lines", "claims",
     "split_guidance", "batch", "__init__", "__main__",
 ]  # fmt: skip
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
