@@ -1,5 +1,6 @@
 """A UNet that reads a mask: loaded and saved, told apart, and told `extra` in every way of running."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -185,3 +186,18 @@ def test_it_is_planned_and_quantised(folder: Path, capsys: pytest.CaptureFixture
     assert plain.stages["unet"].weights < planned.stages["unet"].weights
     report = pipe.quantize(unet=8)
     assert report.unet is not None and 0 < report.noise.error < 0.1
+
+
+def test_the_signature_is_the_references() -> None:
+    """SDXL's, which the community's pipeline for Kolors has too, without what Kolors has no use for."""
+    mine = inspect.signature(KolorsInpaintPipeline.__call__).parameters
+    other = inspect.signature(diffusers.StableDiffusionXLInpaintPipeline.__call__).parameters
+    useless = {
+        "prompt_2", "negative_prompt_2", "guidance_rescale", "aesthetic_score", "negative_aesthetic_score",
+        "clip_skip", "kwargs",
+    }  # fmt: skip
+    shared = [name for name in other if name not in useless]
+    assert sorted(mine) == sorted([*shared, "max_sequence_length", "paste_back"])
+    assert list(mine)[:18] == shared[:18]
+    for name in set(shared) - {"self", "prompt", "callback_on_step_end_tensor_inputs"}:
+        assert mine[name].default == other[name].default, name
