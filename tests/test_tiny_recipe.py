@@ -16,8 +16,10 @@ from benchmarks.tiny.emoji import (
     read_concepts,
     write,
 )
+from benchmarks.tiny.inpaint import nine_channels
 from benchmarks.tiny.quality import interval, nearest
 from benchmarks.tiny.text import CaptionSource, train
+from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.config import TINY
 from kolors_core.dataset import Example, read_folder
 from kolors_core.tokenizer import Tokenizer
@@ -154,3 +156,14 @@ def test_nearest_and_interval() -> None:
     assert nearest(torch.stack([known[2] * 0.8, known[0] + 0.1, known[1]]), known) == [2, 0, 1]
     low, high = interval(0.8, 500)
     assert low == pytest.approx(0.763, abs=1e-3) and high == pytest.approx(0.833, abs=1e-3)
+
+
+def test_the_embedded_model_with_nine_channels_draws_what_it_drew() -> None:
+    plain = load_component(EMBEDDED, "unet")
+    nine = nine_channels(plain.config)
+    draw, width = torch.Generator().manual_seed(0), plain.config.text_dim
+    latents, tokens = torch.randn(1, 9, 16, 16, generator=draw), torch.randn(1, 3, width, generator=draw)
+    told = torch.tensor(500.0), tokens, tokens[:, -1], torch.full((1, 6), 128.0)
+    with torch.no_grad():
+        made, expected = nine(latents, *told), plain(latents[:, :4], *told)
+    assert relative_error(made, expected) < 1e-5
