@@ -11,9 +11,14 @@ from kolors_core.callback import SDXLCFGCutoffCallback
 from kolors_core.canny import canny
 from kolors_core.config import VERSION as __version__
 from kolors_core.control_image import KolorsControlNet
-from kolors_core.control_pipeline import KolorsControlNetImg2ImgPipeline, KolorsControlNetPipeline
+from kolors_core.control_pipeline import (
+    KolorsControlNetImg2ImgPipeline,
+    KolorsControlNetInpaintPipeline,
+    KolorsControlNetPipeline,
+)
 from kolors_core.image import IPAdapterMaskProcessor, load_image
 from kolors_core.image_prompt import CLIPVisionModelWithProjection, load_image_embeds, save_image_embeds
+from kolors_core.inpaint import KolorsInpaintPipeline
 from kolors_core.pag_pipeline import KolorsPAGPipeline
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
@@ -26,8 +31,10 @@ __all__ = [
     "IPAdapterMaskProcessor",
     "KolorsControlNet",
     "KolorsControlNetImg2ImgPipeline",
+    "KolorsControlNetInpaintPipeline",
     "KolorsControlNetPipeline",
     "KolorsImg2ImgPipeline",
+    "KolorsInpaintPipeline",
     "KolorsPAGPipeline",
     "KolorsPipeline",
     "KolorsPipelineOutput",

@@ -15,6 +15,7 @@ from kolors_core.control_pipeline import KolorsControlNetPipeline
 from kolors_core.face_prompt import load_face_embeds
 from kolors_core.fields import whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
+from kolors_core.inpaint import KolorsInpaintPipeline
 from kolors_core.options import (
     add_control,
     add_guidance,
@@ -36,6 +37,7 @@ from kolors_core.options import (
 )
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.placement import named_device, planned_device
+from kolors_core.plan import Planning
 from kolors_core.quantize import quantize as quantize_model
 
 
@@ -84,7 +86,30 @@ def parser() -> argparse.ArgumentParser:
     images = top.add_argument_group("from pictures")
     images.add_argument("--image", metavar="FILE", help="start from this picture; or its http(s) address")
     images.add_argument(
-        "--strength", type=float, help="how much of it is made anew, above 0, at most 1 (default: 0.3)"
+        "--strength",
+        type=float,
+        help="how much of it is made anew, above 0, at most 1 (default: 0.3, with --mask 0.9999)",
+    )
+    images.add_argument(
+        "--strength-map",
+        metavar="FILE",
+        help="a grey picture of how much each place of --image may change: white as --strength says",
+    )
+    images.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="make anew only what is white in this picture, and leave all else of --image as it is",
+    )
+    images.add_argument(
+        "--padding-mask-crop",
+        type=int,
+        metavar="N",
+        help="with --mask: work on its region and N pixels around, at --height and --width",
+    )
+    images.add_argument(
+        "--no-paste-back",
+        action="store_true",
+        help="with --mask: leave the picture as the model decodes it, a little changed outside the mask too",
     )
     images.add_argument(
         "--ip-adapter",
@@ -194,6 +219,10 @@ def draw(options: argparse.Namespace) -> None:
     """Make and write the pictures that the options ask for."""
     outs = checked(options)
     start = None if options.image is None else load_image(options.image)
+    mask, strengths = (
+        None if file is None else load_image(file, lambda picture: picture.convert("L"))
+        for file in (options.mask, options.strength_map)
+    )
     guides = [load_image(file) for file in options.ip_image or ()]
     face = {}
     if options.face_adapter is not None:
@@ -204,7 +233,7 @@ def draw(options: argparse.Namespace) -> None:
     controls = control_arguments(options)
     outs[0].parent.mkdir(parents=True, exist_ok=True)
     device = named_device(options.device)
-    pipe = load_pipeline(options, device)
+    pipe = load_pipeline(options, device, task=task_of(options))
     quantized = quantize(pipe, options)
     load_adapters(pipe, options)
     guide(pipe, options)
@@ -225,19 +254,27 @@ def draw(options: argparse.Namespace) -> None:
         negative_target_size=options.negative_target_size, max_sequence_length=options.max_tokens,
         ip_adapter_image=[guides] if guides else None, **face, **controls,
     )  # fmt: skip
+    if options.strength is not None:
+        arguments["strength"] = options.strength
     if start is None and controls:
         image = arguments.pop("control_image")
         output = KolorsControlNetPipeline.from_pipe(pipe)(image=image, **arguments)
     elif start is None:
         output = pipe(**arguments)
+    elif mask is None:
+        output = KolorsImg2ImgPipeline.from_pipe(pipe)(image=start, strength_map=strengths, **arguments)
     else:
-        strength = {} if options.strength is None else {"strength": options.strength}
-        output = KolorsImg2ImgPipeline.from_pipe(pipe)(image=start, **strength, **arguments)
-    names = ("image", "lora", "textual_inversion", "ip_adapter", "ip_image", "face_adapter", "face_image",
-             "control", "control_image", "canny")  # fmt: skip
+        output = pipe(
+            image=start, mask_image=mask, padding_mask_crop=options.padding_mask_crop,
+            paste_back=False if options.no_paste_back else None, **arguments,
+        )  # fmt: skip
+    names = ("image", "mask", "strength_map", "padding_mask_crop", "lora", "textual_inversion", "ip_adapter",
+             "ip_image", "face_adapter", "face_image", "control", "control_image", "canny")  # fmt: skip
     told = {name: getattr(options, name) for name in names}
     told = {
-        name: value if isinstance(value, str) else ", ".join(value) for name, value in told.items() if value
+        name: ", ".join(value) if isinstance(value, list) else value
+        for name, value in told.items()
+        if value not in (None, [])
     }
     if quantized is not None:
         told["quantized"] = str(quantized)
@@ -252,7 +289,7 @@ def plan(options: argparse.Namespace) -> None:
     """Print what the pictures that the options ask for would need; the device need not be there."""
     checked(options)
     device = planned_device(options.device)
-    pipe = load_pipeline(options, device, is_planned=True)
+    pipe = load_pipeline(options, device, is_planned=True, task=task_of(options))
     for name, bits in bits_of(options).items():
         quantize_model(getattr(pipe, name), bits)
     load_adapters(pipe, options)
@@ -291,15 +328,24 @@ def checked(options: argparse.Namespace) -> list[Path]:
     if any(given) and not all(given) or (options.face_scale is not None and not all(given)):
         raise ValueError("--face-adapter, --face-image, --face-embeds and --face-scale need each other")
     check_control(options)
-    if options.strength is not None and options.image is None:
-        raise ValueError("--strength has no effect without --image")
+    needs = dict.fromkeys(("strength", "strength_map", "mask"), "image")
+    for name, needed in (needs | dict.fromkeys(("padding_mask_crop", "no_paste_back"), "mask")).items():
+        if getattr(options, name) not in (None, False) and getattr(options, needed) is None:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without --{needed}")
+    if options.mask is not None and options.strength_map is not None:
+        raise ValueError("--mask and --strength-map exclude each other: a mask is a map of black and white")
     keywords = guidance_of(options)
     if keywords and options.guidance <= 1 and options.pag is None:
         raise ValueError("--guidance-rescale and --guidance-interval need --guidance above 1, or --pag")
     return outs
 
 
-def load_adapters(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
+def task_of(options: argparse.Namespace) -> type[Planning]:
+    """What the weights are loaded for: inpainting may have a UNet of its own."""
+    return KolorsPipeline if options.mask is None else KolorsInpaintPipeline
+
+
+def load_adapters(pipe: Planning, options: argparse.Namespace) -> None:
     """Load the LoRAs, the learned words and the IP-Adapters that the options ask for."""
     load_loras(pipe, options.lora, options.local_files_only, options.quiet)
     load_words(pipe, options.textual_inversion, options.local_files_only)

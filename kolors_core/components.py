@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from kolors_core.placement import (
 )
 from kolors_core.prompt_cache import PromptCache
 from kolors_core.reading import Savings
-from kolors_core.running import Interrupt
+from kolors_core.running import RunState
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
@@ -50,8 +50,10 @@ from weights_convert.writing import new_folder
 _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; None is a component left out
 
 
-class Components:
+class Components(RunState):
     """The models of a pipeline. Each is a plain attribute and may be replaced."""
+
+    repaints: ClassVar[bool] = False  # whether the UNet may read a mask and the masked picture's latents too
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class Components:
         if not isinstance(plain(image_encoder), CLIPVision | None):
             got = f"{type(image_encoder).__module__}.{type(image_encoder).__name__}"
             raise TypeError(f"image_encoder must be kolors_core's CLIPVision or None, got {got}")
-        _must_fit(vae, text_encoder, tokenizer, unet)
+        _must_fit(vae, text_encoder, tokenizer, unet, self.repaints)
         check_fits(controlnet, plain(unet), plain(vae).config.downscale)
         self.controlnet = controlnet
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
@@ -89,8 +91,7 @@ class Components:
         self.guided: Callable[..., Denoise] = guided  # another rule of its signature may stand here
         self._graphs: Graphs | None = None  # if `compile` was asked for them
         self.prompt_cache = PromptCache()
-        self._progress: dict[str, Any] = {}
-        self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
+        super().__init__()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: whose prompts and recorded graphs are not kept."""
@@ -349,44 +350,18 @@ class Components:
         names = (*KINDS, "controlnet", "tokenizer", "scheduler", "feature_extractor")
         return {name: getattr(self, name) for name in (*names, "force_zeros_for_empty_prompt")}
 
-    @property
-    def guidance_scale(self) -> float:
-        """Of the run; a callback that sets `_guidance_scale` to 1 or less ends guidance."""
-        return self._guidance_scale
 
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the run computes the negative half."""
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the run."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> Interrupt:
-        """Called, from a callback or another thread, it ends the run after its step: the pictures are decoded
-        as they are by then. As a truth value, whether that was asked for since the run began.
-        """
-        return Interrupt(self)
-
-    def set_progress_bar_config(self, **options: Any) -> None:
-        """Options of tqdm's bar, such as `disable=True`."""
-        self._progress = options
-
-    def _progress_bar(self, total: int) -> Any:
-        from tqdm.auto import tqdm
-
-        return tqdm(total=total, **self._progress)
-
-
-def _must_fit(vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet) -> None:
+def _must_fit(
+    vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet, repaints: bool
+) -> None:
     """The widths at which the models meet."""
-    latents = vae.config.latent_channels
-    if (unet.config.in_channels, unet.config.out_channels) != (latents, latents):
-        got = f"{unet.config.in_channels} in and {unet.config.out_channels} out"
-        raise ValueError(f"the UNet has {got} channels, wanted the VAE's {latents} for both")
+    latents, ins = vae.config.latent_channels, unet.config.in_channels
+    masked = 2 * latents + 1
+    if ins not in ((latents, masked) if repaints else (latents,)) or unet.config.out_channels != latents:
+        wanted = f"the VAE's {latents} for both" + (f", or {masked} in" if repaints else "")
+        hint = ": one with a mask is for KolorsInpaintPipeline" if ins == masked and not repaints else ""
+        got = f"{ins} in and {unet.config.out_channels} out"
+        raise ValueError(f"the UNet has {got} channels, wanted {wanted}{hint}")
     if text_encoder is not None and text_encoder.config.hidden_size != unet.config.text_dim:
         got = f"the text encoder is {text_encoder.config.hidden_size} wide"
         raise ValueError(f"{got}, and the UNet reads {unet.config.text_dim}")

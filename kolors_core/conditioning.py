@@ -4,7 +4,8 @@ Shapes: B pictures, S text tokens.
 """
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Conditioning:
     text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32; text_counts None or
     [B, S]; image_prompts one for each attached IP-Adapter; perturbed none, or rows for each TransformerBlock,
     which `cat` leaves out; see `UNet.forward`. controls: what each ControlNet sees, whose residuals are told.
+    extra [B, more, H/8, W/8]: what a UNet of more input channels reads behind the scaled latents, as
+    inpainting's its mask.
     """
 
     text_tokens: Tensor
@@ -32,17 +35,38 @@ class Conditioning:
     image_prompts: tuple[ImagePrompt, ...] = ()
     perturbed: tuple[int, ...] = ()
     controls: tuple[Control, ...] = ()
+    extra: Tensor | None = None
 
     @classmethod
     def cat(cls, *parts: "Conditioning") -> "Conditioning":
-        """Batches one after another."""
+        """Batches one after another; ValueError if only some have `extra`."""
         text = TextEmbedding.cat([TextEmbedding(p.text_tokens, p.pooled_text, p.text_counts) for p in parts])
         images = tuple(
             ImagePrompt.cat(*images) for images in zip(*(p.image_prompts for p in parts), strict=True)
         )
         controls = tuple(Control.cat(*them) for them in zip(*(p.controls for p in parts), strict=True))
+        extras = [p.extra for p in parts if p.extra is not None]
+        if len(extras) not in (0, len(parts)):
+            raise ValueError(f"{len(extras)} of {len(parts)} conditions have `extra`, wanted all or none")
+        extra = torch.cat(extras) if extras else None
         ids = torch.cat([p.size_ids for p in parts])
-        return cls(text.tokens, text.pooled, ids, text.counts, images, controls=controls)
+        return cls(text.tokens, text.pooled, ids, text.counts, images, controls=controls, extra=extra)
+
+    def with_blank_extra(self, channels: int, latents: Sequence[int]) -> "Conditioning":
+        """The same, with `extra` of zeros if a UNet of so many channels reads more than such latents."""
+        more = channels - latents[1]
+        zeros = self.text_tokens.new_zeros(len(self.text_tokens), more, *latents[2:]) if more else None
+        return replace(self, extra=zeros)
+
+
+def beside(latents: Tensor, extra: Tensor | None) -> Tensor:
+    """What the UNet's first layer reads: latents [b, 4, H/8, W/8]; with `extra`, repeated to its B rows,
+    and that behind them.
+    """
+    if extra is None:
+        return latents
+    copies = len(extra) // len(latents)
+    return torch.cat([latents.repeat(copies, 1, 1, 1), extra.to(latents)], dim=1)
 
 
 def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from kolors_core.controlnet import has_several
 from kolors_core.image import control_pixels
+from kolors_core.inpaint import KolorsInpaintPipeline
 from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.task import KolorsPipelineOutput
 from kolors_core.text_prompt import Prompt
@@ -63,4 +64,27 @@ class KolorsControlNetImg2ImgPipeline(KolorsImg2ImgPipeline):
             raise ValueError("no control_image: wanted one, or one for each of several ControlNets")
         return super().__call__(
             prompt, image, strength, height, width, control_image=control_image, **arguments
+        )
+
+
+class KolorsControlNetInpaintPipeline(KolorsInpaintPipeline):
+    """Inpainting under control images."""
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (the reference's own order)
+        self,
+        prompt: Prompt | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        control_image: Any = None,
+        **arguments: Any,
+    ) -> KolorsPipelineOutput | tuple[Any]:
+        """Make anew what is white in a mask, under control images.
+
+        control_image: the control image; with a list of ControlNets, a list with one for each. All others: as
+        for `KolorsInpaintPipeline`.
+        """
+        if control_image is None:
+            raise ValueError("no control_image: wanted one, or one for each of several ControlNets")
+        return super().__call__(
+            prompt, image=image, mask_image=mask_image, control_image=control_image, **arguments
         )

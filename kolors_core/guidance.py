@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from kolors_core.conditioning import Conditioning
+from kolors_core.conditioning import Conditioning, beside
 from kolors_core.controlnet import acting
 from kolors_core.graphs import Graphs
 from kolors_core.reading import is_as_written, reading_always, reading_once
@@ -33,12 +33,13 @@ def guided(
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): eps = uncond + scale * (cond - uncond).
 
     Without a negative, or with a scale of at most 1, the UNet runs once on the positive alone. The UNet sees
-    x / sqrt(1 + sigma^2) in its own dtype; x and x0 keep theirs. read_once: compute what does not depend on x
-    (text and pictures as keys and values, what each block makes of sizes and all steps' times) now and not in
-    every step; the result is the same. Controls add their residuals in the steps in which they act. graphs:
-    record the step there as a CUDA graph, unless there are masks. A UNet or ControlNet that is compiled as a
-    whole, hooked, or has another forward is called as a whole, and nothing is recorded.
-    rescale, interval: see kolors_core/tempering.py; outside of the interval, too, the positive alone is run.
+    x / sqrt(1 + sigma^2), and `extra` behind it, in its own dtype; x and x0 keep theirs. read_once: compute
+    what does not depend on x (text and pictures as keys and values, what each block makes of sizes and all
+    steps' times) now and not in every step; the result is the same. Controls add their residuals in the steps
+    in which they act. graphs: record the step there as a CUDA graph, unless there are masks. A UNet or
+    ControlNet that is compiled as a whole, hooked, or has another forward is called as a whole, and nothing
+    is recorded. rescale, interval: see kolors_core/tempering.py; outside of the interval, too, the positive
+    alone is run.
     """
     temper = rescaling(rescale)
 
@@ -68,6 +69,8 @@ def combined(
     told: conditions of B pictures, `copies` times. read_once, graphs: see `guided`.
     """
     dtype = unet.conv_in.weight.dtype
+    extra = told.extra  # alone, since a run holds what `denoise` refers to
+    copies = copies if extra is None else 1  # with it, `beside` has made the copies
     if read_once and all(map(is_as_written, (unet, *(control.net for control in told.controls)))):
         predict = reading_once(unet, schedule, told, copies, graphs)
     else:
@@ -77,7 +80,7 @@ def combined(
     controls_of_step = acting(told.controls, len(schedule.timesteps))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        latents = (x / (sigma**2 + 1) ** 0.5).to(dtype)
+        latents = beside((x / (sigma**2 + 1) ** 0.5).to(dtype), extra)
         timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
         step = min(max(sum(level >= sigma for level in sigmas), 1), len(controls_of_step)) - 1
         noise = predict(latents, timestep, controls_of_step[step]).to(x.dtype)

@@ -18,6 +18,7 @@ from kolors_core.image import load_image
 from kolors_core.perturbed import check_scales, perturbed, perturbed_layers
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.placement import best_dtype
+from kolors_core.plan import Planning
 from kolors_core.quantize import BITS
 from kolors_core.quantize_report import QuantizationReport
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
@@ -150,8 +151,11 @@ def precision(options: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 
 def load_pipeline(
-    options: argparse.Namespace, device: torch.device, is_planned: bool = False
-) -> KolorsPipeline:
+    options: argparse.Namespace,
+    device: torch.device,
+    is_planned: bool = False,
+    task: type[Planning] = KolorsPipeline,
+) -> Any:
     """The pipeline, with the sampler that the options ask for; if only planned, without weights."""
     is_file = options.weights.endswith(".safetensors")
     if files_of(options) and options.weights == EMBEDDED_NAME:
@@ -161,7 +165,7 @@ def load_pipeline(
         name: open_model(file, name, config=folder, has_weights=not is_planned)
         for name, file in files_of(options).items()
     }
-    pipe = (KolorsPipeline.from_single_file if is_file else KolorsPipeline.from_pretrained)(
+    pipe = (task.from_single_file if is_file else task.from_pretrained)(
         options.weights, variant=options.variant, revision=options.revision,
         local_files_only=options.local_files_only, torch_dtype=precision(options, device),
         device="meta" if is_planned else "cpu" if options.offload else device, **models,
@@ -189,7 +193,7 @@ def bits_of(options: argparse.Namespace) -> dict[str, int]:
     return {name: count for name, count in bits.items() if count is not None}
 
 
-def quantize(pipe: KolorsPipeline, options: argparse.Namespace) -> QuantizationReport | None:
+def quantize(pipe: Planning, options: argparse.Namespace) -> QuantizationReport | None:
     """Quantise what the options ask for; None if nothing."""
     if not (bits := bits_of(options)):
         return None
@@ -199,7 +203,7 @@ def quantize(pipe: KolorsPipeline, options: argparse.Namespace) -> QuantizationR
     return report
 
 
-def load_loras(pipe: KolorsPipeline, loras: Sequence[str], is_local: bool, is_quiet: bool) -> None:
+def load_loras(pipe: Planning, loras: Sequence[str], is_local: bool, is_quiet: bool) -> None:
     """Load LoRAs, each written FROM[:SCALE], and weigh them; the pipeline has none yet."""
     for i, text in enumerate(loras):
         source, _ = with_scale(text)
@@ -212,7 +216,7 @@ def load_loras(pipe: KolorsPipeline, loras: Sequence[str], is_local: bool, is_qu
     weigh_loras(pipe, loras)
 
 
-def load_words(pipe: KolorsPipeline, files: Sequence[str], is_local: bool) -> None:
+def load_words(pipe: Planning, files: Sequence[str], is_local: bool) -> None:
     """Load learned words, each written FROM[:WORD]."""
     for text in files:
         source, word = with_word(text)
@@ -220,7 +224,7 @@ def load_words(pipe: KolorsPipeline, files: Sequence[str], is_local: bool) -> No
         pipe.load_textual_inversion(name, word, revision=revision, local_files_only=is_local)
 
 
-def weigh_loras(pipe: KolorsPipeline, loras: Sequence[str]) -> None:
+def weigh_loras(pipe: Planning, loras: Sequence[str]) -> None:
     """Give loaded LoRAs the scales that stand here."""
     if loras:
         pipe.set_adapters([f"lora{i}" for i in range(len(loras))], [with_scale(text)[1] for text in loras])

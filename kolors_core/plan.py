@@ -354,8 +354,11 @@ def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, leng
     if nets := nets_of(twin.controlnet):
         given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
     request = Request(**vars(request) | given)
-    positive, negative = twin._conditions(request, size)
-    shape = twin._latent_shape(len(positive.size_ids), size)
+    halves = twin._conditions(request, size)
+    shape = twin._latent_shape(len(halves[0].size_ids), size)
+    channels = twin.unet.config.in_channels
+    positive, negative = (half and half.with_blank_extra(channels, shape) for half in halves)
+    assert positive is not None
     x = torch.empty(shape, device=META, dtype=twin.precision)
     twin._interrupt = False
     twin._pictures(request, twin.scheduler.schedule(50), x, positive, negative, {})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.components import Components
-from kolors_core.conditioning import Conditioning, size_ids
+from kolors_core.conditioning import Conditioning, beside, size_ids
 from kolors_core.context import ImagePrompt
 from kolors_core.guidance import guided
 from kolors_core.ip_adapter import attached
@@ -150,12 +150,13 @@ class Quantizing(Components):
         counts = None if text.counts is None else text.counts.to(self.device)
         silent = ImagePrompt(torch.zeros(1, 1, 1, self.unet.config.context_dim, **place))
         images = (silent,) * len(attached(self.unet))
-        return Conditioning(text.tokens.to(**place), text.pooled.to(**place), ids, counts, images)
+        told = Conditioning(text.tokens.to(**place), text.pooled.to(**place), ids, counts, images)
+        return told.with_blank_extra(self.unet.config.in_channels, self._probe_start().shape)
 
     def _probe_start(self) -> Tensor:
         """Standard normal noise [1, 4, H/8, W/8] at the UNet's own size, the same every time."""
         config = self.unet.config
-        shape = (1, config.in_channels, config.sample_size, config.sample_size)
+        shape = (1, config.out_channels, config.sample_size, config.sample_size)
         return draw_noise(shape, torch.Generator().manual_seed(0), self.device, torch.float32)
 
     def _probe_noise(self, text: TextEmbedding) -> Tensor:
@@ -163,8 +164,9 @@ class Quantizing(Components):
         self._on_device("unet")
         timestep = torch.tensor(self.scheduler.num_train_timesteps // 2, device=self.device)
         told = self._probe_condition(text)
+        latents = beside(self._probe_start().to(self.dtype), told.extra)
         noise = self.unet(
-            self._probe_start().to(self.dtype), timestep, told.text_tokens, told.pooled_text, told.size_ids,
+            latents, timestep, told.text_tokens, told.pooled_text, told.size_ids,
             told.text_counts, told.image_prompts,
         )  # fmt: skip
         return noise.flatten()

@@ -83,7 +83,7 @@ def is_as_written(net: Encoder) -> bool:
     return not (is_another or net._compiled_call_impl or net._forward_hooks or net._forward_pre_hooks)
 
 
-# (scaled latents [b, 4, H/8, W/8], timestep, which controls act) -> noise [B, ...]
+# (what conv_in reads [b, ...], timestep, which controls act) -> noise [B, ...]
 Predict = Callable[[Tensor, float, tuple[int, ...]], Tensor]
 
 

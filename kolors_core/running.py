@@ -58,3 +58,42 @@ class Interrupt:
 
     def __repr__(self) -> str:
         return f"<interrupt of a pipeline, {'asked for' if self else 'not asked for'}>"
+
+
+class RunState:
+    """What a pipeline tells of its run, by the reference's names."""
+
+    def __init__(self) -> None:
+        self._progress: dict[str, Any] = {}
+        self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the run; a callback that sets `_guidance_scale` to 1 or less ends guidance."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the run computes the negative half."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the run."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> Interrupt:
+        """Called, from a callback or another thread, it ends the run after its step: the pictures are decoded
+        as they are by then. As a truth value, whether that was asked for since the run began.
+        """
+        return Interrupt(self)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of tqdm's bar, such as `disable=True`."""
+        self._progress = options
+
+    def _progress_bar(self, total: int) -> Any:
+        from tqdm.auto import tqdm
+
+        return tqdm(total=total, **self._progress)

@@ -5,7 +5,7 @@ Shapes: B pictures (prompts times images per prompt).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -30,7 +30,7 @@ from kolors_core.ip_adapter import attached
 from kolors_core.lora_loading import LoRALoading
 from kolors_core.placement import finite, plain
 from kolors_core.quantize_report import Quantizing
-from kolors_core.sampling import Generators, draw_noise, sampler_of
+from kolors_core.sampling import Generators, Sampler, draw_noise, sampler_of
 from kolors_core.schedule import Schedule
 from kolors_core.single_file import SingleFile
 from kolors_core.text_prompt import MAX_TOKENS, Prompt, TextPrompting
@@ -263,10 +263,13 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
         positive: Conditioning,
         negative: Conditioning | None,
         facts: Mapping[str, Any],
+        around: Callable[[Sampler], Sampler] | None = None,
+        finish: Callable[[Tensor], Tensor] | None = None,
     ) -> KolorsPipelineOutput | tuple[Any]:
         """Denoise x = image + sigma * noise along the schedule, and bring it into the form asked for.
 
-        facts: what the pictures' description says of the task.
+        facts: what the pictures' description says of the task. around: makes another sampler of the
+        scheduler's. finish: makes the final images [B, 3, H, W] of the decoded ones, all in [-1, 1].
         """
         sampler = sampler_of(
             self.scheduler, schedule,
@@ -282,9 +285,13 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
             result = Run(
                 self, schedule, positive, negative, request.callback_on_step_end, request.callback_tensors,
                 bar.update,
-            )(sampler, x)  # fmt: skip
+            )(sampler if around is None else around(sampler), x)  # fmt: skip
         kind = request.output_type
-        images = result.to(self.dtype) if kind == "latent" else to_output(self._decode(result), kind)
+        if kind == "latent":
+            images: Any = result.to(self.dtype)
+        else:
+            decoded = self._decode(result)
+            images = to_output(decoded if finish is None else finish(decoded), kind)
         if kind == "pil":
             self._describe(images, request, {**facts, **_control_facts(positive.controls)})
         return KolorsPipelineOutput(images) if request.return_dict else (images,)

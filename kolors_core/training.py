@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.compiling import BLOCKS
-from kolors_core.conditioning import size_ids
+from kolors_core.conditioning import beside, size_ids
 from kolors_core.controlnet import ControlNet
 from kolors_core.dataset import Batches, Example, Sample, load_pixels, mix
 from kolors_core.image import control_pixels, to_output
@@ -99,13 +99,13 @@ class Batch:
     timesteps: Tensor  # [b]
     noise: Tensor  # as latents
     control: Tensor | None = None  # [b, 3, H, W] in [0, 1], for a ControlNet
+    extra: Tensor | None = None  # [b, more, H/8, W/8], of a UNet with more input channels: see masked_data.py
 
 
 class Objective(nn.Module):
-    """The loss as one module, which DDP and FSDP need.
+    """The loss as one module, which DDP and FSDP need. text_encoder: None unless it is trained too.
 
-    text_encoder: None unless it is trained too. controlnet: to be trained; the UNet is then best left as it
-    is (`requires_grad_(False)`), and the data must have control images.
+    controlnet: to be trained; the UNet is then best left as it is (`requires_grad_(False)`).
     """
 
     def __init__(
@@ -117,8 +117,7 @@ class Objective(nn.Module):
         controlnet: ControlNet | None = None,
     ) -> None:
         super().__init__()
-        self.unet, self.text_encoder, self.config = unet, text_encoder, config
-        self.controlnet = controlnet
+        self.unet, self.text_encoder, self.controlnet, self.config = unet, text_encoder, controlnet, config
         self.sigmas = sigmas  # [T]; not a buffer: it is no part of the model
 
     def forward(self, batch: Batch) -> Tensor:
@@ -129,7 +128,8 @@ class Objective(nn.Module):
             text = self.text_encoder(text)
         sigma = self.sigmas.to(batch.latents.device)[batch.timesteps][:, None, None, None]  # [b, 1, 1, 1]
         noisy = (batch.latents + sigma * batch.noise) / (sigma**2 + 1).sqrt()
-        given = noisy, batch.timesteps.float(), text.tokens, text.pooled, batch.size_ids
+        times, noisy = batch.timesteps.float(), beside(noisy, batch.extra)
+        given = noisy, times, text.tokens, text.pooled, batch.size_ids
         if (self.controlnet is None) != (batch.control is None):
             raise ValueError("a ControlNet and control images need each other: one of them is missing")
         residuals = () if self.controlnet is None else self.controlnet(*given, batch.control, text.counts)

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kolors_core import KolorsInpaintPipeline
+from tests.inpainting import NINE, Nine
 from tests.ip_adapters import Both, load_both, with_image_encoder, write_adapter
-from tests.parity import SMALL_CLIP, randomise, reference_clip
+from tests.parity import SMALL_CLIP, pair, randomise, reference_clip
 from tests.pipelines import SOLVERS, Pair, make_pair, use_solver
 from tests.reference_folder import REAL_TOKENIZER, train_tokenizer, write
 from weights_convert.folding import to_single
@@ -104,3 +106,12 @@ def whole_file(whole_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     file = tmp_path_factory.mktemp("single") / "kolors.safetensors"
     to_single(whole_folder, file)
     return file
+
+
+@pytest.fixture(scope="module")
+def nine(float64: Pair) -> Nine:
+    """Ours with a UNet of 9 channels, and the reference's UNet with the same random weights."""
+    unet, other = pair("unet", torch.float64, NINE)
+    made = KolorsInpaintPipeline.from_pipe(float64[0], unet=unet)
+    made.set_progress_bar_config(disable=True)
+    return made, other

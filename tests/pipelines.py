@@ -28,13 +28,6 @@ EMBEDDINGS = (
     "pooled_prompt_embeds",
     "negative_pooled_prompt_embeds",
 )
-# What every task of ours takes beyond the reference's arguments.
-CONTROL = (
-    "control_image",
-    "controlnet_conditioning_scale",
-    "control_guidance_start",
-    "control_guidance_end",
-)
 Pair = tuple[KolorsPipeline, diffusers.KolorsPipeline]
 SOLVERS: list[tuple[str, dict[str, Any]]] = [
     ("EulerDiscreteScheduler", {}),

@@ -267,14 +267,16 @@ def test_bad_arguments_are_named(pipes: Pair, arguments: dict, message: str) -> 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["KolorsPipeline", "KolorsImg2ImgPipeline"])
-def test_the_signature_is_the_references(kind: str) -> None:
-    """What is ours alone comes behind it, and by name only."""
+@pytest.mark.parametrize(
+    ("kind", "ours"), [("KolorsPipeline", []), ("KolorsImg2ImgPipeline", ["strength_map"])]
+)
+def test_the_signature_is_the_references(kind: str, ours: list[str]) -> None:
+    """What is ours alone comes behind it."""
     mine, other = (
         inspect.signature(getattr(package, kind).__call__).parameters for package in (kolors_core, diffusers)
     )
-    assert list(mine) == [*other, "extras"]
-    for parameter in mine.keys() - {"extras", "self", "prompt", "callback_on_step_end_tensor_inputs"}:
+    assert list(mine) == [*other, *ours, "extras"]
+    for parameter in other.keys() - {"self", "prompt", "callback_on_step_end_tensor_inputs"}:
         assert mine[parameter].default == other[parameter].default, parameter
 
 

@@ -23,7 +23,6 @@ from kolors_core.reading import Savings
 from kolors_core.unet import UNet
 from tests.parity import EXACT, FLOAT32, SMALL, relative_error
 from tests.pipelines import (
-    CONTROL,
     NO_SAVINGS,
     SMALL_PICTURE,
     SOLVERS,
@@ -206,7 +205,7 @@ def test_the_signature_is_the_references() -> None:
     for name in ("__call__", "encode_prompt"):
         mine = inspect.signature(getattr(KolorsPipeline, name)).parameters
         other = inspect.signature(getattr(diffusers.KolorsPipeline, name)).parameters
-        assert list(mine) == [*other, *(CONTROL if name == "__call__" else ())]
+        assert list(mine) == [*other, *(["extras"] if name == "__call__" else [])]
         for parameter in other.keys() - {"self", "prompt", "callback_on_step_end_tensor_inputs"}:
             assert mine[parameter].default == other[parameter].default, parameter
 

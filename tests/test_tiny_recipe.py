@@ -18,9 +18,11 @@ from benchmarks.tiny.emoji import (
     read_concepts,
     write,
 )
+from benchmarks.tiny.inpaint import nine_channels
 from benchmarks.tiny.quality import interval, nearest
 from benchmarks.tiny.text import CaptionSource, train
 from kolors_core import canny
+from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.config import TINY
 from kolors_core.dataset import Example, read_folder
 from kolors_core.tokenizer import Tokenizer
@@ -167,3 +169,14 @@ def test_a_thing_stands_where_its_seed_says_and_its_edges_tell(tmp_path: Path) -
     assert followed(edges[0], pictures[0]) == 1.0
     assert followed(edges[0], pictures[2]) < 0.7
     assert followed(edges[0], Image.new("RGB", (128, 128), "white")) == 0.0
+
+
+def test_the_embedded_model_with_nine_channels_draws_what_it_drew() -> None:
+    plain = load_component(EMBEDDED, "unet")
+    nine = nine_channels(plain.config)
+    draw, width = torch.Generator().manual_seed(0), plain.config.text_dim
+    latents, tokens = torch.randn(1, 9, 16, 16, generator=draw), torch.randn(1, 3, width, generator=draw)
+    told = torch.tensor(500.0), tokens, tokens[:, -1], torch.full((1, 6), 128.0)
+    with torch.no_grad():
+        made, expected = nine(latents, *told), plain(latents[:, :4], *told)
+    assert relative_error(made, expected) < 1e-5
