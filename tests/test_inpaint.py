@@ -11,7 +11,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from kolors_core import KolorsImg2ImgPipeline, KolorsInpaintPipeline
+from kolors_core import KolorsControlNetInpaintPipeline, KolorsImg2ImgPipeline, KolorsInpaintPipeline
+from tests.controlnets import net_pair
 from tests.inpainting import Nine, mask_of
 from tests.parity import EXACT, FLOAT32, relative_error
 from tests.pipelines import SOLVERS, Pair, embeddings, picture, steps_of, use_solver
@@ -26,6 +27,7 @@ class Reference:
 
     def __init__(self, theirs: Any, unet: Any, steps: int, strength: float, scale: float) -> None:
         self.draw, self.vae, self.unet, self.scale = torch.Generator().manual_seed(0), theirs.vae, unet, scale
+        self.control: tuple[Any, Tensor] | None = None  # a ControlNet, and what it sees at scale 0.8
         self.scheduler = deepcopy(theirs.scheduler)
         self.scheduler.set_timesteps(steps)
         first = steps - int(steps * strength)
@@ -51,17 +53,30 @@ class Reference:
     def step(self, latents: Tensor, time: Tensor, more: list[Tensor]) -> Tensor:
         """One guided step; more: what the UNet reads beside the latents."""
         x = self.scheduler.scale_model_input(latents.repeat(2, 1, 1, 1), time)
-        x = torch.cat([x, *(part.repeat(2, 1, 1, 1) for part in more)], dim=1)
         added = {"text_embeds": self.told[1], "time_ids": self.ids}
-        noise = self.unet(x, time, encoder_hidden_states=self.told[0], added_cond_kwargs=added).sample
+        residuals = {}
+        if self.control is not None:
+            net, image = self.control
+            skips, mid = net(
+                x, time, encoder_hidden_states=net.encoder_hid_proj(self.told[0]), controlnet_cond=image,
+                conditioning_scale=0.8, added_cond_kwargs=added, return_dict=False,
+            )  # fmt: skip
+            residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": mid}
+        x = torch.cat([x, *(part.repeat(2, 1, 1, 1) for part in more)], dim=1)
+        noise = self.unet(
+            x, time, encoder_hidden_states=self.told[0], added_cond_kwargs=added, **residuals
+        ).sample
         negative, positive = noise.chunk(2)
         return self.scheduler.step(negative + self.scale * (positive - negative), time, latents).prev_sample
 
 
 @torch.no_grad()
-def inpaint_loop(theirs: Any, unet: Any, steps: int, strength: float, scale: float = 7.5) -> list[Tensor]:
+def inpaint_loop(
+    theirs: Any, unet: Any, steps: int, strength: float, scale: float = 7.5, control: Any = None
+) -> list[Tensor]:
     """The reference's inpainting, written out: latents after each step, then the picture in [0, 1]."""
     run = Reference(theirs, unet, steps, strength, scale)
+    run.control = control
     reads_mask = unet.config.in_channels == 9
     pixels = VaeImageProcessor(vae_scale_factor=8).preprocess(picture())
     mask_processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
@@ -114,6 +129,25 @@ def test_every_step_equals_the_reference(
         other_mask = mask_of().rotate(0, translate=(8, 0))
         moved = inpaint_steps(ours, num_inference_steps=steps, mask_image=other_mask)
         assert relative_error(moved[0], other[0]) > 100 * FLOAT32, "and so parity can fail"
+
+
+@pytest.mark.parametrize("channels", [9, 4])
+def test_every_step_under_a_controlnet_equals_the_reference(pipes: Pair, nine: Nine, channels: int) -> None:
+    net, other_net = net_pair(20, torch.float64)
+    other_pipe, unet = (four(pipes), pipes[1].unet) if channels == 4 else nine
+    ours = KolorsControlNetInpaintPipeline.from_pipe(other_pipe, controlnet=net)
+    ours.scheduler = pipes[0].scheduler
+    seen = picture(11)
+    pixels = VaeImageProcessor(do_normalize=False).preprocess(seen).double().repeat(2, 1, 1, 1)
+    mine = inpaint_steps(ours, num_inference_steps=5, strength=0.6, control_image=seen)
+    other = inpaint_loop(pipes[1], unet, 5, 0.6, control=(other_net, pixels))
+    assert len(mine) == len(other) == 4
+    for i, (a, b) in enumerate(zip(mine, other, strict=True)):
+        assert relative_error(a, b) < FLOAT32, i
+    plain = inpaint_loop(pipes[1], unet, 5, 0.6)
+    assert relative_error(mine[0], plain[0]) > 100 * FLOAT32, "the ControlNet acts"
+    with pytest.raises(ValueError, match="no control_image: wanted one"):
+        inpaint_steps(ours)
 
 
 def test_arguments_mean_what_they_mean_elsewhere(pipes: Pair, nine: Nine) -> None:

@@ -36,7 +36,7 @@ from kolors_core.image import vae_pixels
 from kolors_core.training import Data, Objective, Trainer, TrainingConfig
 
 CONFIG = TrainingConfig(
-    steps=800, batch_size=16, learning_rate=1e-3, schedule="cosine", warmup=50, weight_decay=0.0, ema=0.99,
+    steps=1600, batch_size=16, learning_rate=1e-3, schedule="cosine", warmup=50, weight_decay=0.0, ema=0.99,
     min_snr_gamma=5.0, max_tokens=48, dtype=torch.bfloat16, save_every=100,
 )  # fmt: skip
 WIDTHS = (8, 16, 32, 64)  # of the maps that the control image becomes

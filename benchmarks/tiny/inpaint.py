@@ -32,7 +32,7 @@ from kolors_core.unet import UNet
 from weights_convert.source import Source
 
 CONFIG = TrainingConfig(
-    steps=420, batch_size=16, learning_rate=5e-4, schedule="cosine", warmup=20, ema=0.98, min_snr_gamma=1.0,
+    steps=1200, batch_size=16, learning_rate=5e-4, schedule="cosine", warmup=20, ema=0.98, min_snr_gamma=1.0,
     save_every=50,
 )  # fmt: skip
 UNNAMED = 0.5  # how many pictures have no caption: then only what the mask leaves tells what is missing
