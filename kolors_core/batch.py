@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
-    except (OSError, ValueError, TypeError, PartnerLost) as error:
+    except (OSError, ValueError, TypeError, PartnerLost, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
@@ -143,14 +143,21 @@ class Batch:
         self.told: dict[str, str] = {}  # what all pictures' descriptions say
 
     def _agree(self) -> str:
-        """A name of this run, the same for all its processes; ValueError if one has other lines."""
+        """A name of this run, the same for all its processes.
+
+        ValueError if one has other lines, PartnerLost if one is gone.
+        """
         token, lines = secrets.token_hex(4), [(line.number, line.fingerprint) for line in self.lines]
         if self.world == 1:
             return token
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         told: list[Any] = [None] * self.world
-        dist.all_gather_object(told, (token, lines, f"torch {torch.__version__}, {name}{threads}"))
+        mine = token, lines, f"torch {torch.__version__}, {name}{threads}"
+        try:
+            dist.all_gather_object(told, mine)
+        except RuntimeError as error:
+            raise PartnerLost(f"another process of this run is gone: {one_line(error)}") from error
         if others := [rank for rank, (_, lines, _) in enumerate(told) if lines != told[0][1]]:
             wanted = "wanted one file, the same options and one precision for all"
             raise ValueError(f"process {others[0]} has other lines than process 0: {wanted}")

@@ -21,7 +21,7 @@ from weights_convert.reading import one_line
 
 
 class PartnerLost(RuntimeError):
-    """The other process of a pair is gone, or no longer in step."""
+    """The other process of a pair, or of a run that begins, is gone or no longer in step."""
 
 
 class PartnerFailed(ValueError):

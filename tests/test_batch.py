@@ -182,6 +182,10 @@ def test_processes_that_are_told_different_things(prompts: Path, undisturbed: Pa
         process.join(60)
         assert process.exitcode == 2, log.read_text()
     assert "error: process 1 has other lines than process 0" in log.read_text()
+    for process in start_two(draw_unlike, log, commands[0], ["no.jsonl", *commands[0][1:]]):
+        process.join(60)
+        assert process.exitcode == 2, log.read_text()
+    assert "error: another process of this run is gone" in log.read_text()
     for process in start_two(draw_unlike, log, commands[0]):
         process.join(60)
         assert process.exitcode == 0, log.read_text()
@@ -264,7 +268,7 @@ def test_a_changed_line_is_refused_or_drawn_under_its_own_name(
 def test_what_another_run_says_of_its_own_line_is_not_believed(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Two runs with other lines in one OUT: the second is refused its place, whatever the first writes last."""
+    """Two runs with other lines in one OUT: the second is refused, whatever the first writes last."""
     first, second = (
         [str(write(tmp_path / f"{name}.jsonl", [SMALL | {"prompt": name, "seed": 3}])), str(tmp_path / "out")]
         for name in "ab"

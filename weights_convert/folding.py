@@ -195,7 +195,7 @@ def _layout(
     for component, part in parts.items():
         if odd := sorted(set(seen[component]) ^ set(part)):
             raise ValueError(
-                f"{source}: {LAYOUT}: does not list the tensors of the {component}: {odd[0][:100]}"
+                f"{source}: {LAYOUT}: does not list the tensors of the {component}: {odd[0][:100]!r}"
             )
         if len(seen[component]) > len(part):
             raise ValueError(f"{source}: {LAYOUT}: lists a tensor of the {component} twice")
@@ -212,7 +212,7 @@ def _history(file: Path) -> tuple[dict[str, str] | None, dict[str, Spelling]]:
     for component, way in models.items():
         fits = isinstance(way, list) and len(way) == 2 and all(isinstance(part, str) for part in way)
         if component not in PREFIXES or not fits or way[1] not in NAMINGS:
-            raise ValueError(f"{file}: {component[:100]}: wanted a prefix and one of {', '.join(NAMINGS)}")
+            raise ValueError(f"{file}: {component[:100]!r}: wanted a prefix and one of {', '.join(NAMINGS)}")
         spellings[component] = Spelling(*way)
     return metadata, spellings
 
