@@ -76,12 +76,12 @@ class Killing:
             run = subprocess.Popen(command(self.prompts, out), env=ENVIRONMENT, stderr=log, stdout=log)
         self.counts["starts"] += 1
         end = time.monotonic() + self.random.uniform(0.5, 1.6) * self.start
-        if self.counts["kills"] == self.kills:
-            return run.wait() == 0
-        while time.monotonic() < end and run.poll() is None:
+        while run.poll() is None and (time.monotonic() < end or self.counts["kills"] == self.kills):
             time.sleep(0.002)
-        if run.poll() is not None:
-            return run.returncode == 0
+        if run.returncode is not None:
+            if run.returncode:
+                raise SystemExit(f"a batch that nobody killed ended with {run.returncode}: {log.name}")
+            return True
         workers = [pid for pid in children(run.pid) if is_alive(pid)]
         victim = self.random.choice([run.pid, *workers])
         os.kill(victim, signal.SIGKILL)

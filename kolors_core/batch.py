@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
-    except (OSError, ValueError, TypeError, PartnerLost) as error:
+    except (OSError, ValueError, TypeError, PartnerLost, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
@@ -143,14 +143,21 @@ class Batch:
         self.told: dict[str, str] = {}  # what all pictures' descriptions say
 
     def _agree(self) -> str:
-        """A name of this run, the same for all its processes; ValueError if one has other lines."""
+        """A name of this run, the same for all its processes.
+
+        ValueError if one has other lines, PartnerLost if one is gone.
+        """
         token, lines = secrets.token_hex(4), [(line.number, line.fingerprint) for line in self.lines]
         if self.world == 1:
             return token
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         told: list[Any] = [None] * self.world
-        dist.all_gather_object(told, (token, lines, f"torch {torch.__version__}, {name}{threads}"))
+        mine = token, lines, f"torch {torch.__version__}, {name}{threads}"
+        try:
+            dist.all_gather_object(told, mine)
+        except RuntimeError as error:
+            raise PartnerLost(f"another process of this run is gone: {one_line(error)}") from error
         if others := [rank for rank, (_, lines, _) in enumerate(told) if lines != told[0][1]]:
             wanted = "wanted one file, the same options and one precision for all"
             raise ValueError(f"process {others[0]} has other lines than process 0: {wanted}")
@@ -190,13 +197,13 @@ class Batch:
                         held.append(line)
                         continue
                     try:
+                        news = self.manifest.refresh()
                         if not self._has_ended(line):
                             self._draw(line)
                     finally:
                         self.claims.give(line.number)
                     unseen.discard(line.number)
-                    self.manifest.refresh()
-                    unseen = {number for number in unseen if not self._is_recorded(number)}
+                    unseen.difference_update(r["line"] for r in news if r.get("run") == self.token)
                     bar.update(len(self.lines) - len(unseen) - bar.n)
                 pending = held
                 if pending:
@@ -315,22 +322,16 @@ class Batch:
 
     def _has_ended(self, line: Line) -> bool:
         """Whether it was drawn, by whatever run, or has failed in this one."""
-        self.manifest.refresh()
-        return bool(self._record(line)) or self._is_drawn(line)
+        return self._record(line).get("run") == self.token or self._is_drawn(line)
 
     def _has_failed(self, line: Line) -> bool:
-        """Of a line that has ended."""
-        is_failed = self.manifest.records.get(line.number, {}).get("status") == "failed"
-        return is_failed and not self._is_drawn(line)
+        """Of a line that has ended. What another run writes of its own line of this number says nothing."""
+        return self._record(line).get("status") != "done" and not self._is_drawn(line)
 
     def _record(self, line: Line) -> Record:
-        """What this run wrote down about a line; empty if nothing."""
+        """What was written down about a line last; empty if nothing, or of another line of its number."""
         record = self.manifest.records.get(line.number, {})
-        is_of_run = record.get("run") == self.token and record.get("fingerprint") == line.fingerprint
-        return record if is_of_run else {}
-
-    def _is_recorded(self, number: int) -> bool:
-        return self.manifest.records.get(number, {}).get("run") == self.token
+        return record if record.get("fingerprint") == line.fingerprint else {}
 
     def _as_record(
         self, line: Line, reason: str | None, seconds: float | None, process: str | None
@@ -364,9 +365,8 @@ class Batch:
         def complete(records: dict[int, Record]) -> None:
             for line in self.lines:
                 self.claims.mark(line.number, False)
-                record = records.get(line.number, {})
-                is_told = (record.get("status"), record.get("fingerprint")) == ("done", line.fingerprint)
-                if not is_told and self._is_drawn(line):  # the process that drew it did not live to say so
+                # The process that drew it did not live to say so.
+                if self._record(line).get("status") != "done" and self._is_drawn(line):
                     records[line.number] = self._as_record(line, None, None, None)
 
         self.manifest.settle(complete)
@@ -384,9 +384,8 @@ class Batch:
                 f"{len(others)} more are of no line of this file, such as {others[0].name}", file=sys.stderr
             )
         for line in failed:
-            print(
-                f"line {line.number} failed: {self.manifest.records[line.number]['reason']}", file=sys.stderr
-            )
+            reason = self._record(line).get("reason") or "another run on this OUT has a line of its number"
+            print(f"line {line.number} failed: {reason}", file=sys.stderr)
 
 
 def _sources(picture: Picture | None) -> tuple[str, ...]:

@@ -91,9 +91,9 @@ class Manifest:
         for text in written.splitlines():
             try:
                 record = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and isinstance(record.get("line"), int):
+            if isinstance(record, dict) and type(record.get("line")) is int:
                 records.append(record)
         self.records.update({record["line"]: record for record in records})
         return records

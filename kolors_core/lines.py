@@ -11,12 +11,13 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from kolors_core.fields import whole_number
 from kolors_core.options import check_number, check_seed
+from weights_convert.reading import once, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ FIELDS = tuple(field.name for field in fields(Picture))
 class Line:
     """A line of the file by its number there, from 1.
 
-    picture: None for a bad line, of which `reason` says what is wrong. fingerprint: of what decides the
+    picture: None for a bad line, of which `reason` says what, in one line. fingerprint: of what decides the
     picture, that is its fields and the model; not the number.
     """
 
@@ -71,8 +72,8 @@ def read_lines(file: Path, model: Mapping[str, object], seed: int, steps: int) -
         try:
             picture, reason = _picture(row, seed + number, steps), None
         except (ValueError, RecursionError) as error:
-            picture, reason = None, str(error)
-        told = raw if picture is None else json.dumps([asdict(picture), model], sort_keys=True)
+            picture, reason = None, one_line(error)
+        told = raw if picture is None else json.dumps([vars(picture), model], sort_keys=True)
         digest = hashlib.sha256(told.encode("utf-8", errors="surrogateescape")).hexdigest()[:32]
         lines.append(Line(number, picture, reason, digest))
     if not lines:
@@ -108,7 +109,7 @@ def _json_lines(text: str) -> Iterator[Row]:
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw, object_pairs_hook=_once)
+            row = json.loads(raw, object_pairs_hook=once)
         except json.JSONDecodeError as error:
             row = ValueError(f"not JSON: {error}")
         except (ValueError, RecursionError) as error:
@@ -116,18 +117,14 @@ def _json_lines(text: str) -> Iterator[Row]:
         yield number, raw, row
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError for a name that it has twice."""
-    if twice := [name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])]:
-        raise ValueError(f"{twice[0]} stands there twice")
-    return dict(pairs)
-
-
 def _csv(text: str, file: Path) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    names = [name.strip() for name in next(reader, [])]
+    try:
+        names = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise ValueError(f"{file}: the first row is not CSV: {error}") from None
     if unknown := [name for name in names if name not in FIELDS]:
-        raise ValueError(f"{file}: the first row has the name {unknown[0]!r}, wanted some of {_WANTED}")
+        raise ValueError(f"{file}: the first row has the name {unknown[0][:100]!r}, wanted some of {_WANTED}")
     if "prompt" not in names or len(set(names)) < len(names):
         raise ValueError(f"{file}: the first row must name the columns, prompt among them, each once")
     while True:

@@ -1,7 +1,6 @@
 """What the command lines for one picture and for many share: flags of model and sampler, and their use."""
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -322,6 +321,6 @@ def check_seed(name: str, seed: int) -> int:
 
 def check_number(name: str, value: object) -> float:
     """A finite number; ValueError naming what came otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return float(value)

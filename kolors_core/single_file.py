@@ -24,6 +24,7 @@ from kolors_core.quantize import WHOLE_ROWS, quantize
 from weights_convert.folding import to_single, unpack
 from weights_convert.single import Part, open_parts
 from weights_convert.source import Source
+from weights_convert.writing import scratch_beside
 
 # What stands around Kolors' models where no file says it.
 SCHEDULER = {
@@ -157,9 +158,9 @@ class SingleFile(Components):
         if file.exists() or file.suffix != ".safetensors":
             raise ValueError(f"{file}: wanted a new .safetensors file")
         file.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=file.parent, prefix=f".{file.name[:32]}.") as scratch:
-            self.save_pretrained(Path(scratch) / "folder", variant=variant)
-            to_single(Path(scratch) / "folder", file)
+        with scratch_beside(file) as scratch:
+            self.save_pretrained(scratch / "folder", variant=variant)
+            to_single(scratch / "folder", file)
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from kolors_core.guidance import guided
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
 from kolors_core.unet import UNet
+from weights_convert.reading import one_line
 
 
 class PartnerLost(RuntimeError):
-    """The other process of a pair is gone, or no longer in step."""
+    """The other process of a pair, or of a run that begins, is gone or no longer in step."""
 
 
 class PartnerFailed(ValueError):
@@ -101,4 +102,4 @@ class Pair:
         try:
             call()
         except RuntimeError as error:
-            raise PartnerLost(f"the other process of this pair is gone: {error}") from error
+            raise PartnerLost(f"the other process of this pair is gone: {one_line(error)}") from error

@@ -18,7 +18,7 @@ from PIL import Image
 
 from kolors_core import KolorsPipeline
 from kolors_core.__main__ import main as draw_one
-from kolors_core.batch import main
+from kolors_core.batch import Batch, main, parser
 from kolors_core.image import read_description
 from kolors_core.lines import fingerprint_of, read_lines
 from kolors_core.lora import attach, save_adapters
@@ -151,7 +151,7 @@ def test_a_rerun_finishes_what_was_killed(prompts: Path, undisturbed: Path, tmp_
     (tmp_path / drawn[0]).write_bytes(whole[:-20])
     (tmp_path / f".{drawn[1]}.0a1b2c3d0a1b2c3d.partial").write_bytes(whole[:100])
     with (tmp_path / "manifest.jsonl").open("a") as manifest:
-        manifest.write('{"line": 3, "fi')
+        manifest.write("[" * 100_000 + '\n{"line": true, "status": "failed"}\n{"line": 3, "fi')
     assert main([str(prompts), str(tmp_path), "--device", "cpu", "-q"]) == 0
     assert_same(tmp_path, undisturbed)
 
@@ -182,6 +182,10 @@ def test_processes_that_are_told_different_things(prompts: Path, undisturbed: Pa
         process.join(60)
         assert process.exitcode == 2, log.read_text()
     assert "error: process 1 has other lines than process 0" in log.read_text()
+    for process in start_two(draw_unlike, log, commands[0], ["no.jsonl", *commands[0][1:]]):
+        process.join(60)
+        assert process.exitcode == 2, log.read_text()
+    assert "error: another process of this run is gone" in log.read_text()
     for process in start_two(draw_unlike, log, commands[0]):
         process.join(60)
         assert process.exitcode == 0, log.read_text()
@@ -194,7 +198,7 @@ BAD = [
     ('{"prompt": "cat", "stepz": 3}', "unknown field 'stepz', wanted some of prompt"),
     ('{"prompt": 5}', "prompt must be a text, got 5"),
     ('{"seed": 5}', "no prompt: say what to draw"),
-    ('{"prompt": "a", "prompt": "b"}', "prompt stands there twice"),
+    ('{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
     ('{"prompt": "a", "height": 100}', "height must be a positive multiple of 8, got 100"),
     ('{"prompt": "a", "width": "64"}', "width must be a positive multiple of 8, got '64'"),
     ('{"prompt": "a", "seed": -1}', "seed must be from 0 to"),
@@ -203,6 +207,9 @@ BAD = [
     ('{"prompt": "a", "lora": [3]}', "lora must be FROM[:SCALE] or a list of them, got [3]"),
     ('{"prompt": "\\ud800"}', "prompt is not UTF-8"),
     ("[" * 100000, "recursion"),
+    ('{"prompt": "a", "guidance": 1' + "0" * 400 + "}", "guidance must be a finite number, got 1000"),
+    (json.dumps({f"k{i}": "b" for i in range(50_000)}), "unknown field 'k0'"),
+    (json.dumps({"prompt": ["a" * 10**6]}), "prompt must be a text, got ['aaa"),
 ]
 
 
@@ -212,6 +219,7 @@ def test_bad_lines_say_what_is_wrong(tmp_path: Path) -> None:
     assert [line.number for line in lines] == [3 + 2 * i for i in range(len(BAD))]
     for line, (text, reason) in zip(lines, BAD, strict=True):
         assert line.picture is None and reason in (line.reason or ""), text[:50]
+        assert len(line.reason or "") <= 300
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
     assert "prompt is not UTF-8" in str(read_lines(tmp_path / "latin.jsonl", {}, 0, 25)[0].reason)
 
@@ -257,6 +265,26 @@ def test_a_changed_line_is_refused_or_drawn_under_its_own_name(
     assert run("cat", seed=9) == 1 and (out / "000001-9.png").read_bytes() == b"mine"
 
 
+def test_what_another_run_says_of_its_own_line_is_not_believed(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Two runs with other lines in one OUT: the second is refused, whatever the first writes last."""
+    first, second = (
+        [str(write(tmp_path / f"{name}.jsonl", [SMALL | {"prompt": name, "seed": 3}])), str(tmp_path / "out")]
+        for name in "ab"
+    )
+    assert main([*first, "--device", "cpu", "-q"]) == 0
+    batch = Batch(parser().parse_args([*second, "--device", "cpu"]), torch.device("cpu"))
+    batch._lead()
+    assert main([*first, "--device", "cpu", "-q"]) == 0 and records(tmp_path / "out")[0]["status"] == "done"
+    batch.manifest.refresh()
+    assert batch._has_failed(batch.lines[0])
+    batch._end(batch.lines)
+    batch.claims.close()
+    said = capsys.readouterr().err
+    assert "0 of 1 pictures" in said and "line 1 failed: another run on this OUT has a line" in said
+
+
 def test_csv_says_the_same(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text(
         "prompt,seed,lora,guidance,height,negative_prompt\n"
@@ -282,6 +310,7 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
         (["no.jsonl", "out"], "no.jsonl"),
         (["empty.jsonl", "out"], "no lines"),
         (["bad.csv", "out"], "the first row has the name 'promt'"),
+        (["torn.csv", "out"], "torn.csv: the first row is not CSV: unexpected end of data"),
         (["good.jsonl", "out", "-w", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["good.jsonl", "out", "--device", "toaster"], "wanted a device of this machine"),
         (["good.jsonl", "out", "--seed", "-1"], "--seed must be from 0"),
@@ -299,6 +328,7 @@ def test_what_cannot_begin_is_one_line(
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").write_text("\n")
     Path("bad.csv").write_text("promt\ncat\n")
+    Path("torn.csv").write_text('"prompt\ncat\n')
     Path("good.jsonl").write_text('{"prompt": "cat"}')
     assert main([*arguments, "-q"]) == 2
     error = capsys.readouterr().err

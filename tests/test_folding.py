@@ -102,7 +102,11 @@ VAE_FILE = "vae/diffusion_pytorch_model.fp16-00001-of-00003.safetensors"
         (lambda s: s.update({"files.../x.json": BYTES}), "'../x.json': wanted a path inside the folder"),
         (lambda s: s.update({"files./etc/x.json": BYTES}), "wanted a path inside the folder"),
         (lambda s: s.update({"files.vae\\x": BYTES}), "wanted a path inside the folder"),
-        (lambda s: s.update({"files.model_index.json/x": BYTES}), "is a file, and no folder"),
+        (lambda s: s.update({"files.model_index.json/x": BYTES}), "a folder or another file has its path"),
+        (lambda s: s.update({"files.Model_Index.json": BYTES}), "a folder or another file has its path"),
+        (lambda s: s.update({"files.unet": BYTES}), "a folder or another file has its path"),
+        (lambda s: s.update({"files." + "x" * 300: BYTES}), "wanted a path inside the folder"),
+        (lambda s: s.update({LAYOUT: torch.zeros(2**24 + 1).byte()}), "wanted at most 16,777,216"),
         (lambda s: s.update({"files.vae/x.bin": BYTES}), "weights are no small file"),
         (lambda s: s.update({"files.vae/x.json": torch.ones(3)}), "x.json is torch.float32"),
         (lambda s: s.update({"stranger.weight": torch.ones(3)}), "stranger.weight is no tensor"),
@@ -139,6 +143,10 @@ def test_a_spoiled_file_makes_no_folder(
 def test_folders_that_make_no_file_are_named(whole_folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "folder"
     shutil.copytree(whole_folder, place)
+    (place / "a:b").write_bytes(b"")
+    with pytest.raises(ValueError, match="'a:b': wanted a path inside the folder"):
+        to_single(place, tmp_path / "one.safetensors")
+    (place / "a:b").unlink()
     (place / "vae" / "extra.bin").write_bytes(b"pickle")
     report = to_single(place, tmp_path / "one.safetensors")
     assert any("extra.bin: skipped, a pickle" in line for line in report)

@@ -24,7 +24,7 @@ from kolors_core.config import KOLORS, ChatGLMConfig, CLIPVisionConfig, UNetConf
 from tests.fuzz import CONFIGS, outcome
 from tests.parity import SMALL_CLIP
 from weights_convert.__main__ import convert, main
-from weights_convert.reading import DTYPES, LONGEST_HEADER, read_object
+from weights_convert.reading import DTYPES, LONGEST_HEADER, MOST_TENSORS, read_object
 from weights_convert.source import Source, index_files, save_tensors
 
 few = settings(max_examples=60, derandomize=True, deadline=None, database=None)
@@ -63,6 +63,11 @@ BAD_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "field missing": (with_header({"a": {"dtype": "F32", "shape": [2, 3]}}), "'a': data_offsets is missing"),
     "name twice": (with_header(json.dumps(entry() | B)[:-1] + ', "b": ' + json.dumps(B["b"]) + "}"),
                    "its header: 'b' is given twice"),
+    "name twice, spelled otherwise": (
+        with_header(json.dumps(entry() | B | B)[:-1].replace('"data_off', '"data\\u005foff', 1)
+                    + ', "b": ' + json.dumps(B["b"]) + "}"), "its header: 'b' is given twice"),
+    "too many": (with_header({f"files.{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+                              for i in range(MOST_TENSORS + 1)}, b""), "16,385 tensors, wanted at most"),
     "not an object": (with_header([1]), "its header is list, wanted an object"),
     "deep": (with_header("[" * 100_000), "its header: "),
     "not JSON": (with_header("{'a'"), "its header: "),
@@ -115,7 +120,9 @@ def index(folder: Path, **files: str) -> Path:
     return place
 
 
-@pytest.mark.parametrize("name", ["../w.safetensors", "/etc/passwd", "", "..", "sub/w.safetensors", "..\\w"])
+@pytest.mark.parametrize(
+    "name", ["../w.safetensors", "/etc/passwd", "", "..", "sub/w.safetensors", "..\\w", "\ud800"]
+)
 def test_an_index_names_files_beside_it_only(name: str, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"index.json: weight_map\['a'\] is .*wanted a file beside the index"

@@ -27,15 +27,15 @@ SMALL = {"height": 64, "width": 72, "num_inference_steps": 3, "output_type": "pt
 
 
 class Fails(TorchDispatchMode):
-    """Raises at the n-th operation of torch; counts them."""
+    """Raises at the n-th operation of torch, and at some after it; counts them."""
 
-    def __init__(self, at: int | None, error: type[BaseException]) -> None:
+    def __init__(self, at: int | None, error: type[BaseException], times: int = 1) -> None:
         super().__init__()
-        self.at, self.error, self.count = at, error, 0
+        self.at, self.error, self.times, self.count = at, error, times, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
-        if self.count == self.at:
+        if self.at is not None and self.at <= self.count < self.at + self.times:
             raise self.error("at operation", self.count)
         return func(*args, **(kwargs or {}))
 
@@ -100,6 +100,21 @@ def test_after_an_exception_at_any_operation_all_is_as_before(
         assert torch.equal(draw(task, **given), wanted), "it draws the same"
     pipe.savings = kept
     assert places(pipe) == before or way in ("offload", "by block")
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_after_a_second_interrupt_the_next_run_is_whole(pipe: KolorsPipeline, by_block: bool) -> None:
+    """The second comes while the first sends the models home, some of which then stay until the next run."""
+    with offloaded(pipe, by_block=by_block):
+        wanted, left = draw(pipe), 0
+        with Fails(None, KeyboardInterrupt) as counter:
+            draw(pipe)
+        for at in torch.linspace(1, 0.95 * counter.count, 8).int().tolist():
+            with pytest.raises(KeyboardInterrupt), Fails(at, KeyboardInterrupt, times=2):
+                draw(pipe)
+            left += pipe.offload.bytes_on_device
+            assert torch.equal(draw(pipe), wanted) and pipe.offload.bytes_on_device == 0, at
+    assert left or not by_block, "some second interrupt met the way home"
 
 
 def test_what_a_run_held_is_free_although_its_traceback_is_kept(pipe: KolorsPipeline) -> None:

@@ -92,6 +92,15 @@ def test_a_whole_file_needs_nothing_else(whole_file: Path, drawn: Tensor, tmp_pa
         pipe.save_single_file(tmp_path / "saved.safetensors")
 
 
+def test_what_a_killed_save_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    """A folder of the size of the model, beside the file."""
+    left = tmp_path / f".one.safetensors.{'0' * 16}.partial"
+    (left / "folder" / "unet").mkdir(parents=True)
+    pipe = KolorsPipeline.from_pretrained("tiny")
+    pipe.save_single_file(tmp_path / "one.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["one.safetensors"]
+
+
 def test_what_is_missing_is_named_or_given(whole_folder: Path, drawn: Tensor, tmp_path: Path) -> None:
     file = tmp_path / "both.safetensors"
     save_file(FOREIGN["UNet and VAE, as ComfyUI saves them"](whole_folder), file)

@@ -1,6 +1,7 @@
 """Files are written whole or not at all: killed writers, a full disk, what is left behind."""
 
 import ast
+import errno
 import os
 import subprocess
 import sys
@@ -158,6 +159,23 @@ def test_two_writers_of_one_file_do_not_take_each_others_scratch(tmp_path: Path)
     copy_file(file, tmp_path / "b")
     write_bytes(b"new", file)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.mine.partial", "a", "b"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_where_there_are_no_locks_files_are_written_and_no_scratch_is_swept(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Lustre mounted without flock: who is alive cannot be known."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    other = tmp_path / f".a.{'0' * 16}.partial"
+    other.mkdir()
+    write_bytes(b"new", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"new" and list(tmp_path.glob(".*")) == [other]
 
 
 def test_long_names_and_a_file_that_is_mapped(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weights_convert import TABLES, recognise
-from weights_convert.reading import parse_object
+from weights_convert.reading import parse_object, read_object
 from weights_convert.single import (
     FILES,
     NAMINGS,
@@ -75,7 +75,8 @@ def to_single(source: Path, destination: Path) -> list[str]:
             if name.endswith(PICKLES):
                 report.append(f"{file}: skipped, {why_refused(file)}")
             elif history is None:
-                tensors[FILES + file.relative_to(source).as_posix()] = _bytes(file)
+                path = _inside(file.relative_to(source).as_posix(), str(source))
+                tensors[f"{FILES}{path}"] = _bytes(file)
             elif file != source / HISTORY and name != "config.json":
                 raise ValueError(f"{file}: the file that {HISTORY} tells of has no place for it")
     if not layout:
@@ -136,21 +137,25 @@ def is_single(source: Path) -> bool:
 
 def unpack(whole: Source, small: list[str], folder: Path) -> None:
     """Write the small files that a file has as tensors. ValueError for a path that leads elsewhere."""
-    paths = {name: _inside(name.removeprefix(FILES), whole) for name in small if name != LAYOUT}
+    paths = {name: _inside(name.removeprefix(FILES), whole.where) for name in small if name != LAYOUT}
+    folders = {str(folder).lower() for path in paths.values() for folder in path.parents}
+    taken = {*folders, *PREFIXES, "scheduler"}
     for name, path in paths.items():
-        if taken := set(path.parents) & set(paths.values()):
-            raise ValueError(f"{whole.where}: {name}: {min(taken)} is a file, and no folder")
+        if (plain := str(path).lower()) in taken:  # not all disks tell small letters from large
+            raise ValueError(f"{whole.where}: {name}: a folder or another file has its path")
+        taken.add(plain)
+    for name, path in paths.items():
         if path.suffix == ".safetensors" or path.suffix in PICKLES:
             raise ValueError(f"{whole.where}: {name}: weights are no small file")
         (folder / path.parent).mkdir(parents=True, exist_ok=True)
         write_bytes(content(whole, name), folder / path)
 
 
-def content(whole: Source, name: str) -> bytes:
+def content(whole: Source, name: str, longest: int = LONGEST_FILE) -> bytes:
     """The bytes of a small file. ValueError for what is none."""
     shape, dtype = whole.shape(name), whole.dtype(name)
-    if dtype != torch.uint8 or len(shape) != 1 or shape[0] > LONGEST_FILE:
-        wanted = f"at most {LONGEST_FILE:,} bytes"
+    if dtype != torch.uint8 or len(shape) != 1 or shape[0] > longest:
+        wanted = f"at most {longest:,} bytes"
         raise ValueError(f"{whole.where}: {name} is {dtype} {list(shape)}, wanted {wanted}")
     return bytes(whole[name].numpy())
 
@@ -173,8 +178,8 @@ def _layout(
 ) -> dict[str, tuple[dict[str, str] | None, list[str] | None]]:
     """File of the folder -> its metadata and tensors, None for all of its component. Strictly checked."""
     found, seen = {}, {component: list[str]() for component in parts}
-    for place, entry in parse_object(content(whole, LAYOUT), f"{source}: {LAYOUT}").items():
-        path = _inside(place, whole)
+    for place, entry in parse_object(content(whole, LAYOUT, LONGEST_INDEX), f"{source}: {LAYOUT}").items():
+        path = _inside(place, whole.where)
         where = f"{source}: {LAYOUT}: {place[:100]!r}"
         if len(path.parts) != 2 or path.parts[0] not in parts or path.suffix != ".safetensors":
             raise ValueError(f"{where}: wanted a .safetensors file in the folder of a model that is here")
@@ -190,7 +195,7 @@ def _layout(
     for component, part in parts.items():
         if odd := sorted(set(seen[component]) ^ set(part)):
             raise ValueError(
-                f"{source}: {LAYOUT}: does not list the tensors of the {component}: {odd[0][:100]}"
+                f"{source}: {LAYOUT}: does not list the tensors of the {component}: {odd[0][:100]!r}"
             )
         if len(seen[component]) > len(part):
             raise ValueError(f"{source}: {LAYOUT}: lists a tensor of the {component} twice")
@@ -199,9 +204,7 @@ def _layout(
 
 def _history(file: Path) -> tuple[dict[str, str] | None, dict[str, Spelling]]:
     """Metadata and spellings of the file that a folder was made from."""
-    if file.stat().st_size > LONGEST_INDEX:
-        raise ValueError(f"{file}: {file.stat().st_size:,} bytes, wanted at most {LONGEST_INDEX:,}")
-    told = parse_object(file.read_bytes(), str(file))
+    told = read_object(file, LONGEST_INDEX)
     metadata, models = told.get("metadata"), told.get("models")
     if (metadata is not None and not _is_text(metadata)) or not isinstance(models, dict):
         raise ValueError(f"{file}: wanted metadata, texts by name, and models")
@@ -209,7 +212,7 @@ def _history(file: Path) -> tuple[dict[str, str] | None, dict[str, Spelling]]:
     for component, way in models.items():
         fits = isinstance(way, list) and len(way) == 2 and all(isinstance(part, str) for part in way)
         if component not in PREFIXES or not fits or way[1] not in NAMINGS:
-            raise ValueError(f"{file}: {component[:100]}: wanted a prefix and one of {', '.join(NAMINGS)}")
+            raise ValueError(f"{file}: {component[:100]!r}: wanted a prefix and one of {', '.join(NAMINGS)}")
         spellings[component] = Spelling(*way)
     return metadata, spellings
 
@@ -218,11 +221,11 @@ def _is_text(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-def _inside(path: str, whole: Source) -> PurePosixPath:
-    """A path below a folder; ValueError for one that may lead out of it."""
-    parts = path.split("/")
-    if any(part in ("", ".", "..") for part in parts) or any(sign in path for sign in "\\:\0"):
-        raise ValueError(f"{whole.where}: {path[:100]!r}: wanted a path inside the folder")
+def _inside(path: str, where: str) -> PurePosixPath:
+    """A path below a folder; ValueError for one that may lead out of it, or that no disk or header takes."""
+    parts, is_plain = path.split("/"), path.isprintable() and not set(path) & set("\\:")
+    if not is_plain or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
+        raise ValueError(f"{where}: {path[:100]!r}: wanted a path inside the folder")
     return PurePosixPath(path)
 
 

@@ -23,7 +23,8 @@ DTYPES = {
 LONGEST_HEADER = 2**24
 LONGEST_EXPLAINED = 2**20  # of a header that is faulty
 LONGEST_NAME = 500  # characters
-_ENTRY = re.compile(rb'"data_offsets"\s*:\s*\[')
+MOST_TENSORS = 2**14  # of one file; the whole of Kolors has under 3,000
+_LIST = re.compile(rb'\w"\s*:\s*\[')  # a field that is one, however its name is spelled: not in a text
 
 
 def read_object(file: Path, longest: int) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def read_object(file: Path, longest: int) -> dict[str, Any]:
 def parse_object(content: bytes, where: str) -> dict[str, Any]:
     """The JSON object that the bytes are. ValueError naming where they are from."""
     try:
-        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
+        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {one_line(error)}") from None
     if not isinstance(found, dict):
@@ -64,9 +65,11 @@ def open_weights(file: Path) -> Any:
             header = stream.read(length)
         handle = safe_open(file, framework="pt")
         names = handle.keys()
-        # The format's own reader takes the last of several tensors of one name.
-        if sum(1 for _ in _ENTRY.finditer(header)) != len(names):
-            raise ValueError(_header_fault(header, size) or "its header spells data_offsets in another way")
+        # Each tensor has two lists. The format's own reader takes the last of several tensors of one name.
+        if sum(1 for _ in _LIST.finditer(header)) != 2 * len(names):
+            raise ValueError(_header_fault(header, size) or "its header has other lists than it wants")
+        if len(names) > MOST_TENSORS:
+            raise ValueError(f"it has {len(names):,} tensors, wanted at most {MOST_TENSORS:,}")
     except (SafetensorError, OSError, ValueError) as error:
         fault = _header_fault(header, size) if isinstance(error, SafetensorError) else None
         raise ValueError(f"{file}: not a whole safetensors file: {fault or one_line(error)}") from None
@@ -110,7 +113,7 @@ def _header_fault(header: bytes, size: int) -> str | None:
     if len(header) > LONGEST_EXPLAINED:
         return None
     try:
-        entries = json.loads(header, object_pairs_hook=_once)
+        entries = json.loads(header, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         return f"its header: {one_line(error)}"
     if not isinstance(entries, dict):
@@ -150,7 +153,7 @@ def _are_sizes(value: Any) -> bool:
     )
 
 
-def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, whose names are given once; ValueError for one that is given twice."""
     found: dict[str, Any] = {}
     for name, value in pairs:

@@ -95,9 +95,9 @@ def index_files(index: Path) -> dict[str, str]:
     home = index.parent.resolve()
     places = {home, *(folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots")}
     for name, file in files.items():
-        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+        if file in ("", ".", "..") or not file.isprintable() or set(file) & set("/\\"):
             raise ValueError(
-                f"{index}: weight_map[{name!r}] is {file[:100]!r}, wanted a file beside the index"
+                f"{index}: weight_map[{name[:100]!r}] is {file[:100]!r}, wanted a file beside the index"
             )
     for file in sorted(set(files.values())):
         if (place := (home / file).resolve().parent) not in places:

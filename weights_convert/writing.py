@@ -29,7 +29,7 @@ def new_file(file: Path) -> Iterator[Path]:
 
     Raises OSError naming `file` for what cannot be written, such as on a full disk.
     """
-    with _naming(file), _scratch(file) as scratch:
+    with _naming(file), scratch_beside(file) as scratch:
         whole = scratch / file.name  # alone in a folder: safetensors writes by a scratch of its own beside it
         yield whole
         _to_disk(whole)
@@ -46,7 +46,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists already, and is not overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(folder) as scratch:
+    with scratch_beside(folder) as scratch:
         yield scratch
         for inside, _, _ in os.walk(scratch):
             _to_disk(Path(inside))
@@ -69,21 +69,30 @@ def copy_file(source: Path, file: Path) -> None:
 def sweep(folder: Path, start: str = ".") -> None:
     """Take away what killed writers left in a folder, of names that start so."""
     left = re.compile(re.escape(start) + r".*[0-9a-f]{16}\.partial")
-    for path in folder.iterdir():
-        if left.fullmatch(path.name) and (lock := _lock(path)) is not None:
-            _remove(path)
-            os.close(lock)
+    with suppress(NoLocks):
+        for name in filter(left.fullmatch, os.listdir(folder)):
+            if (lock := _lock(folder / name)) is not None:
+                _remove(folder / name)
+                os.close(lock)
+
+
+class NoLocks(OSError):
+    """The file system has none: scratches of living writers and of killed ones look alike."""
 
 
 @contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
+def scratch_beside(target: Path) -> Iterator[Path]:
     """A new folder beside the target, locked, and gone at the end; those of killed writers go too."""
     start = f".{target.name[:32]}."  # names of files end at 255 bytes
     sweep(target.parent, start)
     while True:
         scratch = target.with_name(f"{start}{secrets.token_hex(8)}.partial")
         scratch.mkdir()
-        if (lock := _lock(scratch)) is not None:
+        try:
+            lock = _lock(scratch)
+        except NoLocks:
+            lock = os.open(os.devnull, os.O_RDONLY)
+        if lock is not None:
             break  # and no other writer took it away before it was locked
     try:
         yield scratch
@@ -93,19 +102,25 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the path's lock; None if another writer has it or took the path away."""
+    """A descriptor that holds the path's lock; None if another writer has it or took the path away.
+
+    Raises NoLocks where nobody can lock.
+    """
     if fcntl is None:
         return os.open(os.devnull, os.O_RDONLY)
     try:
         opened = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return None
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.stat(path), os.fstat(opened)):
             return opened
-    except OSError:
+    except (BlockingIOError, PermissionError, FileNotFoundError):
         pass
+    except OSError as error:
+        os.close(opened)
+        raise NoLocks from error
     os.close(opened)
     return None
 
