@@ -100,6 +100,11 @@ class Lane:
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
+    def settle(self) -> None:
+        """Let the computation that follows wait for every copy, also for what an exception has left behind."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
     def tidy(self) -> None:
         """Make the memory whole that a model has left: for the next one, and for other programs."""
         if self.stream is not None:
@@ -216,6 +221,7 @@ class Offload:
         if self.at_work is not None:
             self._followed[self._before, self.at_work] = None
         self._before = self.at_work = None
+        self.lane.settle()
         if self._keep({}, {}):
             self.lane.tidy()
 
