@@ -23,6 +23,8 @@ from kolors_core.checkpoint import (
 )
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.compiling import GRAPHED, compile_blocks
+from kolors_core.fields import path_of
+from kolors_core.fitting import must_fit, refuse_stranger
 from kolors_core.graphs import Graphs
 from kolors_core.guidance import Savings, guided
 from kolors_core.ip_adapter import attached
@@ -30,6 +32,7 @@ from kolors_core.offload import Offload, refuse_compiled
 from kolors_core.placement import (
     Dtypes,
     dtype_of,
+    loading_device,
     move,
     named_device,
     one_dtype,
@@ -66,17 +69,10 @@ class Components:
 
         Raises TypeError or ValueError, naming the component, for what is of another kind or size.
         """
-        kinds = {"vae": (vae, VAE), "unet": (unet, UNet), "scheduler": (scheduler, Scheduler)}
-        for name, (part, kind) in kinds.items():
-            if not isinstance(plain(part), kind):
-                raise TypeError(f"{name} must be kolors_core's {kind.__name__}, got {type(part).__name__}")
-        if not isinstance(plain(image_encoder), CLIPVision | None):
-            got = f"{type(image_encoder).__module__}.{type(image_encoder).__name__}"
-            raise TypeError(f"image_encoder must be kolors_core's CLIPVision or None, got {got}")
-        _must_fit(vae, text_encoder, tokenizer, unet)
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.feature_extractor = scheduler, feature_extractor
-        self._image_encoder = image_encoder
+        self.image_encoder = image_encoder
+        must_fit(vae, text_encoder, tokenizer, unet)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.offload = Offload()
         self.savings = Savings()
@@ -85,6 +81,11 @@ class Components:
         self.prompt_cache = PromptCache()
         self._progress: dict[str, Any] = {}
         self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """TypeError naming what came, for a component of another kind than the constructor takes."""
+        refuse_stranger(name, value)
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: whose prompts and recorded graphs are not kept."""
@@ -131,7 +132,8 @@ class Components:
         }  # fmt: skip
         dtypes = {component: dtype_of(component, asked) for component in KINDS}
         wanted = [component for component, value in parts.items() if value is _LOAD]
-        has_weights = torch.device(device).type != "meta"
+        device = loading_device(device)
+        has_weights = device.type != "meta"
         folder = resolve(
             pretrained_model_name_or_path, wanted, variant, has_weights, revision=revision,
             cache_dir=cache_dir, local_files_only=local_files_only, token=token,
@@ -187,7 +189,7 @@ class Components:
         models = {name: plain(getattr(self, name)) for name in KINDS if getattr(self, name) is not None}
         for component, model in models.items():
             check_savable(model, component)
-        with new_folder(Path(folder)) as place:
+        with new_folder(path_of("folder", folder)) as place:
             for component, model in models.items():
                 save_component(model, place, component, variant=variant)
             save_frame(place, type(self).__name__, self.components)
@@ -200,13 +202,16 @@ class Components:
     ) -> Self:
         """Move every model to a device, a dtype, or both; a VAE asked for in float16 takes float32.
 
-        A device ends offload. If there is no room, all models are where they were.
+        A device ends offload. If there is no room, all models are where they were. Raises ValueError for a
+        device that is not there, TypeError for what is no floating dtype; nothing is moved then.
         """
-        for target in (*targets, device, dtype):
-            if isinstance(target, str):
-                target = named_device(target)
-            if target is None:
-                continue
+        asked = [target for target in (*targets, device, dtype) if target is not None]
+        for i, target in enumerate(asked):  # all are checked before anything is moved
+            if isinstance(target, torch.dtype):
+                dtype_of("unet", target)
+            else:
+                asked[i] = named_device(str(target))
+        for target in asked:
             if isinstance(target, torch.device):
                 self._need_weights()
                 self.offload.end()
@@ -370,17 +375,3 @@ class Components:
         from tqdm.auto import tqdm
 
         return tqdm(total=total, **self._progress)
-
-
-def _must_fit(vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet) -> None:
-    """The widths at which the models meet."""
-    latents = vae.config.latent_channels
-    if (unet.config.in_channels, unet.config.out_channels) != (latents, latents):
-        got = f"{unet.config.in_channels} in and {unet.config.out_channels} out"
-        raise ValueError(f"the UNet has {got} channels, wanted the VAE's {latents} for both")
-    if text_encoder is not None and text_encoder.config.hidden_size != unet.config.text_dim:
-        got = f"the text encoder is {text_encoder.config.hidden_size} wide"
-        raise ValueError(f"{got}, and the UNet reads {unet.config.text_dim}")
-    if text_encoder is not None and tokenizer is not None and tokenizer.size > text_encoder.config.vocab_size:
-        got = f"the tokenizer has {tokenizer.size} tokens"
-        raise ValueError(f"{got}, and the text encoder only {text_encoder.config.vocab_size}")

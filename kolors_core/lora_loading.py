@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kolors_core.blocks import BlockScale, finite
+from kolors_core.blocks import BlockScale
 from kolors_core.chatglm import ChatGLM
+from kolors_core.fields import finite
 from kolors_core.hub import find_file
 from kolors_core.lora import (
     adapters,

@@ -12,11 +12,11 @@ from typing import Any, Self, Unpack
 
 from torch import Tensor
 
-from kolors_core.blocks import finite
 from kolors_core.callback import StepCallback
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.components import Components
 from kolors_core.conditioning import Size
+from kolors_core.fields import finite
 from kolors_core.guidance import guided
 from kolors_core.perturbed import Layers, perturbed, perturbed_layers
 from kolors_core.pipeline import KolorsPipeline

@@ -17,7 +17,7 @@ from kolors_core.placement import finite
 from kolors_core.plan import Planning
 from kolors_core.running import run
 from kolors_core.sampling import Generators, draw_noise
-from kolors_core.schedule import Schedule
+from kolors_core.schedule import Schedule, fraction_of
 from kolors_core.task import Extras, KolorsPipelineOutput, Request
 from kolors_core.text_prompt import MAX_TOKENS, Prompt
 
@@ -160,7 +160,7 @@ class KolorsImg2ImgPipeline(Planning):
             schedule = whole.noised(strength)
         elif strength != 0.3:
             raise ValueError(f"strength has no effect beside denoising_start, got {strength} and {start}")
-        elif end is not None and start >= end:
+        elif end is not None and fraction_of("denoising_start", start) >= fraction_of("denoising_end", end):
             raise ValueError(f"denoising_start must be before denoising_end, got {start} and {end}")
         else:
             schedule = whole.since(start)
@@ -225,6 +225,12 @@ def _as_latents(image: Any, channels: int) -> Tensor | None:
     for one in listed:
         if not isinstance(one, Tensor) or one.ndim not in (3, 4) or one.shape[-3] != channels:
             return None
-    if not listed or len({one.shape[-2:] for one in listed}) > 1:
+    if not listed:
+        return None
+    if len({one.shape[-2:] for one in listed}) > 1:
         raise ValueError(f"latents of different sizes: {', '.join(str(list(one.shape)) for one in listed)}")
-    return torch.cat([one if one.ndim == 4 else one[None] for one in listed])
+    latents = torch.cat([one if one.ndim == 4 else one[None] for one in listed])
+    if not latents.numel() or not latents.is_floating_point():
+        got = f"{list(latents.shape)} of {latents.dtype}"
+        raise ValueError(f"latents as image must be some floats, got {got}")
+    return latents

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kolors_core.blocks import finite
+from kolors_core.fields import finite
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
 
@@ -30,8 +30,7 @@ def rescaling(part: float) -> Callable[[Tensor, Tensor], Tensor]:
     Guidance spreads the noise, which overexposes. part: from 0 to 1; ValueError otherwise.
     Source: https://arxiv.org/abs/2305.08891, equations 15 and 16; `rescale_noise_cfg` in diffusers.
     """
-    if not 0 <= finite("rescale", part) <= 1:
-        raise ValueError(f"rescale must be from 0 to 1, got {part}")
+    finite("rescale", part, 0, 1)
 
     def rescaled(noise: Tensor, conditional: Tensor) -> Tensor:
         axes = tuple(range(1, noise.ndim))

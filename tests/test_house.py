@@ -12,8 +12,8 @@ ORDER = """
     fields config attention image tokenizer chatglm clip_vision context unet blocks vae_tiles vae
     ip_adapter face_id controlnet conditioning quantize lora_layers lora lora_file graphs compiling
     prompt_cache running schedule sampling tempering guidance freeu placement perturbed offload hub loading
-    checkpoint lora_loading textual_inversion components single_file text_prompt image_prompt face_prompt
-    quantize_report callback task plan pipeline pag_pipeline dataset training options lines claims
+    checkpoint lora_loading textual_inversion fitting components single_file text_prompt image_prompt
+    face_prompt quantize_report callback task plan pipeline pag_pipeline dataset training options lines claims
     split_guidance batch __init__ __main__
 """.split()  # noqa: SIM905
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
