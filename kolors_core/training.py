@@ -27,6 +27,7 @@ from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.compiling import BLOCKS
 from kolors_core.conditioning import size_ids
 from kolors_core.dataset import Batches, Example, Sample, load_pixels, mix
+from kolors_core.fields import finite, whole_number
 from kolors_core.textual_inversion import vectors_of
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
@@ -67,9 +68,15 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "accumulate", "save_every", "max_tokens"):
+            whole_number(name, getattr(self, name))
+        whole_number("warmup", self.warmup, least=0)
+        whole_number("seed", self.seed, least=0, most=2**63 - 1)
+        for name in ("learning_rate", "weight_decay", "clip", "noise_offset"):
+            finite(name, getattr(self, name), 0)
+        finite("ema", self.ema, 0, 1)
+        if self.min_snr_gamma is not None and finite("min_snr_gamma", self.min_snr_gamma) <= 0:
+            raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
         if self.dtype not in (torch.float32, torch.bfloat16):

@@ -218,7 +218,7 @@ def test_lora_trains_by_the_same_loop_and_leaves_no_trace(
 
 def test_bad_settings_are_named(pictures: Path, tmp_path: Path, small_tokenizer: Path) -> None:
     for changes, message in (
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be a positive whole number, got 0"),
         ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine'"),
         ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.bfloat16"),
     ):
