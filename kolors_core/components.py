@@ -205,12 +205,13 @@ class Components:
         A device ends offload. If there is no room, all models are where they were. Raises ValueError for a
         device that is not there, TypeError for what is no floating dtype; nothing is moved then.
         """
-        asked = [target for target in (*targets, device, dtype) if target is not None]
-        for i, target in enumerate(asked):  # all are checked before anything is moved
+        asked: list[torch.device | torch.dtype] = []
+        for target in (*targets, device, dtype):  # all are checked before anything is moved
             if isinstance(target, torch.dtype):
                 dtype_of("unet", target)
-            else:
-                asked[i] = named_device(str(target))
+                asked.append(target)
+            elif target is not None:
+                asked.append(named_device(str(target)))
         for target in asked:
             if isinstance(target, torch.device):
                 self._need_weights()

@@ -124,9 +124,16 @@ def finite(name: str, value: Any, least: float = -math.inf, most: float = math.i
     """A finite number, of any real type, in a range; ValueError naming it otherwise."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a number, got {_shown(value)}")
-    if not least <= value <= most:
+    if not least <= float(value) <= most:
         wanted = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
         raise ValueError(f"{name} must be {wanted}, got {value}")
+    return float(value)
+
+
+def fraction_of(name: str, value: Any) -> float:
+    """A part of a whole, above 0; ValueError naming it otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {_shown(value)}")
     return float(value)
 
 

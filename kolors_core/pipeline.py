@@ -12,12 +12,13 @@ from torch import Tensor
 
 from kolors_core.callback import StepCallback
 from kolors_core.conditioning import Size
+from kolors_core.fields import fraction_of
 from kolors_core.image import vae_pixels
 from kolors_core.placement import finite
 from kolors_core.plan import Planning
 from kolors_core.running import run
 from kolors_core.sampling import Generators, draw_noise
-from kolors_core.schedule import Schedule, fraction_of
+from kolors_core.schedule import Schedule
 from kolors_core.task import Extras, KolorsPipelineOutput, Request
 from kolors_core.text_prompt import MAX_TOKENS, Prompt
 

@@ -11,14 +11,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from kolors_core.config import ConfigDict
-from kolors_core.fields import whole_number
+from kolors_core.fields import fraction_of, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -330,13 +329,6 @@ def _float32(value: float) -> float:
 
 def _float64(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def fraction_of(name: str, value: Any) -> float:
-    """A part of a run; ValueError naming it otherwise."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
-    return float(value)
 
 
 def _falling(name: str, values: Sequence[float], least: float, most: float) -> list[float]:
