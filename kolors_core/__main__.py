@@ -316,6 +316,8 @@ def checked(options: argparse.Namespace) -> list[Path]:
         outs = [options.out.with_stem(f"{options.out.stem}-{i + 1}") for i in range(options.images)]
     if existing := [out for out in outs if out.exists() and not (options.force or options.plan)]:
         raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
+    if folders := [out for out in outs if out.is_dir()]:
+        raise IsADirectoryError(f"{folders[0]} is a folder: --out must be a file")
     if options.seed is not None:
         check_seed("--seed", options.seed)
     for side in ("height", "width"):

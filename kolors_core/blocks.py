@@ -4,10 +4,10 @@
 Source: `_maybe_expand_lora_scales` in diffusers' loaders/unet_loader_utils.py.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from kolors_core.fields import finite_number
 from kolors_core.unet import Transformer, UNet
 
 Value = float | Sequence[float]  # a list where there is a scale for each picture of an IP-Adapter
@@ -57,15 +57,8 @@ def _spread(where: str, value: Any, count: int) -> list[Any]:
         raise ValueError(f"{where} has {count} transformers and takes one scale or {count}, got {values}")
     for one in values:
         for number in one if isinstance(one, Sequence) and not isinstance(one, str) else [one]:
-            finite(f"{where}: a scale", number)
+            finite_number(f"{where}: a scale", number)
     return values * count if len(values) == 1 else values
-
-
-def finite(name: str, value: Any) -> float:
-    """A finite number; ValueError naming it otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    return value
 
 
 def _refuse_unknown(where: str, given: Iterable[Any], known: Iterable[str]) -> None:

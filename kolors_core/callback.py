@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.conditioning import Conditioning
+from kolors_core.fields import finite_number, whole_number
 from kolors_core.graphs import Graphs
 from kolors_core.placement import finite
 from kolors_core.reading import Savings
@@ -140,6 +141,8 @@ class Run:
                     f"callback_on_step_end returned latents {list(after.shape)}, wanted {list(x.shape)}"
                 )
             x = after.to(x) * self._scale(i + 1)
+        for name in TOLD:
+            self._refuse_misfit(name, returned.get(name), self.tensors[name])
         before = self.tensors["prompt_embeds"]
         is_changed = any(returned[name] is not self.tensors[name] for name in TOLD if name in returned)
         self.tensors.update(returned)
@@ -148,6 +151,17 @@ class Run:
         if is_changed or scale != self.pipe._guidance_scale:
             self.denoise = self._guided(*self._conditions())
         return x
+
+    @staticmethod
+    def _refuse_misfit(name: str, after: Tensor | None, before: Tensor) -> None:
+        """ValueError for a tensor that the UNet cannot read in the place of the one before."""
+        if after is not None and (
+            after.ndim != before.ndim or after.shape[-1] != before.shape[-1] or not after.is_floating_point()
+        ):
+            wanted = "floats [" + "any, " * (before.ndim - 1) + f"{before.shape[-1]}]"
+            raise ValueError(
+                f"callback_on_step_end returned {name} {list(after.shape)} of {after.dtype}, wanted {wanted}"
+            )
 
     def _scale(self, step: int) -> float:
         """x is this many times the latents that the reference holds before step `step`."""
@@ -185,8 +199,10 @@ class SDXLCFGCutoffCallback:
     tensor_inputs = TOLD
 
     def __init__(self, cutoff_step_ratio: float | None = 0.8, cutoff_step_index: int | None = None) -> None:
-        if cutoff_step_index is None and (cutoff_step_ratio is None or not 0 <= cutoff_step_ratio <= 1):
-            raise ValueError(f"cutoff_step_ratio must be from 0 to 1, got {cutoff_step_ratio}")
+        if cutoff_step_index is None:
+            finite_number("cutoff_step_ratio", cutoff_step_ratio, 0, 1)
+        else:
+            whole_number("cutoff_step_index", cutoff_step_index, least=0)
         self.ratio, self.index = cutoff_step_ratio, cutoff_step_index
 
     def __call__(self, pipe: Any, i: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:

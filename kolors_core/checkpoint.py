@@ -23,6 +23,7 @@ from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from kolors_core.hub import fetch
 from kolors_core.loading import check, fill
+from kolors_core.placement import loading_device
 from kolors_core.quantize import refuse_quantized
 from kolors_core.schedule import SCHEDULERS, Scheduler
 from kolors_core.unet import UNet
@@ -145,7 +146,8 @@ def load_component(
 
     Raises FileNotFoundError or ValueError naming the file, field or tensor, before weights are read.
     """
-    has_weights = torch.device(device).type != "meta"
+    device = loading_device(device)
+    has_weights = device.type != "meta"
     opened = open_component(folder, component, subfolder=subfolder, variant=variant, has_weights=has_weights)
     return opened.fill(dtype, device)
 
@@ -278,7 +280,7 @@ def save_component(model: Model, folder: str | Path, component: str, *, variant:
     letters, digits and underscores.
     """
     check_savable(model, component)
-    if variant is not None and re.fullmatch(r"\w+", variant) is None:
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
         raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
     place = Path(folder) / component
     place.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,8 @@ from kolors_core.checkpoint import (
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.compiling import GRAPHED, compile_blocks
 from kolors_core.controlnet import ControlNet, check_fits, nets_of
+from kolors_core.fields import path_of
+from kolors_core.fitting import must_fit, refuse_stranger
 from kolors_core.graphs import Graphs
 from kolors_core.guidance import guided
 from kolors_core.ip_adapter import attached
@@ -31,6 +33,7 @@ from kolors_core.offload import Offload, refuse_compiled
 from kolors_core.placement import (
     Dtypes,
     dtype_of,
+    loading_device,
     move,
     named_device,
     one_dtype,
@@ -72,26 +75,24 @@ class Components(RunState):
 
         Raises TypeError or ValueError, naming the component, for what is of another kind or size.
         """
-        kinds = {"vae": (vae, VAE), "unet": (unet, UNet), "scheduler": (scheduler, Scheduler)}
-        for name, (part, kind) in kinds.items():
-            if not isinstance(plain(part), kind):
-                raise TypeError(f"{name} must be kolors_core's {kind.__name__}, got {type(part).__name__}")
-        if not isinstance(plain(image_encoder), CLIPVision | None):
-            got = f"{type(image_encoder).__module__}.{type(image_encoder).__name__}"
-            raise TypeError(f"image_encoder must be kolors_core's CLIPVision or None, got {got}")
-        _must_fit(vae, text_encoder, tokenizer, unet, self.repaints)
-        check_fits(controlnet, plain(unet), plain(vae).config.downscale)
+        super().__init__()
         self.controlnet = controlnet
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.feature_extractor = scheduler, feature_extractor
-        self._image_encoder = image_encoder
+        self.image_encoder = image_encoder
+        must_fit(vae, text_encoder, tokenizer, unet, self.repaints)
+        check_fits(controlnet, plain(unet), plain(vae).config.downscale)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.offload = Offload()
         self.savings = Savings()
         self.guided: Callable[..., Denoise] = guided  # another rule of its signature may stand here
         self._graphs: Graphs | None = None  # if `compile` was asked for them
         self.prompt_cache = PromptCache()
-        super().__init__()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """TypeError naming what came, for a component of another kind than the constructor takes."""
+        refuse_stranger(name, value)
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: whose prompts and recorded graphs are not kept."""
@@ -139,7 +140,8 @@ class Components(RunState):
         }  # fmt: skip
         dtypes = {component: dtype_of(component, asked) for component in KINDS}
         wanted = [component for component, value in parts.items() if value is _LOAD]
-        has_weights = torch.device(device).type != "meta"
+        device = loading_device(device)
+        has_weights = device.type != "meta"
         folder = resolve(
             pretrained_model_name_or_path, wanted, variant, has_weights, revision=revision,
             cache_dir=cache_dir, local_files_only=local_files_only, token=token,
@@ -195,7 +197,7 @@ class Components(RunState):
         models = {name: plain(getattr(self, name)) for name in KINDS if getattr(self, name) is not None}
         for component, model in models.items():
             check_savable(model, component)
-        with new_folder(Path(folder)) as place:
+        with new_folder(path_of("folder", folder)) as place:
             for component, model in models.items():
                 save_component(model, place, component, variant=variant)
             task = type(self).__name__.replace("ControlNet", "")  # which the reference has a name for
@@ -209,13 +211,17 @@ class Components(RunState):
     ) -> Self:
         """Move every model to a device, a dtype, or both; a VAE asked for in float16 takes float32.
 
-        A device ends offload. If there is no room, all models are where they were.
+        A device ends offload. If there is no room, all models are where they were. Raises ValueError for a
+        device that is not there, TypeError for what is no floating dtype; nothing is moved then.
         """
-        for target in (*targets, device, dtype):
-            if isinstance(target, str):
-                target = named_device(target)
-            if target is None:
-                continue
+        asked: list[torch.device | torch.dtype] = []
+        for target in (*targets, device, dtype):  # all are checked before anything is moved
+            if isinstance(target, torch.dtype):
+                dtype_of("unet", target)
+                asked.append(target)
+            elif target is not None:
+                asked.append(named_device(str(target)))
+        for target in asked:
             if isinstance(target, torch.device):
                 self._need_weights()
                 self.offload.end()
@@ -349,22 +355,3 @@ class Components(RunState):
         """What the constructor takes, to build another pipeline that shares it."""
         names = (*KINDS, "controlnet", "tokenizer", "scheduler", "feature_extractor")
         return {name: getattr(self, name) for name in (*names, "force_zeros_for_empty_prompt")}
-
-
-def _must_fit(
-    vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet, repaints: bool
-) -> None:
-    """The widths at which the models meet."""
-    latents, ins = vae.config.latent_channels, unet.config.in_channels
-    masked = 2 * latents + 1
-    if ins not in ((latents, masked) if repaints else (latents,)) or unet.config.out_channels != latents:
-        wanted = f"the VAE's {latents} for both" + (f", or {masked} in" if repaints else "")
-        hint = ": one with a mask is for KolorsInpaintPipeline" if ins == masked and not repaints else ""
-        got = f"{ins} in and {unet.config.out_channels} out"
-        raise ValueError(f"the UNet has {got} channels, wanted {wanted}{hint}")
-    if text_encoder is not None and text_encoder.config.hidden_size != unet.config.text_dim:
-        got = f"the text encoder is {text_encoder.config.hidden_size} wide"
-        raise ValueError(f"{got}, and the UNet reads {unet.config.text_dim}")
-    if text_encoder is not None and tokenizer is not None and tokenizer.size > text_encoder.config.vocab_size:
-        got = f"the tokenizer has {tokenizer.size} tokens"
-        raise ValueError(f"{got}, and the text encoder only {text_encoder.config.vocab_size}")

@@ -87,6 +87,11 @@ def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tens
     return torch.tensor([[*original, *crop, *target]], dtype=torch.float32)  # [1, 6]
 
 
+def is_origin(crop: Size) -> bool:
+    """Whether a crop is the default, which says nothing."""
+    return isinstance(crop, tuple | list) and tuple(crop) == (0, 0)
+
+
 def size_ids_of_both(
     picture: Size,
     original: Size | None,
@@ -104,7 +109,7 @@ def size_ids_of_both(
     original = picture if original is None else original
     target = picture if target is None else target
     ids = size_ids(original, crop, target)
-    if negative_original is None and negative_target is None and tuple(negative_crop) == (0, 0):
+    if negative_original is None and negative_target is None and is_origin(negative_crop):
         return ids, ids
     negative_original = original if negative_original is None else negative_original
     negative_target = target if negative_target is None else negative_target

@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kolors_core.fields import finite_number, path_of, whole_number
+from kolors_core.image import naming
+
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -41,7 +44,7 @@ def read_folder(folder: str | Path) -> list[Example]:
     """Every captioned picture of a folder; errors name the file and line at fault."""
     from PIL import Image
 
-    folder = Path(folder)
+    folder = path_of("folder", folder)
     captioned = _from_metadata(folder) if (folder / "metadata.jsonl").exists() else _from_text_files(folder)
     if not captioned:
         raise FileNotFoundError(
@@ -49,7 +52,7 @@ def read_folder(folder: str | Path) -> list[Example]:
         )
     examples = []
     for file, captions in captioned:
-        with Image.open(file) as image:
+        with naming(file), Image.open(file) as image:
             examples.append(Example(file, captions, image.height, image.width))
     return examples
 
@@ -63,9 +66,9 @@ def _from_text_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
             text = file.with_suffix(".txt")
             if not text.exists():
                 raise FileNotFoundError(f"{text}: no such file, wanted the captions of {file.name}")
-            lines = tuple(
-                line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()
-            )
+            with naming(text):
+                whole = text.read_text(encoding="utf-8")
+            lines = tuple(line.strip() for line in whole.splitlines() if line.strip())
             found.append((file, lines or ("",)))
     return found
 
@@ -81,7 +84,9 @@ def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
             name, text = row["file_name"], row["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: wanted a JSON object with file_name and text: {error}") from None
-        captions = (text,) if isinstance(text, str) else tuple(text)
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: file_name must be a string, got {name!r}")
+        captions = tuple(text) if isinstance(text, list) else (text,)
         if not captions or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f"{where}: text must be a caption or a list of them, got {text!r}")
         if not (folder / name).is_file():
@@ -92,6 +97,8 @@ def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
 
 def buckets(resolution: int, step: int = 64, longest: float = 2.0) -> list[tuple[int, int]]:
     """Sizes (height, width), multiples of `step`, of about resolution^2 pixels, `longest` : 1 at most."""
+    whole_number("resolution", resolution)
+    whole_number("step", step)
     sizes = {(resolution, resolution)}
     side = step
     while side <= resolution:
@@ -143,12 +150,15 @@ class Batches:
         seed: int,
         caption_dropout: float = 0.1,
     ) -> None:
+        if not examples:
+            raise ValueError("no pictures to make batches of")
+        whole_number("batch_size", batch_size)
+        whole_number("seed", seed, least=0, most=2**63 - 1)
+        finite_number("caption_dropout", caption_dropout, 0, 1)
         self.examples, self.batch_size, self.seed, self.dropout = examples, batch_size, seed, caption_dropout
         self.members: dict[tuple[int, int], list[int]] = {}
         for i, example in enumerate(examples):
             self.members.setdefault(bucket_of(example, sizes), []).append(i)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
     def at(self, step: int) -> tuple[tuple[int, int], list[Sample]]:
         """Bucket size and samples of a step's batch. A bucket comes as often as its pictures are many."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from kolors_core.blocks import BlockScale
 from kolors_core.context import ImagePrompt
 from kolors_core.face_id import FaceIDAdapter
+from kolors_core.fields import path_of
 from kolors_core.hub import find_file
 from kolors_core.image_prompt import ImagePrompting, Told
 from kolors_core.ip_adapter import Attached, attach, attached
@@ -139,8 +140,8 @@ class FacePrompting(ImagePrompting):
     def _face_states(self, image: Any, width: int) -> Tensor:
         """CLIP's states [n, P, D] of pictures, or as they are given."""
         if isinstance(image, Tensor) and image.ndim == 3:
-            if image.shape[-1] != width or not image.numel():
-                got = list(image.shape)
+            if image.shape[-1] != width or not image.numel() or not image.is_floating_point():
+                got = f"{list(image.shape)} of {image.dtype}"
                 raise ValueError(f"face_image must be pictures or CLIP's states [n, P, {width}], got {got}")
             return image
         encoder = self.image_encoder
@@ -156,7 +157,7 @@ def load_face_embeds(file: str | Path) -> Tensor:
 
     FileNotFoundError or ValueError naming the file if it holds something else.
     """
-    file = Path(file)
+    file = path_of("file", file)
     if file.suffix == ".npy":
         import numpy as np
 
@@ -176,7 +177,10 @@ def load_face_embeds(file: str | Path) -> Tensor:
 
 def _ids(embeds: Any, width: int) -> Tensor:
     """Id vectors [n, id_dim], checked."""
-    ids = torch.as_tensor(embeds)
+    try:
+        ids = torch.as_tensor(embeds)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"face_embeds must be floats [1 or more, {width}], got {embeds!r:.99}") from None
     if ids.ndim != 2 or not len(ids) or ids.shape[1] != width or not ids.is_floating_point():
         got = f"{list(ids.shape)} of {ids.dtype}"
         raise ValueError(f"face_embeds must be floats [1 or more, {width}], got {got}")

@@ -1,7 +1,11 @@
-"""Values from outside: a public `config.json` field by field, no field left unread; and whole numbers."""
+"""Values from outside: a public `config.json` field by field, no field left unread; numbers and paths."""
 
+import math
 import operator
 from collections.abc import Mapping
+from numbers import Real
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 Public = Mapping[str, Any]
@@ -11,6 +15,8 @@ class Fields:
     """Reads a public config field by field, remembers which were read, and refuses the rest."""
 
     def __init__(self, public: Public, where: str) -> None:
+        if not isinstance(public, Mapping):
+            raise TypeError(f"{where}: wanted the fields of a config, got {_shown(public)}")
         self.public, self.where, self.seen = public, where, set[str]()
 
     def fail(self, name: str, got: Any, wanted: str) -> None:
@@ -97,13 +103,56 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def whole_number(name: str, value: Any, multiple: int = 1) -> int:
-    """A positive whole number, of any integer type, that is a multiple; ValueError naming it otherwise."""
+LARGEST = 2**24  # of what is counted; more would end in an allocation that fails
+
+
+def whole_number(name: str, value: Any, multiple: int = 1, least: int = 1, most: int = LARGEST) -> int:
+    """A whole number, of any integer type, in a range and a multiple; ValueError naming it otherwise."""
     try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = 0
-    if number <= 0 or number % multiple:
+        number = least - 1
+    if not least <= number <= most or number % multiple:
         kind = "whole number" if multiple == 1 else f"multiple of {multiple}"
-        raise ValueError(f"{name} must be a positive {kind}, got {value!r}")
+        kind = f"positive {kind}" if least == 1 and most == LARGEST else f"{kind} from {least} to {most}"
+        kind += f" up to {LARGEST:,}" if number > LARGEST == most else ""
+        raise ValueError(f"{name} must be a {kind}, got {_shown(value)}")
     return number
+
+
+def finite_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """A finite number, of any real type, in a range; ValueError naming it otherwise."""
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a number, got {_shown(value)}")
+    if not least <= number <= most:
+        wanted = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    return number
+
+
+def fraction_of(name: str, value: Any) -> float:
+    """A part of a whole, above 0; ValueError naming it otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {_shown(value)}")
+    return float(value)
+
+
+def path_of(name: str, value: Any) -> Path:
+    """A path; TypeError naming it for what is none, ValueError for an empty one."""
+    if not isinstance(value, str | PathLike):
+        raise TypeError(f"{name} must be a path, got {_shown(value)}")
+    if not str(value):
+        raise ValueError(f"{name} must be a path, got an empty one")
+    return Path(value)
+
+
+def new_path(name: str, value: Any, overwrite: bool) -> Path:
+    """A path to write to; FileExistsError if something is there and is not to be overwritten."""
+    path = path_of(name, value)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already: choose another file, or overwrite=True")
+    return path

@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from kolors_core.blocks import finite
+from kolors_core.fields import finite_number
 from kolors_core.unet import UNet, UpLevel
 
 NAMES = ("s1", "s2", "b1", "b2")
@@ -46,8 +46,7 @@ class FreeUSwitch:
         ValueError naming what is no number or below 0.
         """
         for name, value in zip(NAMES, (s1, s2, b1, b2), strict=True):
-            if finite(name, value) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {value}")
+            finite_number(name, value, 0)
         self._join(FreeU(b1, s1), FreeU(b2, s2))
 
     def disable_freeu(self) -> None:

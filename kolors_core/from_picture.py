@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kolors_core.fields import fraction_of
 from kolors_core.image import vae_pixels
 from kolors_core.placement import finite
 from kolors_core.plan import Planning
@@ -30,7 +31,7 @@ class FromPicture(Planning):
             schedule = whole.noised(strength)
         elif strength != default:
             raise ValueError(f"strength has no effect beside denoising_start, got {strength} and {start}")
-        elif end is not None and start >= end:
+        elif end is not None and fraction_of("denoising_start", start) >= fraction_of("denoising_end", end):
             raise ValueError(f"denoising_start must be before denoising_end, got {start} and {end}")
         else:
             schedule = whole.since(start)
@@ -105,6 +106,12 @@ def as_latents(image: Any, channels: int) -> Tensor | None:
     for one in listed:
         if not isinstance(one, Tensor) or one.ndim not in (3, 4) or one.shape[-3] != channels:
             return None
-    if not listed or len({one.shape[-2:] for one in listed}) > 1:
+    if not listed:
+        return None
+    if len({one.shape[-2:] for one in listed}) > 1:
         raise ValueError(f"latents of different sizes: {', '.join(str(list(one.shape)) for one in listed)}")
-    return torch.cat([one if one.ndim == 4 else one[None] for one in listed])
+    latents = torch.cat([one if one.ndim == 4 else one[None] for one in listed])
+    if not latents.numel() or not latents.is_floating_point():
+        got = f"{list(latents.shape)} of {latents.dtype}"
+        raise ValueError(f"latents as image must be some floats, got {got}")
+    return latents

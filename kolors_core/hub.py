@@ -4,10 +4,13 @@ No network is touched unless a repository is named. `HF_ENDPOINT`, `HF_HUB_OFFLI
 respected, and the cache serves when the hub cannot be reached.
 """
 
+import re
 from collections.abc import Callable, Collection, Sequence
+from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from kolors_core.fields import path_of
 from weights_convert.source import PICKLES, why_refused
 
 Pick = Callable[[list[str]], list[str]]
@@ -30,12 +33,19 @@ def fetch(
     """
     if not isinstance(name, str | Path) or not str(name):
         raise TypeError(f"wanted a checkpoint folder or hub repository, got {name!r}")
+    if not isinstance(token, str | bool | None):
+        raise TypeError(f"token must be a string, True, False or None, got {type(token).__name__}")
+    if isinstance(token, str) and re.fullmatch(r"[!-~]*", token) is None:  # or errors of the client show it
+        raise ValueError("token has a space, a line break or another character that no token has")
+    for told, value in (("revision", revision), ("cache_dir", cache_dir)):
+        if not isinstance(value, str | PathLike | None):
+            raise TypeError(f"{told} must be a string, got {value!r}")
     folder = Path(name)
-    if folder.is_dir():
+    if _is(folder.is_dir):
         if revision is not None:
             raise ValueError(f"revision {revision!r} has no effect: {folder} is a local folder")
         return folder
-    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+    if _is(folder.exists) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such folder, and not a hub repository of the form owner/name")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -86,7 +96,10 @@ def find_file(
     beside: names to fetch with it. hub: as for `fetch`. Raises FileNotFoundError or ValueError naming what
     there is.
     """
-    if (file := Path(source)).is_file() or file.suffix in (".safetensors", *PICKLES):
+    for told, value in (("weight_name", weight_name), ("subfolder", subfolder)):
+        if not isinstance(value, str | PathLike | None):
+            raise TypeError(f"{told} must be a string, got {value!r}")
+    if _is((file := path_of("the source", source)).is_file) or file.suffix in (".safetensors", *PICKLES):
         if any(given is not None for given in (weight_name, subfolder or None, hub.get("revision"))):
             raise ValueError(f"{source} is a file: weight_name, subfolder and revision have no effect on it")
         if file.suffix != ".safetensors":
@@ -122,6 +135,20 @@ def _choose(names: Sequence[str], weight_name: str | None, preferred: Sequence[s
         raise ValueError(f"{file}: {why_refused(file)}")
     want = "one .safetensors file, or a weight_name" if weight_name is None else weight_name
     raise FileNotFoundError(f"{where}: wanted {want}, found {', '.join(found) or 'no .safetensors file'}")
+
+
+def refuse_unused(source: str, **given: Any) -> None:
+    """ValueError for an argument that says where files are, of a source that has no files."""
+    if unused := [name for name, value in given.items() if value not in (None, "", False)]:
+        raise ValueError(f"{unused[0]} has no effect on {source}")
+
+
+def _is(asked: Callable[[], bool]) -> bool:
+    """What a path says of itself; False for a name too long for the disk."""
+    try:
+        return asked()
+    except OSError:
+        return False
 
 
 def _one_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kolors_core.config import VERSION
-from kolors_core.fields import whole_number
+from kolors_core.fields import path_of, whole_number
 from weights_convert.writing import new_file
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ LARGEST_VALUE = 2.0
 
 def to_output(images: Tensor, output_type: str) -> "list[Image] | np.ndarray | Tensor":
     """Images [B, 3, H, W] in [-1, 1] as a "pil" list, or in [0, 1] as "np" [B, H, W, 3] float32 or "pt"."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     images = (images * 0.5 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images
@@ -64,7 +66,7 @@ def load_image(
     elif isinstance(image, str | Path):
         is_address = str(image).lower().startswith(("http://", "https://"))
         content = _download(str(image)) if is_address else image
-        with _naming(image), Image.open(content) as opened:
+        with naming(image), Image.open(content) as opened:
             picture = ImageOps.exif_transpose(opened)
     else:
         raise TypeError(f"wanted a path, an http(s) address or a PIL image, got {type(image).__name__}")
@@ -91,7 +93,7 @@ def _download(address: str) -> BytesIO:
 
 
 @contextmanager
-def _naming(file: str | Path) -> Iterator[None]:
+def naming(file: str | Path) -> Iterator[None]:
     """Turn what PIL raises into FileNotFoundError or ValueError that names the file."""
     from PIL import Image, UnidentifiedImageError
 
@@ -176,6 +178,8 @@ def _rgb_or_tensor(image: Any) -> "Image | Tensor":
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "fu" or not image.dtype.isnative:
+            raise ValueError(f"wanted pixels of uint8 or floats, got {image.dtype}")
         wanted = "an array [H, W, 3] or [B, H, W, 3]"
         pixels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)  # [3, H, W]
     elif isinstance(image, Tensor):
@@ -224,8 +228,8 @@ class IPAdapterMaskProcessor:
         for mask in masks:
             if not isinstance(mask, Image.Image):
                 raise TypeError(f"wanted masks as PIL images, got {type(mask).__name__}")
-        h = masks[0].height if height is None else height
-        w = masks[0].width if width is None else width
+        h = masks[0].height if height is None else whole_number("height", height)
+        w = masks[0].width if width is None else whole_number("width", width)
         if h < 8 or w < 8:
             raise ValueError(f"the sides of a mask must be at least 8, got {h} x {w}")
         size = (w - w % 8, h - h % 8)
@@ -298,7 +302,7 @@ def describe(image: "Image", facts: Mapping[str, Any]) -> None:
 
 def save_png(image: "Image", path: str | Path) -> None:
     """Write a PNG with its description, whole or not at all. OSError naming the file."""
-    path = Path(path)
+    path = path_of("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as scratch:
         image.save(scratch, format="PNG")
@@ -308,7 +312,7 @@ def read_description(path: str | Path) -> dict[str, str]:
     """The text chunks of a PNG. FileNotFoundError or ValueError naming the file if it is none."""
     from PIL import Image
 
-    with _naming(path), Image.open(path) as image:
+    with naming(path), Image.open(path_of("path", path)) as image:
         kind = image.format
         if kind == "PNG":
             image.load()

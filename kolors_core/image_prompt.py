@@ -18,7 +18,8 @@ from kolors_core.components import Components
 from kolors_core.config import IPAdapterConfig
 from kolors_core.context import ImagePrompt
 from kolors_core.face_id import FaceIDAdapter, FaceIDConfig
-from kolors_core.hub import fetch, find_file
+from kolors_core.fields import new_path, path_of, whole_number
+from kolors_core.hub import fetch, find_file, refuse_unused
 from kolors_core.image import clip_pixels
 from kolors_core.ip_adapter import (
     Adapter,
@@ -28,7 +29,15 @@ from kolors_core.ip_adapter import (
     attached,
 )
 from kolors_core.loading import load
-from kolors_core.placement import dtype_of, finite, one_dtype, plain, refuse_second_copy
+from kolors_core.placement import (
+    dtype_of,
+    finite,
+    loading_device,
+    named_device,
+    one_dtype,
+    plain,
+    refuse_second_copy,
+)
 from weights_convert import TABLES, recognise
 from weights_convert.source import Source, Tensors, save_tensors
 
@@ -67,9 +76,10 @@ class CLIPVisionModelWithProjection:
         """
         refuse_second_copy(low_cpu_mem_usage)
         name, asked = pretrained_model_name_or_path, one_dtype(torch_dtype, dtype)
+        place = loading_device(device)
 
         def pick(listing: list[str]) -> list[str]:
-            has_weights = torch.device(device).type != "meta"
+            has_weights = place.type != "meta"
             return component_files(
                 listing, "image_encoder", subfolder or ".", variant, str(name), has_weights
             )
@@ -78,7 +88,7 @@ class CLIPVisionModelWithProjection:
             name, pick, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
         loaded = load_component(
-            folder, "image_encoder", subfolder=subfolder, variant=variant, device=device,
+            folder, "image_encoder", subfolder=subfolder, variant=variant, device=place,
             dtype=dtype_of("image_encoder", asked),
         )  # fmt: skip
         return cast(CLIPVision, loaded)
@@ -138,7 +148,7 @@ class ImagePrompting(Components):
     ) -> tuple[Adapter, CLIPVision | None]:
         """An adapter of a kind, and the image encoder: the given one, or else what lies in the folder."""
         weight = self.unet.conv_in.weight
-        if not isinstance(source, Mapping) and Path(source).is_file():
+        if not isinstance(source, Mapping) and path_of("the IP-Adapter", source).is_file():
             if subfolder or weight_name is not None:
                 raise ValueError(f"{source} is a file: subfolder and weight_name have no effect on it")
             source, weight_name = Path(source).parent, Path(source).name
@@ -190,7 +200,8 @@ class ImagePrompting(Components):
         Returns a tensor for each adapter: [n, I, P, D] for n images a prompt, and under guidance the n
         negative rows (of a picture that is all mean colour) before.
         """
-        device = self.device if device is None else torch.device(device)
+        device = self.device if device is None else named_device(str(device))
+        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         pairs = self._image_states(ip_adapter_image, ip_adapter_image_embeds, do_classifier_free_guidance)
         embeds = []
         for states, negative in pairs:
@@ -235,6 +246,8 @@ class ImagePrompting(Components):
     def _pixels(self, pictures: Any, size: int) -> Tensor:
         """Pictures as CLIP sees them [I, 3, S, S]; a tensor is taken as that already."""
         if isinstance(pictures, Tensor):
+            if not pictures.is_floating_point():
+                raise ValueError(f"a tensor must be pixels as CLIP sees them, floats, got {pictures.dtype}")
             return pictures
         if self.feature_extractor is not None:
             return self.feature_extractor(pictures, return_tensors="pt").pixel_values
@@ -279,14 +292,20 @@ class ImagePrompting(Components):
         return handles
 
 
-def save_image_embeds(embeds: Sequence[Tensor], file: str | Path) -> None:
-    """Write what `prepare_ip_adapter_image_embeds` returns to a safetensors file, whole or not at all."""
-    save_tensors({f"ip_adapter.{i}": embed for i, embed in enumerate(embeds)}, Path(file))
+def save_image_embeds(embeds: Sequence[Tensor], file: str | Path, *, overwrite: bool = False) -> None:
+    """Write what `prepare_ip_adapter_image_embeds` returns to a safetensors file, whole or not at all.
+
+    Raises FileExistsError for a file that is there, unless `overwrite`, TypeError for no list of tensors.
+    """
+    if not isinstance(embeds, list | tuple) or not all(isinstance(embed, Tensor) for embed in embeds):
+        raise TypeError(f"embeds must be a list of tensors, got {type(embeds).__name__}")
+    file = new_path("file", file, overwrite)
+    save_tensors({f"ip_adapter.{i}": embed for i, embed in enumerate(embeds)}, file)
 
 
 def load_image_embeds(file: str | Path) -> list[Tensor]:
     """Read a file of `save_image_embeds`. FileNotFoundError or ValueError if it is none."""
-    source = Source([Path(file)])
+    source = Source([path_of("file", file)])
     names = [f"ip_adapter.{i}" for i in range(len(source))]
     if not names or set(names) != set(source):
         raise ValueError(f"{file}: no image embeddings, wanted tensors ip_adapter.0 and so on")
@@ -315,6 +334,7 @@ def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> 
     """An adapter's tensors; of a dict also nested, {"image_proj": {...}, "ip_adapter": {...}}."""
     if not isinstance(source, Mapping):
         return Source([find_file(source, weight_name, subfolder, **hub)])
+    refuse_unused("a dict of tensors", subfolder=subfolder, weight_name=weight_name, **hub)
     flat: dict[str, Any] = {}
     for name, value in source.items():
         if isinstance(value, Mapping):

@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kolors_core.fields import whole_number
-from kolors_core.options import check_number, check_seed
+from kolors_core.fields import finite_number, whole_number
+from kolors_core.options import check_seed
 from weights_convert.reading import once, one_line
 
 
@@ -190,7 +190,7 @@ def _picture(row: Any, seed: int, steps: int) -> Picture:
     return Picture(
         prompt=given["prompt"], negative_prompt=given.get("negative_prompt"), seed=check_seed("seed", own),
         height=given.get("height"), width=given.get("width"), steps=given.get("steps", steps),
-        guidance=check_number("guidance", given.get("guidance", 5.0)), lora=tuple(lora),
+        guidance=finite_number("guidance", given.get("guidance", 5.0)), lora=tuple(lora),
     )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kolors_core.blocks import BlockScale, block_scales, finite
+from kolors_core.blocks import BlockScale, block_scales
+from kolors_core.fields import finite_number, new_path, whole_number
 from kolors_core.lora_layers import KINDS, LoRALayer, Part
 from kolors_core.unet import UNet
 from weights_convert import TABLES
@@ -78,7 +79,7 @@ class Adapter:
         else:
             by_transformer = {}
         scales = {path: _of_layer(path, scale, by_transformer) for path in self.layers}
-        return {path: finite("the scale of an adapter", value) for path, value in scales.items()}
+        return {path: finite_number("the scale of an adapter", value) for path, value in scales.items()}
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
         """Weigh each layer by itself. ValueError while adapters are fused."""
@@ -137,8 +138,9 @@ def attach(
     alpha is the rank if None. Its factors are float32, to be trained. Raises ValueError for a rank below 1,
     where no layer matches, or for a name that is in use or no name.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    rank, alpha = whole_number("rank", rank), None if alpha is None else finite_number("alpha", alpha)
+    if isinstance(targets, str) or not isinstance(targets, Sequence):
+        raise TypeError(f"targets must be a list of layers' last names, got {targets!r}")
     found = {path: layer for path, layer in linear_and_conv(model).items() if path.split(".")[-1] in targets}
     parts = {}
     for path, layer in found.items():
@@ -172,7 +174,7 @@ def install(model: nn.Module, name: str, parts: Mapping[str, Part]) -> Adapter:
 def check_name(model: nn.Module, name: str) -> None:
     """ValueError unless an adapter of this name can be attached now."""
     refuse_fused(model, f"attach adapter {name!r}")
-    if re.fullmatch(r"[\w-]+", name) is None or hasattr(nn.ModuleDict(), name):
+    if not isinstance(name, str) or re.fullmatch(r"[\w-]+", name) is None or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"an adapter's name is letters, digits, _ and -, and no word of torch, got {name!r}")
     if name in adapters(model):
         raise ValueError(f"an adapter named {name!r} is attached already")
@@ -269,12 +271,15 @@ def unload(model: nn.Module) -> None:
         _replace(model, path, layer.plain())
 
 
-def save_adapters(adapters: dict[str, Adapter], file: str | Path) -> None:
-    """Write adapters, by component ("unet", "text_encoder"), to one file that the reference loads."""
-    state = {}
+def save_adapters(adapters: dict[str, Adapter], file: str | Path, *, overwrite: bool = False) -> None:
+    """Write adapters, by component ("unet", "text_encoder"), to one file that the reference loads.
+
+    Raises FileExistsError for a file that is there, unless `overwrite`.
+    """
+    state, file = {}, new_path("file", file, overwrite)
     for component, adapter in adapters.items():
         state |= adapter.public_state(component)
-    save_tensors(state, Path(file))
+    save_tensors(state, file)
 
 
 def _of_layer(path: str, scale: BlockScale, scales: Mapping[str, Any]) -> Any:

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kolors_core.blocks import BlockScale, finite
+from kolors_core.blocks import BlockScale
 from kolors_core.chatglm import ChatGLM
-from kolors_core.hub import find_file
+from kolors_core.fields import finite_number, path_of
+from kolors_core.hub import find_file, refuse_unused
 from kolors_core.lora import (
     adapters,
     check_name,
@@ -89,6 +90,8 @@ class LoRALoading:
         if not isinstance(source, str | Path | Mapping):
             raise TypeError(f"wanted a LoRA's file, folder, repository or tensors, got {source!r}")
         if isinstance(source, Mapping):
+            unused = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
+            refuse_unused("a dict of tensors", **unused)
             tensors = Tensors(source, "the given LoRA")
         else:
             hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -174,7 +177,7 @@ class LoRALoading:
         What a call's `cross_attention_kwargs={"scale": factor}` asks for. Raises ValueError where it would do
         nothing: no adapter is active, or one is fused.
         """
-        factor = finite("the scale of LoRAs", factor)
+        factor = finite_number("the scale of LoRAs", factor)
         refuse_fused(self._plain_unet, "scale adapters")
         attached = adapters(self._plain_unet).values()
         if not any(adapter.is_active and adapter.is_enabled for adapter in attached):
@@ -205,7 +208,7 @@ class LoRALoading:
         """
         names = self.get_active_adapters() if adapter_names is None else _names(adapter_names)
         self._refuse_unknown(names)
-        lora_scale = finite("lora_scale", lora_scale)
+        lora_scale = finite_number("lora_scale", lora_scale)
         models = self._lora_models(components)
         found = {component: [n for n in names if n in adapters(model)] for component, model in models.items()}
         for model in models.values():
@@ -274,11 +277,15 @@ class LoRALoading:
         settings as metadata. weight_name: pytorch_lora_weights.safetensors if None. is_main_process: others
         write nothing. Raises ValueError if it is not clear what to write, or the names cannot say it.
         """
+        if weight_name is not None and not isinstance(weight_name, str):
+            raise TypeError(f"weight_name must be a string or None, got {weight_name!r}")
         if not safe_serialization or (weight_name or "a.safetensors").endswith(PICKLES):
             raise ValueError("safe_serialization=False would write a pickle; only safetensors are written")
         if not is_main_process:
             return
         given = {"unet": unet_lora_layers, "text_encoder": text_encoder_lora_layers}
+        if not all(isinstance(layers, Mapping | None) for layers in given.values()):
+            raise TypeError("unet_lora_layers and text_encoder_lora_layers must be dicts of tensors")
         metadata = {"unet": unet_lora_adapter_metadata, "text_encoder": text_encoder_lora_adapter_metadata}
         if any(layers is not None for layers in given.values()):
             if adapter_name is not None:
@@ -292,8 +299,9 @@ class LoRALoading:
         else:
             state, settings = self._state_of(adapter_name), {}
         text = json.dumps(settings, sort_keys=True, default=list)  # PEFT's settings have sets
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        file = Path(save_directory) / (WEIGHT_NAME if weight_name is None else weight_name)
+        folder = path_of("save_directory", save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / (WEIGHT_NAME if weight_name is None else weight_name)
         save_tensors(state, file, {METADATA: text} if settings else None)
 
     def _state_of(self, name: str | None) -> dict[str, Tensor]:

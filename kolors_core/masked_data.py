@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.dataset import Batches, Example, load_pixels, mix
+from kolors_core.objective import Batch, Data, TrainingConfig
 from kolors_core.tokenizer import Tokenizer
-from kolors_core.training import Batch, Data, TrainingConfig
 from kolors_core.vae import VAE
 
 WHOLE = 0.2  # how often everything is masked

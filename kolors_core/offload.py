@@ -101,7 +101,7 @@ class Lane:
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def settle(self) -> None:
-        """Let the computation that follows wait for every copy, also for what an exception has left behind."""
+        """Let the computation that follows wait for every copy, and for what an exception left behind."""
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 

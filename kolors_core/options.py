@@ -317,10 +317,3 @@ def check_seed(name: str, seed: int) -> int:
     if not 0 <= seed < 2**63:
         raise ValueError(f"{name} must be from 0 to {2**63 - 1}, got {seed}")
     return seed
-
-
-def check_number(name: str, value: object) -> float:
-    """A finite number; ValueError naming what came otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)

@@ -12,11 +12,11 @@ from typing import Any, Self, Unpack
 
 from torch import Tensor
 
-from kolors_core.blocks import finite
 from kolors_core.callback import StepCallback
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.components import Components
 from kolors_core.conditioning import Size
+from kolors_core.fields import finite_number
 from kolors_core.guidance import guided
 from kolors_core.perturbed import Layers, perturbed, perturbed_layers
 from kolors_core.pipeline import KolorsPipeline
@@ -118,7 +118,7 @@ class KolorsPAGPipeline(KolorsPipeline):
     @contextmanager
     def _perturbing(self, pag_scale: float, pag_adaptive_scale: float) -> Iterator[None]:
         """Within it `perturbed` is the rule, unless pag_scale is 0."""
-        if finite("pag_scale", pag_scale) == 0:
+        if finite_number("pag_scale", pag_scale) == 0:
             if pag_adaptive_scale != 0:
                 raise ValueError(
                     f"pag_adaptive_scale has no effect with pag_scale 0, got {pag_adaptive_scale}"

@@ -11,8 +11,8 @@ from functools import partial
 
 from torch import Tensor
 
-from kolors_core.blocks import finite
 from kolors_core.conditioning import Conditioning
+from kolors_core.fields import finite_number
 from kolors_core.graphs import Graphs
 from kolors_core.guidance import combined
 from kolors_core.placement import plain
@@ -73,10 +73,9 @@ def perturbed(
 
 def check_scales(pag_scale: float, pag_adaptive_scale: float) -> None:
     """ValueError for what `perturbed` cannot take."""
-    if finite("pag_scale", pag_scale) <= 0:
+    if finite_number("pag_scale", pag_scale) <= 0:
         raise ValueError(f"pag_scale must be above 0, got {pag_scale}: without it, use `guided`")
-    if finite("pag_adaptive_scale", pag_adaptive_scale) < 0:
-        raise ValueError(f"pag_adaptive_scale must be 0 or more, got {pag_adaptive_scale}")
+    finite_number("pag_adaptive_scale", pag_adaptive_scale, 0)
 
 
 def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:

@@ -38,6 +38,11 @@ def named_device(name: str | None) -> torch.device:
         ) from None
 
 
+def loading_device(device: torch.device | str) -> torch.device:
+    """Where weights are loaded to: a device of this machine, or "meta" for none; ValueError otherwise."""
+    return torch.device("meta") if str(device) == "meta" else named_device(str(device))
+
+
 def join_processes(name: str | None = None) -> torch.device:
     """Under `torchrun`, join the other processes, by NCCL on CUDA and gloo elsewhere; this one's device.
 
@@ -68,7 +73,10 @@ def _refuse_orphan() -> None:
 def planned_device(name: torch.device | str | None) -> torch.device:
     """A device that this machine need not have, the best that it has if None; ValueError for another kind."""
     if name is not None and str(name).partition(":")[0] in ("cuda", "mps"):
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"wanted a device such as cpu, cuda:0 or mps, got {str(name)!r}") from None
     return named_device(None if name is None else str(name))
 
 

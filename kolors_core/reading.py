@@ -15,6 +15,7 @@ from torch import Tensor
 from kolors_core.conditioning import Conditioning
 from kolors_core.context import ImagePrompt
 from kolors_core.controlnet import ControlNet, acting, summed
+from kolors_core.fields import path_of, whole_number
 from kolors_core.graphs import Graphs
 from kolors_core.ip_adapter import attached
 from kolors_core.lora import state_of
@@ -37,6 +38,11 @@ class Savings:
     read_once: bool = True
     cached_prompts: int = 32
     prompt_folder: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        whole_number("cached_prompts", self.cached_prompts, least=0)
+        if self.prompt_folder is not None:
+            path_of("prompt_folder", self.prompt_folder)
 
 
 class Told:

@@ -8,7 +8,6 @@ Source: diffusers' schedulers/scheduling_euler_discrete.py and scheduling_dpmsol
 """
 
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.config import ConfigDict
+from kolors_core.fields import fraction_of, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,7 @@ class Schedule:
 
     def until(self, fraction: float) -> Self:
         """The first part of the denoising, a `fraction` of the T training timesteps (`denoising_end`)."""
-        if _fraction("denoising_end", fraction) == 1:
+        if fraction_of("denoising_end", fraction) == 1:
             return self
         steps = int((self.timesteps >= self._cut(fraction)).sum())
         if steps == 0:
@@ -60,14 +60,14 @@ class Schedule:
 
     def since(self, fraction: float) -> Self:
         """What `until` with the same fraction leaves (`denoising_start`)."""
-        steps = int((self.timesteps < self._cut(_fraction("denoising_start", fraction))).sum())
+        steps = int((self.timesteps < self._cut(fraction_of("denoising_start", fraction))).sum())
         if steps == 0:
             raise ValueError(f"denoising_start {fraction} leaves none of the {len(self.timesteps)} steps")
         return self._last(steps)
 
     def noised(self, strength: float) -> Self:
         """The steps that take noise of this strength off again: int(n * strength) of n, the last ones."""
-        steps = int(len(self.timesteps) * _fraction("strength", strength))
+        steps = int(len(self.timesteps) * fraction_of("strength", strength))
         if steps == 0:
             wanted = f"strength times steps must be at least 1, got {strength} times {len(self.timesteps)}"
             raise ValueError(f"no step is left: {wanted}")
@@ -99,8 +99,8 @@ class Scheduler(ABC):
     latents_preserve_variance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _whole("num_train_timesteps", self.num_train_timesteps, 2, 100_000)
-        _whole("steps_offset", self.steps_offset, 0, self.num_train_timesteps - 1)
+        whole_number("num_train_timesteps", self.num_train_timesteps, least=2, most=100_000)
+        whole_number("steps_offset", self.steps_offset, least=0, most=self.num_train_timesteps - 1)
         betas = (self.beta_start, self.beta_end)
         if not all(isinstance(beta, float) for beta in betas) or not 0 < betas[0] <= betas[1] < 1:
             raise ValueError(f"0 < beta_start <= beta_end < 1 does not hold for {betas[0]!r}, {betas[1]!r}")
@@ -128,6 +128,8 @@ class Scheduler(ABC):
         Fields of the other scheduler are passed over. Raises ValueError for a field that would change the
         result and is not supported, and for a change that this scheduler has no field for.
         """
+        if not isinstance(config, Mapping):
+            raise TypeError(f"wanted a scheduler's config, such as pipe.scheduler.config, got {config!r:.99}")
         own = {field.name for field in fields(cls)}
         if strangers := sorted(changes.keys() - own):
             raise ValueError(f"{cls.__name__} has no field {strangers[0]!r}; it has {', '.join(sorted(own))}")
@@ -180,7 +182,8 @@ class Scheduler(ABC):
         if timesteps is not None:
             times = _falling("timesteps", timesteps, 0.0, self.num_train_timesteps - 1)
         else:
-            times = self._spaced(_whole("the number of steps", steps, 1, self.num_train_timesteps - 1))
+            most = self.num_train_timesteps - 1
+            times = self._spaced(whole_number("the number of steps", steps, most=most))
         run = [_interpolate(t, table) for t in times]
         if self.use_karras_sigmas:
             run = karras(*self._karras_range(run, table), len(run))
@@ -239,7 +242,7 @@ class DPMSolverMultistepScheduler(Scheduler):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("algorithm_type", self.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
-        _whole("solver_order", self.solver_order, 1, 2)
+        whole_number("solver_order", self.solver_order, most=2)
         _one_of("lower_order_final", self.lower_order_final, (False, True))
         _one_of("euler_at_final", self.euler_at_final, (False, True))
 
@@ -328,25 +331,11 @@ def _float64(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _whole(name: str, value: Any, least: int, most: int) -> int:
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if not least <= number <= most:
-        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
-    return number
-
-
-def _fraction(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
-    return value
-
-
 def _falling(name: str, values: Sequence[float], least: float, most: float) -> list[float]:
     try:
-        numbers = [float(value) for value in values]
+        numbers = [float(value) for value in values if not isinstance(value, str | bool)]
+        if len(numbers) < len(values):
+            raise TypeError("a string or a bool among them")
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a list of numbers, got {values!r}") from None
     falling = all(a > b for a, b in zip(numbers, numbers[1:], strict=False))

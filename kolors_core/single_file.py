@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from kolors_core.checkpoint import KINDS, Opened, Unfilled, read_json, resolve, uncollected, write_json
 from kolors_core.components import Components
 from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
+from kolors_core.fields import path_of
 from kolors_core.hub import find_file
 from kolors_core.loading import check
+from kolors_core.placement import loading_device
 from kolors_core.quantize import WHOLE_ROWS, quantize
 from weights_convert.folding import to_single, unpack
 from weights_convert.single import Part, open_parts
@@ -74,7 +76,8 @@ def load_model(
     of other sizes than Kolors'. device: on "meta" no weights are read. A ChatGLM of 8 or 4 bits stays so.
     Raises FileNotFoundError or ValueError naming the file and the tensor, before weights are read.
     """
-    has_weights = torch.device(device).type != "meta"
+    device = loading_device(device)
+    has_weights = device.type != "meta"
     return open_model(file, component, config=config, has_weights=has_weights).fill(dtype, device)
 
 
@@ -117,7 +120,7 @@ class SingleFile(Components):
         """
         hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
         file = _file(pretrained_model_link_or_path, **hub)
-        has_weights = torch.device(device).type != "meta"
+        has_weights = loading_device(device).type != "meta"
         parts, whole, small = open_parts(file)
         opened: dict[str, Any] = {}
         with _unpacked(file, whole, small) as own:
@@ -154,7 +157,7 @@ class SingleFile(Components):
         variant: what the weight files of a folder made of it are called by. The folder that `save_pretrained`
         makes is written beside it first, so that the disk needs twice the room. Raises as `save_pretrained`.
         """
-        file = Path(file)
+        file = path_of("file", file)
         if file.exists() or file.suffix != ".safetensors":
             raise ValueError(f"{file}: wanted a new .safetensors file")
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kolors_core.callback import NAMES, Run, StepCallback
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.conditioning import Conditioning, Size, size_ids_of_both
+from kolors_core.conditioning import Conditioning, Size, is_origin, size_ids_of_both
 from kolors_core.config import VERSION
 from kolors_core.control_image import DEFAULT_SCALE, Controlling
 from kolors_core.controlnet import Control
@@ -139,12 +139,13 @@ class Request:
 
     def check(self) -> None:
         """Raises ValueError or TypeError for what is of a wrong kind, or would do nothing."""
-        scale, negatives = self.guidance_scale, {
-            "negative_prompt": self.negative_prompt or None,
+        scale, crop = self.guidance_scale, self.negative_crops_coords_top_left
+        negatives = {
+            "negative_prompt": None if self.negative_prompt in (None, "") else self.negative_prompt,
             "negative_prompt_embeds": self.negative_prompt_embeds,
             "negative_original_size": self.negative_original_size,
             "negative_target_size": self.negative_target_size,
-            "negative_crops_coords_top_left": tuple(self.negative_crops_coords_top_left) != (0, 0) or None,
+            "negative_crops_coords_top_left": None if is_origin(crop) else crop,
         }  # fmt: skip
         if isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"guidance_scale must be a number, got {scale!r}")
@@ -244,6 +245,8 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
         if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
             got = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(f"latents must be a tensor {list(shape)}, got {got}")
+        if not latents.is_floating_point():
+            raise ValueError(f"latents must be floats, got {latents.dtype}")
         return latents.to(self.device, self.precision)
 
     def _draw(self, shape: Sequence[int], generator: Generators) -> Tensor:

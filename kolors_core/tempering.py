@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kolors_core.blocks import finite
+from kolors_core.fields import finite_number
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
 
@@ -30,8 +30,7 @@ def rescaling(part: float) -> Callable[[Tensor, Tensor], Tensor]:
     Guidance spreads the noise, which overexposes. part: from 0 to 1; ValueError otherwise.
     Source: https://arxiv.org/abs/2305.08891, equations 15 and 16; `rescale_noise_cfg` in diffusers.
     """
-    if not 0 <= finite("rescale", part) <= 1:
-        raise ValueError(f"rescale must be from 0 to 1, got {part}")
+    finite_number("rescale", part, 0, 1)
 
     def rescaled(noise: Tensor, conditional: Tensor) -> Tensor:
         axes = tuple(range(1, noise.ndim))
@@ -70,7 +69,7 @@ def ends(interval: Interval) -> tuple[float, float]:
     """An interval's two numbers; ValueError for what is none."""
     if not isinstance(interval, tuple | list) or len(interval) != 2:
         raise ValueError(f"a guidance interval must be two numbers, got {interval!r}")
-    low, high = (finite("an end of the guidance interval", end) for end in interval)
+    low, high = (finite_number("an end of the guidance interval", end) for end in interval)
     most = math.inf if isinstance(interval, Sigmas) else 1
     if not 0 <= low < high <= most:
         wanted = "rise from 0 or more" + ("" if isinstance(interval, Sigmas) else " to 1 at most")

@@ -12,7 +12,7 @@ from torch import Tensor
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.components import Components
 from kolors_core.fields import whole_number
-from kolors_core.placement import plain
+from kolors_core.placement import named_device, plain
 from kolors_core.prompt_cache import Key
 from kolors_core.textual_inversion import TextualInversion, words_of
 
@@ -48,7 +48,7 @@ class TextPrompting(Components, TextualInversion):
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
         )  # fmt: skip
         text, negative = text.expanded(), None if negative is None else negative.expanded()
-        device = self.device if device is None else torch.device(device)
+        device = self.device if device is None else named_device(str(device))
         num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
 
         def repeated(tensor: Tensor) -> Tensor:
@@ -136,6 +136,8 @@ def _given(prefix: str, tokens: Tensor | None, pooled: Tensor | None, width: int
     for name, tensor in (("prompt_embeds", tokens), ("pooled_prompt_embeds", pooled)):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{prefix}{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{prefix}{name} must be floats, got {tensor.dtype}")
     if tokens is None or pooled is None:
         raise ValueError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds must be given together")
     if tokens.ndim != 3 or tokens.shape[-1] != width or not len(tokens):

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.hub import find_file
+from kolors_core.fields import new_path
+from kolors_core.hub import find_file, refuse_unused
 from kolors_core.placement import plain
 from weights_convert.source import Source, Tensors, save_tensors
 
@@ -78,6 +79,8 @@ def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"a learned word must be some text without space around it, got {word!r}")
         if word in have:
             raise ValueError(f"{word} is a learned word already: unload_textual_inversion({word!r}) first")
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{word}: wanted vectors as a tensor, got {type(given).__name__}")
         found = given[None] if given.ndim == 1 else given
         if found.ndim != 2 or not len(found) or found.shape[1] != table.shape[1]:
             raise ValueError(f"{word}: wanted vectors [n, {table.shape[1]}], got {list(given.shape)}")
@@ -110,11 +113,14 @@ def remove_words(encoder: ChatGLM, words: Iterable[str] | None = None) -> None:
             encoder.embedding._parameters.update(embedding._parameters)
 
 
-def save_words(encoder: ChatGLM, file: str | Path) -> None:
-    """Write all learned words to a safetensors file, whole or not at all. ValueError if there are none."""
+def save_words(encoder: ChatGLM, file: str | Path, *, overwrite: bool = False) -> None:
+    """Write all learned words to a safetensors file, whole or not at all.
+
+    Raises ValueError if there are none, FileExistsError for a file that is there, unless `overwrite`.
+    """
     if not (vectors := vectors_of(encoder)):
         raise ValueError(f"{file}: the text encoder has no learned words to be written")
-    save_tensors(vectors, Path(file))
+    save_tensors(vectors, new_path("file", file, overwrite))
 
 
 class TextualInversion:
@@ -144,6 +150,9 @@ class TextualInversion:
         encoder = self._word_encoder()
         sources = pretrained_model_name_or_path
         sources = list(sources) if isinstance(sources, list | tuple) else [sources]
+        if not sources or not isinstance(token, str | Sequence | None):
+            got = "no file" if not sources else f"the token {token!r}"
+            raise ValueError(f"wanted files of learned words, and for each a word or None, got {got}")
         tokens = [token] if token is None or isinstance(token, str) else list(token)
         tokens = tokens * len(sources) if token is None else tokens
         if len(tokens) != len(sources):
@@ -153,6 +162,8 @@ class TextualInversion:
             if isinstance(source, Tensor):
                 source = {NAMELESS: source}
             if isinstance(source, Mapping):
+                unused = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
+                refuse_unused("given vectors", **unused)
                 found = Tensors(source, "the given vectors")
             else:
                 file = find_file(
@@ -168,6 +179,8 @@ class TextualInversion:
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
         """Forget these words, or all: the text encoder is what it was, bit for bit. ValueError for others."""
+        if not isinstance(tokens, str | Sequence | None):
+            raise TypeError(f"tokens must be a word, several or None for all, got {tokens!r}")
         remove_words(self._word_encoder(), [tokens] if isinstance(tokens, str) else tokens)
 
     def _word_encoder(self) -> ChatGLM:

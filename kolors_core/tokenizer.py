@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kolors_core.fields import path_of, whole_number
+
 logger = logging.getLogger("kolors_core")
 
 # ChatGLM3 numbers its special tokens right after the SentencePiece pieces, in this order.
@@ -61,7 +63,7 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        file = Path(path)
+        file = path_of("the tokenizer", path)
         self.file = file / "tokenizer.model" if file.is_dir() else file
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.file}: no such file, wanted ChatGLM's SentencePiece model")
@@ -92,10 +94,10 @@ class Tokenizer:
         Raises ValueError for an empty list or a `max_length` that leaves no room for text, TypeError for a
         non-string.
         """
-        if isinstance(prompts, str) or not prompts:
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
             raise ValueError(f"wanted a list of at least one prompt, got {prompts!r}")
         prefix = [self.special["[gMASK]"], self.special["sop"]]
-        if max_length <= len(prefix):
+        if whole_number("max_length", max_length) <= len(prefix):
             raise ValueError(
                 f"max_length must be more than the {len(prefix)} prefix tokens, got {max_length}"
             )

@@ -12,9 +12,10 @@ from PIL import Image
 from kolors_core import KolorsControlNet, canny
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.dataset import Batches, read_folder
+from kolors_core.objective import Batch, Data, Objective, TrainingConfig
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
-from kolors_core.training import Batch, Data, Objective, Trainer, TrainingConfig
+from kolors_core.training import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.controlnets import NET, net_pair, reference_residuals

@@ -102,7 +102,7 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
     assert 0.15 < captions.count("") / len(captions) < 0.35
     assert len(set(captions)) == 13, "every caption of every picture, and the empty one"
     assert len(batches(0, 7).at(0)[1]) == 7, "a batch larger than its bucket goes round again"
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be a positive whole number"):
         batches(0, 0)
 
 

@@ -12,10 +12,10 @@ ORDER = """
     fields config attention image masks canny tokenizer chatglm clip_vision context unet blocks vae_tiles vae
     ip_adapter face_id controlnet conditioning quantize lora_layers lora lora_file graphs compiling
     prompt_cache running schedule sampling holding tempering reading guidance freeu placement perturbed
-    offload hub loading checkpoint lora_loading textual_inversion components single_file text_prompt
+    offload hub loading checkpoint lora_loading textual_inversion fitting components single_file text_prompt
     image_prompt face_prompt control_image quantize_report callback task plan from_picture pipeline inpaint
-    pag_pipeline control_pipeline dataset training masked_data options lines claims split_guidance batch
-    __init__ __main__
+    pag_pipeline control_pipeline dataset objective training masked_data options lines claims split_guidance
+    batch __init__ __main__
 """.split()  # noqa: SIM905
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
 

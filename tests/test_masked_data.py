@@ -11,9 +11,10 @@ from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.dataset import Batches, load_pixels, read_folder
 from kolors_core.loading import load, padded
 from kolors_core.masked_data import MaskedData, random_masks
+from kolors_core.objective import Data, Objective
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
-from kolors_core.training import Data, Objective, Trainer
+from kolors_core.training import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.parity import SMALL, pair, randomise, relative_error

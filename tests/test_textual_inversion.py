@@ -19,6 +19,7 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.dataset import Batches, read_folder
 from kolors_core.image import read_description
+from kolors_core.objective import Data, Objective, TrainingConfig
 from kolors_core.options import with_word
 from kolors_core.prompt_cache import PromptCache
 from kolors_core.quantize import quantize
@@ -26,7 +27,7 @@ from kolors_core.reading import Savings
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.textual_inversion import add_words, remove_words, save_words, vectors_of, words_of
 from kolors_core.tokenizer import Tokenizer
-from kolors_core.training import Data, Objective, Trainer, TrainingConfig
+from kolors_core.training import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.offloads import offloaded

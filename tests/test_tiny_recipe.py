@@ -25,8 +25,9 @@ from kolors_core import canny
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.config import TINY
 from kolors_core.dataset import Example, read_folder
+from kolors_core.objective import TrainingConfig
 from kolors_core.tokenizer import Tokenizer
-from kolors_core.training import Trainer, TrainingConfig
+from kolors_core.training import Trainer
 from kolors_core.vae import VAE
 from tests.parity import EXACT, SMALL, randomise, relative_error
 

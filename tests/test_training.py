@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.dataset import Batches, read_folder
 from kolors_core.lora import attach
+from kolors_core.objective import Batch, Data, Objective, TrainingConfig
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
-from kolors_core.training import Batch, Data, Objective, Trainer, TrainingConfig
+from kolors_core.training import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.parity import EXACT, SMALL, pair, randomise, relative_error
@@ -218,7 +219,7 @@ def test_lora_trains_by_the_same_loop_and_leaves_no_trace(
 
 def test_bad_settings_are_named(pictures: Path, tmp_path: Path, small_tokenizer: Path) -> None:
     for changes, message in (
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be a positive whole number, got 0"),
         ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine'"),
         ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.bfloat16"),
     ):

@@ -34,11 +34,12 @@ from kolors_core.attention import attention_kernel
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import TINY
 from kolors_core.dataset import Batches, Example, read_folder
+from kolors_core.objective import Data, Objective, TrainingConfig
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.placement import best_device
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import SPECIAL_TOKENS, Tokenizer
-from kolors_core.training import Data, Objective, Trainer, TrainingConfig
+from kolors_core.training import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 

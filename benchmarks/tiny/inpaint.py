@@ -27,7 +27,8 @@ from kolors_core.checkpoint import EMBEDDED
 from kolors_core.dataset import Batches, read_folder
 from kolors_core.loading import load, padded
 from kolors_core.masked_data import MaskedData, random_masks
-from kolors_core.training import Objective, Trainer, TrainingConfig
+from kolors_core.objective import Objective, TrainingConfig
+from kolors_core.training import Trainer
 from kolors_core.unet import UNet
 from weights_convert.source import Source
 

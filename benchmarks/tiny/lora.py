@@ -23,9 +23,10 @@ from kolors_core.attention import attention_kernel
 from kolors_core.dataset import Batches, load_pixels, read_folder
 from kolors_core.image import to_output
 from kolors_core.lora import attach, save_adapters
+from kolors_core.objective import Data, Objective, TrainingConfig
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.placement import best_device
-from kolors_core.training import Data, Objective, Trainer, TrainingConfig
+from kolors_core.training import Trainer
 
 WORD = "zorp"
 PHRASES = ("a photo of a {x}", "a {x}", "{x}", "一张{x}的照片", "画一个{x}", "the {x}", "show me a {x}")

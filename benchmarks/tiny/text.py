@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig
 from kolors_core.dataset import Example, mix
+from kolors_core.objective import TrainingConfig
 from kolors_core.tokenizer import TokenBatch, Tokenizer
-from kolors_core.training import Trainer, TrainingConfig
+from kolors_core.training import Trainer
 
 
 @dataclass(frozen=True)
