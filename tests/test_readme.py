@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,23 @@ def test_the_image_to_image_example_draws(tmp_path: Path, monkeypatch: pytest.Mo
     assert made.shape == (128, 128, 3)
     red, black = (made[..., 0] > 180) & (made[..., 1] < 90), made.max(axis=2) < 90
     assert red.mean() > 0.1 and black.mean() > 0.05, "a red sketch became a ladybug with black spots and legs"
+
+
+def test_the_inpainting_example_keeps_what_the_mask_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block_after("**Inpainting.**", "python"), "README.md", "exec"), names)
+    made, given = (np.asarray(picture) for picture in (Image.open("repainted.png"), names["picture"]))
+    same = (made == given).all(axis=-1)
+    assert same[:64].all() and same[:, :64].all() and not same[64:, 64:].all()
+
+
+def test_the_guidance_example_draws() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(block_after("**Guidance rules**", "python"), "README.md", "exec"), names)
+    assert names["pipe"].freeu == {"s1": 0.9, "s2": 0.2, "b1": 1.1, "b2": 1.2}
 
 
 def test_the_lora_example_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

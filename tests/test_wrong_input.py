@@ -28,10 +28,10 @@ from kolors_core import (
 from kolors_core.config import UNetConfig
 from kolors_core.dataset import Batches, buckets, read_folder
 from kolors_core.fields import finite_number, whole_number
-from kolors_core.guidance import Savings
 from kolors_core.image import read_description, save_png, to_output
 from kolors_core.lora import attach, save_adapters
 from kolors_core.objective import TrainingConfig
+from kolors_core.reading import Savings
 from kolors_core.single_file import load_model
 from kolors_core.tokenizer import Tokenizer
 
@@ -87,7 +87,7 @@ CALLS: list[Wrong] = [
     (setting("tokenizer", "x"), TypeError, "tokenizer must be like .* Tokenizer or None, got str"),
     (setting("feature_extractor", 3), TypeError, "feature_extractor must be a function or None, got int"),
     (setting("guided", None), TypeError, "guided must be a function"),
-    (setting("savings", None), TypeError, "savings must be a guidance.Savings"),
+    (setting("savings", None), TypeError, "savings must be a reading.Savings"),
     (lambda pipe: pipe.to(torch.device("meta")), ValueError, f"{DEVICE}.*'meta'"),
     (lambda pipe: pipe.to(3), ValueError, DEVICE),
     (lambda pipe: pipe.to(torch.float64, torch.int8), TypeError, "a floating torch.dtype, got torch.int8"),
