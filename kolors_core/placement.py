@@ -3,12 +3,17 @@
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.constants import default_pg_timeout
+
+from weights_convert.reading import one_line
 
 Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
 
@@ -51,8 +56,14 @@ def join_processes(name: str | None = None) -> torch.device:
     """
     device = named_device(name)
     if "RANK" in os.environ and not dist.is_initialized():
-        _refuse_orphan()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        own: dict[str, Any] = {}
+        if (store := _torchruns_store()) is not None:
+            own = {
+                "store": store,
+                "rank": int(os.environ["RANK"]),
+                "world_size": int(os.environ["WORLD_SIZE"]),
+            }
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **own)
     if device.type == "cuda":
         if name in (None, "cuda"):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -60,14 +71,22 @@ def join_processes(name: str | None = None) -> torch.device:
     return device
 
 
-def _refuse_orphan() -> None:
-    """OSError if `torchrun`, whose store is there before its processes, is gone: to join would be to wait."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        try:
-            socket.create_connection(place, timeout=60).close()
-        except OSError as error:
-            raise OSError(f"torchrun, which started this process, cannot be reached: {error}") from None
+def _torchruns_store() -> Any:
+    """A `TCPStore`: where processes meet that `torchrun` has started. None without `torchrun`.
+
+    OSError if it is gone: torch itself would wait for half an hour.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    place, patience = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=60)
+    try:
+        socket.create_connection(place, timeout=patience.total_seconds()).close()  # which does not try again
+        store = TCPStore(*place, timeout=patience)  # in case it dies just then
+    except (OSError, RuntimeError) as error:
+        reason = one_line(error)
+        raise OSError(f"torchrun, which started this process, cannot be reached: {reason}") from None
+    store.set_timeout(default_pg_timeout)
+    return store
 
 
 def planned_device(name: torch.device | str | None) -> torch.device:
