@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from kolors_core.checkpoint import (
+    EMBEDDED,
+    EMBEDDED_NAME,
     Kind,
     base_state,
     component_files,
@@ -57,7 +59,8 @@ class KolorsControlNet(ControlNet):
         use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool = True,
     ) -> Self:
-        """Load a folder or hub repository, strictly; only its own files are fetched.
+        """Load a folder or hub repository, strictly; only its own files are fetched. "tiny" is the embedded
+        model's, of Canny's edges.
 
         torch_dtype, or by its newer name dtype: float32 if None, and wanted as the UNet's. variant: such as
         "fp16"; None takes the only one there is. Raises FileNotFoundError or ValueError naming the file,
@@ -67,6 +70,7 @@ class KolorsControlNet(ControlNet):
             raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
         refuse_second_copy(low_cpu_mem_usage)
         name, asked = pretrained_model_name_or_path, one_dtype(torch_dtype, dtype)
+        name = EMBEDDED / "controlnet" if name == EMBEDDED_NAME else name
         has_weights = torch.device(device).type != "meta"
         folder = _fetched(
             name, subfolder, variant, has_weights, revision=revision, cache_dir=cache_dir,
