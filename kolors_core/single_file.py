@@ -152,8 +152,9 @@ class SingleFile(Components):
             )
 
     def save_single_file(self, file: str | Path, *, variant: str | None = None) -> None:
-        """Write the whole pipeline as one new file, which ComfyUI's Kolors nodes and `from_single_file` load.
+        """Write the whole pipeline as one new file, which `from_single_file` loads.
 
+        UNet and VAE have SGM's names and prefixes, as ComfyUI's nodes for Kolors look for them.
         variant: what the weight files of a folder made of it are called by. The folder that `save_pretrained`
         makes is written beside it first, so that the disk needs twice the room. Raises as `save_pretrained`.
         """
