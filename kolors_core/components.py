@@ -86,6 +86,7 @@ class Components(RunState):
         self.offload = Offload()
         self.savings = Savings()
         self.guided: Callable[..., Denoise] = guided  # another rule of its signature may stand here
+        self.pag_applied_layers = ["mid"]  # of `KolorsPAGPipeline`; another task keeps them for it
         self._graphs: Graphs | None = None  # if `compile` was asked for them
         self.prompt_cache = PromptCache()
 
@@ -181,7 +182,7 @@ class Components(RunState):
         made.savings, made.prompt_cache, made.guided = (
             pipeline.savings, pipeline.prompt_cache, pipeline.guided,
         )  # fmt: skip
-        made._graphs = pipeline._graphs
+        made.pag_applied_layers, made._graphs = pipeline.pag_applied_layers, pipeline._graphs
         return made
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:

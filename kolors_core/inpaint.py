@@ -34,6 +34,7 @@ class Work:
     picture: Tensor  # [b, 3, H, W] in [-1, 1], or latents [b, 4, H/8, W/8]
     mask: Tensor  # [m, 1, H, W] in [0, 1]
     finish: Callable[[Tensor], Tensor] | None
+    box: Box | None = None  # the region, if the picture is one of a larger picture
 
 
 class KolorsInpaintPipeline(FromPicture):
@@ -92,7 +93,8 @@ class KolorsInpaintPipeline(FromPicture):
         the mask's places grey.
         height, width: pixels, multiples of 8, to which the image is resized; its own if None.
         padding_mask_crop: cut the mask's region out, with so many pixels around it, and work on that at
-        `height` and `width` (the UNet's own if None); needs one PIL image and mask of one size.
+        `height` and `width` (the UNet's own if None); needs one PIL image, mask and control images of one
+        size.
         strength: above 0 and at most 1, as in `KolorsImg2ImgPipeline`; 1 starts from noise alone. Kolors'
         makers use 0.999, and a guidance_scale of 6.
         denoising_start: take the image as one on which `denoising_end` has left off; for 9 channels only.
@@ -114,6 +116,9 @@ class KolorsInpaintPipeline(FromPicture):
         copies = num_images_per_prompt
         work = self._work(image, mask_image, height, width, padding_mask_crop, paste_back, copies)
         size = self._pixel_size(work.picture)
+        if work.box is not None and request.control_image is not None:
+            seen = _control_region(request.control_image, image.size, size, work.box)
+            request = replace(request, control_image=seen)
         scale = self.vae.config.downscale
         mask, small = repainted(work.mask, (size[0] // scale, size[1] // scale))
         start = None  # in pure noise the picture itself is not seen
@@ -185,7 +190,7 @@ class KolorsInpaintPipeline(FromPicture):
             whole, mask = (for_each(part, len(made), images_per_prompt) for part in (given, marked))
             return put_back(made, whole, mask, box)
 
-        return Work(picture, mask, finish)
+        return Work(picture, mask, finish, box)
 
     def _pixel_size(self, picture: Tensor) -> Size:
         """(height, width) in pixels of images or latents."""
@@ -229,6 +234,24 @@ def _region(image: Any, mask: Any, size: Size, padding: int) -> tuple[Tensor, Te
     box = crop_region(mask, size, padding)
     picture = vae_pixels(fitted(image.convert("RGB").crop(box), size), multiple=1)
     return picture, grey(fitted(mask.convert("L").crop(box), size), size, (size,)), box
+
+
+def _control_region(given: Any, whole: Size, size: Size, box: Box) -> Any:
+    """The same region of a control image, or of each in a list, at the size; whole: the picture's own, as
+    (width, height).
+    """
+    from PIL import Image
+
+    if isinstance(given, list | tuple):
+        return [_control_region(one, whole, size, box) for one in given]
+    if not isinstance(given, Image.Image):
+        raise TypeError(f"padding_mask_crop needs control images as PIL images, got {type(given).__name__}")
+    if given.size != whole:
+        got = f"{given.height} x {given.width} and {whole[1]} x {whole[0]}"
+        raise ValueError(
+            f"padding_mask_crop needs control image and image of one size (height x width), got {got}"
+        )
+    return fitted(given.convert("RGB").crop(box), size)
 
 
 def _refuse_useless(reads_mask: bool, masked: Any, denoising_start: float | None, latents: Any) -> None:

@@ -277,7 +277,7 @@ def load_controls(
             )
         )  # fmt: skip
     if nets:
-        pipe.controlnet = KolorsPipeline.from_pipe(pipe, controlnet=nets).controlnet  # checked there
+        pipe.controlnet = type(pipe).from_pipe(pipe, controlnet=nets).controlnet  # checked there
 
 
 def control_arguments(options: argparse.Namespace) -> dict[str, Any]:

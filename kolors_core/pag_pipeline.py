@@ -51,9 +51,9 @@ class KolorsPAGPipeline(KolorsPipeline):
     def from_pipe(
         cls, pipeline: Components, *, pag_applied_layers: Layers | None = None, **changes: Any
     ) -> Self:
-        """As `KolorsPipeline.from_pipe`; layers None: those that the other pipeline has, else "mid"."""
+        """As `KolorsPipeline.from_pipe`; layers None: the other's, or of what that was made from."""
         made = super().from_pipe(pipeline, **changes)
-        own: Layers = getattr(pipeline, "pag_applied_layers", "mid")
+        own = pipeline.pag_applied_layers
         made.set_pag_applied_layers(own if pag_applied_layers is None else pag_applied_layers)
         return made
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from kolors_core import KolorsControlNetInpaintPipeline, KolorsImg2ImgPipeline, KolorsInpaintPipeline
+from kolors_core.masks import fitted
 from tests.controlnets import net_pair
 from tests.inpainting import Nine, mask_of
 from tests.parity import EXACT, FLOAT32, relative_error
@@ -219,6 +220,26 @@ def test_pixels_outside_the_mask_are_the_given_ones(
     loose = ours("cat", given, mask, **fixed, paste_back=False).images[0]
     if loose.size == given.size:
         assert (np.asarray(loose) != np.asarray(given)).any(-1)[is_outside].mean() > 0.1
+
+
+def test_a_control_image_shows_the_masks_region(pipes: Pair) -> None:
+    """Cut as the reference cuts it: every step is that of the region, its mask and its edges alone."""
+    ours = KolorsControlNetInpaintPipeline.from_pipe(pipes[0], controlnet=net_pair(20, torch.float64)[0])
+    mask, edges = mask_of(128, 144), picture(4, 128, 144)
+    box = VaeImageProcessor().get_crop_region(mask, 64, 64, pad=8)
+    sides = {"height": 64, "width": 64}
+    cut = {**sides, "crops_coords": box, "resize_mode": "fill"}
+    seen, told = (VaeImageProcessor(do_normalize=n).preprocess(p, **cut)
+                  for n, p in ((True, picture(0, 128, 144)), (False, edges)))  # fmt: skip
+    alone = inpaint_steps(ours, image=seen, mask_image=fitted(mask.crop(box), (64, 64)),
+                          control_image=told, **sides)  # fmt: skip
+    whole = {"image": picture(0, 128, 144), "mask_image": mask, "padding_mask_crop": 8, **sides}
+    made = inpaint_steps(ours, control_image=edges, **whole)
+    assert all(relative_error(a, b) < EXACT for a, b in zip(made[:-1], alone[:-1], strict=True))
+    with pytest.raises(ValueError, match="control image and image of one size .*, got 64 x 72 and 128 x 144"):
+        inpaint_steps(ours, control_image=picture(4), **whole)
+    with pytest.raises(TypeError, match="needs control images as PIL images, got Tensor"):
+        inpaint_steps(ours, control_image=told, **whole)
 
 
 def test_arrays_and_tensors_are_pasted_too(pipes: Pair) -> None:

@@ -8,9 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsInpaintPipeline
+from kolors_core import (
+    DPMSolverMultistepScheduler,
+    KolorsControlNet,
+    KolorsImg2ImgPipeline,
+    KolorsInpaintPipeline,
+)
 from kolors_core.__main__ import main
 from kolors_core.image import read_description
+from tests.controlnets import write_controlnet
 from tests.inpainting import NINE, mask_of
 from tests.pipelines import picture
 from tests.reference_folder import reference_pipeline
@@ -34,9 +40,9 @@ def draw(weights: Path, files: Path, out: Path, *more: str) -> np.ndarray:
         return np.asarray(image).astype(int)
 
 
-def expected(kind: Any, weights: Path, **arguments: Any) -> np.ndarray:
+def expected(kind: Any, weights: Path, nets: Any = None, **arguments: Any) -> np.ndarray:
     """What the pipeline makes of the same."""
-    pipe = kind.from_pretrained(weights)
+    pipe = kind.from_pretrained(weights, controlnet=nets)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
     made = pipe(
@@ -63,6 +69,20 @@ def test_masks_do_what_they_do_in_the_pipeline(files: Path, reference_folder: Pa
             assert changed.any() and changed[outside].any() == ("--no-paste-back" in flags)
     told = read_description(tmp_path / "nine1.png")
     assert (told["mask"], told["padding_mask_crop"]) == (str(files / "mask.png"), "4")
+
+
+def test_a_unet_that_reads_the_mask_takes_a_controlnet(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    net = write_controlnet(tmp_path / "net", 20)
+    flags = ["--mask", str(files / "mask.png"), "--control", f"{net}:0.5"]
+    flags += ["--control-image", str(files / "cat.png")]
+    made = draw(files / "nine", files, tmp_path / "made.png", *flags)
+    given = {"nets": KolorsControlNet.from_pretrained(net), "controlnet_conditioning_scale": 0.5}
+    given |= {"control_image": picture(), "mask_image": mask_of()}
+    assert abs(made - expected(KolorsInpaintPipeline, files / "nine", **given)).max() <= 1
+    command = ["-w", str(files / "nine"), "--image", "x.png", "--plan", "--device", "cpu", *flags]
+    assert main(command) == 0 and "unet" in capsys.readouterr().out
 
 
 def test_a_strength_map_does_what_it_does_in_the_pipeline(

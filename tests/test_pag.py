@@ -234,7 +234,8 @@ def test_layers_are_given_where_it_is_made(pipes: Pair, reference_folder: Path) 
     made = KolorsPAGPipeline.from_pretrained(reference_folder, pag_applied_layers=["up", "mid"])
     assert made.pag_applied_layers == ["up", "mid"]
     assert KolorsPAGPipeline.from_pretrained(reference_folder).pag_applied_layers == ["mid"]
-    assert KolorsPAGPipeline.from_pipe(made).pag_applied_layers == ["up", "mid"]
+    for pipe in (made, KolorsImg2ImgPipeline.from_pipe(made)):
+        assert KolorsPAGPipeline.from_pipe(pipe).pag_applied_layers == ["up", "mid"], "also through a task"
     assert KolorsPAGPipeline.from_pipe(made, pag_applied_layers="down").pag_applied_layers == ["down"]
     assert KolorsPAGPipeline(**pipes[0].components, pag_applied_layers="up").pag_applied_layers == ["up"]
     with pytest.raises(ValueError, match="no self-attention is named 'nowhere'"):
