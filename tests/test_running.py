@@ -195,7 +195,10 @@ def test_ctrl_c_on_the_command_line_writes_nothing(tmp_path: Path) -> None:
     """A real signal to a real process, in the midst of its steps."""
     out = tmp_path / "apple.png"
     command = [sys.executable, "-m", "kolors_core", "a red apple", "--steps", "500", "-o", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, bufsize=1,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+    )  # fmt: skip
     assert process.stderr is not None
     told = ""
     while not re.search(r" [1-9]\d*/500", told) and (more := process.stderr.read(1)):
