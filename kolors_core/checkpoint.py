@@ -280,15 +280,24 @@ def save_component(model: Model, folder: str | Path, component: str, *, variant:
     letters, digits and underscores.
     """
     check_savable(model, component)
-    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
-        raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
+    check_variant(variant)
     place = Path(folder) / component
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "config.json", model.config.to_public())
+    write_weights(model, place, component, KINDS[component].stem, variant)
+
+
+def check_variant(variant: str | None) -> None:
+    """ValueError unless it is letters, digits and underscores, or None."""
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
+        raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
+
+
+def write_weights(model: nn.Module, place: Path, component: str, stem: str, variant: str | None) -> None:
+    """Write a model's own tensors to a file of the folder `place`, under public names."""
     table = TABLES[component]
     tensors = {table.to_public(name): tensor for name, tensor in base_state(model).items()}
-    name = ".".join(part for part in (KINDS[component].stem, variant, "safetensors") if part)
-    save_tensors(tensors, place / name)
+    save_tensors(tensors, place / ".".join(part for part in (stem, variant, "safetensors") if part))
 
 
 def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:

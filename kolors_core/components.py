@@ -38,6 +38,7 @@ from kolors_core.placement import (
     named_device,
     one_dtype,
     plain,
+    refuse_pickles,
     refuse_second_copy,
 )
 from kolors_core.prompt_cache import PromptCache
@@ -131,8 +132,7 @@ class Components(RunState):
         tokenizer, for a pipeline that can be planned (`plan`). A component passed in is used as it is and its
         files are not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
-        if use_safetensors is False:
-            raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
+        refuse_pickles(use_safetensors)
         refuse_second_copy(low_cpu_mem_usage)
         asked = one_dtype(torch_dtype, dtype)
         parts = {

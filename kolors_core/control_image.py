@@ -18,21 +18,31 @@ from kolors_core.checkpoint import (
     EMBEDDED_NAME,
     Kind,
     base_state,
+    check_variant,
     component_files,
     open_component,
     read_json,
     write_json,
+    write_weights,
 )
 from kolors_core.components import Components
 from kolors_core.controlnet import Control, ControlNet, ControlNetConfig, has_several, nets_of
+from kolors_core.fields import path_of
 from kolors_core.hub import fetch
 from kolors_core.image import control_pixels
 from kolors_core.loading import LoadReport, load
-from kolors_core.placement import Dtypes, dtype_of, one_dtype, plain, refuse_second_copy
+from kolors_core.placement import (
+    Dtypes,
+    dtype_of,
+    loading_device,
+    one_dtype,
+    plain,
+    refuse_pickles,
+    refuse_second_copy,
+)
 from kolors_core.quantize import refuse_quantized
 from kolors_core.unet import UNet
-from weights_convert import TABLES
-from weights_convert.source import Source, Tensors, save_tensors, weight_files
+from weights_convert.source import Source, Tensors, weight_files
 from weights_convert.writing import new_folder
 
 DEFAULT_SCALE = 0.8
@@ -66,12 +76,12 @@ class KolorsControlNet(ControlNet):
         "fp16"; None takes the only one there is. Raises FileNotFoundError or ValueError naming the file,
         field or tensor.
         """
-        if use_safetensors is False:
-            raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
+        refuse_pickles(use_safetensors)
         refuse_second_copy(low_cpu_mem_usage)
         name, asked = pretrained_model_name_or_path, one_dtype(torch_dtype, dtype)
         name = EMBEDDED / "controlnet" if name == EMBEDDED_NAME else name
-        has_weights = torch.device(device).type != "meta"
+        device = loading_device(device)
+        has_weights = device.type != "meta"
         folder = _fetched(
             name, subfolder, variant, has_weights, revision=revision, cache_dir=cache_dir,
             local_files_only=local_files_only, token=token,
@@ -146,14 +156,13 @@ class KolorsControlNet(ControlNet):
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
         """Write a new folder that the reference and `from_pretrained` load, whole or not at all.
 
-        Raises FileExistsError if `folder` is there already and not empty.
+        Raises FileExistsError if `folder` is there already and not empty, ValueError for a variant that is
+        not letters, digits and underscores.
         """
-        table = TABLES["controlnet"]
-        with new_folder(Path(folder)) as place:
+        check_variant(variant)
+        with new_folder(path_of("folder", folder)) as place:
             write_json(place / "config.json", self.config.to_public())
-            tensors = {table.to_public(name): tensor for name, tensor in self.state_dict().items()}
-            name = ".".join(part for part in (STEM, variant, "safetensors") if part)
-            save_tensors(tensors, place / name)
+            write_weights(self, place, "controlnet", STEM, variant)
 
 
 def _fetched(name: str | Path, subfolder: str, variant: str | None, has_weights: bool, **hub: Any) -> Path:

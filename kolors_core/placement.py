@@ -131,6 +131,12 @@ def one_dtype(torch_dtype: Dtypes, dtype: Dtypes) -> Dtypes:
     return torch_dtype if dtype is None else dtype
 
 
+def refuse_pickles(use_safetensors: bool | None) -> None:
+    """ValueError for the reference's way to ask for pickles."""
+    if use_safetensors is False:
+        raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
+
+
 def refuse_second_copy(low_cpu_mem_usage: bool) -> None:
     """ValueError for the reference's way of loading by a second copy, which there is none of here."""
     if not low_cpu_mem_usage:
