@@ -5,7 +5,7 @@ Shapes: B pictures, T width of the time embedding, C channels.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kolors_core.conditioning import Conditioning
 from kolors_core.context import ImagePrompt
-from kolors_core.controlnet import ControlNet, summed
+from kolors_core.controlnet import ControlNet, acting, summed
 from kolors_core.fields import path_of, whole_number
 from kolors_core.graphs import Graphs
 from kolors_core.ip_adapter import attached
@@ -126,7 +126,6 @@ def reading_once(
         )  # fmt: skip
         return unet.denoise(latents, main.split(shifts), reads, copies, residuals)
 
-    @cache
     def runner(those: tuple[int, ...]) -> Callable[..., Tensor]:
         if graphs is None or any(image.masks is not None for image in told.image_prompts):
             return partial(step, those, constant)
@@ -136,7 +135,9 @@ def reading_once(
         key = copies, state_of(unet), numbers, those, *states
         return graphs.of_run(partial(step, those), key, constant)
 
+    runs = {those: runner(those) for those in acting(controls, len(schedule.timesteps))}
+
     def predict(latents: Tensor, timestep: float, those: tuple[int, ...]) -> Tensor:
-        return runner(those)(latents, main.shifts(timestep), *(nets[k].shifts(timestep) for k in those))
+        return runs[those](latents, main.shifts(timestep), *(nets[k].shifts(timestep) for k in those))
 
     return predict
