@@ -89,6 +89,11 @@ def is_as_written(net: Encoder) -> bool:
     return not (is_another or net._compiled_call_impl or net._forward_hooks or net._forward_pre_hooks)
 
 
+def is_watched(net: Encoder) -> bool:
+    """Whether any module has a hook, which a recorded step would not call."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
 # (what conv_in reads [b, ...], timestep, which controls act) -> noise [B, ...]
 Predict = Callable[[Tensor, float, tuple[int, ...]], Tensor]
 
@@ -127,7 +132,12 @@ def reading_once(
         return unet.denoise(latents, main.split(shifts), reads, copies, residuals)
 
     def runner(those: tuple[int, ...]) -> Callable[..., Tensor]:
-        if graphs is None or any(image.masks is not None for image in told.image_prompts):
+        has_masks = any(image.masks is not None for image in told.image_prompts)
+        if (
+            graphs is None
+            or has_masks
+            or any(map(is_watched, (unet, *(control.net for control in controls))))
+        ):
             return partial(step, those, constant)
         scales = [branch.scale for handle in attached(unet) for branch in handle.branches.values()]
         states = [(state_of(control.net), control.scale) for control in controls]
