@@ -108,14 +108,14 @@ def record_attention(
     patterns: one or several globs (`fnmatch`) over the names of its attentions, as in
     "up.1.attentions.2.blocks.0.self_attention", "...cross_attention" and, of the first IP-Adapter,
     "...cross_attention.image_branches.0".
-    steps: which calls of the denoiser are kept, 0 the first; all if None. whole: each step's and head's map by
+    steps: which calls of the net are kept, 0 the first; all if None. whole: each step's and head's map by
     itself, made one tensor at each look; if not, the mean over both.
     Each map is [B, h, w, S] (whole: [steps, B, heads, h, w, S]) where the layer is, in float32, of a float64
     model in float64. B: under guidance the unconditional rows, then the conditional, then perturbed ones,
     whose self-attention is the identity. h, w: of the layer's feature map. S: in self-attention its h * w
     pixels, row by row; in cross-attention the text tokens as the net is given them: one column stands for all
-    equal pads, and a text shorter than the longest has columns of 0 on its left; in an image branch the tokens
-    of all its pictures, of which with masks each picture's add up to 1. Elsewhere a row adds up to 1.
+    equal pads, and a text shorter than the longest has columns of 0 on its left; in an image branch the
+    tokens of all its pictures, of which with masks each picture's add up to 1. Elsewhere a row adds up to 1.
     The results are those without recording, to the bit. Raises ValueError for a pattern that means nothing,
     for a net that is compiled, for steps in which a map has other shapes (as where guidance begins or ends)
     and, on leaving, for steps that never came.

@@ -1,19 +1,20 @@
 """Features inside a model by the names of modules: `capture` keeps them, `inject` changes them.
 
-    with capture(pipe.unet, "up.1.resnets.*") as kept:  # name -> an entry for each step
+    with capture(pipe.unet, "up.1.resnets.[0-9]") as kept:  # name -> an entry for each step
         pipe("a cat")
     with inject(pipe.unet, {"mid": lambda x, step: 0.9 * x, **kept}):
         pipe("a dog")
 
-A pattern is a glob (`fnmatch`) over the names of `model.named_modules()`; "" is the model itself, which no
-other pattern means. Features are what comes out of a module, or with what="in" its first argument: a tensor,
-or tensors in lists, tuples and dicts, such as the list of skips that a level on the way down gives.
+A pattern is a glob (`fnmatch`, whose * passes over dots) over the names of `model.named_modules()` that can
+be called; "" is the model itself, which no other pattern means.
+Features are what comes out of a module, or with what="in" its first argument: a tensor, or tensors in lists,
+tuples and dicts, such as the list of skips that a level on the way down gives.
 A step is a call of the module since the block began, 0 the first: for most modules of a UNet one of a run's
-steps. A ControlNet's count only steps in which it acts. What a run computes once (`Savings.read_once`) has
-one call a run: `text_proj`, `add_embedding`, a cross-attention's `to_k` and `to_v`, and for all times together
-`time_embedding` and `time_proj`. A hooked UNet or ControlNet itself, "", is called as a whole in each step,
-where that saving ends. A prompt that the pipeline's cache knows is not encoded again.
-Of compiled blocks only what stands between them can be seen; a step with hooks is no CUDA graph.
+steps, for a ControlNet's one of those in which it acts. What a run computes once (`Savings.read_once`) is
+called once a run: `text_proj`, `add_embedding`, a cross-attention's `to_k` and `to_v`, and for all times at
+once `time_embedding` and `time_proj`. With a hook on the UNet or ControlNet itself, "", that saving ends: it
+is called as a whole in each step. A prompt that the pipeline's cache knows is not encoded again.
+Of compiled blocks nothing can be seen, only what stands between them. A step with hooks is no CUDA graph.
 """
 
 import difflib
@@ -34,6 +35,7 @@ from kolors_core.placement import plain
 Patterns = str | Sequence[str]
 Steps = Collection[int] | None
 Where = Literal["in", "out"]
+Expected = Collection[int]
 Visit = Callable[[str, Any, int], Any]
 
 
@@ -59,9 +61,7 @@ def matching(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Patte
         for path in (".".join(parts[:i]) for i in range(len(parts) + 1)):
             if plain(model) is not model or model.get_submodule(path)._compiled_call_impl:
                 what = f"{path or 'the model'}, which is compiled"
-                raise ValueError(
-                    f"nobody can look at {name or 'the model'} inside of {what}; a copy.deepcopy is not"
-                )
+                raise ValueError(f"{name!r} cannot be seen in {what}: a copy.deepcopy of the model is not")
     return {name: module for name, module in modules.items() if name in found}
 
 
@@ -78,7 +78,7 @@ def steps_of(steps: Steps) -> Steps:
 class Calls:
     """Counts a module's calls and says which of them are meant: `steps`, or all. expected: what must come."""
 
-    def __init__(self, name: str, steps: Steps, expected: Collection[int] = (0,)) -> None:
+    def __init__(self, name: str, steps: Steps, expected: Expected = (0,)) -> None:
         self.name, self.steps, self.count = name, steps, 0
         self.expected = expected if steps is None else steps
 
@@ -108,8 +108,8 @@ def capture(
     """Keep features of the modules that are meant: a mapping from names to lists, entry i of the i-th call,
     or of the i-th of `steps`.
 
-    keep: what to keep of a tensor, such as `lambda x: x.half().cpu()`; itself, detached, where it is. Anything
-    that is no tensor, nor a list, tuple or dict of them, is kept as it is (a `TextEmbedding`).
+    keep: what to keep of a tensor, such as `lambda x: x.half().cpu()`; by default itself, detached. What is
+    no tensor, nor a list, tuple or dict of them, is kept as it is (a `TextEmbedding`).
     Raises ValueError for a pattern that means nothing, and on leaving for a step or module that never came.
     """
     found = _found(model, patterns)
@@ -131,13 +131,13 @@ def inject(
     A change is a tensor in place of the features; a list with an entry for each step, as `capture` gives; or
     a function (features, step) -> features. A module that several patterns mean has all changes, in turn.
     Raises ValueError for a pattern that means nothing, for features of another shape, dtype, device or
-    structure than the module's own, where a list is too short, and on leaving for a step, an entry or a module
-    that never came.
+    structure than the module's own, where a list is too short, and on leaving for a step, an entry or a
+    module that never came.
     """
     steps, ordered = steps_of(steps), sorted(steps_of(steps) or ())
     with ExitStack() as stack:
         for pattern, change in changes.items():
-            expected: Collection[int] = (0,)
+            expected: Expected = (0,)
             if isinstance(change, list):
                 expected = range(len(change))
                 if not change or (steps is not None and len(change) != len(ordered)):
@@ -154,7 +154,8 @@ def inject(
 def _found(model: nn.Module, patterns: Patterns) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"wanted a model, such as pipe.unet, got {type(model).__name__}")
-    return matching(model, dict(plain(model).named_modules()), patterns)
+    every = plain(model).named_modules()
+    return matching(model, {n: m for n, m in every if type(m).forward is not nn.Module.forward}, patterns)
 
 
 def _changed(name: str, features: Any, step: int, *, change: Any, ordered: list[int]) -> Any:
@@ -182,7 +183,7 @@ def _visited(
     what: Where,
     steps: Steps,
     visit: Visit,
-    expected: Collection[int] = (0,),
+    expected: Expected = (0,),
 ) -> Iterator[None]:
     """Let `visit(name, features, step)` see the features, and change them if it returns others than None."""
     if what not in ("in", "out"):
