@@ -26,8 +26,8 @@ from tests.test_compiling import Recorder
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES
 
-CAT: dict[str, Any] = {"prompt": "cat", "num_inference_steps": 3}
-DOG: dict[str, Any] = {"prompt": "一只红狗", "num_inference_steps": 3}
+CAT: dict[str, Any] = {"prompt": "cat", "num_inference_steps": 3, "output_type": "latent"}
+DOG = CAT | {"prompt": "一只红狗"}
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_kept_tensors_are_detached_or_what_keep_makes_of_them(unets: tuple[UNet,
 @torch.no_grad()
 def test_of_compiled_blocks_what_lies_between_is_seen(unets: tuple[UNet, Any]) -> None:
     ours, given = deepcopy(unets[0]), inputs(1, 4, 4)
-    compile_blocks(ours.mid, backend="eager")
+    compile_blocks(ours.mid.resnets[0], backend="eager")
     plain = ours(**given)
     with capture(ours, ["mid", "mid.attentions.0", "up.0"]) as kept:
         assert torch.equal(ours(**given), plain)
@@ -244,6 +244,7 @@ BAD: list[tuple[Callable[[UNet], Any], type[Exception], str]] = [
     (lambda u: capture(object(), "mid"), TypeError, "wanted a model, such as pipe.unet, got object"),  # type: ignore
     (lambda u: capture(u, "mid", steps=[0, 2, 5]), ValueError, "^mid ran 1 times: step 2, 5 never came"),
     (lambda u: capture(u, "up.0", steps="12"), TypeError, "steps must be some whole numbers"),  # type: ignore
+    (lambda u: inject(u, {}), TypeError, "wanted changes by pattern, such as {'mid': tensor}, got {}"),
     (lambda u: inject(u, {"mid": 3}), TypeError, "'mid': wanted a tensor, a list of them or a func"),
     (lambda u: inject(u, {"mid": []}), ValueError, "'mid': wanted features of at least one steps, got 0"),
     (lambda u: inject(u, {"mid": [1, 2]}, steps=[3]), ValueError, "'mid': wanted features of 1 steps, got 2"),
