@@ -65,7 +65,10 @@ def test_features_equal_the_reference(unets: tuple[UNet, Any]) -> None:
         for kept, other in zip((into, out), wanted[name], strict=True):
             assert len(kept[name]) == 1
             assert relative_error(kept[name][0].flatten(), other.flatten()) < EXACT, name
-    with inject(ours, {"mid.resnets.0": lambda x, _step: x + 1e-6}), capture(ours, "mid*norm2") as spoiled:
+    with (
+        inject(ours, {"mid.resnets.0": lambda x, _step: x + 1e-6 * x**2}),
+        capture(ours, "mid*norm2") as spoiled,
+    ):
         ours(**given)
     errors = {name: relative_error(kept, wanted[name][1]) for name, (kept,) in spoiled.items()}
     assert errors["mid.resnets.0.norm2"] < EXACT < errors["mid.resnets.1.norm2"], "so little shows"
