@@ -13,9 +13,10 @@ import torch
 from kolors_core import KolorsInpaintPipeline
 from tests.inpainting import NINE, Nine
 from tests.ip_adapters import Both, load_both, with_image_encoder, write_adapter
-from tests.parity import SMALL_CLIP, pair, randomise, reference_clip
+from tests.parity import pair, reference_clip
 from tests.pipelines import SOLVERS, Pair, make_pair, use_solver
 from tests.reference_folder import REAL_TOKENIZER, train_tokenizer, write
+from tests.small import SMALL_CLIP, randomise
 from weights_convert.folding import to_single
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kolors_core import KolorsControlNet
 from kolors_core.controlnet import ControlNetConfig
-from tests.parity import SMALL, randomise, transfer
+from tests.parity import transfer
+from tests.small import SMALL, randomise
 
 NET = ControlNetConfig(**vars(SMALL.unet), image_widths=(8, 12, 16, 24))
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from kolors_core.config import UNetConfig
 from kolors_core.face_id import FaceIDAdapter, FaceIDConfig
 from tests.ip_adapters import adapter_config
-from tests.parity import SMALL, randomise
 from tests.pipelines import picture
+from tests.small import SMALL, randomise
 from weights_convert import TABLES
 
 TOKENS = 4  # what the reference's loader takes for granted; Kolors has 6

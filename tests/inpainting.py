@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from kolors_core import KolorsInpaintPipeline
-from tests.parity import SMALL
+from tests.small import SMALL
 
 NINE = replace(SMALL, unet=replace(SMALL.unet, in_channels=9))
 Nine = tuple[KolorsInpaintPipeline, Any]

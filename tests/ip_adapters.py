@@ -15,8 +15,9 @@ from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import IPAdapterConfig, UNetConfig
 from kolors_core.ip_adapter import IPAdapter, cross_attentions
 from kolors_core.unet import UNet
-from tests.parity import SMALL, SMALL_CLIP, pair, randomise
+from tests.parity import pair
 from tests.pipelines import Pair, picture, steps_of
+from tests.small import SMALL, SMALL_CLIP, randomise
 from weights_convert import TABLES
 
 Both = tuple[KolorsPipeline, diffusers.KolorsPipeline]

@@ -10,7 +10,7 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.lora import linear_and_conv
 from kolors_core.lora_loading import LoRALoading
 from kolors_core.unet import UNet
-from tests.parity import relative_error
+from tests.small import relative_error
 from weights_convert import TABLES
 
 ALPHA = 3.0  # of factors of rank 2, in the spellings that can say it

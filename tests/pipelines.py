@@ -19,8 +19,9 @@ from kolors_core.schedule import SCHEDULERS
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.parity import FLOAT32, NO_MODULE, SMALL, assert_parity, first_divergence, transfer
+from tests.parity import NO_MODULE, assert_parity, first_divergence, transfer
 from tests.reference_folder import KOLORS_SCHEDULER, reference_pipeline
+from tests.small import FLOAT32, SMALL
 
 EMBEDDINGS = (
     "prompt_embeds",

@@ -15,7 +15,8 @@ from diffusers import EulerDiscreteScheduler, KolorsPipeline
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 
 from kolors_core.config import KolorsConfig
-from tests.parity import SMALL, randomise, reference_chatglm, reference_unet, reference_vae
+from tests.parity import reference_chatglm, reference_unet, reference_vae
+from tests.small import SMALL, randomise
 
 KOLORS_SCHEDULER = {
     "num_train_timesteps": 1100, "beta_start": 0.00085, "beta_end": 0.014, "beta_schedule": "scaled_linear",

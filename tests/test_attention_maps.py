@@ -24,8 +24,9 @@ from kolors_core.unet import Attention, UNet
 from tests.controlnets import net_pair
 from tests.ip_adapters import Both, adapter_config, guided_steps
 from tests.offloads import offloaded
-from tests.parity import EXACT, FLOAT32, pair, randomise, relative_error
+from tests.parity import pair
 from tests.pipelines import NO_SAVINGS, Pair, saving, steps_of
+from tests.small import EXACT, FLOAT32, randomise, relative_error
 from tests.test_compiling import Recorder
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES

@@ -22,7 +22,8 @@ from kolors_core.batch import Batch, main, parser
 from kolors_core.image import read_description
 from kolors_core.lines import fingerprint_of, read_lines
 from kolors_core.lora import attach, save_adapters
-from tests.batch_worker import draw_unlike, measure_split, start_two
+from tests.batch_worker import draw_unlike, measure_split
+from tests.two_processes import start_two
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"height": 64, "width": 64, "steps": 5}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kolors_core import SDXLCFGCutoffCallback
 from kolors_core.callback import NAMES
-from tests.parity import FLOAT32, relative_error
 from tests.pipelines import SMALL_PICTURE, SOLVERS, Pair, use_solver
+from tests.small import FLOAT32, relative_error
 
 Tensors = dict[str, Tensor]
 

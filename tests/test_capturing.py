@@ -20,8 +20,9 @@ from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import UNet
 from tests.controlnets import net_pair
 from tests.offloads import offloaded
-from tests.parity import EXACT, pair, relative_error
+from tests.parity import pair
 from tests.pipelines import NO_SAVINGS, Pair, saving, steps_of
+from tests.small import EXACT, relative_error
 from tests.test_compiling import Recorder
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES

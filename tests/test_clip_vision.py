@@ -13,18 +13,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 import kolors_core
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import CLIPVisionConfig
-from tests.parity import (
-    EXACT,
-    FLOAT32,
-    SMALL_CLIP,
-    assert_parity,
-    first_divergence,
-    pair,
-    randomise,
-    reference_clip,
-    relative_error,
-    transfer,
-)
+from tests.parity import assert_parity, first_divergence, pair, reference_clip, transfer
+from tests.small import EXACT, FLOAT32, SMALL_CLIP, randomise, relative_error
 from weights_convert import TABLES, recognise
 from weights_convert.__main__ import convert
 

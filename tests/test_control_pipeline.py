@@ -29,8 +29,8 @@ from tests.controlnets import NET, write_controlnet
 from tests.ip_adapters import Both, load_both
 from tests.loras import ATTENTION, factors, peft_names
 from tests.offloads import offloaded
-from tests.parity import EXACT, FLOAT32, relative_error
 from tests.pipelines import Pair, picture, steps_of
+from tests.small import EXACT, FLOAT32, relative_error
 from tests.test_unet import inputs
 
 HEIGHT, WIDTH, STEPS, GUIDANCE = 64, 72, 5, 5.0

@@ -19,9 +19,10 @@ from kolors_core.training import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.controlnets import NET, net_pair, reference_residuals
-from tests.parity import SMALL, pair, randomise
+from tests.parity import pair
 from tests.pipelines import picture
 from tests.reference_folder import KOLORS_SCHEDULER
+from tests.small import SMALL, randomise
 from weights_convert import TABLES
 
 CONFIG = TrainingConfig(steps=6, batch_size=2, learning_rate=1e-3, warmup=2, max_tokens=12, save_every=3)

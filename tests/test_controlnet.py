@@ -23,7 +23,8 @@ from tests.controlnets import (
     reference_residuals,
     write_controlnet,
 )
-from tests.parity import EXACT, SMALL, assert_parity, first_divergence, pair, randomise, relative_error
+from tests.parity import assert_parity, first_divergence, pair
+from tests.small import EXACT, SMALL, randomise, relative_error
 from tests.test_unet import inputs
 from weights_convert import TABLES, recognise
 from weights_convert.rules import compare

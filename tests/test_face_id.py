@@ -25,8 +25,9 @@ from kolors_core.unet import UNet
 from tests.face_ids import FACE, TOKENS, ReferenceFace, face_config, parts_of, write_face
 from tests.ip_adapters import Both, load_both
 from tests.offloads import offloaded
-from tests.parity import EXACT, FLOAT32, pair, relative_error
+from tests.parity import pair
 from tests.pipelines import EMBEDDINGS, NO_SAVINGS, SOLVERS, picture, saving, steps_of, use_solver
+from tests.small import EXACT, FLOAT32, relative_error
 from tests.test_unet import inputs
 from weights_convert import TABLES
 from weights_convert.__main__ import convert, convert_pickle

@@ -13,7 +13,7 @@ from kolors_core import KolorsImg2ImgPipeline, KolorsPAGPipeline, KolorsPipeline
 from kolors_core.freeu import FreeU, FreeUSwitch
 from kolors_core.graphs import Graphs
 from kolors_core.unet import UNet
-from tests.parity import EXACT, FLOAT32, assert_parity, first_divergence, pair, relative_error
+from tests.parity import assert_parity, first_divergence, pair
 from tests.pipelines import (
     NO_SAVINGS,
     SOLVERS,
@@ -24,6 +24,7 @@ from tests.pipelines import (
     steps_of,
     use_solver,
 )
+from tests.small import EXACT, FLOAT32, relative_error
 from tests.test_compiling import Recorder
 from tests.test_unet import inputs, run_reference
 

@@ -21,8 +21,9 @@ from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tempering import Sigmas, bounds
 from kolors_core.unet import UNet
-from tests.parity import EXACT, FLOAT32, SMALL, pair, relative_error
+from tests.parity import pair
 from tests.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, steps_of, use_solver
+from tests.small import EXACT, FLOAT32, SHALLOW, SMALL, relative_error
 from tests.test_unet import inputs
 
 
@@ -34,7 +35,7 @@ class Doubling(UNet):
 
 
 def subclassed(unet: UNet) -> UNet:
-    changed = Doubling(SMALL.unet).to(torch.float64)
+    changed = Doubling(SHALLOW.unet).to(torch.float64)
     changed.load_state_dict(unet.state_dict())
     return changed
 
@@ -57,7 +58,7 @@ def compiled(unet: UNet) -> Any:
 @pytest.mark.parametrize("change", [subclassed, patched, hooked, compiled])
 @torch.no_grad()
 def test_a_changed_unet_is_called_as_a_whole(change: Callable[[UNet], UNet]) -> None:
-    unet, _ = pair("unet", torch.float64)
+    unet, _ = pair("unet", torch.float64, SHALLOW)
     assert isinstance(unet, UNet)
     given = inputs(1, 8, 8, torch.float64)
     told = Conditioning(given["text_tokens"], given["pooled_text"], given["size_ids"])
@@ -101,7 +102,7 @@ def test_equal_rows_are_read_once_and_latents_not_doubled() -> None:
 @torch.no_grad()
 def test_a_sampler_step_compiles_whole() -> None:
     """UNet, guidance and the solver's arithmetic of two steps are one graph."""
-    unet, _ = pair("unet", torch.float64)
+    unet, _ = pair("unet", torch.float64, SHALLOW)
     assert isinstance(unet, UNet)
     given = inputs(2, 8, 8, torch.float64)
     told = [

@@ -21,8 +21,8 @@ from kolors_core.image_prompt import load_image_embeds, save_image_embeds
 from kolors_core.lora import attach as attach_lora
 from kolors_core.lora import save_adapters
 from tests.ip_adapters import Both, guided_steps, load_both
-from tests.parity import EXACT, FLOAT32, relative_error
 from tests.pipelines import SOLVERS, picture, use_solver
+from tests.small import EXACT, FLOAT32, relative_error
 from tests.test_unet import inputs
 
 

@@ -20,8 +20,9 @@ from kolors_core.clip_vision import CLIPVision
 from kolors_core.ip_adapter import attached
 from kolors_core.lora import attach as attach_lora
 from tests.ip_adapters import Both, adapter_config, guided_steps, load_both, write_adapter
-from tests.parity import EXACT, FLOAT32, pair, relative_error
+from tests.parity import pair
 from tests.pipelines import Pair, picture, steps_of
+from tests.small import EXACT, FLOAT32, relative_error
 
 LORA = "pytorch_lora_weights.safetensors"
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import kolors_core
 from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsPipeline
-from tests.parity import FLOAT32, SMALL, relative_error
 from tests.pipelines import SOLVERS, WEAK, Pair, embeddings, picture, steps_of, use_solver
+from tests.small import FLOAT32, SMALL, relative_error
 from weights_convert import TABLES
 
 

@@ -15,8 +15,8 @@ from kolors_core import KolorsControlNetInpaintPipeline, KolorsImg2ImgPipeline, 
 from kolors_core.masks import fitted
 from tests.controlnets import net_pair
 from tests.inpainting import Nine, mask_of
-from tests.parity import EXACT, FLOAT32, relative_error
 from tests.pipelines import SOLVERS, Pair, embeddings, picture, steps_of, use_solver
+from tests.small import EXACT, FLOAT32, relative_error
 
 
 def four(pipes: Pair) -> KolorsInpaintPipeline:

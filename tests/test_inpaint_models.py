@@ -21,9 +21,10 @@ from kolors_core.sampling import euler
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import UNet
 from tests.inpainting import NINE, Nine, mask_of
-from tests.parity import EXACT, pair, relative_error
+from tests.parity import pair
 from tests.pipelines import NO_SAVINGS, Pair, picture, saving, steps_of
 from tests.reference_folder import reference_pipeline
+from tests.small import EXACT, relative_error
 from tests.test_compiling import Recorder
 from tests.test_unet import inputs
 from weights_convert import TABLES

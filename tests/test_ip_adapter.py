@@ -12,7 +12,8 @@ from kolors_core.context import ImagePrompt
 from kolors_core.ip_adapter import IPAdapter, attach, attached, cross_attentions
 from kolors_core.unet import UNet
 from tests.ip_adapters import Both, adapter_config, guided_steps, load_both
-from tests.parity import EXACT, SMALL, SMALL_CLIP, randomise, reference_unet, relative_error
+from tests.parity import reference_unet
+from tests.small import EXACT, SMALL, SMALL_CLIP, randomise, relative_error
 from tests.test_unet import inputs
 from weights_convert import TABLES
 from weights_convert.__main__ import convert

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kolors_core.config import UNetConfig
 from kolors_core.loading import Initialiser, LoadReport, load, padded, zeros
 from kolors_core.unet import UNet
-from tests.parity import SMALL, randomise
+from tests.small import SMALL, randomise
 from weights_convert import TABLES
 from weights_convert.source import Source, Tensors, save_tensors
 

@@ -27,8 +27,9 @@ from kolors_core.lora import (
 )
 from kolors_core.lora_layers import LoRAConv2d, LoRALinear, Part
 from kolors_core.unet import UNet
-from tests.parity import EXACT, FLOAT32, SMALL, pair, randomise, reference_unet, relative_error
+from tests.parity import pair, reference_unet
 from tests.pipelines import WEAK, Pair, steps_of, use_solver
+from tests.small import EXACT, FLOAT32, SMALL, randomise, relative_error
 from tests.test_unet import inputs
 from weights_convert import TABLES
 

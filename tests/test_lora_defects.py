@@ -19,8 +19,8 @@ from tests.loras import (
     weights,
     with_deltas,
 )
-from tests.parity import EXACT
 from tests.pipelines import Pair
+from tests.small import EXACT
 from tests.test_lora_files import ALPHA, written
 
 

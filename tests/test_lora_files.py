@@ -37,7 +37,8 @@ from tests.loras import (
     weights,
     with_deltas,
 )
-from tests.parity import EXACT, SMALL, pair, reference_unet
+from tests.parity import pair, reference_unet
+from tests.small import EXACT, SMALL
 from weights_convert import TABLES
 from weights_convert.lora import normalise, spellings
 from weights_convert.sgm import sgm_blocks, to_sgm

@@ -28,8 +28,9 @@ from tests.loras import (
     peft_names,
     weights,
 )
-from tests.parity import EXACT, FLOAT32, SMALL, pair, reference_unet, relative_error
+from tests.parity import pair, reference_unet
 from tests.pipelines import Pair, steps_of
+from tests.small import EXACT, FLOAT32, SMALL, relative_error
 from tests.test_lora_files import trained, written
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES

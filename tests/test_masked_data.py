@@ -17,9 +17,10 @@ from kolors_core.tokenizer import Tokenizer
 from kolors_core.training import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.parity import SMALL, pair, randomise, relative_error
+from tests.parity import pair
+from tests.small import SHALLOW, SMALL, randomise, relative_error
 from tests.test_dataset import write_pictures
-from tests.test_training import CONFIG, UNET
+from tests.train_worker import CONFIG
 from weights_convert.source import Tensors
 
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def test_the_objective_reads_extra_behind_the_noisy_latents(tmp_path: Path, smal
 
 
 def test_nine_channels_begin_as_four_and_learn_more(tmp_path: Path, small_tokenizer: Path) -> None:
-    plain, nine = UNet(UNET), UNet(replace(UNET, in_channels=9))
+    plain, nine = UNet(SHALLOW.unet), UNet(replace(SHALLOW.unet, in_channels=9))
     randomise(plain)
     source = Tensors({name: tensor.clone() for name, tensor in plain.state_dict().items()}, "four channels")
     load(nine, source, "unet", partial={"conv_in.weight": padded})

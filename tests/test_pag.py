@@ -22,7 +22,7 @@ from kolors_core.perturbed import perturbed, perturbed_layers
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import Attention, UNet
 from tests.ip_adapters import Both
-from tests.parity import EXACT, FLOAT32, pair, relative_error
+from tests.parity import pair
 from tests.pipelines import (
     NO_SAVINGS,
     SOLVERS,
@@ -33,6 +33,7 @@ from tests.pipelines import (
     steps_of,
     use_solver,
 )
+from tests.small import EXACT, FLOAT32, SHALLOW, relative_error
 from tests.test_compiling import Recorder
 from tests.test_unet import inputs
 
@@ -303,7 +304,7 @@ def test_with_a_lora(pipes: Pair) -> None:
 
 @torch.no_grad()
 def halves() -> tuple[UNet, Conditioning, Conditioning, Tensor]:
-    unet, _ = pair("unet", torch.float64)
+    unet, _ = pair("unet", torch.float64, SHALLOW)
     assert isinstance(unet, UNet)
     given = inputs(2, 8, 8, torch.float64)
     told = [

@@ -21,7 +21,6 @@ from kolors_core.lora import TEXT_TARGETS, attach
 from kolors_core.prompt_cache import PromptCache
 from kolors_core.reading import Savings
 from kolors_core.unet import UNet
-from tests.parity import EXACT, FLOAT32, SMALL, relative_error
 from tests.pipelines import (
     NO_SAVINGS,
     SMALL_PICTURE,
@@ -34,6 +33,7 @@ from tests.pipelines import (
     steps_of,
     use_solver,
 )
+from tests.small import EXACT, FLOAT32, SMALL, relative_error
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])

@@ -26,7 +26,7 @@ from kolors_core.unet import TransformerBlock, UNet
 from kolors_core.vae import VAE
 from tests.ip_adapters import adapter_config
 from tests.offloads import offloaded
-from tests.parity import SMALL_CLIP, randomise
+from tests.small import SMALL_CLIP, randomise
 
 GIB = 2**30
 # Wide enough that a convolution's workspace and the weights of a block are of the size that they have in use.

@@ -20,7 +20,8 @@ from kolors_core.lora_layers import LoRAQuantizedLinear
 from kolors_core.quantize import QuantizedLinear, is_quantized, quantize, weight_bytes
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
-from tests.parity import SMALL, assert_parity, randomise
+from tests.parity import assert_parity
+from tests.small import SMALL, randomise
 from weights_convert.source import Tensors
 
 GIB = 2**30

@@ -22,7 +22,7 @@ from kolors_core.checkpoint import KINDS, Unfilled, load_component, read_json, s
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import KOLORS, ChatGLMConfig, CLIPVisionConfig, UNetConfig
 from tests.fuzz import CONFIGS, outcome
-from tests.parity import SMALL_CLIP
+from tests.small import SMALL_CLIP
 from weights_convert.__main__ import convert, main
 from weights_convert.reading import DTYPES, LONGEST_HEADER, MOST_TENSORS, read_object
 from weights_convert.source import Source, index_files, save_tensors

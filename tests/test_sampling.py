@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kolors_core.sampling import dpmpp_2m, draw_noise, euler, sampler_of
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Schedule, Scheduler
-from tests.parity import FLOAT32, relative_error
 from tests.reference_folder import KOLORS_SCHEDULER
+from tests.small import FLOAT32, relative_error
 
 SHAPE = (2, 4, 6, 5)
 RUNS = [

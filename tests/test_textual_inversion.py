@@ -31,8 +31,8 @@ from kolors_core.training import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.offloads import offloaded
-from tests.parity import EXACT, FLOAT32, SMALL, relative_error
 from tests.pipelines import NO_SAVINGS, Pair, saving, steps_of
+from tests.small import EXACT, FLOAT32, SMALL, relative_error
 from tests.test_tokenizer import PROMPTS
 
 WIDTH = SMALL.text_encoder.hidden_size

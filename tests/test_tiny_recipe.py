@@ -29,7 +29,7 @@ from kolors_core.objective import TrainingConfig
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training import Trainer
 from kolors_core.vae import VAE
-from tests.parity import EXACT, SMALL, randomise, relative_error
+from tests.small import EXACT, SMALL, randomise, relative_error
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,5 @@
 """Training: the reference's objective, runs that resume and spread over processes to the same losses."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,55 +9,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from kolors_core.chatglm import ChatGLM, TextEmbedding
-from kolors_core.dataset import Batches, read_folder
+from kolors_core.chatglm import TextEmbedding
 from kolors_core.lora import attach
-from kolors_core.objective import Batch, Data, Objective, TrainingConfig
+from kolors_core.objective import Batch, Objective, TrainingConfig
 from kolors_core.schedule import EulerDiscreteScheduler
-from kolors_core.tokenizer import Tokenizer
 from kolors_core.training import Trainer
-from kolors_core.unet import UNet
-from kolors_core.vae import VAE
-from tests.parity import EXACT, SMALL, pair, randomise, relative_error
+from tests.parity import pair
 from tests.reference_folder import KOLORS_SCHEDULER
+from tests.small import EXACT, SMALL, relative_error
 from tests.test_dataset import write_pictures
+from tests.train_worker import CONFIG, Killed, kill, make_trainer, train_killed_and_resumed
+from tests.two_processes import start_two
 from weights_convert.source import save_tensors
-
-CONFIG = TrainingConfig(
-    steps=6,
-    batch_size=4,
-    learning_rate=1e-3,
-    warmup=2,
-    max_tokens=12,
-    save_every=3,
-    ema=0.9,
-    schedule="cosine",
-)
-UNET = replace(SMALL.unet, channels=(32, 32, 64), heads=(2, 2, 4), depths=(0, 1, 1), resnets_per_level=1)
-
-
-def make_trainer(
-    folder: Path, pictures: Path, tokenizer: Path, config: TrainingConfig = CONFIG, train_text: bool = False
-) -> Trainer:
-    """A small run; weights and data are the same for every call."""
-    unet, vae, text = UNet(UNET), VAE(SMALL.vae), ChatGLM(SMALL.text_encoder)
-    for seed, model in enumerate((unet, vae, text)):
-        randomise(model, seed)
-    examples = read_folder(pictures)
-    batches = Batches(examples, [(64, 64), (32, 64)], config.batch_size, config.seed)
-    data = Data(examples, batches, vae, Tokenizer(tokenizer), config, None if train_text else text)
-    objective = Objective(unet, text if train_text else None, EulerDiscreteScheduler().table(), config)
-    return Trainer(objective, data, config, folder)
-
-
-class Killed(Exception):
-    """The end of a run from outside."""
-
-
-def kill(step: int, loss: float) -> None:
-    """End the run in its fifth step, two steps after it saved its state."""
-    if step == 4:
-        raise Killed
 
 
 @pytest.fixture(scope="module")
@@ -191,11 +152,11 @@ def test_two_processes_train_as_one_does(
     way: str, pictures: Path, tmp_path: Path, small_tokenizer: Path
 ) -> None:
     expected = make_trainer(tmp_path / "one", pictures, small_tokenizer).fit()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "tests.train_worker", way, str(pictures), str(small_tokenizer),
-               str(tmp_path / "two")]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert run.returncode == 0, run.stderr[-3000:]
+    log = tmp_path / "log"
+    work = way == "fsdp", pictures, small_tokenizer, tmp_path / "two"
+    for process in start_two(train_killed_and_resumed, log, *work):
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()[-3000:]
     losses = [float(line) for line in (tmp_path / "two" / "losses.txt").read_text().splitlines()]
     assert losses == pytest.approx(expected[3:], rel=1e-5), "killed, resumed, and on two processes"
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention_kernel
 from kolors_core.unet import UNet
-from tests.parity import EXACT, SMALL, assert_parity, first_divergence, pair, relative_error
+from tests.parity import assert_parity, first_divergence, pair
+from tests.small import EXACT, SMALL, relative_error
 
 CONFIG = SMALL.unet
 

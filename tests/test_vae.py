@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.parity import EXACT, assert_parity, first_divergence, pair, relative_error
+from tests.parity import assert_parity, first_divergence, pair
+from tests.small import EXACT, relative_error
 
 
 def picture(batch: int, height: int, width: int) -> torch.Tensor:

@@ -19,8 +19,9 @@ from kolors_core.offload import bytes_of
 from kolors_core.plan import Ledger
 from kolors_core.vae import VAE, ResBlock
 from tests.offloads import offloaded
-from tests.parity import EXACT, SMALL, pair, randomise, relative_error
+from tests.parity import pair
 from tests.pipelines import Pair, picture, steps_of
+from tests.small import EXACT, SMALL, randomise, relative_error
 from tests.test_placement import all_away
 
 SIDE = 32  # pixels: of SMALL_PICTURE and of most pictures here it makes several pieces

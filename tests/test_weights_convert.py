@@ -15,7 +15,8 @@ from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import KOLORS, CLIPVisionConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.parity import SMALL, reference_chatglm, reference_clip, reference_unet, reference_vae
+from tests.parity import reference_chatglm, reference_clip, reference_unet, reference_vae
+from tests.small import SMALL
 from weights_convert import TABLES, recognise
 from weights_convert.__main__ import convert, main
 from weights_convert.rules import UNUSED, Table, compare

@@ -1,23 +1,63 @@
-"""One process of several: `torchrun -m tests.train_worker ddp|fsdp PICTURES TOKENIZER OUT`.
+"""A small training run, and the same on two processes, killed and resumed; without the reference, which is
+slow to import."""
 
-Killed in its fifth step, it goes on from the state saved after three, and writes the losses from there.
-"""
-
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
+from kolors_core.chatglm import ChatGLM
+from kolors_core.dataset import Batches, read_folder
+from kolors_core.objective import Data, Objective, TrainingConfig
 from kolors_core.placement import join_processes
-from tests.test_training import CONFIG, Killed, kill, make_trainer
+from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.tokenizer import Tokenizer
+from kolors_core.training import Trainer
+from kolors_core.unet import UNet
+from kolors_core.vae import VAE
+from tests.small import SHALLOW, SMALL, randomise
 
-if __name__ == "__main__":
-    way, pictures, tokenizer, out = sys.argv[1], *map(Path, sys.argv[2:])
-    torch.set_num_threads(1)
+CONFIG = TrainingConfig(
+    steps=6,
+    batch_size=4,
+    learning_rate=1e-3,
+    warmup=2,
+    max_tokens=12,
+    save_every=3,
+    ema=0.9,
+    schedule="cosine",
+)
+
+
+def make_trainer(
+    folder: Path, pictures: Path, tokenizer: Path, config: TrainingConfig = CONFIG, train_text: bool = False
+) -> Trainer:
+    """A small run; weights and data are the same for every call."""
+    unet, vae, text = UNet(SHALLOW.unet), VAE(SMALL.vae), ChatGLM(SMALL.text_encoder)
+    for seed, model in enumerate((unet, vae, text)):
+        randomise(model, seed)
+    examples = read_folder(pictures)
+    batches = Batches(examples, [(64, 64), (32, 64)], config.batch_size, config.seed)
+    data = Data(examples, batches, vae, Tokenizer(tokenizer), config, None if train_text else text)
+    objective = Objective(unet, text if train_text else None, EulerDiscreteScheduler().table(), config)
+    return Trainer(objective, data, config, folder)
+
+
+class Killed(Exception):
+    """The end of a run from outside."""
+
+
+def kill(step: int, loss: float) -> None:
+    """End the run in its fifth step, two steps after it saved its state."""
+    if step == 4:
+        raise Killed
+
+
+def train_killed_and_resumed(shard: bool, pictures: Path, tokenizer: Path, out: Path) -> int:
+    """One process of two: killed in its fifth step, it goes on from the state saved after three, and writes
+    the losses from there."""
     join_processes()
-    config = replace(CONFIG, shard=way == "fsdp")
+    config = replace(CONFIG, shard=shard)
     first = make_trainer(out, pictures, tokenizer, config)
     first.on_step = kill
     try:
@@ -26,4 +66,4 @@ if __name__ == "__main__":
         losses = make_trainer(out, pictures, tokenizer, config).fit()
         if dist.get_rank() == 0:
             (out / "losses.txt").write_text("\n".join(map(repr, losses)))
-    dist.destroy_process_group()
+    return 0
