@@ -29,7 +29,7 @@ SMALL_CLIP = CLIPVisionConfig(
 SHALLOW = replace(
     SMALL,
     unet=replace(
-        SMALL.unet, channels=(32, 32, 64), heads=(2, 2, 4), depths=(0, 1, 1), resnets_per_level=1
+        SMALL.unet, channels=(32, 64, 96), heads=(2, 4, 6), depths=(0, 1, 1), resnets_per_level=1
     ),
 )  # fmt: skip
 
