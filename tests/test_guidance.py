@@ -23,7 +23,7 @@ from kolors_core.tempering import Sigmas, bounds
 from kolors_core.unet import UNet
 from tests.parity import pair
 from tests.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, steps_of, use_solver
-from tests.small import EXACT, FLOAT32, SHALLOW, SMALL, relative_error
+from tests.small import EXACT, FLOAT32, SHALLOW, relative_error
 from tests.test_unet import inputs
 
 
