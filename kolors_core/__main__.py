@@ -364,10 +364,12 @@ def load_adapters(pipe: Planning, options: argparse.Namespace) -> None:
 
 
 def numbers(text: str) -> list[float]:
+    """Numbers with commas between."""
     return [float(part) for part in text.split(",")]
 
 
 def size(text: str) -> tuple[int, int]:
+    """Two whole numbers with an x or a comma between."""
     first, second = text.replace("x", ",").split(",")
     return int(first), int(second)
 

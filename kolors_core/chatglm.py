@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention, count_bias
 from kolors_core.config import ChatGLMConfig
+from kolors_core.module import Module
 from kolors_core.tokenizer import TokenBatch
 
 
@@ -60,7 +61,7 @@ class TextEmbedding:
         return TextEmbedding(self.tokens.to(device), self.pooled.to(device), counts)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """x / sqrt(mean(x^2) + eps) * weight, with the mean taken in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
@@ -69,11 +70,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C], in the dtype of x."""
         variance = x.float().pow(2).mean(-1, keepdim=True)
         return (self.weight * (x * torch.rsqrt(variance + self.eps))).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Self-attention, rotary on the first half of each head; groups of query heads share a K/V head."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -101,7 +103,7 @@ class Attention(nn.Module):
         return self.to_out(attention(q, k, v, allowed).transpose(1, 2).flatten(2))  # [B, L, C]
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module):
     """SwiGLU: silu(first half) * second half of one wide projection."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -110,11 +112,12 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(config.feed_forward_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
         gate, value = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(F.silu(gate) * value)
 
 
-class Layer(nn.Module):
+class Layer(Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -133,7 +136,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class ChatGLM(nn.Module):
+class ChatGLM(Module):
     """The encoder. It has no final norm and no language-model head: Kolors reads the states before both."""
 
     def __init__(self, config: ChatGLMConfig) -> None:

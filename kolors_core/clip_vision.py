@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention, split_heads
 from kolors_core.config import CLIPVisionConfig
+from kolors_core.module import Module
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class CLIPVisionOutput:
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class Embedding(nn.Module):
+class Embedding(Module):
     """The image cut into patches, a class token before them; each token gets its position added."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
@@ -45,7 +46,7 @@ class Embedding(nn.Module):
         return x + self.positions.weight
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Multi-head self-attention: every token sees every other."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -57,6 +58,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
         q, k, v = (
             split_heads(project(x), self.heads)  # [B, H, N, D]
             for project in (self.to_q, self.to_k, self.to_v)
@@ -64,7 +66,7 @@ class Attention(nn.Module):
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, N, C]
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module):
     """Two linears around x * sigmoid(1.702 x), the quick stand-in for gelu that CLIP was trained with."""
 
     def __init__(self, width: int, inner_width: int) -> None:
@@ -73,11 +75,12 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(inner_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
         h = self.proj_in(x)
         return self.proj_out(h * torch.sigmoid(1.702 * h))
 
 
-class Layer(nn.Module):
+class Layer(Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
@@ -89,11 +92,12 @@ class Layer(nn.Module):
         self.mlp = FeedForward(width, config.feed_forward_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
 
-class CLIPVision(nn.Module):
+class CLIPVision(Module):
     """The encoder. Kolors reads `penultimate`; `forward` gives all that transformers' class does."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kolors_core.config import UNetConfig
 from kolors_core.context import Context, Read
 from kolors_core.fields import Fields, Public
+from kolors_core.module import Module
 from kolors_core.unet import Encoder, Shift, UNet
 
 _FIXED: dict[str, Any] = {
@@ -71,7 +72,7 @@ _SHARED = {
 }  # fmt: skip
 
 
-class ImageEmbedding(nn.Module):
+class ImageEmbedding(Module):
     """The control image as a map of the latents' size."""
 
     def __init__(self, config: ControlNetConfig) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kolors_core.config import IPAdapterConfig
 from kolors_core.ip_adapter import Adapter, ResamplerLayer
+from kolors_core.module import Module
 from kolors_core.unet import UNet
 
 
@@ -56,7 +57,7 @@ class FaceIDConfig(IPAdapterConfig):
             raise ValueError(f"{where}: not an IP-Adapter-FaceID-Plus: {error}") from None
 
 
-class FaceResampler(nn.Module):
+class FaceResampler(Module):
     """An id vector and CLIP's states of the face -> a few tokens as wide as the text's."""
 
     def __init__(self, config: FaceIDConfig) -> None:

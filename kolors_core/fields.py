@@ -20,6 +20,7 @@ class Fields:
         self.public, self.where, self.seen = public, where, set[str]()
 
     def fail(self, name: str, got: Any, wanted: str) -> None:
+        """ValueError that says which field of which config is what, and what was wanted."""
         field = name if name.isprintable() and len(name) <= 100 else repr(name[:100])
         raise ValueError(f"{self.where}: {field} is {_shown(got)}, wanted {wanted}")
 
@@ -38,6 +39,7 @@ class Fields:
         return values[0]
 
     def number(self, name: str, most: float = 1e6) -> float:
+        """A positive number."""
         value = self._get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
             self.fail(name, value, f"a positive number up to {most:g}")
@@ -57,6 +59,7 @@ class Fields:
         return tuple(values)
 
     def level_types(self, name: str, way: str, length: int) -> list[str]:
+        """For each level a kind of block, without or with attention; way: Down or Up."""
         value = self._get(name)
         allowed = (f"{way}Block2D", f"CrossAttn{way}Block2D")
         if (
@@ -68,11 +71,13 @@ class Fields:
         return list(value)
 
     def equal(self, name: str, wanted: Any) -> None:
+        """ValueError if the field is another value than this one."""
         value = self._get(name)
         if (list(value) if isinstance(value, tuple) else value) != wanted:
             self.fail(name, value, repr(wanted))
 
     def refuse_unless(self, fixed: Public) -> None:
+        """ValueError if a field that may be absent is there with another value than this one."""
         for name, wanted in fixed.items():
             self.seen.add(name)
             value = self.public.get(name, wanted)

@@ -19,6 +19,7 @@ from kolors_core.blocks import BlockScale, block_scales
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import IPAdapterConfig
 from kolors_core.context import ImagePrompt, Masks, ReadImages
+from kolors_core.module import Module
 from kolors_core.unet import Attention, UNet
 
 
@@ -33,7 +34,7 @@ def cross_attentions(unet: UNet) -> dict[str, Attention]:
     }
 
 
-class ResamplerAttention(nn.Module):
+class ResamplerAttention(Module):
     """From the queries to the picture's states and the queries themselves; keys and values in one tensor."""
 
     def __init__(self, config: IPAdapterConfig) -> None:
@@ -55,7 +56,7 @@ class ResamplerAttention(nn.Module):
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, Q, C]
 
 
-class ResamplerFeedForward(nn.Module):
+class ResamplerFeedForward(Module):
     """Norm, linear, gelu, linear."""
 
     def __init__(self, config: IPAdapterConfig) -> None:
@@ -65,10 +66,11 @@ class ResamplerFeedForward(nn.Module):
         self.proj_out = nn.Linear(config.feed_forward_size, config.width, bias=False)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """[B, n, C] -> [B, n, C]."""
         return self.proj_out(nn.functional.gelu(self.proj_in(self.norm(latents))))
 
 
-class ResamplerLayer(nn.Module):
+class ResamplerLayer(Module):
     """Attention and feed-forward, each added."""
 
     def __init__(self, config: IPAdapterConfig) -> None:
@@ -77,11 +79,12 @@ class ResamplerLayer(nn.Module):
         self.feed_forward = ResamplerFeedForward(config)
 
     def forward(self, latents: Tensor, image: Tensor) -> Tensor:
+        """latents: [B, queries, C]; image: [B, N, C]. Returns [B, queries, C]."""
         latents = latents + self.attention(latents, image)
         return latents + self.feed_forward(latents)
 
 
-class Resampler(nn.Module):
+class Resampler(Module):
     """A picture's CLIP states -> a few tokens as wide as the UNet's text context."""
 
     def __init__(self, config: IPAdapterConfig) -> None:
@@ -102,7 +105,7 @@ class Resampler(nn.Module):
         return self.norm_out(self.proj_out(latents))
 
 
-class ImageBranch(nn.Module):
+class ImageBranch(Module):
     """Keys and values of one cross-attention for the pictures, added to what the text brings.
 
     scale: a number for all pictures, or one for each; a list needs masks, which keep the pictures apart.
@@ -144,7 +147,7 @@ class ImageBranch(nn.Module):
         return h
 
 
-class Adapter(nn.Module):
+class Adapter(Module):
     """What makes image tokens, and branches for the cross-attentions, numbered as in the file: 1, 3, ..."""
 
     def __init__(self, config: IPAdapterConfig, resampler: nn.Module) -> None:

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kolors_core.module import Module
 from kolors_core.quantize import QuantizedLinear
 
 
-class Part(nn.Module):
+class Part(Module):
     """One adapter's share of one layer: two factors, or a delta of the weight's shape.
 
     down: [R, I, *K]; up: [O, R], of a convolution [O, R, 1, 1]. delta: [O, I, *K], which files of other forms
@@ -143,9 +144,11 @@ class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer with adapters."""
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The linear layer, with this weight."""
         return F.linear(input, weight, bias)
 
     def widen(self, h: Tensor, up: Tensor) -> Tensor:
+        """What `up` makes of the narrow features."""
         return F.linear(h, up)
 
 
@@ -161,9 +164,11 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     """A convolution with adapters; `down` has its kernel and stride, `up` is 1x1."""
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution, with this weight."""
         return self._conv_forward(input, weight, bias)
 
     def widen(self, h: Tensor, up: Tensor) -> Tensor:
+        """What `up` makes of the narrow features."""
         return F.conv2d(h, up)
 
 

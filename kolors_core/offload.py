@@ -134,6 +134,7 @@ class Arrive:
         self.offload, self.unit = offload, unit
 
     def __call__(self, *_: Any) -> None:
+        """Bring it, unless it is at work already."""
         offload = self.offload()
         if offload is not None and offload.at_work != self.unit:
             offload.need(self.unit)
@@ -194,6 +195,7 @@ class Offload:
 
     @property
     def bytes_on_device(self) -> int:
+        """Of weights that are there or on their way."""
         return sum(loan.copy.nbytes for loan in (self._coming | self._here).values())
 
     @torch.inference_mode(False)

@@ -58,9 +58,11 @@ class QuantizedLinear(nn.Linear):
         return q.to(self.scale.dtype).mul_(self.scale).add_(self.lowest).flatten(1)
 
     def forward(self, input: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
         return F.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
+        """What `print` adds for this layer."""
         return f"{super().extra_repr()}, bits={self.bits}"
 
 

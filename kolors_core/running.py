@@ -51,6 +51,7 @@ class Interrupt:
         self.pipe = pipe
 
     def __call__(self) -> None:
+        """Ask for the end."""
         self.pipe._interrupt = True
 
     def __bool__(self) -> bool:

@@ -1,9 +1,25 @@
 """The denoiser: noisy latents, a timestep and the text -> predicted noise.
 
-Reads bottom up: parts, then levels, then `UNet.forward` last. SDXL's UNet (https://arxiv.org/abs/2307.01952)
-with three levels, a projection of ChatGLM's tokens inside, and a wider added condition.
-Source: `UNet2DConditionModel` in diffusers' models/unets/unet_2d_condition.py.
+SDXL's UNet (https://arxiv.org/abs/2307.01952) with three levels, a projection of ChatGLM's tokens inside, and
+a wider added condition. Source: `UNet2DConditionModel` in diffusers' models/unets/unet_2d_condition.py.
 Shapes: B batch, C channels, H height, W width (in latents), N = H * W, S text tokens, T time embedding width.
+
+Reads bottom up, parts before what they are parts of:
+
+    sinusoid, Embedding   timestep; sizes and pooled text -> two vectors [B, T], whose sum is the time
+    ResBlock              [B, C, H, W] and the time -> [B, C', H, W]
+    Attention             pixels [B, N, C] look at pixels, at the text [B, S, 2048] and at pictures
+    TransformerBlock      Attention to pixels, Attention to text, FeedForward; a Transformer has some in a row
+    DownLevel, MidLevel, UpLevel   ResBlocks, each with its Transformer, and another size at the end
+    Encoder, UNet         all levels, and what they read
+
+The released model at 1024x1024 (ResBlocks and transformer blocks of each level; skips go across):
+
+    conv_in   4 -> 320 at 128x128                    conv_out   320 -> 4 at 128x128
+    down.0    320 at 128x128, 2 ResBlocks            up.2       320 at 128x128, 3 ResBlocks
+    down.1    640 at 64x64, 2 with 2 blocks each     up.1       640 at 64x64, 3 with 2 blocks each
+    down.2    1280 at 32x32, 2 with 10 blocks each   up.0       1280 at 32x32, 3 with 10 blocks each
+              mid   1280 at 32x32, 2 ResBlocks around 10 blocks
 """
 
 import math
@@ -18,6 +34,7 @@ from torch import Tensor, nn
 from kolors_core.attention import attention, count_bias, split_heads
 from kolors_core.config import UNetConfig
 from kolors_core.context import Context, ImagePrompt, Masks, Read, at_size
+from kolors_core.module import Module
 
 
 def sinusoid(values: Tensor, width: int) -> Tensor:
@@ -30,7 +47,7 @@ def sinusoid(values: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class Embedding(nn.Module):
+class Embedding(Module):
     """A two-layer perceptron that turns a sinusoid, or the added condition, into a time embedding."""
 
     def __init__(self, width: int, time_dim: int) -> None:
@@ -39,6 +56,7 @@ class Embedding(nn.Module):
         self.linear_2 = nn.Linear(time_dim, time_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., T]."""
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -52,7 +70,7 @@ Times = Iterator[Tensor | Shift]
 Contexts = Iterator[Context | Read]
 
 
-class ResBlock(nn.Module):
+class ResBlock(Module):
     """Two convolutions around the time embedding, with a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
@@ -79,7 +97,7 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + h
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Multi-head attention from x to a context, which is x itself in self-attention."""
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
@@ -119,7 +137,7 @@ class Attention(nn.Module):
         return self.to_out(h.transpose(1, 2).flatten(2))  # [B, N, C]
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module):
     """GEGLU: value * gelu(gate), with the exact (erf) gelu."""
 
     def __init__(self, width: int) -> None:
@@ -128,11 +146,12 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
         value, gate = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(value * F.gelu(gate))
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Module):
     """Self-attention, cross-attention to text and images, feed-forward; each on a norm, each added."""
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
@@ -152,7 +171,7 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.norm3(x))
 
 
-class Transformer(nn.Module):
+class Transformer(Module):
     """Transformer blocks over the pixels of a feature map, as a residual."""
 
     def __init__(self, width: int, heads: int, depth: int, config: UNetConfig) -> None:
@@ -173,7 +192,7 @@ class Transformer(nn.Module):
         return x + h
 
 
-class DownLevel(nn.Module):
+class DownLevel(Module):
     """Resnets, each with its transformer if the level has any, then a halving unless it is the innermost."""
 
     def __init__(self, in_channels: int, level: int, config: UNetConfig) -> None:
@@ -200,7 +219,7 @@ class DownLevel(nn.Module):
         return skips
 
 
-class MidLevel(nn.Module):
+class MidLevel(Module):
     """Resnet, transformer, resnet at the innermost size."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -210,12 +229,13 @@ class MidLevel(nn.Module):
         self.attentions = nn.ModuleList([Transformer(width, config.heads[-1], config.depths[-1], config)])
 
     def forward(self, x: Tensor, times: Times, contexts: Contexts) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
         x = self.resnets[0](x, next(times))
         x = self.attentions[0](x, contexts)
         return self.resnets[1](x, next(times))
 
 
-class UpLevel(nn.Module):
+class UpLevel(Module):
     """Resnets, each reading a skip of the way down; then a doubling unless it is the outermost."""
 
     def __init__(self, in_channels: int, skip_channels: list[int], level: int, config: UNetConfig) -> None:
@@ -236,6 +256,7 @@ class UpLevel(nn.Module):
         self.freeu: Callable[[Tensor, Tensor], Tensor] | None = None  # another way to join, see freeu.py
 
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        """[B, C, H, W] and [B, C', H, W] -> [B, C + C', H, W]."""
         return torch.cat([x, skip], dim=1) if self.freeu is None else self.freeu(x, skip)
 
     def forward(self, x: Tensor, skips: list[Tensor], times: Times, contexts: Contexts) -> Tensor:
@@ -249,7 +270,7 @@ class UpLevel(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class Encoder(Module):
     """The way down and the middle with all that they read: what a UNet and a ControlNet have in common."""
 
     def __init__(self, config: UNetConfig) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention
 from kolors_core.config import VAEConfig
+from kolors_core.module import Module
 from kolors_core.vae_tiles import Tiles
 
 NORM_EPS = 1e-6
@@ -30,7 +31,7 @@ class LatentDistribution:
         return self.mean + self.std * noise.to(self.mean)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Module):
     """Two convolutions with a shortcut; the UNet's resnet without a time embedding."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
@@ -44,12 +45,13 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, out_channels, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """One head over all pixels, as a residual."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -61,13 +63,14 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
         h = self.norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
         q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))  # [B, 1, N, C]
         h = self.to_out(attention(q, k, v).squeeze(1))  # [B, N, C]
         return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])  # [B, C, H, W]
 
 
-class Middle(nn.Module):
+class Middle(Module):
     """Resnet, attention, resnet at the smallest size."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -77,10 +80,11 @@ class Middle(nn.Module):
         self.resnet_out = ResBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
         return self.resnet_out(self.attention(self.resnet_in(x)))
 
 
-class DownLevel(nn.Module):
+class DownLevel(Module):
     """Resnets, then a halving unless it is the innermost level."""
 
     def __init__(self, in_channels: int, channels: int, is_last: bool, config: VAEConfig) -> None:
@@ -90,6 +94,7 @@ class DownLevel(nn.Module):
         self.downsample = None if is_last else nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, channels, H/2, W/2], or [B, channels, H, W] at the innermost."""
         for resnet in self.resnets:
             x = resnet(x)
         if self.downsample is not None:
@@ -98,7 +103,7 @@ class DownLevel(nn.Module):
         return x
 
 
-class UpLevel(nn.Module):
+class UpLevel(Module):
     """Resnets, then a doubling unless it is the outermost level."""
 
     def __init__(self, in_channels: int, channels: int, is_last: bool, config: VAEConfig) -> None:
@@ -108,6 +113,7 @@ class UpLevel(nn.Module):
         self.upsample = None if is_last else nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, channels, 2H, 2W], or [B, channels, H, W] at the outermost."""
         for resnet in self.resnets:
             x = resnet(x)
         if self.upsample is not None:
@@ -115,7 +121,7 @@ class UpLevel(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class Encoder(Module):
     """Image -> mean and log-variance, stacked as channels."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -131,13 +137,14 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(last, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 8, H/8, W/8]."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """Latents -> image."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -153,6 +160,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, 4, H/8, W/8] -> [B, 3, H, W]."""
         x = self.mid(self.conv_in(x))
         for level in self.up:
             x = level(x)
