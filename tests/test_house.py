@@ -13,12 +13,12 @@ import kolors_core.unet
 ROOT = Path(__file__).parents[1]
 ORDER = """
     fields module config attention image masks canny tokenizer chatglm clip_vision context unet blocks
-    vae_tiles vae ip_adapter face_id controlnet conditioning quantize lora_layers lora lora_file graphs compiling
-    prompt_cache running schedule sampling holding tempering reading guidance freeu placement perturbed
-    offload hub loading checkpoint lora_loading textual_inversion fitting components single_file text_prompt
-    image_prompt face_prompt control_image quantize_report callback task plan from_picture pipeline inpaint
-    pag_pipeline control_pipeline dataset objective training masked_data options lines claims split_guidance
-    capturing attention_maps batch __init__ __main__
+    vae_tiles vae ip_adapter face_id controlnet conditioning quantize lora_layers lora lora_file graphs
+    compiling prompt_cache running schedule sampling holding tempering reading guidance freeu placement
+    perturbed offload hub loading checkpoint lora_loading textual_inversion fitting components single_file
+    text_prompt image_prompt face_prompt control_image quantize_report callback task plan from_picture
+    pipeline inpaint pag_pipeline control_pipeline dataset objective training masked_data options lines
+    claims split_guidance capturing attention_maps batch __init__ __main__
 """.split()  # noqa: SIM905
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
 
