@@ -74,11 +74,13 @@ def _from_text_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
 
 
 def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
-    found = []
-    for number, line in enumerate(
-        (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), start=1
-    ):
-        where = f"{folder / 'metadata.jsonl'}, line {number}"
+    found, file = [], folder / "metadata.jsonl"
+    with naming(file):
+        whole = file.read_text(encoding="utf-8-sig")
+    for number, line in enumerate(whole.split("\n"), start=1):  # `splitlines` would cut within captions too
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
         try:
             row = json.loads(line)
             name, text = row["file_name"], row["text"]
@@ -100,12 +102,10 @@ def buckets(resolution: int, step: int = 64, longest: float = 2.0) -> list[tuple
     whole_number("resolution", resolution)
     whole_number("step", step)
     sizes = {(resolution, resolution)}
-    side = step
-    while side <= resolution:
+    for side in range(step, resolution + 1, step):
         other = resolution * resolution // side // step * step
         if other <= longest * side:
             sizes |= {(side, other), (other, side)}
-        side += step
     return sorted(sizes)
 
 
@@ -166,17 +166,15 @@ class Batches:
         sizes = sorted(self.members)
         weights = torch.tensor([float(len(self.members[size])) for size in sizes])
         size = sizes[int(torch.multinomial(weights, 1, generator=draw))]
-        members = self.members[size]
-        chosen = self._shuffled(members, step, draw)
         samples = []
-        for i in chosen:
+        for i in self._shuffled(self.members[size], draw):
             captions = self.examples[i].captions
             caption = captions[int(torch.randint(len(captions), (), generator=draw))]
             is_dropped = float(torch.rand((), generator=draw)) < self.dropout
             samples.append(Sample(i, "" if is_dropped else caption))
         return size, samples
 
-    def _shuffled(self, members: list[int], step: int, draw: torch.Generator) -> list[int]:
+    def _shuffled(self, members: list[int], draw: torch.Generator) -> list[int]:
         """Pictures without repetition while any are left: a larger batch goes round again."""
         chosen: list[int] = []
         while len(chosen) < self.batch_size:

@@ -52,6 +52,16 @@ def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
+def test_captions_of_metadata_may_hold_what_else_ends_a_line(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    row = json.dumps({"file_name": "0.png", "text": "one\u2028caption"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(f"\ufeff{row}\n\n", encoding="utf-8")
+    assert [example.captions for example in read_folder(tmp_path)] == [("one\u2028caption",)]
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="metadata.jsonl: 'utf-8' codec"):
+        read_folder(tmp_path)
+
+
 def test_missing_captions_and_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no pictures with captions"):
         read_folder(tmp_path)
