@@ -33,9 +33,8 @@ from kolors_core.claims import Claims, Manifest, Record
 from kolors_core.image import describe, save_png
 from kolors_core.lines import KEY, Line, Picture, fingerprint_of, read_lines
 from kolors_core.options import (
-    add_guidance,
     add_model,
-    add_sampler,
+    add_sampling,
     bits_of,
     check_seed,
     default_steps,
@@ -76,15 +75,12 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="a line without a seed takes this plus its number (default: 0)"
     )
     top.add_argument(
-        "--split-guidance",
-        action="store_true",
+        "--split-guidance", action="store_true",
         help="two processes draw each picture, one with the prompt and one with the negative prompt: sooner "
         "done, not more of them",
-    )
+    )  # fmt: skip
     add_model(top.add_argument_group("model"))
-    sampling = top.add_argument_group("sampling")
-    add_sampler(sampling)
-    add_guidance(sampling)
+    add_sampling(top.add_argument_group("sampling"))
     top.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
     return top
 
@@ -231,14 +227,15 @@ class Batch:
         units, unit = self.world, self.rank
         if self.pair is not None:
             units, unit = units // 2, unit // 2
-        own = {line.number for line in lines[unit::units]}
+        share = lines[unit::units]
+        own = {line.number for line in share}
         rest = [line for line in lines[::-1] if line.number not in own]
 
         def place(line: Line) -> tuple[bool, bool, tuple[str, ...]]:
             is_cut_short = self.claims.was_cut_short(line.number)
             return is_cut_short, line.number not in own, _sources(line.picture)
 
-        return sorted([*lines[unit::units], *rest], key=place)
+        return sorted([*share, *rest], key=place)
 
     def _draw(self, line: Line) -> None:
         """Draw a claimed line, and write down what became of it."""
@@ -360,7 +357,6 @@ class Batch:
 
     def _end(self, failed: Sequence[Line]) -> None:
         """One record for each line, no scratch files, and a report."""
-        names = {line.file for line in self.lines}
 
         def complete(records: dict[int, Record]) -> None:
             for line in self.lines:
@@ -373,19 +369,17 @@ class Batch:
         sweep(self.folder)
         if self.is_quiet:
             return
-        own = re.compile(r"\d{6,}-\d+\.png")
-        others = [
-            file for file in self.folder.iterdir() if own.fullmatch(file.name) and file.name not in names
-        ]
-        drawn = f"{len(self.lines) - len(failed)} of {len(self.lines)} pictures"
-        print(f"{drawn} are in {self.folder}", file=sys.stderr)
+        names = {line.file for line in self.lines}
+        found = [name for name in os.listdir(self.folder) if re.fullmatch(r"\d{6,}-\d+\.png", name)]
+        others = [name for name in found if name not in names]
+        drawn = len(self.lines) - len(failed)
+        report = [f"{drawn} of {len(self.lines)} pictures are in {self.folder}"]
         if others:
-            print(
-                f"{len(others)} more are of no line of this file, such as {others[0].name}", file=sys.stderr
-            )
+            report.append(f"{len(others)} more are of no line of this file, such as {others[0]}")
         for line in failed:
             reason = self._record(line).get("reason") or "another run on this OUT has a line of its number"
-            print(f"line {line.number} failed: {reason}", file=sys.stderr)
+            report.append(f"line {line.number} failed: {reason}")
+        print(*report, sep="\n", file=sys.stderr)
 
 
 def _sources(picture: Picture | None) -> tuple[str, ...]:
