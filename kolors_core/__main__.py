@@ -185,27 +185,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 def draw(options: argparse.Namespace) -> None:
     """Make and write the pictures that the options ask for."""
-    outs = checked(options)
-    start = None if options.image is None else load_image(options.image)
-    mask, strengths = (
-        None if file is None else load_image(file, lambda picture: picture.convert("L"))
-        for file in (options.mask, options.strength_map)
-    )
-    guides = [load_image(file) for file in options.ip_image or ()]
-    face = {}
-    if options.face_adapter is not None:
-        face = {
-            "face_embeds": load_face_embeds(options.face_embeds),
-            "face_image": load_image(options.face_image),
-        }
-    controls = control_arguments(options)
-    outs[0].parent.mkdir(parents=True, exist_ok=True)
+    outs, arguments = checked(options), arguments_of(options)  # pictures are read before weights
     device = named_device(options.device)
+    outs[0].parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(options, device, task=task_of(options))
     quantized = quantize(pipe, options)
     load_adapters(pipe, options)
     guide(pipe, options)
     load_controls(options, pipe, device)
+    output = pipe(**arguments)
+    names = ("image", "mask", "strength_map", "padding_mask_crop", "lora", "textual_inversion", "ip_adapter",
+             "ip_image", "face_adapter", "face_image", "control", "control_image", "canny")  # fmt: skip
+    given = {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
+    told = {name: ", ".join(value) if isinstance(value, list) else value for name, value in given.items()}
+    if quantized is not None:
+        told["quantized"] = str(quantized)
+    for image, out in zip(output[0], outs, strict=True):
+        describe(image, image.info | told)
+        save_png(image, out)
+        if not options.quiet:
+            print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)
+
+
+def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the task that the options ask for; its pictures are read."""
     steps = default_steps(options.sampler) if options.steps is None else options.steps
     if options.timesteps or options.sigmas:
         steps = 50  # the pipeline's own default, which says nothing
@@ -220,33 +223,24 @@ def draw(options: argparse.Namespace) -> None:
         target_size=options.target_size, negative_original_size=options.negative_original_size,
         negative_crops_coords_top_left=options.negative_crop or (0, 0),
         negative_target_size=options.negative_target_size, max_sequence_length=options.max_tokens,
-        ip_adapter_image=[guides] if guides else None, **face, **controls,
+        **control_arguments(options),
     )  # fmt: skip
-    if options.strength is not None:
-        arguments["strength"] = options.strength
-    if start is None and controls:
-        image = arguments.pop("control_image")
-        output = KolorsControlNetPipeline.from_pipe(pipe)(image=image, **arguments)
-    elif start is None:
-        output = pipe(**arguments)
-    elif mask is None:
-        output = KolorsImg2ImgPipeline.from_pipe(pipe)(image=start, strength_map=strengths, **arguments)
-    else:
-        output = pipe(
-            image=start, mask_image=mask, padding_mask_crop=options.padding_mask_crop,
-            paste_back=False if options.no_paste_back else None, **arguments,
-        )  # fmt: skip
-    names = ("image", "mask", "strength_map", "padding_mask_crop", "lora", "textual_inversion", "ip_adapter",
-             "ip_image", "face_adapter", "face_image", "control", "control_image", "canny")  # fmt: skip
-    given = {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
-    told = {name: ", ".join(value) if isinstance(value, list) else value for name, value in given.items()}
-    if quantized is not None:
-        told["quantized"] = str(quantized)
-    for image, out in zip(output[0], outs, strict=True):
-        describe(image, image.info | told)
-        save_png(image, out)
-        if not options.quiet:
-            print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)
+    if options.image is not None:
+        arguments["image"] = load_image(options.image)
+    elif options.control:  # is what that task calls `image`
+        arguments["image"] = arguments.pop("control_image")
+    for name, file in {"mask_image": options.mask, "strength_map": options.strength_map}.items():
+        if file is not None:
+            arguments[name] = load_image(file, lambda picture: picture.convert("L"))
+    if options.ip_image:
+        arguments["ip_adapter_image"] = [[load_image(file) for file in options.ip_image]]
+    if options.face_adapter is not None:
+        arguments["face_embeds"] = load_face_embeds(options.face_embeds)
+        arguments["face_image"] = load_image(options.face_image)
+    for name in ("strength", "padding_mask_crop"):
+        if getattr(options, name) is not None:
+            arguments[name] = getattr(options, name)
+    return arguments | ({"paste_back": False} if options.no_paste_back else {})
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -309,8 +303,10 @@ def checked(options: argparse.Namespace) -> list[Path]:
 
 
 def task_of(options: argparse.Namespace) -> type[Planning]:
-    """What the weights are loaded for: inpainting may have a UNet of its own."""
-    return KolorsPipeline if options.mask is None else KolorsInpaintPipeline
+    """What the weights are loaded for. Inpainting may have a UNet of its own."""
+    if options.image is None:
+        return KolorsControlNetPipeline if options.control else KolorsPipeline
+    return KolorsImg2ImgPipeline if options.mask is None else KolorsInpaintPipeline
 
 
 def load_adapters(pipe: Planning, options: argparse.Namespace) -> None:

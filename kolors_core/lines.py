@@ -156,7 +156,7 @@ def _of_cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | Va
             elif name in ("seed", "height", "width", "steps"):
                 row[name] = int(cell)
         except ValueError:
-            pass  # what it must be, `_picture` says
+            pass  # `_picture` says what it must be
     return row
 
 

@@ -45,6 +45,11 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def whole(models: Iterable[nn.Module]) -> Unit:
+    """Models as one unit."""
+    return tuple((model, "") for model in models)
+
+
 def tensors_of(unit: Unit) -> dict[int, Tensor]:
     """The parameters and buffers that a unit has now, by their identity."""
     modules = [model.get_submodule(path) for model, path in unit]
@@ -57,7 +62,7 @@ def bytes_of(unit: Unit) -> int:
 
 
 def refuse_compiled(models: Models) -> None:
-    """ValueError for a compiled module: weights cannot come in between the calls inside of it."""
+    """ValueError for a compiled model: no block of it can wait for its weights while the whole runs."""
     for stage, listed in models.items():
         for model in listed:
             if plain(model) is not model or any(part._compiled_call_impl for part in model.modules()):
@@ -113,14 +118,13 @@ class Lane:
 
 @dataclass(frozen=True)
 class Loan:
-    """A copy of a tensor's data on the accelerator, made when the tensor had this version and there from this
-    event on."""
+    """A copy of a tensor's data on the accelerator."""
 
     tensor: Tensor
-    home: Tensor
+    home: Tensor  # its data on the CPU
     copy: Tensor
-    version: int
-    arrival: Any
+    version: int  # of the tensor, when it was copied
+    arrival: Any  # the event from which on the copy is there
 
     def is_still(self, data: Tensor) -> bool:
         """Whether this is the tensor's data, and unwritten. A write through `.data` goes unnoticed."""
@@ -128,7 +132,7 @@ class Loan:
 
 
 class Arrive:
-    """The hook that brings a module's unit before the module runs. A copy of it does nothing."""
+    """The hook that brings a module's unit before the module runs. A copied or pickled one does nothing."""
 
     def __init__(self, offload: Callable[[], "Offload | None"] = lambda: None, unit: str = "") -> None:
         self.offload, self.unit = offload, unit
@@ -163,9 +167,14 @@ class Offload:
         self._coming: dict[int, Loan] = {}  # copied already, or on the way, and not yet in the tensor
         self._hooks: list[Any] = []
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy has models of its own, which are at home."""
-        return _restarted, (self.device, self.by_block)
+    def __getstate__(self) -> tuple[Any, ...]:
+        """For copies and pickles: they have models of their own, which are at home."""
+        return self.device, self.by_block
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.__init__()
+        if state[0] is not None:
+            self.start(*state)
 
     def start(self, device: torch.device, by_block: bool) -> None:
         """Let models that are on the CPU work on a device from the next `enter` on."""
@@ -229,8 +238,8 @@ class Offload:
 
     def _next(self, now: str) -> str | None:
         """The unit that is likely next, if there is room for it."""
-        first = dict(pairwise(self._units)).get(now)
-        guess = self._followed.get((self._before, now), first)
+        in_order = dict(pairwise(self._units)).get(now)
+        guess = self._followed.get((self._before, now), in_order)
         if guess is None or guess not in self._units or guess == now:
             return None
         both = self._units[now], self._units[guess]
@@ -256,7 +265,7 @@ class Offload:
         return bool(leaving)
 
     def _send(self, tensors: Sequence[Tensor]) -> None:
-        """Start to copy."""
+        """Start to copy them, of which none is there or on its way."""
         for tensor in tensors:
             tensor.data = self.lane.home(tensor.data)
         homes = [tensor.data for tensor in tensors]
@@ -271,7 +280,7 @@ class Offload:
 
     def _look(self, models: Models) -> None:
         """Find the units of these models as they are now, and send home what was made on the accelerator."""
-        stages = {name: tuple((model, "") for model in models[name]) for name in STAGES if name in models}
+        stages = {name: whole(models[name]) for name in STAGES if name in models}
         if self.by_block:
             refuse_compiled(models)
             self._hook(stages)
@@ -307,10 +316,3 @@ class Offload:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-
-def _restarted(device: torch.device | None, by_block: bool) -> Offload:
-    offload = Offload()
-    if device is not None:
-        offload.start(device, by_block)
-    return offload

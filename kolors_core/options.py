@@ -27,16 +27,15 @@ from kolors_core.tempering import ends, rescaling
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONTROLNETS = {kind: f"Kwai-Kolors/Kolors-ControlNet-{kind.title()}" for kind in ("canny", "depth", "pose")}
+# Each says all that it is: the checkpoint's own scheduler may be any of them.
 SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
-    "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
-    "euler-karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
-    "dpmpp-2m": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
-    "dpmpp-2m-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "dpmpp-2m-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "dpmpp-2m-sde-karras": (
-        DPMSolverMultistepScheduler,
-        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-    ),
+    name + ending: (kind, own | {"use_karras_sigmas": bool(ending)})
+    for name, kind, own in (
+        ("euler", EulerDiscreteScheduler, {}),
+        ("dpmpp-2m", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+        ("dpmpp-2m-sde", DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    )
+    for ending in ("", "-karras")
 }
 
 

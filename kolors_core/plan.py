@@ -28,7 +28,7 @@ from kolors_core.checkpoint import KINDS
 from kolors_core.controlnet import nets_of
 from kolors_core.fields import whole_number
 from kolors_core.ip_adapter import attached
-from kolors_core.offload import Lane, Models, Offload, bytes_of
+from kolors_core.offload import Lane, Models, Offload, bytes_of, whole
 from kolors_core.placement import plain, planned_device
 from kolors_core.task import Request, Task
 from kolors_core.tempering import throughout
@@ -77,9 +77,8 @@ class Plan:
             numbers = f"{stage.weights:>9.3f}{stage.work:>9.3f}{stage.total:>9.3f}{stage.by_block:>10.3f}"
             lines.append(f"{name:<16}{numbers}")
         for name, way in WAYS.items():
-            lines.append(
-                f"{way:<34}{getattr(self, name):>9.3f}{'  as it is now' if name == self.mode else ''}"
-            )
+            remark = "  as it is now" if name == self.mode else ""
+            lines.append(f"{way:<34}{getattr(self, name):>9.3f}{remark}")
         return "\n".join(lines)
 
 
@@ -126,9 +125,8 @@ class Planning(Task):
             _run(twin, request, size, prompts, max_sequence_length)
         twin.offload.end()
         brought = _brought(list(ledger.work), twin._models(), ledger)
-        units = {stage: tuple((model, "") for model in models) for stage, models in self._models().items()}
-        weights = {stage: bytes_of(unit) for stage, unit in units.items()}
-        every = tuple(chain(*units.values()))
+        models = self._models()
+        weights = {stage: bytes_of(whole(listed)) for stage, listed in models.items()}
         pictures = "1 picture" if prompts * copies == 1 else f"{prompts * copies} pictures"
         made = Plan(
             stages={
@@ -136,7 +134,7 @@ class Planning(Task):
                 for stage, work in ledger.work.items()
                 if stage is not None
             },
-            resident=_gib(bytes_of(every) + max(ledger.work.values())),
+            resident=_gib(bytes_of(whole(chain(*models.values()))) + max(ledger.work.values())),
             by_model=_gib(max(brought[stage] + work for stage, work in ledger.work.items())),
             by_block=_gib(max(ledger.both.values())),
             mode=self._mode(),
@@ -292,7 +290,7 @@ class PlannedOffload(Offload):
     def __init__(self, ledger: Ledger, by_block: bool) -> None:
         super().__init__()
         self.start(META, by_block)
-        self.ledger, self.lane = ledger, PlannedLane(ledger)
+        self.lane, self.ledger = PlannedLane(ledger), ledger
 
     def enter(self, stage: str | None, models: Models) -> None:
         """As in any offload."""
@@ -366,7 +364,7 @@ def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, leng
 
 
 def _encoded(twin: Task, prompts: int, length: int) -> TextEmbedding:
-    """Embeddings of prompts that are L tokens long; made of nothing by a pipeline without text encoder."""
+    """Embeddings of prompts that are L tokens long; empty tensors where there is no text encoder."""
     shape = prompts, length
     if twin.text_encoder is None:
         width, place = twin.unet.config.text_dim, {"device": META, "dtype": twin.dtype}

@@ -100,6 +100,14 @@ def test_every_sampler_draws(sampler: str, reference_folder: Path, tmp_path: Pat
     assert draw(reference_folder, tmp_path / "x.png", "--sampler", sampler, "--seed", "1") == 0
 
 
+def test_a_sampler_is_its_names_whatever_the_checkpoint_has() -> None:
+    own = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True)
+    for name, (kind, changes) in SAMPLERS.items():
+        made = kind.from_config(own.config, **changes)
+        assert made.use_karras_sigmas == name.endswith("-karras")
+        assert ("sde" in getattr(made, "algorithm_type", "")) == ("sde" in name)
+
+
 def test_size_conditions_and_own_steps(reference_folder: Path, tmp_path: Path) -> None:
     sizes = ["--original-size", "512,256", "--crop", "8x4", "--target-size", "64,64",
              "--negative-crop", "1,1", "--negative-original-size", "99,99",
