@@ -26,7 +26,7 @@ BLOCKS = (ResBlock, TransformerBlock, ChatGLMLayer, VAEResBlock, VAEAttention, C
 
 # torch's modes that replay CUDA graphs, with those that compile the same without: here the whole step is one
 # graph, see graphs.py.
-GRAPHED = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+GRAPHED: dict[str | None, str] = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 MODES = (None, "default", "max-autotune-no-cudagraphs", *GRAPHED)
 
 VARIANTS = 64  # of one kind: batches, sizes, precisions, adapters on and off
@@ -41,7 +41,7 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(str, MODES))}, got {mode!r}")
-    options: dict[str, Any] = {"fullgraph": True, "mode": GRAPHED.get(mode or "", mode), "backend": backend}
+    options: dict[str, Any] = {"fullgraph": True, "mode": GRAPHED.get(mode, mode), "backend": backend}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13; before, 8 are allowed
         options["recompile_limit"] = VARIANTS
     kinds: dict[Any, Callable[..., Any]] = {}

@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 CONTROLNETS = {kind: f"Kwai-Kolors/Kolors-ControlNet-{kind.title()}" for kind in ("canny", "depth", "pose")}
 # Each says all that it is: the checkpoint's own scheduler may be any of them.
 SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
-    name + ending: (kind, own | {"use_karras_sigmas": bool(ending)})
+    name + ending: (kind, {**own, "use_karras_sigmas": bool(ending)})
     for name, kind, own in (
         ("euler", EulerDiscreteScheduler, {}),
         ("dpmpp-2m", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),

@@ -158,8 +158,11 @@ class Trainer:
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
         source, state = Source([file]), self._state()
         step = (source.metadata(file) or {}).get("step", "")
-        if missing := [name for name in state if name not in source]:
-            raise ValueError(f"{file}: is of another run: it has no {missing[0]}")
+        for name, tensor in state.items():
+            if name not in source:
+                raise ValueError(f"{file}: is of another run: it has no {name}")
+            if (got := source.shape(name)) != (wanted := tuple(tensor.shape)):
+                raise ValueError(f"{file}: is of another run: {name} is {list(got)}, wanted {list(wanted)}")
         if not step.isdecimal():
             raise ValueError(f"{file}: its metadata give step {step[:100]!r}, wanted a whole number")
         self.step = int(step)
@@ -171,7 +174,12 @@ class Trainer:
 
     @torch.no_grad()
     def take_average(self) -> None:
-        """Put the moving average in the weights' place, for use; to train on from there is another run."""
+        """Put the moving average in the weights' place, for use; to train on from there is another run.
+
+        ValueError if the config asks for none.
+        """
+        if not self.ema:
+            raise ValueError(f"there is no moving average to take: ema is {self.config.ema}")
         for name, average in self.ema.items():
             self.named[name].copy_(average)
 
