@@ -13,7 +13,7 @@ from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.config import VERSION
 from kolors_core.control_pipeline import KolorsControlNetPipeline
 from kolors_core.face_prompt import load_face_embeds
-from kolors_core.fields import whole_number
+from kolors_core.fields import LARGEST_SEED, whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.inpaint import KolorsInpaintPipeline
 from kolors_core.options import (
@@ -22,7 +22,6 @@ from kolors_core.options import (
     add_sampling,
     bits_of,
     check_control,
-    check_seed,
     control_arguments,
     default_steps,
     guidance_of,
@@ -277,7 +276,7 @@ def checked(options: argparse.Namespace) -> list[Path]:
     if folders := [out for out in outs if out.is_dir()]:
         raise IsADirectoryError(f"{folders[0]} is a folder: --out must be a file")
     if options.seed is not None:
-        check_seed("--seed", options.seed)
+        whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
     for side in ("height", "width"):
         if getattr(options, side) is not None:
             whole_number(side, getattr(options, side), 8)

@@ -30,13 +30,13 @@ import torch.distributed as dist
 
 from kolors_core.checkpoint import logger
 from kolors_core.claims import Claims, Manifest, Record
+from kolors_core.fields import LARGEST_SEED, whole_number
 from kolors_core.image import describe, save_png
 from kolors_core.lines import KEY, Line, Picture, fingerprint_of, read_lines
 from kolors_core.options import (
     add_model,
     add_sampling,
     bits_of,
-    check_seed,
     default_steps,
     files_of,
     guidance_of,
@@ -126,9 +126,8 @@ class Batch:
             raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
         asked = {"rule": keywords, "freeu": options.freeu}  # pictures of neither are as they have been named
         model |= {name: value for name, value in asked.items() if value}
-        self.lines = read_lines(
-            options.prompts, model, check_seed("--seed", options.seed), default_steps(options.sampler)
-        )
+        seed = whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
+        self.lines = read_lines(options.prompts, model, seed, default_steps(options.sampler))
         self.token = self._agree()
         self.pair = Pair() if options.split_guidance else None
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kolors_core.fields import finite_number, path_of, whole_number
+from kolors_core.fields import LARGEST_SEED, finite_number, path_of, whole_number
 from kolors_core.image import naming
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -97,14 +97,14 @@ def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
     return found
 
 
-def buckets(resolution: int, step: int = 64, longest: float = 2.0) -> list[tuple[int, int]]:
-    """Sizes (height, width), multiples of `step`, of about resolution^2 pixels, `longest` : 1 at most."""
+def buckets(resolution: int, step: int = 64) -> list[tuple[int, int]]:
+    """Sizes (height, width), multiples of `step`, of about resolution^2 pixels, from 1:2 to 2:1."""
     whole_number("resolution", resolution)
     whole_number("step", step)
     sizes = {(resolution, resolution)}
     for side in range(step, resolution + 1, step):
         other = resolution * resolution // side // step * step
-        if other <= longest * side:
+        if other <= 2 * side:
             sizes |= {(side, other), (other, side)}
     return sorted(sizes)
 
@@ -153,7 +153,7 @@ class Batches:
         if not examples:
             raise ValueError("no pictures to make batches of")
         whole_number("batch_size", batch_size)
-        whole_number("seed", seed, least=0, most=2**63 - 1)
+        whole_number("seed", seed, least=0, most=LARGEST_SEED)
         finite_number("caption_dropout", caption_dropout, 0, 1)
         self.examples, self.batch_size, self.seed, self.dropout = examples, batch_size, seed, caption_dropout
         self.members: dict[tuple[int, int], list[int]] = {}

@@ -109,6 +109,7 @@ def _shown(value: Any) -> str:
 
 
 LARGEST = 2**24  # of what is counted; more would end in an allocation that fails
+LARGEST_SEED = 2**63 - 1  # that a torch.Generator takes on every device
 
 
 def whole_number(name: str, value: Any, multiple: int = 1, least: int = 1, most: int = LARGEST) -> int:

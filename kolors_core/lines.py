@@ -15,8 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kolors_core.fields import finite_number, whole_number
-from kolors_core.options import check_seed
+from kolors_core.fields import LARGEST_SEED, finite_number, whole_number
 from weights_convert.reading import once, one_line
 
 
@@ -184,11 +183,9 @@ def _picture(row: Any, seed: int, steps: int) -> Picture:
     for name, multiple in (("height", 8), ("width", 8), ("steps", 1)):
         if name in given:
             whole_number(name, given[name], multiple)
-    own = given.get("seed", seed)
-    if isinstance(own, bool) or not isinstance(own, int):
-        raise ValueError(f"seed must be a whole number, got {own!r}")
     return Picture(
-        prompt=given["prompt"], negative_prompt=given.get("negative_prompt"), seed=check_seed("seed", own),
+        prompt=given["prompt"], negative_prompt=given.get("negative_prompt"),
+        seed=whole_number("seed", given.get("seed", seed), least=0, most=LARGEST_SEED),
         height=given.get("height"), width=given.get("width"), steps=given.get("steps", steps),
         guidance=finite_number("guidance", given.get("guidance", 5.0)), lora=tuple(lora),
     )  # fmt: skip

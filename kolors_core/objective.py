@@ -19,7 +19,7 @@ from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import beside, size_ids
 from kolors_core.controlnet import ControlNet
 from kolors_core.dataset import Batches, Example, load_pixels, mix
-from kolors_core.fields import finite_number, whole_number
+from kolors_core.fields import LARGEST_SEED, finite_number, whole_number
 from kolors_core.image import control_pixels, to_output
 from kolors_core.module import Module
 from kolors_core.textual_inversion import vectors_of
@@ -64,7 +64,7 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "max_tokens"):
             whole_number(name, getattr(self, name))
         whole_number("warmup", self.warmup, least=0)
-        whole_number("seed", self.seed, least=0, most=2**63 - 1)
+        whole_number("seed", self.seed, least=0, most=LARGEST_SEED)
         for name in ("learning_rate", "weight_decay", "clip", "noise_offset"):
             finite_number(name, getattr(self, name), 0)
         finite_number("ema", self.ema, 0, 1)

@@ -298,10 +298,3 @@ def with_revision(text: str) -> tuple[str, str | None]:
     """REPOSITORY[@REVISION]; what is on the disk is taken as it is."""
     name, _, revision = text.partition("@")
     return (text, None) if not revision or Path(text).exists() else (name, revision)
-
-
-def check_seed(name: str, seed: int) -> int:
-    """The seed; ValueError naming it unless a generator takes it on every device."""
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"{name} must be from 0 to {2**63 - 1}, got {seed}")
-    return seed

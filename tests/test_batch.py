@@ -202,8 +202,8 @@ BAD = [
     ('{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
     ('{"prompt": "a", "height": 100}', "height must be a positive multiple of 8, got 100"),
     ('{"prompt": "a", "width": "64"}', "width must be a positive multiple of 8, got '64'"),
-    ('{"prompt": "a", "seed": -1}', "seed must be from 0 to"),
-    ('{"prompt": "a", "seed": 1.5}', "seed must be a whole number, got 1.5"),
+    ('{"prompt": "a", "seed": -1}', "seed must be a whole number from 0 to"),
+    ('{"prompt": "a", "seed": 1.5}', f"seed must be a whole number from 0 to {2**63 - 1}, got 1.5"),
     ('{"prompt": "a", "guidance": NaN}', "guidance must be a number, got nan"),
     ('{"prompt": "a", "lora": [3]}', "lora must be FROM[:SCALE] or a list of them, got [3]"),
     ('{"prompt": "\\ud800"}', "prompt is not UTF-8"),
@@ -301,7 +301,7 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
     assert [row.picture for row in rows[:2]] == [line.picture for line in lines]
     assert [row.fingerprint for row in rows[:2]] == [line.fingerprint for line in lines]
     assert [row.number for row in rows] == [2, 4, 5, 6, 7], "as an editor shows them"
-    reasons = ("no prompt", "seed must be a whole number, got 'x'", "9 cells, and the first row names 6")
+    reasons = ("no prompt", "seed must be a whole number from 0", "9 cells, and the first row names 6")
     assert all(reason in str(row.reason) for row, reason in zip(rows[2:], reasons, strict=True))
 
 
@@ -314,7 +314,7 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
         (["torn.csv", "out"], "torn.csv: the first row is not CSV: unexpected end of data"),
         (["good.jsonl", "out", "-w", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["good.jsonl", "out", "--device", "toaster"], "wanted a device of this machine"),
-        (["good.jsonl", "out", "--seed", "-1"], "--seed must be from 0"),
+        (["good.jsonl", "out", "--seed", "-1"], "--seed must be a whole number from 0"),
         (
             ["good.jsonl", "out", "--split-guidance"],
             "--split-guidance needs an even number of processes, got 1",
