@@ -124,7 +124,10 @@ class Batch:
         model |= {"dtype": str(precision(options, device)), "bits": bits_of(options)} | files_of(options)
         if (keywords := guidance_of(options)) and options.split_guidance:
             raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
-        asked = {"rule": keywords, "freeu": options.freeu}  # pictures of neither are as they have been named
+        asked = {
+            "rule": keywords,
+            "freeu": options.freeu,
+        }  # not there if not asked for: older fingerprints hold
         model |= {name: value for name, value in asked.items() if value}
         seed = whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
         self.lines = read_lines(options.prompts, model, seed, default_steps(options.sampler))
@@ -134,7 +137,7 @@ class Batch:
         self.claims = Claims(self.folder / ".claims")
         self.manifest = Manifest(self.folder / "manifest.jsonl", self.claims)
         self.process = f"{self.rank} of {self.world}, {socket.gethostname()} {os.getpid()}"
-        self.loras: tuple[str, ...] = ()  # where those come from that are loaded
+        self.loras: tuple[str, ...] = ()  # the sources of those that are loaded
         self.told: dict[str, str] = {}  # what all pictures' descriptions say
 
     def _agree(self) -> str:
@@ -168,13 +171,11 @@ class Batch:
             self._lead()
         self.manifest.refresh()
         failed = [line for line in self.lines if self._has_failed(line)]
-        if self._is_everyone_here():
-            if self.rank == 0:
-                self._end(failed)
-            if self.world > 1:
-                dist.destroy_process_group()
-        else:
+        is_everyone_here = self._is_everyone_here()
+        if self.rank == 0 or not is_everyone_here:
             self._end(failed)
+        if self.world > 1 and is_everyone_here:
+            dist.destroy_process_group()
         return failed
 
     def _lead(self) -> None:
@@ -223,16 +224,14 @@ class Batch:
         Lines of one LoRA stand together. What a process did not live to finish comes last, in case that was
         the line's doing.
         """
-        units, unit = self.world, self.rank
-        if self.pair is not None:
-            units, unit = units // 2, unit // 2
-        share = lines[unit::units]
+        together = 1 if self.pair is None else 2  # processes that draw one picture
+        share = lines[self.rank // together :: self.world // together]
         own = {line.number for line in share}
         rest = [line for line in lines[::-1] if line.number not in own]
 
         def place(line: Line) -> tuple[bool, bool, tuple[str, ...]]:
             is_cut_short = self.claims.was_cut_short(line.number)
-            return is_cut_short, line.number not in own, _sources(line.picture)
+            return is_cut_short, line.number not in own, _sources(line.picture.lora if line.picture else ())
 
         return sorted([*share, *rest], key=place)
 
@@ -290,15 +289,14 @@ class Batch:
 
     def _use(self, pipe: KolorsPipeline, loras: tuple[str, ...]) -> None:
         """Have these LoRAs and no others."""
-        sources = tuple(with_scale(text)[0] for text in loras)
+        sources = _sources(loras)
         try:
             if sources == self.loras:
                 weigh_loras(pipe, loras)
-                return
-            pipe.unload_lora_weights()
-            self.loras = ()
-            load_loras(pipe, loras, self.options.local_files_only, is_quiet=True)
-            self.loras = sources
+            else:
+                pipe.unload_lora_weights()
+                load_loras(pipe, loras, self.options.local_files_only, is_quiet=True)
+                self.loras = sources
         except BaseException:
             pipe.unload_lora_weights()
             self.loras = ()
@@ -381,8 +379,9 @@ class Batch:
         print(*report, sep="\n", file=sys.stderr)
 
 
-def _sources(picture: Picture | None) -> tuple[str, ...]:
-    return () if picture is None else tuple(with_scale(text)[0] for text in picture.lora)
+def _sources(loras: Sequence[str]) -> tuple[str, ...]:
+    """LoRAs without their scales."""
+    return tuple(with_scale(text)[0] for text in loras)
 
 
 if __name__ == "__main__":

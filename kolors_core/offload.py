@@ -2,9 +2,8 @@
 
 A parameter's data has its home on the CPU, page-locked for CUDA. It comes by `tensor.data = copy` and leaves
 by `tensor.data = home`; nothing is copied back unless it was written meanwhile. While a unit (a model or a
-block) works, the one that followed it last time is copied. Of whole models only if both together are no
-larger than the largest: the most that is on the accelerator is the same as without. For inference: a
-backward pass would find weights gone.
+block) works, the one that followed it last time is copied; a whole model only if both together are no larger
+than the largest, so that this costs no memory. For inference: a backward pass would find weights gone.
 Source: `enable_model_cpu_offload` and `enable_sequential_cpu_offload` of diffusers'
 pipelines/pipeline_utils.py, where work waits for every copy.
 """
@@ -162,7 +161,8 @@ class Offload:
         self._before: str | None = None  # the unit that was at work before
         self._units: dict[str, Unit] = {}
         self._limit: int | None = None  # in bytes, up to which the next unit comes beside the present one
-        self._followed: dict[tuple[str | None, str | None], str | None] = {}  # what came after two units
+        # Of units that worked one after another, as (the first, the second): what came then.
+        self._followed: dict[tuple[str | None, str | None], str | None] = {}
         self._here: dict[int, Loan] = {}  # by the tensor's identity
         self._coming: dict[int, Loan] = {}  # copied already, or on the way, and not yet in the tensor
         self._hooks: list[Any] = []
@@ -218,14 +218,14 @@ class Offload:
         coming = {} if guess is None else tensors_of(self._units[guess])
         if self._keep(own, own | coming) and not self.by_block:
             self.lane.tidy()
-        self._send([tensor for key, tensor in own.items() if key not in self._here | self._coming])
+        self._send(own)
         arrived = {key: self._coming[key] for key in own if key in self._coming}
         self._wait(arrived.values())
         self._here |= arrived  # noted first: what comes is sent home even if an exception cuts this short
         for key, loan in arrived.items():
             loan.tensor.data = loan.copy
-            self._coming.pop(key)
-        self._send([tensor for key, tensor in coming.items() if key not in self._here | self._coming])
+            del self._coming[key]
+        self._send(coming)
 
     def release(self) -> None:
         """Send all weights home, as after a run."""
@@ -242,8 +242,8 @@ class Offload:
         guess = self._followed.get((self._before, now), in_order)
         if guess is None or guess not in self._units or guess == now:
             return None
-        both = self._units[now], self._units[guess]
-        return guess if self._limit is None or sum(map(bytes_of, both)) <= self._limit else None
+        size = bytes_of(self._units[now]) + bytes_of(self._units[guess])
+        return guess if self._limit is None or size <= self._limit else None
 
     @torch.inference_mode(False)
     def _keep(self, here: Mapping[int, Tensor], coming: Mapping[int, Tensor]) -> bool:
@@ -264,8 +264,9 @@ class Offload:
             del self._coming[id(loan.tensor)]
         return bool(leaving)
 
-    def _send(self, tensors: Sequence[Tensor]) -> None:
-        """Start to copy them, of which none is there or on its way."""
+    def _send(self, wanted: Mapping[int, Tensor]) -> None:
+        """Start to copy what is neither there nor on its way."""
+        tensors = [tensor for key, tensor in wanted.items() if key not in self._here | self._coming]
         for tensor in tensors:
             tensor.data = self.lane.home(tensor.data)
         homes = [tensor.data for tensor in tensors]

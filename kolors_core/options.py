@@ -1,4 +1,4 @@
-"""What the command lines for one picture and for many share: flags of model and sampler, and their use."""
+"""Flags of the command lines for one picture and for many: model, sampler, ControlNets; what they load."""
 
 import argparse
 import sys

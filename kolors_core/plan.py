@@ -152,10 +152,10 @@ class Planning(Task):
 
 
 class Ledger(TorchDispatchMode):
-    """Within it, counts the bytes of new storages on the meta device: those alive now, and by stage the most.
+    """Within it, counts the bytes of new storages on the meta device, and keeps the most of each stage.
 
-    device: the type of the one that is meant. work: without weights. both: with those that are lent, which
-    are made while `is_lending`. What was there before counts nowhere.
+    device: the type of the device that is meant. work: all but weights. both: with weights that are on loan,
+    which are made while `is_lending`. What was there before counts nowhere.
     """
 
     def __init__(self, device: str) -> None:
@@ -186,7 +186,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What an operation makes; if such inputs came before, by the shapes that it made then: fast."""
+        """What an operation makes. For inputs like earlier ones it is not run again, which is much faster."""
         key = func, _shapes(args), _shapes(tuple(kwargs.items()))
         if key in self._made_before:
             made = [
