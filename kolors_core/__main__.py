@@ -277,9 +277,9 @@ def checked(options: argparse.Namespace) -> list[Path]:
         raise IsADirectoryError(f"{folders[0]} is a folder: --out must be a file")
     if options.seed is not None:
         whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
-    for side in ("height", "width"):
-        if getattr(options, side) is not None:
-            whole_number(side, getattr(options, side), 8)
+    for name, multiple in {"images": 1, "steps": 1, "height": 8, "width": 8}.items():
+        if (value := getattr(options, name)) is not None:
+            whole_number(f"--{name}", value, multiple)
     for kind, names in {"ip": ("adapter", "image"), "face": ("adapter", "image", "embeds")}.items():
         *given, is_scaled = (getattr(options, f"{kind}_{name}") is not None for name in (*names, "scale"))
         if (any(given) or is_scaled) and not all(given):

@@ -252,7 +252,8 @@ def test_a_plan_counts_every_row(reference_folder: Path, capsys: pytest.CaptureF
         (["cat", "-w", "FOLDER", "-o", "x.jpg"], "--out must end in .png, got x.jpg"),
         (["cat", "-w", "FOLDER", "-o", "EXISTS.png"], "exists: choose another --out, or --force"),
         (["cat", "-w", "FOLDER", "--device", "toaster"], "wanted a device of this machine"),
-        (["cat", "-w", "FOLDER", "--images", "0"], "num_images_per_prompt must be a positive whole number"),
+        (["cat", "-w", "no such folder", "--images", "0"], "--images must be a positive whole number"),
+        (["cat", "-w", "no such folder", "--steps", "-1"], "--steps must be a positive whole number"),
         (["cat", "-w", "FOLDER", "--strength", "0.5"], "--strength has no effect without --image"),
         (["cat", "-w", "FOLDER", "--ip-image", "EXISTS.png"], "--ip-adapter, --ip-image and --ip-scale need"),
         (
