@@ -110,8 +110,7 @@ class Planning(Task):
         size = self._size("height", height), self._size("width", width)
         prompts = whole_number("batch", batch)
         copies = whole_number("num_images_per_prompt", num_images_per_prompt)
-        if not 2 < whole_number("max_sequence_length", max_sequence_length) <= MAX_TOKENS:
-            raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_sequence_length}")
+        length = whole_number("max_sequence_length", max_sequence_length, least=3, most=MAX_TOKENS)
         request = Request(
             guidance_scale=guidance_scale, num_images_per_prompt=copies, output_type="pt",
             generator=torch.Generator(), callback_on_step_end=_stop,
@@ -122,7 +121,7 @@ class Planning(Task):
         ledger = Ledger(place.type)
         twin = twin_of(self, PlannedOffload(ledger, by_block=True))
         with planned_for(place.type), ledger, Layouts() if place.type == "cpu" else nullcontext():
-            _run(twin, request, size, prompts, max_sequence_length)
+            _run(twin, request, size, prompts, length)
         twin.offload.end()
         brought = _brought(list(ledger.work), twin._models(), ledger)
         models = self._models()
@@ -343,7 +342,7 @@ def twin_of(pipe: Task, offload: Offload) -> Task:
 
 def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, length: int) -> None:
     """A run of some steps on the meta device, by the pipeline's own stages."""
-    text, negative = _encoded(twin, prompts, length), None
+    text = _encoded(twin, prompts, length)
     given: dict[str, Any] = {"prompt_embeds": text.tokens, "pooled_prompt_embeds": text.pooled}
     if request.is_guided:
         negative = _encoded(twin, 1, length)
@@ -353,8 +352,7 @@ def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, leng
         given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
     request = Request(**vars(request) | given)
     halves = twin._conditions(request, size)
-    shape = twin._latent_shape(len(halves[0].size_ids), size)
-    channels = twin.unet.config.in_channels
+    shape, channels = twin._latent_shape(len(halves[0].size_ids), size), twin.unet.config.in_channels
     positive, negative = (half and half.with_blank_extra(channels, shape) for half in halves)
     assert positive is not None
     x = torch.empty(shape, device=META, dtype=twin.precision)
