@@ -18,8 +18,9 @@ from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.inpaint import KolorsInpaintPipeline
 from kolors_core.options import (
     add_control,
+    add_guidance,
     add_model,
-    add_sampling,
+    add_sampler,
     bits_of,
     check_control,
     control_arguments,
@@ -129,11 +130,12 @@ def parser() -> argparse.ArgumentParser:
 
     steps = top.add_argument_group("sampling")
     steps.add_argument("--steps", type=int, help="denoising steps (default: 50 for euler, 25 for the others)")
+    add_sampler(steps)
     steps.add_argument(
         "-g", "--guidance", type=float, default=5.0, metavar="SCALE",
         help="how strongly to follow the prompt; 1 is off (default: %(default)s)",
     )  # fmt: skip
-    add_sampling(steps)
+    add_guidance(steps)
     steps.add_argument(
         "--timesteps", type=numbers, metavar="T,T,...", help="own timesteps, falling, in place of --steps"
     )

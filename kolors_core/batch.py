@@ -34,8 +34,9 @@ from kolors_core.fields import LARGEST_SEED, whole_number
 from kolors_core.image import describe, save_png
 from kolors_core.lines import KEY, Line, Picture, fingerprint_of, read_lines
 from kolors_core.options import (
+    add_guidance,
     add_model,
-    add_sampling,
+    add_sampler,
     bits_of,
     default_steps,
     files_of,
@@ -80,7 +81,9 @@ def parser() -> argparse.ArgumentParser:
         "done, not more of them",
     )  # fmt: skip
     add_model(top.add_argument_group("model"))
-    add_sampling(top.add_argument_group("sampling"))
+    sampling = top.add_argument_group("sampling")
+    add_sampler(sampling)
+    add_guidance(sampling)
     top.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
     return top
 

@@ -72,11 +72,15 @@ def add_model(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--vae-tiling", action="store_true", help="decode in bands, with less memory")
 
 
-def add_sampling(group: argparse._ArgumentGroup) -> None:
-    """Which sampler, what stands beside the guidance scale, and FreeU."""
+def add_sampler(group: argparse._ArgumentGroup) -> None:
+    """Which sampler."""
     group.add_argument(
         "--sampler", choices=SAMPLERS, default="dpmpp-2m-karras", help="(default: %(default)s)"
     )
+
+
+def add_guidance(group: argparse._ArgumentGroup) -> None:
+    """What stands beside the guidance scale, and FreeU."""
     group.add_argument(
         "--pag", type=float, metavar="SCALE", help="perturbed-attention guidance, 3 is usual (default: none)"
     )

@@ -58,12 +58,12 @@ class Trainer:
         if config.batch_size % (self.world * config.accumulate):
             parts = f"{self.world} processes times accumulate {config.accumulate}"
             raise ValueError(f"batch_size must be a multiple of {parts}, got {config.batch_size}")
+        if not any(parameter.requires_grad for parameter in objective.parameters()):
+            raise ValueError("nothing to train: no parameter requires a gradient")
         if config.checkpoint_blocks:
             checkpoint_blocks(objective)
         self.module = self._spread()
         self.named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-        if not self.named:
-            raise ValueError("nothing to train: no parameter requires a gradient")
         self.optimizer = torch.optim.AdamW(
             self.named.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
