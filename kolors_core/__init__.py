@@ -7,8 +7,10 @@
 Reading order: tokenizer, chatglm, unet, vae, schedule, sampling, guidance, pipeline.
 """
 
+from kolors_core.attention_maps import record_attention
 from kolors_core.callback import SDXLCFGCutoffCallback
 from kolors_core.canny import canny
+from kolors_core.capturing import capture, inject
 from kolors_core.config import VERSION as __version__
 from kolors_core.control_image import KolorsControlNet
 from kolors_core.control_pipeline import (
@@ -41,7 +43,10 @@ __all__ = [
     "SDXLCFGCutoffCallback",
     "__version__",
     "canny",
+    "capture",
+    "inject",
     "load_image",
     "load_image_embeds",
+    "record_attention",
     "save_image_embeds",
 ]

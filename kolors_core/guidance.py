@@ -36,10 +36,10 @@ def guided(
     x / sqrt(1 + sigma^2), and `extra` behind it, in its own dtype; x and x0 keep theirs. read_once: compute
     what does not depend on x (text and pictures as keys and values, what each block makes of sizes and all
     steps' times) now and not in every step; the result is the same. Controls add their residuals in the steps
-    in which they act. graphs: record the step there as a CUDA graph, unless there are masks. A UNet or
-    ControlNet that is compiled as a whole, hooked, or has another forward is called as a whole, and nothing
-    is recorded. rescale, interval: see kolors_core/tempering.py; outside of the interval, too, the positive
-    alone is run.
+    in which they act. graphs: record the step there as a CUDA graph, unless there are masks or, anywhere in
+    it, hooks. A UNet or ControlNet that is compiled as a whole, hooked itself, or has another forward is
+    called as a whole, and nothing is recorded. rescale, interval: see kolors_core/tempering.py; outside of
+    the interval, too, the positive alone is run.
     """
     temper = rescaling(rescale)
 

@@ -89,6 +89,11 @@ def is_as_written(net: Encoder) -> bool:
     return not (is_another or net._compiled_call_impl or net._forward_hooks or net._forward_pre_hooks)
 
 
+def has_hooks(net: Encoder) -> bool:
+    """Whether any module has a hook, which a recorded step would not call."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
 # (what conv_in reads [b, ...], timestep, which controls act) -> noise [B, ...]
 Predict = Callable[[Tensor, float, tuple[int, ...]], Tensor]
 
@@ -115,6 +120,7 @@ def reading_once(
     main, controls = Told(unet, schedule, told, told.image_prompts, told.perturbed), told.controls
     nets = [Told(control.net, schedule, told) for control in controls]
     images = [control.net.image_embedding(control.image) for control in controls]
+    is_hooked = any(map(has_hooks, (unet, *(control.net for control in controls))))
     constant = [main.reads, [net.reads for net in nets], images]
 
     def step(those: tuple[int, ...], constant: Any, latents: Tensor, shifts: Tensor, *more: Tensor) -> Tensor:
@@ -127,7 +133,7 @@ def reading_once(
         return unet.denoise(latents, main.split(shifts), reads, copies, residuals)
 
     def runner(those: tuple[int, ...]) -> Callable[..., Tensor]:
-        if graphs is None or any(image.masks is not None for image in told.image_prompts):
+        if graphs is None or is_hooked or any(image.masks is not None for image in told.image_prompts):
             return partial(step, those, constant)
         scales = [branch.scale for handle in attached(unet) for branch in handle.branches.values()]
         states = [(state_of(control.net), control.scale) for control in controls]

@@ -90,6 +90,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, width, bias=False)
         self.to_out = nn.Linear(width, width)
         self.image_branches = nn.ModuleList()  # of attached IP-Adapters; none adds no key and no work
+        self.watchers: list[Callable[..., None]] = []  # see all that makes the map, see attention_maps.py
 
     def read(self, context: Context) -> Read:
         """Keys and values, which depend neither on x nor on time: once a picture is enough."""
@@ -113,6 +114,8 @@ class Attention(nn.Module):
             h = torch.cat([h[:-perturbed], read.v[-perturbed:]])
         for branch, images in zip(self.image_branches, read.images, strict=True):
             h = branch(h, q, images)
+        for watch in self.watchers:
+            watch(q, read.k, read.bias, perturbed)
         return self.to_out(h.transpose(1, 2).flatten(2))  # [B, N, C]
 
 
