@@ -188,7 +188,7 @@ def page(made: Explanation) -> str:
 def data_uri(image: "Image") -> str:
     """A picture as a PNG inside of a page."""
     content = BytesIO()
-    image.save(content, "PNG", optimize=True)
+    image.save(content, "PNG")
     return f"data:image/png;base64,{b64encode(content.getvalue()).decode()}"
 
 
