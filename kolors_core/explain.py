@@ -65,9 +65,9 @@ def explained(pipe: KolorsPipeline, prompt: str, steps: int, **arguments: Any) -
     counts = {part: sum(name.startswith(part) for name in maps[0]) for part in means[0]}
     layers = ", ".join(f"{n} {PARTS[part]}" for part, n in counts.items() if n)
     facts = {name: value for name, value in picture.info.items() if name != "prompt"} | {
-        "maps": "each token's share of the cross-attention to the prompt: the mean over all heads, "
-        f"{steps} steps and {len(maps[0])} layers ({layers}), whose maps are enlarged to the largest; "
-        "each in colours from its own least to its own most",
+        "maps": "each token's share of the cross-attention to the prompt: the mean over all heads, all steps "
+        f"({steps}) and all layers ({layers}), whose maps are enlarged to the largest; each in colours from "
+        "its own least to its own most",
         "tokens": "a character of several tokens has the sum of their maps; so have all pads, which fill the "
         "prompt up, are alike and have read the whole of it; [gMASK] and sop begin every prompt",
     }

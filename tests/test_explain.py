@@ -12,6 +12,7 @@ from fcntl import F_DUPFD, fcntl
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
+from select import select
 from typing import Any
 
 import numpy as np
@@ -72,11 +73,12 @@ def made() -> Explanation:
 
 def labels(tokenizer: Tokenizer, prompt: str, length: int = 64) -> list[str]:
     """Those of all tokens of a prompt, which are checked to be each one's once, in their order."""
-    batch = tokenizer([prompt], length).collapse()
+    whole = tokenizer([prompt], length)
+    batch = whole.collapse()
     tokens = tokens_of(tokenizer, batch)
-    assert [i for token in tokens for i in range(batch.ids.shape[1])[token.columns]] == list(
-        range(batch.ids.shape[1])
-    )
+    assert [token.label for token in tokens_of(tokenizer, whole)] == [token.label for token in tokens]
+    columns = range(batch.ids.shape[1])
+    assert [i for token in tokens for i in columns[token.columns]] == list(columns)
     return [token.label for token in tokens]
 
 
@@ -114,9 +116,20 @@ def test_the_views_are_the_recorded_maps(tiny: KolorsPipeline, drawn: Explanatio
         wanted = mid[steps].mean(0)
         assert torch.allclose(drawn.views["mid", name][bug], wanted[where].sum(0), atol=1e-6)
         assert torch.allclose(drawn.views["mid", name][:bug], wanted[:-4], atol=1e-6)
-    assert "7 layers (2 on the way down, 1 in the middle, 4 on the way up)" in drawn.facts["maps"]
+    assert "all layers (2 on the way down, 1 in the middle, 4 on the way up)" in drawn.facts["maps"]
     sizes = {part: tuple(shares.shape[1:]) for (part, _), shares in drawn.views.items()}
     assert sizes == {"all": (4, 6), "down": (4, 6), "mid": (2, 3), "up": (4, 6)}
+
+
+def test_a_longer_negative_prompt_shifts_no_label(tiny: KolorsPipeline) -> None:
+    """Of the shorter prompt the UNet reads columns that count nothing, on the left."""
+    runs = [
+        explained(tiny, "cat", 1, height=64, width=64, negative_prompt=negative,
+                  generator=torch.Generator().manual_seed(0))
+        for negative in ("", "a red and blue photo of many dogs")
+    ]  # fmt: skip
+    for one, other in zip(*(run.views.values() for run in runs), strict=True):
+        assert torch.allclose(one, other, atol=1e-5), "in the first step both see the same noise"
 
 
 def test_the_sheet_is_bright_where_a_labels_map_is(made: Explanation) -> None:
@@ -218,7 +231,7 @@ def test_the_command_writes_both_and_overwrites_nothing(
     told = read_description(png)
     assert (told["seed"], told["negative_prompt"], told["model"]) == ("3", "red", "tiny")
     parts, before = Parts(text.read_text(encoding="utf-8")), png.read_bytes()
-    assert shown(HOSTILE[:36]) in parts.text and "2 steps and 7 layers" in parts.text
+    assert shown(HOSTILE[:36]) in parts.text and "all steps (2)" in parts.text
     assert [tag for tag, _ in parts.tags].count("script") == 1
     assert main(command) == 2 and "exists: choose another --out, or --force" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0 and png.read_bytes() == before, "a seed is one sheet"
@@ -270,24 +283,23 @@ class Browser:
     """Chromium without a window, told by its DevTools protocol through two pipes."""
 
     def __init__(self, place: Path) -> None:
-        (theirs, self.out), (into, ours) = os.pipe(), os.pipe()
+        (theirs, self.out), (self.into, ours) = os.pipe(), os.pipe()
         theirs, ours = fcntl(theirs, F_DUPFD, 10), fcntl(ours, F_DUPFD, 10)
         self.process = subprocess.Popen(
             [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-             f"--user-data-dir={place}", "--force-color-profile=srgb"],
+             f"--user-data-dir={place}"],
             pass_fds=(3, 4), preexec_fn=lambda: (os.dup2(theirs, 3), os.dup2(ours, 4)),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        os.close(theirs)
-        os.close(ours)
-        self.replies, self.events, self.sent = os.fdopen(into, "rb"), list[dict[str, Any]](), 0
+        self.events, self.sent, self.read = list[dict[str, Any]](), 0, b""
         self.session: dict[str, str] = {}
 
     def message(self) -> dict[str, Any]:
-        content = bytearray()
-        while (byte := self.replies.read(1)) != b"\0":
-            assert byte, "the browser has gone"
-            content += byte
+        while b"\0" not in self.read:
+            assert select([self.into], [], [], 30)[0], "the browser says nothing"
+            self.read += (more := os.read(self.into, 2**16))
+            assert more, "the browser has gone"
+        content, _, self.read = self.read.partition(b"\0")
         return json.loads(content)
 
     def __call__(self, method: str, **params: Any) -> dict[str, Any]:
