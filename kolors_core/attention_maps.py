@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kolors_core.capturing import Calls, Patterns, Steps, matching, steps_of
+from kolors_core.capturing import Calls, Patterns, Steps, checked_steps, matching
 from kolors_core.context import ReadImages
 from kolors_core.ip_adapter import ImageBranch
 from kolors_core.placement import plain
@@ -116,6 +116,7 @@ def record_attention(
     pixels, row by row; in cross-attention the text tokens as the net is given them: one column stands for all
     equal pads, and a text shorter than the longest has columns of 0 on its left; in an image branch the
     tokens of all its pictures, of which with masks each picture's add up to 1. Elsewhere a row adds up to 1.
+    An image branch's map says nothing of its scale, nor of masks.
     The results are those without recording, to the bit. Raises ValueError for a pattern that means nothing,
     for a net that is compiled, for steps in which a map has other shapes (as where guidance begins or ends)
     and, on leaving, for steps that never came.
@@ -124,7 +125,7 @@ def record_attention(
         raise TypeError(f"wanted a UNet or a ControlNet, such as pipe.unet, got {type(net).__name__}")
     modules = {n: m for n, m in plain(net).named_modules() if isinstance(m, Attention | ImageBranch)}
     found = matching(net, modules, patterns)
-    layers = {name: Layer(name, steps_of(steps), whole) for name in found}
+    layers = {name: Layer(name, checked_steps(steps), whole) for name in found}
     with ExitStack() as stack:
         for name, module in found.items():
             layer, transformer = layers[name], net.get_submodule(name.partition(".blocks.")[0])

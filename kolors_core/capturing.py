@@ -13,7 +13,8 @@ A step is a call of the module since the block began, 0 the first: for most modu
 steps, for a ControlNet's one of those in which it acts. What a run computes once (`Savings.read_once`) is
 called once a run: `text_proj`, `add_embedding`, a cross-attention's `to_k` and `to_v`, and for all times at
 once `time_embedding` and `time_proj`. With a hook on the UNet or ControlNet itself, "", that saving ends: it
-is called as a whole in each step. A prompt that the pipeline's cache knows is not encoded again.
+is called as a whole in each step. A prompt that the pipeline's cache knows is not encoded again, and what
+gradient checkpointing computes again is called again.
 Of compiled blocks nothing can be seen, only what stands between them. A step with hooks is no CUDA graph.
 """
 
@@ -61,11 +62,11 @@ def matching(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Patte
         for path in (".".join(parts[:i]) for i in range(len(parts) + 1)):
             if plain(model) is not model or model.get_submodule(path)._compiled_call_impl:
                 what = f"{path or 'the model'}, which is compiled"
-                raise ValueError(f"{name!r} cannot be seen in {what}: a copy.deepcopy of the model is not")
+                raise ValueError(f"{name!r} cannot be seen in {what}: load a model that is not")
     return {name: module for name, module in modules.items() if name in found}
 
 
-def steps_of(steps: Steps) -> Steps:
+def checked_steps(steps: Steps) -> Steps:
     """The argument `steps`, checked."""
     if steps is not None:
         if not isinstance(steps, Collection) or isinstance(steps, str | Mapping) or not len(steps):
@@ -118,7 +119,7 @@ def capture(
     def visit(name: str, features: Any, _step: int) -> None:
         kept[name].append(tree_map(lambda leaf: keep(leaf) if isinstance(leaf, Tensor) else leaf, features))
 
-    with _visited(found, what, steps_of(steps), visit):
+    with _visited(found, what, checked_steps(steps), visit):
         yield kept
 
 
@@ -134,7 +135,9 @@ def inject(
     structure than the module's own, where a list is too short, and on leaving for a step, an entry or a
     module that never came.
     """
-    steps, ordered = steps_of(steps), sorted(steps_of(steps) or ())
+    if not isinstance(changes, Mapping) or not changes:
+        raise TypeError(f"wanted changes by pattern, such as {{'mid': tensor}}, got {changes!r}")
+    ordered = sorted(checked_steps(steps) or ())
     with ExitStack() as stack:
         for pattern, change in changes.items():
             expected: Expected = (0,)
@@ -179,11 +182,7 @@ def _kind(leaf: Any) -> Any:
 
 @contextmanager
 def _visited(
-    modules: Mapping[str, nn.Module],
-    what: Where,
-    steps: Steps,
-    visit: Visit,
-    expected: Expected = (0,),
+    modules: Mapping[str, nn.Module], what: Where, steps: Steps, visit: Visit, expected: Expected = (0,)
 ) -> Iterator[None]:
     """Let `visit(name, features, step)` see the features, and change them if it returns others than None."""
     if what not in ("in", "out"):
@@ -195,9 +194,8 @@ def _visited(
             return None
         first = next(iter(inspect.signature(module.forward).parameters))
         new = visit(name, inputs[0] if inputs else named[first], step)
-        if new is None:
-            return None
-        return ((new, *inputs[1:]), named) if inputs else ((), named | {first: new})
+        changed = ((new, *inputs[1:]), named) if inputs else ((), named | {first: new})
+        return None if new is None else changed
 
     def after(name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         step = calls[name].next()

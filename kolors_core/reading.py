@@ -120,7 +120,6 @@ def reading_once(
     main, controls = Told(unet, schedule, told, told.image_prompts, told.perturbed), told.controls
     nets = [Told(control.net, schedule, told) for control in controls]
     images = [control.net.image_embedding(control.image) for control in controls]
-    is_hooked = any(map(has_hooks, (unet, *(control.net for control in controls))))
     constant = [main.reads, [net.reads for net in nets], images]
 
     def step(those: tuple[int, ...], constant: Any, latents: Tensor, shifts: Tensor, *more: Tensor) -> Tensor:
@@ -133,13 +132,16 @@ def reading_once(
         return unet.denoise(latents, main.split(shifts), reads, copies, residuals)
 
     def runner(those: tuple[int, ...]) -> Callable[..., Tensor]:
-        if graphs is None or is_hooked or any(image.masks is not None for image in told.image_prompts):
-            return partial(step, those, constant)
+        plain = partial(step, those, constant)
+        if graphs is None or any(image.masks is not None for image in told.image_prompts):
+            return plain
         scales = [branch.scale for handle in attached(unet) for branch in handle.branches.values()]
         states = [(state_of(control.net), control.scale) for control in controls]
         numbers = str((scales, told.perturbed, [level.freeu for level in unet.up]))
         key = copies, state_of(unet), numbers, those, *states
-        return graphs.of_run(partial(step, those), key, constant)
+        recorded = graphs.of_run(partial(step, those), key, constant)
+        used = [part.net for part in (main, *nets)]
+        return lambda *changing: (plain if any(map(has_hooks, used)) else recorded)(*changing)
 
     runs = {those: runner(those) for those in acting(controls, len(schedule.timesteps))}
 
