@@ -170,9 +170,8 @@ def explain(options: argparse.Namespace) -> None:
     made.facts["model"] = ", ".join(model)
     write(made, *outs)
     if not options.quiet:
-        print(
-            f"{outs[0]}, {outs[1]}  {made.picture.width}x{made.picture.height}  seed {seed}", file=sys.stderr
-        )
+        size = f"{made.picture.width}x{made.picture.height}"
+        print(f"{outs[0]}, {outs[1]}  {size}  seed {seed}", file=sys.stderr)
 
 
 def write(made: Explanation, png: Path, html: Path) -> None:

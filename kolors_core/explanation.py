@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 # Nine colours of matplotlib's inferno (CC0), from least to most: they grow brighter evenly.
 HEAT = ["000004", "1f0c48", "550f6d", "88226a", "ba3655", "e35933", "f98c0a", "f9c932", "fcffa4"]
 STRENGTH = 0.6  # of a map over the picture
-FINE = 32  # pixels of a map's longer side in the page
+FINE, ACROSS = 32, 16  # pixels of a map's longer side in the page, and how many maps stand side by side
 TILE, GAP, LINE, COLUMNS = 192, 16, 20, 6  # of the sheet; the first three in pixels
 INK, SOFT = "#1a1a1a", "#6a6a6a"
 PARTS = {"all": "all layers", "down": "on the way down", "mid": "in the middle", "up": "on the way up"}
@@ -153,11 +153,10 @@ def page(made: Explanation) -> str:
         h, w = maps.shape[-2:]
         finer = max(1, FINE // max(h, w))  # browsers enlarge by straight lines, which shows in coarse maps
         levels = F.interpolate(unit(maps)[None], scale_factor=finer, mode="bicubic")[0].clamp(0, 1)
-        strip = heat(levels.flatten(0, 1))  # one token's map below the other: [T * finer * h, finer * w]
+        tiles = heat(tiled(levels))
         views.append(
             f'<img class="view" alt="" data-part="{part}" data-span="{span}" data-shares="{shares}" '
-            f'data-size="{w} by {h}" '
-            f'src="{data_uri(strip)}">'
+            f'data-size="{w} by {h}" src="{data_uri(tiles)}">'
         )
     tokens = [
         f'<button type="button" title="{said(token.pieces)}"><bdi>{said(token.label)}</bdi></button>'
@@ -174,7 +173,8 @@ def page(made: Explanation) -> str:
         "width": str(made.picture.width),
         "height": str(made.picture.height),
         "heat": ", ".join(f"#{color}" for color in HEAT),
-        "strength": f"{STRENGTH:.0%}".rstrip("%"),
+        "strength": str(round(100 * STRENGTH)),
+        "across": str(ACROSS),
         "tokens": "".join(tokens),
         "parts": choices("part", {part: PARTS[part] for part, _ in made.views}),
         "spans": choices("span", spans),
@@ -183,6 +183,13 @@ def page(made: Explanation) -> str:
     }
     template = (HERE / "explain.html").read_text(encoding="utf-8")
     return re.sub(r"{{(\w+)}}", lambda match: filled[match[1]], template)
+
+
+def tiled(maps: Tensor) -> Tensor:
+    """Maps [T, h, w] in rows of `ACROSS`, the last filled up with zeros: [rows * h, ACROSS * w]."""
+    count, h, w = maps.shape
+    filled = F.pad(maps, (0, 0, 0, 0, 0, -count % ACROSS))
+    return filled.unflatten(0, (-1, ACROSS)).transpose(1, 2).reshape(-1, ACROSS * w)
 
 
 def data_uri(image: "Image") -> str:

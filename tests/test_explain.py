@@ -8,6 +8,7 @@ import subprocess
 import time
 from base64 import b64decode
 from collections.abc import Iterator
+from dataclasses import replace
 from fcntl import F_DUPFD, fcntl
 from html.parser import HTMLParser
 from io import BytesIO
@@ -209,7 +210,7 @@ def check_page(text: str, made: Explanation) -> None:
         shares = made.views[str(attributes["data-part"]), str(attributes["data-span"])]
         count, height, width = shares.shape
         finer = 32 // max(height, width)
-        assert image.size == (finer * width, finer * height * count)
+        assert image.size == (16 * finer * width, -(-count // 16) * finer * height)
         assert attributes["data-size"] == f"{width} by {height}"
         told = [float(share) for share in str(attributes["data-shares"]).split()]
         assert told == pytest.approx(shares.mean((1, 2)).tolist(), abs=1e-4)
@@ -352,8 +353,10 @@ STATE = """(() => {
 def test_in_a_browser_tokens_light_up_by_pointer_and_keyboard(
     browser: Browser, made: Explanation, tmp_path: Path
 ) -> None:
-    (tmp_path / "it.html").write_text(page(made), encoding="utf-8")
-    browser("Page.navigate", url=f"{(tmp_path / 'it.html').as_uri()}#2")
+    views = {key: maps.repeat(5, 1, 1) for key, maps in made.views.items()}
+    many = replace(made, tokens=made.tokens * 5, views=views)  # 20, which are two rows of tiles
+    (tmp_path / "it.html").write_text(page(many), encoding="utf-8")
+    browser("Page.navigate", url=f"{(tmp_path / 'it.html').as_uri()}#18")
     end = time.monotonic() + 20
     while not browser.value("document.querySelectorAll('[aria-pressed]').length"):
         assert time.monotonic() < end, "the page draws nothing"
@@ -361,29 +364,29 @@ def test_in_a_browser_tokens_light_up_by_pointer_and_keyboard(
     def check(token: int, corner: int, where: str) -> None:
         state = browser.value(STATE)
         assert (state["pressed"], tuple(state["at"]), state["shown"]) == (token, CORNERS[corner], True)
-        label, averaged = shown(made.tokens[token].label), f"{where}, all steps; maps of 8 by 6"
+        label, averaged = shown(many.tokens[token].label), f"{where}, all steps; maps of 8 by 6"
         assert state["told"] == f"“{label}”: 20.4% of the attention ({averaged})."
 
     def press(key: str, code: int) -> None:
         for kind in ("rawKeyDown", "keyUp"):
             browser("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
-    check(2, 2, "all layers")  # by the fragment
-    for i in range(4):
-        x, y = browser.value(
-            f"(box => [box.x + box.width / 2, box.y + box.height / 2])"
-            f"(document.querySelectorAll('button')[{i}].getBoundingClientRect())"
-        )
+    check(18, 2, "all layers")  # by the fragment
+    for i in (0, 15, 16, 17, 3):
+        button = f"document.querySelectorAll('button')[{i}]"
+        browser.value(f"{button}.scrollIntoView({{block: 'center'}})")
+        box = browser.value(f"{button}.getBoundingClientRect().toJSON()")
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        check(i, i, "all layers")
+        check(i, i % 4, "all layers")
     press("Tab", 9)
     check(0, 0, "all layers")
     press("ArrowRight", 39)
     check(1, 1, "all layers")
     press("End", 35)
-    check(3, 3, "all layers")
+    check(19, 3, "all layers")
     browser.value("document.querySelector('[value=up]').click()")
-    check(3, 0, "on the way up")
+    check(19, 0, "on the way up")
     browser.value("strength.value = 20; strength.dispatchEvent(new Event('input', {bubbles: true}))")
     assert browser.value(STATE)["opacity"] == 0.2
     press("Escape", 27)
