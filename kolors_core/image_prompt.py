@@ -7,7 +7,7 @@ Shapes: B pictures to make, I pictures that guide for an adapter, P patches of e
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from kolors_core.placement import (
     plain,
     refuse_second_copy,
 )
-from weights_convert import TABLES, recognise
+from weights_convert import recognise
 from weights_convert.source import Source, Tensors, save_tensors
 
 ADAPTERS: dict[str, tuple[Callable[..., Adapter], type[IPAdapterConfig]]] = {
@@ -87,11 +87,10 @@ class CLIPVisionModelWithProjection:
         folder = fetch(
             name, pick, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
-        loaded = load_component(
+        return load_component(
             folder, "image_encoder", subfolder=subfolder, variant=variant, device=place,
             dtype=dtype_of("image_encoder", asked),
         )  # fmt: skip
-        return cast(CLIPVision, loaded)
 
 
 class ImagePrompting(Components):
@@ -347,8 +346,8 @@ def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> 
 def _build(component: str, source: Source | Tensors, like: Tensor) -> Adapter:
     """An adapter of the shape that its tensors have, in the dtype and on the device of `like`."""
     table, is_ours = recognise(source.keys(), source.where)
-    if table is not TABLES[component]:
-        hint = ": load_ip_adapter_face_id loads it" if table is TABLES["face_id"] else ""
+    if table.component != component:
+        hint = ": load_ip_adapter_face_id loads it" if table.component == "face_id" else ""
         raise ValueError(f"{source.where}: wanted an {component}, got a {table.component}{hint}")
     kind, config = ADAPTERS[component]
     shapes = {name if is_ours else table.to_ours(name): source.shape(name) for name in source}
