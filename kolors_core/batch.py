@@ -91,10 +91,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 1 if a line failed, 2 if none could be tried."""
     options, level = parser().parse_args(arguments), logger.level
-    batch = None
+    worker = None
     try:
-        batch = Batch(options, join_processes(options.device))
-        failed = batch.run()
+        worker = Worker(options, join_processes(options.device))
+        failed = worker.run()
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
@@ -103,13 +103,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     finally:
         logger.setLevel(level)
-        if batch is not None:
-            batch.claims.close()
+        if worker is not None:
+            worker.claims.close()
     return 1 if failed else 0
 
 
-class Batch:
-    """One process's share of a run."""
+class Worker:
+    """One process of a run."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         """Reads the lines and agrees with the other processes; loads no weights yet.
@@ -117,8 +117,7 @@ class Batch:
         Raises OSError or ValueError where nothing can be done, or the processes were told different things.
         """
         self.options, self.device, self.folder = options, device, options.out
-        is_joined = dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if is_joined else (0, 1)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.is_quiet = options.quiet
         options.quiet = options.quiet or self.rank > 0  # one process speaks for all
         if options.quiet:
@@ -127,14 +126,11 @@ class Batch:
         model |= {"dtype": str(precision(options, device)), "bits": bits_of(options)} | files_of(options)
         if (keywords := guidance_of(options)) and options.split_guidance:
             raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
-        asked = {
-            "rule": keywords,
-            "freeu": options.freeu,
-        }  # not there if not asked for: older fingerprints hold
-        model |= {name: value for name, value in asked.items() if value}
+        # Of what is not asked for, a fingerprint has nothing: older pictures keep theirs.
+        model |= {name: value for name, value in {"rule": keywords, "freeu": options.freeu}.items() if value}
         seed = whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
         self.lines = read_lines(options.prompts, model, seed, default_steps(options.sampler))
-        self.token = self._agree()
+        self.run_name = self._agree()
         self.pair = Pair() if options.split_guidance else None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.claims = Claims(self.folder / ".claims")
@@ -148,13 +144,13 @@ class Batch:
 
         ValueError if one has other lines, PartnerLost if one is gone.
         """
-        token, lines = secrets.token_hex(4), [(line.number, line.fingerprint) for line in self.lines]
+        name, lines = secrets.token_hex(4), [(line.number, line.fingerprint) for line in self.lines]
         if self.world == 1:
-            return token
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+            return name
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         told: list[Any] = [None] * self.world
-        mine = token, lines, f"torch {torch.__version__}, {name}{threads}"
+        mine = name, lines, f"torch {torch.__version__}, {kind}{threads}"
         try:
             dist.all_gather_object(told, mine)
         except RuntimeError as error:
@@ -202,7 +198,7 @@ class Batch:
                     finally:
                         self.claims.give(line.number)
                     unseen.discard(line.number)
-                    unseen.difference_update(r["line"] for r in news if r.get("run") == self.token)
+                    unseen.difference_update(r["line"] for r in news if r.get("run") == self.run_name)
                     bar.update(len(self.lines) - len(unseen) - bar.n)
                 pending = held
                 if pending:
@@ -319,7 +315,7 @@ class Batch:
 
     def _has_ended(self, line: Line) -> bool:
         """Whether it was drawn, by whatever run, or has failed in this one."""
-        return self._record(line).get("run") == self.token or self._is_drawn(line)
+        return self._record(line).get("run") == self.run_name or self._is_drawn(line)
 
     def _has_failed(self, line: Line) -> bool:
         """Of a line that has ended. What another run writes of its own line of this number says nothing."""
@@ -337,7 +333,7 @@ class Batch:
             "line": line.number, "file": line.file if reason is None else None,
             "seed": None if line.picture is None else line.picture.seed,
             "status": "done" if reason is None else "failed", "reason": reason, "seconds": seconds,
-            "process": process, "fingerprint": line.fingerprint, "run": self.token,
+            "process": process, "fingerprint": line.fingerprint, "run": self.run_name,
         }  # fmt: skip
 
     def _check_device(self) -> None:

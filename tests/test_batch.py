@@ -18,7 +18,7 @@ from PIL import Image
 
 from kolors_core import KolorsPipeline
 from kolors_core.__main__ import main as draw_one
-from kolors_core.batch import Batch, main, parser
+from kolors_core.batch import Worker, main, parser
 from kolors_core.image import read_description
 from kolors_core.lines import fingerprint_of, read_lines
 from kolors_core.lora import attach, save_adapters
@@ -275,13 +275,13 @@ def test_what_another_run_says_of_its_own_line_is_not_believed(
         for name in "ab"
     )
     assert main([*first, "--device", "cpu", "-q"]) == 0
-    batch = Batch(parser().parse_args([*second, "--device", "cpu"]), torch.device("cpu"))
-    batch._lead()
+    worker = Worker(parser().parse_args([*second, "--device", "cpu"]), torch.device("cpu"))
+    worker._lead()
     assert main([*first, "--device", "cpu", "-q"]) == 0 and records(tmp_path / "out")[0]["status"] == "done"
-    batch.manifest.refresh()
-    assert batch._has_failed(batch.lines[0])
-    batch._end(batch.lines)
-    batch.claims.close()
+    worker.manifest.refresh()
+    assert worker._has_failed(worker.lines[0])
+    worker._end(worker.lines)
+    worker.claims.close()
     said = capsys.readouterr().err
     assert "0 of 1 pictures" in said and "line 1 failed: another run on this OUT has a line" in said
 
