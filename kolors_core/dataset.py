@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from kolors_core.fields import LARGEST_SEED, finite_number, path_of, whole_number
-from kolors_core.image import naming
+from kolors_core.image import load_image, naming
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture's file, its captions of which each use draws one, and its size in pixels."""
+    """A picture's file, its captions of which each use draws one, and its size in pixels, upright."""
 
     file: Path
     captions: tuple[str, ...]
@@ -42,7 +42,7 @@ class Sample:
 
 def read_folder(folder: str | Path) -> list[Example]:
     """Every captioned picture of a folder; errors name the file and line at fault."""
-    from PIL import Image
+    from PIL import ExifTags, Image
 
     folder = path_of("folder", folder)
     captioned = _from_metadata(folder) if (folder / "metadata.jsonl").exists() else _from_text_files(folder)
@@ -53,7 +53,9 @@ def read_folder(folder: str | Path) -> list[Example]:
     examples = []
     for file, captions in captioned:
         with naming(file), Image.open(file) as image:
-            examples.append(Example(file, captions, image.height, image.width))
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # as by `load_image`
+            size = image.size if is_turned else image.size[::-1]
+            examples.append(Example(file, captions, *size))
     return examples
 
 
@@ -67,7 +69,7 @@ def _from_text_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
             if not text.exists():
                 raise FileNotFoundError(f"{text}: no such file, wanted the captions of {file.name}")
             with naming(text):
-                whole = text.read_text(encoding="utf-8")
+                whole = text.read_text(encoding="utf-8-sig")
             lines = tuple(line.strip() for line in whole.splitlines() if line.strip())
             found.append((file, lines or ("",)))
     return found
@@ -116,7 +118,7 @@ def bucket_of(example: Example, sizes: Sequence[tuple[int, int]]) -> tuple[int, 
 
 
 def load_pixels(example: Example, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """The picture covering its bucket: [3, H, W] in [-1, 1], and where it was cropped.
+    """The picture, upright, covering its bucket: [3, H, W] in [-1, 1], and where it was cropped.
 
     The crop's (top, left) is in pixels of the resized picture, of which it is the middle. Transparency is
     white.
@@ -125,8 +127,7 @@ def load_pixels(example: Example, size: tuple[int, int]) -> tuple[Tensor, tuple[
     from PIL import Image
 
     height, width = size
-    with Image.open(example.file) as opened:
-        image = opened.convert("RGBA")
+    image = load_image(example.file, lambda picture: picture.convert("RGBA"))
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     scale = max(height / image.height, width / image.width)
     cover = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
