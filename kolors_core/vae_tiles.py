@@ -77,7 +77,7 @@ class Tiles:
 
     def _through(self, coder: nn.Module, x: Tensor) -> Tensor:
         run, in_pieces = coder, False
-        if self.use_tiling:
+        if self.use_tiling:  # checked again: scripts set the side, and layers may have been replaced
             _check_side(side := self.tile_sample_min_size)
             _check(coder, "encoder" if coder is self.encoder else "decoder")
             in_pieces = _pixels(coder, x) > side * side
