@@ -131,6 +131,20 @@ def component_files(
     return [str(PurePosixPath(subfolder) / name) for name in chosen]
 
 
+def fetch_component(
+    name: str | Path, component: str, subfolder: str, variant: str | None, has_weights: bool, **hub: Any
+) -> Path:
+    """The local folder of a checkpoint whose `subfolder` is one component; fetched is nothing else.
+
+    has_weights, hub: as for `resolve`.
+    """
+
+    def pick(listing: list[str]) -> list[str]:
+        return component_files(listing, component, subfolder or ".", variant, str(name), has_weights)
+
+    return fetch(name, pick, **hub)
+
+
 def load_component(
     folder: str | Path,
     component: str,

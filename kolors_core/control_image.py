@@ -19,7 +19,7 @@ from kolors_core.checkpoint import (
     Kind,
     base_state,
     check_variant,
-    component_files,
+    fetch_component,
     open_component,
     read_json,
     write_json,
@@ -28,7 +28,6 @@ from kolors_core.checkpoint import (
 from kolors_core.components import Components
 from kolors_core.controlnet import Control, ControlNet, ControlNetConfig, has_several, nets_of
 from kolors_core.fields import path_of
-from kolors_core.hub import fetch
 from kolors_core.image import control_pixels
 from kolors_core.loading import LoadReport, load
 from kolors_core.placement import (
@@ -82,8 +81,8 @@ class KolorsControlNet(ControlNet):
         name = EMBEDDED / "controlnet" if name == EMBEDDED_NAME else name
         device = loading_device(device)
         has_weights = device.type != "meta"
-        folder = _fetched(
-            name, subfolder, variant, has_weights, revision=revision, cache_dir=cache_dir,
+        folder = fetch_component(
+            name, "controlnet", subfolder, variant, has_weights, revision=revision, cache_dir=cache_dir,
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
         opened = open_component(
@@ -114,9 +113,9 @@ class KolorsControlNet(ControlNet):
         Returns it with the UNet's dtype and device. Raises FileNotFoundError or ValueError naming what does
         not fit; for one with a text projection, which needs no borrowing, too.
         """
-        folder = _fetched(
-            pretrained_model_name_or_path, subfolder, variant, True, revision=revision, cache_dir=cache_dir,
-            local_files_only=local_files_only, token=token,
+        folder = fetch_component(
+            pretrained_model_name_or_path, "controlnet", subfolder, variant, True, revision=revision,
+            cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip
         place = folder / subfolder
         file, unet = place / "config.json", plain(unet)
@@ -163,15 +162,6 @@ class KolorsControlNet(ControlNet):
         with new_folder(path_of("folder", folder)) as place:
             write_json(place / "config.json", self.config.to_public())
             write_weights(self, place, "controlnet", STEM, variant)
-
-
-def _fetched(name: str | Path, subfolder: str, variant: str | None, has_weights: bool, **hub: Any) -> Path:
-    """The local folder of a ControlNet's checkpoint."""
-
-    def pick(listing: list[str]) -> list[str]:
-        return component_files(listing, "controlnet", subfolder or ".", variant, str(name), has_weights)
-
-    return fetch(name, pick, **hub)
 
 
 class Controlling(Components):

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from kolors_core.blocks import BlockScale
-from kolors_core.context import ImagePrompt
 from kolors_core.face_id import FaceIDAdapter
 from kolors_core.fields import path_of
 from kolors_core.hub import find_file
-from kolors_core.image_prompt import ImagePrompting, Told
+from kolors_core.image_prompt import Guides, ImagePrompting, guide
 from kolors_core.ip_adapter import Attached, attach, attached
 from kolors_core.placement import finite, plain, refuse_second_copy
 from weights_convert.reading import one_line
@@ -51,9 +50,8 @@ class FacePrompting(ImagePrompting):
             "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only,
             "token": token,
         }  # fmt: skip
-        own = self.image_encoder
         adapter, encoder = self._opened(
-            "face_id", pretrained_model_name_or_path_or_dict, subfolder, weight_name, own,
+            "face_id", pretrained_model_name_or_path_or_dict, subfolder, weight_name, self.image_encoder,
             image_encoder_folder, hub,
         )  # fmt: skip
         self.unload_ip_adapter_face_id()
@@ -81,7 +79,7 @@ class FacePrompting(ImagePrompting):
             raise ValueError("no face adapter is loaded: load_ip_adapter_face_id first")
         return handle
 
-    def _face_prompts(self, image: Any, embeds: Any, batch: int, is_guided: bool) -> Told:
+    def _face_prompts(self, image: Any, embeds: Any, batch: int, is_guided: bool) -> Guides:
         """What the UNet is told of the face in each of its B rows, and in each negative one."""
         if image is None and embeds is None:
             if self._face is None:
@@ -104,16 +102,11 @@ class FacePrompting(ImagePrompting):
         weight, unet = adapter.resampler.proj_in.weight, plain(self.unet)
         ids = self._input_for(weight, ids).expand(count, -1)  # [n, id_dim]
         states = self._input_for(weight, states).expand(count, -1, -1)  # [n, P, D]
-
-        def told(tokens: Tensor) -> ImagePrompt:
-            finite(tokens, "the face's tokens", tokens.dtype)
-            return ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0))
-
-        positive = told(adapter.tokens(unet, ids, states))
-        if not is_guided:
-            return {handle: (positive, None)}
-        nobody = torch.zeros_like(ids[:1]), torch.zeros_like(states[:1])
-        return {handle: (positive, told(adapter.tokens(unet, *nobody)))}
+        positive, negative = guide(adapter.tokens(unet, ids, states), batch), None
+        if is_guided:
+            nobody = torch.zeros_like(ids[:1]), torch.zeros_like(states[:1])
+            negative = guide(adapter.tokens(unet, *nobody), batch)
+        return {handle: (positive, negative)}
 
     def stand_ins(self, device: torch.device, is_guided: bool) -> dict[str, Any]:
         """Arguments without values: for each loaded adapter one picture, or without CLIP its states."""
@@ -144,12 +137,8 @@ class FacePrompting(ImagePrompting):
                 got = f"{list(image.shape)} of {image.dtype}"
                 raise ValueError(f"face_image must be pictures or CLIP's states [n, P, {width}], got {got}")
             return image
-        encoder = self.image_encoder
-        if encoder is None:
-            raise ValueError("this pipeline has no image encoder: give CLIP's states as face_image")
-        self._on_device("image_encoder")
-        pixels = self._pixels(image, encoder.config.image_size)  # [n, 3, S, S]
-        return encoder.penultimate(self._input_for(encoder.projection.weight, pixels))
+        encoder = self._need_encoder("face_image")
+        return encoder.penultimate(self._pixels(image, encoder))
 
 
 def load_face_embeds(file: str | Path) -> Tensor:

@@ -197,7 +197,7 @@ def test_states_stand_in_for_a_picture_and_faces_may_differ(
     encoder = ours.image_encoder
     assert encoder is not None
     with torch.no_grad():
-        pixels = ours._pixels([FACE["face_image"], picture(8, 64, 64)], encoder.config.image_size)
+        pixels = ours._pixels([FACE["face_image"], picture(8, 64, 64)], encoder)
         states = encoder.penultimate(pixels.double())
     assert torch.equal(face_steps(ours, face_image=states[:1])[-1], face_steps(ours)[-1])
     given = FACE["face_embeds"].numpy()

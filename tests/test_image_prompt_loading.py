@@ -85,7 +85,7 @@ def test_an_encoder_that_came_with_the_adapter_leaves_with_it(pipes: Pair, tmp_p
         pipe.unload_ip_adapter()
         assert pipe.image_encoder is None
     pipe.load_ip_adapter(tmp_path / "repo" / "sub" / "plus.safetensors", image_encoder_folder=None)
-    with pytest.raises(ValueError, match="no image encoder: pass ip_adapter_image_embeds"):
+    with pytest.raises(ValueError, match="no image encoder: give CLIP's states as ip_adapter_image_embeds"):
         guided_steps(pipe)
 
 
