@@ -183,12 +183,13 @@ class Controlling(Components):
         and what has no effect.
         """
         nets = nets_of(self.controlnet)
+        given = {  # and what each is if it is not given
+            "controlnet_conditioning_scale": (scale, DEFAULT_SCALE),
+            "control_guidance_start": (start, 0.0),
+            "control_guidance_end": (end, 1.0),
+        }
         if image is None:
-            for name, value, default in (
-                ("controlnet_conditioning_scale", scale, DEFAULT_SCALE),
-                ("control_guidance_start", start, 0.0),
-                ("control_guidance_end", end, 1.0),
-            ):
+            for name, (value, default) in given.items():
                 if value != default:
                     raise ValueError(f"{name} has no effect without a control image, got {value!r}")
             if nets:
@@ -200,20 +201,15 @@ class Controlling(Components):
         images = _of_each("control images", image, len(nets)) if has_several(self.controlnet) else [image]
         numbers = [
             _of_each(name, value, len(nets)) if isinstance(value, list | tuple) else [value] * len(nets)
-            for name, value in (
-                ("controlnet_conditioning_scale", scale),
-                ("control_guidance_start", start),
-                ("control_guidance_end", end),
-            )
+            for name, (value, _) in given.items()
         ]
         weight, controls = self.unet.conv_in.weight, []
         for net, one, *numbers_of in zip(nets, images, *numbers, strict=True):
             own = net.conv_in.weight
             if (own.dtype, own.device) != (weight.dtype, weight.device):
                 got = f"the ControlNet is {own.dtype} on {own.device}"
-                raise ValueError(
-                    f"{got}, the UNet {weight.dtype} on {weight.device}: pipe.to(...) moves both"
-                )
+                wanted = f"the UNet {weight.dtype} on {weight.device}"
+                raise ValueError(f"{got}, {wanted}: pipe.to(...) moves both")
             pixels = _rows(control_pixels(one, *size), count, images_per_prompt)
             controls.append(Control(net, self._input_for(own, pixels), *numbers_of))
         return tuple(controls)
