@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.module import Module
+from kolors_core.module import Module, StandIn
 from kolors_core.quantize import QuantizedLinear
 
 
@@ -67,17 +67,14 @@ class Part(Module):
         return magnitude / norm * turned - weight
 
 
-class LoRALayer(nn.Module, ABC):
+class LoRALayer(StandIn, ABC):
     """What linear layers and convolutions with adapters share."""
 
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, base: nn.Module) -> None:
-        nn.Module.__init__(self)
-        vars(self).update(vars(base))  # sizes, mode and hooks; the parameters are taken over, none is made
-        self._parameters, self._modules = dict(base._parameters), {}
-        self.base = (base,)  # in a tuple, since it is no submodule
+        super().__init__(base)
         self.lora = nn.ModuleDict()
         self.is_enabled = True
         self.fused: tuple[str, ...] = ()  # adapters that the model's weights contain, in any of its layers
@@ -132,12 +129,6 @@ class LoRALayer(nn.Module, ABC):
             if tensor is not None:
                 tensor.copy_(kept)
         self.fused, self.kept = (), ()
-
-    def plain(self) -> nn.Module:
-        """The layer without adapters: the very module that this one replaced, with the present weights."""
-        base = self.base[0]
-        base._parameters.update(self._parameters)
-        return base.train(self.training)
 
 
 class LoRALinear(LoRALayer, nn.Linear):
