@@ -87,14 +87,14 @@ class LoRALayer(StandIn, ABC):
     def forward(self, input: Tensor) -> Tensor:
         """As the layer without adapters, plus what the active ones add. Fused adapters cost nothing."""
         weight, bias, added = self.weight, self.bias, []
-        for part in self.parts().values() if self.is_enabled and not self.fused else ():
-            if not part.is_active:
-                continue
+        parts = self.parts().values() if self.is_enabled and not self.fused else ()
+        for part in (part for part in parts if part.is_active):
             if part.down is None or part.up is None or part.magnitude is not None:
                 weight = weight + part.change(self.weight)
             else:
                 h = self.run(input, part.down.to(input.dtype), None)  # [..., R]
-                added.append(part.wanted * part.scale * self.widen(h, part.up.to(input.dtype)))
+                widen = F.linear if part.up.ndim == 2 else F.conv2d
+                added.append(part.wanted * part.scale * widen(h, part.up.to(input.dtype)))
             if part.bias is not None and bias is not None:
                 bias = bias + part.wanted * part.bias.to(bias.dtype)
         return sum(added, self.run(input, weight, bias))
@@ -102,10 +102,6 @@ class LoRALayer(StandIn, ABC):
     @abstractmethod
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with this weight and bias."""
-
-    @abstractmethod
-    def widen(self, h: Tensor, up: Tensor) -> Tensor:
-        """R channels -> O channels."""
 
     @torch.no_grad()
     def fuse(self, names: Sequence[str], share: float) -> None:
@@ -135,12 +131,8 @@ class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer with adapters."""
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The linear layer, with this weight."""
+        """[..., I] -> [..., O]."""
         return F.linear(input, weight, bias)
-
-    def widen(self, h: Tensor, up: Tensor) -> Tensor:
-        """What `up` makes of the narrow features."""
-        return F.linear(h, up)
 
 
 class LoRAQuantizedLinear(LoRALinear, QuantizedLinear):  # type: ignore[misc]
@@ -155,12 +147,8 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     """A convolution with adapters; `down` has its kernel and stride, `up` is 1x1."""
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution, with this weight."""
+        """[B, I, H, W] -> [B, O, H', W'], with the layer's stride and padding."""
         return self._conv_forward(input, weight, bias)
-
-    def widen(self, h: Tensor, up: Tensor) -> Tensor:
-        """What `up` makes of the narrow features."""
-        return F.conv2d(h, up)
 
 
 KINDS: dict[type[nn.Module], type[LoRALayer]] = {

@@ -88,8 +88,6 @@ class LoRALoading:
         for model in models.values():
             check_name(model, name)
         source = pretrained_model_name_or_path_or_dict
-        if not isinstance(source, str | Path | Mapping):
-            raise TypeError(f"wanted a LoRA's file, folder, repository or tensors, got {source!r}")
         if isinstance(source, Mapping):
             unused = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
             refuse_unused("a dict of tensors", **unused)
