@@ -46,10 +46,7 @@ class FacePrompting(ImagePrompting):
         published file is a pickle: `python -m weights_convert --pickle` makes the safetensors file of it.
         """
         refuse_second_copy(low_cpu_mem_usage)
-        hub = {
-            "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only,
-            "token": token,
-        }  # fmt: skip
+        hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         adapter, encoder = self._opened(
             "face_id", pretrained_model_name_or_path_or_dict, subfolder, weight_name, self.image_encoder,
             image_encoder_folder, hub,
@@ -94,7 +91,7 @@ class FacePrompting(ImagePrompting):
         assert isinstance(adapter, FaceIDAdapter)
         ids, states = _ids(embeds, adapter.config.id_dim), self._face_states(image, adapter.config.image_dim)
         count = max(len(ids), len(states))
-        if {len(ids), len(states)} - {1, count} or batch % count:
+        if any(n not in (1, count) for n in (len(ids), len(states))) or batch % count:
             got = f"{len(ids)} face_embeds and {len(states)} face_image"
             raise ValueError(f"wanted one face, or one for each of {batch} pictures or prompts, got {got}")
         self._on_device("unet")
@@ -110,24 +107,23 @@ class FacePrompting(ImagePrompting):
 
     def stand_ins(self, device: torch.device, is_guided: bool) -> dict[str, Any]:
         """Arguments without values: for each loaded adapter one picture, or without CLIP its states."""
-        handles, face, encoder, rows = self._picture_adapters, self._face, self.image_encoder, 1 + is_guided
+        handles, face, encoder = self._picture_adapters, self._face, self.image_encoder
         given: dict[str, Any] = {}
 
-        def states(handle: Attached, *rows: int) -> Tensor:
-            return torch.empty(
-                *rows, PATCHES, handle.adapter.config.image_dim, device=device, dtype=self.dtype
-            )
+        def picture(handle: Attached, *rows: int) -> Tensor:
+            if encoder is None:
+                shape, dtype = (*rows, PATCHES, handle.adapter.config.image_dim), self.dtype
+            else:
+                shape, dtype = (1, 3, encoder.config.image_size, encoder.config.image_size), torch.float32
+            return torch.empty(shape, device=device, dtype=dtype)
 
-        side = 0 if encoder is None else encoder.config.image_size
-        pixels = None if encoder is None else torch.empty(1, 3, side, side, device=device)
-        if handles and pixels is not None:
-            given["ip_adapter_image"] = [pixels] * len(handles)
-        elif handles:
-            given["ip_adapter_image_embeds"] = [states(handle, rows, 1) for handle in handles]
+        if handles:
+            name = "ip_adapter_image_embeds" if encoder is None else "ip_adapter_image"
+            given[name] = [picture(handle, 1 + is_guided, 1) for handle in handles]
         if face is not None:
             assert isinstance(face.adapter, FaceIDAdapter)
             given["face_embeds"] = torch.empty(1, face.adapter.config.id_dim, device=device)
-            given["face_image"] = states(face, 1) if pixels is None else pixels
+            given["face_image"] = picture(face, 1)
         return given
 
     def _face_states(self, image: Any, width: int) -> Tensor:

@@ -106,10 +106,7 @@ class ImagePrompting(Components):
         Raises FileNotFoundError or ValueError naming the file or tensor; nothing is changed then.
         """
         refuse_second_copy(low_cpu_mem_usage)
-        hub = {
-            "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only,
-            "token": token,
-        }  # fmt: skip
+        hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         encoder = own = self._image_encoder
         adapters = []
         for place in _places(pretrained_model_name_or_path_or_dict, subfolder, weight_name):
@@ -334,7 +331,7 @@ def _build(component: str, source: Source | Tensors, like: Tensor) -> ImageAdapt
     table, is_ours = recognise(source.keys(), source.where)
     if table is not TABLES[component]:
         hint = ": load_ip_adapter_face_id loads it" if table is TABLES["face_id"] else ""
-        raise ValueError(f"{source.where}: wanted an {component}, got a {table.component}{hint}")
+        raise ValueError(f"{source.where}: wanted tensors of {component}, got {table.component}{hint}")
     kind, config = ADAPTERS[component]
     shapes = {name if is_ours else table.to_ours(name): source.shape(name) for name in source}
     with torch.device("meta"):
@@ -368,9 +365,10 @@ def _masks_of(masks: Any, count: int, batch: int) -> list[Tensor | None]:
     for mask in listed:
         if mask is None:
             continue
-        if not isinstance(mask, Tensor) or mask.ndim != 4 or not mask.numel() or len(mask) not in (1, batch):
-            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        fits = isinstance(mask, Tensor) and mask.ndim == 4 and mask.numel() and len(mask) in (1, batch)
+        if not fits or mask.is_complex():
+            got = f"{list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"ip_adapter_masks must be tensors [1, images, height, width], got {got}")
-        if mask.is_complex() or not 0 <= mask.min() <= mask.max() <= 1:
+        if not 0 <= mask.min() <= mask.max() <= 1:
             raise ValueError(f"ip_adapter_masks must be from 0 to 1, got {mask.min()} to {mask.max()}")
     return list(listed)
