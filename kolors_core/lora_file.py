@@ -115,11 +115,10 @@ def configs_of(source: Source | Tensors) -> dict[str, Mapping[str, Any]]:
     if isinstance(source, Tensors):
         return {}
     file = source.files[0]
-    # Beside a file of another name it is of another adapter.
     beside, inside = file.with_name("adapter_config.json"), (source.metadata(file) or {}).get(METADATA)
     if inside is not None:
         where, text = f"{file}: {METADATA}", inside
-    elif file.name == "adapter_model.safetensors" and beside.is_file():
+    elif file.name == "adapter_model.safetensors" and beside.is_file():  # else it is another adapter's
         where, text = str(beside), beside.read_bytes()
     else:
         return {}
@@ -256,8 +255,6 @@ def _scale(alpha: Tensor | None, rank: int | None, public: str, config: Mapping[
     if alpha is not None:
         if alpha.numel() != 1:
             raise Misfit(f"alpha is {list(alpha.shape)}, wanted one number")
-        if not torch.isfinite(alpha).all():
-            raise Misfit(f"alpha is {alpha.item()}")
         return alpha.item() / rank if rank is not None else 1.0
     if not config:
         return 1.0

@@ -24,7 +24,7 @@ class Part(Module):
     down: [R, I, *K]; up: [O, R], of a convolution [O, R, 1, 1]. delta: [O, I, *K], which files of other forms
     are turned into (LoHa, LoKr). magnitude: DoRA's (https://arxiv.org/abs/2402.09353), [O, 1, ...], or
     [1, I, ...] in files that divide by the norms of columns. bias: [O]. scale: alpha / rank. strength:
-    how much of it is wanted. order: of the adapters of a model, in which they came.
+    how much of it is wanted. order: a number that is larger for adapters that came later.
     """
 
     down: nn.Parameter | None

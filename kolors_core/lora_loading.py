@@ -276,9 +276,10 @@ class LoRALoading:
         settings as metadata. weight_name: pytorch_lora_weights.safetensors if None. is_main_process: others
         write nothing. Raises ValueError if it is not clear what to write, or the names cannot say it.
         """
-        if weight_name is not None and not isinstance(weight_name, str):
+        weight_name = WEIGHT_NAME if weight_name is None else weight_name
+        if not isinstance(weight_name, str):
             raise TypeError(f"weight_name must be a string or None, got {weight_name!r}")
-        if not safe_serialization or (weight_name or "a.safetensors").endswith(PICKLES):
+        if not safe_serialization or weight_name.endswith(PICKLES):
             raise ValueError("safe_serialization=False would write a pickle; only safetensors are written")
         if not is_main_process:
             return
@@ -300,8 +301,7 @@ class LoRALoading:
         text = json.dumps(settings, sort_keys=True, default=list)  # PEFT's settings have sets
         folder = path_of("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / (WEIGHT_NAME if weight_name is None else weight_name)
-        save_tensors(state, file, {METADATA: text} if settings else None)
+        save_tensors(state, folder / weight_name, {METADATA: text} if settings else None)
 
     def _state_of(self, name: str | None) -> dict[str, Tensor]:
         """An attached adapter in diffusers' names; the only one if the name is None."""
