@@ -20,7 +20,7 @@ from kolors_core.checkpoint import (
     base_state,
     check_variant,
     fetch_component,
-    open_component,
+    load_component,
     read_json,
     write_json,
     write_weights,
@@ -33,7 +33,6 @@ from kolors_core.loading import LoadReport, load
 from kolors_core.placement import (
     Dtypes,
     dtype_of,
-    loading_device,
     one_dtype,
     plain,
     refuse_pickles,
@@ -77,19 +76,13 @@ class KolorsControlNet(ControlNet):
         """
         refuse_pickles(use_safetensors)
         refuse_second_copy(low_cpu_mem_usage)
-        name, asked = pretrained_model_name_or_path, one_dtype(torch_dtype, dtype)
-        name = EMBEDDED / "controlnet" if name == EMBEDDED_NAME else name
-        device = loading_device(device)
-        has_weights = device.type != "meta"
-        folder = fetch_component(
-            name, "controlnet", subfolder, variant, has_weights, revision=revision, cache_dir=cache_dir,
+        name = pretrained_model_name_or_path
+        net = load_component(
+            EMBEDDED / "controlnet" if name == EMBEDDED_NAME else name, "controlnet", subfolder=subfolder,
+            variant=variant, dtype=dtype_of("unet", one_dtype(torch_dtype, dtype)), device=device,
+            kind=Kind(ControlNetConfig.from_public, cls, STEM), revision=revision, cache_dir=cache_dir,
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
-        opened = open_component(
-            folder, "controlnet", subfolder=subfolder, variant=variant, has_weights=has_weights,
-            kind=Kind(ControlNetConfig.from_public, cls, STEM),
-        )  # fmt: skip
-        net = opened.fill(dtype_of("unet", asked), device)
         assert isinstance(net, cls)
         return net
 

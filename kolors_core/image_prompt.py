@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kolors_core.checkpoint import fetch_component, load_component
+from kolors_core.checkpoint import load_component
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.components import Components
 from kolors_core.config import IPAdapterConfig
@@ -26,7 +26,6 @@ from kolors_core.loading import load
 from kolors_core.placement import (
     dtype_of,
     finite,
-    loading_device,
     named_device,
     one_dtype,
     plain,
@@ -69,14 +68,10 @@ class CLIPVisionModelWithProjection:
         loaded here. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         refuse_second_copy(low_cpu_mem_usage)
-        asked, device = one_dtype(torch_dtype, dtype), loading_device(device)
-        folder = fetch_component(
-            pretrained_model_name_or_path, "image_encoder", subfolder, variant, device.type != "meta",
-            revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
-        )  # fmt: skip
         loaded = load_component(
-            folder, "image_encoder", subfolder=subfolder, variant=variant, device=device,
-            dtype=dtype_of("image_encoder", asked),
+            pretrained_model_name_or_path, "image_encoder", subfolder=subfolder, variant=variant,
+            dtype=dtype_of("image_encoder", one_dtype(torch_dtype, dtype)), device=device,
+            revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip
         return cast(CLIPVision, loaded)
 
