@@ -218,8 +218,12 @@ class LoRALoading:
             raise ValueError(f"no active adapter to fuse in {' or '.join(models)}")
         for model, _ in found:
             refuse_quantized(model, f"fuse {told}")
-        for model, names in found:
-            fuse(model, names, lora_scale)
+        try:
+            for model, names in found:
+                fuse(model, names, lora_scale)
+        except BaseException:
+            self.unfuse_lora(components)
+            raise
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Undo `fuse_lora`: the weights are what they were, bit for bit."""
