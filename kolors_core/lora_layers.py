@@ -116,7 +116,7 @@ class LoRALayer(StandIn, ABC):
         self.weight.copy_(sum((part.change(base, share) for part in parts), base))
         for part in parts:
             if part.bias is not None and self.bias is not None:
-                self.bias.add_(part.bias.to(self.bias.dtype), alpha=share * part.strength)
+                self.bias.add_(part.bias.to(self.bias.dtype), alpha=share * part.wanted)
 
     @torch.no_grad()
     def unfuse(self) -> None:
