@@ -269,13 +269,13 @@ def unload(model: nn.Module) -> None:
         _replace(model, path, layer.plain())
 
 
-def save_adapters(adapters: dict[str, Adapter], file: str | Path, *, overwrite: bool = False) -> None:
+def save_adapters(of: Mapping[str, Adapter], file: str | Path, *, overwrite: bool = False) -> None:
     """Write adapters, by component ("unet", "text_encoder"), to one file that the reference loads.
 
     Raises FileExistsError for a file that is there, unless `overwrite`.
     """
     state, file = {}, new_path("file", file, overwrite)
-    for component, adapter in adapters.items():
+    for component, adapter in of.items():
         state |= adapter.public_state(component)
     save_tensors(state, file)
 
