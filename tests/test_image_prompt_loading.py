@@ -191,7 +191,7 @@ def test_weights_set_within_a_run_stay(both: Both) -> None:
     for wrong in ({"scale": float("nan")}, {"scale": "1"}):
         with pytest.raises(ValueError, match="the scale of LoRAs must be a number, got"):
             ours("cat", height=64, width=64, num_inference_steps=1, cross_attention_kwargs=wrong)
-    with pytest.raises(ValueError, match="scale must be a number, got nan"):
+    with pytest.raises(ValueError, match="the scale of an adapter must be a number, got nan"):
         ours.set_adapters("a", float("nan"))
     lora.detach()
 
