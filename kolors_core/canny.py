@@ -30,27 +30,21 @@ def canny(image: "Image", low: float = 100, high: float = 200) -> "Image":
     size, dx, dy = _gradient(np.asarray(image.convert("RGB")))
     thin = _thinned(size, dx, dy, low)
     edges = _connected(thin, thin & (size > high))
-    return Image.fromarray(np.where(edges, np.uint8(255), np.uint8(0))).convert("RGB")
+    return Image.fromarray(edges).convert("RGB")
 
 
 def _gradient(pixels: "np.ndarray") -> "tuple[np.ndarray, np.ndarray, np.ndarray]":
     """|dx| + |dy|, dx and dy [H, W] of the colour where that is largest; pixels: uint8 [H, W, 3]."""
     import numpy as np
 
-    best = None
-    for channel in range(3):
-        x = np.pad(pixels[..., channel].astype(np.int16), 1, mode="edge")
-        rows = x[:-2] + 2 * x[1:-1] + x[2:]  # [H, W + 2]
-        columns = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]  # [H + 2, W]
-        dx, dy = rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]
-        size = abs(dx) + abs(dy)
-        if best is None:
-            best = size, dx, dy
-        else:
-            more = size > best[0]
-            best = np.where(more, size, best[0]), np.where(more, dx, best[1]), np.where(more, dy, best[2])
-    assert best is not None
-    return best
+    x = np.pad(pixels.astype(np.int16), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    rows = x[:-2] + 2 * x[1:-1] + x[2:]  # [H, W + 2, 3]
+    columns = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]  # [H + 2, W, 3]
+    dx, dy = rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]  # [H, W, 3]
+    size = abs(dx) + abs(dy)
+    largest = size.argmax(-1, keepdims=True)  # of equal ones the first
+    size, dx, dy = (np.take_along_axis(of, largest, -1)[..., 0] for of in (size, dx, dy))
+    return size, dx, dy
 
 
 def _thinned(size: "np.ndarray", dx: "np.ndarray", dy: "np.ndarray", low: float) -> "np.ndarray":
@@ -58,20 +52,19 @@ def _thinned(size: "np.ndarray", dx: "np.ndarray", dy: "np.ndarray", low: float)
     import numpy as np
 
     around = np.pad(size, 1)  # nothing beyond the picture
-    height, width = size.shape
     y, x = np.nonzero(size > low)
-    m, dx, dy = size[y, x], dx[y, x].astype(np.int64), dy[y, x].astype(np.int64)
+    own, dx, dy = size[y, x], dx[y, x].astype(np.int64), dy[y, x].astype(np.int64)
     flat = TAN_22 * abs(dx)
-    is_across = abs(dy) * 2**15 < flat
-    is_along = abs(dy) * 2**15 > flat + abs(dx) * 2**16
+    is_across = abs(dy) * 2**15 < flat  # left to right, within 22.5 degrees
+    is_along = abs(dy) * 2**15 > flat + abs(dx) * 2**16  # up and down: tan(67.5) is tan(22.5) + 2
     is_diagonal = ~(is_across | is_along)
     slant = np.where((dx < 0) != (dy < 0), -1, 1)
     step_y = np.where(is_across, 0, 1)
     step_x = np.where(is_across, 1, np.where(is_along, 0, slant))
     before, after = around[y + 1 - step_y, x + 1 - step_x], around[y + 1 + step_y, x + 1 + step_x]
     # Of two equal ones side by side the first counts; on a diagonal, neither.
-    is_peak = (m > before) & np.where(is_diagonal, m > after, m >= after)
-    thin = np.zeros((height, width), dtype=bool)
+    is_peak = (own > before) & np.where(is_diagonal, own > after, own >= after)
+    thin = np.zeros_like(size, dtype=bool)
     thin[y[is_peak], x[is_peak]] = True
     return thin
 
@@ -80,9 +73,9 @@ def _connected(weak: "np.ndarray", strong: "np.ndarray") -> "np.ndarray":
     """What of `weak` is connected to `strong`, over sides and corners: bool [H, W]."""
     import numpy as np
 
-    height, width = weak.shape
-    left = np.pad(weak, 1).ravel()  # what is not yet found
-    stride = width + 2
+    around = np.pad(weak, 1)
+    stride = around.shape[1]
+    left = around.ravel()  # what is not yet found
     found = np.zeros_like(left)
     neighbours = np.array([dy * stride + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx])
     front = np.flatnonzero(np.pad(strong, 1))
@@ -90,4 +83,4 @@ def _connected(weak: "np.ndarray", strong: "np.ndarray") -> "np.ndarray":
         found[front], left[front] = True, False
         near = (front[:, None] + neighbours).ravel()
         front = np.unique(near[left[near]])
-    return found.reshape(height + 2, stride)[1:-1, 1:-1]
+    return found.reshape(around.shape)[1:-1, 1:-1]

@@ -131,24 +131,44 @@ def component_files(
     return [str(PurePosixPath(subfolder) / name) for name in chosen]
 
 
+def fetch_component(
+    name: str | Path, component: str, subfolder: str, variant: str | None, has_weights: bool, **hub: Any
+) -> Path:
+    """The local folder of a checkpoint whose `subfolder` is one component; fetched is nothing else.
+
+    has_weights, hub: as for `resolve`.
+    """
+
+    def pick(listing: list[str]) -> list[str]:
+        return component_files(listing, component, subfolder or ".", variant, str(name), has_weights)
+
+    return fetch(name, pick, **hub)
+
+
 def load_component(
-    folder: str | Path,
+    name: str | Path,
     component: str,
     *,
     subfolder: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    kind: Kind | None = None,
+    **hub: Any,
 ) -> Any:
-    """One model of `KINDS` from a checkpoint folder, in public names or ours.
+    """One model from a checkpoint folder or hub repository, in public names or ours.
 
-    subfolder: where in the folder; the component's name if None. device: on "meta" no weights are read.
+    subfolder: where in it; the component's name if None. device: on "meta" no weights are read. kind: of a
+    component that is not one of `KINDS`. hub: as for `resolve`.
 
     Raises FileNotFoundError or ValueError naming the file, field or tensor, before weights are read.
     """
-    device = loading_device(device)
+    device, subfolder = loading_device(device), component if subfolder is None else subfolder
     has_weights = device.type != "meta"
-    opened = open_component(folder, component, subfolder=subfolder, variant=variant, has_weights=has_weights)
+    folder = fetch_component(name, component, subfolder, variant, has_weights, **hub)
+    opened = open_component(
+        folder, component, subfolder=subfolder, variant=variant, has_weights=has_weights, kind=kind
+    )
     return opened.fill(dtype, device)
 
 
@@ -179,7 +199,7 @@ def open_component(
 ) -> Opened:
     """Build one model and check that its files fit it, by config and headers; no weight is read.
 
-    kind: of a component that is not one of `KINDS`. Arguments and errors are those of `load_component`.
+    Arguments and errors are those of `load_component`.
     """
     kind = KINDS[component] if kind is None else kind
     place = Path(folder) / (component if subfolder is None else subfolder)

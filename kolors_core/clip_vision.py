@@ -59,10 +59,8 @@ class Attention(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        q, k, v = (
-            split_heads(project(x), self.heads)  # [B, H, N, D]
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
+        projected = (self.to_q(x), self.to_k(x), self.to_v(x))
+        q, k, v = (split_heads(each, self.heads) for each in projected)  # [B, H, N, D]
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, N, C]
 
 

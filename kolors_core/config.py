@@ -318,7 +318,7 @@ class IPAdapterConfig:
                 branch_widths=tuple(size for _, size in branches),
             )
         except (KeyError, ValueError, IndexError) as error:
-            raise ValueError(f"{where}: not an IP-Adapter-Plus: {error}") from None
+            raise ValueError(f"{where}: not the shapes of an IP-Adapter: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

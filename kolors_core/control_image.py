@@ -19,8 +19,8 @@ from kolors_core.checkpoint import (
     Kind,
     base_state,
     check_variant,
-    component_files,
-    open_component,
+    fetch_component,
+    load_component,
     read_json,
     write_json,
     write_weights,
@@ -28,13 +28,11 @@ from kolors_core.checkpoint import (
 from kolors_core.components import Components
 from kolors_core.controlnet import Control, ControlNet, ControlNetConfig, has_several, nets_of
 from kolors_core.fields import path_of
-from kolors_core.hub import fetch
 from kolors_core.image import control_pixels
 from kolors_core.loading import LoadReport, load
 from kolors_core.placement import (
     Dtypes,
     dtype_of,
-    loading_device,
     one_dtype,
     plain,
     refuse_pickles,
@@ -78,19 +76,13 @@ class KolorsControlNet(ControlNet):
         """
         refuse_pickles(use_safetensors)
         refuse_second_copy(low_cpu_mem_usage)
-        name, asked = pretrained_model_name_or_path, one_dtype(torch_dtype, dtype)
-        name = EMBEDDED / "controlnet" if name == EMBEDDED_NAME else name
-        device = loading_device(device)
-        has_weights = device.type != "meta"
-        folder = _fetched(
-            name, subfolder, variant, has_weights, revision=revision, cache_dir=cache_dir,
+        name = pretrained_model_name_or_path
+        net = load_component(
+            EMBEDDED / "controlnet" if name == EMBEDDED_NAME else name, "controlnet", subfolder=subfolder,
+            variant=variant, dtype=dtype_of("unet", one_dtype(torch_dtype, dtype)), device=device,
+            kind=Kind(ControlNetConfig.from_public, cls, STEM), revision=revision, cache_dir=cache_dir,
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
-        opened = open_component(
-            folder, "controlnet", subfolder=subfolder, variant=variant, has_weights=has_weights,
-            kind=Kind(ControlNetConfig.from_public, cls, STEM),
-        )  # fmt: skip
-        net = opened.fill(dtype_of("unet", asked), device)
         assert isinstance(net, cls)
         return net
 
@@ -114,9 +106,9 @@ class KolorsControlNet(ControlNet):
         Returns it with the UNet's dtype and device. Raises FileNotFoundError or ValueError naming what does
         not fit; for one with a text projection, which needs no borrowing, too.
         """
-        folder = _fetched(
-            pretrained_model_name_or_path, subfolder, variant, True, revision=revision, cache_dir=cache_dir,
-            local_files_only=local_files_only, token=token,
+        folder = fetch_component(
+            pretrained_model_name_or_path, "controlnet", subfolder, variant, True, revision=revision,
+            cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip
         place = folder / subfolder
         file, unet = place / "config.json", plain(unet)
@@ -165,15 +157,6 @@ class KolorsControlNet(ControlNet):
             write_weights(self, place, "controlnet", STEM, variant)
 
 
-def _fetched(name: str | Path, subfolder: str, variant: str | None, has_weights: bool, **hub: Any) -> Path:
-    """The local folder of a ControlNet's checkpoint."""
-
-    def pick(listing: list[str]) -> list[str]:
-        return component_files(listing, "controlnet", subfolder or ".", variant, str(name), has_weights)
-
-    return fetch(name, pick, **hub)
-
-
 class Controlling(Components):
     """A pipeline that ControlNets can steer."""
 
@@ -193,12 +176,13 @@ class Controlling(Components):
         and what has no effect.
         """
         nets = nets_of(self.controlnet)
+        given = {  # and what each is if it is not given
+            "controlnet_conditioning_scale": (scale, DEFAULT_SCALE),
+            "control_guidance_start": (start, 0.0),
+            "control_guidance_end": (end, 1.0),
+        }
         if image is None:
-            for name, value, default in (
-                ("controlnet_conditioning_scale", scale, DEFAULT_SCALE),
-                ("control_guidance_start", start, 0.0),
-                ("control_guidance_end", end, 1.0),
-            ):
+            for name, (value, default) in given.items():
                 if value != default:
                     raise ValueError(f"{name} has no effect without a control image, got {value!r}")
             if nets:
@@ -210,20 +194,15 @@ class Controlling(Components):
         images = _of_each("control images", image, len(nets)) if has_several(self.controlnet) else [image]
         numbers = [
             _of_each(name, value, len(nets)) if isinstance(value, list | tuple) else [value] * len(nets)
-            for name, value in (
-                ("controlnet_conditioning_scale", scale),
-                ("control_guidance_start", start),
-                ("control_guidance_end", end),
-            )
+            for name, (value, _) in given.items()
         ]
         weight, controls = self.unet.conv_in.weight, []
         for net, one, *numbers_of in zip(nets, images, *numbers, strict=True):
             own = net.conv_in.weight
             if (own.dtype, own.device) != (weight.dtype, weight.device):
                 got = f"the ControlNet is {own.dtype} on {own.device}"
-                raise ValueError(
-                    f"{got}, the UNet {weight.dtype} on {weight.device}: pipe.to(...) moves both"
-                )
+                wanted = f"the UNet {weight.dtype} on {weight.device}"
+                raise ValueError(f"{got}, {wanted}: pipe.to(...) moves both")
             pixels = _rows(control_pixels(one, *size), count, images_per_prompt)
             controls.append(Control(net, self._input_for(own, pixels), *numbers_of))
         return tuple(controls)

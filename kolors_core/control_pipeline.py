@@ -35,7 +35,7 @@ class KolorsControlNetPipeline(KolorsPipeline):
         if image is None:
             raise ValueError("no image: wanted the control image, or one for each of several ControlNets")
         if height is None or width is None:
-            several = image and isinstance(image, list | tuple) and has_several(self.controlnet)
+            several = isinstance(image, list | tuple) and image and has_several(self.controlnet)
             height, width = control_pixels(image[0] if several else image, height, width).shape[-2:]
         return super().__call__(prompt, height, width, control_image=image, **arguments)
 

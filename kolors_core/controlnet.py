@@ -8,8 +8,7 @@ the released Kolors ControlNets have, to its caller.
 Shapes: B batch, C channels, H height and W width of latents; a control image is P (8) times as high and wide.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from typing import Any, Self
@@ -20,13 +19,22 @@ from torch import Tensor, nn
 
 from kolors_core.config import UNetConfig
 from kolors_core.context import Context, Read
-from kolors_core.fields import Fields, Public
+from kolors_core.fields import Fields, Public, finite_number
 from kolors_core.module import Module
 from kolors_core.unet import Encoder, Shift, UNet
 
 _FIXED: dict[str, Any] = {
     "_class_name": "ControlNetModel", "controlnet_conditioning_channel_order": "rgb",
     "conditioning_channels": 3, "global_pool_conditions": False,
+}  # fmt: skip
+# Of the UNet's public fields, those that a ControlNet's constructor takes too.
+_SHARED = {
+    "in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "mid_block_type",
+    "only_cross_attention", "block_out_channels", "layers_per_block", "downsample_padding",
+    "mid_block_scale_factor", "act_fn", "norm_num_groups", "norm_eps", "cross_attention_dim",
+    "transformer_layers_per_block", "encoder_hid_dim", "encoder_hid_dim_type", "attention_head_dim",
+    "use_linear_projection", "class_embed_type", "addition_embed_type", "addition_time_embed_dim",
+    "num_class_embeds", "resnet_time_scale_shift", "projection_class_embeddings_input_dim",
 }  # fmt: skip
 
 
@@ -53,23 +61,8 @@ class ControlNetConfig(UNetConfig):
 
     def to_public(self) -> dict[str, Any]:
         """The `config.json` that diffusers' ControlNetModel reads."""
-        shared = {
-            name: value
-            for name, value in super().to_public().items()
-            if name in _SHARED and name not in ("sample_size", "out_channels", "up_block_types")
-        }
+        shared = {name: value for name, value in super().to_public().items() if name in _SHARED}
         return shared | _FIXED | {"conditioning_embedding_out_channels": list(self.image_widths)}
-
-
-# Of the UNet's public fields, those that a ControlNet's constructor takes too.
-_SHARED = {
-    "in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "mid_block_type",
-    "only_cross_attention", "block_out_channels", "layers_per_block", "downsample_padding",
-    "mid_block_scale_factor", "act_fn", "norm_num_groups", "norm_eps", "cross_attention_dim",
-    "transformer_layers_per_block", "encoder_hid_dim", "encoder_hid_dim_type", "attention_head_dim",
-    "use_linear_projection", "class_embed_type", "addition_embed_type", "addition_time_embed_dim",
-    "num_class_embeds", "resnet_time_scale_shift", "projection_class_embeddings_input_dim",
-}  # fmt: skip
 
 
 class ImageEmbedding(Module):
@@ -179,10 +172,10 @@ class Control:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float):
-            raise TypeError(f"a ControlNet's scale must be a number, got {self.scale!r}")
-        if not math.isfinite(self.scale) or self.scale == 0:
-            raise ValueError(f"a ControlNet's scale must be finite and not 0, got {self.scale}")
+        for name in ("scale", "start", "end"):
+            finite_number(f"a ControlNet's {name}", getattr(self, name))
+        if self.scale == 0:
+            raise ValueError("a ControlNet's scale must be a number that is not 0")
         if not 0 <= self.start < self.end <= 1:
             got = f"{self.start} and {self.end}"
             raise ValueError(f"a ControlNet's start must be from 0 to below its end, at most 1, got {got}")
@@ -239,12 +232,11 @@ def has_several(controlnet: Any) -> bool:
 
 def check_fits(controlnet: Any, unet: UNet, downscale: int) -> None:
     """ValueError if a ControlNet was made for another UNet or another size of latents."""
-    of_unet: Mapping[str, Any] = asdict(unet.config) | {"in_channels": unet.config.out_channels}
+    of_unet = vars(unet.config) | {"in_channels": unet.config.out_channels}
     for net in nets_of(controlnet):
-        own = asdict(net.config)
+        own, pixels = vars(net.config), 2 ** (len(net.config.image_widths) - 1)
         for name in ("in_channels", "channels", "resnets_per_level", "text_dim", "size_dim"):
             if own[name] != of_unet[name]:
                 raise ValueError(f"the ControlNet's {name} is {own[name]}, and the UNet's {of_unet[name]}")
-        if 2 ** (len(net.config.image_widths) - 1) != downscale:
-            got = f"makes {2 ** (len(net.config.image_widths) - 1)} pixels one latent"
-            raise ValueError(f"the ControlNet {got}, and the VAE {downscale}")
+        if pixels != downscale:
+            raise ValueError(f"the ControlNet makes {pixels} pixels one latent, and the VAE {downscale}")

@@ -10,14 +10,14 @@ Shapes: B faces, Q tokens each (6), C width (the text's, 4096), P patches of a p
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.config import IPAdapterConfig
-from kolors_core.ip_adapter import Adapter, ResamplerLayer
+from kolors_core.ip_adapter import ImageAdapter, ResamplerLayer
 from kolors_core.module import Module
 from kolors_core.unet import UNet
 
@@ -37,24 +37,14 @@ class FaceIDConfig(IPAdapterConfig):
         """Read off the tensors' shapes, by our names: the file has no config. ValueError for another kind."""
         try:
             tokens, width = shapes["resampler.id_out.weight"][0], shapes["resampler.proj_in.weight"][0]
-            branches = sorted(
-                (int(name.split(".")[1]), shape)
-                for name, shape in shapes.items()
-                if name.startswith("branches.") and name.endswith(".to_k.weight")
-            )
-            return cls(
-                id_dim=shapes["resampler.id_in.weight"][1],
-                image_dim=shapes["resampler.proj_in.weight"][1],
-                width=width,
-                queries=tokens // width,
-                heads=shapes["resampler.layers.0.attention.to_q.weight"][0] // cls.head_dim,
-                feed_forward_size=shapes["resampler.layers.0.feed_forward.proj_in.weight"][0],
-                layers=len({name.split(".")[2] for name in shapes if name.startswith("resampler.layers.")}),
-                context_dim=branches[0][1][1],
-                branch_widths=tuple(shape[0] for _, shape in branches),
-            )
-        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+            told = {  # what IP-Adapter-Plus tells by tensors that here are missing, or of another shape
+                "resampler.latents": (1, tokens // width, width),
+                "resampler.proj_out.weight": shapes["branches.1.to_k.weight"][1:],
+            }
+            id_dim = shapes["resampler.id_in.weight"][1]
+        except (KeyError, IndexError, ZeroDivisionError) as error:
             raise ValueError(f"{where}: not an IP-Adapter-FaceID-Plus: {error}") from None
+        return replace(super().from_shapes({**shapes, **told}, where), id_dim=id_dim)
 
 
 class FaceResampler(Module):
@@ -81,7 +71,7 @@ class FaceResampler(Module):
         return face + self.norm_out(self.proj_out(latents))
 
 
-class FaceIDAdapter(Adapter):
+class FaceIDAdapter(ImageAdapter):
     """IP-Adapter-FaceID-Plus; `ip_adapter.attach` hangs it into a UNet."""
 
     config: FaceIDConfig

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from kolors_core.blocks import BlockScale
-from kolors_core.context import ImagePrompt
 from kolors_core.face_id import FaceIDAdapter
 from kolors_core.fields import path_of
 from kolors_core.hub import find_file
-from kolors_core.image_prompt import ImagePrompting, Told
+from kolors_core.image_prompt import Guides, ImagePrompting, guide
 from kolors_core.ip_adapter import Attached, attach, attached
 from kolors_core.placement import finite, plain, refuse_second_copy
 from weights_convert.reading import one_line
@@ -47,13 +46,9 @@ class FacePrompting(ImagePrompting):
         published file is a pickle: `python -m weights_convert --pickle` makes the safetensors file of it.
         """
         refuse_second_copy(low_cpu_mem_usage)
-        hub = {
-            "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only,
-            "token": token,
-        }  # fmt: skip
-        own = self.image_encoder
+        hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         adapter, encoder = self._opened(
-            "face_id", pretrained_model_name_or_path_or_dict, subfolder, weight_name, own,
+            "face_id", pretrained_model_name_or_path_or_dict, subfolder, weight_name, self.image_encoder,
             image_encoder_folder, hub,
         )  # fmt: skip
         self.unload_ip_adapter_face_id()
@@ -81,7 +76,7 @@ class FacePrompting(ImagePrompting):
             raise ValueError("no face adapter is loaded: load_ip_adapter_face_id first")
         return handle
 
-    def _face_prompts(self, image: Any, embeds: Any, batch: int, is_guided: bool) -> Told:
+    def _face_prompts(self, image: Any, embeds: Any, batch: int, is_guided: bool) -> Guides:
         """What the UNet is told of the face in each of its B rows, and in each negative one."""
         if image is None and embeds is None:
             if self._face is None:
@@ -96,7 +91,7 @@ class FacePrompting(ImagePrompting):
         assert isinstance(adapter, FaceIDAdapter)
         ids, states = _ids(embeds, adapter.config.id_dim), self._face_states(image, adapter.config.image_dim)
         count = max(len(ids), len(states))
-        if {len(ids), len(states)} - {1, count} or batch % count:
+        if any(n not in (1, count) for n in (len(ids), len(states))) or batch % count:
             got = f"{len(ids)} face_embeds and {len(states)} face_image"
             raise ValueError(f"wanted one face, or one for each of {batch} pictures or prompts, got {got}")
         self._on_device("unet")
@@ -104,37 +99,31 @@ class FacePrompting(ImagePrompting):
         weight, unet = adapter.resampler.proj_in.weight, plain(self.unet)
         ids = self._input_for(weight, ids).expand(count, -1)  # [n, id_dim]
         states = self._input_for(weight, states).expand(count, -1, -1)  # [n, P, D]
-
-        def told(tokens: Tensor) -> ImagePrompt:
-            finite(tokens, "the face's tokens", tokens.dtype)
-            return ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0))
-
-        positive = told(adapter.tokens(unet, ids, states))
-        if not is_guided:
-            return {handle: (positive, None)}
-        nobody = torch.zeros_like(ids[:1]), torch.zeros_like(states[:1])
-        return {handle: (positive, told(adapter.tokens(unet, *nobody)))}
+        positive, negative = guide(adapter.tokens(unet, ids, states), batch), None
+        if is_guided:
+            nobody = torch.zeros_like(ids[:1]), torch.zeros_like(states[:1])
+            negative = guide(adapter.tokens(unet, *nobody), batch)
+        return {handle: (positive, negative)}
 
     def stand_ins(self, device: torch.device, is_guided: bool) -> dict[str, Any]:
         """Arguments without values: for each loaded adapter one picture, or without CLIP its states."""
-        handles, face, encoder, rows = self._picture_adapters, self._face, self.image_encoder, 1 + is_guided
+        handles, face, encoder = self._picture_adapters, self._face, self.image_encoder
         given: dict[str, Any] = {}
 
-        def states(handle: Attached, *rows: int) -> Tensor:
-            return torch.empty(
-                *rows, PATCHES, handle.adapter.config.image_dim, device=device, dtype=self.dtype
-            )
+        def picture(handle: Attached, *rows: int) -> Tensor:
+            if encoder is None:
+                shape, dtype = (*rows, PATCHES, handle.adapter.config.image_dim), self.dtype
+            else:
+                shape, dtype = (1, 3, encoder.config.image_size, encoder.config.image_size), torch.float32
+            return torch.empty(shape, device=device, dtype=dtype)
 
-        side = 0 if encoder is None else encoder.config.image_size
-        pixels = None if encoder is None else torch.empty(1, 3, side, side, device=device)
-        if handles and pixels is not None:
-            given["ip_adapter_image"] = [pixels] * len(handles)
-        elif handles:
-            given["ip_adapter_image_embeds"] = [states(handle, rows, 1) for handle in handles]
+        if handles:
+            name = "ip_adapter_image_embeds" if encoder is None else "ip_adapter_image"
+            given[name] = [picture(handle, 1 + is_guided, 1) for handle in handles]
         if face is not None:
             assert isinstance(face.adapter, FaceIDAdapter)
             given["face_embeds"] = torch.empty(1, face.adapter.config.id_dim, device=device)
-            given["face_image"] = states(face, 1) if pixels is None else pixels
+            given["face_image"] = picture(face, 1)
         return given
 
     def _face_states(self, image: Any, width: int) -> Tensor:
@@ -144,12 +133,8 @@ class FacePrompting(ImagePrompting):
                 got = f"{list(image.shape)} of {image.dtype}"
                 raise ValueError(f"face_image must be pictures or CLIP's states [n, P, {width}], got {got}")
             return image
-        encoder = self.image_encoder
-        if encoder is None:
-            raise ValueError("this pipeline has no image encoder: give CLIP's states as face_image")
-        self._on_device("image_encoder")
-        pixels = self._pixels(image, encoder.config.image_size)  # [n, 3, S, S]
-        return encoder.penultimate(self._input_for(encoder.projection.weight, pixels))
+        encoder = self._need_encoder("face_image")
+        return encoder.penultimate(self._pixels(image, encoder))
 
 
 def load_face_embeds(file: str | Path) -> Tensor:

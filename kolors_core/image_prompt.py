@@ -12,27 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kolors_core.checkpoint import component_files, load_component
+from kolors_core.checkpoint import load_component
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.components import Components
 from kolors_core.config import IPAdapterConfig
 from kolors_core.context import ImagePrompt
 from kolors_core.face_id import FaceIDAdapter, FaceIDConfig
 from kolors_core.fields import new_path, path_of, whole_number
-from kolors_core.hub import fetch, find_file, refuse_unused
+from kolors_core.hub import find_file, refuse_unused
 from kolors_core.image import clip_pixels
-from kolors_core.ip_adapter import (
-    Adapter,
-    Attached,
-    IPAdapter,
-    attach,
-    attached,
-)
+from kolors_core.ip_adapter import Attached, ImageAdapter, IPAdapter, attach, attached
 from kolors_core.loading import load
 from kolors_core.placement import (
     dtype_of,
     finite,
-    loading_device,
     named_device,
     one_dtype,
     plain,
@@ -41,12 +34,12 @@ from kolors_core.placement import (
 from weights_convert import recognise
 from weights_convert.source import Source, Tensors, save_tensors
 
-ADAPTERS: dict[str, tuple[Callable[..., Adapter], type[IPAdapterConfig]]] = {
+ADAPTERS: dict[str, tuple[Callable[..., ImageAdapter], type[IPAdapterConfig]]] = {
     "ip_adapter": (IPAdapter, IPAdapterConfig),
     "face_id": (FaceIDAdapter, FaceIDConfig),
 }
 # What each attached adapter has its branches read, and in the negative half, if there is one.
-Told = dict[Attached, tuple[ImagePrompt, ImagePrompt | None]]
+Guides = dict[Attached, tuple[ImagePrompt, ImagePrompt | None]]
 Images = Any  # a PIL image, or an array or tensor of one, or a list of them for each adapter
 
 
@@ -75,21 +68,10 @@ class CLIPVisionModelWithProjection:
         loaded here. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         refuse_second_copy(low_cpu_mem_usage)
-        name, asked = pretrained_model_name_or_path, one_dtype(torch_dtype, dtype)
-        place = loading_device(device)
-
-        def pick(listing: list[str]) -> list[str]:
-            has_weights = place.type != "meta"
-            return component_files(
-                listing, "image_encoder", subfolder or ".", variant, str(name), has_weights
-            )
-
-        folder = fetch(
-            name, pick, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-        )
         return load_component(
-            folder, "image_encoder", subfolder=subfolder, variant=variant, device=place,
-            dtype=dtype_of("image_encoder", asked),
+            pretrained_model_name_or_path, "image_encoder", subfolder=subfolder, variant=variant,
+            dtype=dtype_of("image_encoder", one_dtype(torch_dtype, dtype)), device=device,
+            revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip
 
 
@@ -118,18 +100,11 @@ class ImagePrompting(Components):
         Raises FileNotFoundError or ValueError naming the file or tensor; nothing is changed then.
         """
         refuse_second_copy(low_cpu_mem_usage)
-        hub = {
-            "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only,
-            "token": token,
-        }  # fmt: skip
+        hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         encoder = own = self._image_encoder
         adapters = []
-        for source, folder, file in _matched_sources(
-            pretrained_model_name_or_path_or_dict, subfolder, weight_name
-        ):
-            adapter, encoder = self._opened(
-                "ip_adapter", source, folder, file, encoder, image_encoder_folder, hub
-            )
+        for place in _places(pretrained_model_name_or_path_or_dict, subfolder, weight_name):
+            adapter, encoder = self._opened("ip_adapter", *place, encoder, image_encoder_folder, hub)
             adapters.append(adapter)
         self.unload_ip_adapter()
         for adapter in adapters:
@@ -144,7 +119,7 @@ class ImagePrompting(Components):
         encoder: CLIPVision | None,
         encoder_folder: str | None,
         hub: dict[str, Any],
-    ) -> tuple[Adapter, CLIPVision | None]:
+    ) -> tuple[ImageAdapter, CLIPVision | None]:
         """An adapter of a kind, and the image encoder: the given one, or else what lies in the folder."""
         weight = self.unet.conv_in.weight
         if not isinstance(source, Mapping) and path_of("the IP-Adapter", source).is_file():
@@ -156,10 +131,11 @@ class ImagePrompting(Components):
         if encoder is None and encoder_folder is not None:
             if isinstance(source, Mapping):
                 raise ValueError("a dict has no image encoder: image_encoder_folder must be None")
+            if subfolder and "/" not in encoder_folder:
+                encoder_folder = f"{subfolder}/{encoder_folder}"
             encoder = CLIPVisionModelWithProjection.from_pretrained(
-                source, subfolder=_encoder_folder(subfolder, encoder_folder), dtype=weight.dtype,
-                device=weight.device, **hub,
-            )  # fmt: skip
+                source, subfolder=encoder_folder, dtype=weight.dtype, device=weight.device, **hub
+            )
         if encoder is not None and adapter.config.image_dim != encoder.config.hidden_size:
             got = f"the image encoder is {encoder.config.hidden_size} wide"
             raise ValueError(f"{got}, and the IP-Adapter reads {adapter.config.image_dim}")
@@ -202,13 +178,11 @@ class ImagePrompting(Components):
         device = self.device if device is None else named_device(str(device))
         num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         pairs = self._image_states(ip_adapter_image, ip_adapter_image_embeds, do_classifier_free_guidance)
-        embeds = []
-        for states, negative in pairs:
-            halves = [states] if negative is None else [negative, states]
-            embeds.append(
-                torch.cat([half.repeat(num_images_per_prompt, 1, 1, 1) for half in halves]).to(device)
-            )
-        return embeds
+        halves = [[states] if negative is None else [negative, states] for states, negative in pairs]
+        return [
+            torch.cat([half.repeat(num_images_per_prompt, 1, 1, 1) for half in both]).to(device)
+            for both in halves
+        ]
 
     def _image_states(
         self, image: Images, embeds: Sequence[Tensor] | None, is_guided: bool
@@ -216,9 +190,7 @@ class ImagePrompting(Components):
         """For each adapter the states of its pictures, and the negative ones under guidance: [n, I, P, D]."""
         handles = self._need_adapters()
         if (image is None) == (embeds is None):
-            raise ValueError(
-                "give either ip_adapter_image or ip_adapter_image_embeds, not both and not neither"
-            )
+            raise ValueError("wanted either ip_adapter_image or ip_adapter_image_embeds, got both or neither")
         given = embeds if image is None else image
         given = list(given) if isinstance(given, list | tuple) else [given]
         if len(given) != len(handles):
@@ -227,14 +199,10 @@ class ImagePrompting(Components):
             raise ValueError(f"{name} must be a list of {wanted}, got {len(given)}")
         if embeds is not None:
             return [_halves(embed, is_guided) for embed in given]
-        encoder = self.image_encoder
-        if encoder is None:
-            raise ValueError("this pipeline has no image encoder: pass ip_adapter_image_embeds instead")
-        self._on_device("image_encoder")
+        encoder = self._need_encoder("ip_adapter_image_embeds")
         pairs = []
         for pictures in given:
-            pixels = self._pixels(pictures, encoder.config.image_size)
-            pixels = self._input_for(encoder.projection.weight, pixels)  # [I, 3, S, S]
+            pixels = self._pixels(pictures, encoder)  # [I, 3, S, S]
             states = encoder.penultimate(pixels)[None]  # [1, I, P, D]
             negative = None
             if is_guided:  # zeros in place of the normalised picture, the same for all of them
@@ -242,19 +210,28 @@ class ImagePrompting(Components):
             pairs.append((states, negative))
         return pairs
 
-    def _pixels(self, pictures: Any, size: int) -> Tensor:
+    def _need_encoder(self, instead: str) -> CLIPVision:
+        """CLIP, brought to where it works; without one its states may be given, as the argument `instead`."""
+        if (encoder := self.image_encoder) is None:
+            raise ValueError(f"this pipeline has no image encoder: give CLIP's states as {instead}")
+        self._on_device("image_encoder")
+        return encoder
+
+    def _pixels(self, pictures: Any, encoder: CLIPVision) -> Tensor:
         """Pictures as CLIP sees them [I, 3, S, S]; a tensor is taken as that already."""
         if isinstance(pictures, Tensor):
             if not pictures.is_floating_point():
                 raise ValueError(f"a tensor must be pixels as CLIP sees them, floats, got {pictures.dtype}")
-            return pictures
-        if self.feature_extractor is not None:
-            return self.feature_extractor(pictures, return_tensors="pt").pixel_values
-        return clip_pixels(pictures, size)
+            pixels = pictures
+        elif self.feature_extractor is not None:
+            pixels = self.feature_extractor(pictures, return_tensors="pt").pixel_values
+        else:
+            pixels = clip_pixels(pictures, encoder.config.image_size)
+        return self._input_for(encoder.projection.weight, pixels)
 
     def _image_prompts(
         self, image: Images, embeds: Sequence[Tensor] | None, masks: Any, batch: int, is_guided: bool
-    ) -> Told:
+    ) -> Guides:
         """What the UNet is told of the pictures in each of its B rows, and in each negative one."""
         if not self._picture_adapters and image is None and embeds is None and masks is None:
             return {}
@@ -265,20 +242,18 @@ class ImagePrompting(Components):
             )
         pairs = self._image_states(image, embeds, is_guided)
         self._on_device("unet")
-        told: Told = {}
-        for handle, (states, negative), mask in zip(
-            handles, pairs, _masks_of(masks, len(handles), batch), strict=True
-        ):
-            if batch % len(states):
-                raise ValueError(f"ip_adapter_image_embeds has {len(states)} rows, for {batch} pictures")
-            mask = None if mask is None else mask.to(self.device)
+        guides: Guides = {}
+        listed = _masks_of(masks, len(handles), batch)
+        for handle, pair, mask in zip(handles, pairs, listed, strict=True):
+            if batch % (rows := len(pair[0])):
+                raise ValueError(f"ip_adapter_image_embeds has {rows} rows, for {batch} pictures")
             handle.follow_unet()
-            positive = _prompt(handle, states.to(self.device), batch, mask)
-            told[handle] = (
-                positive,
-                None if negative is None else _prompt(handle, negative.to(self.device), batch, mask),
-            )
-        return told
+            adapter, mask = handle.adapter, None if mask is None else mask.to(self.device)
+            assert isinstance(adapter, IPAdapter)
+            tokens = (adapter.tokens(states.to(self.device)) for states in pair if states is not None)
+            positive, *negative = (guide(one, batch, mask) for one in tokens)
+            guides[handle] = positive, negative[0] if negative else None
+        return guides
 
     @property
     def _picture_adapters(self) -> list[Attached]:
@@ -311,22 +286,24 @@ def load_image_embeds(file: str | Path) -> list[Tensor]:
     return [source[name] for name in names]
 
 
-def _matched_sources(
+def guide(tokens: Tensor, batch: int, mask: Tensor | None = None) -> ImagePrompt:
+    """What an adapter's branches read in each of B (`batch`) rows, of tokens [n, I, Q, context_dim], n a
+    divisor of B. FloatingPointError unless they are finite."""
+    finite(tokens, "the tokens of a picture or face", tokens.dtype)
+    return ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0), mask)
+
+
+def _places(
     source: Any, subfolder: str | Sequence[str], weight_name: str | Sequence[str] | None
 ) -> list[tuple[Any, str, str | None]]:
     """One (source, subfolder, file) for each adapter; a single value serves all."""
-    lists = [
-        list(part) if isinstance(part, list | tuple) else [part] for part in (source, subfolder, weight_name)
-    ]
-    count = max(map(len, lists))
-    for name, part in zip(("sources", "subfolder", "weight_name"), lists, strict=True):
-        if len(part) not in (1, count):
-            raise ValueError(f"wanted as many {name} as IP-Adapters ({count}) or one, got {len(part)}")
-    return list(zip(*(part * (count if len(part) == 1 else 1) for part in lists), strict=True))
-
-
-def _encoder_folder(subfolder: str, folder: str) -> str:
-    return folder if "/" in folder else "/".join(part for part in (subfolder, folder) if part)
+    given = {"sources": source, "subfolder": subfolder, "weight_name": weight_name}
+    lists = {name: list(one) if isinstance(one, list | tuple) else [one] for name, one in given.items()}
+    count = max(map(len, lists.values()))
+    for name, values in lists.items():
+        if len(values) not in (1, count):
+            raise ValueError(f"wanted as many {name} as IP-Adapters ({count}) or one, got {len(values)}")
+    return list(zip(*(v * count if len(v) == 1 else v for v in lists.values()), strict=True))
 
 
 def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> Source | Tensors:
@@ -343,25 +320,18 @@ def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> 
     return Tensors(flat, "the dict of tensors")
 
 
-def _build(component: str, source: Source | Tensors, like: Tensor) -> Adapter:
+def _build(component: str, source: Source | Tensors, like: Tensor) -> ImageAdapter:
     """An adapter of the shape that its tensors have, in the dtype and on the device of `like`."""
     table, is_ours = recognise(source.keys(), source.where)
     if table.component != component:
         hint = ": load_ip_adapter_face_id loads it" if table.component == "face_id" else ""
-        raise ValueError(f"{source.where}: wanted an {component}, got a {table.component}{hint}")
+        raise ValueError(f"{source.where}: wanted tensors of {component}, got {table.component}{hint}")
     kind, config = ADAPTERS[component]
     shapes = {name if is_ours else table.to_ours(name): source.shape(name) for name in source}
     with torch.device("meta"):
         adapter = kind(config.from_shapes(shapes, source.where))
     load(adapter, source, component, dtype=like.dtype, device=like.device)
     return adapter.eval()
-
-
-def _prompt(handle: Attached, states: Tensor, batch: int, mask: Tensor | None) -> ImagePrompt:
-    """What an adapter's branches read of states [n, I, P, D], in each of B rows."""
-    tokens = handle.tokens(states)  # [n, I, Q, context_dim]
-    finite(tokens, "the image prompt's tokens", tokens.dtype)
-    return ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0), mask)
 
 
 def _halves(embed: Any, is_guided: bool) -> tuple[Tensor, Tensor | None]:
@@ -389,9 +359,10 @@ def _masks_of(masks: Any, count: int, batch: int) -> list[Tensor | None]:
     for mask in listed:
         if mask is None:
             continue
-        if not isinstance(mask, Tensor) or mask.ndim != 4 or not mask.numel() or len(mask) not in (1, batch):
-            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        fits = isinstance(mask, Tensor) and mask.ndim == 4 and mask.numel() and len(mask) in (1, batch)
+        if not fits or mask.is_complex():
+            got = f"{list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"ip_adapter_masks must be tensors [1, images, height, width], got {got}")
-        if mask.is_complex() or not 0 <= mask.min() <= mask.max() <= 1:
+        if not 0 <= mask.min() <= mask.max() <= 1:
             raise ValueError(f"ip_adapter_masks must be from 0 to 1, got {mask.min()} to {mask.max()}")
     return list(listed)

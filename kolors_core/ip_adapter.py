@@ -8,7 +8,7 @@ models/attention_processor.py, and `Resampler` of the original repository.
 Shapes: B batch, I pictures an adapter, Q queries (16), C width, P patches of a picture (577).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,17 +21,6 @@ from kolors_core.config import IPAdapterConfig
 from kolors_core.context import ImagePrompt, Masks, ReadImages
 from kolors_core.module import Module
 from kolors_core.unet import Attention, UNet
-
-
-def cross_attentions(unet: UNet) -> dict[str, Attention]:
-    """The UNet's cross-attentions by their paths, in the order of the adapter's file: down, up, mid."""
-    levels = [(f"{way}.{i}", level) for way in ("down", "up") for i, level in enumerate(getattr(unet, way))]
-    return {
-        f"{place}.attentions.{i}.blocks.{j}.cross_attention": block.cross_attention
-        for place, level in [*levels, ("mid", unet.mid)]
-        for i, transformer in enumerate(level.attentions)
-        for j, block in enumerate(transformer.blocks)
-    }
 
 
 class ResamplerAttention(Module):
@@ -66,7 +55,7 @@ class ResamplerFeedForward(Module):
         self.proj_out = nn.Linear(config.feed_forward_size, config.width, bias=False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """[B, n, C] -> [B, n, C]."""
+        """[B, Q, C] -> [B, Q, C]."""
         return self.proj_out(nn.functional.gelu(self.proj_in(self.norm(latents))))
 
 
@@ -79,7 +68,7 @@ class ResamplerLayer(Module):
         self.feed_forward = ResamplerFeedForward(config)
 
     def forward(self, latents: Tensor, image: Tensor) -> Tensor:
-        """latents: [B, queries, C]; image: [B, N, C]. Returns [B, queries, C]."""
+        """latents: [B, Q, C]; image: [B, P, C]. Returns [B, Q, C]."""
         latents = latents + self.attention(latents, image)
         return latents + self.feed_forward(latents)
 
@@ -106,7 +95,7 @@ class Resampler(Module):
 
 
 class ImageBranch(Module):
-    """Keys and values of one cross-attention for the pictures, added to what the text brings.
+    """What one cross-attention sees of the pictures: keys and values of their own, added to the text's.
 
     scale: a number for all pictures, or one for each; a list needs masks, which keep the pictures apart.
     """
@@ -130,56 +119,70 @@ class ImageBranch(Module):
 
         Returns h with the pictures added; at scale 0, h itself.
         """
-        count, masks = len(images.keys_values), images.masks
+        count, masks, scale = len(images.keys_values), images.masks, self.scale
         assert not isinstance(masks, Masks), "masks have the feature map's size by now"
         if masks is None:
-            if not isinstance(self.scale, int | float):
-                raise ValueError(f"a scale for each picture, {list(self.scale)}, needs masks")
-            return h if self.scale == 0 else h + self.scale * attention(q, *images.keys_values[0])
-        scales = [self.scale] * count if isinstance(self.scale, int | float) else list(self.scale)
+            if not isinstance(scale, int | float):
+                raise ValueError(f"a scale for each picture, {list(scale)}, needs masks")
+            return h if scale == 0 else h + scale * attention(q, *images.keys_values[0])
+        scales = [scale] * count if isinstance(scale, int | float) else scale
         if masks.shape[1] != count or len(scales) != count:
             got = f"{masks.shape[1]} masks and {len(scales)} scales"
             raise ValueError(f"wanted a mask and a scale for each of the {count} pictures, got {got}")
-        if any(scales):
-            for i, (scale, (k, v)) in enumerate(zip(scales, images.keys_values, strict=True)):
+        for i, (scale, (k, v)) in enumerate(zip(scales, images.keys_values, strict=True)):
+            if scale != 0:
                 where = masks[:, i, None, :, None].to(h.dtype)  # [1 or B, 1, N, 1]
                 h = h + scale * (attention(q, k, v) * where)
         return h
 
 
-class Adapter(Module):
-    """What makes image tokens, and branches for the cross-attentions, numbered as in the file: 1, 3, ..."""
+def cross_attentions(unet: UNet) -> dict[str, Attention]:
+    """The UNet's cross-attentions by their paths, in the order of the adapter's file: down, up, mid."""
+    levels = [(f"{way}.{i}", level) for way in ("down", "up") for i, level in enumerate(getattr(unet, way))]
+    return {
+        f"{place}.attentions.{i}.blocks.{j}.cross_attention": block.cross_attention
+        for place, level in [*levels, ("mid", unet.mid)]
+        for i, transformer in enumerate(level.attentions)
+        for j, block in enumerate(transformer.blocks)
+    }
+
+
+class ImageAdapter(Module):
+    """A resampler that makes tokens, and the branches that read them, numbered as in the file: 1, 3, ..."""
 
     def __init__(self, config: IPAdapterConfig, resampler: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.resampler = resampler
-        self.branches = nn.ModuleDict(
-            {
-                str(2 * i + 1): ImageBranch(size, config.context_dim)
-                for i, size in enumerate(config.branch_widths)
-            }
-        )
+        branches = [ImageBranch(width, config.context_dim) for width in config.branch_widths]
+        self.branches = nn.ModuleDict({str(2 * i + 1): branch for i, branch in enumerate(branches)})
 
     def check_fits(self, unet: UNet) -> None:
         """ValueError if it was made for a UNet of another shape."""
-        places, config = cross_attentions(unet), self.config
-        wanted = [place.to_q.in_features for place in places.values()]
-        if list(config.branch_widths) != wanted or config.context_dim != unet.config.context_dim:
-            got = f"{len(config.branch_widths)} attentions {sorted(set(config.branch_widths))} wide"
-            have = f"{len(wanted)}, {sorted(set(wanted))} wide, of context {unet.config.context_dim}"
-            raise ValueError(
-                f"the IP-Adapter is for {got}, of context {config.context_dim}; the UNet has {have}"
-            )
+        own, context = list(self.config.branch_widths), self.config.context_dim
+        widths = [place.to_q.in_features for place in cross_attentions(unet).values()]
+        if own != widths or context != unet.config.context_dim:
+            got = f"{len(own)} attentions {sorted(set(own))} wide, of context {context}"
+            have = f"{len(widths)}, {sorted(set(widths))} wide, of context {unet.config.context_dim}"
+            raise ValueError(f"the IP-Adapter is for {got}; the UNet has {have}")
 
 
-class IPAdapter(Adapter):
+class IPAdapter(ImageAdapter):
     """IP-Adapter-Plus."""
 
     resampler: Resampler
 
     def __init__(self, config: IPAdapterConfig) -> None:
         super().__init__(config, Resampler(config))
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """CLIP's states of pictures [B, I, P, image_dim] as what the branches read [B, I, Q, context_dim]."""
+        wanted = self.config.image_dim
+        if states.ndim != 4 or states.shape[-1] != wanted:
+            got = list(states.shape)
+            raise ValueError(f"wanted image embeddings [batch, images, patches, {wanted}], got {got}")
+        states = states.to(self.resampler.proj_in.weight.dtype)
+        return self.resampler(states.flatten(0, 1)).unflatten(0, states.shape[:2])  # [B, I, Q, context_dim]
 
 
 class Attached:
@@ -189,23 +192,11 @@ class Attached:
     """
 
     def __init__(
-        self, unet: UNet, adapter: Adapter, branches: dict[str, ImageBranch], encoder: CLIPVision | None
+        self, unet: UNet, adapter: ImageAdapter, branches: dict[str, ImageBranch], encoder: CLIPVision | None
     ) -> None:
         self.unet, self.adapter, self.branches, self.encoder = unet, adapter, branches, encoder
         for branch in branches.values():
             branch.handle = self
-
-    def tokens(self, states: Tensor) -> Tensor:
-        """CLIP states of pictures [B, I, P, image_dim] as the UNet's image tokens [B, I, Q, context_dim]."""
-        assert isinstance(self.adapter, IPAdapter)
-        resampler = self.adapter.resampler
-        wanted = self.adapter.config.image_dim
-        if states.ndim != 4 or states.shape[-1] != wanted:
-            raise ValueError(
-                f"wanted image embeddings [batch, images, patches, {wanted}], got {list(states.shape)}"
-            )
-        states = states.to(resampler.proj_in.weight.dtype)
-        return resampler(states.flatten(0, 1)).unflatten(0, states.shape[:2])  # [B, I, Q, context_dim]
 
     def follow_unet(self) -> None:
         """Bring the resampler, which is no part of the UNet, to the device and dtype of its branches."""
@@ -228,22 +219,19 @@ class Attached:
     def detach(self) -> None:
         """Take the branches out again; the UNet is what it was, bit for bit."""
         for path, branch in self.branches.items():
-            place = self.unet.get_submodule(path)
-            assert isinstance(place, Attention)
-            kept = [other for other in place.image_branches if other is not branch]
-            place.image_branches = nn.ModuleList(kept)
+            place = cast(Attention, self.unet.get_submodule(path))
+            place.image_branches = nn.ModuleList(b for b in place.image_branches if b is not branch)
             branch.handle = None
         self.branches = {}
 
 
 def attached(unet: UNet) -> list[Attached]:
     """The handles of the adapters that a UNet has, in the order in which it takes their pictures."""
-    first = next(iter(cross_attentions(unet).values()), None)
-    branches = () if first is None else first.image_branches
-    return [branch.handle for branch in cast("Iterable[Any]", branches)]
+    first: Any = next(iter(cross_attentions(unet).values()), None)
+    return [] if first is None else [branch.handle for branch in first.image_branches]
 
 
-def attach(unet: UNet, adapter: Adapter, encoder: CLIPVision | None = None) -> Attached:
+def attach(unet: UNet, adapter: ImageAdapter, encoder: CLIPVision | None = None) -> Attached:
     """Hang an adapter's branches into a UNet, after those of adapters attached before.
 
     ValueError if it does not fit; the UNet is then untouched.

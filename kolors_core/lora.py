@@ -71,14 +71,13 @@ class Adapter:
         What a mapping leaves out, and what is in no block with transformers, keeps 1; a resnet or sampler
         goes with the transformer of its number, as in the reference.
         """
-        if isinstance(self.model, UNet):
+        scales: dict[str, Any] = dict.fromkeys(self.layers, scale)
+        if isinstance(scale, Mapping):
+            if not isinstance(self.model, UNet):
+                kind = type(self.model).__name__
+                raise ValueError(f"a {kind} has no blocks: its scale is a number, got {scale}")
             by_transformer = block_scales(scale, self.model, default=1.0)
-        elif isinstance(scale, Mapping):
-            kind = type(self.model).__name__
-            raise ValueError(f"a {kind} has no blocks: its scale is a number, got {scale}")
-        else:
-            by_transformer = {}
-        scales = {path: _of_layer(path, scale, by_transformer) for path in self.layers}
+            scales = {path: _of_layer(path, by_transformer) for path in self.layers}
         return {path: finite_number("the scale of an adapter", value) for path, value in scales.items()}
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
@@ -138,18 +137,18 @@ def attach(
     alpha is the rank if None. Its factors are float32, to be trained. Raises ValueError for a rank below 1,
     where no layer matches, or for a name that is in use or no name.
     """
-    rank, alpha = whole_number("rank", rank), None if alpha is None else finite_number("alpha", alpha)
+    rank = whole_number("rank", rank)
+    scale = 1.0 if alpha is None else finite_number("alpha", alpha) / rank
     if isinstance(targets, str) or not isinstance(targets, Sequence):
         raise TypeError(f"targets must be a list of layers' last names, got {targets!r}")
-    found = {path: layer for path, layer in linear_and_conv(model).items() if path.split(".")[-1] in targets}
     parts = {}
-    for path, layer in found.items():
-        if isinstance(layer, nn.Linear):
+    for path, layer in linear_and_conv(model).items():
+        if isinstance(layer, nn.Linear) and path.split(".")[-1] in targets:
             place = {"device": layer.weight.device, "dtype": torch.float32}
             down = torch.empty(rank, layer.in_features, **place)  # [R, I]
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
             up = torch.zeros(layer.out_features, rank, **place)  # [O, R]
-            parts[path] = Part({"down": down, "up": up}, (rank if alpha is None else alpha) / rank)
+            parts[path] = Part({"down": down, "up": up}, scale)
     if not parts:
         raise ValueError(f"no linear layer of this {type(model).__name__} is named {' or '.join(targets)}")
     return install(model, name, parts)
@@ -197,8 +196,7 @@ def attached_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Every adapter that is attached, by name, in the order in which they came."""
-    found: dict[str, Adapter] = {}
-    order = {}
+    found, order = dict[str, Adapter](), dict[str, int]()
     for path, layer in attached_layers(model).items():
         for name, part in layer.parts().items():
             found.setdefault(name, Adapter(model, name, {})).layers[path] = layer
@@ -271,21 +269,19 @@ def unload(model: nn.Module) -> None:
         _replace(model, path, layer.plain())
 
 
-def save_adapters(adapters: dict[str, Adapter], file: str | Path, *, overwrite: bool = False) -> None:
+def save_adapters(of: Mapping[str, Adapter], file: str | Path, *, overwrite: bool = False) -> None:
     """Write adapters, by component ("unet", "text_encoder"), to one file that the reference loads.
 
     Raises FileExistsError for a file that is there, unless `overwrite`.
     """
     state, file = {}, new_path("file", file, overwrite)
-    for component, adapter in adapters.items():
+    for component, adapter in of.items():
         state |= adapter.public_state(component)
     save_tensors(state, file)
 
 
-def _of_layer(path: str, scale: BlockScale, scales: Mapping[str, Any]) -> Any:
+def _of_layer(path: str, scales: Mapping[str, Any]) -> Any:
     """The scale of one layer; `scales` are those of the transformers."""
-    if not isinstance(scale, Mapping):
-        return scale
     for transformer, value in scales.items():
         if path.startswith(f"{transformer}."):
             return value

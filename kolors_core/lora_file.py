@@ -22,6 +22,7 @@ from weights_convert.source import Source, Tensors
 
 METADATA = "lora_adapter_metadata"  # the reference's name of its configs in a file's own metadata
 Roles = Mapping[str, Tensor]
+Made = tuple[dict[str, Tensor], int | None]  # tensors of a `Part`, and their rank if they have one
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,10 @@ def configs_of(source: Source | Tensors) -> dict[str, Mapping[str, Any]]:
     if isinstance(source, Tensors):
         return {}
     file = source.files[0]
-    # Beside a file of another name it is of another adapter.
     beside, inside = file.with_name("adapter_config.json"), (source.metadata(file) or {}).get(METADATA)
     if inside is not None:
         where, text = f"{file}: {METADATA}", inside
-    elif file.name == "adapter_model.safetensors" and beside.is_file():
+    elif file.name == "adapter_model.safetensors" and beside.is_file():  # else it is another adapter's
         where, text = str(beside), beside.read_bytes()
     else:
         return {}
@@ -173,7 +173,7 @@ def _part(roles: Roles, layer: nn.Module, public: str, config: Mapping[str, Any]
     return part.requires_grad_(False)
 
 
-def _factors(roles: Roles, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], int | None]:
+def _factors(roles: Roles, shape: tuple[int, ...]) -> Made:
     """down and up, which may have kernel axes that the layer lacks, if they are 1, or lack such."""
     down, up = roles["down"], roles["up"]
     if "mid" in roles:  # LoCon's third factor, between the two
@@ -187,7 +187,7 @@ def _factors(roles: Roles, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], i
     return {name: factor.reshape(wanted[name]) for name, factor in factors.items()}, rank
 
 
-def _loha(roles: Roles, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], int | None]:
+def _loha(roles: Roles, shape: tuple[int, ...]) -> Made:
     """(w1_a w1_b) * (w2_a w2_b), each with a core t where it is a Tucker decomposition."""
     one, two = (
         _product(roles[f"hada_w{i}_a"], roles[f"hada_w{i}_b"], roles.get(f"hada_t{i}")) for i in (1, 2)
@@ -195,7 +195,7 @@ def _loha(roles: Roles, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], int 
     return {"delta": _shaped(one * two, shape)}, len(roles["hada_w1_b"])
 
 
-def _lokr(roles: Roles, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], int | None]:
+def _lokr(roles: Roles, shape: tuple[int, ...]) -> Made:
     """The Kronecker product of w1 and w2, each whole or as factors; with both whole there is no rank."""
     rank, whole = None, []
     for i in (1, 2):
@@ -211,7 +211,7 @@ def _lokr(roles: Roles, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], int 
     return {"delta": _shaped(torch.kron(one, two.contiguous()), shape)}, rank
 
 
-def _difference(roles: Roles, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], int | None]:
+def _difference(roles: Roles, shape: tuple[int, ...]) -> Made:
     """The whole difference of the weights; it has no rank, and so alpha says nothing."""
     return {"delta": _shaped(roles["diff"], shape)}, None
 
@@ -255,8 +255,6 @@ def _scale(alpha: Tensor | None, rank: int | None, public: str, config: Mapping[
     if alpha is not None:
         if alpha.numel() != 1:
             raise Misfit(f"alpha is {list(alpha.shape)}, wanted one number")
-        if not torch.isfinite(alpha).all():
-            raise Misfit(f"alpha is {alpha.item()}")
         return alpha.item() / rank if rank is not None else 1.0
     if not config:
         return 1.0

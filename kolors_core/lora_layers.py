@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.module import Module
+from kolors_core.module import Module, StandIn
 from kolors_core.quantize import QuantizedLinear
 
 
@@ -24,7 +24,7 @@ class Part(Module):
     down: [R, I, *K]; up: [O, R], of a convolution [O, R, 1, 1]. delta: [O, I, *K], which files of other forms
     are turned into (LoHa, LoKr). magnitude: DoRA's (https://arxiv.org/abs/2402.09353), [O, 1, ...], or
     [1, I, ...] in files that divide by the norms of columns. bias: [O]. scale: alpha / rank. strength:
-    how much of it is wanted. order: of the adapters of a model, in which they came.
+    how much of it is wanted. order: a number that is larger for adapters that came later.
     """
 
     down: nn.Parameter | None
@@ -67,17 +67,14 @@ class Part(Module):
         return magnitude / norm * turned - weight
 
 
-class LoRALayer(nn.Module, ABC):
+class LoRALayer(StandIn, ABC):
     """What linear layers and convolutions with adapters share."""
 
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, base: nn.Module) -> None:
-        nn.Module.__init__(self)
-        vars(self).update(vars(base))  # sizes, mode and hooks; the parameters are taken over, none is made
-        self._parameters, self._modules = dict(base._parameters), {}
-        self.base = (base,)  # in a tuple, since it is no submodule
+        super().__init__(base)
         self.lora = nn.ModuleDict()
         self.is_enabled = True
         self.fused: tuple[str, ...] = ()  # adapters that the model's weights contain, in any of its layers
@@ -90,14 +87,14 @@ class LoRALayer(nn.Module, ABC):
     def forward(self, input: Tensor) -> Tensor:
         """As the layer without adapters, plus what the active ones add. Fused adapters cost nothing."""
         weight, bias, added = self.weight, self.bias, []
-        for part in self.parts().values() if self.is_enabled and not self.fused else ():
-            if not part.is_active:
-                continue
+        parts = self.parts().values() if self.is_enabled and not self.fused else ()
+        for part in (part for part in parts if part.is_active):
             if part.down is None or part.up is None or part.magnitude is not None:
                 weight = weight + part.change(self.weight)
             else:
                 h = self.run(input, part.down.to(input.dtype), None)  # [..., R]
-                added.append(part.wanted * part.scale * self.widen(h, part.up.to(input.dtype)))
+                widen = F.linear if part.up.ndim == 2 else F.conv2d
+                added.append(part.wanted * part.scale * widen(h, part.up.to(input.dtype)))
             if part.bias is not None and bias is not None:
                 bias = bias + part.wanted * part.bias.to(bias.dtype)
         return sum(added, self.run(input, weight, bias))
@@ -105,10 +102,6 @@ class LoRALayer(nn.Module, ABC):
     @abstractmethod
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with this weight and bias."""
-
-    @abstractmethod
-    def widen(self, h: Tensor, up: Tensor) -> Tensor:
-        """R channels -> O channels."""
 
     @torch.no_grad()
     def fuse(self, names: Sequence[str], share: float) -> None:
@@ -123,7 +116,7 @@ class LoRALayer(nn.Module, ABC):
         self.weight.copy_(sum((part.change(base, share) for part in parts), base))
         for part in parts:
             if part.bias is not None and self.bias is not None:
-                self.bias.add_(part.bias.to(self.bias.dtype), alpha=share * part.strength)
+                self.bias.add_(part.bias.to(self.bias.dtype), alpha=share * part.wanted)
 
     @torch.no_grad()
     def unfuse(self) -> None:
@@ -133,23 +126,13 @@ class LoRALayer(nn.Module, ABC):
                 tensor.copy_(kept)
         self.fused, self.kept = (), ()
 
-    def plain(self) -> nn.Module:
-        """The layer without adapters: the very module that this one replaced, with the present weights."""
-        base = self.base[0]
-        base._parameters.update(self._parameters)
-        return base.train(self.training)
-
 
 class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer with adapters."""
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The linear layer, with this weight."""
+        """[..., I] -> [..., O]."""
         return F.linear(input, weight, bias)
-
-    def widen(self, h: Tensor, up: Tensor) -> Tensor:
-        """What `up` makes of the narrow features."""
-        return F.linear(h, up)
 
 
 class LoRAQuantizedLinear(LoRALinear, QuantizedLinear):  # type: ignore[misc]
@@ -164,12 +147,8 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     """A convolution with adapters; `down` has its kernel and stride, `up` is 1x1."""
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution, with this weight."""
+        """[B, I, H, W] -> [B, O, H', W'], with the layer's stride and padding."""
         return self._conv_forward(input, weight, bias)
-
-    def widen(self, h: Tensor, up: Tensor) -> Tensor:
-        """What `up` makes of the narrow features."""
-        return F.conv2d(h, up)
 
 
 KINDS: dict[type[nn.Module], type[LoRALayer]] = {

@@ -82,13 +82,12 @@ class LoRALoading:
         says what.
         """
         refuse_second_copy(low_cpu_mem_usage)
-        models = self._lora_models()
-        name = self._new_name() if adapter_name is None else adapter_name
+        models, taken = self._lora_models(), self._attached_names()
+        free = (f"default_{i}" for i in count(len(taken)))
+        name = next(own for own in free if own not in taken) if adapter_name is None else adapter_name
         for model in models.values():
             check_name(model, name)
         source = pretrained_model_name_or_path_or_dict
-        if not isinstance(source, str | Path | Mapping):
-            raise TypeError(f"wanted a LoRA's file, folder, repository or tensors, got {source!r}")
         if isinstance(source, Mapping):
             unused = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
             refuse_unused("a dict of tensors", **unused)
@@ -165,9 +164,10 @@ class LoRALoading:
         self._switch_lora(False)
 
     def _switch_lora(self, is_enabled: bool) -> None:
-        for model in self._lora_models().values():
+        models = self._lora_models().values()
+        for model in models:
             refuse_fused(model, "switch adapters")
-        for model in self._lora_models().values():
+        for model in models:
             enable(model, is_enabled)
 
     @contextmanager
@@ -177,9 +177,9 @@ class LoRALoading:
         What a call's `cross_attention_kwargs={"scale": factor}` asks for. Raises ValueError where it would do
         nothing: no adapter is active, or one is fused.
         """
-        factor = finite_number("the scale of LoRAs", factor)
-        refuse_fused(self._plain_unet, "scale adapters")
-        attached = adapters(self._plain_unet).values()
+        factor, unet = finite_number("the scale of LoRAs", factor), plain(self.unet)
+        refuse_fused(unet, "scale adapters")
+        attached = adapters(unet).values()
         if not any(adapter.is_active and adapter.is_enabled for adapter in attached):
             raise ValueError("no LoRA is active on the UNet, so that a scale has no effect")
         parts = [part for adapter in attached for part in adapter.parts().values()]
@@ -208,19 +208,22 @@ class LoRALoading:
         """
         names = self.get_active_adapters() if adapter_names is None else _names(adapter_names)
         self._refuse_unknown(names)
-        lora_scale = finite_number("lora_scale", lora_scale)
+        lora_scale, told = finite_number("lora_scale", lora_scale), ", ".join(names) or "adapters"
         models = self._lora_models(components)
-        found = {component: [n for n in names if n in adapters(model)] for component, model in models.items()}
         for model in models.values():
-            refuse_fused(model, f"fuse {', '.join(names) or 'adapters'}")
-        if not any(found.values()):
+            refuse_fused(model, f"fuse {told}")
+        own = [(model, [name for name in names if name in adapters(model)]) for model in models.values()]
+        found = [(model, names) for model, names in own if names]
+        if not found:
             raise ValueError(f"no active adapter to fuse in {' or '.join(models)}")
-        for component, model in models.items():
-            if found[component]:
-                refuse_quantized(model, f"fuse {', '.join(names)}")
-        for component, model in models.items():
-            if found[component]:
-                fuse(model, found[component], lora_scale)
+        for model, _ in found:
+            refuse_quantized(model, f"fuse {told}")
+        try:
+            for model, names in found:
+                fuse(model, names, lora_scale)
+        except BaseException:
+            self.unfuse_lora(components)
+            raise
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Undo `fuse_lora`: the weights are what they were, bit for bit."""
@@ -277,9 +280,10 @@ class LoRALoading:
         settings as metadata. weight_name: pytorch_lora_weights.safetensors if None. is_main_process: others
         write nothing. Raises ValueError if it is not clear what to write, or the names cannot say it.
         """
-        if weight_name is not None and not isinstance(weight_name, str):
+        weight_name = WEIGHT_NAME if weight_name is None else weight_name
+        if not isinstance(weight_name, str):
             raise TypeError(f"weight_name must be a string or None, got {weight_name!r}")
-        if not safe_serialization or (weight_name or "a.safetensors").endswith(PICKLES):
+        if not safe_serialization or weight_name.endswith(PICKLES):
             raise ValueError("safe_serialization=False would write a pickle; only safetensors are written")
         if not is_main_process:
             return
@@ -301,19 +305,17 @@ class LoRALoading:
         text = json.dumps(settings, sort_keys=True, default=list)  # PEFT's settings have sets
         folder = path_of("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / (WEIGHT_NAME if weight_name is None else weight_name)
-        save_tensors(state, file, {METADATA: text} if settings else None)
+        save_tensors(state, folder / weight_name, {METADATA: text} if settings else None)
 
     def _state_of(self, name: str | None) -> dict[str, Tensor]:
         """An attached adapter in diffusers' names; the only one if the name is None."""
-        names = list(dict.fromkeys(n for of in self.get_list_adapters().values() for n in of))
-        if name is None and len(names) != 1:
+        names = self._attached_names() if name is None else [name]
+        if len(names) != 1:
             raise ValueError(f"which adapter? There are {', '.join(names) or 'none'}: give adapter_name")
-        chosen = names[0] if name is None else name
-        self._refuse_unknown([chosen])
+        self._refuse_unknown(names)
         state: dict[str, Tensor] = {}
         for component, model in self._lora_models().items():
-            if adapter := adapters(model).get(chosen):
+            if adapter := adapters(model).get(names[0]):
                 state |= adapter.public_state(component)
         return state
 
@@ -325,16 +327,11 @@ class LoRALoading:
         models = {name: plain(getattr(self, name)) for name in names}
         return {name: model for name, model in models.items() if model is not None}
 
-    @property
-    def _plain_unet(self) -> nn.Module:
-        return plain(self.unet)
-
-    def _new_name(self) -> str:
-        taken = {name for names in self.get_list_adapters().values() for name in names}
-        return next(name for i in count(len(taken)) if (name := f"default_{i}") not in taken)
+    def _attached_names(self) -> list[str]:
+        return list(dict.fromkeys(name for names in self.get_list_adapters().values() for name in names))
 
     def _refuse_unknown(self, names: Sequence[str]) -> None:
-        have = list(dict.fromkeys(name for of in self.get_list_adapters().values() for name in of))
+        have = self._attached_names()
         if unknown := [name for name in names if name not in have]:
             raise ValueError(f"no adapter is named {unknown[0]!r}; attached: {', '.join(have) or 'none'}")
 

@@ -1,4 +1,5 @@
-"""The base of our modules: torch's, whose `help` shows what is written here and not torch's own 60 pages."""
+"""The base of our modules, torch's, whose `help` shows what is written here and not torch's own 60 pages; and
+of those that stand in another's place."""
 
 from collections.abc import Iterable
 
@@ -18,3 +19,19 @@ class Module(nn.Module, metaclass=OwnNames):
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(nn.Module)})
+
+
+class StandIn(nn.Module):
+    """A module in another's place, with its very parameters, sizes, mode and hooks; `plain` is that other."""
+
+    def __init__(self, base: nn.Module) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(base))  # the parameters are taken over, none is made
+        self._parameters, self._modules = dict(base._parameters), {}
+        self.base = (base,)  # in a tuple, since it is no submodule
+
+    def plain(self) -> nn.Module:
+        """The very module that this one replaced, with the present parameters."""
+        base = self.base[0]
+        base._parameters.update(self._parameters)
+        return base.train(self.training)

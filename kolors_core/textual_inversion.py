@@ -9,7 +9,7 @@ Shapes: n vectors of a word, C ChatGLM's hidden width.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kolors_core.chatglm import ChatGLM
 from kolors_core.fields import new_path
 from kolors_core.hub import find_file, refuse_unused
+from kolors_core.module import StandIn
 from kolors_core.placement import plain
 from weights_convert.source import Source, Tensors, save_tensors
 
@@ -25,23 +26,16 @@ WEIGHT_NAME = "learned_embeds.safetensors"
 NAMELESS = "emb_params"  # what a file of one word that does not name it calls its tensor
 
 
-class WordEmbedding(nn.Embedding):
+class WordEmbedding(StandIn, nn.Embedding):
     """An embedding table and learned vectors behind it: those of `words`, one word after another.
 
     The table keeps its name; the vectors add keys, `learned.<i>` [n, C].
     """
 
     def __init__(self, base: nn.Embedding) -> None:
-        nn.Module.__init__(self)
-        vars(self).update(vars(base))  # sizes, mode and hooks; the table is taken over, none is made
-        self._parameters, self._modules = dict(base._parameters), {}
-        self.base = (base,)  # in a tuple, since it is no submodule
+        super().__init__(base)
         self.words: list[str] = []
         self.learned = nn.ParameterList()
-
-    def vectors(self) -> dict[str, nn.Parameter]:
-        """Each word's vectors [n, C]."""
-        return dict(zip(self.words, self.learned, strict=True))
 
     def forward(self, input: Tensor) -> Tensor:
         """input: ids [...], from 0 to the table's and all vectors' end. Returns [..., C]."""
@@ -63,7 +57,9 @@ def words_of(encoder: ChatGLM) -> dict[str, list[int]]:
 def vectors_of(encoder: ChatGLM) -> dict[str, nn.Parameter]:
     """The learned vectors [n, C] of each word."""
     embedding = encoder.embedding
-    return embedding.vectors() if isinstance(embedding, WordEmbedding) else {}
+    if not isinstance(embedding, WordEmbedding):
+        return {}
+    return dict(zip(embedding.words, embedding.learned, strict=True))
 
 
 def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
@@ -87,12 +83,12 @@ def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
         if not found.is_floating_point() or not torch.isfinite(found).all():
             raise ValueError(f"{word}: wanted finite floating-point vectors, got {found.dtype}")
         checked[word] = nn.Parameter(found.detach().to(table, copy=True))
-    if checked and not isinstance(encoder.embedding, WordEmbedding):
-        encoder.embedding = WordEmbedding(encoder.embedding)
-    for word, vector in checked.items():
-        assert isinstance(encoder.embedding, WordEmbedding)
-        encoder.embedding.words.append(word)
-        encoder.embedding.learned.append(vector)
+    if checked:
+        embedding = encoder.embedding
+        if not isinstance(embedding, WordEmbedding):
+            embedding = encoder.embedding = WordEmbedding(embedding)
+        embedding.words += checked
+        embedding.learned.extend(checked.values())
 
 
 def remove_words(encoder: ChatGLM, words: Iterable[str] | None = None) -> None:
@@ -109,8 +105,7 @@ def remove_words(encoder: ChatGLM, words: Iterable[str] | None = None) -> None:
         embedding.words = [word for word in have if word not in gone]
         embedding.learned = nn.ParameterList([have[word] for word in embedding.words])
         if not embedding.words:
-            encoder.embedding = embedding.base[0]
-            encoder.embedding._parameters.update(embedding._parameters)
+            encoder.embedding = cast(nn.Embedding, embedding.plain())
 
 
 def save_words(encoder: ChatGLM, file: str | Path, *, overwrite: bool = False) -> None:
@@ -153,8 +148,8 @@ class TextualInversion:
         if not sources or not isinstance(token, str | Sequence | None):
             got = "no file" if not sources else f"the token {token!r}"
             raise ValueError(f"wanted files of learned words, and for each a word or None, got {got}")
-        tokens = [token] if token is None or isinstance(token, str) else list(token)
-        tokens = tokens * len(sources) if token is None else tokens
+        tokens = [token] if isinstance(token, str) else token
+        tokens = [None] * len(sources) if tokens is None else list(tokens)
         if len(tokens) != len(sources):
             raise ValueError(f"wanted a token for each of {len(sources)} files, got {len(tokens)}")
         vectors = dict[str, Tensor]()
@@ -194,9 +189,9 @@ def _named(source: Source | Tensors, word: str | None) -> dict[str, Tensor]:
     names = list(source)
     if not names:
         raise ValueError(f"{source.where}: has no vectors")
-    if word is None and NAMELESS in names:
-        raise ValueError(f"{source.where}: {NAMELESS} names no word: say which (token)")
     if word is None:
+        if NAMELESS in names:
+            raise ValueError(f"{source.where}: {NAMELESS} names no word: say which (token)")
         return {name: source[name] for name in names}
     if len(names) > 1:
         raise ValueError(f"{source.where}: has {len(names)} words, and token gives one name, {word}")

@@ -25,6 +25,7 @@ from kolors_core import (
 from kolors_core.conditioning import Conditioning
 from kolors_core.controlnet import Control
 from kolors_core.guidance import guided
+from kolors_core.image import control_pixels
 from tests.controlnets import NET, write_controlnet
 from tests.ip_adapters import Both, load_both
 from tests.loras import ATTENTION, factors, peft_names
@@ -202,6 +203,8 @@ def test_images_for_each_prompt_and_for_each_picture(pipes: Pair, folders: list[
     assert not same(steps_of(pipe, image=[a, b, a, b], **given), of_prompts, 1e-6)
     with pytest.raises(ValueError, match=r"2 \(one a prompt\) or 4 \(one a picture\) control images, got 3"):
         steps_of(pipe, image=[a, b, a], **given)
+    one = {"prompt": "cat", "num_inference_steps": 1, "height": None, "width": None}
+    assert same(steps_of(pipe, image=control_pixels(a), **one), steps_of(pipe, image=a, **one)), "a tensor"
 
 
 def test_what_is_given_and_not_used_is_an_error(

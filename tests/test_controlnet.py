@@ -256,8 +256,9 @@ def test_borrowing_keeps_an_added_condition_that_fits_and_refuses_what_needs_non
     ("arguments", "error", "named"),
     [
         ({"scale": 0}, ValueError, "not 0"),
-        ({"scale": float("nan")}, ValueError, "finite"),
-        ({"scale": "1"}, TypeError, "must be a number"),
+        ({"scale": float("nan")}, ValueError, "scale must be a number"),
+        ({"scale": "1"}, ValueError, "scale must be a number"),
+        ({"start": "0"}, ValueError, "start must be a number"),
         ({"start": 0.5, "end": 0.5}, ValueError, "0.5 and 0.5"),
         ({"start": -0.1}, ValueError, "-0.1"),
         ({"end": 1.1}, ValueError, "1.1"),

@@ -197,7 +197,7 @@ def test_states_stand_in_for_a_picture_and_faces_may_differ(
     encoder = ours.image_encoder
     assert encoder is not None
     with torch.no_grad():
-        pixels = ours._pixels([FACE["face_image"], picture(8, 64, 64)], encoder.config.image_size)
+        pixels = ours._pixels([FACE["face_image"], picture(8, 64, 64)], encoder)
         states = encoder.penultimate(pixels.double())
     assert torch.equal(face_steps(ours, face_image=states[:1])[-1], face_steps(ours)[-1])
     given = FACE["face_embeds"].numpy()
@@ -297,9 +297,9 @@ def test_other_files_are_refused_and_nothing_changes(
     both: Both, adapters: list[Path], face_file: Path, tmp_path: Path
 ) -> None:
     ours = both[0]
-    with pytest.raises(ValueError, match="wanted an face_id, got a ip_adapter"):
+    with pytest.raises(ValueError, match="wanted tensors of face_id, got ip_adapter"):
         ours.load_ip_adapter_face_id(adapters[0])
-    with pytest.raises(ValueError, match="got a face_id: load_ip_adapter_face_id loads it"):
+    with pytest.raises(ValueError, match="got face_id: load_ip_adapter_face_id loads it"):
         ours.load_ip_adapter(face_file)
     wide = replace(face_config(), width=128)
     with pytest.raises(ValueError, match="makes tokens 128 wide, and the UNet reads text 64 wide"):

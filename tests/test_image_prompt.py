@@ -195,8 +195,8 @@ def embeds(*shape: int) -> dict[str, Any]:
     return {"ip_adapter_image": None, "ip_adapter_image_embeds": [torch.zeros(shape)]}
 
 
-def mask_of(*shape: int) -> dict[str, Any]:
-    return {"cross_attention_kwargs": {"ip_adapter_masks": [torch.zeros(shape)]}}
+def mask_of(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    return {"cross_attention_kwargs": {"ip_adapter_masks": [torch.zeros(shape, dtype=dtype)]}}
 
 
 @pytest.mark.parametrize(
@@ -215,6 +215,7 @@ def mask_of(*shape: int) -> dict[str, Any]:
         ({"ip_adapter_image": "cat.png"}, "image .* got .*str"),
         (mask_of(1, 2, 8, 8), "each of the 1 pictures"),
         (mask_of(8, 8), r"\[1, images, height, width\]"),
+        (mask_of(1, 1, 8, 8, dtype=torch.complex64), r"\[1, 1, 8, 8\] of torch.complex64"),
         ({"cross_attention_kwargs": {"ip_adapter_masks": []}}, "one tensor for each of 1 IP-Adapters"),
         ({"cross_attention_kwargs": {"mask": 1}}, "cross_attention_kwargs must be of .* got 'mask'"),
     ],

@@ -19,6 +19,7 @@ from kolors_core import (
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.ip_adapter import attached
 from kolors_core.lora import attach as attach_lora
+from kolors_core.placement import plain
 from tests.ip_adapters import Both, adapter_config, guided_steps, load_both, write_adapter
 from tests.parity import pair
 from tests.pipelines import Pair, picture, steps_of
@@ -85,7 +86,7 @@ def test_an_encoder_that_came_with_the_adapter_leaves_with_it(pipes: Pair, tmp_p
         pipe.unload_ip_adapter()
         assert pipe.image_encoder is None
     pipe.load_ip_adapter(tmp_path / "repo" / "sub" / "plus.safetensors", image_encoder_folder=None)
-    with pytest.raises(ValueError, match="no image encoder: pass ip_adapter_image_embeds"):
+    with pytest.raises(ValueError, match="no image encoder: give CLIP's states as ip_adapter_image_embeds"):
         guided_steps(pipe)
 
 
@@ -153,7 +154,7 @@ def test_a_compiled_unet_takes_adapters(both: Both, adapters: list[Path], tmp_pa
     ours.set_ip_adapter_scale({"down": 1.0, "mid": 1.0, "up": 1.0})
     mine = guided_steps(ours)  # as a whole, which multiplies matrices of other heights
     assert all(relative_error(a, b) < EXACT for a, b in zip(mine, expected, strict=True))
-    lora = attach_lora(ours._plain_unet, rank=2, name="a")
+    lora = attach_lora(plain(ours.unet), rank=2, name="a")
     ours.set_adapters("a", {"unet": {"down": 0.5}})
     ours.save_lora_weights(tmp_path)
     assert all(name.startswith("unet.down") or "_orig" not in name for name in load_file(tmp_path / LORA))
@@ -190,7 +191,7 @@ def test_weights_set_within_a_run_stay(both: Both) -> None:
     for wrong in ({"scale": float("nan")}, {"scale": "1"}):
         with pytest.raises(ValueError, match="the scale of LoRAs must be a number, got"):
             ours("cat", height=64, width=64, num_inference_steps=1, cross_attention_kwargs=wrong)
-    with pytest.raises(ValueError, match="scale must be a number, got nan"):
+    with pytest.raises(ValueError, match="the scale of an adapter must be a number, got nan"):
         ours.set_adapters("a", float("nan"))
     lora.detach()
 

@@ -37,7 +37,7 @@ def test_the_unet_with_two_adapters_equals_the_reference(both: Both, adapters: l
     generator = torch.Generator().manual_seed(2)
     states = [torch.randn(2, n, 17, 64, dtype=torch.float64, generator=generator) for n in (1, 3)]
     with torch.no_grad():
-        prompts = [ImagePrompt(a.tokens(s)) for a, s in zip(attached(ours.unet), states, strict=True)]
+        prompts = [ImagePrompt(a.adapter.tokens(s)) for a, s in zip(attached(ours.unet), states, strict=True)]
         mine = ours.unet(**given, image_prompts=prompts)
         added = {"text_embeds": given["pooled_text"], "time_ids": given["size_ids"], "image_embeds": states}
         other = theirs.unet(

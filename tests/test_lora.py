@@ -101,6 +101,16 @@ def test_a_layer_is_the_written_out_formula(kind: str) -> None:
     assert torch.equal(layer(x), base(x))
 
 
+def test_a_bias_is_fused_as_the_weight_is_also_within_a_scaled_run() -> None:
+    base = copy.deepcopy(LAYERS["linear"][0]).double()
+    layer, x = LoRALinear(base), torch.ones(3, 7, dtype=torch.float64)
+    layer.lora["one"] = Part({"bias": torch.ones(5).double(), "delta": torch.ones(5, 7).double()}, 1.0)
+    layer.parts()["one"].run_scale = 0.25
+    expected = layer(x)
+    layer.fuse(["one"], 1.0)
+    assert relative_error(layer(x), expected) < EXACT
+
+
 @pytest.mark.parametrize(("kind", "magnitude", "norm"), [
     ("linear", (5, 1), (1,)), ("linear", (1, 7), (0,)),
     ("convolution", (6, 1, 1, 1), (1, 2, 3)), ("convolution", (1, 4, 1, 1), (0, 2, 3)),

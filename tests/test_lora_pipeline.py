@@ -284,6 +284,14 @@ def test_one_file_for_both_models(models: Models, tmp_path: Path) -> None:
     assert models.get_list_adapters() == {} and models.get_active_adapters() == []
 
 
+def test_if_one_model_cannot_be_fused_none_is(models: Models) -> None:
+    models.load_lora_weights(lora(models) | text_lora(models))
+    models.set_adapters("default_0", {"text_encoder": 3e38})
+    with pytest.raises(ValueError, match="not finite: nothing is fused"):
+        models.fuse_lora(lora_scale=2.0)
+    assert not models.fused_loras
+
+
 def test_a_trained_adapter_is_saved_too(models: Models, tmp_path: Path) -> None:
     adapter = attach(models.unet, rank=2, alpha=4.0)
     for parameter in adapter.parameters():
