@@ -12,6 +12,7 @@ import torch
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.config import VERSION
 from kolors_core.control_pipeline import KolorsControlNetPipeline
+from kolors_core.explain import explain, explain_parser
 from kolors_core.face_prompt import load_face_embeds
 from kolors_core.fields import whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
@@ -46,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m kolors_core",
         description="Make pictures with Kolors from a Chinese or English prompt.",
-        epilog='Example: python -m kolors_core "一张瓢虫的照片" -w Kwai-Kolors/Kolors-diffusers -o out.png',
+        epilog='Example: python -m kolors_core "一张瓢虫的照片" -w Kwai-Kolors/Kolors-diffusers -o out.png. '
+        'And python -m kolors_core explain "PROMPT" shows where in a picture each token acted.',
     )
     top.add_argument("prompt", nargs="?", help="what to draw, in Chinese or English")
     top.add_argument(
@@ -190,12 +192,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2, and one line on stderr, for what cannot be done."""
-    options = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    is_explained = arguments[:1] == ["explain"]
+    options = explain_parser().parse_args(arguments[1:]) if is_explained else parser().parse_args(arguments)
     level = logger.level
     if options.quiet:
         logger.setLevel(logging.ERROR)
     try:
-        if options.info is not None:
+        if is_explained:
+            explain(options)
+        elif options.info is not None:
             if options.prompt is not None or options.weights != EMBEDDED_NAME:
                 raise ValueError("--info stands alone: it prints how a picture was made, and draws none")
             for name, value in read_description(options.info).items():

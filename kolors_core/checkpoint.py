@@ -215,7 +215,8 @@ def load_changed(
     kind = replace(KINDS[component], build=build)
     opened = open_component(folder, component, subfolder=subfolder, has_weights=False, kind=kind)
     source = _weights_in(Path(folder) / (component if subfolder is None else subfolder), variant)
-    report = load(opened.model, source, component, dtype=dtype, device=device, partial=partial)
+    place = loading_device(device)
+    report = load(opened.model, source, component, dtype=dtype, device=place, partial=partial)
     return opened.model.eval(), report
 
 

@@ -38,7 +38,7 @@ from kolors_core.placement import (
     plain,
     refuse_second_copy,
 )
-from weights_convert import TABLES, recognise
+from weights_convert import recognise
 from weights_convert.source import Source, Tensors, save_tensors
 
 ADAPTERS: dict[str, tuple[Callable[..., Adapter], type[IPAdapterConfig]]] = {
@@ -346,8 +346,8 @@ def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> 
 def _build(component: str, source: Source | Tensors, like: Tensor) -> Adapter:
     """An adapter of the shape that its tensors have, in the dtype and on the device of `like`."""
     table, is_ours = recognise(source.keys(), source.where)
-    if table is not TABLES[component]:
-        hint = ": load_ip_adapter_face_id loads it" if table is TABLES["face_id"] else ""
+    if table.component != component:
+        hint = ": load_ip_adapter_face_id loads it" if table.component == "face_id" else ""
         raise ValueError(f"{source.where}: wanted an {component}, got a {table.component}{hint}")
     kind, config = ADAPTERS[component]
     shapes = {name if is_ours else table.to_ours(name): source.shape(name) for name in source}

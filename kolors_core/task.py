@@ -274,10 +274,10 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
         facts: what the pictures' description says of the task. around: makes another sampler of the
         pipeline's. finish: makes the final images [B, 3, H, W] of the decoded ones, all in [-1, 1].
         """
-        sampler = self.sampler or sampler_of(
+        sampler = sampler_of(
             self.scheduler, schedule,
             lambda: draw_noise(tuple(x.shape), request.generator, self.device, torch.float32),
-        )  # fmt: skip
+        ) if self.sampler is None else self.sampler  # fmt: skip
         self._num_timesteps = len(schedule.timesteps)
         self._guidance_scale = request.guidance_scale
         self._on_device("unet")
@@ -317,7 +317,7 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
         """Attach to each picture how it was made."""
         generator, sampler = request.generator, self.scheduler.describe()
         if self.sampler is not None:
-            sampler = f"{_told(self.sampler)} with {sampler}"
+            sampler = f"{_named(self.sampler)} with {sampler}"
         for i, image in enumerate(images):
             facts: dict[str, Any] = {}
             for name in ("prompt", "negative_prompt"):
@@ -339,7 +339,7 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
     def _adapter_facts(self) -> dict[str, Any]:
         """What the pictures' description says of the guidance rule, FreeU, LoRAs, words and IP-Adapters."""
         facts = {}
-        if (rule := _told(self.guided)) != "guided":
+        if (rule := _named(self.guided)) != "guided":
             facts["guidance"] = rule
         if self.freeu is not None:
             facts["freeu"] = ", ".join(f"{name}={value}" for name, value in self.freeu.items())
@@ -354,12 +354,12 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
         return facts
 
 
-def _told(function: Callable[..., Any]) -> str:
+def _named(function: Callable[..., Any]) -> str:
     """A function's name, and the arguments that it has been given."""
     if not isinstance(function, partial):
         return getattr(function, "__name__", type(function).__name__)
     told = ", ".join(f"{name}={value!r}" for name, value in function.keywords.items())
-    return f"{_told(function.func)}({told})"
+    return f"{_named(function.func)}({told})"
 
 
 def _control_facts(controls: Sequence[Control]) -> dict[str, Any]:

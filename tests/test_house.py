@@ -18,7 +18,7 @@ ORDER = """
     perturbed offload hub loading checkpoint lora_loading textual_inversion fitting components single_file
     text_prompt image_prompt face_prompt control_image quantize_report callback task plan from_picture
     pipeline inpaint pag_pipeline control_pipeline dataset objective training masked_data options lines
-    claims split_guidance capturing attention_maps batch __init__ __main__
+    claims split_guidance capturing attention_maps explanation explain batch __init__ __main__
 """.split()  # noqa: SIM905
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
 

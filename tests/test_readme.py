@@ -60,6 +60,14 @@ def test_the_guidance_example_draws() -> None:
     assert names["pipe"].freeu == {"s1": 0.9, "s2": 0.2, "b1": 1.1, "b2": 1.2}
 
 
+def test_the_example_of_looking_inside_runs() -> None:
+    names: dict[str, Any] = {}
+    block = block_after("## Looking inside", "python").replace("num_inference_steps=25", "num_inference_steps=15")
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["maps"]["mid.attentions.0.blocks.0.cross_attention"].ndim == 4
+    assert [len(kept) for kept in names["kept"].values()] == [15, 15]
+
+
 def test_the_lora_example_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
