@@ -62,7 +62,9 @@ def test_the_guidance_example_draws() -> None:
 
 def test_the_example_of_looking_inside_runs() -> None:
     names: dict[str, Any] = {}
-    block = block_after("## Looking inside", "python").replace("num_inference_steps=25", "num_inference_steps=15")
+    block = block_after("## Looking inside", "python").replace(
+        "num_inference_steps=25", "num_inference_steps=15"
+    )
     exec(compile(block, "README.md", "exec"), names)
     assert names["maps"]["mid.attentions.0.blocks.0.cross_attention"].ndim == 4
     assert [len(kept) for kept in names["kept"].values()] == [15, 15]
