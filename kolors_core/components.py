@@ -11,7 +11,6 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import (
     EMBEDDED_NAME,
     KINDS,
-    OPTIONAL,
     Opened,
     check_savable,
     load_index,
@@ -148,10 +147,9 @@ class Components(RunState):
             pretrained_model_name_or_path, wanted, variant, has_weights, revision=revision,
             cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip
-        index = load_index(folder)
+        force_zeros, absent = load_index(folder)
         for component in wanted:
-            is_left_out = component in OPTIONAL and not index["has"][component]
-            if is_left_out or (component == "tokenizer" and not has_weights):
+            if component in absent or (component == "tokenizer" and not has_weights):
                 parts[component] = None
             elif component == "tokenizer":
                 parts[component] = Tokenizer(folder / "tokenizer")
@@ -164,7 +162,7 @@ class Components(RunState):
                 parts[component] = part.fill(dtypes[component], device)
         return cls(
             **parts, feature_extractor=feature_extractor, controlnet=controlnet,
-            force_zeros_for_empty_prompt=index["force_zeros_for_empty_prompt"],
+            force_zeros_for_empty_prompt=force_zeros,
         )  # fmt: skip
 
     @classmethod
