@@ -8,7 +8,7 @@ import gc
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -76,7 +76,7 @@ logger = logging.getLogger("kolors_core")
 
 def resolve(
     name: str | Path,
-    components: Iterable[str],
+    components: Sequence[str],
     variant: str | None = None,
     has_weights: bool = True,
     **hub: Any,
@@ -86,7 +86,6 @@ def resolve(
     "tiny" is the embedded model, which a log line says; a folder of that name is "./tiny". has_weights: False
     for configs alone. hub: as for `kolors_core.hub.fetch`, which raises the errors.
     """
-    components = list(components)
 
     def pick(listing: list[str]) -> list[str]:
         folders = {path.partition("/")[0] for path in listing}
@@ -100,14 +99,13 @@ def resolve(
 
 
 def needed_files(
-    listing: Iterable[str],
+    listing: Sequence[str],
     components: Iterable[str],
     variant: str | None,
     where: str,
     has_weights: bool = True,
 ) -> list[str]:
     """Of a repository's files, those that the components load: configs, and tokenizer and chosen weights."""
-    listing = list(listing)
     needed = [path for path in listing if path == "model_index.json"]
     for component in components:
         needed += component_files(listing, component, component, variant, where, has_weights)
