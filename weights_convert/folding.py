@@ -91,7 +91,7 @@ def to_folder(source: Path, destination: Path) -> list[str]:
     parts, whole, small = open_parts(source)
     for component, part in parts.items():
         TABLES[component].refuse_faults({name: part.shape(name) for name in part}, part.where)
-    is_foreign = LAYOUT not in small
+    is_foreign, quantized = LAYOUT not in small, [part for part in parts.values() if part.scales]
     layout: dict[str, tuple[Metadata, list[str] | None]]
     if is_foreign:
         layout = {f"{component}/{STEMS[component]}.safetensors": (FORMAT, None) for component in parts}
@@ -104,13 +104,12 @@ def to_folder(source: Path, destination: Path) -> list[str]:
             file.parent.mkdir(exist_ok=True)
             tensors = {name: part[name].contiguous() for name in (part if names is None else names)}
             write_tensors(tensors, file, metadata)
-        if is_foreign and not any(part.scales for part in parts.values()):
+        if is_foreign and not quantized:
             spellings = {component: [*part.spelling] for component, part in parts.items()}
             told = {"metadata": whole.metadata(source), "models": spellings}
             write_bytes((json.dumps(told, indent=2, sort_keys=True) + "\n").encode(), made / HISTORY)
     report = [report_line(component, part, part, source) for component, part in parts.items()]
-    many = [f"  its {part.bits}-bit layers are multiplied out" for part in parts.values() if part.scales]
-    return report + many
+    return report + [f"  its {part.bits}-bit layers are multiplied out" for part in quantized]
 
 
 def is_single(source: Path) -> bool:
@@ -126,12 +125,12 @@ def is_single(source: Path) -> bool:
 def unpack(whole: Source, small: list[str], folder: Path) -> None:
     """Write the small files that a file has as tensors. ValueError for a path that leads elsewhere."""
     paths = {name: _inside(name.removeprefix(FILES), whole.where) for name in small if name != LAYOUT}
-    folders = {str(folder).lower() for path in paths.values() for folder in path.parents}
-    taken = {*folders, *PREFIXES, "scheduler"}
+    parents = {str(parent).lower() for path in paths.values() for parent in path.parents}
+    taken = {*parents, *PREFIXES, "scheduler"}
     for name, path in paths.items():
-        if (plain := str(path).lower()) in taken:  # not all disks tell small letters from large
+        if (lowered := str(path).lower()) in taken:  # not all disks tell small letters from large
             raise ValueError(f"{whole.where}: {name}: a folder or another file has its path")
-        taken.add(plain)
+        taken.add(lowered)
     for name, path in paths.items():
         if path.suffix == ".safetensors" or path.suffix in PICKLES:
             raise ValueError(f"{whole.where}: {name}: weights are no small file")

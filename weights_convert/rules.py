@@ -10,6 +10,7 @@ came from.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 UNUSED = "unused."
 
@@ -97,8 +98,8 @@ class Table:
             found += [f"{path}.{tensor} is missing".lstrip(".") for tensor in absent]
         for path, seen in numbers.items():
             wanted = range(1, max(seen), 2) if path in self.odd else range(max(seen))
-            gap = next((i for i in wanted if i not in seen), None)  # the first: a name may have any number
-            found += [] if gap is None else [f"{path}.{gap} is missing"]
+            gaps = (i for i in wanted if i not in seen)  # the first is told: a name may have any number
+            found += [f"{path}.{gap} is missing" for gap in islice(gaps, 1)]
         return found
 
     def refuse_faults(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
