@@ -14,7 +14,7 @@ from kolors_core.config import VERSION
 from kolors_core.control_pipeline import KolorsControlNetPipeline
 from kolors_core.explain import explain, explain_parser
 from kolors_core.face_prompt import load_face_embeds
-from kolors_core.fields import whole_number
+from kolors_core.fields import LARGEST_SEED, whole_number
 from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.inpaint import KolorsInpaintPipeline
 from kolors_core.options import (
@@ -24,7 +24,6 @@ from kolors_core.options import (
     add_sampler,
     bits_of,
     check_control,
-    check_seed,
     control_arguments,
     default_steps,
     guidance_of,
@@ -52,33 +51,37 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("prompt", nargs="?", help="what to draw, in Chinese or English")
     top.add_argument(
-        "-o",
-        "--out",
-        type=Path,
-        default=Path("kolors.png"),
-        metavar="PNG",
+        "-o", "--out", type=Path, default=Path("kolors.png"), metavar="PNG",
         help="the picture to write; with --images 3 it is numbered: out-1.png (default: %(default)s)",
-    )
+    )  # fmt: skip
     top.add_argument("--force", action="store_true", help="write over a file that exists")
     top.add_argument(
         "--info", type=Path, metavar="PNG", help="print how a picture was made, and do nothing else"
     )
     top.add_argument(
-        "--plan",
-        action="store_true",
+        "--plan", action="store_true",
         help="print the memory that each stage will need, load no weights and make no picture",
-    )
+    )  # fmt: skip
     top.add_argument("--version", action="version", version=f"kolors_core {VERSION}")
 
     model = top.add_argument_group("model")
     add_model(model)
+    model.add_argument(
+        "--lora", action="append", default=[], metavar="FROM[:SCALE]",
+        help="a LoRA of any spelling: a file, folder or hub repository, whose revision may follow an @; may "
+        "be repeated",
+    )  # fmt: skip
+    model.add_argument(
+        "--textual-inversion", action="append", default=[], metavar="FROM[:WORD]",
+        help="learned vectors that a word of the prompt stands for, by its name in the file or by WORD; a "
+        "file, folder or hub repository; may be repeated",
+    )  # fmt: skip
     picture = top.add_argument_group("picture")
     picture.add_argument("-n", "--negative", metavar="TEXT", help="what not to draw")
     picture.add_argument(
-        "--height",
-        type=int,
+        "--height", type=int,
         help="pixels, a multiple of 8 (default: the model's own, or --image's, or the control image's)",
-    )
+    )  # fmt: skip
     picture.add_argument("--width", type=int, help="pixels, likewise; --image is resized to both")
     picture.add_argument("--images", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
     picture.add_argument(
@@ -88,80 +91,52 @@ def parser() -> argparse.ArgumentParser:
     images = top.add_argument_group("from pictures")
     images.add_argument("--image", metavar="FILE", help="start from this picture; or its http(s) address")
     images.add_argument(
-        "--strength",
-        type=float,
+        "--strength", type=float,
         help="how much of it is made anew, above 0, at most 1 (default: 0.3, with --mask 0.9999)",
-    )
+    )  # fmt: skip
     images.add_argument(
-        "--strength-map",
-        metavar="FILE",
+        "--strength-map", metavar="FILE",
         help="a grey picture of how much each place of --image may change: white as --strength says",
-    )
+    )  # fmt: skip
     images.add_argument(
-        "--mask",
-        metavar="FILE",
+        "--mask", metavar="FILE",
         help="make anew only what is white in this picture, and leave all else of --image as it is",
-    )
+    )  # fmt: skip
     images.add_argument(
-        "--padding-mask-crop",
-        type=int,
-        metavar="N",
+        "--padding-mask-crop", type=int, metavar="N",
         help="with --mask: work on its region and N pixels around, at --height and --width",
-    )
+    )  # fmt: skip
     images.add_argument(
-        "--no-paste-back",
-        action="store_true",
+        "--no-paste-back", action="store_true",
         help="with --mask: leave the picture as the model decodes it, a little changed outside the mask too",
-    )
+    )  # fmt: skip
     images.add_argument(
-        "--ip-adapter",
-        metavar="FROM",
+        "--ip-adapter", metavar="FROM",
         help="IP-Adapter-Plus: a file, folder or hub repository, whose revision may follow an @: "
         "Kwai-Kolors/Kolors-IP-Adapter-Plus@refs/pr/4",
-    )
+    )  # fmt: skip
     images.add_argument(
         "--ip-image", action="append", metavar="FILE", help="be guided by this picture (may be repeated)"
     )
     images.add_argument("--ip-scale", type=float, help="how much (default: 1)")
     images.add_argument(
-        "--face-adapter",
-        metavar="FROM",
+        "--face-adapter", metavar="FROM",
         help="IP-Adapter-FaceID-Plus as safetensors, with CLIP beside it or from --ip-adapter",
-    )
+    )  # fmt: skip
     images.add_argument("--face-image", metavar="FILE", help="a square picture of the face")
     images.add_argument(
         "--face-embeds", metavar="FILE", help="its id vector by insightface, as .npy or .safetensors"
     )
     images.add_argument("--face-scale", type=float, help="how much (default: 1)")
-    model.add_argument(
-        "--textual-inversion",
-        action="append",
-        default=[],
-        metavar="FROM[:WORD]",
-        help="learned vectors that a word of the prompt stands for, by its name in the file or by WORD; a "
-        "file, folder or hub repository; may be repeated",
-    )
     add_control(images)
-    model.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FROM[:SCALE]",
-        help="a LoRA of any spelling: a file, folder or hub repository, whose revision may follow an @; may "
-        "be repeated",
-    )
 
     steps = top.add_argument_group("sampling")
     steps.add_argument("--steps", type=int, help="denoising steps (default: 50 for euler, 25 for the others)")
     add_sampler(steps)
     steps.add_argument(
-        "-g",
-        "--guidance",
-        type=float,
-        default=5.0,
-        metavar="SCALE",
+        "-g", "--guidance", type=float, default=5.0, metavar="SCALE",
         help="how strongly to follow the prompt; 1 is off (default: %(default)s)",
-    )
+    )  # fmt: skip
     add_guidance(steps)
     steps.add_argument(
         "--timesteps", type=numbers, metavar="T,T,...", help="own timesteps, falling, in place of --steps"
@@ -174,15 +149,9 @@ def parser() -> argparse.ArgumentParser:
     )
 
     sizes = top.add_argument_group("size conditions (SDXL's), as HEIGHT,WIDTH or TOP,LEFT in pixels")
-    for flag in (
-        "original-size",
-        "crop",
-        "target-size",
-        "negative-original-size",
-        "negative-crop",
-        "negative-target-size",
-    ):
-        sizes.add_argument(f"--{flag}", type=size, metavar="A,B")
+    for half in ("", "negative-"):
+        for flag in ("original-size", "crop", "target-size"):
+            sizes.add_argument(f"--{half}{flag}", type=size, metavar="A,B")
     sizes.add_argument(
         "--max-tokens", type=int, default=256, help="cut the prompt to this many tokens (default: 256)"
     )
@@ -223,27 +192,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 def draw(options: argparse.Namespace) -> None:
     """Make and write the pictures that the options ask for."""
-    outs = checked(options)
-    start = None if options.image is None else load_image(options.image)
-    mask, strengths = (
-        None if file is None else load_image(file, lambda picture: picture.convert("L"))
-        for file in (options.mask, options.strength_map)
-    )
-    guides = [load_image(file) for file in options.ip_image or ()]
-    face = {}
-    if options.face_adapter is not None:
-        face = {
-            "face_embeds": load_face_embeds(options.face_embeds),
-            "face_image": load_image(options.face_image),
-        }
-    controls = control_arguments(options)
-    outs[0].parent.mkdir(parents=True, exist_ok=True)
+    outs, arguments = checked(options), arguments_of(options)  # pictures are read before weights
     device = named_device(options.device)
+    outs[0].parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(options, device, task=task_of(options))
     quantized = quantize(pipe, options)
     load_adapters(pipe, options)
     guide(pipe, options)
     load_controls(options, pipe, device)
+    output = pipe(**arguments)
+    names = ("image", "mask", "strength_map", "padding_mask_crop", "lora", "textual_inversion", "ip_adapter",
+             "ip_image", "face_adapter", "face_image", "control", "control_image", "canny")  # fmt: skip
+    given = {name: value for name in names if (value := getattr(options, name)) not in (None, [])}
+    told = {name: ", ".join(value) if isinstance(value, list) else value for name, value in given.items()}
+    if quantized is not None:
+        told["quantized"] = str(quantized)
+    for image, out in zip(output[0], outs, strict=True):
+        describe(image, image.info | told)
+        save_png(image, out)
+        if not options.quiet:
+            print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)
+
+
+def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the task that the options ask for; its pictures are read."""
     steps = default_steps(options.sampler) if options.steps is None else options.steps
     if options.timesteps or options.sigmas:
         steps = 50  # the pipeline's own default, which says nothing
@@ -258,37 +230,24 @@ def draw(options: argparse.Namespace) -> None:
         target_size=options.target_size, negative_original_size=options.negative_original_size,
         negative_crops_coords_top_left=options.negative_crop or (0, 0),
         negative_target_size=options.negative_target_size, max_sequence_length=options.max_tokens,
-        ip_adapter_image=[guides] if guides else None, **face, **controls,
+        **control_arguments(options),
     )  # fmt: skip
-    if options.strength is not None:
-        arguments["strength"] = options.strength
-    if start is None and controls:
-        image = arguments.pop("control_image")
-        output = KolorsControlNetPipeline.from_pipe(pipe)(image=image, **arguments)
-    elif start is None:
-        output = pipe(**arguments)
-    elif mask is None:
-        output = KolorsImg2ImgPipeline.from_pipe(pipe)(image=start, strength_map=strengths, **arguments)
-    else:
-        output = pipe(
-            image=start, mask_image=mask, padding_mask_crop=options.padding_mask_crop,
-            paste_back=False if options.no_paste_back else None, **arguments,
-        )  # fmt: skip
-    names = ("image", "mask", "strength_map", "padding_mask_crop", "lora", "textual_inversion", "ip_adapter",
-             "ip_image", "face_adapter", "face_image", "control", "control_image", "canny")  # fmt: skip
-    told = {name: getattr(options, name) for name in names}
-    told = {
-        name: ", ".join(value) if isinstance(value, list) else value
-        for name, value in told.items()
-        if value not in (None, [])
-    }
-    if quantized is not None:
-        told["quantized"] = str(quantized)
-    for image, out in zip(output[0], outs, strict=True):
-        describe(image, image.info | told)
-        save_png(image, out)
-        if not options.quiet:
-            print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)
+    if options.image is not None:
+        arguments["image"] = load_image(options.image)
+    elif options.control:  # is what that task calls `image`
+        arguments["image"] = arguments.pop("control_image")
+    for name, file in {"mask_image": options.mask, "strength_map": options.strength_map}.items():
+        if file is not None:
+            arguments[name] = load_image(file, lambda picture: picture.convert("L"))
+    if options.ip_image:
+        arguments["ip_adapter_image"] = [[load_image(file) for file in options.ip_image]]
+    if options.face_adapter is not None:
+        arguments["face_embeds"] = load_face_embeds(options.face_embeds)
+        arguments["face_image"] = load_image(options.face_image)
+    for name in ("strength", "padding_mask_crop"):
+        if getattr(options, name) is not None:
+            arguments[name] = getattr(options, name)
+    return arguments | ({"paste_back": False} if options.no_paste_back else {})
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -308,7 +267,7 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def checked(options: argparse.Namespace) -> list[Path]:
-    """The files to write; ValueError or FileExistsError, before anything is loaded, for what cannot be."""
+    """The files to write; ValueError or OSError, before anything is loaded, for what cannot be done."""
     if options.prompt is None and not options.plan:
         raise ValueError("no prompt: say what to draw")
     if options.steps is not None and (options.timesteps or options.sigmas):
@@ -325,19 +284,21 @@ def checked(options: argparse.Namespace) -> list[Path]:
     if folders := [out for out in outs if out.is_dir()]:
         raise IsADirectoryError(f"{folders[0]} is a folder: --out must be a file")
     if options.seed is not None:
-        check_seed("--seed", options.seed)
-    for side in ("height", "width"):
-        if getattr(options, side) is not None:
-            whole_number(side, getattr(options, side), 8)
-    given = (options.ip_adapter is not None, options.ip_image is not None)
-    if any(given) and not all(given) or (options.ip_scale is not None and not all(given)):
-        raise ValueError("--ip-adapter, --ip-image and --ip-scale need each other")
-    given = tuple(getattr(options, f"face_{name}") is not None for name in ("adapter", "image", "embeds"))
-    if any(given) and not all(given) or (options.face_scale is not None and not all(given)):
-        raise ValueError("--face-adapter, --face-image, --face-embeds and --face-scale need each other")
+        whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
+    for name, multiple in {"images": 1, "steps": 1, "height": 8, "width": 8}.items():
+        if (value := getattr(options, name)) is not None:
+            whole_number(f"--{name}", value, multiple)
+    for kind, names in {"ip": ("adapter", "image"), "face": ("adapter", "image", "embeds")}.items():
+        *given, is_scaled = (getattr(options, f"{kind}_{name}") is not None for name in (*names, "scale"))
+        if (any(given) or is_scaled) and not all(given):
+            flags = ", ".join(f"--{kind}-{name}" for name in names)
+            raise ValueError(f"{flags} and --{kind}-scale need each other")
     check_control(options)
-    needs = dict.fromkeys(("strength", "strength_map", "mask"), "image")
-    for name, needed in (needs | dict.fromkeys(("padding_mask_crop", "no_paste_back"), "mask")).items():
+    needs = {
+        "strength": "image", "strength_map": "image", "mask": "image",
+        "padding_mask_crop": "mask", "no_paste_back": "mask",
+    }  # fmt: skip
+    for name, needed in needs.items():
         if getattr(options, name) not in (None, False) and getattr(options, needed) is None:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without --{needed}")
     if options.mask is not None and options.strength_map is not None:
@@ -349,8 +310,10 @@ def checked(options: argparse.Namespace) -> list[Path]:
 
 
 def task_of(options: argparse.Namespace) -> type[Planning]:
-    """What the weights are loaded for: inpainting may have a UNet of its own."""
-    return KolorsPipeline if options.mask is None else KolorsInpaintPipeline
+    """What the weights are loaded for. Inpainting may have a UNet of its own."""
+    if options.image is None:
+        return KolorsControlNetPipeline if options.control else KolorsPipeline
+    return KolorsImg2ImgPipeline if options.mask is None else KolorsInpaintPipeline
 
 
 def load_adapters(pipe: Planning, options: argparse.Namespace) -> None:

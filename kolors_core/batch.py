@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from kolors_core.checkpoint import logger
 from kolors_core.claims import Claims, Manifest, Record
+from kolors_core.fields import LARGEST_SEED, whole_number
 from kolors_core.image import describe, save_png
 from kolors_core.lines import KEY, Line, Picture, fingerprint_of, read_lines
 from kolors_core.options import (
@@ -37,7 +38,6 @@ from kolors_core.options import (
     add_model,
     add_sampler,
     bits_of,
-    check_seed,
     default_steps,
     files_of,
     guidance_of,
@@ -76,11 +76,10 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="a line without a seed takes this plus its number (default: 0)"
     )
     top.add_argument(
-        "--split-guidance",
-        action="store_true",
+        "--split-guidance", action="store_true",
         help="two processes draw each picture, one with the prompt and one with the negative prompt: sooner "
         "done, not more of them",
-    )
+    )  # fmt: skip
     add_model(top.add_argument_group("model"))
     sampling = top.add_argument_group("sampling")
     add_sampler(sampling)
@@ -92,10 +91,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 1 if a line failed, 2 if none could be tried."""
     options, level = parser().parse_args(arguments), logger.level
-    batch = None
+    worker = None
     try:
-        batch = Batch(options, join_processes(options.device))
-        failed = batch.run()
+        worker = Worker(options, join_processes(options.device))
+        failed = worker.run()
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
@@ -104,13 +103,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     finally:
         logger.setLevel(level)
-        if batch is not None:
-            batch.claims.close()
+        if worker is not None:
+            worker.claims.close()
     return 1 if failed else 0
 
 
-class Batch:
-    """One process's share of a run."""
+class Worker:
+    """One process of a run."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         """Reads the lines and agrees with the other processes; loads no weights yet.
@@ -118,8 +117,7 @@ class Batch:
         Raises OSError or ValueError where nothing can be done, or the processes were told different things.
         """
         self.options, self.device, self.folder = options, device, options.out
-        is_joined = dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if is_joined else (0, 1)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.is_quiet = options.quiet
         options.quiet = options.quiet or self.rank > 0  # one process speaks for all
         if options.quiet:
@@ -128,18 +126,17 @@ class Batch:
         model |= {"dtype": str(precision(options, device)), "bits": bits_of(options)} | files_of(options)
         if (keywords := guidance_of(options)) and options.split_guidance:
             raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
-        asked = {"rule": keywords, "freeu": options.freeu}  # pictures of neither are as they have been named
-        model |= {name: value for name, value in asked.items() if value}
-        self.lines = read_lines(
-            options.prompts, model, check_seed("--seed", options.seed), default_steps(options.sampler)
-        )
-        self.token = self._agree()
+        # Of what is not asked for, a fingerprint has nothing: older pictures keep theirs.
+        model |= {name: value for name, value in {"rule": keywords, "freeu": options.freeu}.items() if value}
+        seed = whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
+        self.lines = read_lines(options.prompts, model, seed, default_steps(options.sampler))
+        self.run_name = self._agree()
         self.pair = Pair() if options.split_guidance else None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.claims = Claims(self.folder / ".claims")
         self.manifest = Manifest(self.folder / "manifest.jsonl", self.claims)
         self.process = f"{self.rank} of {self.world}, {socket.gethostname()} {os.getpid()}"
-        self.loras: tuple[str, ...] = ()  # where those come from that are loaded
+        self.loras: tuple[str, ...] = ()  # the sources of those that are loaded
         self.told: dict[str, str] = {}  # what all pictures' descriptions say
 
     def _agree(self) -> str:
@@ -147,13 +144,13 @@ class Batch:
 
         ValueError if one has other lines, PartnerLost if one is gone.
         """
-        token, lines = secrets.token_hex(4), [(line.number, line.fingerprint) for line in self.lines]
+        name, lines = secrets.token_hex(4), [(line.number, line.fingerprint) for line in self.lines]
         if self.world == 1:
-            return token
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+            return name
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         told: list[Any] = [None] * self.world
-        mine = token, lines, f"torch {torch.__version__}, {name}{threads}"
+        mine = name, lines, f"torch {torch.__version__}, {kind}{threads}"
         try:
             dist.all_gather_object(told, mine)
         except RuntimeError as error:
@@ -173,13 +170,11 @@ class Batch:
             self._lead()
         self.manifest.refresh()
         failed = [line for line in self.lines if self._has_failed(line)]
-        if self._is_everyone_here():
-            if self.rank == 0:
-                self._end(failed)
-            if self.world > 1:
-                dist.destroy_process_group()
-        else:
+        is_everyone_here = self._is_everyone_here()
+        if self.rank == 0 or not is_everyone_here:
             self._end(failed)
+        if self.world > 1 and is_everyone_here:
+            dist.destroy_process_group()
         return failed
 
     def _lead(self) -> None:
@@ -203,7 +198,7 @@ class Batch:
                     finally:
                         self.claims.give(line.number)
                     unseen.discard(line.number)
-                    unseen.difference_update(r["line"] for r in news if r.get("run") == self.token)
+                    unseen.difference_update(r["line"] for r in news if r.get("run") == self.run_name)
                     bar.update(len(self.lines) - len(unseen) - bar.n)
                 pending = held
                 if pending:
@@ -228,17 +223,16 @@ class Batch:
         Lines of one LoRA stand together. What a process did not live to finish comes last, in case that was
         the line's doing.
         """
-        units, unit = self.world, self.rank
-        if self.pair is not None:
-            units, unit = units // 2, unit // 2
-        own = {line.number for line in lines[unit::units]}
+        together = 1 if self.pair is None else 2  # processes that draw one picture
+        share = lines[self.rank // together :: self.world // together]
+        own = {line.number for line in share}
         rest = [line for line in lines[::-1] if line.number not in own]
 
         def place(line: Line) -> tuple[bool, bool, tuple[str, ...]]:
             is_cut_short = self.claims.was_cut_short(line.number)
-            return is_cut_short, line.number not in own, _sources(line.picture)
+            return is_cut_short, line.number not in own, _sources(line.picture.lora if line.picture else ())
 
-        return sorted([*lines[unit::units], *rest], key=place)
+        return sorted([*share, *rest], key=place)
 
     def _draw(self, line: Line) -> None:
         """Draw a claimed line, and write down what became of it."""
@@ -294,15 +288,14 @@ class Batch:
 
     def _use(self, pipe: KolorsPipeline, loras: tuple[str, ...]) -> None:
         """Have these LoRAs and no others."""
-        sources = tuple(with_scale(text)[0] for text in loras)
+        sources = _sources(loras)
         try:
             if sources == self.loras:
                 weigh_loras(pipe, loras)
-                return
-            pipe.unload_lora_weights()
-            self.loras = ()
-            load_loras(pipe, loras, self.options.local_files_only, is_quiet=True)
-            self.loras = sources
+            else:
+                pipe.unload_lora_weights()
+                load_loras(pipe, loras, self.options.local_files_only, is_quiet=True)
+                self.loras = sources
         except BaseException:
             pipe.unload_lora_weights()
             self.loras = ()
@@ -322,7 +315,7 @@ class Batch:
 
     def _has_ended(self, line: Line) -> bool:
         """Whether it was drawn, by whatever run, or has failed in this one."""
-        return self._record(line).get("run") == self.token or self._is_drawn(line)
+        return self._record(line).get("run") == self.run_name or self._is_drawn(line)
 
     def _has_failed(self, line: Line) -> bool:
         """Of a line that has ended. What another run writes of its own line of this number says nothing."""
@@ -340,7 +333,7 @@ class Batch:
             "line": line.number, "file": line.file if reason is None else None,
             "seed": None if line.picture is None else line.picture.seed,
             "status": "done" if reason is None else "failed", "reason": reason, "seconds": seconds,
-            "process": process, "fingerprint": line.fingerprint, "run": self.token,
+            "process": process, "fingerprint": line.fingerprint, "run": self.run_name,
         }  # fmt: skip
 
     def _check_device(self) -> None:
@@ -360,7 +353,6 @@ class Batch:
 
     def _end(self, failed: Sequence[Line]) -> None:
         """One record for each line, no scratch files, and a report."""
-        names = {line.file for line in self.lines}
 
         def complete(records: dict[int, Record]) -> None:
             for line in self.lines:
@@ -373,23 +365,22 @@ class Batch:
         sweep(self.folder)
         if self.is_quiet:
             return
-        own = re.compile(r"\d{6,}-\d+\.png")
-        others = [
-            file for file in self.folder.iterdir() if own.fullmatch(file.name) and file.name not in names
-        ]
-        drawn = f"{len(self.lines) - len(failed)} of {len(self.lines)} pictures"
-        print(f"{drawn} are in {self.folder}", file=sys.stderr)
+        names = {line.file for line in self.lines}
+        found = [name for name in os.listdir(self.folder) if re.fullmatch(r"\d{6,}-\d+\.png", name)]
+        others = [name for name in found if name not in names]
+        drawn = len(self.lines) - len(failed)
+        report = [f"{drawn} of {len(self.lines)} pictures are in {self.folder}"]
         if others:
-            print(
-                f"{len(others)} more are of no line of this file, such as {others[0].name}", file=sys.stderr
-            )
+            report.append(f"{len(others)} more are of no line of this file, such as {others[0]}")
         for line in failed:
             reason = self._record(line).get("reason") or "another run on this OUT has a line of its number"
-            print(f"line {line.number} failed: {reason}", file=sys.stderr)
+            report.append(f"line {line.number} failed: {reason}")
+        print(*report, sep="\n", file=sys.stderr)
 
 
-def _sources(picture: Picture | None) -> tuple[str, ...]:
-    return () if picture is None else tuple(with_scale(text)[0] for text in picture.lora)
+def _sources(loras: Sequence[str]) -> tuple[str, ...]:
+    """LoRAs without their scales."""
+    return tuple(with_scale(text)[0] for text in loras)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,10 @@ from kolors_core.vae import ResBlock as VAEResBlock
 # (checkpointing) as one.
 BLOCKS = (ResBlock, TransformerBlock, ChatGLMLayer, VAEResBlock, VAEAttention, CLIPLayer, ResamplerLayer)
 
-# torch's modes, and for those that replay CUDA graphs the one that compiles the same without.
-MODES = {
-    None: None,
-    "default": "default",
-    "reduce-overhead": "default",
-    "max-autotune": "max-autotune-no-cudagraphs",
-    "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs",
-}
-GRAPHED = ("reduce-overhead", "max-autotune")  # here the whole step is one CUDA graph, see graphs.py
+# torch's modes that replay CUDA graphs, with those that compile the same without: here the whole step is one
+# graph, see graphs.py.
+GRAPHED: dict[str | None, str] = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+MODES = (None, "default", "max-autotune-no-cudagraphs", *GRAPHED)
 
 VARIANTS = 64  # of one kind: batches, sizes, precisions, adapters on and off
 
@@ -46,15 +41,14 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(str, MODES))}, got {mode!r}")
-    more: dict[str, Any] = {}
+    options: dict[str, Any] = {"fullgraph": True, "mode": GRAPHED.get(mode, mode), "backend": backend}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13; before, 8 are allowed
-        more["recompile_limit"] = VARIANTS
+        options["recompile_limit"] = VARIANTS
     kinds: dict[Any, Callable[..., Any]] = {}
     for block in model.modules():
         if isinstance(block, BLOCKS):
             kind = type(block), tuple(tensor.shape for tensor in block.state_dict().values())
             if kind not in kinds:
-                options = {"fullgraph": True, "mode": MODES[mode], "backend": backend} | more
                 kinds[kind] = torch.compile(_own_call(), **options)
             block._compiled_call_impl = partial(kinds[kind], block)
     return len(kinds)

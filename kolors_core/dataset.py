@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kolors_core.fields import finite_number, path_of, whole_number
-from kolors_core.image import naming
+from kolors_core.fields import LARGEST_SEED, finite_number, path_of, whole_number
+from kolors_core.image import load_image, naming
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture's file, its captions of which each use draws one, and its size in pixels."""
+    """A picture's file, its captions of which each use draws one, and its size in pixels, upright."""
 
     file: Path
     captions: tuple[str, ...]
@@ -42,7 +42,7 @@ class Sample:
 
 def read_folder(folder: str | Path) -> list[Example]:
     """Every captioned picture of a folder; errors name the file and line at fault."""
-    from PIL import Image
+    from PIL import ExifTags, Image
 
     folder = path_of("folder", folder)
     captioned = _from_metadata(folder) if (folder / "metadata.jsonl").exists() else _from_text_files(folder)
@@ -53,7 +53,9 @@ def read_folder(folder: str | Path) -> list[Example]:
     examples = []
     for file, captions in captioned:
         with naming(file), Image.open(file) as image:
-            examples.append(Example(file, captions, image.height, image.width))
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # as by `load_image`
+            size = image.size if is_turned else image.size[::-1]
+            examples.append(Example(file, captions, *size))
     return examples
 
 
@@ -67,18 +69,20 @@ def _from_text_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
             if not text.exists():
                 raise FileNotFoundError(f"{text}: no such file, wanted the captions of {file.name}")
             with naming(text):
-                whole = text.read_text(encoding="utf-8")
+                whole = text.read_text(encoding="utf-8-sig")
             lines = tuple(line.strip() for line in whole.splitlines() if line.strip())
             found.append((file, lines or ("",)))
     return found
 
 
 def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
-    found = []
-    for number, line in enumerate(
-        (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), start=1
-    ):
-        where = f"{folder / 'metadata.jsonl'}, line {number}"
+    found, file = [], folder / "metadata.jsonl"
+    with naming(file):
+        whole = file.read_text(encoding="utf-8-sig")
+    for number, line in enumerate(whole.split("\n"), start=1):  # `splitlines` would cut within captions too
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
         try:
             row = json.loads(line)
             name, text = row["file_name"], row["text"]
@@ -95,17 +99,15 @@ def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
     return found
 
 
-def buckets(resolution: int, step: int = 64, longest: float = 2.0) -> list[tuple[int, int]]:
-    """Sizes (height, width), multiples of `step`, of about resolution^2 pixels, `longest` : 1 at most."""
+def buckets(resolution: int, step: int = 64) -> list[tuple[int, int]]:
+    """Sizes (height, width), multiples of `step`, of about resolution^2 pixels, from 1:2 to 2:1."""
     whole_number("resolution", resolution)
     whole_number("step", step)
     sizes = {(resolution, resolution)}
-    side = step
-    while side <= resolution:
+    for side in range(step, resolution + 1, step):
         other = resolution * resolution // side // step * step
-        if other <= longest * side:
+        if other <= 2 * side:
             sizes |= {(side, other), (other, side)}
-        side += step
     return sorted(sizes)
 
 
@@ -116,7 +118,7 @@ def bucket_of(example: Example, sizes: Sequence[tuple[int, int]]) -> tuple[int, 
 
 
 def load_pixels(example: Example, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """The picture covering its bucket: [3, H, W] in [-1, 1], and where it was cropped.
+    """The picture, upright, covering its bucket: [3, H, W] in [-1, 1], and where it was cropped.
 
     The crop's (top, left) is in pixels of the resized picture, of which it is the middle. Transparency is
     white.
@@ -125,8 +127,7 @@ def load_pixels(example: Example, size: tuple[int, int]) -> tuple[Tensor, tuple[
     from PIL import Image
 
     height, width = size
-    with Image.open(example.file) as opened:
-        image = opened.convert("RGBA")
+    image = load_image(example.file, lambda picture: picture.convert("RGBA"))
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     scale = max(height / image.height, width / image.width)
     cover = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
@@ -153,7 +154,7 @@ class Batches:
         if not examples:
             raise ValueError("no pictures to make batches of")
         whole_number("batch_size", batch_size)
-        whole_number("seed", seed, least=0, most=2**63 - 1)
+        whole_number("seed", seed, least=0, most=LARGEST_SEED)
         finite_number("caption_dropout", caption_dropout, 0, 1)
         self.examples, self.batch_size, self.seed, self.dropout = examples, batch_size, seed, caption_dropout
         self.members: dict[tuple[int, int], list[int]] = {}
@@ -166,17 +167,15 @@ class Batches:
         sizes = sorted(self.members)
         weights = torch.tensor([float(len(self.members[size])) for size in sizes])
         size = sizes[int(torch.multinomial(weights, 1, generator=draw))]
-        members = self.members[size]
-        chosen = self._shuffled(members, step, draw)
         samples = []
-        for i in chosen:
+        for i in self._shuffled(self.members[size], draw):
             captions = self.examples[i].captions
             caption = captions[int(torch.randint(len(captions), (), generator=draw))]
             is_dropped = float(torch.rand((), generator=draw)) < self.dropout
             samples.append(Sample(i, "" if is_dropped else caption))
         return size, samples
 
-    def _shuffled(self, members: list[int], step: int, draw: torch.Generator) -> list[int]:
+    def _shuffled(self, members: list[int], draw: torch.Generator) -> list[int]:
         """Pictures without repetition while any are left: a larger batch goes round again."""
         chosen: list[int] = []
         while len(chosen) < self.batch_size:

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from kolors_core.attention_maps import record_attention
 from kolors_core.explanation import PARTS, Explanation, Token, page, sheet
-from kolors_core.fields import whole_number
+from kolors_core.fields import LARGEST_SEED, whole_number
 from kolors_core.image import describe
 from kolors_core.options import (
     add_model,
     add_sampler,
-    check_seed,
     default_steps,
     files_of,
     load_pipeline,
@@ -156,7 +155,8 @@ def explain(options: argparse.Namespace) -> None:
     for side in ("height", "width"):
         if getattr(options, side) is not None:
             whole_number(side, getattr(options, side), 8)
-    seed = secrets.randbelow(2**32) if options.seed is None else check_seed("--seed", options.seed)
+    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    whole_number("--seed", seed, least=0, most=LARGEST_SEED)
     steps = default_steps(options.sampler) if options.steps is None else whole_number("steps", options.steps)
     name.parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(options, named_device(options.device))

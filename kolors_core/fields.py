@@ -10,6 +10,7 @@ from typing import Any
 
 Public = Mapping[str, Any]
 LARGEST = 2**24  # of what is counted; more would end in an allocation that fails
+LARGEST_SEED = 2**63 - 1  # that a torch.Generator takes on every device
 
 
 class Fields:

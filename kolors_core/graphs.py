@@ -69,7 +69,7 @@ class Graphs:
                 own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
                 recording = Recording(own, *self.recorder(lambda: step(own[0], *own[1])))
                 self.known[key, shapes] = recording
-                while len(self.known) > self.KEPT:
+                if len(self.known) > self.KEPT:
                     self.known.popitem(last=False)
             self.known.move_to_end((key, shapes))
             if recording.run is not run:

@@ -15,8 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kolors_core.fields import finite_number, whole_number
-from kolors_core.options import check_seed
+from kolors_core.fields import LARGEST_SEED, finite_number, whole_number
 from weights_convert.reading import once, one_line
 
 
@@ -34,9 +33,11 @@ class Picture:
     lora: tuple[str, ...] = ()
 
 
+FIELDS = tuple(field.name for field in fields(Picture))
+WANTED = ", ".join(FIELDS)
 KEY = "batch_line"  # of the text chunk in a picture that has its line's fingerprint
 IEND = b"\0\0\0\0IEND\xaeB`\x82"  # how a PNG ends
-FIELDS = tuple(field.name for field in fields(Picture))
+Row = tuple[int, str, Any]  # number, text, and its fields, or the ValueError of a line that has none
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,6 @@ def fingerprint_of(file: Path) -> str | None:
     return None if found and not is_whole else found
 
 
-Row = tuple[int, str, Any]  # number, text, and its fields, or the ValueError of a line that has none
-
-
 def _json_lines(text: str) -> Iterator[Row]:
     for number, raw in enumerate(text.split("\n"), 1):
         if not raw.strip():
@@ -124,7 +122,7 @@ def _csv(text: str, file: Path) -> Iterator[Row]:
     except csv.Error as error:
         raise ValueError(f"{file}: the first row is not CSV: {error}") from None
     if unknown := [name for name in names if name not in FIELDS]:
-        raise ValueError(f"{file}: the first row has the name {unknown[0][:100]!r}, wanted some of {_WANTED}")
+        raise ValueError(f"{file}: the first row has the name {unknown[0][:100]!r}, wanted some of {WANTED}")
     if "prompt" not in names or len(set(names)) < len(names):
         raise ValueError(f"{file}: the first row must name the columns, prompt among them, each once")
     while True:
@@ -157,7 +155,7 @@ def _of_cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | Va
             elif name in ("seed", "height", "width", "steps"):
                 row[name] = int(cell)
         except ValueError:
-            pass  # what it must be, `_picture` says
+            pass  # `_picture` says what it must be
     return row
 
 
@@ -166,9 +164,9 @@ def _picture(row: Any, seed: int, steps: int) -> Picture:
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
-        raise ValueError(f"wanted an object with the fields {_WANTED}, got {row!r}")
+        raise ValueError(f"wanted an object with the fields {WANTED}, got {row!r}")
     if unknown := sorted(set(row) - set(FIELDS)):
-        raise ValueError(f"unknown field {unknown[0]!r}, wanted some of {_WANTED}")
+        raise ValueError(f"unknown field {unknown[0]!r}, wanted some of {WANTED}")
     given = {name: value for name, value in row.items() if value is not None}
     if "prompt" not in given:
         raise ValueError("no prompt: say what to draw")
@@ -176,7 +174,8 @@ def _picture(row: Any, seed: int, steps: int) -> Picture:
     lora = (lora,) if isinstance(lora, str) else lora
     if not isinstance(lora, list | tuple) or not all(isinstance(text, str) and text for text in lora):
         raise ValueError(f"lora must be FROM[:SCALE] or a list of them, got {given['lora']!r}")
-    for name, text in [*((n, given.get(n, "")) for n in _TEXTS), *(("lora", text) for text in lora)]:
+    texts = [(name, given[name]) for name in ("prompt", "negative_prompt") if name in given]
+    for name, text in [*texts, *(("lora", text) for text in lora)]:
         if not isinstance(text, str):
             raise ValueError(f"{name} must be a text, got {text!r}")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -184,15 +183,9 @@ def _picture(row: Any, seed: int, steps: int) -> Picture:
     for name, multiple in (("height", 8), ("width", 8), ("steps", 1)):
         if name in given:
             whole_number(name, given[name], multiple)
-    own = given.get("seed", seed)
-    if isinstance(own, bool) or not isinstance(own, int):
-        raise ValueError(f"seed must be a whole number, got {own!r}")
     return Picture(
-        prompt=given["prompt"], negative_prompt=given.get("negative_prompt"), seed=check_seed("seed", own),
+        prompt=given["prompt"], negative_prompt=given.get("negative_prompt"),
+        seed=whole_number("seed", given.get("seed", seed), least=0, most=LARGEST_SEED),
         height=given.get("height"), width=given.get("width"), steps=given.get("steps", steps),
         guidance=finite_number("guidance", given.get("guidance", 5.0)), lora=tuple(lora),
     )  # fmt: skip
-
-
-_TEXTS = ("prompt", "negative_prompt")
-_WANTED = ", ".join(FIELDS)

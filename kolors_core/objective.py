@@ -18,8 +18,8 @@ from torch import Tensor
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import beside, size_ids
 from kolors_core.controlnet import ControlNet
-from kolors_core.dataset import Batches, Example, Sample, load_pixels, mix
-from kolors_core.fields import finite_number, whole_number
+from kolors_core.dataset import Batches, Example, load_pixels, mix
+from kolors_core.fields import LARGEST_SEED, finite_number, whole_number
 from kolors_core.image import control_pixels, to_output
 from kolors_core.module import Module
 from kolors_core.textual_inversion import vectors_of
@@ -35,13 +35,11 @@ if TYPE_CHECKING:
 class TrainingConfig:
     """How to train. Master weights are float32; `dtype` is what the forward computes in (autocast).
 
+    accumulate: parts that a batch is computed in. schedule: "constant" or "cosine" to 0.
+    ema: decay of the weights' moving average, which warms up as min(ema, (1 + step) / (10 + step)); 0 is off.
     min_snr_gamma: weigh a timestep's loss by min(snr, gamma) / snr (https://arxiv.org/abs/2303.09556); None
-    is off.
-    noise_offset: add this much of one normal number a channel to the noise. ema: decay of the weights' moving
-    average, 0 is off; it warms up as min(ema, (1 + step) / (10 + step)). schedule: "constant" or "cosine" to
-    0.
-    accumulate: parts that a batch is computed in. shard: FSDP2 in place of DDP. checkpoint_blocks: recompute
-    each block's activations in the backward pass.
+    is off. noise_offset: add this much of one normal number a channel to the noise.
+    checkpoint_blocks: recompute each block's activations in the backward pass. shard: FSDP2 in place of DDP.
     """
 
     steps: int
@@ -66,7 +64,7 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "max_tokens"):
             whole_number(name, getattr(self, name))
         whole_number("warmup", self.warmup, least=0)
-        whole_number("seed", self.seed, least=0, most=2**63 - 1)
+        whole_number("seed", self.seed, least=0, most=LARGEST_SEED)
         for name in ("learning_rate", "weight_decay", "clip", "noise_offset"):
             finite_number(name, getattr(self, name), 0)
         finite_number("ema", self.ema, 0, 1)
@@ -172,7 +170,7 @@ class Data:
         control: "Callable[[Image], Image] | None" = None,
     ) -> None:
         """words: of textual inversion in the captions, each with its ids."""
-        self.batches, self.config = batches, config
+        self.examples, self.batches, self.vae, self.config = examples, batches, vae, config
         self.tokenizer = partial(tokenizer, max_length=config.max_tokens, words=words)
         self.timesteps = timesteps  # how many the schedule has
         self.latents: dict[int, tuple[Tensor, Tensor]] = {}
@@ -192,8 +190,7 @@ class Data:
         if frozen_text is not None:
             for caption in sorted({caption for example in examples for caption in example.captions} | {""}):
                 with torch.no_grad():
-                    tokens = self.tokenizer([caption]).collapse()
-                    text = frozen_text(tokens.to(frozen_text.embedding.weight.device))
+                    text = frozen_text(self._tokens([caption]).to(frozen_text.embedding.weight.device))
                 self.text[caption] = text.to("cpu")
 
     def at(self, step: int, part: slice, device: torch.device) -> Batch:
@@ -207,16 +204,13 @@ class Data:
             noise += self.config.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=draw)
         timesteps = torch.randint(self.timesteps, (len(samples),), generator=draw)
         ids = torch.cat([self.sizes[sample.example] for sample in samples])
-        text = self._text(samples[part])
-        moved = (tensor[part].to(device) for tensor in (latents, ids, timesteps, noise))
-        latents, ids, timesteps, noise = moved
+        latents, ids, timesteps, noise = (x[part].to(device) for x in (latents, ids, timesteps, noise))
         control = None
         if self.controls:
             control = torch.stack([self.controls[s.example] for s in samples[part]]).to(device) / 255
+        captions = [sample.caption for sample in samples[part]]
+        text = TextEmbedding.cat([self.text[c] for c in captions]) if self.text else self._tokens(captions)
         return Batch(latents, text.to(device), ids, timesteps, noise, control)
 
-    def _text(self, samples: Sequence[Sample]) -> TextEmbedding | TokenBatch:
-        captions = [sample.caption for sample in samples]
-        if not self.text:
-            return self.tokenizer(captions).collapse()
-        return TextEmbedding.cat([self.text[caption] for caption in captions])
+    def _tokens(self, captions: Sequence[str]) -> TokenBatch:
+        return self.tokenizer(captions).collapse()

@@ -2,9 +2,8 @@
 
 A parameter's data has its home on the CPU, page-locked for CUDA. It comes by `tensor.data = copy` and leaves
 by `tensor.data = home`; nothing is copied back unless it was written meanwhile. While a unit (a model or a
-block) works, the one that followed it last time is copied. Of whole models only if both together are no
-larger than the largest: the most that is on the accelerator is the same as without. For inference: a
-backward pass would find weights gone.
+block) works, the one that followed it last time is copied; a whole model only if both together are no larger
+than the largest, so that this costs no memory. For inference: a backward pass would find weights gone.
 Source: `enable_model_cpu_offload` and `enable_sequential_cpu_offload` of diffusers'
 pipelines/pipeline_utils.py, where work waits for every copy.
 """
@@ -45,6 +44,11 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def whole(models: Iterable[nn.Module]) -> Unit:
+    """Models as one unit."""
+    return tuple((model, "") for model in models)
+
+
 def tensors_of(unit: Unit) -> dict[int, Tensor]:
     """The parameters and buffers that a unit has now, by their identity."""
     modules = [model.get_submodule(path) for model, path in unit]
@@ -57,7 +61,7 @@ def bytes_of(unit: Unit) -> int:
 
 
 def refuse_compiled(models: Models) -> None:
-    """ValueError for a compiled module: weights cannot come in between the calls inside of it."""
+    """ValueError for a compiled model: no block of it can wait for its weights while the whole runs."""
     for stage, listed in models.items():
         for model in listed:
             if plain(model) is not model or any(part._compiled_call_impl for part in model.modules()):
@@ -113,14 +117,13 @@ class Lane:
 
 @dataclass(frozen=True)
 class Loan:
-    """A copy of a tensor's data on the accelerator, made when the tensor had this version and there from this
-    event on."""
+    """A copy of a tensor's data on the accelerator."""
 
     tensor: Tensor
-    home: Tensor
+    home: Tensor  # its data on the CPU
     copy: Tensor
-    version: int
-    arrival: Any
+    version: int  # of the tensor, when it was copied
+    arrival: Any  # the event from which on the copy is there
 
     def is_still(self, data: Tensor) -> bool:
         """Whether this is the tensor's data, and unwritten. A write through `.data` goes unnoticed."""
@@ -128,7 +131,7 @@ class Loan:
 
 
 class Arrive:
-    """The hook that brings a module's unit before the module runs. A copy of it does nothing."""
+    """The hook that brings a module's unit before the module runs. A copied or pickled one does nothing."""
 
     def __init__(self, offload: Callable[[], "Offload | None"] = lambda: None, unit: str = "") -> None:
         self.offload, self.unit = offload, unit
@@ -158,14 +161,20 @@ class Offload:
         self._before: str | None = None  # the unit that was at work before
         self._units: dict[str, Unit] = {}
         self._limit: int | None = None  # in bytes, up to which the next unit comes beside the present one
-        self._followed: dict[tuple[str | None, str | None], str | None] = {}  # what came after two units
+        # Of units that worked one after another, as (the first, the second): what came then.
+        self._followed: dict[tuple[str | None, str | None], str | None] = {}
         self._here: dict[int, Loan] = {}  # by the tensor's identity
         self._coming: dict[int, Loan] = {}  # copied already, or on the way, and not yet in the tensor
         self._hooks: list[Any] = []
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy has models of its own, which are at home."""
-        return _restarted, (self.device, self.by_block)
+    def __getstate__(self) -> tuple[Any, ...]:
+        """For copies and pickles: they have models of their own, which are at home."""
+        return self.device, self.by_block
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.__init__()
+        if state[0] is not None:
+            self.start(*state)
 
     def start(self, device: torch.device, by_block: bool) -> None:
         """Let models that are on the CPU work on a device from the next `enter` on."""
@@ -209,14 +218,14 @@ class Offload:
         coming = {} if guess is None else tensors_of(self._units[guess])
         if self._keep(own, own | coming) and not self.by_block:
             self.lane.tidy()
-        self._send([tensor for key, tensor in own.items() if key not in self._here | self._coming])
+        self._send(own)
         arrived = {key: self._coming[key] for key in own if key in self._coming}
         self._wait(arrived.values())
         self._here |= arrived  # noted first: what comes is sent home even if an exception cuts this short
         for key, loan in arrived.items():
             loan.tensor.data = loan.copy
-            self._coming.pop(key)
-        self._send([tensor for key, tensor in coming.items() if key not in self._here | self._coming])
+            del self._coming[key]
+        self._send(coming)
 
     def release(self) -> None:
         """Send all weights home, as after a run."""
@@ -229,12 +238,12 @@ class Offload:
 
     def _next(self, now: str) -> str | None:
         """The unit that is likely next, if there is room for it."""
-        first = dict(pairwise(self._units)).get(now)
-        guess = self._followed.get((self._before, now), first)
+        in_order = dict(pairwise(self._units)).get(now)
+        guess = self._followed.get((self._before, now), in_order)
         if guess is None or guess not in self._units or guess == now:
             return None
-        both = self._units[now], self._units[guess]
-        return guess if self._limit is None or sum(map(bytes_of, both)) <= self._limit else None
+        size = bytes_of(self._units[now]) + bytes_of(self._units[guess])
+        return guess if self._limit is None or size <= self._limit else None
 
     @torch.inference_mode(False)
     def _keep(self, here: Mapping[int, Tensor], coming: Mapping[int, Tensor]) -> bool:
@@ -255,8 +264,9 @@ class Offload:
             del self._coming[id(loan.tensor)]
         return bool(leaving)
 
-    def _send(self, tensors: Sequence[Tensor]) -> None:
-        """Start to copy."""
+    def _send(self, wanted: Mapping[int, Tensor]) -> None:
+        """Start to copy what is neither there nor on its way."""
+        tensors = [tensor for key, tensor in wanted.items() if key not in self._here | self._coming]
         for tensor in tensors:
             tensor.data = self.lane.home(tensor.data)
         homes = [tensor.data for tensor in tensors]
@@ -271,7 +281,7 @@ class Offload:
 
     def _look(self, models: Models) -> None:
         """Find the units of these models as they are now, and send home what was made on the accelerator."""
-        stages = {name: tuple((model, "") for model in models[name]) for name in STAGES if name in models}
+        stages = {name: whole(models[name]) for name in STAGES if name in models}
         if self.by_block:
             refuse_compiled(models)
             self._hook(stages)
@@ -307,10 +317,3 @@ class Offload:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-
-def _restarted(device: torch.device | None, by_block: bool) -> Offload:
-    offload = Offload()
-    if device is not None:
-        offload.start(device, by_block)
-    return offload

@@ -1,4 +1,4 @@
-"""What the command lines for one picture and for many share: flags of model and sampler, and their use."""
+"""Flags of the command lines for one picture and for many: model, sampler, ControlNets; what they load."""
 
 import argparse
 import sys
@@ -27,29 +27,25 @@ from kolors_core.tempering import ends, rescaling
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONTROLNETS = {kind: f"Kwai-Kolors/Kolors-ControlNet-{kind.title()}" for kind in ("canny", "depth", "pose")}
+# Each says all that it is: the checkpoint's own scheduler may be any of them.
 SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
-    "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
-    "euler-karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
-    "dpmpp-2m": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
-    "dpmpp-2m-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "dpmpp-2m-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "dpmpp-2m-sde-karras": (
-        DPMSolverMultistepScheduler,
-        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-    ),
+    name + ending: (kind, {**own, "use_karras_sigmas": bool(ending)})
+    for name, kind, own in (
+        ("euler", EulerDiscreteScheduler, {}),
+        ("dpmpp-2m", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+        ("dpmpp-2m-sde", DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    )
+    for ending in ("", "-karras")
 }
 
 
 def add_model(model: argparse._ArgumentGroup) -> None:
     """Which weights, where and in which precision."""
     model.add_argument(
-        "-w",
-        "--weights",
-        metavar="DIR",
-        default=EMBEDDED_NAME,
+        "-w", "--weights", metavar="DIR", default=EMBEDDED_NAME,
         help="a checkpoint folder or .safetensors file, or a hub repository such as "
         "Kwai-Kolors/Kolors-diffusers (default: the embedded model, which draws emoji)",
-    )
+    )  # fmt: skip
     for name in MODELS:
         model.add_argument(
             f"--{name.replace('_', '-')}", metavar="FILE",
@@ -66,16 +62,13 @@ def add_model(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--dtype", choices=DTYPES, help="precision (default: float16, on a CPU float32)")
     for name in ("text-encoder", "unet"):
         model.add_argument(
-            f"--{name}-bits",
-            type=int,
-            choices=BITS,
+            f"--{name}-bits", type=int, choices=BITS,
             help="hold its linear layers in so many bits; reports the error",
-        )
+        )  # fmt: skip
     model.add_argument(
-        "--offload",
-        choices=("model", "block"),
+        "--offload", choices=("model", "block"),
         help="keep on the device only the model at work, or only its block (least memory, slowest)",
-    )
+    )  # fmt: skip
     model.add_argument("--vae-tiling", action="store_true", help="decode in bands, with less memory")
 
 
@@ -111,32 +104,23 @@ def add_guidance(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def guidance_of(options: argparse.Namespace) -> dict[str, object]:
-    """The guidance rule's keywords that the options ask for; ValueError for what cannot be, or has no use."""
-    if options.pag is None and (options.pag_layers or options.pag_adaptive is not None):
-        raise ValueError("--pag-layers and --pag-adaptive have no effect without --pag")
-    if options.pag is not None:
-        check_scales(options.pag, options.pag_adaptive or 0.0)
-    if options.guidance_rescale is not None:
-        rescaling(options.guidance_rescale)
-    if options.guidance_interval is not None:
-        ends(options.guidance_interval)
-    interval = None if options.guidance_interval is None else tuple(options.guidance_interval)
-    asked = {
-        "pag_scale": options.pag, "pag_adaptive_scale": options.pag_adaptive,
-        "pag_applied_layers": options.pag_layers, "rescale": options.guidance_rescale, "interval": interval,
-    }  # fmt: skip
-    return {name: value for name, value in asked.items() if value is not None}
-
-
-def guide(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
-    """Have the guidance rule and FreeU that the options ask for."""
-    if keywords := guidance_of(options):
-        if "pag_scale" in keywords:
-            perturbed_layers(pipe.unet, options.pag_layers or "mid")
-        pipe.guided = partial(perturbed if "pag_scale" in keywords else guided, **keywords)
-    if options.freeu is not None:
-        pipe.enable_freeu(*options.freeu)
+def add_control(images: argparse._ArgumentGroup) -> None:
+    """What a ControlNet sees; given in the same order, as often as there are ControlNets."""
+    images.add_argument(
+        "--control", action="append", metavar="FROM[:SCALE]",
+        help="a ControlNet: canny, depth or pose for Kwai-Kolors' own, or a folder or hub repository, whose "
+        f"revision may follow an @; how much it says (default: {DEFAULT_SCALE}); may be repeated",
+    )  # fmt: skip
+    images.add_argument(
+        "--control-image", action="append", metavar="FILE",
+        help="what it sees, as it is: edges, depth or a pose; may be repeated, one for each --control",
+    )  # fmt: skip
+    images.add_argument(
+        "--canny", metavar="FILE", help="in place of one --control-image: the edges of this picture"
+    )
+    images.add_argument(
+        "--control-end", type=float, metavar="PART", help="end its say after this part of the steps"
+    )
 
 
 def default_steps(sampler: str) -> int:
@@ -147,38 +131,6 @@ def default_steps(sampler: str) -> int:
 def precision(options: argparse.Namespace, device: torch.device) -> torch.dtype:
     """The dtype that is asked for, or the device's best."""
     return DTYPES[options.dtype] if options.dtype else best_dtype(device)
-
-
-def load_pipeline(
-    options: argparse.Namespace,
-    device: torch.device,
-    is_planned: bool = False,
-    task: type[Planning] = KolorsPipeline,
-) -> Any:
-    """The pipeline, with the sampler that the options ask for; if only planned, without weights."""
-    is_file = options.weights.endswith(".safetensors")
-    if files_of(options) and options.weights == EMBEDDED_NAME:
-        raise ValueError(f"--{next(iter(files_of(options)))} needs --weights, the checkpoint of the rest")
-    folder = options.weights if Path(options.weights).is_dir() else None
-    models: dict[str, Any] = {
-        name: open_model(file, name, config=folder, has_weights=not is_planned)
-        for name, file in files_of(options).items()
-    }
-    pipe = (task.from_single_file if is_file else task.from_pretrained)(
-        options.weights, variant=options.variant, revision=options.revision,
-        local_files_only=options.local_files_only, torch_dtype=precision(options, device),
-        device="meta" if is_planned else "cpu" if options.offload else device, **models,
-    )  # fmt: skip
-    if options.offload == "model" and not is_planned:
-        pipe.enable_model_cpu_offload(device=device)
-    if options.offload == "block" and not is_planned:
-        pipe.enable_sequential_cpu_offload(device=device)
-    if options.vae_tiling:
-        pipe.enable_vae_tiling()
-    pipe.set_progress_bar_config(disable=options.quiet)
-    kind, changes = SAMPLERS[options.sampler]
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
-    return pipe
 
 
 def files_of(options: argparse.Namespace) -> dict[str, str]:
@@ -192,6 +144,68 @@ def bits_of(options: argparse.Namespace) -> dict[str, int]:
     return {name: count for name, count in bits.items() if count is not None}
 
 
+def guidance_of(options: argparse.Namespace) -> dict[str, object]:
+    """The guidance rule's keywords that the options ask for; ValueError for what cannot be, or has no use."""
+    if options.pag is None and (options.pag_layers or options.pag_adaptive is not None):
+        raise ValueError("--pag-layers and --pag-adaptive have no effect without --pag")
+    if options.pag is not None:
+        check_scales(options.pag, options.pag_adaptive or 0.0)
+    if options.guidance_rescale is not None:
+        rescaling(options.guidance_rescale)
+    if options.guidance_interval is not None:
+        ends(options.guidance_interval)
+    asked = {
+        "pag_scale": options.pag, "pag_adaptive_scale": options.pag_adaptive,
+        "pag_applied_layers": options.pag_layers, "rescale": options.guidance_rescale,
+        "interval": options.guidance_interval and tuple(options.guidance_interval),
+    }  # fmt: skip
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def check_control(options: argparse.Namespace) -> None:
+    """ValueError unless there is an image for each ControlNet, and the other way round."""
+    nets, images = options.control or [], len(options.control_image or ()) + (options.canny is not None)
+    if len(nets) != images:
+        got = f"{len(nets)} --control and {images} of --control-image and --canny"
+        raise ValueError(f"wanted an image for each ControlNet, got {got}")
+    if options.control_end is not None and not nets:
+        raise ValueError("--control-end has no effect without --control")
+
+
+def load_pipeline(
+    options: argparse.Namespace,
+    device: torch.device,
+    is_planned: bool = False,
+    task: type[Planning] = KolorsPipeline,
+) -> Any:
+    """The pipeline, with the sampler that the options ask for; if only planned, without weights."""
+    files = files_of(options)
+    if files and options.weights == EMBEDDED_NAME:
+        wanted = "needs --weights, the checkpoint of the rest"
+        raise ValueError(f"--{next(iter(files)).replace('_', '-')} {wanted}")
+    folder = options.weights if Path(options.weights).is_dir() else None
+    models: dict[str, Any] = {
+        name: open_model(file, name, config=folder, has_weights=not is_planned)
+        for name, file in files.items()
+    }
+    is_file = options.weights.endswith(".safetensors")
+    pipe = (task.from_single_file if is_file else task.from_pretrained)(
+        options.weights, variant=options.variant, revision=options.revision,
+        local_files_only=options.local_files_only, torch_dtype=precision(options, device),
+        device="meta" if is_planned else "cpu" if options.offload else device, **models,
+    )  # fmt: skip
+    if not is_planned and options.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif not is_planned and options.offload == "block":
+        pipe.enable_sequential_cpu_offload(device=device)
+    if options.vae_tiling:
+        pipe.enable_vae_tiling()
+    pipe.set_progress_bar_config(disable=options.quiet)
+    kind, changes = SAMPLERS[options.sampler]
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    return pipe
+
+
 def quantize(pipe: Planning, options: argparse.Namespace) -> QuantizationReport | None:
     """Quantise what the options ask for; None if nothing."""
     if not (bits := bits_of(options)):
@@ -200,6 +214,16 @@ def quantize(pipe: Planning, options: argparse.Namespace) -> QuantizationReport 
     if not options.quiet:
         print(f"quantized: {report}", file=sys.stderr)
     return report
+
+
+def guide(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
+    """Have the guidance rule and FreeU that the options ask for."""
+    if keywords := guidance_of(options):
+        if "pag_scale" in keywords:
+            perturbed_layers(pipe.unet, options.pag_layers or "mid")
+        pipe.guided = partial(perturbed if "pag_scale" in keywords else guided, **keywords)
+    if options.freeu is not None:
+        pipe.enable_freeu(*options.freeu)
 
 
 def load_loras(pipe: Planning, loras: Sequence[str], is_local: bool, is_quiet: bool) -> None:
@@ -215,51 +239,18 @@ def load_loras(pipe: Planning, loras: Sequence[str], is_local: bool, is_quiet: b
     weigh_loras(pipe, loras)
 
 
-def load_words(pipe: Planning, files: Sequence[str], is_local: bool) -> None:
-    """Load learned words, each written FROM[:WORD]."""
-    for text in files:
-        source, word = with_word(text)
-        name, revision = with_revision(source)
-        pipe.load_textual_inversion(name, word, revision=revision, local_files_only=is_local)
-
-
 def weigh_loras(pipe: Planning, loras: Sequence[str]) -> None:
-    """Give loaded LoRAs the scales that stand here."""
+    """Give the loaded LoRAs the scales that are written here."""
     if loras:
         pipe.set_adapters([f"lora{i}" for i in range(len(loras))], [with_scale(text)[1] for text in loras])
 
 
-def add_control(images: argparse._ArgumentGroup) -> None:
-    """What a ControlNet sees; given in the same order, as often as there are ControlNets."""
-    images.add_argument(
-        "--control",
-        action="append",
-        metavar="FROM[:SCALE]",
-        help="a ControlNet: canny, depth or pose for Kwai-Kolors' own, or a folder or hub repository, whose "
-        f"revision may follow an @; how much it says (default: {DEFAULT_SCALE}); may be repeated",
-    )
-    images.add_argument(
-        "--control-image",
-        action="append",
-        metavar="FILE",
-        help="what it sees, as it is: edges, depth or a pose; may be repeated, one for each --control",
-    )
-    images.add_argument(
-        "--canny", metavar="FILE", help="in place of one --control-image: the edges of this picture"
-    )
-    images.add_argument(
-        "--control-end", type=float, metavar="PART", help="end its say after this part of the steps"
-    )
-
-
-def check_control(options: argparse.Namespace) -> None:
-    """ValueError unless there is an image for each ControlNet, and the other way round."""
-    nets, images = options.control or [], len(options.control_image or ()) + (options.canny is not None)
-    if len(nets) != images:
-        got = f"{len(nets)} --control and {images} of --control-image and --canny"
-        raise ValueError(f"wanted an image for each ControlNet, got {got}")
-    if options.control_end is not None and not nets:
-        raise ValueError("--control-end has no effect without --control")
+def load_words(pipe: Planning, files: Sequence[str], is_local: bool) -> None:
+    """Load learned words, each written FROM[:WORD]; its name in the file if there is no WORD."""
+    for text in files:
+        source, word = with_word(text)
+        name, revision = with_revision(source)
+        pipe.load_textual_inversion(name, word, revision=revision, local_files_only=is_local)
 
 
 def load_controls(
@@ -285,7 +276,8 @@ def control_arguments(options: argparse.Namespace) -> dict[str, Any]:
     if not options.control:
         return {}
     images = [load_image(file) for file in options.control_image or ()]
-    images += [] if options.canny is None else [canny(load_image(options.canny))]
+    if options.canny is not None:
+        images.append(canny(load_image(options.canny)))
     scales = [with_scale(text, DEFAULT_SCALE)[1] for text in options.control]
     end = {} if options.control_end is None else {"control_guidance_end": options.control_end}
     return {"control_image": images, "controlnet_conditioning_scale": scales} | end
@@ -310,10 +302,3 @@ def with_revision(text: str) -> tuple[str, str | None]:
     """REPOSITORY[@REVISION]; what is on the disk is taken as it is."""
     name, _, revision = text.partition("@")
     return (text, None) if not revision or Path(text).exists() else (name, revision)
-
-
-def check_seed(name: str, seed: int) -> int:
-    """The seed; ValueError naming it unless a generator takes it on every device."""
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"{name} must be from 0 to {2**63 - 1}, got {seed}")
-    return seed

@@ -1,4 +1,4 @@
-"""Which device and which precision each stage runs in."""
+"""Which device and which precision each stage runs in, alone or as one of several processes."""
 
 import os
 import socket
@@ -46,47 +46,6 @@ def named_device(name: str | None) -> torch.device:
 def loading_device(device: torch.device | str) -> torch.device:
     """Where weights are loaded to: a device of this machine, or "meta" for none; ValueError otherwise."""
     return torch.device("meta") if str(device) == "meta" else named_device(str(device))
-
-
-def join_processes(name: str | None = None) -> torch.device:
-    """Under `torchrun`, join the other processes, by NCCL on CUDA and gloo elsewhere; this one's device.
-
-    name: None is the best there is. Of several GPUs, unless one is named by number, each process of a machine
-    has its own; what is exchanged from the CPU goes by gloo everywhere. OSError if `torchrun` is gone.
-    """
-    device = named_device(name)
-    if "RANK" in os.environ and not dist.is_initialized():
-        own: dict[str, Any] = {}
-        if (store := _torchruns_store()) is not None:
-            own = {
-                "store": store,
-                "rank": int(os.environ["RANK"]),
-                "world_size": int(os.environ["WORLD_SIZE"]),
-            }
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **own)
-    if device.type == "cuda":
-        if name in (None, "cuda"):
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    return device
-
-
-def _torchruns_store() -> Any:
-    """A `TCPStore`: where processes meet that `torchrun` has started. None without `torchrun`.
-
-    OSError if it is gone: torch itself would wait for half an hour.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    place, patience = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=60)
-    try:
-        socket.create_connection(place, timeout=patience.total_seconds()).close()  # which does not try again
-        store = TCPStore(*place, timeout=patience)  # in case it dies just then
-    except (OSError, RuntimeError) as error:
-        reason = one_line(error)
-        raise OSError(f"torchrun, which started this process, cannot be reached: {reason}") from None
-    store.set_timeout(default_pg_timeout)
-    return store
 
 
 def planned_device(name: torch.device | str | None) -> torch.device:
@@ -143,6 +102,11 @@ def refuse_second_copy(low_cpu_mem_usage: bool) -> None:
         raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
 
 
+def plain(model: Any) -> Any:
+    """The model itself, of one that `torch.compile` has wrapped."""
+    return getattr(model, "_orig_mod", model)
+
+
 def move(models: Iterable[tuple[nn.Module, torch.device | torch.dtype]]) -> None:
     """Bring each model to its device or dtype; if there is no room for one, all are brought back."""
     before: list[tuple[Tensor, torch.device, torch.dtype]] = []
@@ -156,14 +120,47 @@ def move(models: Iterable[tuple[nn.Module, torch.device | torch.dtype]]) -> None
         raise
 
 
-def plain(model: Any) -> Any:
-    """The model itself, of one that `torch.compile` has wrapped."""
-    return getattr(model, "_orig_mod", model)
-
-
 def finite(tensor: Tensor, what: str | Callable[[], str], dtype: torch.dtype) -> Tensor:
     """The tensor, or FloatingPointError naming the stage and its precision instead of a black picture."""
     if not torch.isfinite(tensor).all():
         what = what if isinstance(what, str) else what()
         raise FloatingPointError(f"{what} are not finite, computed in {dtype}: {HELP.get(dtype, AT_FAULT)}")
     return tensor
+
+
+def join_processes(name: str | None = None) -> torch.device:
+    """Under `torchrun`, join the other processes, by NCCL on CUDA and gloo elsewhere; this one's device.
+
+    name: None is the best there is. Of several GPUs, unless one is named by number, each process of a machine
+    has its own; what is exchanged from the CPU goes by gloo everywhere. OSError if `torchrun` is gone.
+    """
+    device = named_device(name)
+    if "RANK" in os.environ and not dist.is_initialized():
+        own: dict[str, Any] = {}
+        if (store := _torchruns_store()) is not None:
+            rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+            own = {"store": store, "rank": rank, "world_size": world}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **own)
+    if device.type == "cuda":
+        if name in (None, "cuda"):
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
+
+
+def _torchruns_store() -> Any:
+    """A `TCPStore`: where processes meet that `torchrun` has started. None without `torchrun`.
+
+    OSError if it is gone: torch itself would wait for half an hour.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    place, patience = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=60)
+    try:
+        socket.create_connection(place, timeout=patience.total_seconds()).close()  # which does not try again
+        store = TCPStore(*place, timeout=patience)  # in case it dies just then
+    except (OSError, RuntimeError) as error:
+        reason = one_line(error)
+        raise OSError(f"torchrun, which started this process, cannot be reached: {reason}") from None
+    store.set_timeout(default_pg_timeout)
+    return store

@@ -28,7 +28,7 @@ from kolors_core.checkpoint import KINDS
 from kolors_core.controlnet import nets_of
 from kolors_core.fields import whole_number
 from kolors_core.ip_adapter import attached
-from kolors_core.offload import Lane, Models, Offload, bytes_of
+from kolors_core.offload import Lane, Models, Offload, bytes_of, whole
 from kolors_core.placement import plain, planned_device
 from kolors_core.task import Request, Task
 from kolors_core.tempering import throughout
@@ -77,9 +77,8 @@ class Plan:
             numbers = f"{stage.weights:>9.3f}{stage.work:>9.3f}{stage.total:>9.3f}{stage.by_block:>10.3f}"
             lines.append(f"{name:<16}{numbers}")
         for name, way in WAYS.items():
-            lines.append(
-                f"{way:<34}{getattr(self, name):>9.3f}{'  as it is now' if name == self.mode else ''}"
-            )
+            remark = "  as it is now" if name == self.mode else ""
+            lines.append(f"{way:<34}{getattr(self, name):>9.3f}{remark}")
         return "\n".join(lines)
 
 
@@ -111,8 +110,7 @@ class Planning(Task):
         size = self._size("height", height), self._size("width", width)
         prompts = whole_number("batch", batch)
         copies = whole_number("num_images_per_prompt", num_images_per_prompt)
-        if not 2 < whole_number("max_sequence_length", max_sequence_length) <= MAX_TOKENS:
-            raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_sequence_length}")
+        length = whole_number("max_sequence_length", max_sequence_length, least=3, most=MAX_TOKENS)
         request = Request(
             guidance_scale=guidance_scale, num_images_per_prompt=copies, output_type="pt",
             generator=torch.Generator(), callback_on_step_end=_stop,
@@ -123,12 +121,11 @@ class Planning(Task):
         ledger = Ledger(place.type)
         twin = twin_of(self, PlannedOffload(ledger, by_block=True))
         with planned_for(place.type), ledger, Layouts() if place.type == "cpu" else nullcontext():
-            _run(twin, request, size, prompts, max_sequence_length)
+            _run(twin, request, size, prompts, length)
         twin.offload.end()
         brought = _brought(list(ledger.work), twin._models(), ledger)
-        units = {stage: tuple((model, "") for model in models) for stage, models in self._models().items()}
-        weights = {stage: bytes_of(unit) for stage, unit in units.items()}
-        every = tuple(chain(*units.values()))
+        models = self._models()
+        weights = {stage: bytes_of(whole(listed)) for stage, listed in models.items()}
         pictures = "1 picture" if prompts * copies == 1 else f"{prompts * copies} pictures"
         made = Plan(
             stages={
@@ -136,7 +133,7 @@ class Planning(Task):
                 for stage, work in ledger.work.items()
                 if stage is not None
             },
-            resident=_gib(bytes_of(every) + max(ledger.work.values())),
+            resident=_gib(bytes_of(whole(chain(*models.values()))) + max(ledger.work.values())),
             by_model=_gib(max(brought[stage] + work for stage, work in ledger.work.items())),
             by_block=_gib(max(ledger.both.values())),
             mode=self._mode(),
@@ -154,10 +151,10 @@ class Planning(Task):
 
 
 class Ledger(TorchDispatchMode):
-    """Within it, counts the bytes of new storages on the meta device: those alive now, and by stage the most.
+    """Within it, counts the bytes of new storages on the meta device, and keeps the most of each stage.
 
-    device: the type of the one that is meant. work: without weights. both: with those that are lent, which
-    are made while `is_lending`. What was there before counts nowhere.
+    device: the type of the device that is meant. work: all but weights. both: with weights that are on loan,
+    which are made while `is_lending`. What was there before counts nowhere.
     """
 
     def __init__(self, device: str) -> None:
@@ -188,7 +185,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What an operation makes; if such inputs came before, by the shapes that it made then: fast."""
+        """What an operation makes. For inputs like earlier ones it is not run again, which is much faster."""
         key = func, _shapes(args), _shapes(tuple(kwargs.items()))
         if key in self._made_before:
             made = [
@@ -292,7 +289,7 @@ class PlannedOffload(Offload):
     def __init__(self, ledger: Ledger, by_block: bool) -> None:
         super().__init__()
         self.start(META, by_block)
-        self.ledger, self.lane = ledger, PlannedLane(ledger)
+        self.lane, self.ledger = PlannedLane(ledger), ledger
 
     def enter(self, stage: str | None, models: Models) -> None:
         """As in any offload."""
@@ -345,7 +342,7 @@ def twin_of(pipe: Task, offload: Offload) -> Task:
 
 def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, length: int) -> None:
     """A run of some steps on the meta device, by the pipeline's own stages."""
-    text, negative = _encoded(twin, prompts, length), None
+    text = _encoded(twin, prompts, length)
     given: dict[str, Any] = {"prompt_embeds": text.tokens, "pooled_prompt_embeds": text.pooled}
     if request.is_guided:
         negative = _encoded(twin, 1, length)
@@ -355,8 +352,7 @@ def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, leng
         given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
     request = Request(**vars(request) | given)
     halves = twin._conditions(request, size)
-    shape = twin._latent_shape(len(halves[0].size_ids), size)
-    channels = twin.unet.config.in_channels
+    shape, channels = twin._latent_shape(len(halves[0].size_ids), size), twin.unet.config.in_channels
     positive, negative = (half and half.with_blank_extra(channels, shape) for half in halves)
     assert positive is not None
     x = torch.empty(shape, device=META, dtype=twin.precision)
@@ -366,7 +362,7 @@ def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, leng
 
 
 def _encoded(twin: Task, prompts: int, length: int) -> TextEmbedding:
-    """Embeddings of prompts that are L tokens long; made of nothing by a pipeline without text encoder."""
+    """Embeddings of prompts that are L tokens long; empty tensors where there is no text encoder."""
     shape = prompts, length
     if twin.text_encoder is None:
         width, place = twin.unet.config.text_dim, {"device": META, "dtype": twin.dtype}

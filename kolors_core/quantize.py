@@ -1,8 +1,9 @@
 """Weights in 8 or 4 bits: whole numbers with a scale, turned back into the model's dtype layer by layer.
 
 Of ChatGLM all linear layers; of the UNet those in its transformers, 86% of its weights. Its other linear
-layers are 1.4% of them, and all text and time go through: with 4 bits there, an eighth more error for little.
-Activations keep their precision: `F.linear` gets a plain weight, made when it is needed and dropped after.
+layers have 1.4% of them, and all text and time passes through: 4 bits there would save little and add an
+eighth to the error. Activations keep their precision: `F.linear` gets a plain weight, made when it is needed
+and dropped after.
 Source: rounding to nearest by rows and by groups, the baseline of GPTQ (https://arxiv.org/abs/2210.17323).
 Shapes: O and I the layer's widths, g a group of neighbours along I.
 """

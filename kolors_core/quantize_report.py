@@ -82,13 +82,12 @@ class QuantizationReport:
     latents: Deviation
 
     def __str__(self) -> str:
-        said = [f"latents after {STEPS} steps: {self.latents}"]
-        if self.unet is not None:
-            said.insert(0, f"unet {self.unet}, noise: {self.noise}")
+        said = []
         if self.text_encoder is not None:
-            cosines = f"tokens: {self.tokens}, pooled: {self.pooled}"
-            said.insert(0, f"text_encoder {self.text_encoder}, {cosines}")
-        return "; ".join(said)
+            said.append(f"text_encoder {self.text_encoder}, tokens: {self.tokens}, pooled: {self.pooled}")
+        if self.unet is not None:
+            said.append(f"unet {self.unet}, noise: {self.noise}")
+        return "; ".join([*said, f"latents after {STEPS} steps: {self.latents}"])
 
 
 class Quantizing(Components):
@@ -139,8 +138,7 @@ class Quantizing(Components):
         assert self.text_encoder is not None and self.tokenizer is not None
         self._on_device("text_encoder")
         place = self._works_on(plain(self.text_encoder).embedding.weight)
-        tokens = [self.tokenizer([prompt]).collapse().to(place) for prompt in PROBES]
-        return [self.text_encoder(prompt) for prompt in tokens]
+        return [self.text_encoder(self.tokenizer([prompt]).collapse().to(place)) for prompt in PROBES]
 
     def _probe_condition(self, text: TextEmbedding) -> Conditioning:
         """What the UNet is told of a probe, at its own size; and of pictures, tokens of zeros."""

@@ -6,10 +6,10 @@ on to the same losses, and many processes train as one does. Run under `torchrun
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,15 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kolors_core.compiling import BLOCKS
-from weights_convert.source import Source as Weights
-from weights_convert.source import save_tensors
-
-if TYPE_CHECKING:
-    pass
 from kolors_core.objective import TrainingConfig
+from weights_convert.source import Source, save_tensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
 
 
-class Source(Protocol):
+class Steps(Protocol):
     """Where a run's batches come from: a function of the step alone, so that a run can be taken up again."""
 
     def at(self, step: int, part: slice, device: torch.device) -> Any:
@@ -48,7 +46,7 @@ class Trainer:
     def __init__(
         self,
         objective: nn.Module,
-        data: Source,
+        data: Steps,
         config: TrainingConfig,
         folder: str | Path,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
@@ -60,12 +58,12 @@ class Trainer:
         if config.batch_size % (self.world * config.accumulate):
             parts = f"{self.world} processes times accumulate {config.accumulate}"
             raise ValueError(f"batch_size must be a multiple of {parts}, got {config.batch_size}")
+        if not any(parameter.requires_grad for parameter in objective.parameters()):
+            raise ValueError("nothing to train: no parameter requires a gradient")
         if config.checkpoint_blocks:
             checkpoint_blocks(objective)
         self.module = self._spread()
         self.named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-        if not self.named:
-            raise ValueError("nothing to train: no parameter requires a gradient")
         self.optimizer = torch.optim.AdamW(
             self.named.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -136,58 +134,63 @@ class Trainer:
 
     def save(self) -> None:
         """Write step, weights, moments and average to `folder/state.safetensors`, whole or not at all."""
-        tensors = {}
-        for name, parameter in self.named.items():
-            tensors[f"weights.{name}"] = _whole(parameter)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = _whole(self.optimizer.state[parameter][moment])
-            if self.ema:
-                tensors[f"ema.{name}"] = _whole(self.ema[name])
+        tensors = {name: _whole(tensor) for name, tensor in self._state().items()}
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(tensors, self.folder / "state.safetensors", {"step": str(self.step)})
         if self.world > 1:
             dist.barrier()
 
+    def _state(self) -> dict[str, Tensor]:
+        """The tensors that a run goes on with, by their names in the file; AdamW has its moments by then."""
+        state = {f"weights.{name}": parameter for name, parameter in self.named.items()}
+        for moment in MOMENTS:
+            state |= {f"{moment}.{name}": self.optimizer.state[p][moment] for name, p in self.named.items()}
+        return state | {f"ema.{name}": average for name, average in self.ema.items()}
+
     @torch.no_grad()
     def _resume(self) -> None:
         file = self.folder / "state.safetensors"
         if not file.exists():
             return
-        source = Weights([file])
+        for parameter in self.named.values():  # as AdamW makes it before its first step
+            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        source, state = Source([file]), self._state()
         step = (source.metadata(file) or {}).get("step", "")
-        kinds = ("weights", "exp_avg", "exp_avg_sq", *(("ema",) if self.ema else ()))
-        wanted = [f"{kind}.{name}" for kind in kinds for name in self.named]
-        if missing := [name for name in wanted if name not in source]:
-            raise ValueError(f"{file}: is of another run: it has no {missing[0]}")
+        for name, tensor in state.items():
+            if name not in source:
+                raise ValueError(f"{file}: is of another run: it has no {name}")
+            if (got := source.shape(name)) != (wanted := tuple(tensor.shape)):
+                raise ValueError(f"{file}: is of another run: {name} is {list(got)}, wanted {list(wanted)}")
         if not step.isdecimal():
             raise ValueError(f"{file}: its metadata give step {step[:100]!r}, wanted a whole number")
         self.step = int(step)
         tensors = load_file(file, device=str(self.device))
-        for name, parameter in self.named.items():
-            _fill(parameter, tensors[f"weights.{name}"])
-            state = self.optimizer.state[parameter]
-            state["step"] = torch.tensor(float(self.step))
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = torch.zeros_like(parameter)
-                _fill(state[moment], tensors[f"{moment}.{name}"])
-            if self.ema:
-                _fill(self.ema[name], tensors[f"ema.{name}"])
+        for name, tensor in state.items():
+            _fill(tensor, tensors[name])
+        for parameter in self.named.values():
+            self.optimizer.state[parameter]["step"].fill_(self.step)
 
     @torch.no_grad()
     def take_average(self) -> None:
-        """Put the moving average in the weights' place, for use; to train on from there is another run."""
+        """Put the moving average in the weights' place, for use; to train on from there is another run.
+
+        ValueError if the config asks for none.
+        """
+        if not self.ema:
+            raise ValueError(f"there is no moving average to take: ema is {self.config.ema}")
         for name, average in self.ema.items():
             self.named[name].copy_(average)
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Make every resnet and transformer block recompute its activations in the backward pass."""
+    """Make every block of `compiling.BLOCKS` recompute its activations in the backward pass."""
     for block in _blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def _blocks(model: nn.Module) -> Iterable[nn.Module]:
+def _blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BLOCKS)]
 
 

@@ -77,7 +77,7 @@ class Tiles:
 
     def _through(self, coder: nn.Module, x: Tensor) -> Tensor:
         run, in_pieces = coder, False
-        if self.use_tiling:
+        if self.use_tiling:  # checked again: scripts set the side, and layers may have been replaced
             _check_side(side := self.tile_sample_min_size)
             _check(coder, "encoder" if coder is self.encoder else "decoder")
             in_pieces = _pixels(coder, x) > side * side
@@ -96,21 +96,17 @@ def _tiled(coder: Any, x: Tensor, side: int) -> Tensor:
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *coder.parameters())):
         raise RuntimeError("no gradients go through tiles: use torch.no_grad(), or disable_tiling()")
-    encodes = _encodes(coder)
-    outer = coder.conv_in if encodes else coder.conv_out
+    encodes = hasattr(coder, "down")
+    outer = coder.conv_in if encodes else coder.conv_out  # where the picture comes in or out
     wide = max(outer.in_channels, outer.out_channels)
     run = _Run(side * side * wide, _pixels(coder, x) * (outer.in_channels + outer.out_channels))
     with torch.no_grad():
         return run.encode(coder, x) if encodes else run.decode(coder, x)
 
 
-def _encodes(coder: Any) -> bool:
-    return hasattr(coder, "down")
-
-
 def _pixels(coder: Any, x: Tensor) -> int:
-    """Of the picture that comes in or out."""
-    doublings = 0 if _encodes(coder) else sum(level.upsample is not None for level in coder.up)
+    """Of the picture that an encoder reads or a decoder makes."""
+    doublings = sum(level.upsample is not None for level in getattr(coder, "up", ()))
     return x.shape[2] * x.shape[3] * 4**doublings
 
 
@@ -181,11 +177,9 @@ class _Computed:
 _Map = _Kept | _Computed
 
 
-def _unchanged(rows: Tensor) -> Tensor:
-    return rows
-
-
-def _convolved(conv: nn.Conv2d, x: _Map, change: Change = _unchanged, remembers: bool = False) -> _Computed:
+def _convolved(
+    conv: nn.Conv2d, x: _Map, change: Change = lambda rows: rows, remembers: bool = False
+) -> _Computed:
     """The 3x3 convolution of a changed map; its zeros stand around the map, not around a piece."""
 
     def compute(top: int, bottom: int) -> Tensor:
@@ -253,7 +247,7 @@ class _Run:
         return self.residual(block.resnet_out, x)
 
     def residual(self, block: Any, x: _Map) -> _Kept:
-        """As `ResBlock.forward`. What was x leaves while the result grows."""
+        """As `ResBlock.forward`. x leaves while the result grows."""
         if max(x.row, block.conv1.out_channels * x.width) * x.height <= self.piece:
             return _Kept([block(x.read(0, x.height))])
         h = self.kept_if_small(_convolved(block.conv1, x, self.activation(block.norm1, x)))
@@ -317,11 +311,11 @@ class _Run:
         return self.compute(x) if x.held + x.size <= self.limit else x
 
     def compute(self, x: _Computed) -> _Kept:
+        """All of it, now. A band that is a view of larger memory is copied out of that."""
         bands = []
         for top, bottom in self.pieces(x):
             band = x.read(top, bottom)
-            is_part = band.untyped_storage().nbytes() > band.nbytes
-            bands.append(band.clone() if is_part else band)
+            bands.append(band.clone() if band.untyped_storage().nbytes() > band.nbytes else band)
         return _Kept(bands)
 
 

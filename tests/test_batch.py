@@ -18,7 +18,7 @@ from PIL import Image
 
 from kolors_core import KolorsPipeline
 from kolors_core.__main__ import main as draw_one
-from kolors_core.batch import Batch, main, parser
+from kolors_core.batch import Worker, main, parser
 from kolors_core.image import read_description
 from kolors_core.lines import fingerprint_of, read_lines
 from kolors_core.lora import attach, save_adapters
@@ -202,8 +202,8 @@ BAD = [
     ('{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
     ('{"prompt": "a", "height": 100}', "height must be a positive multiple of 8, got 100"),
     ('{"prompt": "a", "width": "64"}', "width must be a positive multiple of 8, got '64'"),
-    ('{"prompt": "a", "seed": -1}', "seed must be from 0 to"),
-    ('{"prompt": "a", "seed": 1.5}', "seed must be a whole number, got 1.5"),
+    ('{"prompt": "a", "seed": -1}', "seed must be a whole number from 0 to"),
+    ('{"prompt": "a", "seed": 1.5}', f"seed must be a whole number from 0 to {2**63 - 1}, got 1.5"),
     ('{"prompt": "a", "guidance": NaN}', "guidance must be a number, got nan"),
     ('{"prompt": "a", "lora": [3]}', "lora must be FROM[:SCALE] or a list of them, got [3]"),
     ('{"prompt": "\\ud800"}', "prompt is not UTF-8"),
@@ -275,13 +275,13 @@ def test_what_another_run_says_of_its_own_line_is_not_believed(
         for name in "ab"
     )
     assert main([*first, "--device", "cpu", "-q"]) == 0
-    batch = Batch(parser().parse_args([*second, "--device", "cpu"]), torch.device("cpu"))
-    batch._lead()
+    worker = Worker(parser().parse_args([*second, "--device", "cpu"]), torch.device("cpu"))
+    worker._lead()
     assert main([*first, "--device", "cpu", "-q"]) == 0 and records(tmp_path / "out")[0]["status"] == "done"
-    batch.manifest.refresh()
-    assert batch._has_failed(batch.lines[0])
-    batch._end(batch.lines)
-    batch.claims.close()
+    worker.manifest.refresh()
+    assert worker._has_failed(worker.lines[0])
+    worker._end(worker.lines)
+    worker.claims.close()
     said = capsys.readouterr().err
     assert "0 of 1 pictures" in said and "line 1 failed: another run on this OUT has a line" in said
 
@@ -301,7 +301,7 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
     assert [row.picture for row in rows[:2]] == [line.picture for line in lines]
     assert [row.fingerprint for row in rows[:2]] == [line.fingerprint for line in lines]
     assert [row.number for row in rows] == [2, 4, 5, 6, 7], "as an editor shows them"
-    reasons = ("no prompt", "seed must be a whole number, got 'x'", "9 cells, and the first row names 6")
+    reasons = ("no prompt", "seed must be a whole number from 0", "9 cells, and the first row names 6")
     assert all(reason in str(row.reason) for row, reason in zip(rows[2:], reasons, strict=True))
 
 
@@ -314,7 +314,7 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
         (["torn.csv", "out"], "torn.csv: the first row is not CSV: unexpected end of data"),
         (["good.jsonl", "out", "-w", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["good.jsonl", "out", "--device", "toaster"], "wanted a device of this machine"),
-        (["good.jsonl", "out", "--seed", "-1"], "--seed must be from 0"),
+        (["good.jsonl", "out", "--seed", "-1"], "--seed must be a whole number from 0"),
         (
             ["good.jsonl", "out", "--split-guidance"],
             "--split-guidance needs an even number of processes, got 1",

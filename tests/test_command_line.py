@@ -100,6 +100,14 @@ def test_every_sampler_draws(sampler: str, reference_folder: Path, tmp_path: Pat
     assert draw(reference_folder, tmp_path / "x.png", "--sampler", sampler, "--seed", "1") == 0
 
 
+def test_a_sampler_is_its_names_whatever_the_checkpoint_has() -> None:
+    own = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True)
+    for name, (kind, changes) in SAMPLERS.items():
+        made = kind.from_config(own.config, **changes)
+        assert made.use_karras_sigmas == name.endswith("-karras")
+        assert ("sde" in getattr(made, "algorithm_type", "")) == ("sde" in name)
+
+
 def test_size_conditions_and_own_steps(reference_folder: Path, tmp_path: Path) -> None:
     sizes = ["--original-size", "512,256", "--crop", "8x4", "--target-size", "64,64",
              "--negative-crop", "1,1", "--negative-original-size", "99,99",
@@ -244,7 +252,8 @@ def test_a_plan_counts_every_row(reference_folder: Path, capsys: pytest.CaptureF
         (["cat", "-w", "FOLDER", "-o", "x.jpg"], "--out must end in .png, got x.jpg"),
         (["cat", "-w", "FOLDER", "-o", "EXISTS.png"], "exists: choose another --out, or --force"),
         (["cat", "-w", "FOLDER", "--device", "toaster"], "wanted a device of this machine"),
-        (["cat", "-w", "FOLDER", "--images", "0"], "num_images_per_prompt must be a positive whole number"),
+        (["cat", "-w", "no such folder", "--images", "0"], "--images must be a positive whole number"),
+        (["cat", "-w", "no such folder", "--steps", "-1"], "--steps must be a positive whole number"),
         (["cat", "-w", "FOLDER", "--strength", "0.5"], "--strength has no effect without --image"),
         (["cat", "-w", "FOLDER", "--ip-image", "EXISTS.png"], "--ip-adapter, --ip-image and --ip-scale need"),
         (

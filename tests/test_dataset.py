@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from kolors_core.dataset import Batches, Example, bucket_of, buckets, load_pixels, mix, read_folder
 
@@ -52,6 +52,16 @@ def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
+def test_captions_of_metadata_may_hold_what_else_ends_a_line(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    row = json.dumps({"file_name": "0.png", "text": "one\u2028caption"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(f"\ufeff{row}\n\n", encoding="utf-8")
+    assert [example.captions for example in read_folder(tmp_path)] == [("one\u2028caption",)]
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="metadata.jsonl: 'utf-8' codec"):
+        read_folder(tmp_path)
+
+
 def test_missing_captions_and_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no pictures with captions"):
         read_folder(tmp_path)
@@ -82,6 +92,20 @@ def test_pixels_cover_the_bucket(tmp_path: Path) -> None:
     assert pixels.shape == (3, 20, 20) and crop == (0, 10)
     assert pixels[:, 0, 0].tolist() == [1.0, -1.0, -1.0]
     assert pixels[:, 10, 10].tolist() == [1.0, 1.0, 1.0], "transparency is white"
+
+
+def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+    """It lies on its side in the file, left below; the tag says so."""
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("red", (0, 0, 20, 20))
+    tag = Image.Exif()
+    tag[ExifTags.Base.Orientation] = 6  # turn it clockwise
+    image.save(tmp_path / "a.png", exif=tag)
+    (tmp_path / "a.txt").write_text("a photo", encoding="utf-8-sig")
+    (example,) = read_folder(tmp_path)
+    assert (example.height, example.width, example.captions) == (40, 20, ("a photo",))
+    pixels, crop = load_pixels(example, (40, 20))
+    assert crop == (0, 0) and pixels[:, 0, 10].tolist() == [1.0, -1.0, -1.0] and pixels.sum((0, 2))[-1] == 60
 
 
 def test_batches_depend_on_seed_and_step_alone(tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def test_a_pipeline_without_text_encoder_has_no_such_stage(float32: KolorsPipeli
         ({"width": 0}, "width must be a positive multiple of 8, got 0"),
         ({"batch": 0}, "batch must be a positive whole number, got 0"),
         ({"num_images_per_prompt": 1.5}, "num_images_per_prompt must be a positive whole number, got 1.5"),
-        ({"max_sequence_length": 300}, "max_sequence_length must be from 3 to 256, got 300"),
+        ({"max_sequence_length": 300}, "max_sequence_length must be a whole number from 3 to 256, got 300"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
         ({"device": "toaster"}, "wanted a device of this machine"),
     ],

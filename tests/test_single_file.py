@@ -291,3 +291,5 @@ def test_the_command_line_takes_files(
     assert command([*common, "--plan", "-w", str(whole_folder), *flags]) == 0
     assert command([*common, "-o", str(tmp_path / "x.png"), *flags]) == 2
     assert "--unet needs --weights" in capsys.readouterr().err
+    assert command([*common, "-o", str(tmp_path / "x.png"), *flags[-2:]]) == 2
+    assert "--text-encoder needs --weights" in capsys.readouterr().err

@@ -99,6 +99,11 @@ def test_a_damaged_state_is_refused_by_name(pictures: Path, tmp_path: Path, smal
         ValueError, match="state.safetensors: its metadata give step '', wanted a whole number"
     ):
         make_trainer(tmp_path, pictures, small_tokenizer).fit()
+    name = "exp_avg.unet.conv_in.weight"
+    cut = state | {name: state[name][:1].clone()}
+    save_tensors(cut, file, {"step": "1"})
+    with pytest.raises(ValueError, match=r"another run: exp_avg.unet.conv_in.weight is \[1, .* wanted \["):
+        make_trainer(tmp_path, pictures, small_tokenizer).fit()
     save_tensors({name: tensor for name, tensor in state.items() if "ema." not in name}, file, {"step": "1"})
     with pytest.raises(ValueError, match="state.safetensors: is of another run: it has no ema.unet"):
         make_trainer(tmp_path, pictures, small_tokenizer).fit()
@@ -121,6 +126,9 @@ def test_the_loss_falls_and_the_average_follows(
     assert 0 < relative_error(trainer.ema[name], before) < 0.5
     trainer.take_average()
     assert torch.equal(trainer.named[name], trainer.ema[name])
+    trainer.ema.clear()
+    with pytest.raises(ValueError, match="no moving average to take"):
+        trainer.take_average()
 
 
 @pytest.mark.parametrize(
