@@ -8,7 +8,7 @@ import gc
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from kolors_core.chatglm import ChatGLM
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
+from kolors_core.controlnet import ControlNet
 from kolors_core.hub import fetch
 from kolors_core.loading import Initialiser, LoadReport, check, fill, load
 from kolors_core.placement import loading_device
@@ -30,29 +31,31 @@ from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES
 from weights_convert.reading import one_line, read_object
-from weights_convert.source import Source, index_files, save_tensors, weight_files
+from weights_convert.source import STEMS, Source, index_files, save_tensors, weight_files
 from weights_convert.writing import write_bytes
 
-Model = ChatGLM | UNet | VAE | CLIPVision
+Model = ChatGLM | UNet | VAE | CLIPVision | ControlNet
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one component is built and saved: its config's reader, its class, its public file stem."""
+    """How one component is built: the class of its config, and what makes the model from one."""
 
-    read_config: Callable[[dict[str, Any], str], Any]
+    config: type[ChatGLMConfig | UNetConfig | VAEConfig | CLIPVisionConfig]
     build: Callable[[Any], nn.Module]
-    stem: str
+
+    def empty(self, config: Any) -> nn.Module:
+        """A model on the meta device, without values."""
+        with uncollected(), torch.device("meta"), Unfilled():
+            return self.build(config)
 
 
 KINDS = {
-    "text_encoder": Kind(ChatGLMConfig.from_public, ChatGLM, "model"),
-    "unet": Kind(UNetConfig.from_public, UNet, "diffusion_pytorch_model"),
-    "vae": Kind(VAEConfig.from_public, VAE, "diffusion_pytorch_model"),
-    "image_encoder": Kind(CLIPVisionConfig.from_public, CLIPVision, "model"),
+    "text_encoder": Kind(ChatGLMConfig, ChatGLM),
+    "unet": Kind(UNetConfig, UNet),
+    "vae": Kind(VAEConfig, VAE),
+    "image_encoder": Kind(CLIPVisionConfig, CLIPVision),
 }
-
-
 OPTIONAL = {"image_encoder"}  # what a checkpoint may lack
 
 # Where LoRAs (lora.py), IP-Adapters (ip_adapter.py) and words (textual_inversion.py) have their tensors.
@@ -73,7 +76,7 @@ logger = logging.getLogger("kolors_core")
 
 def resolve(
     name: str | Path,
-    components: Iterable[str],
+    components: Sequence[str],
     variant: str | None = None,
     has_weights: bool = True,
     **hub: Any,
@@ -83,7 +86,6 @@ def resolve(
     "tiny" is the embedded model, which a log line says; a folder of that name is "./tiny". has_weights: False
     for configs alone. hub: as for `kolors_core.hub.fetch`, which raises the errors.
     """
-    components = list(components)
 
     def pick(listing: list[str]) -> list[str]:
         folders = {path.partition("/")[0] for path in listing}
@@ -97,14 +99,13 @@ def resolve(
 
 
 def needed_files(
-    listing: Iterable[str],
+    listing: Sequence[str],
     components: Iterable[str],
     variant: str | None,
     where: str,
     has_weights: bool = True,
 ) -> list[str]:
     """Of a repository's files, those that the components load: configs, and tokenizer and chosen weights."""
-    listing = list(listing)
     needed = [path for path in listing if path == "model_index.json"]
     for component in components:
         needed += component_files(listing, component, component, variant, where, has_weights)
@@ -205,14 +206,12 @@ def open_component(
     place = Path(folder) / (component if subfolder is None else subfolder)
     if not place.is_dir():
         raise FileNotFoundError(f"{place}: no such folder, wanted the {component} of a Kolors checkpoint")
-    config = kind.read_config(read_json(place / "config.json"), str(place / "config.json"))
-    with uncollected():
-        with torch.device("meta"), Unfilled():
-            model = kind.build(config)
-        if not has_weights:
-            return Opened(model, None, {})
-        source = _weights_in(place, variant)
-        return Opened(model, source, check(model, source, component))
+    file = place / "config.json"
+    model = kind.empty(kind.config.from_public(read_json(file), str(file)))
+    if not has_weights:
+        return Opened(model, None, {})
+    source = weights_in(place, variant)
+    return Opened(model, source, check(model, source, component))
 
 
 def load_changed(
@@ -221,7 +220,6 @@ def load_changed(
     build: Callable[[Any], nn.Module],
     partial: Mapping[str, Initialiser],
     *,
-    subfolder: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -233,14 +231,13 @@ def load_changed(
     others, and errors: as for `load_component`.
     """
     kind = replace(KINDS[component], build=build)
-    opened = open_component(folder, component, subfolder=subfolder, has_weights=False, kind=kind)
-    source = _weights_in(Path(folder) / (component if subfolder is None else subfolder), variant)
-    place = loading_device(device)
-    report = load(opened.model, source, component, dtype=dtype, device=place, partial=partial)
-    return opened.model.eval(), report
+    model = open_component(folder, component, has_weights=False, kind=kind).model
+    source, place = weights_in(Path(folder) / component, variant), loading_device(device)
+    report = load(model, source, component, dtype=dtype, device=place, partial=partial)
+    return model.eval(), report
 
 
-def _weights_in(place: Path, variant: str | None) -> Source:
+def weights_in(place: Path, variant: str | None) -> Source:
     """The weights of a folder; ValueError for an index that is damaged."""
     listing = sorted(file.name for file in place.iterdir())
     for name in listing:
@@ -294,22 +291,18 @@ def load_scheduler(folder: str | Path) -> Scheduler:
         raise ValueError(f"{file}: {one_line(error)}") from None
 
 
-def load_index(folder: Path) -> dict[str, Any]:
-    """The `model_index.json` of a Kolors pipeline; that of another pipeline is refused by its class.
-
-    "has": which of the components it names.
-    """
+def load_index(folder: Path) -> tuple[bool, set[str]]:
+    """Of a Kolors pipeline's `model_index.json`: force_zeros_for_empty_prompt, and the OPTIONAL components
+    that it lacks. ValueError for another pipeline, by its class."""
     file = folder / "model_index.json"
-    index = {"force_zeros_for_empty_prompt": False} | read_json(file)
+    index = read_json(file)
     if not str(index.get("_class_name")).startswith("Kolors"):
         raise ValueError(f"{file}: _class_name is {index.get('_class_name')!r}, wanted Kolors")
-    force_zeros = index["force_zeros_for_empty_prompt"]
+    force_zeros = index.get("force_zeros_for_empty_prompt", False)
     if not isinstance(force_zeros, bool):
         raise ValueError(f"{file}: force_zeros_for_empty_prompt is {force_zeros!r}, wanted true or false")
-    named = {
-        name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0] is not None
-    }
-    return index | {"has": {component: component in named for component in OPTIONAL}}
+    named = {name for name, entry in index.items() if isinstance(entry, list) and any(entry[:1])}  # not null
+    return force_zeros, OPTIONAL - named
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -323,31 +316,28 @@ def check_savable(model: nn.Module, component: str) -> None:
     refuse_quantized(model, f"save the {component} for the reference, which reads full weights only")
 
 
-def save_component(model: Model, folder: str | Path, component: str, *, variant: str | None = None) -> None:
-    """Write a model to `folder`/`component` under public names, as the reference reads it, without adapters.
+def save_component(
+    model: Model,
+    folder: str | Path,
+    component: str,
+    *,
+    subfolder: str | None = None,
+    variant: str | None = None,
+) -> None:
+    """Write a model's config and weights under public names, as the reference reads it, without adapters.
 
-    Raises ValueError for a quantised model, which the reference has no names for, and a variant that is not
-    letters, digits and underscores.
+    subfolder: where in the folder; the component's name if None. Raises ValueError for a quantised model,
+    which the reference has no names for, and a variant that is not letters, digits and underscores.
     """
     check_savable(model, component)
-    check_variant(variant)
-    place = Path(folder) / component
-    place.mkdir(parents=True, exist_ok=True)
-    write_json(place / "config.json", model.config.to_public())
-    write_weights(model, place, component, KINDS[component].stem, variant)
-
-
-def check_variant(variant: str | None) -> None:
-    """ValueError unless it is letters, digits and underscores, or None."""
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
         raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
-
-
-def write_weights(model: nn.Module, place: Path, component: str, stem: str, variant: str | None) -> None:
-    """Write a model's own tensors to a file of the folder `place`, under public names."""
-    table = TABLES[component]
-    tensors = {table.to_public(name): tensor for name, tensor in base_state(model).items()}
-    save_tensors(tensors, place / ".".join(part for part in (stem, variant, "safetensors") if part))
+    place = Path(folder) / (component if subfolder is None else subfolder)
+    place.mkdir(parents=True, exist_ok=True)
+    write_json(model.config.to_public(), place / "config.json")
+    table, stem = TABLES[component], STEMS[component] + (f".{variant}" if variant else "")
+    tensors = {table.to_public(own): tensor for own, tensor in base_state(model).items()}
+    save_tensors(tensors, place / f"{stem}.safetensors")
 
 
 def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
@@ -357,8 +347,9 @@ def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     write_bytes(tokenizer.content, folder / "tokenizer" / "tokenizer.model")
     config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
-    write_json(folder / "tokenizer" / "tokenizer_config.json", config)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler.to_public())
+    write_json(config, folder / "tokenizer" / "tokenizer_config.json")
+    write_json(scheduler.to_public(), folder / "scheduler" / "scheduler_config.json")
+    has_clip = components["image_encoder"] is not None
     index = {
         "_class_name": pipeline,
         "force_zeros_for_empty_prompt": components["force_zeros_for_empty_prompt"],
@@ -367,12 +358,10 @@ def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
         "tokenizer": ["kolors", "ChatGLMTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "image_encoder": [None, None],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"] if has_clip else [None, None],
         "feature_extractor": [None, None],
     }
-    if components["image_encoder"] is not None:
-        index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
-    write_json(folder / "model_index.json", index)
+    write_json(index, folder / "model_index.json")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -380,6 +369,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return read_object(file, LONGEST_CONFIG)
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(content: dict[str, Any], file: Path) -> None:
     """Write as the reference does: two spaces, sorted."""
     write_bytes((json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), file)

@@ -11,7 +11,6 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import (
     EMBEDDED_NAME,
     KINDS,
-    OPTIONAL,
     Opened,
     check_savable,
     load_index,
@@ -128,10 +127,10 @@ class Components(RunState):
         """Load a checkpoint folder or hub repository; the embedded tiny model if none is named.
 
         torch_dtype, or by its newer name dtype: one, or a mapping by component with a "default"; float32 if
-        None, and the VAE is never float16. variant: such as "fp16"; None takes the only one there
-        is. device: where each tensor goes straight from its file; "meta" reads and fetches no weights and no
-        tokenizer, for a pipeline that can be planned (`plan`). A component passed in is used as it is and its
-        files are not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
+        None, and the VAE is never float16. variant: such as "fp16"; None takes the only one there is. device:
+        where each tensor goes straight from its file; "meta" reads and fetches no weights and no tokenizer,
+        for a pipeline that can be planned (`plan`). A component passed in is used as it is and its files are
+        not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         refuse_pickles(use_safetensors)
         refuse_second_copy(low_cpu_mem_usage)
@@ -148,10 +147,9 @@ class Components(RunState):
             pretrained_model_name_or_path, wanted, variant, has_weights, revision=revision,
             cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip
-        index = load_index(folder)
+        force_zeros, absent = load_index(folder)
         for component in wanted:
-            is_left_out = component in OPTIONAL and not index["has"][component]
-            if is_left_out or (component == "tokenizer" and not has_weights):
+            if component in absent or (component == "tokenizer" and not has_weights):
                 parts[component] = None
             elif component == "tokenizer":
                 parts[component] = Tokenizer(folder / "tokenizer")
@@ -164,7 +162,7 @@ class Components(RunState):
                 parts[component] = part.fill(dtypes[component], device)
         return cls(
             **parts, feature_extractor=feature_extractor, controlnet=controlnet,
-            force_zeros_for_empty_prompt=index["force_zeros_for_empty_prompt"],
+            force_zeros_for_empty_prompt=force_zeros,
         )  # fmt: skip
 
     @classmethod
@@ -177,8 +175,8 @@ class Components(RunState):
             raise TypeError(f"wanted a pipeline of kolors_core, got {type(pipeline).__name__}")
         if strangers := sorted(changes.keys() - pipeline.components.keys()):
             raise TypeError(f"{strangers[0]!r} is no component; wanted {', '.join(pipeline.components)}")
-        own: dict[str, Any] = {"image_encoder": pipeline._image_encoder}
-        made = cls(**pipeline.components | own | changes)
+        changes = {"image_encoder": pipeline._image_encoder} | changes  # not one that an IP-Adapter brought
+        made = cls(**pipeline.components | changes)
         made.offload, made._progress = pipeline.offload, pipeline._progress
         made.savings, made.prompt_cache = pipeline.savings, pipeline.prompt_cache
         made.guided, made.sampler = pipeline.guided, pipeline.sampler
@@ -195,7 +193,7 @@ class Components(RunState):
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("this pipeline has no text encoder or tokenizer and cannot be saved whole")
-        models = {name: plain(getattr(self, name)) for name in KINDS if getattr(self, name) is not None}
+        models = {name: plain(model) for name, model in self._own_models().items()}
         for component, model in models.items():
             check_savable(model, component)
         with new_folder(path_of("folder", folder)) as place:
@@ -241,10 +239,8 @@ class Components(RunState):
         CUDA graph, where the UNet is on CUDA. Other picture sizes, LoRAs and weights go on working. See
         kolors_core/compiling.py; ValueError for an unknown mode.
         """
-        models = (getattr(self, component) for component in KINDS)
-        for model in (*models, *nets_of(self.controlnet)):
-            if model is not None:
-                compile_blocks(plain(model), mode, backend)
+        for model in (*self._own_models().values(), *nets_of(self.controlnet)):
+            compile_blocks(plain(model), mode, backend)
         self._graphs = Graphs() if mode in GRAPHED and self.device.type == "cuda" else None
 
     def enable_model_cpu_offload(
@@ -307,10 +303,14 @@ class Components(RunState):
             self.offload.start(place, by_block)
             self._on_device()
 
+    def _own_models(self) -> dict[str, Any]:
+        """The models that there are, by component."""
+        return {name: getattr(self, name) for name in KINDS if getattr(self, name) is not None}
+
     def _models(self) -> dict[str, list[nn.Module]]:
         """What moves together, by the component that it works for."""
         adapters = [handle.adapter for handle in attached(self.unet)]
-        models = {name: [getattr(self, name)] for name in KINDS if getattr(self, name) is not None}
+        models = {name: [model] for name, model in self._own_models().items()}
         return models | {"unet": [self.unet, *adapters, *nets_of(self.controlnet)]}
 
     def _on_device(self, stage: str | None = None) -> None:

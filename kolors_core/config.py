@@ -53,13 +53,11 @@ class ChatGLMConfig:
         )
         fields.refuse_rest(_CHATGLM_INERT)
         if config.heads % config.query_groups:
-            fields.fail(
-                "multi_query_group_num", config.query_groups, f"a divisor of the {config.heads} heads"
-            )
+            wanted = f"a divisor of the {config.heads} heads"
+            fields.fail("multi_query_group_num", config.query_groups, wanted)
         if config.head_dim % 4:
-            fields.fail(
-                "kv_channels", config.head_dim, "a multiple of 4, since half of it is rotated in pairs"
-            )
+            wanted = "a multiple of 4, since half of it is rotated in pairs"
+            fields.fail("kv_channels", config.head_dim, wanted)
         return config
 
     def to_public(self) -> dict[str, Any]:
@@ -106,20 +104,15 @@ class UNetConfig:
         fields.refuse_unless(_UNET_FIXED)
         channels = fields.integers("block_out_channels")
         levels = len(channels)
-        has_attention = [
-            name == "CrossAttnDownBlock2D" for name in fields.level_types("down_block_types", "Down", levels)
-        ]
-        has_attention_up = [
-            name == "CrossAttnUpBlock2D" for name in fields.level_types("up_block_types", "Up", levels)
-        ]
-        if has_attention_up != has_attention[::-1]:
+        has_attention = fields.attends("Down", levels)
+        if fields.attends("Up", levels) != has_attention[::-1]:
             fields.fail("up_block_types", public["up_block_types"], "the down blocks mirrored")
-        depths = fields.integers("transformer_layers_per_block", levels, most=100)
-        head_field = (
-            "num_attention_heads" if public.get("num_attention_heads") is not None else "attention_head_dim"
-        )
         if not has_attention[-1]:
             fields.fail("down_block_types", public["down_block_types"], "attention at the innermost level")
+        depths = fields.integers("transformer_layers_per_block", levels, most=100)
+        # diffusers' UNet configs call the number of heads attention_head_dim, by an old mistake.
+        is_named = public.get("num_attention_heads") is not None
+        heads = fields.integers("num_attention_heads" if is_named else "attention_head_dim", levels)
         text_dim, size_dim = fields.integer("encoder_hid_dim"), fields.integer("addition_time_embed_dim")
         fields.equal("projection_class_embeddings_input_dim", text_dim + 6 * size_dim)
         config = cls(
@@ -127,7 +120,7 @@ class UNetConfig:
             in_channels=fields.integer("in_channels"),
             out_channels=fields.integer("out_channels"),
             channels=channels,
-            heads=fields.integers(head_field, levels),
+            heads=heads,
             depths=tuple(depth if on else 0 for depth, on in zip(depths, has_attention, strict=True)),
             resnets_per_level=fields.same("layers_per_block", levels, most=100),
             text_dim=text_dim,
@@ -185,11 +178,8 @@ class VAEConfig:
         fields = Fields(public, where)
         fields.refuse_unless(_VAE_FIXED)
         channels = fields.integers("block_out_channels")
-        for name, wanted in (
-            ("down_block_types", "DownEncoderBlock2D"),
-            ("up_block_types", "UpDecoderBlock2D"),
-        ):
-            fields.equal(name, [wanted] * len(channels))
+        fields.equal("down_block_types", ["DownEncoderBlock2D"] * len(channels))
+        fields.equal("up_block_types", ["UpDecoderBlock2D"] * len(channels))
         fields.equal("out_channels", fields.integer("in_channels"))
         config = cls(
             sample_size=fields.integer("sample_size"),
@@ -202,9 +192,8 @@ class VAEConfig:
         )
         fields.refuse_rest(_VAE_INERT)
         if any(width % config.norm_groups for width in channels):
-            fields.fail(
-                "block_out_channels", list(channels), f"multiples of the {config.norm_groups} norm groups"
-            )
+            wanted = f"multiples of the {config.norm_groups} norm groups"
+            fields.fail("block_out_channels", list(channels), wanted)
         return config
 
     def to_public(self) -> dict[str, Any]:

@@ -18,12 +18,11 @@ from kolors_core.checkpoint import (
     EMBEDDED_NAME,
     Kind,
     base_state,
-    check_variant,
     fetch_component,
     load_component,
     read_json,
-    write_json,
-    write_weights,
+    save_component,
+    weights_in,
 )
 from kolors_core.components import Components
 from kolors_core.controlnet import Control, ControlNet, ControlNetConfig, has_several, nets_of
@@ -40,11 +39,10 @@ from kolors_core.placement import (
 )
 from kolors_core.quantize import refuse_quantized
 from kolors_core.unet import UNet
-from weights_convert.source import Source, Tensors, weight_files
+from weights_convert.source import Source, Tensors
 from weights_convert.writing import new_folder
 
 DEFAULT_SCALE = 0.8
-STEM = "diffusion_pytorch_model"
 
 
 class KolorsControlNet(ControlNet):
@@ -80,7 +78,7 @@ class KolorsControlNet(ControlNet):
         net = load_component(
             EMBEDDED / "controlnet" if name == EMBEDDED_NAME else name, "controlnet", subfolder=subfolder,
             variant=variant, dtype=dtype_of("unet", one_dtype(torch_dtype, dtype)), device=device,
-            kind=Kind(ControlNetConfig.from_public, cls, STEM), revision=revision, cache_dir=cache_dir,
+            kind=Kind(ControlNetConfig, cls), revision=revision, cache_dir=cache_dir,
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
         assert isinstance(net, cls)
@@ -124,9 +122,7 @@ class KolorsControlNet(ControlNet):
             },
             str(file),
         )  # fmt: skip
-        listing = sorted(path.name for path in place.iterdir())
-        files = [place / name for name in weight_files(listing, variant, str(place))]
-        source: Source | Tensors = Source(files)
+        source: Source | Tensors = weights_in(place, variant)
         lent = ["text_proj"]
         if public.get("projection_class_embeddings_input_dim") != added:  # its two layers belong together
             lent.append("add_embedding")
@@ -151,10 +147,8 @@ class KolorsControlNet(ControlNet):
         Raises FileExistsError if `folder` is there already and not empty, ValueError for a variant that is
         not letters, digits and underscores.
         """
-        check_variant(variant)
         with new_folder(path_of("folder", folder)) as place:
-            write_json(place / "config.json", self.config.to_public())
-            write_weights(self, place, "controlnet", STEM, variant)
+            save_component(self, place, "controlnet", subfolder="", variant=variant)
 
 
 class Controlling(Components):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 Public = Mapping[str, Any]
+LARGEST = 2**24  # of what is counted; more would end in an allocation that fails
+LARGEST_SEED = 2**63 - 1  # that a torch.Generator takes on every device
 
 
 class Fields:
@@ -24,14 +26,25 @@ class Fields:
         field = name if name.isprintable() and len(name) <= 100 else repr(name[:100])
         raise ValueError(f"{self.where}: {field} is {_shown(got)}, wanted {wanted}")
 
-    def integer(self, name: str, most: int = 2**24) -> int:
+    def integer(self, name: str, most: int = LARGEST) -> int:
         """A positive whole number; `most` bounds it before a model of that many parts is built."""
         value = self._get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        if not _is_count(value, most):
             self.fail(name, value, f"a positive whole number up to {most:,}")
         return value
 
-    def same(self, name: str, length: int, most: int = 2**24) -> int:
+    def integers(self, name: str, length: int | None = None, most: int = LARGEST) -> tuple[int, ...]:
+        """A list of positive whole numbers; where `length` is known, a single number stands for all."""
+        value = self._get(name)
+        values = [value] * length if length is not None and isinstance(value, int) else value
+        fits = isinstance(values, list | tuple) and len(values) in (
+            range(1, 16) if length is None else (length,)
+        )
+        if not fits or not all(_is_count(number, most) for number in values):
+            self.fail(name, value, f"{length or 'some'} positive whole numbers")
+        return tuple(values)
+
+    def same(self, name: str, length: int, most: int = LARGEST) -> int:
         """A positive whole number, that the reference may also write once for each level."""
         values = self.integers(name, length, most)
         if len(set(values)) > 1:
@@ -41,34 +54,18 @@ class Fields:
     def number(self, name: str, most: float = 1e6) -> float:
         """A positive number."""
         value = self._get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        if not _is_real(value) or not 0 < value <= most:
             self.fail(name, value, f"a positive number up to {most:g}")
         return float(value)
 
-    def integers(self, name: str, length: int | None = None, most: int = 2**24) -> tuple[int, ...]:
-        """A list of positive whole numbers; where `length` is known, a single number stands for all."""
-        value = self._get(name)
-        values = [value] * length if length is not None and isinstance(value, int) else value
-        if (
-            not isinstance(values, list | tuple)
-            or not 0 < len(values) < 16
-            or any(isinstance(v, bool) or not isinstance(v, int) or not 0 < v <= most for v in values)
-            or length not in (None, len(values))
-        ):
-            self.fail(name, value, f"{length or 'some'} positive whole numbers")
-        return tuple(values)
-
-    def level_types(self, name: str, way: str, length: int) -> list[str]:
-        """For each level a kind of block, without or with attention; way: Down or Up."""
-        value = self._get(name)
-        allowed = (f"{way}Block2D", f"CrossAttn{way}Block2D")
-        if (
-            not isinstance(value, list | tuple)
-            or len(value) != length
-            or any(v not in allowed for v in value)
-        ):
+    def attends(self, way: str, length: int) -> list[bool]:
+        """For each level on the way Down or Up, whether its blocks have attention."""
+        name, with_attention = f"{way.lower()}_block_types", f"CrossAttn{way}Block2D"
+        value, allowed = self._get(name), (f"{way}Block2D", with_attention)
+        fits = isinstance(value, list | tuple) and len(value) == length
+        if not fits or any(kind not in allowed for kind in value):
             self.fail(name, value, f"{length} of {' and '.join(allowed)}")
-        return list(value)
+        return [kind == with_attention for kind in value]
 
     def equal(self, name: str, wanted: Any) -> None:
         """ValueError if the field is another value than this one."""
@@ -81,8 +78,8 @@ class Fields:
         for name, wanted in fixed.items():
             self.seen.add(name)
             value = self.public.get(name, wanted)
-            off = wanted is None or wanted is False
-            if value != wanted and not (off and (value is None or value is False or value == [False] * 3)):
+            is_off = value is None or value is False or value == [False] * 3  # once, or for each level
+            if value != wanted and not (is_off and (wanted is None or wanted is False)):
                 self.fail(name, value, repr(wanted))
 
     def refuse_rest(self, inert: set[str]) -> None:
@@ -99,6 +96,14 @@ class Fields:
         return self.public[name]
 
 
+def _is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _shown(value: Any) -> str:
     """A value in an error's one line, cut short."""
     try:
@@ -106,10 +111,6 @@ def _shown(value: Any) -> str:
     except (ValueError, RecursionError):  # a number of thousands of digits, a list of thousands of levels
         return f"a huge {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-LARGEST = 2**24  # of what is counted; more would end in an allocation that fails
-LARGEST_SEED = 2**63 - 1  # that a torch.Generator takes on every device
 
 
 def whole_number(name: str, value: Any, multiple: int = 1, least: int = 1, most: int = LARGEST) -> int:
@@ -129,7 +130,7 @@ def whole_number(name: str, value: Any, multiple: int = 1, least: int = 1, most:
 def finite_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
     """A finite number, of any real type, in a range; ValueError naming it otherwise."""
     try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+        number = float(value) if _is_real(value) else math.nan
     except OverflowError:  # a whole number of hundreds of digits
         number = math.nan
     if not math.isfinite(number):
@@ -142,7 +143,7 @@ def finite_number(name: str, value: Any, least: float = -math.inf, most: float =
 
 def fraction_of(name: str, value: Any) -> float:
     """A part of a whole, above 0; ValueError naming it otherwise."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+    if not _is_real(value) or not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {_shown(value)}")
     return float(value)
 

@@ -53,15 +53,16 @@ def must_fit(
     repaints: whether the UNet may read a mask and the masked picture's latents too.
     """
     latents, ins = vae.config.latent_channels, unet.config.in_channels
-    masked = 2 * latents + 1
+    masked = 2 * latents + 1  # the latents, the mask, and the masked picture's latents
     if ins not in ((latents, masked) if repaints else (latents,)) or unet.config.out_channels != latents:
         wanted = f"the VAE's {latents} for both" + (f", or {masked} in" if repaints else "")
         hint = ": one with a mask is for KolorsInpaintPipeline" if ins == masked and not repaints else ""
         got = f"{ins} in and {unet.config.out_channels} out"
         raise ValueError(f"the UNet has {got} channels, wanted {wanted}{hint}")
-    if text_encoder is not None and text_encoder.config.hidden_size != unet.config.text_dim:
-        got = f"the text encoder is {text_encoder.config.hidden_size} wide"
-        raise ValueError(f"{got}, and the UNet reads {unet.config.text_dim}")
-    if text_encoder is not None and tokenizer is not None and tokenizer.size > text_encoder.config.vocab_size:
-        got = f"the tokenizer has {tokenizer.size} tokens"
-        raise ValueError(f"{got}, and the text encoder only {text_encoder.config.vocab_size}")
+    if text_encoder is None:
+        return
+    read, width = unet.config.text_dim, text_encoder.config.hidden_size
+    if width != read:
+        raise ValueError(f"the text encoder is {width} wide, and the UNet reads {read}")
+    if tokenizer is not None and tokenizer.size > (words := text_encoder.config.vocab_size):
+        raise ValueError(f"the tokenizer has {tokenizer.size} tokens, and the text encoder only {words}")

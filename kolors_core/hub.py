@@ -37,9 +37,7 @@ def fetch(
         raise TypeError(f"token must be a string, True, False or None, got {type(token).__name__}")
     if isinstance(token, str) and re.fullmatch(r"[!-~]*", token) is None:  # or errors of the client show it
         raise ValueError("token has a space, a line break or another character that no token has")
-    for told, value in (("revision", revision), ("cache_dir", cache_dir)):
-        if not isinstance(value, str | PathLike | None):
-            raise TypeError(f"{told} must be a string, got {value!r}")
+    _must_be_text(revision=revision, cache_dir=cache_dir)
     folder = Path(name)
     if _is(folder.is_dir):
         if revision is not None:
@@ -65,8 +63,8 @@ def fetch(
             raise FileNotFoundError(f"{repo}: cannot be had from the hub: {_one_line(error)}") from None
         except (OSError, HTTPError) as error:  # no connection, or offline mode: the cache may serve
             reason = f"the hub cannot be reached: {_one_line(error)}"
-    # Without a listing no file is asked for: the hub's client refuses a cache that lacks one, by default any
-    # of the repository, and ours lacks those that were not needed.
+    # Without a listing a file is asked for that no repository has: by default all of a repository's are, and
+    # the client refuses a cache that lacks one, as ours lacks those that were not needed.
     wanted = ["no file"] if listing is None else pick(listing)
     try:
         return Path(
@@ -96,10 +94,9 @@ def find_file(
     beside: names to fetch with it. hub: as for `fetch`. Raises FileNotFoundError or ValueError naming what
     there is.
     """
-    for told, value in (("weight_name", weight_name), ("subfolder", subfolder)):
-        if not isinstance(value, str | PathLike | None):
-            raise TypeError(f"{told} must be a string, got {value!r}")
-    if _is((file := path_of("the source", source)).is_file) or file.suffix in (".safetensors", *PICKLES):
+    _must_be_text(weight_name=weight_name, subfolder=subfolder)
+    file = path_of("the source", source)
+    if _is(file.is_file) or file.suffix in (".safetensors", *PICKLES):
         if any(given is not None for given in (weight_name, subfolder or None, hub.get("revision"))):
             raise ValueError(f"{source} is a file: weight_name, subfolder and revision have no effect on it")
         if file.suffix != ".safetensors":
@@ -141,6 +138,13 @@ def refuse_unused(source: str, **given: Any) -> None:
     """ValueError for an argument that says where files are, of a source that has no files."""
     if unused := [name for name, value in given.items() if value not in (None, "", False)]:
         raise ValueError(f"{unused[0]} has no effect on {source}")
+
+
+def _must_be_text(**given: Any) -> None:
+    """TypeError for an argument that is neither text, nor a path, nor left out."""
+    for name, value in given.items():
+        if not isinstance(value, str | PathLike | None):
+            raise TypeError(f"{name} must be a string, got {value!r}")
 
 
 def _is(asked: Callable[[], bool]) -> bool:

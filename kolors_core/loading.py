@@ -4,7 +4,7 @@ Everything is checked by names and shapes from the file headers first; only then
 the memory-mapped file to its place once, and the model gets all of them in one step or none.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kolors_core.quantize import refuse_quantized
 from weights_convert import TABLES, recognise
-from weights_convert.rules import UNUSED, compare
+from weights_convert.rules import UNUSED, compare, listed
 from weights_convert.source import Source, Tensors
 
 RELEASE_AFTER = 2**26  # bytes that were copied out of a mapped file, whose pages are then let go
@@ -35,12 +35,8 @@ class LoadReport:
     misshapen: list[str]
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} loaded"]
-        for kind in ("missing", "unexpected", "misshapen"):
-            if names := getattr(self, kind):
-                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                parts.append(f"{len(names)} {kind}: {shown}")
-        return "; ".join(parts)
+        rest = listed(missing=self.missing, unexpected=self.unexpected, misshapen=self.misshapen)
+        return f"{len(self.loaded)} loaded" + (f"; {rest}" if rest else "")
 
 
 def zeros(shape: torch.Size, found: Tensor | None) -> Tensor:
@@ -85,38 +81,7 @@ def load(
         names = check(model, source, component)
         fill(model, source, names, dtype=dtype, device=device)
         return LoadReport(sorted(names.values()), [], [], [])
-    refuse_quantized(model, f"load {source.where} into it; load a plain model, then quantise")
-    target = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    ours = _names_by_hits(source, component, target)
-    theirs = {name: found for found, name in ours.items()}
-    names = {f: name for f, name in ours.items() if name in target and source.shape(f) == target[name]}
-    missing = sorted(target.keys() - theirs.keys())
-    misshapen = sorted(target.keys() & theirs.keys() - set(names.values()))
-    _refuse_whole_numbers(source, [*names, *(theirs[name] for name in misshapen)])
-    makers, used = dict[str, Initialiser](), set[str]()
-    for name in (*missing, *misshapen):
-        pattern = next((pattern for pattern in partial if fnmatchcase(name, pattern)), None)
-        if pattern is None:
-            had = f"is {list(source.shape(theirs[name]))}" if name in theirs else "is missing"
-            wanted = f"the model wants {list(target[name])}: give an initialiser for it in partial"
-            raise ValueError(f"{source.where}: {name} {had}, {wanted}")
-        makers[name] = partial[pattern]
-        used.add(pattern)
-    if idle := [pattern for pattern in partial if pattern not in used]:
-        raise ValueError(f"partial: {idle[0]!r} matches no tensor that is missing or misshapen")
-    made = {}
-    for name, maker in makers.items():
-        try:
-            value = maker(target[name], source[theirs[name]] if name in theirs else None)
-        except ValueError as error:
-            raise ValueError(f"{source.where}: {name}: {error}") from None
-        if not isinstance(value, Tensor) or value.shape != target[name] or value.is_meta:
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the initialiser of {name} made {got}, the model wants {list(target[name])}")
-        made[name] = value.detach().to(device=device, dtype=dtype, copy=True)
-    fill(model, source, names, dtype=dtype, device=device, made=made)
-    unexpected = sorted(f for f in source if ours[f] not in target and not ours[f].startswith(UNUSED))
-    return LoadReport(sorted(names.values()), missing, unexpected, misshapen)
+    return _load_what_fits(model, source, component, dtype, device, partial)
 
 
 def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[str, str]:
@@ -133,10 +98,8 @@ def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[st
     target = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if mismatch := compare(table, {ours[name]: source.shape(name) for name in source}, target):
         raise ValueError(f"{where}: {mismatch}")
-    names = {name: ours[name] for name in source if not ours[name].startswith(UNUSED)}
-    if len(set(names.values())) < len(names):
-        twice = next(name for name in names if list(names.values()).count(names[name]) > 1)
-        raise ValueError(f"{where}: {twice} is there under two names")
+    names = {name: own for name, own in ours.items() if not own.startswith(UNUSED)}
+    _refuse_twins(names, where)
     _refuse_whole_numbers(source, names)
     return names
 
@@ -162,22 +125,72 @@ def fill(
     model.load_state_dict(state, strict=True, assign=True)
 
 
+def _load_what_fits(
+    model: nn.Module,
+    source: Source | Tensors,
+    component: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    partial: Mapping[str, Initialiser],
+) -> LoadReport:
+    """See `load`. By name, `ours` is the model's for each of the file's, and `theirs` the other way round."""
+    refuse_quantized(model, f"load {source.where} into it; load a plain model, then quantise")
+    target = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    ours = _names_by_hits(source, component, target)
+    theirs = {own: name for name, own in ours.items()}
+    fitting = {name: own for name, own in ours.items() if own in target and source.shape(name) == target[own]}
+    missing = sorted(target.keys() - theirs.keys())
+    misshapen = sorted(target.keys() & theirs.keys() - set(fitting.values()))
+    _refuse_whole_numbers(source, [*fitting, *(theirs[own] for own in misshapen)])
+    patterns = dict[str, str]()
+    for own in (*missing, *misshapen):
+        pattern = next((pattern for pattern in partial if fnmatchcase(own, pattern)), None)
+        if pattern is None:
+            had = f"is {list(source.shape(theirs[own]))}" if own in theirs else "is missing"
+            wanted = f"the model wants {list(target[own])}: give an initialiser for it in partial"
+            raise ValueError(f"{source.where}: {own} {had}, {wanted}")
+        patterns[own] = pattern
+    if idle := [pattern for pattern in partial if pattern not in patterns.values()]:
+        raise ValueError(f"partial: {idle[0]!r} matches no tensor that is missing or misshapen")
+    made = {}
+    for own, pattern in patterns.items():
+        try:
+            value = partial[pattern](target[own], source[theirs[own]] if own in theirs else None)
+        except ValueError as error:
+            raise ValueError(f"{source.where}: {own}: {error}") from None
+        if not isinstance(value, Tensor) or value.shape != target[own] or value.is_meta:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the initialiser of {own} made {got}, the model wants {list(target[own])}")
+        made[own] = value.detach().to(device=device, dtype=dtype, copy=True)
+    fill(model, source, fitting, dtype=dtype, device=device, made=made)
+    unexpected = sorted(
+        name for name, own in ours.items() if own not in target and not own.startswith(UNUSED)
+    )
+    return LoadReport(sorted(fitting.values()), missing, unexpected, misshapen)
+
+
 def _names_by_hits(source: Source | Tensors, component: str, target: Mapping[str, object]) -> dict[str, str]:
     """Our name of each tensor, read as public or as ours, whichever the model knows more of."""
     tables = [table for table in TABLES.values() if table.component == component]
     ways = [{name: table.to_ours(name) for name in source} for table in tables]
     ways.append({name: name for name in source})
-    best = max(ways, key=lambda names: sum(name in target for name in names.values()))
-    if not any(name in target for name in best.values()):
+    best = max(ways, key=lambda names: sum(own in target for own in names.values()))
+    if not any(own in target for own in best.values()):
         raise ValueError(f"{source.where}: has no tensor of the model, a {component}")
-    if len(set(best.values())) < len(best):
-        raise ValueError(f"{source.where}: has a tensor under two names")
+    _refuse_twins(best, source.where)
     return best
 
 
-def _refuse_whole_numbers(source: Source | Tensors, names: "Mapping[str, str] | list[str]") -> None:
+def _refuse_twins(names: Mapping[str, str], where: str) -> None:
+    """ValueError for two tensors that have one name in the model."""
+    seen = set[str]()
+    for name, own in names.items():
+        if own in seen:
+            raise ValueError(f"{where}: {name} is there under two names")
+        seen.add(own)
+
+
+def _refuse_whole_numbers(source: Source | Tensors, names: Iterable[str]) -> None:
     for name in names:
-        if not source.dtype(name).is_floating_point:
-            raise ValueError(
-                f"{source.where}: {name} holds {source.dtype(name)}, wanted floating-point weights"
-            )
+        if not (dtype := source.dtype(name)).is_floating_point:
+            raise ValueError(f"{source.where}: {name} holds {dtype}, wanted floating-point weights")

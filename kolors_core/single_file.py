@@ -15,9 +15,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kolors_core.checkpoint import KINDS, Opened, Unfilled, read_json, resolve, uncollected, write_json
+from kolors_core.checkpoint import KINDS, Opened, read_json, resolve, write_json
 from kolors_core.components import Components
-from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
+from kolors_core.config import UNetConfig
 from kolors_core.fields import path_of
 from kolors_core.hub import find_file
 from kolors_core.loading import check
@@ -34,12 +34,6 @@ SCHEDULER = {
     "beta_end": 0.014, "beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading",
 }  # fmt: skip
 INDEX = {"_class_name": "KolorsPipeline", "force_zeros_for_empty_prompt": False}
-SIZES = {
-    "text_encoder": ChatGLMConfig,
-    "unet": UNetConfig,
-    "vae": VAEConfig,
-    "image_encoder": CLIPVisionConfig,
-}
 NEEDED = ("unet", "vae", "text_encoder", "tokenizer")
 _LINK = re.compile(
     r"https?://[^/]+/(?P<repo>[^/]+/[^/]+)/(?:blob|resolve)/(?P<revision>[^/]+)/(?P<path>[^?]+)"
@@ -122,34 +116,25 @@ class SingleFile(Components):
         file = _file(pretrained_model_link_or_path, **hub)
         has_weights = loading_device(device).type != "meta"
         parts, whole, small = open_parts(file)
-        opened: dict[str, Any] = {}
+        wanted = [component for component in parts if component not in arguments]
         with _unpacked(file, whole, small) as own:
             is_whole = (own / "model_index.json").exists()
             if is_whole and config is not None:
                 raise ValueError(f"config has no effect: {file} has its own configs")
-            if config is None and (variant, revision) != (None, None):
-                raise ValueError("variant and revision have no effect without config, whose they are")
-            wanted = [component for component in parts if component not in arguments]
             place = own
             if config is not None:
-                place = resolve(config, wanted, variant, has_weights=False, revision=revision, **hub)
-            for component in wanted:
-                opened[component] = _open(parts[component], place, has_weights)
+                hub["revision"] = revision
+                place = resolve(config, wanted, variant, has_weights=False, **hub)
+            elif (variant, revision) != (None, None):
+                raise ValueError("variant and revision have no effect without config, whose they are")
+            opened: dict[str, Any] = {part: _open(parts[part], place, has_weights) for part in wanted}
             if config is None and not is_whole:
                 _must_have(file, {*opened, *arguments}, has_weights)
-                write_json(own / "model_index.json", INDEX)
                 (own / "scheduler").mkdir(exist_ok=True)
-                write_json(own / "scheduler" / "scheduler_config.json", SCHEDULER)
-            if config is not None:
-                hub["revision"] = revision
-            return cls.from_pretrained(
-                own if config is None else config,
-                device=device,
-                variant=variant,
-                **hub,
-                **opened,
-                **arguments,
-            )
+                write_json(SCHEDULER, own / "scheduler" / "scheduler_config.json")
+                write_json(INDEX, own / "model_index.json")
+            folder = own if config is None else config
+            return cls.from_pretrained(folder, device=device, variant=variant, **hub, **opened, **arguments)
 
     def save_single_file(self, file: str | Path, *, variant: str | None = None) -> None:
         """Write the whole pipeline as one new file, which `from_single_file` loads.
@@ -185,21 +170,19 @@ def _open(part: Part, place: Path, has_weights: bool) -> Opened:
     """Build the model by the config in its folder of `place`, or of Kolors' sizes, and check the tensors."""
     kind, file = KINDS[part.component], place / part.component / "config.json"
     is_own = file.exists()
-    config = kind.read_config(read_json(file), str(file)) if is_own else SIZES[part.component]()
+    config = kind.config.from_public(read_json(file), str(file)) if is_own else kind.config()
     is_inpainting = "conv_in.weight" in part and part.shape("conv_in.weight")[1:2] == (9,)
     if isinstance(config, UNetConfig) and not is_own and is_inpainting:
         config = replace(config, in_channels=9)
-    with uncollected():
-        with torch.device("meta"), Unfilled():
-            model = kind.build(config)
-        try:
-            names = check(model, part, part.component)
-        except ValueError as error:
-            hint = "" if is_own else "; these are Kolors' sizes, for others name a checkpoint as config"
-            raise ValueError(f"{error}{hint}") from None
-        if part.bits is not None:
-            _check_quantized(model, part, names)
-            quantize(model, part.bits, WHOLE_ROWS)
+    model = kind.empty(config)
+    try:
+        names = check(model, part, part.component)
+    except ValueError as error:
+        hint = "" if is_own else "; these are Kolors' sizes, for others name a checkpoint as config"
+        raise ValueError(f"{error}{hint}") from None
+    if part.bits is not None:
+        _check_quantized(model, part, names)
+        quantize(model, part.bits, WHOLE_ROWS)
     if not has_weights:
         return Opened(model, None, {})
     return (Opened if part.bits is None else OpenedQuantized)(model, part, names)
@@ -216,11 +199,8 @@ def _check_quantized(model: nn.Module, part: Part, names: dict[str, str]) -> Non
 
 def _buffers(part: Part, public: str, own: str) -> dict[str, Tensor]:
     """What a `QuantizedLinear` holds in place of the weight `own`: the very same numbers."""
-    layer, q, scale = (
-        own.removesuffix("weight"),
-        part.whole_numbers(public),
-        part.scale(public),
-    )  # [O, I], [O]
+    layer = own.removesuffix("weight")
+    q, scale = part.whole_numbers(public), part.scale(public)  # [O, I], [O]
     if part.bits == 8:
         return {f"{layer}quantized": q, f"{layer}scale": scale[:, None]}
     first, second = (q + 8).view(torch.uint8)[:, None].chunk(2, dim=-1)  # [O, 1, I/2], from 0 to 15
@@ -240,7 +220,5 @@ def _must_have(file: Path, have: Iterable[str], has_weights: bool) -> None:
     """FileNotFoundError naming what a pipeline cannot do without."""
     for name in NEEDED:
         if name not in have and (has_weights or name != "tokenizer"):
-            wanted = (
-                f"give {name}, or as config a checkpoint that has it, such as Kwai-Kolors/Kolors-diffusers"
-            )
-            raise FileNotFoundError(f"{file}: has no {name}: {wanted}")
+            wanted = "as config a checkpoint that has it, such as Kwai-Kolors/Kolors-diffusers"
+            raise FileNotFoundError(f"{file}: has no {name}: give {name}, or {wanted}")

@@ -148,7 +148,7 @@ def read_weights(file: Path) -> None:
 
 def read_config(component: str) -> Callable[[Path], None]:
     def read(file: Path) -> None:
-        KINDS[component].read_config(read_json(file), str(file))
+        KINDS[component].config.from_public(read_json(file), str(file))
 
     return read
 

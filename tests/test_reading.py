@@ -223,7 +223,7 @@ def test_the_largest_sizes_that_a_config_may_name_can_be_built_without_memory(co
         for value in (2**12, 2**24):
             given = [value] * len(public[name]) if isinstance(public[name], list) else value
             try:
-                config = KINDS[component].read_config(public | {name: given}, "config.json")
+                config = KINDS[component].config.from_public(public | {name: given}, "config.json")
             except ValueError:
                 continue
             tried += 1

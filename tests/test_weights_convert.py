@@ -74,7 +74,7 @@ def test_the_closed_check_can_fail(full_size: dict) -> None:
     assert "1 missing: text_proj.bias" in str(compare(table, without, ours))
     assert "1 unexpected: extra.weight" in str(compare(table, renamed | {"extra.weight": (1,)}, ours))
     assert "is [1], the model wants [2048]" in str(compare(table, renamed | {"text_proj.bias": (1,)}, ours))
-    idle = Table(component="unet", parts=table.parts, rules=(*table.rules, ("never", "ever")))
+    idle = Table(component="unet", blocks=table.blocks, rules=(*table.rules, ("never", "ever")))
     assert idle.unused_rules(theirs) == [("never", "ever")]
 
 
@@ -94,6 +94,10 @@ def rename_level(shapes: dict) -> None:
         ),
         (lambda shapes: shapes.update({"conv_in.weight": (3,)}), "which does not fit its weight, [3]"),
         (rename_level, "down_blocks.1 is missing"),
+        (
+            lambda shapes: shapes.update({f"down_blocks.{10**15}.downsamplers.0.conv.weight": (1,)}),
+            "down_blocks.3 is missing",
+        ),  # told at once, without counting to there
     ],
 )
 def test_the_formats_own_check_can_fail(

@@ -27,7 +27,7 @@ from kolors_core import (
 )
 from kolors_core.config import UNetConfig
 from kolors_core.dataset import Batches, buckets, read_folder
-from kolors_core.fields import finite_number, whole_number
+from kolors_core.fields import finite_number, fraction_of, whole_number
 from kolors_core.image import read_description, save_png, to_output
 from kolors_core.lora import attach, save_adapters
 from kolors_core.objective import TrainingConfig
@@ -161,6 +161,12 @@ def test_numbers_of_any_library_are_numbers(pipe: Any) -> None:
     pipe.enable_freeu(np.float32(0.6), 0.4, 1, np.float64(1.2))
     pipe.disable_freeu()
     assert len(from_image(PICTURE, strength=np.float32(0.5), num_inference_steps=4)(pipe).images) == 1
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), np.float64("nan"), np.float32(0), True, 1j])
+def test_a_fraction_of_any_size_is_told_from_others(value: object) -> None:
+    with pytest.raises(ValueError, match="part must be above 0 and at most 1, got"):
+        fraction_of("part", value)
 
 
 def test_files_are_written_over_only_when_asked(pipe: Any, tmp_path: Path) -> None:

@@ -23,18 +23,15 @@ def recognise(names: Collection[str], where: str) -> tuple[Table, bool]:
 
     Raises ValueError naming `where` and what is missing if no table fits whole.
     """
-    have = set(names)
-    nearest: tuple[int, str] = (
-        0,
-        "none of the tensors of a Kolors UNet, VAE, ChatGLM, CLIP, IP-Adapter or ControlNet is in it",
-    )
+    have, most = set(names), 0
+    why = "none of the tensors of a Kolors UNet, VAE, ChatGLM, CLIP, IP-Adapter or ControlNet is in it"
     for table in TABLES.values():
-        for ours in (False, True):
-            required = {table.to_ours(name) if ours else name: why for name, why in table.required.items()}
+        for is_ours in (False, True):
+            required = {table.to_ours(name) if is_ours else name: why for name, why in table.required.items()}
             absent = [name for name in required if name not in have]
             if not absent:
-                return table, ours
-            if len(required) - len(absent) > nearest[0]:
-                nearest = (len(required) - len(absent), f"{absent[0]} is missing ({required[absent[0]]})")
+                return table, is_ours
+            if len(required) - len(absent) > most:  # the nearest so far
+                most, why = len(required) - len(absent), f"{absent[0]} is missing ({required[absent[0]]})"
     hint = "; one shard alone is not enough, give its folder" if "-of-" in where else ""
-    raise ValueError(f"{where}: not a component of Kolors: {nearest[1]}{hint}")
+    raise ValueError(f"{where}: not a component of Kolors: {why}{hint}")

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from weights_convert import recognise
-from weights_convert.folding import is_single, to_folder, to_single
+from weights_convert.folding import is_single, report_line, to_folder, to_single
 from weights_convert.reading import one_line, read_object
 from weights_convert.rules import UNUSED, Table
 from weights_convert.source import (
@@ -37,8 +36,9 @@ from weights_convert.source import (
     walk,
     weight_files,
     why_refused,
+    write_tensors,
 )
-from weights_convert.writing import copy_file, new_file, new_folder, write_bytes
+from weights_convert.writing import copy_file, must_be_new, new_folder, write_bytes
 
 
 def convert(source: Path, destination: Path, *, to_public: bool = False, prune: bool = False) -> list[str]:
@@ -49,8 +49,7 @@ def convert(source: Path, destination: Path, *, to_public: bool = False, prune: 
     """
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    if destination.exists():
-        raise FileExistsError(f"{destination}: exists already, and is not overwritten")
+    must_be_new(destination)
     if source.resolve() in destination.resolve().parents:
         raise ValueError(f"{destination}: lies inside {source}, which is to be converted")
     if source.is_file():
@@ -74,14 +73,10 @@ def convert_pickle(source: Path, destination: Path) -> list[str]:
         raise FileNotFoundError(f"{source}: no such file")
     if source.suffix not in PICKLES:
         raise ValueError(f"{source}: wanted a pickle ({', '.join(PICKLES)}) with --pickle")
-    if destination.suffix != ".safetensors":
-        raise ValueError(f"{destination}: must end in .safetensors")
-    if destination.exists():
-        raise FileExistsError(f"{destination}: exists already, and is not overwritten")
+    must_be_new(destination, ".safetensors")
     try:
-        content = torch.load(
-            source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source)
-        )  # on the CPU, whatever it was saved from
+        # On the CPU, whatever it was saved from.
+        content = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError,
             AttributeError, OSError, zipfile.BadZipFile) as error:  # fmt: skip
         reason = one_line(error, 200)
@@ -92,9 +87,8 @@ def convert_pickle(source: Path, destination: Path) -> list[str]:
     tensors, size = {}, source.stat().st_size
     for name, value in _flat(content, ""):
         if not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise ValueError(
-                f"{source}: {name or 'all of it'} is {type(value).__name__}, wanted a plain tensor"
-            )
+            got = f"{name or 'all of it'} is {type(value).__name__}"
+            raise ValueError(f"{source}: {got}, wanted a plain tensor")
         if value.nbytes > size:
             raise ValueError(f"{source}: {name} would be {value.nbytes:,} bytes, of a file of {size:,}")
         if name in tensors:
@@ -104,10 +98,8 @@ def convert_pickle(source: Path, destination: Path) -> list[str]:
         raise ValueError(f"{source}: has no tensors")
     destination.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, destination)
-    lines = [
-        f"{len(tensors):,} tensors {sum(tensor.nbytes for tensor in tensors.values()):,} bytes   {source}"
-    ]
-    return lines + [f"  left out: {name}, which is beside the state_dict" for name in beside]
+    line = f"{len(tensors):,} tensors {sum(value.nbytes for value in tensors.values()):,} bytes   {source}"
+    return [line, *(f"  left out: {name}, which is beside the state_dict" for name in beside)]
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -120,12 +112,13 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _convert_folder(source: Path, destination: Path, to_public: bool, prune: bool) -> list[str]:
+    """Convert the weights of a folder, and copy what else is in it; returns the report's lines."""
     report = []
     for here, files in walk(source):
         there = destination / here.relative_to(source)
         there.mkdir(exist_ok=True)
         weights = [name for name in files if name.endswith(".safetensors")]
-        for variant in sorted({_variant(name) for name in weights}, key=str) if weights else []:
+        for variant in sorted({_variant(name) for name in weights}, key=str):
             chosen = [here / name for name in weight_files(weights, variant, str(here))]
             report += _convert_files(chosen, [there / file.name for file in chosen], to_public, prune)
         for name in sorted(set(files) - set(weights)):
@@ -139,41 +132,32 @@ def _convert_folder(source: Path, destination: Path, to_public: bool, prune: boo
 
 
 def _convert_files(files: list[Path], destinations: list[Path], to_public: bool, prune: bool) -> list[str]:
-    where = str(files[0].parent if len(files) > 1 else files[0])
+    """Write the files of one component with their tensors renamed; returns the report's lines."""
     source = Source(files)
+    where = source.where
     table, is_ours = recognise(source.keys(), where)
     if is_ours is not to_public:
         raise ValueError(f"{where}: has {'our' if is_ours else 'public'} names already")
     public = {name: table.to_public(name) if to_public else name for name in source}
-    if faults := table.faults({public[name]: source.shape(name) for name in source}):
-        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
-        raise ValueError(f"{where}: {faults[0]}{more}")
+    table.refuse_faults({public[name]: source.shape(name) for name in source}, where)
     renamed = {name: public[name] if to_public else table.to_ours(name) for name in source}
     if collisions := [name for name in source if not to_public and table.to_public(renamed[name]) != name]:
         raise ValueError(f"{where}: {collisions[0]} cannot be renamed both ways")
-    kept = [name for name in source if not (prune and _is_dropped(name, table))]
-    for file, destination in zip(files, destinations, strict=True):
-        tensors = {renamed[name]: source[name] for name in source.names_in(file) if name in kept}
-        with new_file(destination) as scratch:
-            save_file(tensors, scratch, metadata=source.metadata(file))
-    return _report(where, table, source, public, prune)
-
-
-def _report(where: str, table: Table, source: Source, public: dict[str, str], prune: bool) -> list[str]:
     dropped = [name for name in source if _is_dropped(name, table)]
-    used = [name for name in source if name not in dropped]
-    lines = [
-        f"{table.component:13} {len(used):6,} tensors {sum(map(source.nbytes, used)):15,} bytes   {where}"
-    ]
+    left_out = set(dropped if prune else ())
+    for file, destination in zip(files, destinations, strict=True):
+        kept = [name for name in source.names_in(file) if name not in left_out]
+        write_tensors({renamed[name]: source[name] for name in kept}, destination, source.metadata(file))
+    report = [report_line(table.component, source, source.keys() - set(dropped), where)]
+    fate = "dropped" if prune else f"dropped, kept aside as {UNUSED}*"
     for name in dropped:
-        kept = "dropped" if prune else f"dropped, kept aside as {UNUSED}*"
-        lines.append(
-            f"  {kept}: {public[name]}, {source.nbytes(name):,} bytes: {table.why_dropped(public[name])}"
-        )
-    return lines
+        why = table.why_dropped(public[name])
+        report.append(f"  {fate}: {public[name]}, {source.nbytes(name):,} bytes: {why}")
+    return report
 
 
 def _convert_index(source: Path, destination: Path, to_public: bool, prune: bool) -> None:
+    """Write an index of shards with its tensors renamed."""
     weight_map = index_files(source)
     index = read_object(source, LONGEST_INDEX)
     shards = Source([source.parent / file for file in sorted(set(weight_map.values()))])
@@ -191,10 +175,12 @@ def _convert_index(source: Path, destination: Path, to_public: bool, prune: bool
 
 
 def _is_dropped(name: str, table: Table) -> bool:
+    """Whether the model never reads this tensor, by its public name or ours."""
     return table.why_dropped(name.removeprefix(UNUSED)) is not None
 
 
 def _variant(name: str) -> str | None:
+    """The variant in a weight file's name: "fp16" of `model.fp16-00001-of-00007.safetensors`."""
     parts = name.split(".")
     return parts[1].split("-")[0] if len(parts) > 2 else None
 
@@ -228,9 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError("--prune has no effect on one file of a folder, and back")
             report = (to_single if options.to == "single" else to_folder)(options.source, options.destination)
         else:
-            report = convert(
-                options.source, options.destination, to_public=options.to == "diffusers", prune=options.prune
-            )
+            to_public = options.to == "diffusers"
+            report = convert(options.source, options.destination, to_public=to_public, prune=options.prune)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

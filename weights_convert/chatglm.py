@@ -1,15 +1,15 @@
 """ChatGLM3-6B, the text encoder: public checkpoint <-> `kolors_core.chatglm.ChatGLM` (200 tensors)."""
 
-from weights_convert.rules import Part, Table, both, weights
+from weights_convert.rules import Block, Table, both, weights
 
 _LAYER = ("input_layernorm", "self_attention.dense", "post_attention_layernorm")
 _MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 CHATGLM = Table(
     component="text_encoder",
-    parts=(
-        Part("", weights("embedding.word_embeddings")),
-        Part(r"encoder\.layers\.\d+", both("self_attention.query_key_value") + weights(*_LAYER, *_MLP)),
+    blocks=(
+        Block("", weights("embedding.word_embeddings")),
+        Block(r"encoder\.layers\.\d+", both("self_attention.query_key_value") + weights(*_LAYER, *_MLP)),
     ),
     rules=(
         ("embedding.word_embeddings", "embedding"),

@@ -4,20 +4,20 @@ Ours is `kolors_core.clip_vision.CLIPVision`. The public name of the first norm 
 and always was. A whole CLIP has its text encoder beside it, which Kolors does not read.
 """
 
-from weights_convert.rules import Part, Table, both, weights
+from weights_convert.rules import Block, Table, both, weights
 
 _ATTENTION = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
 
 CLIP_VISION = Table(
     component="image_encoder",
-    parts=(
-        Part("", weights("visual_projection")),
-        Part(r"vision_model", both("pre_layrnorm", "post_layernorm")),
-        Part(
+    blocks=(
+        Block("", weights("visual_projection")),
+        Block(r"vision_model", both("pre_layrnorm", "post_layernorm")),
+        Block(
             r"vision_model\.embeddings",
             ("class_embedding", *weights("patch_embedding", "position_embedding")),
         ),
-        Part(
+        Block(
             r"vision_model\.encoder\.layers\.\d+",
             both("layer_norm1", *_ATTENTION, "layer_norm2", "mlp.fc1", "mlp.fc2"),
         ),

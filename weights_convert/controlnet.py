@@ -1,19 +1,19 @@
 """ControlNet: diffusers' `ControlNetModel` with a text projection <-> `kolors_core.controlnet.ControlNet`."""
 
-from weights_convert.rules import Part, Table, both
-from weights_convert.unet import EMBEDDINGS, RULES, encoder_parts
+from weights_convert.rules import Block, Table, both
+from weights_convert.unet import EMBEDDINGS, RULES, encoder_blocks
 
 _LEVEL = r"(down_blocks\.\d+|mid_block)"
 _IMAGE = "controlnet_cond_embedding"
 
 CONTROLNET = Table(
     component="controlnet",
-    parts=(
-        Part("", both("conv_in", "encoder_hid_proj", "controlnet_mid_block", *EMBEDDINGS)),
-        Part(_IMAGE, both("conv_in", "conv_out")),
-        Part(rf"({_IMAGE}\.blocks|controlnet_down_blocks)\.\d+", ("weight", "bias")),
-        *encoder_parts(_LEVEL),
-        Part(r"down_blocks\.\d+\.downsamplers\.0", both("conv")),
+    blocks=(
+        Block("", both("conv_in", "encoder_hid_proj", "controlnet_mid_block", *EMBEDDINGS)),
+        Block(_IMAGE, both("conv_in", "conv_out")),
+        Block(rf"({_IMAGE}\.blocks|controlnet_down_blocks)\.\d+", ("weight", "bias")),
+        *encoder_blocks(_LEVEL),
+        Block(r"down_blocks\.\d+\.downsamplers\.0", both("conv")),
     ),
     rules=(
         (f"{_IMAGE}.conv_in", "image_embedding.conv_in"),

@@ -6,15 +6,15 @@ numbered as in IP-Adapter-Plus.
 """
 
 from weights_convert.ip_adapter import BRANCH, LAYER, LAYER_RULES
-from weights_convert.rules import Part, Table, both, weights
+from weights_convert.rules import Block, Table, both, weights
 
 FACE_ID = Table(
     component="face_id",
-    parts=(
-        Part("image_proj", both("proj.0", "proj.2", "norm")),
-        Part(r"image_proj\.perceiver_resampler", both("proj_in", "proj_out", "norm_out")),
-        *(Part(rf"image_proj\.perceiver_resampler\.{path}", tensors) for path, tensors in LAYER),
-        Part(r"adapter_modules\.\d*[13579]", weights(*BRANCH)),
+    blocks=(
+        Block("image_proj", both("proj.0", "proj.2", "norm")),
+        Block(r"image_proj\.perceiver_resampler", both("proj_in", "proj_out", "norm_out")),
+        *(Block(rf"image_proj\.perceiver_resampler\.{path}", tensors) for path, tensors in LAYER),
+        Block(r"adapter_modules\.\d*[13579]", weights(*BRANCH)),
     ),
     rules=(
         ("image_proj.perceiver_resampler", "resampler"),

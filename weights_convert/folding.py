@@ -8,34 +8,34 @@ another program has `single_file.json` instead, which says how that file was.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from weights_convert import TABLES, recognise
 from weights_convert.reading import parse_object, read_object
-from weights_convert.single import (
-    FILES,
-    NAMINGS,
-    PREFIXES,
-    Part,
-    Spelling,
-    in_spelling,
-    open_parts,
-    stored_names,
+from weights_convert.single import FILES, NAMINGS, PREFIXES, Part, Spelling, as_stored, open_parts
+from weights_convert.source import (
+    FORMAT,
+    LONGEST_INDEX,
+    PICKLES,
+    STEMS,
+    Source,
+    walk,
+    weight_files,
+    why_refused,
+    write_tensors,
 )
-from weights_convert.source import LONGEST_INDEX, PICKLES, Source, walk, weight_files, why_refused
-from weights_convert.writing import new_file, new_folder, write_bytes
+from weights_convert.writing import must_be_new, new_folder, write_bytes
+
+Metadata = dict[str, str] | None
 
 LAYOUT = FILES + "layout.json"
 HISTORY = "single_file.json"  # in a folder
 LONGEST_FILE = 2**28  # bytes
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
-         "text_encoder": "model", "image_encoder": "model"}  # fmt: skip
 
 
 def to_single(source: Path, destination: Path) -> list[str]:
@@ -45,51 +45,40 @@ def to_single(source: Path, destination: Path) -> list[str]:
     """
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder")
-    if destination.suffix != ".safetensors":
-        raise ValueError(f"{destination}: must end in .safetensors")
-    if destination.exists():
-        raise FileExistsError(f"{destination}: exists already, and is not overwritten")
-    report, layout = [], dict[str, Any]()
-    tensors, metadata = dict[str, Tensor](), {"format": "pt"}
-    history = _history(source / HISTORY) if (source / HISTORY).exists() else None
+    must_be_new(destination, ".safetensors")
+    tensors, layout, report = dict[str, Tensor](), dict[str, Any](), list[str]()
+    history = source / HISTORY
+    is_foreign = history.exists()
+    metadata, spellings = _history(history) if is_foreign else (FORMAT, {})
     for folder, files in walk(source):
         weights = [name for name in files if name.endswith(".safetensors")]
         if weights:
             component = str(folder.relative_to(source).as_posix())
-            if component not in PREFIXES:
-                raise ValueError(f"{folder}: has weights, wanted them only in {', '.join(PREFIXES)}")
-            chosen = weight_files(weights, None, str(folder))
-            if others := sorted(set(weights) - set(chosen)):
-                raise ValueError(f"{folder}: several checkpoints side by side: {chosen[0]}, {others[0]}")
-            part = Source([folder / name for name in chosen])
-            spelling = Spelling(PREFIXES[component][0], "sgm" if component in ("unet", "vae") else "public")
-            if history is not None:
-                spelling = history[1].get(component, spelling)
-            tensors |= _spelled(part, component, spelling)
+            part = _component_in(folder, component, weights)
+            naming = "sgm" if component in ("unet", "vae") else "public"
+            spelling = spellings.get(component, Spelling(PREFIXES[component][0], naming))
+            tensors |= as_stored(part, component, spelling)
             for file in part.files:
                 names = sorted(part.names_in(file)) if len(part.files) > 1 else None
                 layout[f"{component}/{file.name}"] = {"metadata": part.metadata(file), "tensors": names}
-            report.append(_line(component, part, source))
+            report.append(report_line(component, part, part, source))
         for name in sorted(set(files) - set(weights)):
             file = folder / name
             if name.endswith(PICKLES):
                 report.append(f"{file}: skipped, {why_refused(file)}")
-            elif history is None:
+            elif not is_foreign:
                 path = _inside(file.relative_to(source).as_posix(), str(source))
                 tensors[f"{FILES}{path}"] = _bytes(file)
-            elif file != source / HISTORY and name != "config.json":
+            elif file != history and name != "config.json":
                 raise ValueError(f"{file}: the file that {HISTORY} tells of has no place for it")
     if not layout:
         raise FileNotFoundError(f"{source}: no safetensors weights in it")
-    if history is None:
+    if not is_foreign:
         if LAYOUT in tensors:
             raise ValueError(f"{source}/layout.json: its name is taken")
         tensors[LAYOUT] = _as_tensor((json.dumps(layout, sort_keys=True) + "\n").encode())
-    else:
-        metadata = history[0]
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(destination) as scratch:
-        save_file(tensors, scratch, metadata=metadata)
+    write_tensors(tensors, destination, metadata)
     return report
 
 
@@ -101,28 +90,26 @@ def to_folder(source: Path, destination: Path) -> list[str]:
     """
     parts, whole, small = open_parts(source)
     for component, part in parts.items():
-        if faults := TABLES[component].faults({name: part.shape(name) for name in part}):
-            raise ValueError(f"{source}: {component}: {faults[0]}")
-    layout = _layout(parts, whole, source) if LAYOUT in small else None
+        TABLES[component].refuse_faults({name: part.shape(name) for name in part}, part.where)
+    is_foreign, quantized = LAYOUT not in small, [part for part in parts.values() if part.scales]
+    layout: dict[str, tuple[Metadata, list[str] | None]]
+    if is_foreign:
+        layout = {f"{component}/{STEMS[component]}.safetensors": (FORMAT, None) for component in parts}
+    else:
+        layout = _layout(parts, whole, source)
     with new_folder(destination) as made:
         unpack(whole, small, made)
-        for component, part in parts.items():
-            (made / component).mkdir(exist_ok=True)
-            files = layout or {f"{component}/{STEMS[component]}.safetensors": ({"format": "pt"}, list(part))}
-            for place, (metadata, names) in files.items():
-                if place.startswith(f"{component}/"):
-                    tensors = {name: part[name].contiguous() for name in (part if names is None else names)}
-                    with new_file(made / place) as scratch:
-                        save_file(tensors, scratch, metadata=metadata)
-        if layout is None and not any(part.scales for part in parts.values()):
-            told = {
-                "metadata": whole.metadata(source),
-                "models": {c: [*p.spelling] for c, p in parts.items()},
-            }
+        for place, (metadata, names) in layout.items():
+            part, file = parts[place.partition("/")[0]], made / place
+            file.parent.mkdir(exist_ok=True)
+            tensors = {name: part[name].contiguous() for name in (part if names is None else names)}
+            write_tensors(tensors, file, metadata)
+        if is_foreign and not quantized:
+            spellings = {component: [*part.spelling] for component, part in parts.items()}
+            told = {"metadata": whole.metadata(source), "models": spellings}
             write_bytes((json.dumps(told, indent=2, sort_keys=True) + "\n").encode(), made / HISTORY)
-    report = [_line(component, part, source) for component, part in parts.items()]
-    many = [f"  its {part.bits}-bit layers are multiplied out" for part in parts.values() if part.scales]
-    return report + many
+    report = [report_line(component, part, part, source) for component, part in parts.items()]
+    return report + [f"  its {part.bits}-bit layers are multiplied out" for part in quantized]
 
 
 def is_single(source: Path) -> bool:
@@ -138,20 +125,42 @@ def is_single(source: Path) -> bool:
 def unpack(whole: Source, small: list[str], folder: Path) -> None:
     """Write the small files that a file has as tensors. ValueError for a path that leads elsewhere."""
     paths = {name: _inside(name.removeprefix(FILES), whole.where) for name in small if name != LAYOUT}
-    folders = {str(folder).lower() for path in paths.values() for folder in path.parents}
-    taken = {*folders, *PREFIXES, "scheduler"}
+    parents = {str(parent).lower() for path in paths.values() for parent in path.parents}
+    taken = {*parents, *PREFIXES, "scheduler"}
     for name, path in paths.items():
-        if (plain := str(path).lower()) in taken:  # not all disks tell small letters from large
+        if (lowered := str(path).lower()) in taken:  # not all disks tell small letters from large
             raise ValueError(f"{whole.where}: {name}: a folder or another file has its path")
-        taken.add(plain)
+        taken.add(lowered)
     for name, path in paths.items():
         if path.suffix == ".safetensors" or path.suffix in PICKLES:
             raise ValueError(f"{whole.where}: {name}: weights are no small file")
         (folder / path.parent).mkdir(parents=True, exist_ok=True)
-        write_bytes(content(whole, name), folder / path)
+        write_bytes(_content(whole, name), folder / path)
 
 
-def content(whole: Source, name: str, longest: int = LONGEST_FILE) -> bytes:
+def report_line(component: str, source: Source, names: Collection[str], where: object) -> str:
+    """A line of a report: how many tensors and bytes were converted."""
+    return f"{component:13} {len(names):6,} tensors {sum(map(source.nbytes, names)):15,} bytes   {where}"
+
+
+def _component_in(folder: Path, component: str, weights: list[str]) -> Source:
+    """The one component of a folder with these weight files, by public names; ValueError for another."""
+    if component not in PREFIXES:
+        raise ValueError(f"{folder}: has weights, wanted them only in {', '.join(PREFIXES)}")
+    chosen = weight_files(weights, None, str(folder))
+    if others := sorted(set(weights) - set(chosen)):
+        raise ValueError(f"{folder}: several checkpoints side by side: {chosen[0]}, {others[0]}")
+    part = Source([folder / name for name in chosen])
+    table, is_ours = recognise(part.keys(), part.where)
+    if table.component != component:
+        raise ValueError(f"{part.where}: wanted a {component}, got a {table.component}")
+    if is_ours:
+        raise ValueError(f"{part.where}: has our names, wanted diffusers' (--to diffusers)")
+    table.refuse_faults({name: part.shape(name) for name in part}, part.where)
+    return part
+
+
+def _content(whole: Source, name: str, longest: int = LONGEST_FILE) -> bytes:
     """The bytes of a small file. ValueError for what is none."""
     shape, dtype = whole.shape(name), whole.dtype(name)
     if dtype != torch.uint8 or len(shape) != 1 or shape[0] > longest:
@@ -160,25 +169,12 @@ def content(whole: Source, name: str, longest: int = LONGEST_FILE) -> bytes:
     return bytes(whole[name].numpy())
 
 
-def _spelled(part: Source, component: str, spelling: Spelling) -> dict[str, Tensor]:
-    """The tensors of a component's folder as the one file has them; all are checked first."""
-    table, is_ours = recognise(part.keys(), part.where)
-    if table.component != component:
-        raise ValueError(f"{part.where}: wanted a {component}, got a {table.component}")
-    if is_ours:
-        raise ValueError(f"{part.where}: has our names, wanted diffusers' (--to diffusers)")
-    if faults := table.faults({name: part.shape(name) for name in part}):
-        raise ValueError(f"{part.where}: {faults[0]}")
-    names = stored_names(component, list(part), spelling)
-    return {there: in_spelling(part, component, name, spelling) for name, there in names.items()}
-
-
 def _layout(
     parts: Mapping[str, Part], whole: Source, source: Path
-) -> dict[str, tuple[dict[str, str] | None, list[str] | None]]:
+) -> dict[str, tuple[Metadata, list[str] | None]]:
     """File of the folder -> its metadata and tensors, None for all of its component. Strictly checked."""
     found, seen = {}, {component: list[str]() for component in parts}
-    for place, entry in parse_object(content(whole, LAYOUT, LONGEST_INDEX), f"{source}: {LAYOUT}").items():
+    for place, entry in parse_object(_content(whole, LAYOUT, LONGEST_INDEX), f"{source}: {LAYOUT}").items():
         path = _inside(place, whole.where)
         where = f"{source}: {LAYOUT}: {place[:100]!r}"
         if len(path.parts) != 2 or path.parts[0] not in parts or path.suffix != ".safetensors":
@@ -194,15 +190,14 @@ def _layout(
         found[place] = (metadata, names)
     for component, part in parts.items():
         if odd := sorted(set(seen[component]) ^ set(part)):
-            raise ValueError(
-                f"{source}: {LAYOUT}: does not list the tensors of the {component}: {odd[0][:100]!r}"
-            )
+            told = f"does not list the tensors of the {component}: {odd[0][:100]!r}"
+            raise ValueError(f"{source}: {LAYOUT}: {told}")
         if len(seen[component]) > len(part):
             raise ValueError(f"{source}: {LAYOUT}: lists a tensor of the {component} twice")
     return found
 
 
-def _history(file: Path) -> tuple[dict[str, str] | None, dict[str, Spelling]]:
+def _history(file: Path) -> tuple[Metadata, dict[str, Spelling]]:
     """Metadata and spellings of the file that a folder was made from."""
     told = read_object(file, LONGEST_INDEX)
     metadata, models = told.get("metadata"), told.get("models")
@@ -237,12 +232,5 @@ def _bytes(file: Path) -> Tensor:
 
 
 def _as_tensor(content: bytes) -> Tensor:
-    return (
-        torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        if content
-        else torch.empty(0, dtype=torch.uint8)
-    )
-
-
-def _line(component: str, part: Source, source: Path) -> str:
-    return f"{component:13} {len(part):6,} tensors {sum(map(part.nbytes, part)):15,} bytes   {source}"
+    dtype = torch.uint8
+    return torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)

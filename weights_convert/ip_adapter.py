@@ -3,7 +3,7 @@
 The file numbers the UNet's cross-attentions 1, 3, 5, ... in the order down, up, mid; so do we.
 """
 
-from weights_convert.rules import Part, Table, both, weights
+from weights_convert.rules import Block, Table, both, weights
 
 LAYER = (
     (r"layers\.\d+\.0", both("norm1", "norm2") + weights("to_q", "to_kv", "to_out")),
@@ -24,10 +24,10 @@ BRANCH = {"to_k_ip": "to_k", "to_v_ip": "to_v"}
 
 IP_ADAPTER = Table(
     component="ip_adapter",
-    parts=(
-        Part("image_proj", (*both("proj_in", "proj_out", "norm_out"), "latents")),
-        *(Part(rf"image_proj\.{path}", tensors) for path, tensors in LAYER),
-        Part(r"ip_adapter\.\d*[13579]", weights(*BRANCH)),
+    blocks=(
+        Block("image_proj", (*both("proj_in", "proj_out", "norm_out"), "latents")),
+        *(Block(rf"image_proj\.{path}", tensors) for path, tensors in LAYER),
+        Block(r"ip_adapter\.\d*[13579]", weights(*BRANCH)),
     ),
     rules=(
         ("image_proj", "resampler"),

@@ -21,23 +21,24 @@ KNOWN = (
 )
 
 # Taken off one after another; None says nothing of the component.
-PREFIXES: tuple[tuple[str, str | None], ...] = (
-    ("base_model.model.", None),
-    ("lycoris_", None),
-    ("unet.", "unet"),
-    ("lora_unet_", "unet"),
-    ("model.diffusion_model.", "unet"),
-    ("diffusion_model.", "unet"),
-    ("text_encoder.", "text_encoder"),
-    ("lora_te_", "text_encoder"),
-    ("lora_te1_", "text_encoder"),
-)
+PREFIXES: dict[str, str | None] = {
+    "base_model.model.": None,
+    "lycoris_": None,
+    "unet.": "unet",
+    "lora_unet_": "unet",
+    "model.diffusion_model.": "unet",
+    "diffusion_model.": "unet",
+    "text_encoder.": "text_encoder",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+}
 
 _ADAPTER = r"(?:\.[\w-]+)?"  # a model's own state dict has the adapter's name in its keys
 _LYCORIS = (
     *(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
     *(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
 )
+# Pattern of what follows the module -> role of the tensor; the first that fits counts.
 SUFFIXES: tuple[tuple[str, str], ...] = (
     (rf"\.lora_A{_ADAPTER}\.weight", "down"),
     (rf"\.lora_B{_ADAPTER}\.weight", "up"),
@@ -56,7 +57,6 @@ SUFFIXES: tuple[tuple[str, str], ...] = (
     (r"\.diff_b", "diff_bias"),
     *((rf"\.{name}{_ADAPTER}", name) for name in _LYCORIS),
 )
-_SUFFIXES = tuple((re.compile(rf"(.+?){pattern}"), role) for pattern, role in SUFFIXES)
 
 # Further spellings of diffusers' module names: of its old attention processors.
 OLDER = ((r"(attn\d)\.to_([qkv])", r"\1.processor.to_\2"), (r"(attn\d)\.to_out\.0", r"\1.processor.to_out"),
@@ -83,11 +83,10 @@ def spellings(modules: Mapping[str, Collection[str]]) -> dict[str, dict[str, str
         blocks = sgm_blocks(public.values()) if component == "unet" else {}
         known = found[component] = {}
         for path, name in public.items():
-            ways = {name}
             if component == "unet":
-                ways |= {to_sgm(name, blocks)} | {re.sub(old, new, name) for old, new in OLDER}
+                ways = {name, to_sgm(name, blocks), *(re.sub(old, new, name) for old, new in OLDER)}
             else:
-                ways |= {f"transformer.{name}"}  # THUDM's ChatGLM keeps its encoder one level down
+                ways = {name, f"transformer.{name}"}  # THUDM's ChatGLM keeps its encoder one level down
             for way in ways | {way.replace(".", "_") for way in ways}:
                 if known.setdefault(way, path) != path:
                     raise ValueError(f"{component}: {way} is both {known[way]} and {path}")
@@ -114,13 +113,11 @@ def normalise(
 
 
 def _place(name: str, known: Mapping[str, Mapping[str, str]]) -> Place | None:
-    rest, component, taken = name, None, ""
-    while taken is not None:
-        taken = next((prefix for prefix, _ in PREFIXES if rest.startswith(prefix)), None)
-        if taken is not None:
-            rest, component = rest.removeprefix(taken), dict(PREFIXES)[taken] or component
-    for pattern, role in _SUFFIXES:
-        if match := pattern.fullmatch(rest):
+    rest, component = name, None
+    while prefix := next(filter(rest.startswith, PREFIXES), None):
+        rest, component = rest.removeprefix(prefix), PREFIXES[prefix] or component
+    for pattern, role in SUFFIXES:
+        if match := re.fullmatch(rf"(.+?){pattern}", rest):
             for candidate in known if component is None else (component,):
                 if path := known.get(candidate, {}).get(match[1]):
                     return Place(candidate, path, role)

@@ -10,6 +10,7 @@ came from.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 UNUSED = "unused."
 
@@ -25,7 +26,7 @@ def weights(*names: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Part:
+class Block:
     """A kind of block in the public format: what its paths look like, and the tensors that each one has."""
 
     path: str  # regular expression; "" is the top
@@ -37,7 +38,7 @@ class Part:
 class Table:
     """One component's names.
 
-    parts: every kind of block that the public format has, its grammar.
+    blocks: every kind of block that the public format has, its grammar.
     rules: ordered (public, ours) pairs of dotted parts.
     dropped: public names that the model never reads, each with its reason; one that ends with a dot is of all
     names that start so.
@@ -46,7 +47,7 @@ class Table:
     """
 
     component: str
-    parts: tuple[Part, ...]
+    blocks: tuple[Block, ...]
     rules: tuple[tuple[str, str], ...]
     dropped: Mapping[str, str] = field(default_factory=dict)
     required: Mapping[str, str] = field(default_factory=dict)
@@ -76,15 +77,16 @@ class Table:
         not as long as its weight. How many blocks there are and how wide is for `compare` to check against a
         model.
         """
-        found, blocks, numbers = [], dict[str, tuple[Part, set[str]]](), dict[str, set[int]]()
+        found, missing, numbers = list[str](), dict[str, dict[str, None]](), dict[str, set[int]]()
         for name in shapes:
             if self.why_dropped(name) is not None:
                 continue
-            path, part, tensor = self._place(name)
-            if part is None:
+            place = self._place(name)
+            if place is None:
                 found.append(f"{name} is no tensor of Kolors' {self.component}")
                 continue
-            blocks.setdefault(path, (part, set()))[1].add(tensor)
+            path, block, tensor = place
+            missing.setdefault(path, dict.fromkeys(block.tensors)).pop(tensor, None)
             segments = path.split(".")
             for i, segment in enumerate(segments):
                 if segment.isdigit():
@@ -92,26 +94,32 @@ class Table:
             weight = shapes.get(name.removesuffix("bias") + "weight")
             if name.endswith(".bias") and weight is not None and shapes[name] != weight[:1]:
                 found.append(f"{name} is {list(shapes[name])}, which does not fit its weight, {list(weight)}")
-        for path, (part, have) in blocks.items():
-            absent = [tensor for tensor in part.tensors if tensor not in have]
+        for path, absent in missing.items():
             found += [f"{path}.{tensor} is missing".lstrip(".") for tensor in absent]
         for path, seen in numbers.items():
             wanted = range(1, max(seen), 2) if path in self.odd else range(max(seen))
-            found += [f"{path}.{i} is missing" for i in wanted if i not in seen][:1]
+            gaps = (i for i in wanted if i not in seen)  # the first is told: a name may have any number
+            found += [f"{path}.{gap} is missing" for gap in islice(gaps, 1)]
         return found
+
+    def refuse_faults(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+        """ValueError naming the first of the `faults`, if there are any."""
+        if faults := self.faults(shapes):
+            more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+            raise ValueError(f"{where}: {faults[0]}{more}")
 
     def has(self, public: str) -> bool:
         """Whether the public format has a tensor of this name."""
-        return self._place(public)[1] is not None
+        return self._place(public) is not None
 
-    def _place(self, name: str) -> tuple[str, Part | None, str]:
-        """The block's path, the kind of block, and the tensor's name in it."""
-        for part in self.parts:
-            for tensor in (*part.tensors, *part.optional):
+    def _place(self, name: str) -> tuple[str, Block, str] | None:
+        """A block's path, its kind, and the tensor's name in it; None for no tensor of the format."""
+        for block in self.blocks:
+            for tensor in (*block.tensors, *block.optional):
                 path = name.removesuffix(tensor).rstrip(".")
-                if name.endswith(tensor) and re.fullmatch(part.path, path):
-                    return path, part, tensor
-        return "", None, ""
+                if name.endswith(tensor) and re.fullmatch(block.path, path):
+                    return path, block, tensor
+        return None
 
     def unused_rules(self, public: Iterable[str]) -> list[tuple[str, str]]:
         """The rules that change none of the names: in a full-size table there must be none."""
@@ -145,12 +153,17 @@ class Mismatch:
         return bool(self.missing or self.unexpected or self.misshapen)
 
     def __str__(self) -> str:
-        parts = []
-        for kind in ("missing", "unexpected", "misshapen"):
-            if names := getattr(self, kind):
-                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                parts.append(f"{len(names)} {kind}: {shown}")
-        return f"{self.component}: the tensors do not fit the model: " + "; ".join(parts)
+        told = listed(missing=self.missing, unexpected=self.unexpected, misshapen=self.misshapen)
+        return f"{self.component}: the tensors do not fit the model: {told}"
+
+
+def listed(**kinds: list[str]) -> str:
+    """How many names of each kind, and the first three: "1 missing: a; 5 unexpected: b, c, d and 2 more"."""
+    return "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+        for kind, names in kinds.items()
+        if names
+    )
 
 
 def compare(

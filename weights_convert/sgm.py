@@ -90,8 +90,7 @@ def public_to_sgm(component: str, names: Iterable[str]) -> dict[str, str]:
     """SGM's name of each public tensor of a UNet or VAE; other components have none, and keep theirs."""
     names = list(names)
     if component == "vae":
-        levels = _levels(names, "up_blocks")
-        return {name: rename(_turned(name, "up_blocks", levels), SGM_VAE) for name in names}
+        return {name: rename(turned, SGM_VAE) for name, turned in _turned(names, "up_blocks").items()}
     if component != "unet":
         return {name: name for name in names}
     blocks = sgm_blocks(names)
@@ -102,8 +101,7 @@ def sgm_to_public(component: str, names: Iterable[str]) -> dict[str, str]:
     """The public name of each of SGM's, the inverse of `public_to_sgm`; what is not SGM's stays as it is."""
     names = list(names)
     if component == "vae":
-        levels = _levels(names, "up")
-        return {name: rename(_turned(name, "up", levels), inverse(SGM_VAE)) for name in names}
+        return {name: rename(turned, inverse(SGM_VAE)) for name, turned in _turned(names, "up").items()}
     if component != "unet":
         return {name: name for name in names}
     blocks = {sgm: public for public, sgm in sgm_blocks(_possible_blocks(names)).items()}
@@ -143,15 +141,11 @@ def _possible_blocks(names: list[str]) -> list[str]:
     return blocks
 
 
-def _levels(names: list[str], way: str) -> int:
-    """How many levels the VAE's decoder has."""
-    return len({name.split(".")[2] for name in names if name.startswith(f"decoder.{way}.")})
-
-
-def _turned(name: str, way: str, levels: int) -> str:
-    """The name with the decoder's levels counted from the other end."""
-    match = re.fullmatch(rf"decoder\.{way}\.(\d{{1,4}})\.(.+)", name)
-    return name if match is None else f"decoder.{way}.{levels - 1 - int(match[1])}.{match[2]}"
+def _turned(names: list[str], way: str) -> dict[str, str]:
+    """Each name -> the same with the VAE decoder's level, behind `way`, counted from the other end."""
+    levels = len({name.split(".")[2] for name in names if name.startswith(f"decoder.{way}.")})
+    level = re.compile(rf"(?<=^decoder\.{way}\.)\d{{1,4}}(?=\..)")
+    return {name: level.sub(lambda match: str(levels - 1 - int(match[0])), name) for name in names}
 
 
 def is_pointwise(public: str) -> bool:

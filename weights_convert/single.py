@@ -49,8 +49,9 @@ class Part(Source):
         self._whole, self._stored = whole, dict(stored)
         self.component, self.spelling, self.bits = component, spelling, None
         self.scales = dict[str, str]()
-        for name in [name for name in stored if component == "text_encoder" and name.endswith(SCALE)]:
-            self.scales[name.removesuffix(SCALE)] = self._stored.pop(name)
+        for name in stored:
+            if component == "text_encoder" and name.endswith(SCALE):
+                self.scales[name.removesuffix(SCALE)] = self._stored.pop(name)
         self._file_of = {name: whole._file_of[there] for name, there in self._stored.items()}
         if self.scales:
             self.bits = self._count_bits()
@@ -146,20 +147,18 @@ def public_names(component: str, stored: Collection[str], spelling: Spelling) ->
     return dict(zip(public, stored, strict=True))
 
 
-def stored_names(component: str, public: Collection[str], spelling: Spelling) -> dict[str, str]:
-    """The name in a file of each public one."""
+def as_stored(source: Source, component: str, spelling: Spelling) -> dict[str, Tensor]:
+    """The tensors of a model in public names, as a file has them that spells them so: names and shapes."""
+    names = {name: name for name in source}
     if spelling.naming == "sgm":
-        names = public_to_sgm(component, public)
-    else:
-        rename = TABLES[component].to_ours if spelling.naming == "ours" else str
-        names = {name: rename(name) for name in public}
-    return {name: spelling.prefix + there for name, there in names.items()}
-
-
-def in_spelling(part: Source, component: str, name: str, spelling: Spelling) -> Tensor:
-    """A public tensor in the shape that the spelling has for it."""
-    has_pixels = component == "vae" and spelling.naming == "sgm" and is_pointwise(name)
-    return part[name][:, :, None, None] if has_pixels else part[name]
+        names = public_to_sgm(component, source)
+    elif spelling.naming == "ours":
+        names = {name: TABLES[component].to_ours(name) for name in source}
+    has_pixels = component == "vae" and spelling.naming == "sgm"
+    return {
+        spelling.prefix + there: source[name][:, :, None, None] if has_pixels and is_pointwise(name)
+        else source[name] for name, there in names.items()
+    }  # fmt: skip
 
 
 def _ways() -> list[tuple[Spelling, str]]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,8 +20,14 @@ from torch import Tensor
 from weights_convert.reading import DTYPES, open_weights, read_object
 from weights_convert.writing import new_file
 
+# What the weight file of each component is called in a public folder, before variant and shard.
+STEMS = {
+    "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+    "controlnet": "diffusion_pytorch_model", "text_encoder": "model", "image_encoder": "model",
+}  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST_INDEX = 2**24  # bytes
+FORMAT = {"format": "pt"}  # the metadata without which transformers takes a file for another program's
 _WEIGHT_FILE = re.compile(
     r"(?P<stem>[\w-]+?)(\.(?P<before>\w+))?(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?(\.(?P<after>\w+))?\.safetensors"
 )
@@ -42,10 +49,9 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
     pickles exist.
     """
     listing = sorted(listing)
-    found: dict[str | None, list[tuple[str, re.Match[str]]]] = {}
-    for name in listing:
-        if match := _WEIGHT_FILE.fullmatch(name):
-            found.setdefault(match["before"] or match["after"], []).append((name, match))
+    found = dict[str | None, list[re.Match[str]]]()
+    for match in filter(None, map(_WEIGHT_FILE.fullmatch, listing)):
+        found.setdefault(match["before"] or match["after"], []).append(match)
     if not found:
         pickles = [name for name in listing if name.endswith(PICKLES)]
         hint = f"only pickles ({pickles[0]}): {why_refused(pickles[0])}" if pickles else "none"
@@ -56,20 +62,14 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
         have = ", ".join(repr(name) if name else "no variant" for name in sorted(found, key=str))
         raise FileNotFoundError(f"{where}: wanted weights of variant {variant!r}, found {have}")
     chosen = found[variant]
-    parts = {match["parts"] for _, match in chosen}
-    if (
-        len({match["stem"] for _, match in chosen}) > 1
-        or len(parts) > 1
-        or (None in parts and len(chosen) > 1)
-    ):
-        raise FileNotFoundError(
-            f"{where}: several checkpoints side by side: {', '.join(n for n, _ in chosen)}"
-        )
-    if None not in parts:
-        have_parts = {int(match["part"]) for _, match in chosen}
-        if absent := sorted(set(range(1, int(chosen[0][1]["parts"]) + 1)) - have_parts):
-            raise FileNotFoundError(f"{where}: shard {absent[0]} of {int(chosen[0][1]['parts'])} is missing")
-    return [name for name, _ in chosen]
+    names, parts = [match[0] for match in chosen], chosen[0]["parts"]
+    if len({(match["stem"], match["parts"]) for match in chosen}) > 1 or (parts is None and len(names) > 1):
+        raise FileNotFoundError(f"{where}: several checkpoints side by side: {', '.join(names)}")
+    if parts is not None:
+        absent = set(range(1, int(parts) + 1)) - {int(match["part"]) for match in chosen}
+        if absent:
+            raise FileNotFoundError(f"{where}: shard {min(absent)} of {int(parts)} is missing")
+    return names
 
 
 def walk(source: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -96,9 +96,8 @@ def index_files(index: Path) -> dict[str, str]:
     places = {home, *(folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots")}
     for name, file in files.items():
         if file in ("", ".", "..") or not file.isprintable() or set(file) & set("/\\"):
-            raise ValueError(
-                f"{index}: weight_map[{name[:100]!r}] is {file[:100]!r}, wanted a file beside the index"
-            )
+            told = f"weight_map[{name[:100]!r}] is {file[:100]!r}"
+            raise ValueError(f"{index}: {told}, wanted a file beside the index")
     for file in sorted(set(files.values())):
         if (place := (home / file).resolve().parent) not in places:
             raise ValueError(f"{index}: {file} is a link to {place}, wanted a file beside the index")
@@ -110,8 +109,7 @@ class Source(Mapping[str, Tensor]):
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = list(files)
-        self._handles = {}
-        self._file_of: dict[str, Path] = {}
+        self._handles, self._file_of = dict[Path, Any](), dict[str, Path]()
         for file in self.files:
             handle = self._handles[file] = open_weights(file)
             for name in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
@@ -151,9 +149,8 @@ class Source(Mapping[str, Tensor]):
         """Dtype from the header, without reading the tensor."""
         code = self._handles[self._file_of[name]].get_slice(name).get_dtype()
         if code not in DTYPES:
-            raise ValueError(
-                f"{self._file_of[name]}: tensor {name} has dtype {code}, which torch cannot hold"
-            )
+            file = self._file_of[name]
+            raise ValueError(f"{file}: tensor {name} has dtype {code}, which torch cannot hold")
         return DTYPES[code]
 
     def nbytes(self, name: str) -> int:
@@ -200,5 +197,10 @@ def save_tensors(
         if whole[name].data_ptr() in places:  # one tensor under two names: the format wants two
             whole[name] = whole[name].clone()
         places.add(whole[name].data_ptr())
+    write_tensors(whole, file, FORMAT | dict(metadata or {}))
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None) -> None:
+    """Write a safetensors file with just this metadata; no two tensors may share memory."""
     with new_file(file) as scratch:
-        save_file(whole, scratch, metadata={"format": "pt"} | dict(metadata or {}))
+        save_file(tensors, scratch, metadata=metadata)

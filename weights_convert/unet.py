@@ -1,6 +1,6 @@
 """The Kolors UNet: diffusers' `UNet2DConditionModel` <-> `kolors_core.unet.UNet` (1,682 tensors)."""
 
-from weights_convert.rules import Part, Table, both, weights
+from weights_convert.rules import Block, Table, both, weights
 
 _LEVEL = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"
 _NORMS = ("norm1", "norm2", "norm3")
@@ -25,26 +25,26 @@ RULES = (
 )
 
 
-def encoder_parts(level: str) -> tuple[Part, ...]:
+def encoder_blocks(level: str) -> tuple[Block, ...]:
     """Resnets and transformers of the levels whose paths these are."""
     attention = rf"{level}\.attentions\.\d+"
     return (
-        Part(
+        Block(
             rf"{level}\.resnets\.\d+",
             both("norm1", "conv1", "time_emb_proj", "norm2", "conv2"),
             optional=both("conv_shortcut"),
         ),
-        Part(attention, both("norm", "proj_in", "proj_out")),
-        Part(rf"{attention}\.transformer_blocks\.\d+", both(*_NORMS, *_OUT) + weights(*_QKV)),
+        Block(attention, both("norm", "proj_in", "proj_out")),
+        Block(rf"{attention}\.transformer_blocks\.\d+", both(*_NORMS, *_OUT) + weights(*_QKV)),
     )
 
 
 UNET = Table(
     component="unet",
-    parts=(
-        Part("", both("conv_in", "conv_norm_out", "conv_out", "encoder_hid_proj", *EMBEDDINGS)),
-        *encoder_parts(_LEVEL),
-        Part(r"(down_blocks\.\d+\.down|up_blocks\.\d+\.up)samplers\.0", both("conv")),
+    blocks=(
+        Block("", both("conv_in", "conv_norm_out", "conv_out", "encoder_hid_proj", *EMBEDDINGS)),
+        *encoder_blocks(_LEVEL),
+        Block(r"(down_blocks\.\d+\.down|up_blocks\.\d+\.up)samplers\.0", both("conv")),
     ),  # fmt: skip
     rules=(
         *RULES,

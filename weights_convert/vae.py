@@ -1,22 +1,22 @@
 """The VAE: diffusers' `AutoencoderKL` <-> `kolors_core.vae.VAE` (248 tensors)."""
 
-from weights_convert.rules import Part, Table, both
+from weights_convert.rules import Block, Table, both
 
 _LEVEL = r"(encoder\.down_blocks\.\d+|decoder\.up_blocks\.\d+)"
 _MIDDLE = r"(encoder|decoder)\.mid_block"
 
 VAE = Table(
     component="vae",
-    parts=(
-        Part("", both("quant_conv", "post_quant_conv")),
-        Part(r"encoder|decoder", both("conv_in", "conv_norm_out", "conv_out")),
-        Part(
+    blocks=(
+        Block("", both("quant_conv", "post_quant_conv")),
+        Block(r"encoder|decoder", both("conv_in", "conv_norm_out", "conv_out")),
+        Block(
             rf"({_LEVEL}|{_MIDDLE})\.resnets\.\d+",
             both("norm1", "conv1", "norm2", "conv2"),
             optional=both("conv_shortcut"),
         ),
-        Part(rf"{_MIDDLE}\.attentions\.0", both("group_norm", "to_q", "to_k", "to_v", "to_out.0")),
-        Part(rf"{_LEVEL}\.(down|up)samplers\.0", both("conv")),
+        Block(rf"{_MIDDLE}\.attentions\.0", both("group_norm", "to_q", "to_k", "to_v", "to_out.0")),
+        Block(rf"{_LEVEL}\.(down|up)samplers\.0", both("conv")),
     ),  # fmt: skip
     rules=(
         ("down_blocks", "down"),

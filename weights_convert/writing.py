@@ -43,8 +43,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises FileExistsError for a folder that has something in it, and is not overwritten.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists already, and is not overwritten")
+    if not folder.is_dir() or any(folder.iterdir()):
+        must_be_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_beside(folder) as scratch:
         yield scratch
@@ -52,6 +52,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
             _to_disk(Path(inside))
         scratch.replace(folder)
         _to_disk(folder.parent)
+
+
+def must_be_new(path: Path, suffix: str = "") -> None:
+    """ValueError for a path that does not end so, FileExistsError if something is there."""
+    if not path.name.endswith(suffix):
+        raise ValueError(f"{path}: must end in {suffix}")
+    if path.exists():
+        raise FileExistsError(f"{path}: exists already, and is not overwritten")
 
 
 def write_bytes(content: bytes, file: Path) -> None:

@@ -34,7 +34,7 @@ def older(name: str) -> str:
 
 TABLES["vae until 2023"] = OLD_VAE = Table(
     component="vae",
-    parts=tuple(replace(part, tensors=tuple(map(older, part.tensors))) for part in VAE.parts),
+    blocks=tuple(replace(block, tensors=tuple(map(older, block.tensors))) for block in VAE.blocks),
     rules=(*RENAMED, *VAE.rules),
     required={older(name): why for name, why in VAE.required.items()},
 )
