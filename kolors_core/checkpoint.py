@@ -8,9 +8,9 @@ import gc
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from kolors_core.hub import fetch
-from kolors_core.loading import check, fill
+from kolors_core.loading import Initialiser, LoadReport, check, fill, load
 from kolors_core.placement import loading_device
 from kolors_core.quantize import refuse_quantized
 from kolors_core.schedule import SCHEDULERS, Scheduler
@@ -139,7 +139,7 @@ def load_component(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> nn.Module:
+) -> Any:
     """One model of `KINDS` from a checkpoint folder, in public names or ours.
 
     subfolder: where in the folder; the component's name if None. device: on "meta" no weights are read.
@@ -191,12 +191,41 @@ def open_component(
             model = kind.build(config)
         if not has_weights:
             return Opened(model, None, {})
-        listing = sorted(file.name for file in place.iterdir())
-        for name in listing:
-            if ".safetensors.index." in name:
-                index_files(place / name)
-        source = Source([place / name for name in weight_files(listing, variant, str(place))])
+        source = _weights_in(place, variant)
         return Opened(model, source, check(model, source, component))
+
+
+def load_changed(
+    folder: str | Path,
+    component: str,
+    build: Callable[[Any], nn.Module],
+    partial: Mapping[str, Initialiser],
+    *,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Any, LoadReport]:
+    """A model with new or other parts, and the weights of a checkpoint without them where these fit.
+
+    build: makes the model, without values, from the checkpoint's config: a subclass of `UNet`, or
+    `lambda config: UNet(replace(config, in_channels=9))`. partial, and the report: see `loading.load`. All
+    others, and errors: as for `load_component`.
+    """
+    kind = replace(KINDS[component], build=build)
+    opened = open_component(folder, component, subfolder=subfolder, has_weights=False, kind=kind)
+    source = _weights_in(Path(folder) / (component if subfolder is None else subfolder), variant)
+    report = load(opened.model, source, component, dtype=dtype, device=device, partial=partial)
+    return opened.model.eval(), report
+
+
+def _weights_in(place: Path, variant: str | None) -> Source:
+    """The weights of a folder; ValueError for an index that is damaged."""
+    listing = sorted(file.name for file in place.iterdir())
+    for name in listing:
+        if ".safetensors.index." in name:
+            index_files(place / name)
+    return Source([place / name for name in weight_files(listing, variant, str(place))])
 
 
 @contextmanager

@@ -44,7 +44,7 @@ from kolors_core.placement import (
 from kolors_core.prompt_cache import PromptCache
 from kolors_core.reading import Savings
 from kolors_core.running import RunState
-from kolors_core.sampling import Denoise
+from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
@@ -87,6 +87,7 @@ class Components(RunState):
         self.offload = Offload()
         self.savings = Savings()
         self.guided: Callable[..., Denoise] = guided  # another rule of its signature may stand here
+        self.sampler: Sampler | None = None  # another than the scheduler's, such as a function like `euler`
         self.pag_applied_layers = ["mid"]  # of `KolorsPAGPipeline`; another task keeps them for it
         self._graphs: Graphs | None = None  # if `compile` was asked for them
         self.prompt_cache = PromptCache()
@@ -179,9 +180,8 @@ class Components(RunState):
         own: dict[str, Any] = {"image_encoder": pipeline._image_encoder}
         made = cls(**pipeline.components | own | changes)
         made.offload, made._progress = pipeline.offload, pipeline._progress
-        made.savings, made.prompt_cache, made.guided = (
-            pipeline.savings, pipeline.prompt_cache, pipeline.guided,
-        )  # fmt: skip
+        made.savings, made.prompt_cache = pipeline.savings, pipeline.prompt_cache
+        made.guided, made.sampler = pipeline.guided, pipeline.sampler
         made.pag_applied_layers, made._graphs = pipeline.pag_applied_layers, pipeline._graphs
         return made
 

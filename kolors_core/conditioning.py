@@ -25,7 +25,7 @@ class Conditioning:
     [B, S]; image_prompts one for each attached IP-Adapter; perturbed none, or rows for each TransformerBlock,
     which `cat` leaves out; see `UNet.forward`. controls: what each ControlNet sees, whose residuals are told.
     extra [B, more, H/8, W/8]: what a UNet of more input channels reads behind the scaled latents, as
-    inpainting's its mask.
+    inpainting's its mask. added [B, time_dim]: see `UNet.forward`; a ControlNet is not told.
     """
 
     text_tokens: Tensor
@@ -36,27 +36,32 @@ class Conditioning:
     perturbed: tuple[int, ...] = ()
     controls: tuple[Control, ...] = ()
     extra: Tensor | None = None
+    added: Tensor | None = None
 
     @classmethod
     def cat(cls, *parts: "Conditioning") -> "Conditioning":
-        """Batches one after another; ValueError if only some have `extra`."""
+        """Batches one after another; ValueError if only some have `extra`, or `added`."""
         text = TextEmbedding.cat([TextEmbedding(p.text_tokens, p.pooled_text, p.text_counts) for p in parts])
         images = tuple(
             ImagePrompt.cat(*images) for images in zip(*(p.image_prompts for p in parts), strict=True)
         )
         controls = tuple(Control.cat(*them) for them in zip(*(p.controls for p in parts), strict=True))
-        extras = [p.extra for p in parts if p.extra is not None]
-        if len(extras) not in (0, len(parts)):
-            raise ValueError(f"{len(extras)} of {len(parts)} conditions have `extra`, wanted all or none")
-        extra = torch.cat(extras) if extras else None
         ids = torch.cat([p.size_ids for p in parts])
-        return cls(text.tokens, text.pooled, ids, text.counts, images, controls=controls, extra=extra)
+        extra, added = (_all_or_none(name, parts) for name in ("extra", "added"))
+        return cls(text.tokens, text.pooled, ids, text.counts, images, (), controls, extra, added)
 
     def with_blank_extra(self, channels: int, latents: Sequence[int]) -> "Conditioning":
         """The same, with `extra` of zeros if a UNet of so many channels reads more than such latents."""
         more = channels - latents[1]
         zeros = self.text_tokens.new_zeros(len(self.text_tokens), more, *latents[2:]) if more else None
         return replace(self, extra=zeros)
+
+
+def _all_or_none(name: str, parts: Sequence[Conditioning]) -> Tensor | None:
+    have = [value for part in parts if (value := getattr(part, name)) is not None]
+    if len(have) not in (0, len(parts)):
+        raise ValueError(f"{len(have)} of {len(parts)} conditions have `{name}`, wanted all or none")
+    return torch.cat(have) if have else None
 
 
 def beside(latents: Tensor, extra: Tensor | None) -> Tensor:

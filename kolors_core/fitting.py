@@ -31,6 +31,7 @@ WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "feature_extractor": (lambda part: part is None or callable(part), "a function or None"),
     "force_zeros_for_empty_prompt": (lambda part: isinstance(part, bool), "True or False"),
     "guided": (callable, "a function like guidance.guided"),
+    "sampler": (lambda part: part is None or callable(part), "a function like sampling.euler or None"),
     "savings": (lambda part: isinstance(part, Savings), "a reading.Savings"),
 }
 

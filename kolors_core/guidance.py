@@ -61,8 +61,8 @@ def combined(
     copies: int = 1,
     combine: Callable[[float, Tensor], Tensor] = lambda _timestep, noise: noise,
     *,
-    read_once: bool,
-    graphs: Graphs | None,
+    read_once: bool = True,
+    graphs: Graphs | None = None,
 ) -> Denoise:
     """x0 = x - sigma * eps, with eps what `combine(timestep, noise)` makes of all rows' noise.
 

@@ -33,7 +33,7 @@ LONGEST = 100  # a side by the other, of a picture that CLIP is shown the middle
 LARGEST_VALUE = 2.0
 
 
-def to_output(images: Tensor, output_type: str) -> "list[Image] | np.ndarray | Tensor":
+def to_output(images: Tensor, output_type: str) -> Any:
     """Images [B, 3, H, W] in [-1, 1] as a "pil" list, or in [0, 1] as "np" [B, H, W, 3] float32 or "pt"."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")

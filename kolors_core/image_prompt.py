@@ -7,7 +7,7 @@ Shapes: B pictures to make, I pictures that guide for an adapter, P patches of e
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,11 +87,10 @@ class CLIPVisionModelWithProjection:
         folder = fetch(
             name, pick, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
-        loaded = load_component(
+        return load_component(
             folder, "image_encoder", subfolder=subfolder, variant=variant, device=place,
             dtype=dtype_of("image_encoder", asked),
         )  # fmt: skip
-        return cast(CLIPVision, loaded)
 
 
 class ImagePrompting(Components):

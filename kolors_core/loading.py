@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kolors_core.quantize import refuse_quantized
 from weights_convert import TABLES, recognise
-from weights_convert.rules import UNUSED, Table, compare
+from weights_convert.rules import UNUSED, compare
 from weights_convert.source import Source, Tensors
 
 RELEASE_AFTER = 2**26  # bytes that were copied out of a mapped file, whose pages are then let go
@@ -87,7 +87,7 @@ def load(
         return LoadReport(sorted(names.values()), [], [], [])
     refuse_quantized(model, f"load {source.where} into it; load a plain model, then quantise")
     target = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    ours = _names_by_hits(source, TABLES[component], target)
+    ours = _names_by_hits(source, component, target)
     theirs = {name: found for found, name in ours.items()}
     names = {f: name for f, name in ours.items() if name in target and source.shape(f) == target[name]}
     missing = sorted(target.keys() - theirs.keys())
@@ -127,7 +127,7 @@ def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[st
     where = source.where
     refuse_quantized(model, f"load {where} into it; load a plain model, then quantise")
     table, is_ours = recognise(source.keys(), where)
-    if table is not TABLES[component]:
+    if table.component != component:
         raise ValueError(f"{where}: wanted the {component} of a Kolors checkpoint, got a {table.component}")
     ours = {name: name if is_ours else table.to_ours(name) for name in source}
     target = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -162,13 +162,14 @@ def fill(
     model.load_state_dict(state, strict=True, assign=True)
 
 
-def _names_by_hits(source: Source | Tensors, table: Table, target: Mapping[str, object]) -> dict[str, str]:
+def _names_by_hits(source: Source | Tensors, component: str, target: Mapping[str, object]) -> dict[str, str]:
     """Our name of each tensor, read as public or as ours, whichever the model knows more of."""
-    public = {name: table.to_ours(name) for name in source}
-    own = {name: name for name in source}
-    best = max((public, own), key=lambda names: sum(name in target for name in names.values()))
+    tables = [table for table in TABLES.values() if table.component == component]
+    ways = [{name: table.to_ours(name) for name in source} for table in tables]
+    ways.append({name: name for name in source})
+    best = max(ways, key=lambda names: sum(name in target for name in names.values()))
     if not any(name in target for name in best.values()):
-        raise ValueError(f"{source.where}: has no tensor of the model, a {table.component}")
+        raise ValueError(f"{source.where}: has no tensor of the model, a {component}")
     if len(set(best.values())) < len(best):
         raise ValueError(f"{source.where}: has a tensor under two names")
     return best

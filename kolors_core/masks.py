@@ -171,7 +171,7 @@ def put_back(made: Tensor, given: Tensor, mask: Tensor, box: Box | None = None) 
     left, top, right, bottom = (0, 0, given.shape[-1], given.shape[-2]) if box is None else box
     size = bottom - top, right - left
     if made.shape[-2:] != size:
-        images: Any = to_output(made, "pil")
+        images = to_output(made, "pil")
         made = vae_pixels([fitted(image, size, covers=True) for image in images], multiple=1)
     page = given.clone()
     page[..., top:bottom, left:right] = made.to(given)

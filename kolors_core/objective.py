@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -184,7 +184,7 @@ class Data:
                 with torch.no_grad():
                     found = vae.encode(pixels[None].to(vae.post_quant_conv.weight))
                 if control is not None:
-                    picture: Any = to_output(pixels[None], "pil")[0]
+                    picture = to_output(pixels[None], "pil")[0]
                     self.controls[i] = (255 * control_pixels(control(picture))[0]).round().byte()
                 self.latents[i] = (found.mean[0].float().cpu(), found.std[0].float().cpu())
                 self.sizes[i] = size_ids((examples[i].height, examples[i].width), crop, size)

@@ -58,13 +58,14 @@ class Told:
         told: Conditioning,
         images: Sequence[ImagePrompt] = (),
         perturbed: Sequence[int] = (),
+        added: Tensor | None = None,
     ) -> None:
         rows, where = net.context(told.text_tokens, told.text_counts, images).distinct()
         self.net, self.reads = net, [read.rows(where) for read in net.read(rows)]
         if perturbed:
             pairs = zip(self.reads, perturbed, strict=True)
             self.reads = [read._replace(perturbed=count) for read, count in pairs]
-        self.condition = net.embed_condition(told.pooled_text, told.size_ids)  # [B, T]
+        self.condition = net.embed_condition(told.pooled_text, told.size_ids, added)  # [B, T]
         self.widths = [block.time_proj.out_features for block in net.modules() if isinstance(block, ResBlock)]
         timesteps = schedule.timesteps.tolist()
         self.known = dict(zip(timesteps, self._shifts(timesteps), strict=True))
@@ -101,6 +102,7 @@ Predict = Callable[[Tensor, float, tuple[int, ...]], Tensor]
 def reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: int) -> Predict:
     """The plain UNet, and plain ControlNets."""
     more: dict[str, Any] = {"perturbed": told.perturbed} if told.perturbed else {}
+    more |= {} if told.added is None else {"added": told.added}
 
     def predict(latents: Tensor, timestep: float, those: tuple[int, ...]) -> Tensor:
         time = torch.tensor(timestep, dtype=torch.float32, device=latents.device)
@@ -117,7 +119,8 @@ def reading_once(
     unet: UNet, schedule: Schedule, told: Conditioning, copies: int, graphs: Graphs | None
 ) -> Predict:
     """The UNet and ControlNets without what is the same in every step."""
-    main, controls = Told(unet, schedule, told, told.image_prompts, told.perturbed), told.controls
+    main = Told(unet, schedule, told, told.image_prompts, told.perturbed, told.added)
+    controls = told.controls
     nets = [Told(control.net, schedule, told) for control in controls]
     images = [control.net.image_embedding(control.image) for control in controls]
     constant = [main.reads, [net.reads for net in nets], images]

@@ -272,9 +272,9 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
         """Denoise x = image + sigma * noise along the schedule, and bring it into the form asked for.
 
         facts: what the pictures' description says of the task. around: makes another sampler of the
-        scheduler's. finish: makes the final images [B, 3, H, W] of the decoded ones, all in [-1, 1].
+        pipeline's. finish: makes the final images [B, 3, H, W] of the decoded ones, all in [-1, 1].
         """
-        sampler = sampler_of(
+        sampler = self.sampler or sampler_of(
             self.scheduler, schedule,
             lambda: draw_noise(tuple(x.shape), request.generator, self.device, torch.float32),
         )  # fmt: skip
@@ -315,7 +315,9 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
 
     def _describe(self, images: Any, request: Request, told: Mapping[str, Any]) -> None:
         """Attach to each picture how it was made."""
-        generator = request.generator
+        generator, sampler = request.generator, self.scheduler.describe()
+        if self.sampler is not None:
+            sampler = f"{_told(self.sampler)} with {sampler}"
         for i, image in enumerate(images):
             facts: dict[str, Any] = {}
             for name in ("prompt", "negative_prompt"):
@@ -328,7 +330,7 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
                 if isinstance(generator, torch.Generator) and len(images) > 1:
                     facts["picture"] = f"{i + 1} of {len(images)} of this seed"
             facts |= {
-                **told, "sampler": self.scheduler.describe(), "guidance_scale": request.guidance_scale,
+                **told, "sampler": sampler, "guidance_scale": request.guidance_scale,
                 **self._adapter_facts(), "size": f"{image.width}x{image.height}",
                 "software": f"kolors_core {VERSION}",
             }  # fmt: skip
@@ -337,9 +339,8 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
     def _adapter_facts(self) -> dict[str, Any]:
         """What the pictures' description says of the guidance rule, FreeU, LoRAs, words and IP-Adapters."""
         facts = {}
-        if isinstance(self.guided, partial):
-            told = ", ".join(f"{name}={value!r}" for name, value in self.guided.keywords.items())
-            facts["guidance"] = f"{self.guided.func.__name__}({told})"
+        if (rule := _told(self.guided)) != "guided":
+            facts["guidance"] = rule
         if self.freeu is not None:
             facts["freeu"] = ", ".join(f"{name}={value}" for name, value in self.freeu.items())
         if names := self.get_active_adapters():
@@ -351,6 +352,14 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
             scale = str(next(iter(handle.branches.values())).scale)
             facts[name] = f"{facts[name]}, {scale}" if name in facts else scale
         return facts
+
+
+def _told(function: Callable[..., Any]) -> str:
+    """A function's name, and the arguments that it has been given."""
+    if not isinstance(function, partial):
+        return getattr(function, "__name__", type(function).__name__)
+    told = ", ".join(f"{name}={value!r}" for name, value in function.keywords.items())
+    return f"{_told(function.func)}({told})"
 
 
 def _control_facts(controls: Sequence[Control]) -> dict[str, Any]:

@@ -321,10 +321,11 @@ class Encoder(Module):
         weight = self.time_embedding.linear_1.weight
         return self.time_embedding(sinusoid(timestep, self.config.channels[0]).to(weight.dtype))
 
-    def embed_condition(self, pooled_text: Tensor, size_ids: Tensor) -> Tensor:
-        """Pooled text and sizes, which are added to the time: [B, T]. The sinusoid is float32."""
+    def embed_condition(self, pooled_text: Tensor, size_ids: Tensor, added: Tensor | None = None) -> Tensor:
+        """Pooled text, sizes and `added`, which are added to the time: [B, T]. The sinusoid is float32."""
         sizes = sinusoid(size_ids, self.config.size_dim).flatten(1).to(pooled_text.dtype)  # [B, 6 * size_dim]
-        return self.add_embedding(torch.cat([pooled_text, sizes], dim=-1))
+        told = self.add_embedding(torch.cat([pooled_text, sizes], dim=-1))
+        return told if added is None else told + added.to(told)
 
 
 class UNet(Encoder):
@@ -352,6 +353,7 @@ class UNet(Encoder):
         image_prompts: Sequence[ImagePrompt] = (),
         residuals: Sequence[Tensor] = (),
         perturbed: Sequence[int] = (),
+        added: Tensor | None = None,
     ) -> Tensor:
         """Predict the noise in `latents`.
 
@@ -361,10 +363,11 @@ class UNet(Encoder):
         [B, S], how many equal tokens each text token stands for. image_prompts: one for each attached
         IP-Adapter. residuals: of ControlNets (controlnet.py), what to add to each skip and to the middle, as
         large as these. perturbed: none, or for each TransformerBlock of how many of the last rows the map of
-        the self-attention is the identity. Returns [B, out_channels, H, W].
+        the self-attention is the identity. added: None, or [B, T], what a condition of your own adds to the
+        time. Returns [B, out_channels, H, W].
         """
         time = self.embed_time(timestep.expand(len(latents)))  # [B, T]
-        time = time + self.embed_condition(pooled_text, size_ids)  # [B, T]
+        time = time + self.embed_condition(pooled_text, size_ids, added)  # [B, T]
         context = self.context(text_tokens, text_counts, image_prompts)
         contexts = [context._replace(perturbed=rows) for rows in perturbed] or repeat(context)
         return self.denoise(latents, repeat(time), contexts, residuals=residuals)

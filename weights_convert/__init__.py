@@ -11,7 +11,8 @@ from weights_convert.rules import Table
 from weights_convert.unet import UNET
 from weights_convert.vae import VAE
 
-# A ControlNet has all that tells a UNet, and more: it is looked for first.
+# A ControlNet has all that tells a UNet, and more: it is looked for first. Another format of a component is
+# one more table, under any other name.
 TABLES: dict[str, Table] = {
     table.component: table for table in (CONTROLNET, UNET, VAE, CHATGLM, CLIP_VISION, IP_ADAPTER, FACE_ID)
 }
