@@ -165,9 +165,7 @@ class Run:
 
     def _scale(self, step: int) -> float:
         """x is this many times the latents that the reference holds before step `step`."""
-        if not self.pipe.scheduler.latents_preserve_variance:
-            return 1.0
-        return (self.schedule.sigmas[step].item() ** 2 + 1) ** 0.5
+        return self.pipe.scheduler.latent_scale(self.schedule.sigmas[step].item())
 
     def _conditions(self) -> tuple[Conditioning, Conditioning | None]:
         """Conditions from the tensors; once guidance has ended, the positive rows are enough."""

@@ -83,12 +83,6 @@ class FromPicture(Planning):
             mean = mean + std * noise.to(std)
         return for_each(mean, count, images_per_prompt).to(self.device, self.precision)
 
-    def _preserved(self, schedule: Schedule) -> float:
-        """What turns latents between steps, as the reference has them, into image + sigma * noise."""
-        if not self.scheduler.latents_preserve_variance:
-            return 1.0
-        return (schedule.sigmas[0].item() ** 2 + 1) ** 0.5
-
 
 def for_each(clean: Tensor, count: int, images_per_prompt: int, name: str = "images") -> Tensor:
     """Images for B pictures: one for all, one for each prompt, or one for each picture."""

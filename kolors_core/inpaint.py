@@ -132,7 +132,7 @@ class KolorsInpaintPipeline(FromPicture):
         if clean is None or (strength == 1 and denoising_start is None):
             x = noise * schedule.start_scale
         elif denoising_start is not None:
-            x = clean * self._preserved(schedule)
+            x = clean * self.scheduler.latent_scale(schedule.sigmas[0].item())
         else:
             x = clean + noise * schedule.sigmas[0].item()
         small = for_each(small, shape[0], copies, "masks").to(x)  # [B, 1, H/8, W/8]

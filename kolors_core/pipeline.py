@@ -148,19 +148,19 @@ class KolorsImg2ImgPipeline(FromPicture):
         mean, std = self._encoded(image, height, width, is_only_size=latents is not None)  # [b, 4, H/8, W/8]
         size = mean.shape[-2] * self.vae.config.downscale, mean.shape[-1] * self.vae.config.downscale
         positive, negative = self._conditions(request, size)
-        count, around = len(positive.size_ids), None
+        count, around, sigma = len(positive.size_ids), None, schedule.sigmas[0].item()
         if strength_map is not None and (latents is not None or denoising_start is not None):
             raise ValueError("strength_map needs noise that is drawn here: no latents, no denoising_start")
         if latents is not None:
-            shape = self._latent_shape(count, size)
-            x = self._given_latents(latents, shape) * self._preserved(schedule)
+            x = self._given_latents(latents, self._latent_shape(count, size))
+            x = x * self.scheduler.latent_scale(sigma)
         else:
             clean = self._sampled(mean, std, count, num_images_per_prompt, generator)
             if denoising_start is not None:
-                x = clean * self._preserved(schedule)
+                x = clean * self.scheduler.latent_scale(sigma)
             else:
                 noise = self._draw(clean.shape, generator)
-                x = clean + noise * schedule.sigmas[0].item()
+                x = clean + noise * sigma
                 if strength_map is not None:
                     shapes = (size_of(image), size)
                     places = grey(strength_map, size_of(clean), shapes, "strength_map").to(x)
