@@ -69,19 +69,20 @@ def combined(
     told: conditions of B pictures, `copies` times. read_once, graphs: see `guided`.
     """
     dtype = unet.conv_in.weight.dtype
-    extra = told.extra  # alone, since a run holds what `denoise` refers to
+    extra = told.extra  # so that `denoise` keeps this alone, and not all of `told`, alive
     copies = copies if extra is None else 1  # with it, `beside` has made the copies
     if read_once and all(map(is_as_written, (unet, *(control.net for control in told.controls)))):
         predict = reading_once(unet, schedule, told, copies, graphs)
     else:
         predict = reading_always(unet, schedule, told, copies)
     sigmas = schedule.sigmas.tolist()
-    known = dict(zip(sigmas, schedule.timesteps.tolist(), strict=False))
+    known = dict(zip(sigmas, schedule.timesteps.tolist(), strict=False))  # numbers, for torch to trace a step
     controls_of_step = acting(told.controls, len(schedule.timesteps))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         latents = beside((x / (sigma**2 + 1) ** 0.5).to(dtype), extra)
         timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
+        # The step in whose interval sigma lies; before the first it is the first, at the end the last.
         step = min(max(sum(level >= sigma for level in sigmas), 1), len(controls_of_step)) - 1
         noise = predict(latents, timestep, controls_of_step[step]).to(x.dtype)
         return x - sigma * combine(timestep, noise)

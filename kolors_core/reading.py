@@ -45,8 +45,8 @@ class Savings:
             path_of("prompt_folder", self.prompt_folder)
 
 
-class Told:
-    """What a UNet or ControlNet makes of all that is the same in every step, or known of every step.
+class Prepared:
+    """What a UNet or ControlNet makes, before the first step, of all that is known by then.
 
     reads: keys and values of each cross-attention, in the order in which they run.
     """
@@ -100,7 +100,7 @@ Predict = Callable[[Tensor, float, tuple[int, ...]], Tensor]
 
 
 def reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: int) -> Predict:
-    """The plain UNet, and plain ControlNets."""
+    """The UNet and ControlNets called as a whole; a forward of your own need know only what is set."""
     more: dict[str, Any] = {"perturbed": told.perturbed} if told.perturbed else {}
     more |= {} if told.added is None else {"added": told.added}
 
@@ -109,8 +109,8 @@ def reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: i
         given = latents.repeat(copies, 1, 1, 1), time, told.text_tokens, told.pooled_text, told.size_ids
         controls = [told.controls[k] for k in those]
         residuals = summed((c.scale, c.net(*given, c.image, told.text_counts)) for c in controls)
-        added = {"residuals": residuals} if residuals else {}
-        return unet(*given, told.text_counts, told.image_prompts, **more, **added)
+        now = more | {"residuals": residuals} if residuals else more
+        return unet(*given, told.text_counts, told.image_prompts, **now)
 
     return predict
 
@@ -119,9 +119,9 @@ def reading_once(
     unet: UNet, schedule: Schedule, told: Conditioning, copies: int, graphs: Graphs | None
 ) -> Predict:
     """The UNet and ControlNets without what is the same in every step."""
-    main = Told(unet, schedule, told, told.image_prompts, told.perturbed, told.added)
+    main = Prepared(unet, schedule, told, told.image_prompts, told.perturbed, told.added)
     controls = told.controls
-    nets = [Told(control.net, schedule, told) for control in controls]
+    nets = [Prepared(control.net, schedule, told) for control in controls]
     images = [control.net.image_embedding(control.image) for control in controls]
     constant = [main.reads, [net.reads for net in nets], images]
 
