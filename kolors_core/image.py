@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +21,6 @@ from kolors_core.fields import path_of, whole_number
 from weights_convert.writing import new_file
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL.Image import Image
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -40,9 +40,7 @@ def to_output(images: Tensor, output_type: str) -> Any:
     images = (images * 0.5 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images
-    from einops import rearrange
-
-    pixels = rearrange(images.float().cpu(), "b c h w -> b h w c").numpy()
+    pixels = images.float().cpu().movedim(1, -1).numpy()  # [B, H, W, 3]
     if output_type == "np":
         return pixels
     from PIL import Image
@@ -172,7 +170,6 @@ def _listed(images: Any) -> list[Any]:
 
 def _rgb_or_tensor(image: Any) -> "Image | Tensor":
     """A PIL image as RGB; an array or tensor as a floating tensor [3, H, W]."""
-    import numpy as np
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -206,8 +203,6 @@ def _resized(picture: "Image | Tensor", target: tuple[int, int]) -> Tensor:
 
 def _to_tensor(picture: "Image") -> Tensor:
     """The bytes of an RGB picture: uint8 [3, H, W]."""
-    import numpy as np
-
     return torch.from_numpy(np.array(picture)).movedim(-1, 0)  # [3, H, W]
 
 
@@ -251,10 +246,8 @@ def clip_pixels(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", siz
         picture = _on_white(image)
         short, long = sorted(picture.size)
         if not 0 < long <= LONGEST * short:
-            size_now = f"{picture.height} x {picture.width}"
-            raise ValueError(
-                f"wanted a picture with sides of 1 to {LONGEST} times each other, got {size_now}"
-            )
+            wanted = f"a picture with sides of 1 to {LONGEST} times each other"
+            raise ValueError(f"wanted {wanted}, got {picture.height} x {picture.width}")
         length = int(size * long / short)
         target = (size, length) if picture.width <= picture.height else (length, size)
         left, top = (target[0] - size) // 2, (target[1] - size) // 2
@@ -267,7 +260,6 @@ def clip_pixels(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", siz
 
 def _on_white(image: Any) -> "Image":
     """An RGB picture of a PIL image or of an array [H, W, 3] of uint8 or in [0, 1]."""
-    import numpy as np
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -282,9 +274,8 @@ def _on_white(image: Any) -> "Image":
         raise ValueError(f"wanted an array [H, W, 3] or [B, H, W, 3], got one of {list(image.shape)}")
     if image.dtype != np.uint8:
         if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
-            raise ValueError(
-                f"wanted pixels of uint8, or floats in [0, 1], got {image.dtype} up to {image.max():g}"
-            )
+            got = f"{image.dtype} up to {image.max():g}"
+            raise ValueError(f"wanted pixels of uint8, or floats in [0, 1], got {got}")
         image = (image * 255).round().astype(np.uint8)
     return Image.fromarray(image)
 

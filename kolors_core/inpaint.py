@@ -24,8 +24,6 @@ from kolors_core.sampling import Generators
 from kolors_core.task import Extras, KolorsPipelineOutput, Request
 from kolors_core.text_prompt import MAX_TOKENS, Prompt
 
-STRENGTH = 0.9999  # the reference's default, which leaves out the first of 50 steps
-
 
 @dataclass(frozen=True)
 class Work:
@@ -41,6 +39,7 @@ class KolorsInpaintPipeline(FromPicture):
     """Inpainting, with Kolors-Inpainting's UNet of 9 channels or any of 4."""
 
     repaints: ClassVar[bool] = True
+    default_strength = 0.9999  # the reference's, which leaves out the first of 50 steps
 
     @run
     def __call__(
@@ -52,7 +51,7 @@ class KolorsInpaintPipeline(FromPicture):
         height: int | None = None,
         width: int | None = None,
         padding_mask_crop: int | None = None,
-        strength: float = STRENGTH,
+        strength: float = default_strength,
         num_inference_steps: int = 50,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -112,7 +111,7 @@ class KolorsInpaintPipeline(FromPicture):
         if output_type == "latent" and (paste_back or padding_mask_crop is not None):
             raise ValueError("paste_back and padding_mask_crop need pictures, and output_type is 'latent'")
         whole = self._schedule(request)
-        schedule = self._part(whole, strength, denoising_start, denoising_end, STRENGTH)
+        schedule = self._part(whole, strength, denoising_start, denoising_end)
         copies = num_images_per_prompt
         work = self._work(image, mask_image, height, width, padding_mask_crop, paste_back, copies)
         size = self._pixel_size(work.picture)

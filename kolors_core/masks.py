@@ -8,6 +8,7 @@ Source: `VaeImageProcessor` in diffusers' image_processor.py, with its binarisin
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,8 +64,6 @@ def grey(masks: Any, size: Size, pictures: Sequence[Size], name: str = "mask_ima
 
 def _planes(mask: Any, name: str) -> Iterator[Tensor]:
     """An array or tensor as floats [H, W] in [0, 1], one by one."""
-    import numpy as np
-
     wanted = "PIL images, arrays [H, W], [H, W, 1] or [m, H, W], or tensors [H, W], [m, H, W] or [m, 1, H, W]"
     if isinstance(mask, np.ndarray):
         values = torch.from_numpy(np.ascontiguousarray(mask))
@@ -90,7 +89,6 @@ def _resized(plane: "Image | Tensor", size: Size) -> Tensor:
     """A grey picture as [H, W] in [0, 1]."""
     if isinstance(plane, Tensor):
         return F.interpolate(plane[None, None], size=size)[0, 0]
-    import numpy as np
     from PIL.Image import Resampling
 
     made = plane.resize((size[1], size[0]), Resampling.LANCZOS).convert("L")

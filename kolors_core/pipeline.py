@@ -144,7 +144,7 @@ class KolorsImg2ImgPipeline(FromPicture):
         """
         request = Request.of(locals())
         whole = self._schedule(request)
-        schedule = self._part(whole, strength, denoising_start, denoising_end, self.default_strength)
+        schedule = self._part(whole, strength, denoising_start, denoising_end)
         mean, std = self._encoded(image, height, width, is_only_size=latents is not None)  # [b, 4, H/8, W/8]
         size = mean.shape[-2] * self.vae.config.downscale, mean.shape[-1] * self.vae.config.downscale
         positive, negative = self._conditions(request, size)
