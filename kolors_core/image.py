@@ -23,14 +23,14 @@ from weights_convert.writing import new_file
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Size = tuple[int, int]  # (height, width) in pixels
 OUTPUT_TYPES = ("pil", "np", "pt")
 DOWNLOAD_SECONDS = 30  # without an answer
 DOWNLOAD_BYTES = 256 * 2**20
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-LONGEST = 100  # a side by the other, of a picture that CLIP is shown the middle of
-# A picture as a decoder leaves it overshoots [-1, 1] a little; [0, 255] in floats is another scale.
-LARGEST_VALUE = 2.0
+LARGEST_VALUE = 2.0  # a decoder overshoots [-1, 1] a little; [0, 255] in floats is another scale
+LARGEST_ASPECT = 100  # the longer side by the shorter, of a picture for CLIP
 
 
 def to_output(images: Tensor, output_type: str) -> Any:
@@ -192,7 +192,7 @@ def _rgb_or_tensor(image: Any) -> "Image | Tensor":
     return pixels
 
 
-def _resized(picture: "Image | Tensor", target: tuple[int, int]) -> Tensor:
+def _resized(picture: "Image | Tensor", target: Size) -> Tensor:
     """[3, H, W] of the target's height and width, in the range that it came in, [0, 1] for PIL."""
     if isinstance(picture, Tensor):
         return F.interpolate(picture[None], size=target)[0]
@@ -245,8 +245,8 @@ def clip_pixels(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", siz
     for image in _listed(images):
         picture = _on_white(image)
         short, long = sorted(picture.size)
-        if not 0 < long <= LONGEST * short:
-            wanted = f"a picture with sides of 1 to {LONGEST} times each other"
+        if not 0 < long <= LARGEST_ASPECT * short:
+            wanted = f"a picture with sides of 1 to {LARGEST_ASPECT} times each other"
             raise ValueError(f"wanted {wanted}, got {picture.height} x {picture.width}")
         length = int(size * long / short)
         target = (size, length) if picture.width <= picture.height else (length, size)

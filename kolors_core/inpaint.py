@@ -8,21 +8,23 @@ Shapes: B pictures (prompts times images per prompt), b pictures and m masks giv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from kolors_core.callback import StepCallback
-from kolors_core.conditioning import Size
 from kolors_core.from_picture import FromPicture, for_each
 from kolors_core.holding import holding
-from kolors_core.image import vae_pixels
+from kolors_core.image import Size, vae_pixels
 from kolors_core.masks import Box, crop_region, fitted, grey, put_back, repainted, size_of
 from kolors_core.running import run
 from kolors_core.sampling import Generators
 from kolors_core.task import Extras, KolorsPipelineOutput, Request
 from kolors_core.text_prompt import MAX_TOKENS, Prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class KolorsInpaintPipeline(FromPicture):
         work = self._work(image, mask_image, height, width, padding_mask_crop, paste_back, copies)
         size = self._pixel_size(work.picture)
         if work.box is not None and request.control_image is not None:
-            seen = _control_region(request.control_image, image.size, size, work.box)
+            seen = _control_region(request.control_image, image, size, work.box)
             request = replace(request, control_image=seen)
         scale = self.vae.config.downscale
         mask, small = repainted(work.mask, (size[0] // scale, size[1] // scale))
@@ -220,14 +222,8 @@ class KolorsInpaintPipeline(FromPicture):
 
 def _region(image: Any, mask: Any, size: Size, padding: int) -> tuple[Tensor, Tensor, Box]:
     """A picture's and its mask's region, at the size, and where it was."""
-    from PIL import Image
-
     for name, value in (("image", image), ("mask_image", mask)):
-        if not isinstance(value, Image.Image):
-            raise TypeError(f"padding_mask_crop needs {name} as one PIL image, got {type(value).__name__}")
-    if image.size != mask.size:
-        got = f"{mask.height} x {mask.width} and {image.height} x {image.width}"
-        raise ValueError(f"padding_mask_crop needs mask and image of one size (height x width), got {got}")
+        _need_pil(name, value, image)
     if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
         raise ValueError(f"padding_mask_crop must be a whole number of pixels from 0, got {padding!r}")
     box = crop_region(mask, size, padding)
@@ -235,22 +231,23 @@ def _region(image: Any, mask: Any, size: Size, padding: int) -> tuple[Tensor, Te
     return picture, grey(fitted(mask.convert("L").crop(box), size), size, (size,)), box
 
 
-def _control_region(given: Any, whole: Size, size: Size, box: Box) -> Any:
-    """The same region of a control image, or of each in a list, at the size; whole: the picture's own, as
-    (width, height).
-    """
+def _control_region(given: Any, image: "Image", size: Size, box: Box) -> Any:
+    """The same region of a control image, or of each in a list, at the size."""
+    if isinstance(given, list | tuple):
+        return [_control_region(one, image, size, box) for one in given]
+    _need_pil("control_image", given, image)
+    return fitted(given.convert("RGB").crop(box), size)
+
+
+def _need_pil(name: str, value: Any, image: "Image") -> None:
+    """TypeError for what is no PIL image, ValueError for one of another size than the image to inpaint."""
     from PIL import Image
 
-    if isinstance(given, list | tuple):
-        return [_control_region(one, whole, size, box) for one in given]
-    if not isinstance(given, Image.Image):
-        raise TypeError(f"padding_mask_crop needs control images as PIL images, got {type(given).__name__}")
-    if given.size != whole:
-        got = f"{given.height} x {given.width} and {whole[1]} x {whole[0]}"
-        raise ValueError(
-            f"padding_mask_crop needs control image and image of one size (height x width), got {got}"
-        )
-    return fitted(given.convert("RGB").crop(box), size)
+    if not isinstance(value, Image.Image):
+        raise TypeError(f"padding_mask_crop needs {name} as one PIL image, got {type(value).__name__}")
+    if value.size != image.size:
+        got = f"{value.height} x {value.width} and {image.height} x {image.width}"
+        raise ValueError(f"padding_mask_crop needs {name} and image of one size (height x width), got {got}")
 
 
 def _refuse_useless(reads_mask: bool, masked: Any, denoising_start: float | None, latents: Any) -> None:

@@ -1,7 +1,6 @@
 """Where a picture is made anew: masks read, a region around one cut out, what was made put back.
 
-Masks are [m, 1, H, W] from 0 (stays) to 1 (is made anew). A box is (left, top, right, bottom) in pixels, a
-size (height, width).
+Masks are [m, 1, H, W] from 0 (stays) to 1 (is made anew).
 Source: `VaeImageProcessor` in diffusers' image_processor.py, with its binarising, "fill" and "crop".
 """
 
@@ -13,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_core.image import to_output, vae_pixels
+from kolors_core.image import Size, to_output, vae_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Box = tuple[int, int, int, int]
-Size = tuple[int, int]
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 SHAPE_TOLERANCE = 0.02  # by which a mask's aspect may differ from its picture's
 NO_WHITE = "white is repainted, and there is none"
 

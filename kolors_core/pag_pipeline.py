@@ -15,9 +15,9 @@ from torch import Tensor
 from kolors_core.callback import StepCallback
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.components import Components
-from kolors_core.conditioning import Size
 from kolors_core.fields import finite_number
 from kolors_core.guidance import guided
+from kolors_core.image import Size
 from kolors_core.perturbed import Layers, perturbed, perturbed_layers
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.plan import Plan
@@ -106,7 +106,8 @@ class KolorsPAGPipeline(KolorsPipeline):
         All others are as for `KolorsPipeline`. A callback sees the rows that it sees there.
         Raises ValueError or TypeError as there; also for another rule at `pipe.guided`: only one can be.
         """
-        given = {name: value for name, value in locals().items() if name not in _OWN}
+        own = ("self", "extras", "pag_scale", "pag_adaptive_scale", "__class__")
+        given = {name: value for name, value in locals().items() if name not in own}
         with self._perturbing(pag_scale, pag_adaptive_scale):
             return super().__call__(**given, **extras)
 
@@ -120,9 +121,8 @@ class KolorsPAGPipeline(KolorsPipeline):
         """Within it `perturbed` is the rule, unless pag_scale is 0."""
         if finite_number("pag_scale", pag_scale) == 0:
             if pag_adaptive_scale != 0:
-                raise ValueError(
-                    f"pag_adaptive_scale has no effect with pag_scale 0, got {pag_adaptive_scale}"
-                )
+                got = f"got {pag_adaptive_scale}"
+                raise ValueError(f"pag_adaptive_scale has no effect with pag_scale 0, {got}")
             yield
             return
         if self.guided is not guided:
@@ -136,6 +136,3 @@ class KolorsPAGPipeline(KolorsPipeline):
             yield
         finally:
             self.guided = guided
-
-
-_OWN = ("self", "extras", "pag_scale", "pag_adaptive_scale", "__class__")

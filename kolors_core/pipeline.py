@@ -1,4 +1,4 @@
-"""The tasks, as thin compositions of the rooms above, with the reference's argument names.
+"""Text to image and image to image, with the reference's argument names, composed of the steps in task.py.
 
 Source: diffusers' pipelines/kolors/pipeline_kolors.py and pipeline_kolors_img2img.py.
 Shapes: B pictures (prompts times images per prompt).
@@ -11,9 +11,9 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from kolors_core.callback import StepCallback
-from kolors_core.conditioning import Size
 from kolors_core.from_picture import FromPicture, for_each
 from kolors_core.holding import holding
+from kolors_core.image import Size
 from kolors_core.masks import grey, size_of
 from kolors_core.plan import Planning
 from kolors_core.running import run
