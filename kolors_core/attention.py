@@ -82,6 +82,11 @@ def attention_kernel(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced_kernel() -> str | None:
+    """The name of the kernel that is forced here, if one is."""
+    return _forced
+
+
 @contextmanager
 def planned_for(device: str) -> Iterator[None]:
     """Within the block, tensors on the meta device get the kernels and the memory of this type of device."""

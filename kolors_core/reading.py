@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kolors_core.attention import forced_kernel
 from kolors_core.conditioning import Conditioning
 from kolors_core.context import ImagePrompt
 from kolors_core.controlnet import ControlNet, acting, summed
@@ -142,7 +143,7 @@ def reading_once(
             return plain
         scales = [branch.scale for handle in attached(unet) for branch in handle.branches.values()]
         states = [(state_of(control.net), control.scale) for control in controls]
-        numbers = str((scales, told.perturbed, [level.freeu for level in unet.up]))
+        numbers = str((scales, told.perturbed, [level.freeu for level in unet.up], forced_kernel()))
         key = copies, state_of(unet), numbers, active, *states
         recorded = graphs.of_run(partial(step, active), key, constant)
         used = [part.net for part in (main, *nets)]
