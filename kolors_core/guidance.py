@@ -32,14 +32,15 @@ def guided(
 ) -> Denoise:
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): eps = uncond + scale * (cond - uncond).
 
-    Without a negative, or with a scale of at most 1, the UNet runs once on the positive alone. The UNet sees
-    x / sqrt(1 + sigma^2), and `extra` behind it, in its own dtype; x and x0 keep theirs. read_once: compute
-    what does not depend on x (text and pictures as keys and values, what each block makes of sizes and all
-    steps' times) now and not in every step; the result is the same. Controls add their residuals in the steps
-    in which they act. graphs: record the step there as a CUDA graph, unless there are masks or, anywhere in
-    it, hooks. A UNet or ControlNet that is compiled as a whole, hooked itself, or has another forward is
-    called as a whole, and nothing is recorded. rescale, interval: see kolors_core/tempering.py; outside of
-    the interval, too, the positive alone is run.
+    Without a negative, with a scale of at most 1, or outside of the interval, the UNet runs on the positive
+    alone. It sees x / sqrt(1 + sigma^2), and `extra` behind it, in its own dtype; x and x0 keep theirs.
+    Controls add their residuals in the steps in which they act.
+
+    rescale, interval: see kolors_core/tempering.py. read_once: compute what does not depend on x (text and
+    pictures as keys and values, what each block makes of sizes and all steps' times) now and not in every
+    step; the result is the same. graphs: record the step there as a CUDA graph, unless there are masks or,
+    anywhere in it, hooks. A UNet or ControlNet that is compiled as a whole, hooked itself, or has another
+    forward is called as a whole in every step, and nothing is recorded.
     """
     temper = rescaling(rescale)
 

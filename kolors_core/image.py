@@ -206,6 +206,16 @@ def _to_tensor(picture: "Image") -> Tensor:
     return torch.from_numpy(np.array(picture)).movedim(-1, 0)  # [3, H, W]
 
 
+def grey_bytes(picture: "Image", size: Size) -> Tensor:
+    """A picture of any mode, resized with Lanczos, in grey: uint8 [H, W].
+
+    Resized first, as in the reference, so that edges of a mask of one bit a pixel stay hard.
+    """
+    from PIL.Image import Resampling
+
+    return torch.from_numpy(np.array(picture.resize((size[1], size[0]), Resampling.LANCZOS).convert("L")))
+
+
 class IPAdapterMaskProcessor:
     """Makes masks that say where an IP-Adapter image counts, as diffusers' class of this name does."""
 
@@ -216,7 +226,6 @@ class IPAdapterMaskProcessor:
 
         Each is resized to height and width, or to the first one's size, both rounded down to multiples of 8.
         """
-        import numpy as np
         from PIL import Image
 
         masks = _listed(image)
@@ -227,10 +236,8 @@ class IPAdapterMaskProcessor:
         w = masks[0].width if width is None else whole_number("width", width)
         if h < 8 or w < 8:
             raise ValueError(f"the sides of a mask must be at least 8, got {h} x {w}")
-        size = (w - w % 8, h - h % 8)
-        # Resized first: Lanczos would turn a mask of one bit a pixel into one of soft edges.
-        grey = [np.array(mask.resize(size, Image.Resampling.LANCZOS).convert("L")) for mask in masks]
-        return (torch.from_numpy(np.stack(grey)) >= 128).float()[:, None]  # [n, 1, H, W]
+        size = h - h % 8, w - w % 8
+        return torch.stack([grey_bytes(mask, size) >= 128 for mask in masks]).float()[:, None]  # [n, 1, H, W]
 
 
 def clip_pixels(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", size: int = 336) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_core.image import Size, to_output, vae_pixels
+from kolors_core.image import Size, grey_bytes, to_output, vae_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,10 +87,7 @@ def _resized(plane: "Image | Tensor", size: Size) -> Tensor:
     """A grey picture as [H, W] in [0, 1]."""
     if isinstance(plane, Tensor):
         return F.interpolate(plane[None, None], size=size)[0, 0]
-    from PIL.Image import Resampling
-
-    made = plane.resize((size[1], size[0]), Resampling.LANCZOS).convert("L")
-    return torch.from_numpy(np.array(made)).float() / 255
+    return grey_bytes(plane, size).float() / 255
 
 
 def repainted(mask: Tensor, size: Size, name: str = "mask_image") -> tuple[Tensor, Tensor]:
