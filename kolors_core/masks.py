@@ -50,10 +50,9 @@ def grey(masks: Any, size: Size, pictures: Sequence[Size], name: str = "mask_ima
         for plane in [mask] if isinstance(mask, Image.Image) else _planes(mask, name):
             h, w = (plane.height, plane.width) if isinstance(plane, Image.Image) else plane.shape
             if all(abs(h * p[1] - w * p[0]) > SHAPE_TOLERANCE * h * p[1] for p in pictures):
-                wanted = " or ".join(dict.fromkeys(f"{p[0]} x {p[1]}" for p in pictures))
-                raise ValueError(
-                    f"{name} is {h} x {w} (height x width), wanted its picture's shape, {wanted}"
-                )
+                shapes = " or ".join(dict.fromkeys(f"{p[0]} x {p[1]}" for p in pictures))
+                wanted = f"its picture's shape, {shapes}"
+                raise ValueError(f"{name} is {h} x {w} (height x width), wanted {wanted}")
             planes.append(_resized(plane, size))
     if not planes:
         raise ValueError(f"{name} is an empty list")

@@ -25,6 +25,8 @@ from kolors_core.sampling import Generators
 from kolors_core.task import Extras, KolorsPipelineOutput
 from kolors_core.text_prompt import MAX_TOKENS, Prompt
 
+_OWN = ("self", "extras", "pag_scale", "pag_adaptive_scale", "__class__")  # locals, but not KolorsPipeline's
+
 
 class KolorsPAGPipeline(KolorsPipeline):
     """Text to image, away from what the UNet would do without the self-attentions of the layers named."""
@@ -106,8 +108,7 @@ class KolorsPAGPipeline(KolorsPipeline):
         All others are as for `KolorsPipeline`. A callback sees the rows that it sees there.
         Raises ValueError or TypeError as there; also for another rule at `pipe.guided`: only one can be.
         """
-        own = ("self", "extras", "pag_scale", "pag_adaptive_scale", "__class__")
-        given = {name: value for name, value in locals().items() if name not in own}
+        given = {name: value for name, value in locals().items() if name not in _OWN}
         with self._perturbing(pag_scale, pag_adaptive_scale):
             return super().__call__(**given, **extras)
 

@@ -107,7 +107,6 @@ def draw_noise(
         return torch.randn(shape, generator=generator, device=place, dtype=dtype).to(device)
     listed = list(generator) if isinstance(generator, Sequence) else []
     if len(listed) != shape[0] or not all(isinstance(one, torch.Generator) for one in listed):
-        raise ValueError(
-            f"wanted one torch.Generator, or a list of {shape[0]}, one for each picture, got {generator!r}"
-        )
+        wanted = f"one torch.Generator, or a list of {shape[0]}, one for each picture"
+        raise ValueError(f"wanted {wanted}, got {generator!r}")
     return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in listed])

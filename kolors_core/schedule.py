@@ -145,8 +145,8 @@ class Scheduler(ABC):
     def table(self) -> Tensor:
         """The sigma of each training timestep, sqrt((1 - a) / a) for a = cumprod(1 - beta): float32 [T]."""
         root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
-        betas = torch.linspace(self.beta_start**root, self.beta_end**root, self.num_train_timesteps)
-        betas = betas ** (1 / root)
+        ends = self.beta_start**root, self.beta_end**root
+        betas = torch.linspace(*ends, self.num_train_timesteps, device="cpu") ** (1 / root)
         alphas = torch.cumprod(1.0 - betas, dim=0)
         return ((1 - alphas) / alphas) ** 0.5
 
@@ -196,12 +196,12 @@ class Scheduler(ABC):
         """Timesteps by `timestep_spacing`, falling: [steps]."""
 
     def _leading(self, ratio: int, first: int, steps: int) -> np.ndarray:
-        """Multiples of a ratio from `first` on, by the offset later, but inside the table."""
+        """first, first + 1, ... times the ratio, moved by the offset but not out of the table; falling."""
         timesteps = np.arange(first, first + steps)[::-1] * ratio + self.steps_offset
         return timesteps.clip(max=self.num_train_timesteps - 1)
 
     def _trailing(self, steps: int) -> np.ndarray:
-        """Back from the end; at 15 steps of 1,100 numpy's range goes one too far."""
+        """Back from the end by equal parts; at 15 steps numpy's range, unlike the reference's, is cut."""
         total = self.num_train_timesteps
         return np.arange(total, 0, -total / steps)[:steps].round() - 1
 

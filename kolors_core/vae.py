@@ -183,11 +183,9 @@ class VAE(Tiles, nn.Module):
 
     def encode(self, images: Tensor) -> LatentDistribution:
         """images: [B, 3, H, W] in [-1, 1], sides multiples of 8. The distribution is of scaled latents."""
-        side = self.config.downscale
-        if images.shape[-1] % side or images.shape[-2] % side:
-            raise ValueError(
-                f"image sides must be multiples of {side}, got {images.shape[-2]} x {images.shape[-1]}"
-            )
+        side, (height, width) = self.config.downscale, images.shape[-2:]
+        if height % side or width % side:
+            raise ValueError(f"image sides must be multiples of {side}, got {height} x {width}")
         mean, log_variance = self.quant_conv(self.through(self.encoder, images)).chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return LatentDistribution(mean * self.config.scaling_factor, std * self.config.scaling_factor)
