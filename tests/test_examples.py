@@ -22,7 +22,8 @@ from kolors_core.guidance import guided
 from kolors_core.loading import load, zeros
 from kolors_core.sampling import euler
 from kolors_core.schedule import DPMSolverMultistepScheduler
-from tests.parity import FLOAT32, assert_parity, relative_error
+from tests.parity import assert_parity
+from tests.small import FLOAT32, relative_error
 from tests.test_readme import block_after
 from weights_convert import TABLES
 from weights_convert.__main__ import convert
