@@ -11,16 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Where scores of one head are written out on a CPU: few enough to stay in its cache, or heads of a width that
-# torch's flash kernel is slow at. With fewer keys it is the faster one again.
-CPU_SCORES, CPU_FEWEST_KEYS, CPU_WIDE_SCORES = 2**18, 64, 2**24
+# On a CPU the scores of a head are written out where that is faster than torch's flash kernel:
+CPU_SCORES = 2**18  # up to so many, which stay in its cache,
+CPU_FEWEST_KEYS = 64  # of at least so many keys;
+CPU_WIDE_SCORES = 2**24  # or up to so many, of heads wider than 128
 
 # On MPS a score matrix of more elements than this is computed in chunks of queries, to fit in memory.
 MPS_SCORE_ELEMENTS = 2**28
-
-CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
-]  # fmt: skip
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -55,8 +52,9 @@ def count_bias(counts: Tensor, dtype: torch.dtype) -> Tensor:
 def choose(q: Tensor, k: Tensor) -> str:
     """Name of the kernel for these inputs.
 
-    CUDA: what shapes, precision and bias allow, cuDNN's before flash on Hopper. MPS: query chunks where the
-    scores are many. CPU: in bfloat16, without gradients, matrix products and a softmax where they are faster:
+    CUDA: what shapes, precision and bias allow; cuDNN's before flash on Hopper, where alone it is the faster
+    (six GPUs in https://github.com/huggingface/transformers/pull/48163). MPS: query chunks where the scores
+    are many. CPU: in bfloat16, without gradients, matrix products and a softmax where they are faster:
     1.6 times on short rows and 1.7 on the VAE's wide head (benchmarks/NOTES.md). Else torch's own.
     """
     device, (batch, heads, queries, width), keys = device_type(q), q.shape, k.shape[2]
@@ -84,6 +82,11 @@ def attention_kernel(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced_kernel() -> str | None:
+    """The name of the kernel that is forced here, if one is."""
+    return _forced
+
+
 @contextmanager
 def planned_for(device: str) -> Iterator[None]:
     """Within the block, tensors on the meta device get the kernels and the memory of this type of device."""
@@ -107,21 +110,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-def _only(backend: SDPBackend) -> Kernel:
+def _first_of(*backends: SDPBackend) -> Kernel:
+    """The first of torch's kernels that can."""
+
     def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        with sdpa_kernel(backend):
+        with sdpa_kernel(list(backends), set_priority=True):
             return _sdpa(q, k, v, bias)
 
     return kernel
-
-
-def _cudnn_first(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """The first of these that can: on Hopper, and only there, cuDNN's outruns torch's flash kernel.
-
-    Source: six GPUs compared in https://github.com/huggingface/transformers/pull/48163.
-    """
-    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
-        return _sdpa(q, k, v, bias)
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -154,10 +150,15 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor
 
 KERNELS: dict[str, Kernel] = {
     "sdpa": _sdpa,
-    "flash": _only(SDPBackend.FLASH_ATTENTION),
-    "cudnn": _only(SDPBackend.CUDNN_ATTENTION),
-    "efficient": _only(SDPBackend.EFFICIENT_ATTENTION),
-    "cudnn_first": _cudnn_first,
+    "flash": _first_of(SDPBackend.FLASH_ATTENTION),
+    "cudnn": _first_of(SDPBackend.CUDNN_ATTENTION),
+    "efficient": _first_of(SDPBackend.EFFICIENT_ATTENTION),
+    "cudnn_first": _first_of(
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ),
     "chunked": _chunked,
     "written_out": _written_out,
 }

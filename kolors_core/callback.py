@@ -21,11 +21,12 @@ from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Schedule, Scheduler
 from kolors_core.unet import UNet
 
-NAMES = (
-    "latents", "prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "add_time_ids",
-    "negative_pooled_prompt_embeds", "negative_add_time_ids",
-)  # fmt: skip
+# The reference's names of a `Conditioning`'s fields: of both halves, and of the negative half alone.
+FIELDS = ("text_tokens", "pooled_text", "size_ids")
 TOLD = ("prompt_embeds", "add_text_embeds", "add_time_ids")
+NEGATIVE = ("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_add_time_ids")
+NAMES = ("latents", *TOLD, *NEGATIVE)
+RETURNED = "callback_on_step_end returned"
 
 StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
@@ -71,14 +72,11 @@ class Run:
         self.pipe, self.schedule, self.batch = pipe, schedule, len(positive.text_tokens)
         self.callback, self.names, self.progress = callback, names, progress
         told = positive if negative is None else Conditioning.cat(negative, positive)
-        self.tensors: dict[str, Any] = dict(
-            zip(TOLD, (told.text_tokens, told.pooled_text, told.size_ids), strict=True)
-        )
+        self.tensors: dict[str, Any] = {}
+        for name, of_negative, field in zip(TOLD, NEGATIVE, FIELDS, strict=True):
+            self.tensors |= {name: getattr(told, field), of_negative: getattr(negative, field, None)}
         self.halves = (positive, positive if negative is None else negative)
-        self.tensors["negative_prompt_embeds"] = None if negative is None else negative.text_tokens
-        self.tensors["negative_pooled_prompt_embeds"] = None if negative is None else negative.pooled_text
-        self.tensors["negative_add_time_ids"] = None if negative is None else negative.size_ids
-        self.finite: list[Tensor] = []  # whether all was, after each step
+        self.finite: list[Tensor] = []  # whether all latents were, after each step
         self.counts = told.text_counts  # until the callback brings tokens of its own
         self.denoise = self._guided(positive, negative)
 
@@ -122,72 +120,57 @@ class Run:
         scale = self.pipe._guidance_scale
         answer = callback(self.pipe, i, self.schedule.timesteps[i], seen)
         if not isinstance(answer, dict):
-            raise TypeError(
-                f"callback_on_step_end must return a dict of tensors, got {type(answer).__name__}"
-            )
+            got = type(answer).__name__
+            raise TypeError(f"callback_on_step_end must return a dict of tensors, got {got}")
         returned = dict(answer)
         for name, value in returned.items():
             if not isinstance(value, Tensor) and value is not self.tensors.get(name):
-                raise TypeError(
-                    f"callback_on_step_end returned {name} as {type(value).__name__}, wanted a tensor"
-                )
+                raise TypeError(f"{RETURNED} {name} as {type(value).__name__}, wanted a tensor")
         if strangers := sorted(returned.keys() - set(NAMES)):
-            raise ValueError(
-                f"callback_on_step_end returned {strangers[0]!r}; wanted some of {', '.join(NAMES)}"
-            )
+            raise ValueError(f"{RETURNED} {strangers[0]!r}; wanted some of {', '.join(NAMES)}")
         if (after := returned.pop("latents", None)) is not None:
             if after.shape != x.shape:
-                raise ValueError(
-                    f"callback_on_step_end returned latents {list(after.shape)}, wanted {list(x.shape)}"
-                )
+                raise ValueError(f"{RETURNED} latents {list(after.shape)}, wanted {list(x.shape)}")
             x = after.to(x) * self._scale(i + 1)
-        for name in TOLD:
-            self._refuse_misfit(name, returned.get(name), self.tensors[name])
-        before = self.tensors["prompt_embeds"]
-        is_changed = any(returned[name] is not self.tensors[name] for name in TOLD if name in returned)
-        self.tensors.update(returned)
-        if "prompt_embeds" in returned and self.tensors["prompt_embeds"] is not before:
+        changed = {name for name in TOLD if returned.get(name, self.tensors[name]) is not self.tensors[name]}
+        for name in changed:
+            _refuse_misfit(name, returned[name], self.tensors[name])
+        self.tensors |= returned
+        if "prompt_embeds" in changed:
             self.counts = None
-        if is_changed or scale != self.pipe._guidance_scale:
+        if changed or scale != self.pipe._guidance_scale:
             self.denoise = self._guided(*self._conditions())
         return x
 
-    @staticmethod
-    def _refuse_misfit(name: str, after: Tensor | None, before: Tensor) -> None:
-        """ValueError for a tensor that the UNet cannot read in the place of the one before."""
-        if after is not None and (
-            after.ndim != before.ndim or after.shape[-1] != before.shape[-1] or not after.is_floating_point()
-        ):
-            wanted = "floats [" + "any, " * (before.ndim - 1) + f"{before.shape[-1]}]"
-            raise ValueError(
-                f"callback_on_step_end returned {name} {list(after.shape)} of {after.dtype}, wanted {wanted}"
-            )
-
     def _scale(self, step: int) -> float:
         """x is this many times the latents that the reference holds before step `step`."""
-        if not self.pipe.scheduler.latents_preserve_variance:
-            return 1.0
-        return (self.schedule.sigmas[step].item() ** 2 + 1) ** 0.5
+        return self.pipe.scheduler.latent_scale(self.schedule.sigmas[step].item())
 
     def _conditions(self) -> tuple[Conditioning, Conditioning | None]:
         """Conditions from the tensors; once guidance has ended, the positive rows are enough."""
         is_guided = self.pipe._guidance_scale > 1
-        rows, allowed = {}, (2 * self.batch,) if is_guided else (self.batch, 2 * self.batch)
+        allowed = (2 * self.batch,) if is_guided else (self.batch, 2 * self.batch)
         for name in TOLD:
-            if len(self.tensors[name]) not in allowed:
-                raise ValueError(
-                    f"callback_on_step_end returned {name} of {len(self.tensors[name])} rows, "
-                    f"wanted {' or '.join(map(str, allowed))} for {self.batch} pictures"
-                )
-            rows[name] = self.tensors[name]
-        last, first = slice(-self.batch, None), slice(None, self.batch)
-        halves = []
-        for part, half in zip((last, first), self.halves, strict=True):
+            if (rows := len(self.tensors[name])) not in allowed:
+                wanted = f"{' or '.join(map(str, allowed))} for {self.batch} pictures"
+                raise ValueError(f"{RETURNED} {name} of {rows} rows, wanted {wanted}")
+
+        def told(half: Conditioning, part: slice) -> Conditioning:
             counts = None if self.counts is None else self.counts[part]
-            tokens, pooled, ids = (rows[name][part] for name in TOLD)
-            half = replace(half, text_tokens=tokens, pooled_text=pooled, size_ids=ids, text_counts=counts)
-            halves.append(half)
-        return halves[0], halves[1] if is_guided else None
+            tensors = {field: self.tensors[name][part] for name, field in zip(TOLD, FIELDS, strict=True)}
+            return replace(half, **tensors, text_counts=counts)
+
+        positive, negative = self.halves
+        last, first = slice(-self.batch, None), slice(None, self.batch)
+        return told(positive, last), told(negative, first) if is_guided else None
+
+
+def _refuse_misfit(name: str, after: Tensor, before: Tensor) -> None:
+    """ValueError for a tensor that the UNet cannot read in the place of the one before."""
+    fits = after.ndim == before.ndim and after.shape[-1] == before.shape[-1]
+    if not fits or not after.is_floating_point():
+        wanted = "floats [" + "any, " * (before.ndim - 1) + f"{before.shape[-1]}]"
+        raise ValueError(f"{RETURNED} {name} {list(after.shape)} of {after.dtype}, wanted {wanted}")
 
 
 class SDXLCFGCutoffCallback:

@@ -155,9 +155,8 @@ class ChatGLM(Module):
         *layers, last = self.layers
         for layer in layers:
             x = layer(x, rotation, allowed)
-        pooled = last(
-            x, rotation, allowed, last_only=True
-        )  # [B, 1, C]: of the last layer nothing else is read
+        # Nothing else of the last layer is read.
+        pooled = last(x, rotation, allowed, last_only=True)  # [B, 1, C]
         return TextEmbedding(tokens=x, pooled=pooled[:, 0], counts=batch.counts)
 
 

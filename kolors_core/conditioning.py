@@ -13,8 +13,7 @@ from torch import Tensor
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.context import ImagePrompt
 from kolors_core.controlnet import Control
-
-Size = tuple[int, int]
+from kolors_core.image import Size
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class ReadImages(NamedTuple):
 
 class Read(NamedTuple):
     """What a cross-attention has read: keys and values [B, heads, S, C/heads], a logit bias [B, 1, 1, S] or
-    None, and what its image branches have. perturbed: as in `Context`."""
+    None, and what its image branches have. perturbed: as in `Context`.
+    """
 
     k: Tensor
     v: Tensor

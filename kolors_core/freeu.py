@@ -43,8 +43,10 @@ class FreeUSwitch:
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Let the innermost level of the way up work with s1 and b1, the next one with s2 and b2.
 
-        ValueError naming what is no number or below 0.
+        ValueError naming what is no number or below 0, and for a UNet of one level.
         """
+        if len(self.unet.up) < 2:
+            raise ValueError("FreeU changes two levels, and this UNet has one")
         for name, value in zip(NAMES, (s1, s2, b1, b2), strict=True):
             finite_number(name, value, 0)
         self._join(FreeU(b1, s1), FreeU(b2, s2))
@@ -60,7 +62,7 @@ class FreeUSwitch:
     @property
     def freeu(self) -> dict[str, float] | None:
         """s1, s2, b1 and b2; None if it is not enabled."""
-        first, second = (level.freeu for level in self.unet.up[:2])
-        if not isinstance(first, FreeU) or not isinstance(second, FreeU):
+        ways = [level.freeu for level in self.unet.up[:2] if isinstance(level.freeu, FreeU)]
+        if len(ways) < 2:
             return None
-        return dict(zip(NAMES, (first.skip, second.skip, first.backbone, second.backbone), strict=True))
+        return dict(zip(NAMES, [way.skip for way in ways] + [way.backbone for way in ways], strict=True))

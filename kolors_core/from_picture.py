@@ -4,7 +4,7 @@ Source: diffusers' pipelines/kolors/pipeline_kolors_img2img.py.
 Shapes: B pictures (prompts times images per prompt), b pictures given.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,16 +20,13 @@ from kolors_core.schedule import Schedule
 class FromPicture(Planning):
     """A task that starts from a picture."""
 
-    def _part(
-        self, whole: Schedule, strength: float, start: float | None, end: float | None, default: float
-    ) -> Schedule:
-        """The steps that are done: those that strength or denoising_start leaves, up to denoising_end.
+    default_strength: ClassVar[float]  # says nothing, and so may stand beside denoising_start
 
-        default: the strength that says nothing.
-        """
+    def _part(self, whole: Schedule, strength: float, start: float | None, end: float | None) -> Schedule:
+        """The steps that are done: those that strength or denoising_start leaves, up to denoising_end."""
         if start is None:
             schedule = whole.noised(strength)
-        elif strength != default:
+        elif strength != self.default_strength:
             raise ValueError(f"strength has no effect beside denoising_start, got {strength} and {start}")
         elif end is not None and fraction_of("denoising_start", start) >= fraction_of("denoising_end", end):
             raise ValueError(f"denoising_start must be before denoising_end, got {start} and {end}")
@@ -82,12 +79,6 @@ class FromPicture(Planning):
             noise = draw_noise(tuple(mean.shape), generator, mean.device, torch.float32)
             mean = mean + std * noise.to(std)
         return for_each(mean, count, images_per_prompt).to(self.device, self.precision)
-
-    def _preserved(self, schedule: Schedule) -> float:
-        """What turns latents between steps, as the reference has them, into image + sigma * noise."""
-        if not self.scheduler.latents_preserve_variance:
-            return 1.0
-        return (schedule.sigmas[0].item() ** 2 + 1) ** 0.5
 
 
 def for_each(clean: Tensor, count: int, images_per_prompt: int, name: str = "images") -> Tensor:

@@ -32,14 +32,15 @@ def guided(
 ) -> Denoise:
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): eps = uncond + scale * (cond - uncond).
 
-    Without a negative, or with a scale of at most 1, the UNet runs once on the positive alone. The UNet sees
-    x / sqrt(1 + sigma^2), and `extra` behind it, in its own dtype; x and x0 keep theirs. read_once: compute
-    what does not depend on x (text and pictures as keys and values, what each block makes of sizes and all
-    steps' times) now and not in every step; the result is the same. Controls add their residuals in the steps
-    in which they act. graphs: record the step there as a CUDA graph, unless there are masks or, anywhere in
-    it, hooks. A UNet or ControlNet that is compiled as a whole, hooked itself, or has another forward is
-    called as a whole, and nothing is recorded. rescale, interval: see kolors_core/tempering.py; outside of
-    the interval, too, the positive alone is run.
+    Without a negative, with a scale of at most 1, or outside of the interval, the UNet runs on the positive
+    alone. It sees x / sqrt(1 + sigma^2), and `extra` behind it, in its own dtype; x and x0 keep theirs.
+    Controls add their residuals in the steps in which they act.
+
+    rescale, interval: see kolors_core/tempering.py. read_once: compute what does not depend on x (text and
+    pictures as keys and values, what each block makes of sizes and all steps' times) now and not in every
+    step; the result is the same. graphs: record the step there as a CUDA graph, unless there are masks or,
+    anywhere in it, hooks. A UNet or ControlNet that is compiled as a whole, hooked itself, or has another
+    forward is called as a whole in every step, and nothing is recorded.
     """
     temper = rescaling(rescale)
 
@@ -69,19 +70,20 @@ def combined(
     told: conditions of B pictures, `copies` times. read_once, graphs: see `guided`.
     """
     dtype = unet.conv_in.weight.dtype
-    extra = told.extra  # alone, since a run holds what `denoise` refers to
+    extra = told.extra  # so that `denoise` keeps this alone, and not all of `told`, alive
     copies = copies if extra is None else 1  # with it, `beside` has made the copies
     if read_once and all(map(is_as_written, (unet, *(control.net for control in told.controls)))):
         predict = reading_once(unet, schedule, told, copies, graphs)
     else:
         predict = reading_always(unet, schedule, told, copies)
     sigmas = schedule.sigmas.tolist()
-    known = dict(zip(sigmas, schedule.timesteps.tolist(), strict=False))
+    known = dict(zip(sigmas, schedule.timesteps.tolist(), strict=False))  # numbers, for torch to trace a step
     controls_of_step = acting(told.controls, len(schedule.timesteps))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         latents = beside((x / (sigma**2 + 1) ** 0.5).to(dtype), extra)
         timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
+        # The step in whose interval sigma lies; before the first it is the first, at the end the last.
         step = min(max(sum(level >= sigma for level in sigmas), 1), len(controls_of_step)) - 1
         noise = predict(latents, timestep, controls_of_step[step]).to(x.dtype)
         return x - sigma * combine(timestep, noise)

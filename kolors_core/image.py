@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,17 +21,16 @@ from kolors_core.fields import path_of, whole_number
 from weights_convert.writing import new_file
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL.Image import Image
 
+Size = tuple[int, int]  # (height, width) in pixels
 OUTPUT_TYPES = ("pil", "np", "pt")
 DOWNLOAD_SECONDS = 30  # without an answer
 DOWNLOAD_BYTES = 256 * 2**20
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-LONGEST = 100  # a side by the other, of a picture that CLIP is shown the middle of
-# A picture as a decoder leaves it overshoots [-1, 1] a little; [0, 255] in floats is another scale.
-LARGEST_VALUE = 2.0
+LARGEST_VALUE = 2.0  # a decoder overshoots [-1, 1] a little; [0, 255] in floats is another scale
+LARGEST_ASPECT = 100  # the longer side by the shorter, of a picture for CLIP
 
 
 def to_output(images: Tensor, output_type: str) -> Any:
@@ -40,9 +40,7 @@ def to_output(images: Tensor, output_type: str) -> Any:
     images = (images * 0.5 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images
-    from einops import rearrange
-
-    pixels = rearrange(images.float().cpu(), "b c h w -> b h w c").numpy()
+    pixels = images.float().cpu().movedim(1, -1).numpy()  # [B, H, W, 3]
     if output_type == "np":
         return pixels
     from PIL import Image
@@ -172,7 +170,6 @@ def _listed(images: Any) -> list[Any]:
 
 def _rgb_or_tensor(image: Any) -> "Image | Tensor":
     """A PIL image as RGB; an array or tensor as a floating tensor [3, H, W]."""
-    import numpy as np
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -195,7 +192,7 @@ def _rgb_or_tensor(image: Any) -> "Image | Tensor":
     return pixels
 
 
-def _resized(picture: "Image | Tensor", target: tuple[int, int]) -> Tensor:
+def _resized(picture: "Image | Tensor", target: Size) -> Tensor:
     """[3, H, W] of the target's height and width, in the range that it came in, [0, 1] for PIL."""
     if isinstance(picture, Tensor):
         return F.interpolate(picture[None], size=target)[0]
@@ -206,9 +203,17 @@ def _resized(picture: "Image | Tensor", target: tuple[int, int]) -> Tensor:
 
 def _to_tensor(picture: "Image") -> Tensor:
     """The bytes of an RGB picture: uint8 [3, H, W]."""
-    import numpy as np
-
     return torch.from_numpy(np.array(picture)).movedim(-1, 0)  # [3, H, W]
+
+
+def grey_bytes(picture: "Image", size: Size) -> Tensor:
+    """A picture of any mode, resized with Lanczos, in grey: uint8 [H, W].
+
+    Resized first, as in the reference, so that edges of a mask of one bit a pixel stay hard.
+    """
+    from PIL.Image import Resampling
+
+    return torch.from_numpy(np.array(picture.resize((size[1], size[0]), Resampling.LANCZOS).convert("L")))
 
 
 class IPAdapterMaskProcessor:
@@ -221,7 +226,6 @@ class IPAdapterMaskProcessor:
 
         Each is resized to height and width, or to the first one's size, both rounded down to multiples of 8.
         """
-        import numpy as np
         from PIL import Image
 
         masks = _listed(image)
@@ -232,10 +236,8 @@ class IPAdapterMaskProcessor:
         w = masks[0].width if width is None else whole_number("width", width)
         if h < 8 or w < 8:
             raise ValueError(f"the sides of a mask must be at least 8, got {h} x {w}")
-        size = (w - w % 8, h - h % 8)
-        # Resized first: Lanczos would turn a mask of one bit a pixel into one of soft edges.
-        grey = [np.array(mask.resize(size, Image.Resampling.LANCZOS).convert("L")) for mask in masks]
-        return (torch.from_numpy(np.stack(grey)) >= 128).float()[:, None]  # [n, 1, H, W]
+        size = h - h % 8, w - w % 8
+        return torch.stack([grey_bytes(mask, size) >= 128 for mask in masks]).float()[:, None]  # [n, 1, H, W]
 
 
 def clip_pixels(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", size: int = 336) -> Tensor:
@@ -250,11 +252,9 @@ def clip_pixels(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", siz
     for image in _listed(images):
         picture = _on_white(image)
         short, long = sorted(picture.size)
-        if not 0 < long <= LONGEST * short:
-            size_now = f"{picture.height} x {picture.width}"
-            raise ValueError(
-                f"wanted a picture with sides of 1 to {LONGEST} times each other, got {size_now}"
-            )
+        if not 0 < long <= LARGEST_ASPECT * short:
+            wanted = f"a picture with sides of 1 to {LARGEST_ASPECT} times each other"
+            raise ValueError(f"wanted {wanted}, got {picture.height} x {picture.width}")
         length = int(size * long / short)
         target = (size, length) if picture.width <= picture.height else (length, size)
         left, top = (target[0] - size) // 2, (target[1] - size) // 2
@@ -267,7 +267,6 @@ def clip_pixels(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", siz
 
 def _on_white(image: Any) -> "Image":
     """An RGB picture of a PIL image or of an array [H, W, 3] of uint8 or in [0, 1]."""
-    import numpy as np
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -282,9 +281,8 @@ def _on_white(image: Any) -> "Image":
         raise ValueError(f"wanted an array [H, W, 3] or [B, H, W, 3], got one of {list(image.shape)}")
     if image.dtype != np.uint8:
         if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
-            raise ValueError(
-                f"wanted pixels of uint8, or floats in [0, 1], got {image.dtype} up to {image.max():g}"
-            )
+            got = f"{image.dtype} up to {image.max():g}"
+            raise ValueError(f"wanted pixels of uint8, or floats in [0, 1], got {got}")
         image = (image * 255).round().astype(np.uint8)
     return Image.fromarray(image)
 

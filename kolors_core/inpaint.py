@@ -8,23 +8,23 @@ Shapes: B pictures (prompts times images per prompt), b pictures and m masks giv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from kolors_core.callback import StepCallback
-from kolors_core.conditioning import Size
 from kolors_core.from_picture import FromPicture, for_each
 from kolors_core.holding import holding
-from kolors_core.image import vae_pixels
+from kolors_core.image import Size, vae_pixels
 from kolors_core.masks import Box, crop_region, fitted, grey, put_back, repainted, size_of
 from kolors_core.running import run
 from kolors_core.sampling import Generators
 from kolors_core.task import Extras, KolorsPipelineOutput, Request
 from kolors_core.text_prompt import MAX_TOKENS, Prompt
 
-STRENGTH = 0.9999  # the reference's default, which leaves out the first of 50 steps
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class KolorsInpaintPipeline(FromPicture):
     """Inpainting, with Kolors-Inpainting's UNet of 9 channels or any of 4."""
 
     repaints: ClassVar[bool] = True
+    default_strength = 0.9999  # the reference's, which leaves out the first of 50 steps
 
     @run
     def __call__(
@@ -52,7 +53,7 @@ class KolorsInpaintPipeline(FromPicture):
         height: int | None = None,
         width: int | None = None,
         padding_mask_crop: int | None = None,
-        strength: float = STRENGTH,
+        strength: float = default_strength,
         num_inference_steps: int = 50,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -112,12 +113,12 @@ class KolorsInpaintPipeline(FromPicture):
         if output_type == "latent" and (paste_back or padding_mask_crop is not None):
             raise ValueError("paste_back and padding_mask_crop need pictures, and output_type is 'latent'")
         whole = self._schedule(request)
-        schedule = self._part(whole, strength, denoising_start, denoising_end, STRENGTH)
+        schedule = self._part(whole, strength, denoising_start, denoising_end)
         copies = num_images_per_prompt
         work = self._work(image, mask_image, height, width, padding_mask_crop, paste_back, copies)
         size = self._pixel_size(work.picture)
         if work.box is not None and request.control_image is not None:
-            seen = _control_region(request.control_image, image.size, size, work.box)
+            seen = _control_region(request.control_image, image, size, work.box)
             request = replace(request, control_image=seen)
         scale = self.vae.config.downscale
         mask, small = repainted(work.mask, (size[0] // scale, size[1] // scale))
@@ -132,7 +133,7 @@ class KolorsInpaintPipeline(FromPicture):
         if clean is None or (strength == 1 and denoising_start is None):
             x = noise * schedule.start_scale
         elif denoising_start is not None:
-            x = clean * self._preserved(schedule)
+            x = clean * self.scheduler.latent_scale(schedule.sigmas[0].item())
         else:
             x = clean + noise * schedule.sigmas[0].item()
         small = for_each(small, shape[0], copies, "masks").to(x)  # [B, 1, H/8, W/8]
@@ -221,14 +222,8 @@ class KolorsInpaintPipeline(FromPicture):
 
 def _region(image: Any, mask: Any, size: Size, padding: int) -> tuple[Tensor, Tensor, Box]:
     """A picture's and its mask's region, at the size, and where it was."""
-    from PIL import Image
-
     for name, value in (("image", image), ("mask_image", mask)):
-        if not isinstance(value, Image.Image):
-            raise TypeError(f"padding_mask_crop needs {name} as one PIL image, got {type(value).__name__}")
-    if image.size != mask.size:
-        got = f"{mask.height} x {mask.width} and {image.height} x {image.width}"
-        raise ValueError(f"padding_mask_crop needs mask and image of one size (height x width), got {got}")
+        _need_pil(name, value, image)
     if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
         raise ValueError(f"padding_mask_crop must be a whole number of pixels from 0, got {padding!r}")
     box = crop_region(mask, size, padding)
@@ -236,22 +231,23 @@ def _region(image: Any, mask: Any, size: Size, padding: int) -> tuple[Tensor, Te
     return picture, grey(fitted(mask.convert("L").crop(box), size), size, (size,)), box
 
 
-def _control_region(given: Any, whole: Size, size: Size, box: Box) -> Any:
-    """The same region of a control image, or of each in a list, at the size; whole: the picture's own, as
-    (width, height).
-    """
+def _control_region(given: Any, image: "Image", size: Size, box: Box) -> Any:
+    """The same region of a control image, or of each in a list, at the size."""
+    if isinstance(given, list | tuple):
+        return [_control_region(one, image, size, box) for one in given]
+    _need_pil("control_image", given, image)
+    return fitted(given.convert("RGB").crop(box), size)
+
+
+def _need_pil(name: str, value: Any, image: "Image") -> None:
+    """TypeError for what is no PIL image, ValueError for one of another size than the image to inpaint."""
     from PIL import Image
 
-    if isinstance(given, list | tuple):
-        return [_control_region(one, whole, size, box) for one in given]
-    if not isinstance(given, Image.Image):
-        raise TypeError(f"padding_mask_crop needs control images as PIL images, got {type(given).__name__}")
-    if given.size != whole:
-        got = f"{given.height} x {given.width} and {whole[1]} x {whole[0]}"
-        raise ValueError(
-            f"padding_mask_crop needs control image and image of one size (height x width), got {got}"
-        )
-    return fitted(given.convert("RGB").crop(box), size)
+    if not isinstance(value, Image.Image):
+        raise TypeError(f"padding_mask_crop needs {name} as one PIL image, got {type(value).__name__}")
+    if value.size != image.size:
+        got = f"{value.height} x {value.width} and {image.height} x {image.width}"
+        raise ValueError(f"padding_mask_crop needs {name} and image of one size (height x width), got {got}")
 
 
 def _refuse_useless(reads_mask: bool, masked: Any, denoising_start: float | None, latents: Any) -> None:

@@ -1,24 +1,23 @@
 """Where a picture is made anew: masks read, a region around one cut out, what was made put back.
 
-Masks are [m, 1, H, W] from 0 (stays) to 1 (is made anew). A box is (left, top, right, bottom) in pixels, a
-size (height, width).
+Masks are [m, 1, H, W] from 0 (stays) to 1 (is made anew).
 Source: `VaeImageProcessor` in diffusers' image_processor.py, with its binarising, "fill" and "crop".
 """
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_core.image import to_output, vae_pixels
+from kolors_core.image import Size, grey_bytes, to_output, vae_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Box = tuple[int, int, int, int]
-Size = tuple[int, int]
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 SHAPE_TOLERANCE = 0.02  # by which a mask's aspect may differ from its picture's
 NO_WHITE = "white is repainted, and there is none"
 
@@ -51,10 +50,9 @@ def grey(masks: Any, size: Size, pictures: Sequence[Size], name: str = "mask_ima
         for plane in [mask] if isinstance(mask, Image.Image) else _planes(mask, name):
             h, w = (plane.height, plane.width) if isinstance(plane, Image.Image) else plane.shape
             if all(abs(h * p[1] - w * p[0]) > SHAPE_TOLERANCE * h * p[1] for p in pictures):
-                wanted = " or ".join(dict.fromkeys(f"{p[0]} x {p[1]}" for p in pictures))
-                raise ValueError(
-                    f"{name} is {h} x {w} (height x width), wanted its picture's shape, {wanted}"
-                )
+                shapes = " or ".join(dict.fromkeys(f"{p[0]} x {p[1]}" for p in pictures))
+                wanted = f"its picture's shape, {shapes}"
+                raise ValueError(f"{name} is {h} x {w} (height x width), wanted {wanted}")
             planes.append(_resized(plane, size))
     if not planes:
         raise ValueError(f"{name} is an empty list")
@@ -63,8 +61,6 @@ def grey(masks: Any, size: Size, pictures: Sequence[Size], name: str = "mask_ima
 
 def _planes(mask: Any, name: str) -> Iterator[Tensor]:
     """An array or tensor as floats [H, W] in [0, 1], one by one."""
-    import numpy as np
-
     wanted = "PIL images, arrays [H, W], [H, W, 1] or [m, H, W], or tensors [H, W], [m, H, W] or [m, 1, H, W]"
     if isinstance(mask, np.ndarray):
         values = torch.from_numpy(np.ascontiguousarray(mask))
@@ -90,11 +86,7 @@ def _resized(plane: "Image | Tensor", size: Size) -> Tensor:
     """A grey picture as [H, W] in [0, 1]."""
     if isinstance(plane, Tensor):
         return F.interpolate(plane[None, None], size=size)[0, 0]
-    import numpy as np
-    from PIL.Image import Resampling
-
-    made = plane.resize((size[1], size[0]), Resampling.LANCZOS).convert("L")
-    return torch.from_numpy(np.array(made)).float() / 255
+    return grey_bytes(plane, size).float() / 255
 
 
 def repainted(mask: Tensor, size: Size, name: str = "mask_image") -> tuple[Tensor, Tensor]:

@@ -15,15 +15,17 @@ from torch import Tensor
 from kolors_core.callback import StepCallback
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.components import Components
-from kolors_core.conditioning import Size
 from kolors_core.fields import finite_number
 from kolors_core.guidance import guided
+from kolors_core.image import Size
 from kolors_core.perturbed import Layers, perturbed, perturbed_layers
 from kolors_core.pipeline import KolorsPipeline
 from kolors_core.plan import Plan
 from kolors_core.sampling import Generators
 from kolors_core.task import Extras, KolorsPipelineOutput
 from kolors_core.text_prompt import MAX_TOKENS, Prompt
+
+_OWN = ("self", "extras", "pag_scale", "pag_adaptive_scale", "__class__")  # locals, but not KolorsPipeline's
 
 
 class KolorsPAGPipeline(KolorsPipeline):
@@ -120,9 +122,8 @@ class KolorsPAGPipeline(KolorsPipeline):
         """Within it `perturbed` is the rule, unless pag_scale is 0."""
         if finite_number("pag_scale", pag_scale) == 0:
             if pag_adaptive_scale != 0:
-                raise ValueError(
-                    f"pag_adaptive_scale has no effect with pag_scale 0, got {pag_adaptive_scale}"
-                )
+                got = f"got {pag_adaptive_scale}"
+                raise ValueError(f"pag_adaptive_scale has no effect with pag_scale 0, {got}")
             yield
             return
         if self.guided is not guided:
@@ -136,6 +137,3 @@ class KolorsPAGPipeline(KolorsPipeline):
             yield
         finally:
             self.guided = guided
-
-
-_OWN = ("self", "extras", "pag_scale", "pag_adaptive_scale", "__class__")

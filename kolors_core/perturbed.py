@@ -49,23 +49,19 @@ def perturbed(
     adaptive one below 0.
     """
     check_scales(pag_scale, pag_adaptive_scale)
-    is_guided = negative is not None and scale > 1
     temper = rescaling(rescale)
+    parts = (positive, positive) if negative is None or scale <= 1 else (negative, positive, positive)
 
     def combine(timestep: float, noise: Tensor) -> Tensor:
-        *unconditional, conditional, other = noise.chunk(3 if is_guided else 2)
+        *unconditional, conditional, other = noise.chunk(len(parts))
         pag = max(pag_scale - pag_adaptive_scale * (len(schedule.table) - timestep), 0.0)
         away = pag * (conditional - other)
-        if is_guided:
+        if unconditional:
             away = away + (scale - 1) * (conditional - unconditional[0])
         return temper(conditional + away, conditional)
 
-    parts = (negative, positive, positive) if negative is not None and is_guided else (positive, positive)
-    rows = len(positive.text_tokens)
-    told = replace(
-        Conditioning.cat(*parts),
-        perturbed=tuple(rows * is_one for is_one in perturbed_layers(unet, pag_applied_layers)),
-    )
+    rows = [len(positive.text_tokens) * is_one for is_one in perturbed_layers(unet, pag_applied_layers)]
+    told = replace(Conditioning.cat(*parts), perturbed=tuple(rows))
     x0_of = partial(combined, unet, schedule, read_once=read_once, graphs=graphs)
     inside = x0_of(told, len(parts), combine)
     return inside if interval is None else within(interval, schedule, inside, x0_of(positive))

@@ -1,4 +1,4 @@
-"""The tasks, as thin compositions of the rooms above, with the reference's argument names.
+"""Text to image and image to image, with the reference's argument names, composed of the steps in task.py.
 
 Source: diffusers' pipelines/kolors/pipeline_kolors.py and pipeline_kolors_img2img.py.
 Shapes: B pictures (prompts times images per prompt).
@@ -11,9 +11,9 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from kolors_core.callback import StepCallback
-from kolors_core.conditioning import Size
 from kolors_core.from_picture import FromPicture, for_each
 from kolors_core.holding import holding
+from kolors_core.image import Size
 from kolors_core.masks import grey, size_of
 from kolors_core.plan import Planning
 from kolors_core.running import run
@@ -144,23 +144,23 @@ class KolorsImg2ImgPipeline(FromPicture):
         """
         request = Request.of(locals())
         whole = self._schedule(request)
-        schedule = self._part(whole, strength, denoising_start, denoising_end, self.default_strength)
+        schedule = self._part(whole, strength, denoising_start, denoising_end)
         mean, std = self._encoded(image, height, width, is_only_size=latents is not None)  # [b, 4, H/8, W/8]
         size = mean.shape[-2] * self.vae.config.downscale, mean.shape[-1] * self.vae.config.downscale
         positive, negative = self._conditions(request, size)
-        count, around = len(positive.size_ids), None
+        count, around, sigma = len(positive.size_ids), None, schedule.sigmas[0].item()
         if strength_map is not None and (latents is not None or denoising_start is not None):
             raise ValueError("strength_map needs noise that is drawn here: no latents, no denoising_start")
         if latents is not None:
-            shape = self._latent_shape(count, size)
-            x = self._given_latents(latents, shape) * self._preserved(schedule)
+            x = self._given_latents(latents, self._latent_shape(count, size))
+            x = x * self.scheduler.latent_scale(sigma)
         else:
             clean = self._sampled(mean, std, count, num_images_per_prompt, generator)
             if denoising_start is not None:
-                x = clean * self._preserved(schedule)
+                x = clean * self.scheduler.latent_scale(sigma)
             else:
                 noise = self._draw(clean.shape, generator)
-                x = clean + noise * schedule.sigmas[0].item()
+                x = clean + noise * sigma
                 if strength_map is not None:
                     shapes = (size_of(image), size)
                     places = grey(strength_map, size_of(clean), shapes, "strength_map").to(x)

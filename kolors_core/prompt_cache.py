@@ -23,7 +23,8 @@ SAMPLES = 64  # values of each tensor
 class Key(NamedTuple):
     """What an embedding is known by: in a folder `name`, in memory `here` beside it.
 
-    can_last: not of an encoder that is hooked or has another forward, which no name tells.
+    can_last: not of an encoder that is hooked or has another forward, which no name tells; a hook before a
+    module is taken for one that only brings its weights (offload.py).
     """
 
     name: str

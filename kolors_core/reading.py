@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kolors_core.attention import forced_kernel
 from kolors_core.conditioning import Conditioning
 from kolors_core.context import ImagePrompt
 from kolors_core.controlnet import ControlNet, acting, summed
@@ -45,8 +46,8 @@ class Savings:
             path_of("prompt_folder", self.prompt_folder)
 
 
-class Told:
-    """What a UNet or ControlNet makes of all that is the same in every step, or known of every step.
+class Prepared:
+    """What a UNet or ControlNet makes, before the first step, of all that is known by then.
 
     reads: keys and values of each cross-attention, in the order in which they run.
     """
@@ -95,22 +96,22 @@ def has_hooks(net: Encoder) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-# (what conv_in reads [b, ...], timestep, which controls act) -> noise [B, ...]
+# (what conv_in reads [b, ...], timestep, indices of the controls that act) -> noise [B, ...]
 Predict = Callable[[Tensor, float, tuple[int, ...]], Tensor]
 
 
 def reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: int) -> Predict:
-    """The plain UNet, and plain ControlNets."""
+    """The UNet and ControlNets called as a whole; a forward of your own need know only what is set."""
     more: dict[str, Any] = {"perturbed": told.perturbed} if told.perturbed else {}
     more |= {} if told.added is None else {"added": told.added}
 
-    def predict(latents: Tensor, timestep: float, those: tuple[int, ...]) -> Tensor:
+    def predict(latents: Tensor, timestep: float, active: tuple[int, ...]) -> Tensor:
         time = torch.tensor(timestep, dtype=torch.float32, device=latents.device)
         given = latents.repeat(copies, 1, 1, 1), time, told.text_tokens, told.pooled_text, told.size_ids
-        controls = [told.controls[k] for k in those]
+        controls = [told.controls[k] for k in active]
         residuals = summed((c.scale, c.net(*given, c.image, told.text_counts)) for c in controls)
-        added = {"residuals": residuals} if residuals else {}
-        return unet(*given, told.text_counts, told.image_prompts, **more, **added)
+        now = more | {"residuals": residuals} if residuals else more
+        return unet(*given, told.text_counts, told.image_prompts, **now)
 
     return predict
 
@@ -119,36 +120,38 @@ def reading_once(
     unet: UNet, schedule: Schedule, told: Conditioning, copies: int, graphs: Graphs | None
 ) -> Predict:
     """The UNet and ControlNets without what is the same in every step."""
-    main = Told(unet, schedule, told, told.image_prompts, told.perturbed, told.added)
+    main = Prepared(unet, schedule, told, told.image_prompts, told.perturbed, told.added)
     controls = told.controls
-    nets = [Told(control.net, schedule, told) for control in controls]
+    nets = [Prepared(control.net, schedule, told) for control in controls]
     images = [control.net.image_embedding(control.image) for control in controls]
     constant = [main.reads, [net.reads for net in nets], images]
 
-    def step(those: tuple[int, ...], constant: Any, latents: Tensor, shifts: Tensor, *more: Tensor) -> Tensor:
-        reads, reads_of, images = constant
+    def step(
+        active: tuple[int, ...], constant: Any, latents: Tensor, shifts: Tensor, *shifts_of_nets: Tensor
+    ) -> Tensor:
+        reads, reads_of_nets, images = constant
         residuals = summed(
             (controls[k].scale,
-             controls[k].net.residuals(latents, images[k], nets[k].split(one), reads_of[k], copies))
-            for k, one in zip(those, more, strict=True)
+             controls[k].net.residuals(latents, images[k], nets[k].split(own), reads_of_nets[k], copies))
+            for k, own in zip(active, shifts_of_nets, strict=True)
         )  # fmt: skip
         return unet.denoise(latents, main.split(shifts), reads, copies, residuals)
 
-    def runner(those: tuple[int, ...]) -> Callable[..., Tensor]:
-        plain = partial(step, those, constant)
+    def runner(active: tuple[int, ...]) -> Callable[..., Tensor]:
+        plain = partial(step, active, constant)
         if graphs is None or any(image.masks is not None for image in told.image_prompts):
             return plain
         scales = [branch.scale for handle in attached(unet) for branch in handle.branches.values()]
         states = [(state_of(control.net), control.scale) for control in controls]
-        numbers = str((scales, told.perturbed, [level.freeu for level in unet.up]))
-        key = copies, state_of(unet), numbers, those, *states
-        recorded = graphs.of_run(partial(step, those), key, constant)
+        numbers = str((scales, told.perturbed, [level.freeu for level in unet.up], forced_kernel()))
+        key = copies, state_of(unet), numbers, active, *states
+        recorded = graphs.of_run(partial(step, active), key, constant)
         used = [part.net for part in (main, *nets)]
         return lambda *changing: (plain if any(map(has_hooks, used)) else recorded)(*changing)
 
-    runs = {those: runner(those) for those in acting(controls, len(schedule.timesteps))}
+    runs = {active: runner(active) for active in acting(controls, len(schedule.timesteps))}
 
-    def predict(latents: Tensor, timestep: float, those: tuple[int, ...]) -> Tensor:
-        return runs[those](latents, main.shifts(timestep), *(nets[k].shifts(timestep) for k in those))
+    def predict(latents: Tensor, timestep: float, active: tuple[int, ...]) -> Tensor:
+        return runs[active](latents, main.shifts(timestep), *(nets[k].shifts(timestep) for k in active))
 
     return predict

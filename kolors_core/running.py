@@ -6,30 +6,20 @@ Ctrl-C, lack of memory and every other exception pass through here; the pipeline
 import traceback
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-
-class Running(Protocol):
-    """A pipeline, as far as a run's begin and end need it."""
-
-    _interrupt: bool
-
-    def _on_device(self, stage: str | None = None) -> None: ...
-
-
 P = ParamSpec("P")
 R = TypeVar("R")
-Self = TypeVar("Self", bound=Running)
 
 
-def run(call: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
+def run(call: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
     """A task's `__call__` without gradients, that nobody has interrupted yet and that leaves all at rest."""
 
     @wraps(call)
     @torch.no_grad()
-    def guarded(self: Self, *arguments: P.args, **named: P.kwargs) -> R:
+    def guarded(self: Any, *arguments: P.args, **named: P.kwargs) -> R:
         self._interrupt = False
         try:
             return call(self, *arguments, **named)

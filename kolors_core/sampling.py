@@ -56,9 +56,8 @@ def dpmpp_2m(
     last_x0, last_h, steps = None, 0.0, len(sigmas) - 1
     for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
         x0 = denoise(x, sigma)
-        drawn = (
-            None if noise is None else noise()
-        )  # in the step to 0 too: it leaves the generator where it belongs
+        # In the step to 0 too, as the reference: the generator is then left where it leaves it.
+        drawn = None if noise is None else noise()
         if next_sigma == 0:
             x = x0
         else:
@@ -70,11 +69,8 @@ def dpmpp_2m(
                 x = (next_sigma / sigma) * x - math.expm1(-h) * guess
             else:
                 gain = -math.expm1(-2 * h)
-                x = (
-                    (next_sigma / sigma) * math.exp(-h) * x
-                    + gain * guess
-                    + next_sigma * math.sqrt(gain) * drawn
-                )
+                x = (next_sigma / sigma) * math.exp(-h) * x + gain * guess
+                x = x + next_sigma * math.sqrt(gain) * drawn
             last_x0, last_h = x0, h
         if on_step is not None:
             x = on_step(i, x)
@@ -111,7 +107,6 @@ def draw_noise(
         return torch.randn(shape, generator=generator, device=place, dtype=dtype).to(device)
     listed = list(generator) if isinstance(generator, Sequence) else []
     if len(listed) != shape[0] or not all(isinstance(one, torch.Generator) for one in listed):
-        raise ValueError(
-            f"wanted one torch.Generator, or a list of {shape[0]}, one for each picture, got {generator!r}"
-        )
+        wanted = f"one torch.Generator, or a list of {shape[0]}, one for each picture"
+        raise ValueError(f"wanted {wanted}, got {generator!r}")
     return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in listed])

@@ -11,16 +11,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from itertools import pairwise
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kolors_core.config import ConfigDict
 from kolors_core.fields import fraction_of, whole_number
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,6 @@ class Scheduler(ABC):
     use_karras_sigmas: bool = False
     final_sigmas_type: str = "zero"
 
-    # Whether the reference's latents between steps are x / sqrt(1 + sigma^2), of variance 1, or x itself.
-    latents_preserve_variance: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         whole_number("num_train_timesteps", self.num_train_timesteps, least=2, most=100_000)
         whole_number("steps_offset", self.steps_offset, least=0, most=self.num_train_timesteps - 1)
@@ -149,8 +145,8 @@ class Scheduler(ABC):
     def table(self) -> Tensor:
         """The sigma of each training timestep, sqrt((1 - a) / a) for a = cumprod(1 - beta): float32 [T]."""
         root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
-        betas = torch.linspace(self.beta_start**root, self.beta_end**root, self.num_train_timesteps)
-        betas = betas ** (1 / root)
+        ends = self.beta_start**root, self.beta_end**root
+        betas = torch.linspace(*ends, self.num_train_timesteps, device="cpu") ** (1 / root)
         alphas = torch.cumprod(1.0 - betas, dim=0)
         return ((1 - alphas) / alphas) ** 0.5
 
@@ -169,35 +165,45 @@ class Scheduler(ABC):
             raise ValueError("give exactly one of steps, timesteps and sigmas")
         if timesteps is not None and self.use_karras_sigmas:
             raise ValueError("timesteps cannot be given with use_karras_sigmas, which sets its own")
-        table = self.table()
+        table, most = self.table(), self.num_train_timesteps - 1
         if sigmas is not None:
             sigmas = _falling("sigmas", sigmas, 0.0, math.inf)
             if len(sigmas) < 2:
                 raise ValueError(f"sigmas must be at least two, of which the last ends the run, got {sigmas}")
-            import numpy as np
-
-            own = [np.float32(sigma) for sigma in sigmas]  # whose logarithm the reference takes in float32
-            times = [timestep_of(sigma, table) for sigma in own[:-1]]
-            return self._finish([float(sigma) for sigma in own], times, table)
+            own = np.array(sigmas, np.float32)  # whose logarithm the reference takes in float32
+            return self._finish(own, [timestep_of(sigma, table) for sigma in own[:-1]], table)
         if timesteps is not None:
-            times = _falling("timesteps", timesteps, 0.0, self.num_train_timesteps - 1)
+            times = _falling("timesteps", timesteps, 0.0, most)
         else:
-            most = self.num_train_timesteps - 1
-            times = self._spaced(whole_number("the number of steps", steps, most=most))
-        run = [_interpolate(t, table) for t in times]
+            times = self._spaced(whole_number("the number of steps", steps, most=most)).tolist()
+        run = np.interp(times, np.arange(len(table)), table).tolist()
         if self.use_karras_sigmas:
             run = karras(*self._karras_range(run, table), len(run))
             times = [timestep_of(sigma, table) for sigma in run]
         end = table[0].item() if self.final_sigmas_type == "sigma_min" else 0.0
-        return self._finish([_float32(sigma) for sigma in [*run, end]], times, table)
+        return self._finish(np.array([*run, end], np.float32), times, table)
+
+    def latent_scale(self, sigma: float) -> float:
+        """x is so many times the latents that the reference holds between steps."""
+        return 1.0
 
     @abstractmethod
-    def _finish(self, sigmas: list[float], timesteps: list[float], table: Tensor) -> Schedule:
-        """Tensors from the sigmas (n + 1) and their timesteps (n), rounded as the reference does."""
+    def _finish(self, sigmas: np.ndarray, timesteps: list[float], table: Tensor) -> Schedule:
+        """The run of sigmas (float32 [n + 1]) and their timesteps (n), rounded as the reference does."""
 
     @abstractmethod
-    def _spaced(self, steps: int) -> list[float]:
-        """Timesteps by `timestep_spacing`."""
+    def _spaced(self, steps: int) -> np.ndarray:
+        """Timesteps by `timestep_spacing`, falling: [steps]."""
+
+    def _leading(self, ratio: int, first: int, steps: int) -> np.ndarray:
+        """first, first + 1, ... times the ratio, moved by the offset but not out of the table; falling."""
+        timesteps = np.arange(first, first + steps)[::-1] * ratio + self.steps_offset
+        return timesteps.clip(max=self.num_train_timesteps - 1)
+
+    def _trailing(self, steps: int) -> np.ndarray:
+        """Back from the end by equal parts; at 15 steps numpy's range, unlike the reference's, is cut."""
+        total = self.num_train_timesteps
+        return np.arange(total, 0, -total / steps)[:steps].round() - 1
 
     @abstractmethod
     def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
@@ -208,24 +214,22 @@ class Scheduler(ABC):
 class EulerDiscreteScheduler(Scheduler):
     """Euler's method (Karras et al., algorithm 1 without churn), Kolors' published default."""
 
-    def _spaced(self, steps: int) -> list[float]:
+    def _spaced(self, steps: int) -> np.ndarray:
         total = self.num_train_timesteps
         if self.timestep_spacing == "linspace":
-            return _linspace32(total - 1, steps)
+            return np.linspace(0, total - 1, steps, dtype=np.float32)[::-1]
         if self.timestep_spacing == "leading":
-            return _offset(
-                [float(i * (total // steps)) for i in reversed(range(steps))], self.steps_offset, total
-            )
-        return _trailing(total, steps)
+            return self._leading(total // steps, 0, steps)
+        return self._trailing(steps)
 
     def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
         return run[-1], run[0]
 
-    def _finish(self, sigmas: list[float], timesteps: list[float], table: Tensor) -> Schedule:
-        start = max(sigmas)
+    def _finish(self, sigmas: np.ndarray, timesteps: list[float], table: Tensor) -> Schedule:
+        start = float(sigmas[0])
         scale = math.sqrt(start**2 + 1) if self.timestep_spacing == "leading" else start
-        timesteps = [_float32(t) for t in timesteps]
-        return Schedule(_float64(sigmas), _float64(timesteps), scale, table, whole_timesteps=False)
+        rounded = torch.tensor(timesteps, dtype=torch.float32).double()
+        return Schedule(torch.from_numpy(sigmas).double(), rounded, scale, table, whole_timesteps=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,8 +241,6 @@ class DPMSolverMultistepScheduler(Scheduler):
     lower_order_final: bool = True
     euler_at_final: bool = False
 
-    latents_preserve_variance: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("algorithm_type", self.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
@@ -246,25 +248,26 @@ class DPMSolverMultistepScheduler(Scheduler):
         _one_of("lower_order_final", self.lower_order_final, (False, True))
         _one_of("euler_at_final", self.euler_at_final, (False, True))
 
-    def _spaced(self, steps: int) -> list[float]:
+    def latent_scale(self, sigma: float) -> float:
+        """Here it holds x of variance 1."""
+        return math.sqrt(sigma**2 + 1)
+
+    def _spaced(self, steps: int) -> np.ndarray:
         total = self.num_train_timesteps
         if self.timestep_spacing == "linspace":
-            return [float(round(i * ((total - 1) / steps))) for i in range(steps, 0, -1)]
+            return np.linspace(0, total - 1, steps + 1).round()[:0:-1]
         if self.timestep_spacing == "leading":
-            ratio = total // (steps + 1)
-            return _offset([float(i * ratio) for i in range(steps, 0, -1)], self.steps_offset, total)
-        return _trailing(total, steps)
+            return self._leading(total // (steps + 1), 1, steps)
+        return self._trailing(steps)
 
     def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
         return table[0].item(), table[-1].item()
 
-    def _finish(self, sigmas: list[float], timesteps: list[float], table: Tensor) -> Schedule:
-        scale = math.sqrt(sigmas[0] ** 2 + 1)
-        whole = [float(round(t)) for t in timesteps]
+    def _finish(self, sigmas: np.ndarray, timesteps: list[float], table: Tensor) -> Schedule:
+        whole = torch.tensor(timesteps, dtype=torch.float64).round()
         last = self.euler_at_final or (self.lower_order_final and len(whole) < 15)
-        return Schedule(
-            _float64(sigmas), _float64(whole), scale, table, whole_timesteps=True, first_order_last=last
-        )
+        sigmas64, scale = torch.from_numpy(sigmas).double(), self.latent_scale(float(sigmas[0]))
+        return Schedule(sigmas64, whole, scale, table, whole_timesteps=True, first_order_last=last)
 
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
@@ -289,46 +292,13 @@ def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> 
     return [(high + r * (low - high)) ** rho for r in ramp]
 
 
-def timestep_of(sigma: "float | np.float32", table: Tensor) -> float:
+def timestep_of(sigma: float | np.float32, table: Tensor) -> float:
     """The fractional timestep of a sigma: linear in log sigma between neighbours in the table."""
-    import numpy as np
-
     logs = np.log(table.numpy())  # float32, as in the reference: torch's float32 log rounds differently
     log_sigma = np.log(max(sigma, 1e-10))
     low = np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2)
     weight = np.clip((logs[low] - log_sigma) / (logs[low] - logs[low + 1]), 0, 1)
     return float((1 - weight) * low + weight * (low + 1))
-
-
-def _interpolate(timestep: float, table: Tensor) -> float:
-    low = min(int(timestep), len(table) - 2)
-    left, right = table[low].item(), table[low + 1].item()
-    return left + (right - left) * (timestep - low)
-
-
-def _offset(timesteps: list[float], offset: int, total: int) -> list[float]:
-    """Add the offset, but stay inside the table."""
-    return [min(timestep + offset, float(total - 1)) for timestep in timesteps]
-
-
-def _trailing(total: int, steps: int) -> list[float]:
-    """Back from the end, by the delta of the reference's numpy.arange, which at 15 steps goes one too far."""
-    delta = (total - total / steps) - total
-    return [float(round(total + i * delta)) - 1 for i in range(steps)]
-
-
-def _linspace32(last: float, steps: int) -> list[float]:
-    if steps == 1:
-        return [0.0]
-    return [_float32(i * (last / (steps - 1))) for i in reversed(range(steps))]
-
-
-def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
-
-
-def _float64(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def _falling(name: str, values: Sequence[float], least: float, most: float) -> list[float]:
@@ -338,8 +308,8 @@ def _falling(name: str, values: Sequence[float], least: float, most: float) -> l
             raise TypeError("a string or a bool among them")
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a list of numbers, got {values!r}") from None
-    falling = all(a > b for a, b in zip(numbers, numbers[1:], strict=False))
-    if not numbers or not falling or not all(least <= number <= most for number in numbers):
+    falling = all(a > b for a, b in pairwise(numbers))
+    if not numbers or not falling or not least <= numbers[-1] <= numbers[0] <= most:
         raise ValueError(f"{name} must fall strictly, within {least} to {most}, got {numbers}")
     return numbers
 

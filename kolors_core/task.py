@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kolors_core.callback import NAMES, Run, StepCallback
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.conditioning import Conditioning, Size, is_origin, size_ids_of_both
+from kolors_core.conditioning import Conditioning, is_origin, size_ids_of_both
 from kolors_core.config import VERSION
 from kolors_core.control_image import DEFAULT_SCALE, Controlling
 from kolors_core.controlnet import Control
@@ -25,7 +25,7 @@ from kolors_core.face_id import FaceIDAdapter
 from kolors_core.face_prompt import FacePrompting
 from kolors_core.fields import whole_number
 from kolors_core.freeu import FreeUSwitch
-from kolors_core.image import OUTPUT_TYPES, describe, to_output
+from kolors_core.image import OUTPUT_TYPES, Size, describe, to_output
 from kolors_core.ip_adapter import attached
 from kolors_core.lora_loading import LoRALoading
 from kolors_core.placement import finite, plain
@@ -152,9 +152,7 @@ class Request:
         if not math.isfinite(scale):
             raise ValueError(f"guidance_scale must be finite, got {scale}")
         if self.eta:
-            raise ValueError(
-                f"eta is {self.eta!r}, but only DDIM has a use for it, and there is no DDIM here"
-            )
+            raise ValueError(f"eta is {self.eta!r}, but only DDIM has a use for it, and that is not here")
         given = [name for name, value in negatives.items() if value is not None]
         if not self.is_guided and given:
             raise ValueError(f"{given[0]} has no effect without guidance, and guidance_scale is {scale}")
@@ -208,26 +206,25 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
         guides = [(pictures | faces)[handle] for handle in attached(self.unet)]
         images = tuple(guide for guide, _ in guides)
         negative_images = tuple(guide for _, guide in guides if guide is not None)
-
         controls = self._controls(
             request.control_image, request.controlnet_conditioning_scale, request.control_guidance_start,
             request.control_guidance_end, size, batch, copies,
         )  # fmt: skip
-
         sees_tokens = {"prompt_embeds", "negative_prompt_embeds"}.intersection(request.callback_tensors)
 
         def told(text: TextEmbedding, ids: Tensor, images: Any) -> Conditioning:
-            text = text.expanded() if sees_tokens else text
-            tokens = text.tokens.to(self.device, self.dtype).repeat_interleave(copies, dim=0)
-            pooled = text.pooled.to(self.device, self.dtype).repeat_interleave(copies, dim=0)
+            finite(text.tokens, "the prompt's embeddings", text.tokens.dtype)
+            text = text.expanded() if sees_tokens else text  # a callback knows no counts
+            tokens, pooled = (
+                part.to(self.device, self.dtype).repeat_interleave(copies, dim=0)
+                for part in (text.tokens, text.pooled)
+            )
             counts = text.counts
             if counts is not None:
                 counts = counts.to(self.device).repeat_interleave(copies, dim=0)
             ids = ids.to(self.device).expand(len(tokens), -1)
             return Conditioning(tokens, pooled, ids, counts, images, controls=controls)
 
-        for half in (text,) if negative_text is None else (text, negative_text):
-            finite(half.tokens, "the prompt's embeddings", half.tokens.dtype)
         positive = told(text, ids, images)
         return positive, None if negative_text is None else told(negative_text, negative_ids, negative_images)
 

@@ -12,14 +12,14 @@ from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
 
 
-class Sigmas(NamedTuple):
+class SigmaInterval(NamedTuple):
     """An interval of noise levels: above `low`, up to `high`."""
 
     low: float
     high: float
 
 
-Interval = tuple[float, float]  # parts of a run's steps, from 0 to 1; or `Sigmas`
+Interval = tuple[float, float]  # parts of a run's steps, from 0 to 1; or `SigmaInterval`
 Rule = Callable[..., Denoise]  # of `guidance.guided`'s signature
 
 
@@ -50,19 +50,19 @@ def within(interval: Interval, schedule: Schedule, inside: Denoise, outside: Den
     return lambda x, sigma: (inside if low < sigma <= high else outside)(x, sigma)
 
 
-def bounds(interval: Interval, schedule: Schedule) -> Sigmas:
+def bounds(interval: Interval, schedule: Schedule) -> SigmaInterval:
     """An interval in noise levels; (start, stop) are steps round(start * n) to before round(stop * n) of n.
 
     Raises ValueError for what is no interval, and for one without any of the schedule's steps.
     """
     low, high = ends(interval)
     *sigmas, end = schedule.sigmas.tolist()
-    if not isinstance(interval, Sigmas):
+    if not isinstance(interval, SigmaInterval):
         start, stop = round(low * len(sigmas)), round(high * len(sigmas))
         low, high = [*sigmas, end][stop], [*sigmas, end][start]
     if not any(low < sigma <= high for sigma in sigmas):
         raise ValueError(f"the guidance interval {tuple(interval)} has none of the {len(sigmas)} steps")
-    return Sigmas(low, high)
+    return SigmaInterval(low, high)
 
 
 def ends(interval: Interval) -> tuple[float, float]:
@@ -70,9 +70,9 @@ def ends(interval: Interval) -> tuple[float, float]:
     if not isinstance(interval, tuple | list) or len(interval) != 2:
         raise ValueError(f"a guidance interval must be two numbers, got {interval!r}")
     low, high = (finite_number("an end of the guidance interval", end) for end in interval)
-    most = math.inf if isinstance(interval, Sigmas) else 1
+    most = math.inf if isinstance(interval, SigmaInterval) else 1
     if not 0 <= low < high <= most:
-        wanted = "rise from 0 or more" + ("" if isinstance(interval, Sigmas) else " to 1 at most")
+        wanted = "rise from 0 or more" + ("" if isinstance(interval, SigmaInterval) else " to 1 at most")
         raise ValueError(f"a guidance interval must {wanted}, got {low} to {high}")
     return low, high
 

@@ -56,12 +56,8 @@ class TextPrompting(Components, TextualInversion):
 
         if negative is None:
             return repeated(text.tokens), None, repeated(text.pooled), None
-        return (
-            repeated(text.tokens),
-            repeated(negative.tokens),
-            repeated(text.pooled),
-            repeated(negative.pooled),
-        )
+        negatives = repeated(negative.tokens), repeated(negative.pooled)
+        return repeated(text.tokens), negatives[0], repeated(text.pooled), negatives[1]
 
     def embed(
         self,
@@ -104,9 +100,7 @@ class TextPrompting(Components, TextualInversion):
 
     def _encode(self, name: str, prompt: Prompt | None, max_length: int) -> TextEmbedding:
         if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(
-                "this pipeline has no text encoder or tokenizer: pass prompt_embeds in place of prompts"
-            )
+            raise ValueError("there is no text encoder or tokenizer: pass prompt_embeds in place of prompts")
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if (
             not isinstance(prompts, list | tuple)
@@ -142,10 +136,8 @@ def _given(prefix: str, tokens: Tensor | None, pooled: Tensor | None, width: int
         raise ValueError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds must be given together")
     if tokens.ndim != 3 or tokens.shape[-1] != width or not len(tokens):
         raise ValueError(f"{prefix}prompt_embeds must be [batch, tokens, {width}], got {list(tokens.shape)}")
-    if tuple(pooled.shape) != (len(tokens), width):
-        raise ValueError(
-            f"{prefix}pooled_prompt_embeds must be [{len(tokens)}, {width}], got {list(pooled.shape)}"
-        )
+    if list(pooled.shape) != (wanted := [len(tokens), width]):
+        raise ValueError(f"{prefix}pooled_prompt_embeds must be {wanted}, got {list(pooled.shape)}")
     return TextEmbedding(tokens, pooled)
 
 
@@ -159,7 +151,5 @@ def _matched(negative: TextEmbedding, positive: TextEmbedding) -> TextEmbedding:
     width = positive.tokens.shape[-1]
     got, wanted = ([len(text.tokens), text.length, width] for text in (negative, positive))
     if got != wanted:
-        raise ValueError(
-            f"the negative prompts must match the prompts: wanted embeddings {wanted}, got {got}"
-        )
+        raise ValueError(f"the negative prompts must match the prompts: wanted {wanted}, got {got}")
     return negative

@@ -98,9 +98,7 @@ class Tokenizer:
             raise ValueError(f"wanted a list of at least one prompt, got {prompts!r}")
         prefix = [self.special["[gMASK]"], self.special["sop"]]
         if whole_number("max_length", max_length) <= len(prefix):
-            raise ValueError(
-                f"max_length must be more than the {len(prefix)} prefix tokens, got {max_length}"
-            )
+            raise ValueError(f"max_length must be more than the prefix's {len(prefix)}, got {max_length}")
         ids = torch.full((len(prompts), max_length), self.pad_id, dtype=torch.int64)
         mask = torch.zeros((len(prompts), max_length), dtype=torch.bool)
         positions = torch.zeros((len(prompts), max_length), dtype=torch.int64)

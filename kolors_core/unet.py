@@ -40,10 +40,8 @@ from kolors_core.module import Module
 def sinusoid(values: Tensor, width: int) -> Tensor:
     """Cosines, then sines, of `values` [...] at frequencies from 1 down to 1/10000: float32 [..., width]."""
     half = width // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device) / half
-    )
-    angles = values[..., None].float() * frequencies
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values[..., None].float() * exponents.exp()
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -80,9 +78,8 @@ class ResBlock(Module):
         self.time_proj = nn.Linear(config.time_dim, out_channels)
         self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, eps=config.norm_eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        )
+        is_same = in_channels == out_channels
+        self.shortcut = nn.Identity() if is_same else nn.Conv2d(in_channels, out_channels, 1)
 
     def shift(self, time: Tensor) -> Shift:
         """What this block adds for times [..., T], which depends on nothing else."""
@@ -92,7 +89,7 @@ class ResBlock(Module):
         """x: [B, C, H, W]; time: [B, T], or what this block has made of it."""
         h = self.conv1(F.silu(self.norm1(x)))
         shift = time if isinstance(time, Shift) else self.shift(time)
-        h = h + shift.added[:, :, None, None]
+        h = h + shift.added[:, :, None, None]  # [B, C', H, W]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
 
@@ -172,15 +169,15 @@ class TransformerBlock(Module):
 
 
 class Transformer(Module):
-    """Transformer blocks over the pixels of a feature map, as a residual."""
+    """A level's transformer blocks over the pixels of a feature map, as a residual."""
 
-    def __init__(self, width: int, heads: int, depth: int, config: UNetConfig) -> None:
+    def __init__(self, level: int, config: UNetConfig) -> None:
         super().__init__()
+        width, heads, depth = config.channels[level], config.heads[level], config.depths[level]
         self.norm = nn.GroupNorm(config.norm_groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width)
-        self.blocks = nn.ModuleList(
-            [TransformerBlock(width, config.context_dim, heads) for _ in range(depth)]
-        )
+        blocks = [TransformerBlock(width, config.context_dim, heads) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, contexts: Contexts) -> Tensor:
@@ -197,12 +194,10 @@ class DownLevel(Module):
 
     def __init__(self, in_channels: int, level: int, config: UNetConfig) -> None:
         super().__init__()
-        width, heads, depth = config.channels[level], config.heads[level], config.depths[level]
-        n = config.resnets_per_level
-        self.resnets = nn.ModuleList([ResBlock(width if i else in_channels, width, config) for i in range(n)])
-        self.attentions = nn.ModuleList(
-            [Transformer(width, heads, depth, config) for _ in range(n if depth else 0)]
-        )
+        width = config.channels[level]
+        inputs = [in_channels] + [width] * (config.resnets_per_level - 1)
+        self.resnets = nn.ModuleList([ResBlock(channels, width, config) for channels in inputs])
+        self.attentions = nn.ModuleList([Transformer(level, config) for _ in inputs if config.depths[level]])
         is_last = level == len(config.channels) - 1
         self.downsample = None if is_last else nn.Conv2d(width, width, 3, stride=2, padding=1)
 
@@ -226,7 +221,7 @@ class MidLevel(Module):
         super().__init__()
         width = config.channels[-1]
         self.resnets = nn.ModuleList([ResBlock(width, width, config) for _ in range(2)])
-        self.attentions = nn.ModuleList([Transformer(width, config.heads[-1], config.depths[-1], config)])
+        self.attentions = nn.ModuleList([Transformer(-1, config)])
 
     def forward(self, x: Tensor, times: Times, contexts: Contexts) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
@@ -240,18 +235,11 @@ class UpLevel(Module):
 
     def __init__(self, in_channels: int, skip_channels: list[int], level: int, config: UNetConfig) -> None:
         super().__init__()
-        width, heads, depth = config.channels[level], config.heads[level], config.depths[level]
-        n = len(skip_channels)
-        inputs = [in_channels] + [width] * (n - 1)
-        self.resnets = nn.ModuleList(
-            [
-                ResBlock(inside + skip, width, config)
-                for inside, skip in zip(inputs, skip_channels, strict=True)
-            ]
-        )
-        self.attentions = nn.ModuleList(
-            [Transformer(width, heads, depth, config) for _ in range(n if depth else 0)]
-        )
+        width = config.channels[level]
+        inputs = [in_channels] + [width] * (len(skip_channels) - 1)
+        joined = [channels + skip for channels, skip in zip(inputs, skip_channels, strict=True)]
+        self.resnets = nn.ModuleList([ResBlock(channels, width, config) for channels in joined])
+        self.attentions = nn.ModuleList([Transformer(level, config) for _ in inputs if config.depths[level]])
         self.upsample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
         self.freeu: Callable[[Tensor, Tensor], Tensor] | None = None  # another way to join, see freeu.py
 

@@ -40,9 +40,8 @@ class ResBlock(Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        )
+        is_same = in_channels == out_channels
+        self.shortcut = nn.Identity() if is_same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, out_channels, H, W]."""
@@ -184,11 +183,9 @@ class VAE(Tiles, nn.Module):
 
     def encode(self, images: Tensor) -> LatentDistribution:
         """images: [B, 3, H, W] in [-1, 1], sides multiples of 8. The distribution is of scaled latents."""
-        side = self.config.downscale
-        if images.shape[-1] % side or images.shape[-2] % side:
-            raise ValueError(
-                f"image sides must be multiples of {side}, got {images.shape[-2]} x {images.shape[-1]}"
-            )
+        side, (height, width) = self.config.downscale, images.shape[-2:]
+        if height % side or width % side:
+            raise ValueError(f"image sides must be multiples of {side}, got {height} x {width}")
         mean, log_variance = self.quant_conv(self.through(self.encoder, images)).chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return LatentDistribution(mean * self.config.scaling_factor, std * self.config.scaling_factor)

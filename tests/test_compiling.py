@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from kolors_core import KolorsPipeline, lora
+from kolors_core.attention import attention_kernel
 from kolors_core.compiling import BLOCKS, compile_blocks
 from kolors_core.conditioning import Conditioning
 from kolors_core.config import KOLORS
@@ -151,7 +152,7 @@ class Recorder:
 
 @torch.no_grad()
 def test_a_recorded_step_serves_every_run_of_its_shape() -> None:
-    """Two runs in turn, with texts of their own; then another size, and another LoRA strength."""
+    """Two runs in turn, with texts of their own; then another size, LoRA strength, and attention kernel."""
     unet, _ = pair("unet", torch.float64)
     assert isinstance(unet, UNet)
     recorder = Recorder()
@@ -183,6 +184,9 @@ def test_a_recorded_step_serves_every_run_of_its_shape() -> None:
     adapter.set_scale(0.5)
     runs(8)
     assert recorder.count == 3
+    with attention_kernel("written_out"):
+        runs(8)
+    assert recorder.count == 4
     for height in (4, 16, 20, 24):
         runs(height)
     assert len(graphs.known) == graphs.KEPT

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.pipelines import (
     steps_of,
     use_solver,
 )
-from tests.small import EXACT, FLOAT32, relative_error
+from tests.small import EXACT, FLOAT32, SMALL, relative_error
 from tests.test_compiling import Recorder
 from tests.test_unet import inputs, run_reference
 
@@ -188,3 +189,10 @@ def test_it_can_be_planned(reference_folder: Path, capsys: pytest.CaptureFixture
     planned = KolorsPipeline.from_pretrained(reference_folder, device="meta")
     planned.enable_freeu(**SDXL)
     assert planned.plan(64, 64).stages["unet"].work > 0
+
+
+def test_a_unet_of_one_level_has_none() -> None:
+    one = OfUNet(UNet(replace(SMALL.unet, channels=(32,), heads=(2,), depths=(1,))))
+    assert one.freeu is None
+    with pytest.raises(ValueError, match="two levels, and this UNet has one"):
+        one.enable_freeu(**SDXL)

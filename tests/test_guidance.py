@@ -19,7 +19,7 @@ from kolors_core.ip_adapter import cross_attentions
 from kolors_core.perturbed import perturbed
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import EulerDiscreteScheduler
-from kolors_core.tempering import Sigmas, bounds
+from kolors_core.tempering import SigmaInterval, bounds
 from kolors_core.unet import UNet
 from tests.parity import pair
 from tests.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, steps_of, use_solver
@@ -173,14 +173,14 @@ def test_rescaled_noise_equals_the_reference(float64: Pair, solver: str, changes
     assert relative_error(near[3], mine[3]) > 10 * FLOAT32, "so small a difference shows"
 
 
-@pytest.mark.parametrize("interval", [(0.25, 0.75), Sigmas(1.0, 9.0)], ids=["steps", "sigmas"])
+@pytest.mark.parametrize("interval", [(0.25, 0.75), SigmaInterval(1.0, 9.0)], ids=["steps", "sigmas"])
 @pytest.mark.parametrize(("solver", "changes"), SOLVERS[:2], ids=["euler", "dpm"])
 def test_guidance_in_an_interval_equals_a_loop(
     float64: Pair, solver: str, changes: dict, interval: Any
 ) -> None:
     use_solver(float64, solver, changes)
     sigmas = float64[0].scheduler.schedule(4).sigmas.tolist()
-    inside = [1.0 < sigma <= 9.0 if isinstance(interval, Sigmas) else i in (1, 2) for i, sigma in
+    inside = [1.0 < sigma <= 9.0 if isinstance(interval, SigmaInterval) else i in (1, 2) for i, sigma in
               enumerate(sigmas[:4])]  # fmt: skip
     assert 0 < sum(inside) < 4
 
@@ -200,7 +200,7 @@ def test_a_step_is_inside_by_its_part_or_its_sigma() -> None:
     assert bounds((0.2, 0.8), schedule) == (sigmas[8], sigmas[2])
     assert bounds((0.57, 0.98), schedule) == (0.0, sigmas[6]), "the nearest steps"
     assert bounds([0.5, 1], schedule) == (0.0, sigmas[5])  # type: ignore[arg-type]
-    assert bounds(Sigmas(0.28, 5.42), schedule) == (0.28, 5.42)
+    assert bounds(SigmaInterval(0.28, 5.42), schedule) == (0.28, 5.42)
     part = schedule.noised(0.5)
     assert bounds((0.0, 0.4), part) == (sigmas[7], sigmas[5]), "of the steps that are done"
 
@@ -215,12 +215,12 @@ def test_a_step_is_inside_by_its_part_or_its_sigma() -> None:
         ({"interval": (0.8, 0.2)}, "interval must rise from 0 or more to 1 at most, got 0.8 to 0.2"),
         ({"interval": (0.2, 0.2)}, "must rise from 0 or more to 1 at most, got 0.2 to 0.2"),
         ({"interval": (0.2, 1.2)}, "must rise from 0 or more to 1 at most, got 0.2 to 1.2"),
-        ({"interval": Sigmas(-1.0, 2.0)}, "must rise from 0 or more, got -1.0 to 2.0"),
+        ({"interval": SigmaInterval(-1.0, 2.0)}, "must rise from 0 or more, got -1.0 to 2.0"),
         ({"interval": 0.5}, "must be two numbers, got 0.5"),
         ({"interval": (0.1, 0.5, 0.9)}, "must be two numbers"),
         ({"interval": (0.1, "x")}, "an end of the guidance interval must be a number, got 'x'"),
         ({"interval": (0.3, 0.4)}, "the guidance interval \\(0.3, 0.4\\) has none of the 3 steps"),
-        ({"interval": Sigmas(100.0, 200.0)}, "has none of the 3 steps"),
+        ({"interval": SigmaInterval(100.0, 200.0)}, "has none of the 3 steps"),
     ],
 )
 @pytest.mark.parametrize("rule", [guided, perturbed])

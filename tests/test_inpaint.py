@@ -236,9 +236,9 @@ def test_a_control_image_shows_the_masks_region(pipes: Pair) -> None:
     whole = {"image": picture(0, 128, 144), "mask_image": mask, "padding_mask_crop": 8, **sides}
     made = inpaint_steps(ours, control_image=edges, **whole)
     assert all(relative_error(a, b) < EXACT for a, b in zip(made[:-1], alone[:-1], strict=True))
-    with pytest.raises(ValueError, match="control image and image of one size .*, got 64 x 72 and 128 x 144"):
+    with pytest.raises(ValueError, match="control_image and image of one size .*, got 64 x 72 and 128 x 144"):
         inpaint_steps(ours, control_image=picture(4), **whole)
-    with pytest.raises(TypeError, match="needs control images as PIL images, got Tensor"):
+    with pytest.raises(TypeError, match="needs control_image as one PIL image, got Tensor"):
         inpaint_steps(ours, control_image=told, **whole)
 
 
@@ -348,7 +348,7 @@ def test_a_map_for_each_prompt(pipes: Pair) -> None:
         ({"denoising_start": 0.5}, "denoising_start needs a UNet that reads the mask"),
         ({"padding_mask_crop": -1}, "padding_mask_crop must be a whole number of pixels from 0, got -1"),
         ({"padding_mask_crop": 2, "image": torch.zeros(3, 64, 72)}, "needs image as one PIL image"),
-        ({"padding_mask_crop": 2, "mask_image": mask_of(32, 36)}, "mask and image of one size"),
+        ({"padding_mask_crop": 2, "mask_image": mask_of(32, 36)}, "mask_image and image of one size"),
         ({"padding_mask_crop": 2, "mask_image": Image.new("L", (72, 64))}, "leaves nothing to repaint"),
         ({"padding_mask_crop": 2, "output_type": "latent"}, "need pictures, and output_type is 'latent'"),
         ({"paste_back": True, "output_type": "latent"}, "need pictures, and output_type is 'latent'"),

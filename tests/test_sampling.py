@@ -66,10 +66,7 @@ def our_trajectory(kind: type[Scheduler], changes: dict, steps: int) -> tuple[li
     trajectory = []
 
     def on_step(i: int, x: Tensor) -> Tensor:
-        scale = (
-            (schedule.sigmas[i + 1].item() ** 2 + 1) ** 0.5 if scheduler.latents_preserve_variance else 1.0
-        )
-        trajectory.append(x / scale)
+        trajectory.append(x / scheduler.latent_scale(schedule.sigmas[i + 1].item()))
         return x
 
     sampler_of(scheduler, schedule, noise)(
