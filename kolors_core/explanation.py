@@ -187,9 +187,10 @@ def page(made: Explanation) -> str:
 
 def tiled(maps: Tensor) -> Tensor:
     """Maps [T, h, w] in rows of `ACROSS`, the last filled up with zeros: [rows * h, ACROSS * w]."""
-    count, h, w = maps.shape
-    filled = F.pad(maps, (0, 0, 0, 0, 0, -count % ACROSS))
-    return filled.unflatten(0, (-1, ACROSS)).transpose(1, 2).reshape(-1, ACROSS * w)
+    from einops import rearrange
+
+    filled = F.pad(maps, (0, 0, 0, 0, 0, -len(maps) % ACROSS))
+    return rearrange(filled, "(rows across) h w -> (rows h) (across w)", across=ACROSS)
 
 
 def data_uri(image: "Image") -> str:

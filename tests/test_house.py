@@ -20,7 +20,7 @@ ORDER = """
     pipeline inpaint pag_pipeline control_pipeline dataset objective training masked_data options lines
     claims split_guidance capturing attention_maps explanation explain batch __init__ __main__
 """.split()  # noqa: SIM905
-RUN_TIME = {"torch", "safetensors", "sentencepiece", "numpy", "PIL", "huggingface_hub", "tqdm"}
+RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
 
 
 def imports(file: Path) -> set[str]:
@@ -60,7 +60,7 @@ def test_importing_needs_torch_and_safetensors_only_and_prints_nothing() -> None
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"sentencepiece", "PIL", "huggingface_hub", "tqdm", "diffusers",
+        if name.split(".")[0] in {"sentencepiece", "einops", "PIL", "huggingface_hub", "tqdm", "diffusers",
         "transformers"}:
             raise ImportError(name + " imported")
 sys.meta_path.insert(0, Refuse())
