@@ -75,7 +75,7 @@ def combined(
     if read_once and all(map(is_as_written, (unet, *(control.net for control in told.controls)))):
         predict = reading_once(unet, schedule, told, copies, graphs)
     else:
-        predict = reading_always(unet, schedule, told, copies)
+        predict = reading_always(unet, told, copies)
     sigmas = schedule.sigmas.tolist()
     known = dict(zip(sigmas, schedule.timesteps.tolist(), strict=False))  # numbers, for torch to trace a step
     controls_of_step = acting(told.controls, len(schedule.timesteps))

@@ -100,7 +100,7 @@ def has_hooks(net: Encoder) -> bool:
 Predict = Callable[[Tensor, float, tuple[int, ...]], Tensor]
 
 
-def reading_always(unet: UNet, schedule: Schedule, told: Conditioning, copies: int) -> Predict:
+def reading_always(unet: UNet, told: Conditioning, copies: int) -> Predict:
     """The UNet and ControlNets called as a whole; a forward of your own need know only what is set."""
     more: dict[str, Any] = {"perturbed": told.perturbed} if told.perturbed else {}
     more |= {} if told.added is None else {"added": told.added}
