@@ -152,7 +152,8 @@ def plain(name: str, component: str, checkpoint: Checkpoint, inputs: Tensors, ru
         modules = their_modules(model, TABLES[component])
         return Side(models=(model,), modules=modules, run=partial(run_theirs, model))
 
-    return Case(name=name, inputs=inputs, ours=ours, theirs=theirs, **more)
+    weights = "random" if component in checkpoint.random else "checkpoint"
+    return Case(name=name, inputs=inputs, ours=ours, theirs=theirs, weights=weights, **more)
 
 
 def ip_adapter(checkpoint: Checkpoint, given: Inputs, **more: Any) -> Case:
@@ -196,6 +197,7 @@ def ip_adapter(checkpoint: Checkpoint, given: Inputs, **more: Any) -> Case:
 
         return Side(models=(unet,), modules=modules, run=run)
 
+    more["weights"] = "random" if "ip_adapter" in checkpoint.random else "checkpoint"
     return Case(name="IP-Adapter", inputs=given.states, ours=ours, theirs=theirs, **more)
 
 
@@ -229,7 +231,7 @@ def lora(checkpoint: Checkpoint, given: Inputs, **more: Any) -> Case:
         modules = their_modules(unet, TABLES["unet"])
         return Side(models=(unet,), modules=modules, run=partial(run_unet_reference, unet))
 
-    return Case(name="LoRA", inputs=given.condition, ours=ours, theirs=theirs, **more)
+    return Case(name="LoRA", inputs=given.condition, ours=ours, theirs=theirs, weights="random", **more)
 
 
 def cases(checkpoint: Checkpoint) -> Iterator[Case]:

@@ -4,7 +4,7 @@ A module is known by our path. Its counterpart is found where the rename table t
 so no list of pairs is kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -120,11 +120,6 @@ def like(other: Tensor, output: Tensor) -> Tensor:
     if other.numel() == output.numel():
         return other.reshape(output.shape)  # height and width as one, or pictures and their tokens
     return other
-
-
-def first_beyond(layers: Sequence[Layer], tolerance: float) -> Layer | None:
-    """The first module whose error exceeds the tolerance, or is no number."""
-    return next((layer for layer in layers if not layer.error <= tolerance), None)
 
 
 def _with_weights(model: nn.Module) -> list[tuple[str, nn.Module, str]]:

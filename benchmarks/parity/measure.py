@@ -3,17 +3,18 @@
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.full_size import Tensors, cast
 from benchmarks.pairs import WeightsAs
-from benchmarks.parity.layers import Layer, Modules, first_beyond, pairs, record, relative_error
+from benchmarks.parity.layers import Layer, Modules, pairs, record, relative_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EXACT, FLOAT32 = 1e-10, 5e-6
+BETWEEN = "no module differs, so it lies between modules"
 TOLERANCES = {"float64": EXACT, "float32": FLOAT32, "bfloat16": 5e-2, "float16": 5e-3}
 
 
@@ -37,6 +38,7 @@ class Case:
     tolerances: Mapping[str, float] = field(default_factory=lambda: TOLERANCES)
     left_out: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    weights: str = "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,9 @@ class Error:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One component in one dtype. first: the first module whose error exceeds the tolerance, or None."""
+    """One component in one dtype. first: the first module whose error exceeds the tolerance, or None.
+    unpaired: modules of ours that ran and have no counterpart of their own.
+    """
 
     component: str
     dtype: str
@@ -66,10 +70,41 @@ class Measured:
     first: Layer | None
     unpaired: list[str]
 
+    @classmethod
+    def of(
+        cls, component: str, dtype: str, tolerance: float, errors: list[Error], layers: list[Layer],
+        unpaired: Sequence[str] = (),
+    ) -> Self:  # fmt: skip
+        """With the first module found."""
+        first = next((layer for layer in layers if not layer.error <= tolerance), None)
+        return cls(
+            component=component, dtype=dtype, tolerance=tolerance, errors=errors, layers=layers, first=first,
+            unpaired=list(unpaired),
+        )  # fmt: skip
+
     @property
     def worst(self) -> Error:
         """The output that differs most."""
         return max(self.errors, key=lambda error: error.max_relative)
+
+    @property
+    def divergence(self) -> str:
+        """Where ours parts from the reference, or "none"."""
+        if self.first is not None:
+            return self.first.ours
+        return "none" if self.worst.max_relative <= self.tolerance else BETWEEN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One component in all dtypes. weights: the "checkpoint"'s, "random" ones, or "none". left_out: dtypes
+    that are not run, each with the reason."""
+
+    name: str
+    weights: str
+    measured: list[Measured]
+    left_out: Mapping[str, str]
+    note: str
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -77,7 +112,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def measure(case: Case, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Measured]:
+def measure(case: Case, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES) -> Result:
     """Run the reference in every dtype, let it go, and run ours; float64, the measure of rounding, first."""
     dtypes = [dtype for dtype in dtypes if name_of(dtype) not in case.left_out]
     side = case.theirs()
@@ -95,13 +130,10 @@ def measure(case: Case, device: torch.device, dtypes: Sequence[torch.dtype] = DT
         tolerance = case.tolerances[name_of(dtype)]
         errors = [error_of(name, outputs[name], wanted[name], exact[name]) for name in wanted]
         missing = sorted({name for name, _ in layers} - {layer.ours for layer in compared})
-        found.append(
-            Measured(
-                component=case.name, dtype=name_of(dtype), tolerance=tolerance, errors=errors,
-                layers=compared, first=first_beyond(compared, tolerance), unpaired=missing,
-            )
-        )  # fmt: skip
-    return found
+        found.append(Measured.of(case.name, name_of(dtype), tolerance, errors, compared, missing))
+    return Result(
+        name=case.name, weights=case.weights, measured=found, left_out=case.left_out, note=case.note
+    )
 
 
 def _run(side: Side, inputs: Tensors, dtype: torch.dtype, device: torch.device) -> tuple[Any, Tensors]:

@@ -7,22 +7,25 @@ import diffusers
 import torch
 from torch import Tensor
 
-from benchmarks.parity.layers import Layer, first_beyond
-from benchmarks.parity.measure import FLOAT32, Measured, error_of
+from benchmarks.parity.layers import Layer
+from benchmarks.parity.measure import DTYPES, FLOAT32, Measured, Result, error_of, name_of
 from kolors_core.sampling import draw_noise, sampler_of
-from kolors_core.schedule import SCHEDULERS, Schedule
+from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Schedule, Scheduler
 
 SHAPE = (2, 4, 6, 5)
 KARRAS = {"use_karras_sigmas": True}
-SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", KARRAS),
-    "SDE-DPM++ 2M Karras": (
-        "DPMSolverMultistepScheduler", KARRAS | {"algorithm_type": "sde-dpmsolver++"},
-    ),
-}  # fmt: skip
+SOLVERS: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
+    "Euler": (EulerDiscreteScheduler, {}),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {}),
+    "DPM++ 2M Karras": (DPMSolverMultistepScheduler, KARRAS),
+    "SDE-DPM++ 2M Karras": (DPMSolverMultistepScheduler, KARRAS | {"algorithm_type": "sde-dpmsolver++"}),
+}
 STEPS = 25
+LEFT_OUT = {
+    name_of(dtype): "the reference's schedulers always compute in float32"
+    for dtype in DTYPES
+    if dtype != torch.float32
+}
 
 
 def predict(latents: Tensor, timestep: float) -> Tensor:
@@ -41,9 +44,11 @@ def our_denoise(schedule: Schedule) -> Callable[[Tensor, float], Tensor]:
     return denoise
 
 
-def reference_trajectory(name: str, config: Mapping[str, Any], steps: int) -> tuple[list[Tensor], Tensor]:
+def reference_trajectory(
+    kind: type[Scheduler], config: Mapping[str, Any], steps: int
+) -> tuple[list[Tensor], Tensor]:
     """The reference's latents after each step, and the generator's state at the end."""
-    theirs = getattr(diffusers, name)(**config)
+    theirs = getattr(diffusers, kind.__name__)(**config)
     theirs.set_timesteps(steps)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(SHAPE, generator=generator) * theirs.init_noise_sigma
@@ -56,10 +61,10 @@ def reference_trajectory(name: str, config: Mapping[str, Any], steps: int) -> tu
 
 
 def our_trajectory(
-    name: str, config: Mapping[str, Any], steps: int, dtype: torch.dtype = torch.float32
+    kind: type[Scheduler], config: Mapping[str, Any], steps: int, dtype: torch.dtype = torch.float32
 ) -> tuple[list[Tensor], Tensor]:
     """Ours likewise, with the same noise in every dtype."""
-    scheduler = SCHEDULERS[name].from_config(config)
+    scheduler = kind.from_config(config)
     schedule = scheduler.schedule(steps)
     generator = torch.Generator().manual_seed(0)
 
@@ -81,16 +86,16 @@ def our_trajectory(
     return trajectory, generator.get_state()
 
 
-def measure_samplers(config: Mapping[str, Any]) -> Iterator[Measured]:
+def measure_samplers(config: Mapping[str, Any]) -> Iterator[Result]:
     """Each in float32, which the reference's schedulers always compute in; float64 is ours, therefore."""
     shared = {key: value for key, value in config.items() if not key.startswith("_")}
-    for label, (name, changes) in SOLVERS.items():
+    for label, (kind, changes) in SOLVERS.items():
         public = shared | changes
-        theirs = getattr(diffusers, name)(**public)
+        theirs = getattr(diffusers, kind.__name__)(**public)
         theirs.set_timesteps(STEPS)
-        schedule = SCHEDULERS[name].from_config(public).schedule(STEPS)
-        runs = our_trajectory(name, public, STEPS)[0], reference_trajectory(name, public, STEPS)[0]
-        exact = our_trajectory(name, public, STEPS, torch.float64)[0]
+        schedule = kind.from_config(public).schedule(STEPS)
+        runs = our_trajectory(kind, public, STEPS)[0], reference_trajectory(kind, public, STEPS)[0]
+        exact = our_trajectory(kind, public, STEPS, torch.float64)[0]
         layers = [
             Layer.of(f"step {i}", f"step {i}", *latents)
             for i, latents in enumerate(zip(*runs, exact, strict=True), 1)
@@ -100,7 +105,5 @@ def measure_samplers(config: Mapping[str, Any]) -> Iterator[Measured]:
             error_of("sigmas", schedule.sigmas, theirs.sigmas, schedule.sigmas),
             error_of("latents", runs[0][-1], runs[1][-1], exact[-1]),
         ]
-        yield Measured(
-            component=label, dtype="float32", tolerance=FLOAT32, errors=errors, layers=layers,
-            first=first_beyond(layers, FLOAT32), unpaired=[],
-        )  # fmt: skip
+        measured = Measured.of(label, "float32", FLOAT32, errors, layers)
+        yield Result(name=label, weights="none", measured=[measured], left_out=LEFT_OUT, note="")
