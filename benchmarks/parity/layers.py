@@ -30,6 +30,10 @@ class Layer:
     ours_from_float64: float
     reference_from_float64: float
 
+    def is_beyond(self, tolerance: float) -> bool:
+        """As in measure.py; written so that a NaN is."""
+        return not self.error <= max(tolerance, 2 * self.reference_from_float64)
+
     @classmethod
     def of(cls, name: str, reference: str, got: Tensor, wanted: Tensor, exact: Tensor) -> Self:
         """What one module of ours put out, beside the reference's in the same dtype and in float64."""

@@ -1,4 +1,8 @@
-"""A model in both libraries, in every dtype: how far its outputs and its modules are from the reference's."""
+"""A model in both libraries, in every dtype: how far its outputs and its modules are from the reference's.
+
+An error is beyond if it exceeds its dtype's tolerance, and also twice what the reference itself is from
+float64 there: two roundings may lie on both sides.
+"""
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
@@ -55,10 +59,14 @@ class Error:
     ours_from_float64: float
     reference_from_float64: float
 
+    def is_beyond(self, tolerance: float) -> bool:
+        """Written so that a NaN is."""
+        return not self.max_relative <= max(tolerance, 2 * self.reference_from_float64)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One component in one dtype. first: the first module whose error exceeds the tolerance, or None.
+    """One component in one dtype. first: the first module whose error is beyond, or None.
     unpaired: modules of ours that ran and have no counterpart of their own.
     """
 
@@ -76,7 +84,7 @@ class Measured:
         unpaired: Sequence[str] = (),
     ) -> Self:  # fmt: skip
         """With the first module found."""
-        first = next((layer for layer in layers if not layer.error <= tolerance), None)
+        first = next((layer for layer in layers if layer.is_beyond(tolerance)), None)
         return cls(
             component=component, dtype=dtype, tolerance=tolerance, errors=errors, layers=layers, first=first,
             unpaired=list(unpaired),
@@ -92,19 +100,20 @@ class Measured:
         """Where ours parts from the reference, or "none"."""
         if self.first is not None:
             return self.first.ours
-        return "none" if self.worst.max_relative <= self.tolerance else BETWEEN
+        return BETWEEN if any(error.is_beyond(self.tolerance) for error in self.errors) else "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One component in all dtypes. weights: the "checkpoint"'s, "random" ones, or "none". left_out: dtypes
-    that are not run, each with the reason."""
+    """One component in all dtypes. weights: the "checkpoint"'s, "random" ones, or "–". left_out: dtypes
+    that are not run, each with the reason. unit: of what is compared one by one."""
 
     name: str
     weights: str
     measured: list[Measured]
     left_out: Mapping[str, str]
     note: str
+    unit: str = "module"
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -106,4 +106,4 @@ def measure_samplers(config: Mapping[str, Any]) -> Iterator[Result]:
             error_of("latents", runs[0][-1], runs[1][-1], exact[-1]),
         ]
         measured = Measured.of(label, "float32", FLOAT32, errors, layers)
-        yield Result(name=label, weights="none", measured=[measured], left_out=LEFT_OUT, note="")
+        yield Result(name=label, weights="–", measured=[measured], left_out=LEFT_OUT, note="", unit="step")

@@ -36,4 +36,6 @@ def measure_tokenizer(tokenizer: Tokenizer) -> Result:
     ]
     measured = Measured.of("Tokenizer", "int64", 0.0, errors, layers)
     note = f"{len(TEXTS)} texts, among them empty, too long and odd ones."
-    return Result(name="Tokenizer", weights="checkpoint", measured=[measured], left_out={}, note=note)
+    return Result(
+        name="Tokenizer", weights="checkpoint", measured=[measured], left_out={}, note=note, unit="text"
+    )
