@@ -23,8 +23,8 @@ import transformers
 from benchmarks.parity.checkpoint import Checkpoint, opened
 from benchmarks.parity.components import cases
 from benchmarks.parity.measure import Result, measure
-from benchmarks.parity.pipelines import Pictures, measure_pipelines
-from benchmarks.parity.report import write
+from benchmarks.parity.pipelines import FEW_STEPS, STEPS, Pictures, measure_pipelines
+from benchmarks.parity.report import parting, write
 from benchmarks.parity.samplers import measure_samplers
 from benchmarks.parity.texts import measure_tokenizer
 from kolors_core.checkpoint import EMBEDDED, read_json
@@ -33,14 +33,14 @@ RESULTS = Path(__file__).parents[1] / "results" / "parity"
 VARIABLE = "KOLORS_WEIGHTS"
 
 
-def measure_all(checkpoint: Checkpoint, steps: int | None = None) -> tuple[list[Result], list[Pictures]]:
-    """Everything, one after another. steps: of the pipelines."""
+def measure_all(checkpoint: Checkpoint) -> tuple[list[Result], list[Pictures]]:
+    """Everything, one after another."""
     results = [measure_tokenizer(checkpoint.tokenizer())]
     for case in cases(checkpoint):
         results.append(measure(case, checkpoint.device))
-        print(f"{case.name}: {results[-1].measured[0].divergence}", file=sys.stderr)
+        print(f"{case.name}: first divergence {parting(results[-1])}", file=sys.stderr)
     results += measure_samplers(read_json(checkpoint.folder / "scheduler" / "scheduler_config.json"))
-    tasks, pictures = measure_pipelines(checkpoint, steps)
+    tasks, pictures = measure_pipelines(checkpoint, FEW_STEPS if checkpoint.is_slow else STEPS)
     return results + tasks, pictures
 
 
@@ -71,14 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             print(f"error: {VARIABLE}={given}: {error}", file=sys.stderr)
             return 2
-        if device.type == "cpu" and not checkpoint.is_short:
+        if device.type == "cpu" and not checkpoint.is_large:
             torch.set_num_threads(1)  # for models so small a second thread costs more than it brings
+        from benchmarks.parity.plot import plot  # what it needs is found missing before the work, not after
+
         results, pictures = measure_all(checkpoint)
         name = "the model that this package carries" if given is None else f"what {VARIABLE} names"
         write(out, checkpoint, results, pictures, name)
-    from benchmarks.parity.plot import plot
-
-    plot(results, out / "parity.png")
+        plot(results, out / "parity.png")
     return int(any(one.divergence != "none" for result in results for one in result.measured))
 
 

@@ -32,7 +32,7 @@ REFERENCE: dict[str, Any] = {
 RANDOM_CLIP = CLIPVisionConfig(
     image_size=56, patch_size=14, hidden_size=96, feed_forward_size=192, layers=4, heads=4, projection_dim=64
 )
-LARGE = 10**8  # parameters of a UNet from which on a run on a CPU has to be a short one
+LARGE = 10**8  # parameters of a UNet; TINY has 8 million, Kolors 2,579
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,14 @@ class Checkpoint:
         return sum(torch.Size(source.shape(name)).numel() for name in source)
 
     @property
-    def is_short(self) -> bool:
-        """Whether the models are too large for this device to run at length."""
-        return self.device.type == "cpu" and self.parameters("unet") > LARGE
+    def is_large(self) -> bool:
+        """Whether what all modules put out fits in memory for a small picture and a short text only."""
+        return self.parameters("unet") > LARGE
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a whole run takes hours here."""
+        return self.is_large and self.device.type == "cpu"
 
     def ours(self, component: str) -> nn.Module:
         """Our model, in the file's own dtype."""

@@ -39,7 +39,7 @@ class Inputs:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         config = open_component(checkpoint.folder, "unet").model.config
-        side = min(config.sample_size, 32) if checkpoint.is_short else config.sample_size
+        side = min(config.sample_size, 32) if checkpoint.is_large else config.sample_size
         self.channels, self.size = config.out_channels, (side, side - 3)  # not square, and not even
         self.draw = torch.Generator().manual_seed(SEED)
 
@@ -56,8 +56,8 @@ class Inputs:
 
     @cached_property
     def tokens(self) -> Tensors:
-        """Two prompts; of a large model on a CPU with fewer pads."""
-        length = 64 if self.checkpoint.is_short else 256
+        """Two prompts; for a large model with fewer pads."""
+        length = 64 if self.checkpoint.is_large else 256
         batch = self.checkpoint.tokenizer()(PROMPTS, max_length=length)
         return {"ids": batch.ids, "mask": batch.mask, "positions": batch.positions}
 
@@ -237,7 +237,7 @@ def lora(checkpoint: Checkpoint, given: Inputs, **more: Any) -> Case:
 def cases(checkpoint: Checkpoint) -> Iterator[Case]:
     """All components, one after another: the inputs of each are made when it is asked for."""
     given = Inputs(checkpoint)
-    slow = {"float16": SLOW} if checkpoint.is_short else {}
+    slow = {"float16": SLOW} if checkpoint.is_slow else {}
     never = {"float16": NEVER}
     rounded = TOLERANCES | {"float64": FLOAT32}
     yield plain(

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ TASKS = {
 EMBEDDINGS = (
     "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
 )  # fmt: skip
-STEPS, FEW_STEPS = 25, 4
+STEPS, FEW_STEPS = 25, 8  # fewer would be so coarse that float32 schedules show in float64
 # In float64 the reference's schedulers compute in float32. In float32 guidance multiplies the difference of
 # two predictions' rounding, and float64 may not fit in memory to say how large that is.
 PIPELINES = TOLERANCES | {"float64": FLOAT32, "float32": 10 * FLOAT32}
@@ -56,9 +56,10 @@ class OneNoise(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.randn and kwargs.get("dtype") == torch.float64:
-            return func(*args, **kwargs | {"dtype": torch.float32}).double()
-        return func(*args, **(kwargs or {}))
+        named = kwargs or {}
+        if func is torch.randn and named.get("dtype") == torch.float64:
+            return func(*args, **named | {"dtype": torch.float32}).double()
+        return func(*args, **named)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +103,9 @@ def their_pipelines(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any
 def arguments(task: str, side: int, steps: int) -> dict[str, Any]:
     """What both are called with."""
     given: dict[str, Any] = {
-        "prompt": PROMPTS[0], "height": side, "width": side, "num_inference_steps": steps,
-        "guidance_scale": 5.0, "output_type": "pt", "generator": torch.Generator().manual_seed(SEED),
+        "prompt": PROMPTS[0], "negative_prompt": "", "height": side, "width": side, "guidance_scale": 5.0,
+        "num_inference_steps": steps, "output_type": "pt",
+        "generator": torch.Generator().manual_seed(SEED),
     }  # fmt: skip
     if task != "text to image":
         given |= {"image": picture(side), "strength": TASKS[task][1]}
@@ -126,7 +128,9 @@ def draw(pipelines: dict[str, Any], task: str, side: int, steps: int) -> Drawn:
         given["paste_back"] = False
     elif task == "inpainting":
         with torch.no_grad():
-            found = pipelines["text to image"].encode_prompt(given.pop("prompt"))
+            found = pipelines["text to image"].encode_prompt(
+                given.pop("prompt"), negative_prompt=given.pop("negative_prompt")
+            )
         given |= dict(zip(EMBEDDINGS, found, strict=True))
 
     def keep(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,17 +143,16 @@ def draw(pipelines: dict[str, Any], task: str, side: int, steps: int) -> Drawn:
 
 
 def measure_pipelines(
-    checkpoint: Checkpoint, steps: int | None = None
+    checkpoint: Checkpoint, steps: int, dtypes: Sequence[torch.dtype] = DTYPES
 ) -> tuple[list[Result], list[Pictures]]:
-    """All tasks in every dtype whose weights fit in memory; the reference's are let go before ours come.
+    """All tasks in every dtype whose weights fit in memory; ours are let go before the reference's come.
 
     What is said to be from float64 is from the widest dtype that fits.
     """
     config = open_component(checkpoint.folder, "unet").model.config
-    side = 8 * (min(config.sample_size, 32) if checkpoint.is_short else config.sample_size)
-    steps = (FEW_STEPS if checkpoint.is_short else STEPS) if steps is None else steps
+    side = 8 * (min(config.sample_size, 32) if checkpoint.is_slow else config.sample_size)
     left_out = why_not(checkpoint)
-    dtypes = [dtype for dtype in DTYPES if name_of(dtype) not in left_out]
+    dtypes = [dtype for dtype in dtypes if name_of(dtype) not in left_out]
     drawn: dict[tuple[str, torch.dtype], list[Drawn]] = {}
     for dtype in dtypes:
         for make in (our_pipelines, their_pipelines):
@@ -159,24 +162,21 @@ def measure_pipelines(
             del pipelines
             let_go()
     results, pictures = [], []
-    for task, (solver, _) in TASKS.items():
+    for task, (solver, strength) in TASKS.items():
         measured = []
         for dtype in dtypes:
             (ours, theirs), exact = drawn[task, dtype], drawn[task, dtypes[0]][1]
             measured.append(_measured(task, name_of(dtype), ours, theirs, exact))
             pictures.append(_pictures(task, name_of(dtype), ours, theirs, exact))
-        note = f"{solver}, {side} x {side}, {len(exact.latents)} steps done of {steps}, guidance 5."
-        results.append(
-            Result(
-                name=task, weights="checkpoint", measured=measured, left_out=left_out, note=note, unit="step"
-            )
-        )
+        note = f"{solver}, {side} x {side}, {steps} steps, strength {strength}, guidance 5."
+        shared = {"weights": "checkpoint", "left_out": left_out, "note": note, "unit": "step"}
+        results.append(Result(name=task, measured=measured, **shared))
     return results, pictures
 
 
 def why_not(checkpoint: Checkpoint) -> dict[str, str]:
     """The dtypes that a whole pipeline is not run in, each with the reason."""
-    found = {"float16": SLOW} if checkpoint.is_short else {}
+    found = {"float16": SLOW} if checkpoint.is_slow else {}
     count = sum(checkpoint.parameters(name) for name in ("text_encoder", "unet", "vae"))
     if checkpoint.device.type == "cuda":
         memory = torch.cuda.mem_get_info()[0]

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.parity.measure import Measured, Result
+from benchmarks.parity.report import parting
 
 COLOURS = {"float64": "#3b4cc0", "float32": "#2a9d8f", "bfloat16": "#c8553d", "float16": "#b8860b"}
 COLUMNS, TOP, BOTTOM, BAND = 3, 1e1, 1e-20, 1e-17
@@ -41,6 +42,8 @@ def panel(axes: Any, result: Result) -> None:
     axes.axhspan(BOTTOM, BAND, color="#eeeeee")
     for one in result.measured:
         curves(axes, one)
+    if (place := parting(result)) != "none":
+        axes.text(0.02, 0.38, place, transform=axes.transAxes, fontsize=8, color="red")
     axes.set_yscale("log")
     axes.set_ylim(BOTTOM, TOP)
     axes.set_yticks([1e-19, 1e-15, 1e-10, 1e-5, 1], ["equal", "1e-15", "1e-10", "1e-5", "1"])
@@ -64,4 +67,3 @@ def curves(axes: Any, one: Measured) -> None:
     if one.first is not None:
         at = one.layers.index(one.first) + 1, min(one.first.error, TOP)
         axes.plot(*at, color="red", marker="x", markersize=9)
-        axes.annotate(f"{one.first.ours} ({one.dtype})", at, fontsize=7, color="red")

@@ -43,6 +43,7 @@ MEANT = """## Differences that are meant
 | a scheduler's step | float32 | float32 or wider | samplers; pipelines in float64 |
 | the VAE in image to image | float32, and it stays so | its own dtype | image to image, bfloat16, float64 |
 | the VAE of a float16 pipeline | float32 while it works | float32 | left out of the VAE's own rows |
+| the VAE on a CPU | as given | channels last: torch's GroupNorm then sums less exactly | its float32 rows |
 | equal pads of a prompt | each encoded and read | one that counts as many | rounding in pipelines |
 | ChatGLM's last layer | every position | the last position, which alone is read | compared there |
 | size ids | in the prompt's dtype: bfloat16 makes 1024 of 1023 | float32 | not seen: sizes are exact |
@@ -84,10 +85,9 @@ def about(checkpoint: Checkpoint, name: str, where: dict[str, Any]) -> str:
         for model, component in (("ChatGLM", "text_encoder"), ("UNet", "unet"), ("VAE", "vae"))
     )
     versions = ", ".join(f"{key} {where[key]}" for key in ("torch", "diffusers", "transformers", "python"))
-    made = " and ".join(sorted(checkpoint.random)) or "nothing"
+    lacking = f" It has no {', '.join(sorted(checkpoint.random))}: small ones of random weights stand there."
     return (
-        f"Checkpoint: {name} (parameters: {sizes}). It lacks {made}"
-        f"{', for which small random weights stand' if checkpoint.random else ''}.\n"
+        f"Checkpoint: {name} (parameters: {sizes}).{lacking if checkpoint.random else ''}\n"
         f"{where['date']}, {where['device']}, threads: {where['threads']}, {versions}.\n"
     )
 

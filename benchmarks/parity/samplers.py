@@ -48,7 +48,7 @@ def reference_trajectory(
     kind: type[Scheduler], config: Mapping[str, Any], steps: int
 ) -> tuple[list[Tensor], Tensor]:
     """The reference's latents after each step, and the generator's state at the end."""
-    theirs = getattr(diffusers, kind.__name__)(**config)
+    theirs = getattr(diffusers, kind.__name__).from_config(config)
     theirs.set_timesteps(steps)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(SHAPE, generator=generator) * theirs.init_noise_sigma
@@ -91,7 +91,7 @@ def measure_samplers(config: Mapping[str, Any]) -> Iterator[Result]:
     shared = {key: value for key, value in config.items() if not key.startswith("_")}
     for label, (kind, changes) in SOLVERS.items():
         public = shared | changes
-        theirs = getattr(diffusers, kind.__name__)(**public)
+        theirs = getattr(diffusers, kind.__name__).from_config(public)
         theirs.set_timesteps(STEPS)
         schedule = kind.from_config(public).schedule(STEPS)
         runs = our_trajectory(kind, public, STEPS)[0], reference_trajectory(kind, public, STEPS)[0]
