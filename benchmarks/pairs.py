@@ -95,7 +95,7 @@ class WeightsAs(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.Tensor.dtype.__get__ and self._is_weight(args[0]):
+        if func == torch.Tensor.dtype.__get__ and self._is_weight(args[0]):
             return self.dtype  # asked for often, and no copy is needed to answer
         named = {name: self._read(value) for name, value in (kwargs or {}).items()}
         return func(*(self._read(value) for value in args), **named)

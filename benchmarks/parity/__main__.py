@@ -24,7 +24,7 @@ from benchmarks.parity.checkpoint import Checkpoint, opened
 from benchmarks.parity.components import cases
 from benchmarks.parity.measure import Result, measure
 from benchmarks.parity.pipelines import FEW_STEPS, STEPS, Pictures, measure_pipelines
-from benchmarks.parity.report import parting, write
+from benchmarks.parity.report import parting, verdict, write
 from benchmarks.parity.samplers import measure_samplers
 from benchmarks.parity.texts import measure_tokenizer
 from kolors_core.checkpoint import EMBEDDED, read_json
@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         name = "the model that this package carries" if given is None else f"what {VARIABLE} names"
         write(out, checkpoint, results, pictures, name)
         plot(results, out / "parity.png")
+    print(verdict(results), end="")
     return int(any(one.divergence != "none" for result in results for one in result.measured))
 
 

@@ -88,12 +88,16 @@ class Checkpoint:
             return KolorsControlNet.from_pretrained(place, torch_dtype=dtype, device=self.device)
         if component != "ip_adapter":
             return load_component(place, component, subfolder="", dtype=dtype, device=self.device)
-        source = self.source(component)
-        shapes = {TABLES[component].to_ours(name): source.shape(name) for name in source}
         with torch.device("meta"):
-            adapter = IPAdapter(IPAdapterConfig.from_shapes(shapes, str(place)))
-        load(adapter, source, component, dtype=self.dtype("unet"), device=self.device)
+            adapter = IPAdapter(self.adapter_config())
+        load(adapter, self.source(component), component, dtype=self.dtype("unet"), device=self.device)
         return adapter.eval()
+
+    def adapter_config(self) -> IPAdapterConfig:
+        """The IP-Adapter's, from the shapes in its file."""
+        source = self.source("ip_adapter")
+        shapes = {TABLES["ip_adapter"].to_ours(name): source.shape(name) for name in source}
+        return IPAdapterConfig.from_shapes(shapes, source.where)
 
     def theirs(self, component: str) -> nn.Module:
         """The reference's model, by its own loader, in the file's own dtype."""
@@ -118,10 +122,11 @@ def opened(folder: Path, device: torch.device) -> Iterator[Checkpoint]:
     Tokenizer(folder / "tokenizer")
     places = {name: folder / name for name in ("text_encoder", "unet", "vae")}
     unet = {name: open_component(folder, name).model for name in places}["unet"]
-    adapters = sorted(folder.glob("ip_adapter*.safetensors"))
-    found = {"image_encoder": [folder / "image_encoder"], "controlnet": [folder / "controlnet"]}
-    have = {name: paths[0] for name, paths in (found | {"ip_adapter": adapters}).items() if paths}
-    places |= {name: path for name, path in have.items() if path.exists()}
+    if len(adapters := sorted(folder.glob("ip_adapter*.safetensors"))) > 1:
+        raise ValueError(f"{folder}: wanted one IP-Adapter, found {adapters[0].name} and {adapters[1].name}")
+    if adapters:
+        places["ip_adapter"] = adapters[0]
+    places |= {name: folder / name for name in ("image_encoder", "controlnet") if (folder / name).exists()}
     random = frozenset(("image_encoder", "ip_adapter", "controlnet")) - places.keys()
     with TemporaryDirectory() as scratch:
         checkpoint = Checkpoint(folder, places, random, device)
@@ -132,13 +137,9 @@ def opened(folder: Path, device: torch.device) -> Iterator[Checkpoint]:
 
 def _make_up(checkpoint: Checkpoint, unet: Any, scratch: Path) -> None:
     """Write small models of random weights for those that are missing, two of them by the reference."""
-    places = checkpoint.places
-    adapter_config, clip_config = None, RANDOM_CLIP
+    places, clip_config = checkpoint.places, RANDOM_CLIP
     if "ip_adapter" in places:
-        source = checkpoint.source("ip_adapter")
-        shapes = {TABLES["ip_adapter"].to_ours(name): source.shape(name) for name in source}
-        adapter_config = IPAdapterConfig.from_shapes(shapes, str(places["ip_adapter"]))
-        clip_config = replace(RANDOM_CLIP, hidden_size=adapter_config.image_dim)
+        clip_config = replace(RANDOM_CLIP, hidden_size=checkpoint.adapter_config().image_dim)
     if "image_encoder" in places:
         clip_config = open_component(checkpoint.folder, "image_encoder").model.config
     made: dict[str, Any] = {
