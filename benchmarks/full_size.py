@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from benchmarks.pairs import make_pair, share
+from benchmarks.pairs import WeightsAs, make_pair, share
 from benchmarks.side_by_side import environment
 from kolors_core.config import KOLORS
 from kolors_core.tokenizer import TokenBatch
@@ -92,23 +91,6 @@ class Timing:
     cpu_share: float
     reference_all: list[float]
     ours_all: list[float]
-
-
-class Float64Weights(TorchFunctionMode):
-    """Reads each parameter as float64 in the operation that uses it.
-
-    So a float64 forward needs no float64 copy of the UNet, which would take 20.6 GB.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        named = {name: _widen(value) for name, value in (kwargs or {}).items()}
-        return func(*(_widen(value) for value in args), **named)
-
-
-def _widen(value: Any) -> Any:
-    return value.double() if isinstance(value, nn.Parameter) else value
 
 
 def unet_pair() -> Pair:
@@ -198,7 +180,7 @@ def measure(name: str, pair: Pair, rounds: int) -> tuple[list[Error], list[Timin
             share(pair.reference, pair.ours, pair.component)
         for index, (case, inputs) in enumerate(pair.cases.items()):
             inputs = cast(inputs, dtype)
-            with Float64Weights() if dtype == torch.float64 else nullcontext():
+            with WeightsAs(dtype) if dtype == torch.float64 else nullcontext():
                 reference = pair.run_reference(pair.reference, inputs)
                 ours = pair.run_ours(pair.ours, inputs)
             truth = truths.setdefault(case, reference)
@@ -215,7 +197,7 @@ def spoil(model: str, pair: Pair, inputs: Tensors, truth: Tensors) -> list[Error
     """The control: the eps of one norm of ours ten times too large, in float64."""
     norm: Any = pair.ours.get_submodule(pair.control)
     eps, norm.eps = norm.eps, norm.eps * 10
-    with Float64Weights():
+    with WeightsAs(torch.float64):
         ours = pair.run_ours(pair.ours, inputs)
     norm.eps = eps
     errors = compare_outputs(model, f"control: {pair.control}.eps x 10", "float64", truth, ours, truth)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig as ReferenceCLIPVisionConfig
 from transformers import CLIPVisionModelWithProjection
 
+from benchmarks.parity.layers import our_modules, pairs, record, their_modules
 from kolors_core.chatglm import ChatGLM
 from kolors_core.clip_vision import CLIPVision
 from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, KolorsConfig, UNetConfig, VAEConfig
@@ -95,44 +96,12 @@ def first_divergence(
     tolerance: float,
 ) -> str:
     """Run both again and name the first module, in our order, whose output differs by more than the
-    tolerance.
-
-    A module with weights has its counterpart where the table maps the weights, so the walk needs no list of
-    its own.
+    tolerance. See benchmarks/parity/layers.py.
     """
-    table = TABLES[component]
-    counterpart = {
-        name.rpartition(".")[0]: table.to_public(name).rpartition(".")[0]
-        for name, _ in ours.named_parameters()
-    }
-    expected: dict[str, list[Tensor]] = {}
-    for name, output in _record(theirs, set(counterpart.values()), run_theirs):
-        expected.setdefault(name, []).append(output)
-    for name, output in _record(ours, set(counterpart), run_ours):
-        other = expected[counterpart[name]].pop(0)
-        if other.shape != output.shape and other.transpose(0, 1).shape == output.shape:
-            other = other.transpose(0, 1)  # the reference's ChatGLM has the sequence first
-        elif output.ndim == other.ndim == 3 and output.shape[1] == 1 < len(other):
-            other = other.transpose(0, 1)[:, -1:]  # of its last layer ours computes the last position only
+    their = their_modules(theirs, TABLES[component])
+    expected, _ = record(their, run_theirs)
+    outputs, _ = record(our_modules(ours), run_ours)
+    for name, output, other in pairs(outputs, expected):
         if (error := relative_error(output, other)) > tolerance:
-            return f"{name} ({counterpart[name]} in the reference), relative error {error:.1e}"
+            return f"{name} ({their[name][0]} in the reference), relative error {error:.1e}"
     return NO_MODULE
-
-
-def _record(model: nn.Module, names: set[str], run: Callable[[], object]) -> list[tuple[str, Tensor]]:
-    """The outputs of the named modules, in the order in which they ran."""
-    outputs: list[tuple[str, Tensor]] = []
-
-    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda _module, _inputs, output: outputs.append((name, output.detach().clone()))
-
-    handles = [
-        module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name in names
-    ]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs

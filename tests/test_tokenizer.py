@@ -6,18 +6,8 @@ import pytest
 import torch
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 
+from benchmarks.parity.texts import TEXTS as PROMPTS
 from kolors_core.tokenizer import Tokenizer
-
-PROMPTS = [
-    "", " ", "  two  spaces ", "\n", "a\tb\nc", "a photo of a ladybug",
-    "一张瓢虫的照片，微距，变焦，高质量，电影，拿着一个木牌，写着“可图”",
-    "mixed 中英 text, 混合 with ，punctuation。",
-    "🐞🇨🇳👩‍👩‍👧 emoji ❤️", "</s>", "<s><unk><pad>", "[gMASK]sop", "<|user|>\n hi <|assistant|>",
-    "[MASK] eop sop",
-    "עברית العربية हिन्दी ไทย", "ﬁ ﬂ ２ ㌀ é e\u0301", "\u200b\u00a0\ufeff", "𠀀𠮷", "Ünïcödé ß ŁÓDŹ",
-    "1234567890 3.14159 -7", "https://example.com/a?b=c&d=e", "`code` {json: [1, 2]} \\n",
-    "A" * 3000, "瓢虫" * 400, "word " * 300, "x" * 252, "的" * 254, "的" * 255,
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("max_length", [256, 77, 8, 3])

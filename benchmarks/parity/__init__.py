@@ -1,0 +1,1 @@
+"""One page on how far ours is from the reference: `python -m benchmarks.parity OUT`."""
