@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.ablate.architecture import check, cost, example, read
-from benchmarks.ablate.intervals import MOST
+from benchmarks.ablate.intervals import FEWEST, MOST
 from benchmarks.ablate.lesson import THINGS, Lesson, draw_pictures
 from benchmarks.ablate.report import write
 from benchmarks.ablate.study import side_by_side
@@ -60,13 +60,15 @@ def main(options: argparse.Namespace) -> None:
     """Check everything, then train and write."""
     if options.out.exists():
         raise FileExistsError(f"{options.out}: exists already, wanted a new folder")
-    whole_number("--seeds", options.seeds, least=2, most=MOST)
+    whole_number("--seeds", options.seeds, least=FEWEST, most=MOST)
     whole_number("--concepts", options.concepts, least=2, most=len(THINGS))
     whole_number("--size", options.size, multiple=8)
     config = replace(RECIPE, steps=whole_number("--steps", options.steps))
     both = [read(text, options.size // 8) for text in (options.a, options.b)]
     probe = example(options.size // 8)
     idle = [check(each, probe) for each in both]
+    from benchmarks.ablate.plot import plot  # now: what it lacks should not be missed after minutes
+
     load, start = os.getloadavg()[0], time.monotonic()
 
     def say(text: str) -> None:
@@ -76,30 +78,27 @@ def main(options: argparse.Namespace) -> None:
     lesson = Lesson(examples, names, options.size, config)
     costs = [cost(each, lesson.step) for each in both]
     pairs = [side_by_side(*both, lesson, replace(config, seed=i), say) for i in range(options.seeds)]
-    seconds = round(time.monotonic() - start)
-    texts, own = [each.text for each in both], pairs[0].own
+    seconds, texts, own = round(time.monotonic() - start), [each.text for each in both], pairs[0].own
     lines = [
         f"{options.steps} steps of {config.batch_size} pictures of {options.size}x{options.size}, of "
         f"{options.concepts} things, with each of {options.seeds} seeds; then {len(lesson.prompts)} prompts.",
-        f"First values: {pairs[0].shared} tensors are equal, {len(own)} of B are its own{shortly(own)}.",
+        f"First values: {pairs[0].shared} tensors are equal, {len(own)} of B's are its own{shortly(own)}.",
         "Intervals: Student's t over the seeds, of B - A or of the logarithm of B / A, each row for itself.",
-        f"Took {seconds} s on {torch.get_num_threads()} threads.",
+        f"{seconds} s, CPU threads: {torch.get_num_threads()}.",
     ]
-    lines += [
-        f"{name}: {len(unused)} parameters are not used{shortly(unused)}."
-        for name, unused in zip("AB", idle, strict=True)
-        if unused
-    ]
+    for name, unused in zip("AB", idle, strict=True):
+        if unused:
+            lines.append(f"{name} does not use {len(unused)} of its parameters{shortly(unused)}.")
     if load > BUSY:
-        lines.append(
-            f"**The machine was at work for others (load {load:.1f} at the start): trust no times.**"
-        )
-    told = vars(options) | {
-        "out": None, "a": texts[0], "b": texts[1], "configs": [asdict(each.config) for each in both],
+        lines.append(f"**The machine had other work (load {load:.1f} at the start): trust no times.**")
+    told = {
+        "a": texts[0], "b": texts[1], "configs": [asdict(each.config) for each in both],
+        "steps": options.steps, "seeds": options.seeds, "concepts": options.concepts, "size": options.size,
         "batch_size": config.batch_size, "own_first_values": own, "unused": idle, "seconds": seconds,
         "load_at_start": round(load, 2), "environment": environment(),
     }  # fmt: skip
-    print(write(pairs, costs, lesson, texts, told, lines, options.out))
+    print(write(pairs, costs, lesson, texts, lines, told, options.out))
+    plot(pairs, costs, texts, options.out / "ablate.png")
 
 
 def shortly(names: Sequence[str]) -> str:

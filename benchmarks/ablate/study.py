@@ -19,7 +19,7 @@ from kolors_core.objective import Objective, TrainingConfig
 from kolors_core.training import Trainer
 
 POINTS = 8  # of the training, at which the held-out loss is measured
-ROUNDS, CALLS = 8, 4  # of denoising, A B B A, and the steps of each turn
+ROUNDS = 40
 
 
 @dataclass(kw_only=True)
@@ -28,7 +28,7 @@ class Run:
 
     losses: of each training step. held_out: the loss at each of `points`. nearest: of each prompt's picture
     the thing that it looks like most; right: the share of those that were asked for. train_ms, denoise_ms: of
-    each training step, and of each turn a guided step of one picture.
+    each training step, and of some guided steps of one picture.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -52,9 +52,13 @@ class Side(Trainer):
         super().__init__(objective, lesson.seeded(config), config, folder="")
         self.name, self.net, self.lesson, self.run = name, net, lesson, Run()
 
+    def seed(self) -> None:
+        """Of what a module draws in its forward."""
+        torch.manual_seed(mix(self.config.seed, self.step))
+
     def advance(self) -> None:
         """One step; FloatingPointError with the architecture's name if its loss is not finite."""
-        torch.manual_seed(mix(self.config.seed, self.step))  # of what a module draws in its forward
+        self.seed()
         start = time.perf_counter()
         try:
             self.run.losses.append(self._one_step())
@@ -67,6 +71,7 @@ class Side(Trainer):
     def hold_out(self) -> None:
         """Measure the loss on prompts and noise that are the same for all."""
         self.net.eval()
+        self.seed()
         losses = [self.objective(batch).item() for batch in self.lesson.held_out]
         self.run.held_out.append(sum(losses) / len(losses))
         self.net.train()
@@ -74,6 +79,7 @@ class Side(Trainer):
     def draw(self) -> Tensor:
         """Draw all prompts and see what they look like; the pictures [P, 3, H, W]."""
         self.net.eval()
+        self.seed()
         images, things = self.lesson.draw(self.net, self.config.seed), len(self.lesson.names)
         self.run.nearest = self.lesson.recognise(images)
         right = [found == i % things for i, found in enumerate(self.run.nearest)]
@@ -84,9 +90,8 @@ class Side(Trainer):
     def denoise_ms(self) -> dict[str, float]:
         """How long a guided step of one picture takes."""
         start = time.perf_counter()
-        for _ in range(CALLS):
-            predict(self.net, self.lesson.step)
-        return {"ms": 1000 * (time.perf_counter() - start) / CALLS}
+        predict(self.net, self.lesson.step)
+        return {"ms": 1000 * (time.perf_counter() - start)}
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,9 @@ def side_by_side(
     lesson: Lesson,
     config: TrainingConfig,
     say: Callable[[str], None] = lambda text: None,
+    rounds: int = ROUNDS,
 ) -> Pair:
-    """Train both with the config's seed, measuring on the way."""
+    """Train both with the config's seed, measuring on the way. rounds: of denoising steps, A B B A."""
     first, second, own = build_both(a, b, config.seed)
     named = (f"A: {a.text}", first), (f"B: {b.text}", second)
     sides = [Side(name, net, lesson, config) for name, net in named]
@@ -121,7 +127,7 @@ def side_by_side(
             held = " ".join(f"{s.name[0]} {s.run.losses[-1]:.4f} ({s.run.held_out[-1]:.4f})" for s in sides)
             say(f"seed {config.seed}, step {step + 1} of {config.steps}: loss (held out) {held}")
     images = [side.draw() for side in sides]
-    found = race({side.name: side.denoise_ms for side in sides}, ROUNDS).contestants
+    found = race({side.name: side.denoise_ms for side in sides}, rounds).contestants
     for side in sides:
         side.run.denoise_ms = found[side.name]["ms"].all
     shared = len(list(second.parameters())) - len(own)
