@@ -24,7 +24,7 @@ from kolors_core.dataset import Example
 from kolors_core.unet import UNet
 
 NARROW = "channels=(32, 32, 32), heads=(1, 1, 1)"
-CONFIG = replace(RECIPE, steps=4, batch_size=2, warmup=1)
+CONFIG = replace(RECIPE, steps=3, batch_size=2, warmup=1)
 MODULES = '''
 from dataclasses import replace
 import torch
@@ -234,7 +234,14 @@ def test_what_is_written(twice: list[Pair], lesson: Lesson, tmp_path: Path) -> N
 def test_bad_architectures_are_named_and_nothing_is_left_behind(
     text: str, message: str, file: Path, tmp_path: Path
 ) -> None:
-    given = {"a": f"{file}:Plain", "b": text.format(file=file), "steps": 2, "seeds": 3, "concepts": 2, "size": 32}
+    given = {
+        "a": f"{file}:Plain",
+        "b": text.format(file=file),
+        "steps": 2,
+        "seeds": 3,
+        "concepts": 2,
+        "size": 32,
+    }
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(argparse.Namespace(out=tmp_path / "out", **given))
     assert not (tmp_path / "out").exists()

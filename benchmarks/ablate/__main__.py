@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -74,8 +75,10 @@ def main(options: argparse.Namespace) -> None:
     def say(text: str) -> None:
         print(f"{time.monotonic() - start:4.0f} s  {text}", flush=True)
 
-    examples, names = draw_pictures(options.concepts, options.out / "pictures")
-    lesson = Lesson(examples, names, options.size, config)
+    with TemporaryDirectory() as folder:
+        examples, names = draw_pictures(options.concepts, Path(folder))
+        lesson = Lesson(examples, names, options.size, config)
+    options.out.mkdir(parents=True)
     costs = [cost(each, lesson.step) for each in both]
     pairs = [side_by_side(*both, lesson, replace(config, seed=i), say) for i in range(options.seeds)]
     seconds, texts, own = round(time.monotonic() - start), [each.text for each in both], pairs[0].own

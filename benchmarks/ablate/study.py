@@ -1,6 +1,6 @@
 """Two architectures trained side by side: step by step in turns, A B B A, on the same batches.
 
-The random numbers of a step are those of its seed and number, so that both sides' and every run's are equal.
+All random numbers are those of a seed and a step, so that they are the same for both, and in every run.
 """
 
 import math
@@ -19,7 +19,7 @@ from kolors_core.objective import Objective, TrainingConfig
 from kolors_core.training import Trainer
 
 POINTS = 8  # of the training, at which the held-out loss is measured
-ROUNDS = 40
+ROUNDS = 40  # of denoising steps, A B B A
 
 
 @dataclass(kw_only=True)
@@ -53,7 +53,7 @@ class Side(Trainer):
         self.name, self.net, self.lesson, self.run = name, net, lesson, Run()
 
     def seed(self) -> None:
-        """Of what a module draws in its forward."""
+        """Make what a module draws in its forward a function of seed and step."""
         torch.manual_seed(mix(self.config.seed, self.step))
 
     def advance(self) -> None:
