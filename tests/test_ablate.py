@@ -200,11 +200,19 @@ def test_what_is_written(twice: list[Pair], lesson: Lesson, tmp_path: Path) -> N
     assert [run["architecture"] + str(run["seed"]) for run in runs] == ["A0", "B0", "A1", "B1"]
     assert runs[0]["losses"] == twice[0].runs[0].losses
     assert Image.open(tmp_path / "samples.png").size == (3 * 96, 3 * (96 + 18))
-    pytest.importorskip("matplotlib")
-    from benchmarks.ablate.plot import plot
 
-    plot(twice, costs, ["one", "two"], tmp_path / "ablate.png")
-    assert Image.open(tmp_path / "ablate.png").size == (1080, 720)
+
+@pytest.mark.skipif(not lessons.FONT.exists(), reason="Debian's fonts-noto-color-emoji is not installed")
+def test_the_whole_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    sizes = {"steps": 2, "seeds": 3, "concepts": 2, "size": 32}
+    main(argparse.Namespace(out=tmp_path / "new" / "out", a=f"{file}:Plain", b=f"{file}:Plain", **sizes))
+    said, out = capsys.readouterr().out, tmp_path / "new" / "out"
+    written = ["ablate.json", "ablate.md", "ablate.png", "runs.jsonl", "samples.png"]
+    assert sorted(each.name for each in out.iterdir()) == written
+    assert "| held-out loss |" in said and said.count("no difference shown") >= 3
+    assert "B does not use 2 of its parameters (spare.weight, spare.bias)." in said
+    assert Image.open(out / "ablate.png").size == (1080, 720)
 
 
 @pytest.mark.parametrize(
