@@ -1,6 +1,7 @@
 """Two architectures side by side: what is shared, what is repeatable, what is concluded, and bad input."""
 
 import argparse
+import inspect
 import json
 import math
 import statistics
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.ablate import lesson as lessons
 from benchmarks.ablate.__main__ import RECIPE, main
-from benchmarks.ablate.architecture import build_both, check, cost, example, read
+from benchmarks.ablate.architecture import build_both, check, cost, example, predict, read
 from benchmarks.ablate.intervals import T, over_seeds, ratio_over_seeds
 from benchmarks.ablate.lesson import Lesson, draw_pictures
 from benchmarks.ablate.report import rows_of, write
@@ -140,6 +141,13 @@ def test_both_start_from_the_same_values_unless_they_are_meant_to_differ(file: P
     assert build_both(read(f"{file}:Quiet", 4), read("", 4), seed=5)[2] == own, "the other way as well"
 
 
+def test_an_older_unet_file_is_an_architecture(tmp_path: Path) -> None:
+    (tmp_path / "before.py").write_text(Path(inspect.getfile(UNet)).read_text())
+    before, now, own = build_both(read(f"{tmp_path / 'before.py'}:UNet", 4), read("", 4), seed=3)
+    assert type(before) is not type(now) and own == []
+    assert torch.equal(predict(before, example(4)), predict(now, example(4)))
+
+
 def test_held_out_prompts_cover_the_schedule_and_are_not_trained_on(lesson: Lesson) -> None:
     assert not set(lesson.prompts) & set(lesson.data.text)
     times = torch.cat([batch.timesteps for batch in lesson.held_out]).sort().values
@@ -147,6 +155,14 @@ def test_held_out_prompts_cover_the_schedule_and_are_not_trained_on(lesson: Less
     assert points(240) == [30, 60, 90, 120, 150, 180, 210, 240] and points(3) == [1, 2, 3]
     known = lesson.known.repeat(3, 1, 1, 1)
     assert lesson.recognise(known) == 3 * [0, 1, 2]
+
+
+def test_a_seed_is_an_order_of_pictures_and_a_noise(lesson: Lesson) -> None:
+    one, same, other = (lesson.seeded(replace(CONFIG, seed=seed)) for seed in (1, 1, 2))
+    orders = [[data.batches.at(step) for step in range(9)] for data in (one, same, other)]
+    assert orders[0] == orders[1] != orders[2]
+    noises = [data.at(0, slice(0, 2), torch.device("cpu")).noise for data in (one, same, other)]
+    assert torch.equal(noises[0], noises[1]) and not torch.equal(noises[0], noises[2])
 
 
 class OneAttention(nn.Module):

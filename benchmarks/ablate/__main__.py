@@ -9,6 +9,10 @@ An architecture is TINY's UNet with fields of its config changed, or a function 
     def make(config):
         return MyUNet(replace(config, depths=(0, 1, 2)))
 
+To compare a changed unet.py with what it was, name the old file's class; "" is TINY's UNet as it is now:
+
+    git show HEAD:kolors_core/unet.py > before.py && python -m benchmarks.ablate OUT --a before.py:UNet --b ""
+
 Both see the same pictures, noise and timesteps in the same order, and start from the same values where names
 and shapes agree, with each of several seeds. On the CPU; the same command gives the same losses bit for bit
 with the same number of threads. Writes ablate.md (the table), ablate.json, runs.jsonl (the curves),
@@ -51,8 +55,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--a", default="", help="fields or file.py:function (default: TINY's UNet)")
     parser.add_argument("--b", default="depths=(0, 0, 1)", help="likewise (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=240, help="of each training (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=4, help="trainings of each (default: %(default)s)")
-    parser.add_argument("--concepts", type=int, default=32, help="things to learn (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of each (default: %(default)s)")
+    parser.add_argument("--concepts", type=int, default=40, help="things to learn (default: %(default)s)")
     parser.add_argument("--size", type=int, default=64, help="pixels of a side (default: %(default)s)")
     return parser.parse_args()
 

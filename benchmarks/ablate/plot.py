@@ -6,13 +6,15 @@ from pathlib import Path
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.ablate.architecture import Cost
 from benchmarks.ablate.intervals import Interval, over_seeds, ratio_over_seeds
-from benchmarks.ablate.report import counted, rows_of
+from benchmarks.ablate.report import Row, counted, rows_of
 from benchmarks.ablate.study import Pair, points
 
 COLOURS = ("#3d6fb4", "#d1762b")  # of A and B
+LONGEST = 40  # letters of an architecture that are shown, the last ones
 WINDOWS = 20  # parts of the training, over each of which the training loss is averaged
 
 
@@ -21,7 +23,8 @@ def plot(pairs: Sequence[Pair], costs: Sequence[Cost], texts: Sequence[str], fil
     figure, grid = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
     losses, change, quality, price = grid.flat
     held, _, right, *times = rows_of(pairs)
-    names = [f"{name}: {text}" for name, text in zip("AB", texts, strict=True)]
+    ends = [text if len(text) <= LONGEST else f"...{text[-LONGEST:]}" for text in texts]
+    names = [f"{name}: {end}" for name, end in zip("AB", ends, strict=True)]
     count = len(pairs[0].runs[0].losses)
     steps, window = points(count), max(1, count // WINDOWS)
     for k in (0, 1):
@@ -36,8 +39,9 @@ def plot(pairs: Sequence[Pair], costs: Sequence[Cost], texts: Sequence[str], fil
         mean = statistics.fmean((right.a, right.b)[k])
         quality.plot([k - 0.12, k + 0.12], [mean, mean], color=COLOURS[k], linewidth=4)
     losses.set(xlabel="training step", ylabel="loss", yscale="log", title="Loss")
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     losses.yaxis.set_major_formatter("{x:g}")
-    losses.yaxis.set_minor_formatter("{x:.2g}")
+    losses.yaxis.set_minor_formatter(NullFormatter())
     losses.legend()
 
     both = [zip(*(run.held_out for run in pair.runs), strict=True) for pair in pairs]
@@ -53,15 +57,7 @@ def plot(pairs: Sequence[Pair], costs: Sequence[Cost], texts: Sequence[str], fil
     quality.set(xlim=(-0.5, 1.5), ylim=(0, 100), ylabel="prompts drawn right, %")
     quality.set_title(f"Quality, a grey line a seed: {right.verdict}")
 
-    parts = [(row.name.split(",")[0], row.change) for row in times]
-    parts += [(name.split(",")[0], Interval(ratio, ratio, ratio)) for name, _, _, ratio in counted(costs)]
-    for i, (_, part) in enumerate(parts):
-        error = [[part.mean - part.low], [part.high - part.mean]]
-        price.errorbar(part.mean, -i, xerr=error, fmt="o", color=COLOURS[1], capsize=4)
-        price.annotate(f"{part.mean:.3f}", (part.mean, -i), (0, 8), textcoords="offset points", ha="center")
-    price.axvline(1, color="black", linewidth=1)
-    price.set_yticks([-i for i in range(len(parts))], [name for name, _ in parts])
-    price.set(xlabel="B / A", ylim=(0.6 - len(parts), 0.6), title="Cost: B in parts of A")
+    beside(price, times, costs)
 
     for axes in (losses, change, quality, price):
         axes.grid(alpha=0.3)
@@ -69,6 +65,19 @@ def plot(pairs: Sequence[Pair], costs: Sequence[Cost], texts: Sequence[str], fil
     figure.suptitle(f"{len(pairs)} seeds, in pairs; bands and bars: 95% intervals over them", fontsize=10)
     figure.savefig(file, dpi=90)
     pyplot.close(figure)
+
+
+def beside(axes: Axes, times: Sequence[Row], costs: Sequence[Cost]) -> None:
+    """What B takes in parts of A's: measured times with their intervals, and what is counted."""
+    parts = [(row.name.split(",")[0], row.change) for row in times]
+    parts += [(name.split(",")[0], Interval(ratio, ratio, ratio)) for name, _, _, ratio in counted(costs)]
+    for i, (_, part) in enumerate(parts):
+        error = [[part.mean - part.low], [part.high - part.mean]]
+        axes.errorbar(part.mean, -i, xerr=error, fmt="o", color=COLOURS[1], capsize=4)
+        axes.annotate(f"{part.mean:.3f}", (part.mean, -i), (0, 8), textcoords="offset points", ha="center")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks([-i for i in range(len(parts))], [name for name, _ in parts])
+    axes.set(xlabel="B / A", ylim=(0.6 - len(parts), 0.6), title="Cost: B in parts of A")
 
 
 def band(
