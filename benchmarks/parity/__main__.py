@@ -62,7 +62,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, nargs="?", default=RESULTS, help="folder of the page")
     out = parser.parse_args(arguments).out
     given = os.environ.get(VARIABLE)
-    quieten()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be float32
     with ExitStack() as stack:
@@ -84,4 +83,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    quieten()
     sys.exit(main())

@@ -166,7 +166,7 @@ def ip_adapter(checkpoint: Checkpoint, given: Inputs, **more: Any) -> Case:
         handle = attach(unet, adapter)
 
         def run(given: Tensors) -> Tensors:
-            prompt = ImagePrompt(handle.tokens(given["states"][:, None]))
+            prompt = ImagePrompt(handle.adapter.tokens(given["states"][:, None]))
             rest = {name: x for name, x in given.items() if name != "states"}
             return {"noise": unet(**rest, image_prompts=[prompt])}
 
