@@ -178,6 +178,6 @@ def write(made: Explanation, png: Path, html: Path) -> None:
     """Write the sheet and the page, both or none. OSError naming the file."""
     drawn, text = sheet(made), page(made).encode()
     describe(drawn, {"prompt": made.prompt} | made.facts)
-    with new_file(png) as first, new_file(html) as second:
-        drawn.save(first, "PNG", compress_level=3)  # a third of the time, a tenth more bytes
-        second.write_bytes(text)
+    with new_file(png) as scratch, new_file(html) as page_scratch:
+        drawn.save(scratch, "PNG", compress_level=3)  # a third of the time, a tenth more bytes
+        page_scratch.write_bytes(text)

@@ -202,9 +202,8 @@ def test_all_files_are_written_in_one_place() -> None:
                 )
                 of = node.args[0].id if node.args and isinstance(node.args[0], ast.Name) else ""
                 is_ours = isinstance(node.func, ast.Name) and name == "write_bytes"
-                is_scratch = (
-                    name == "save_file" and len(node.args) > 1 and ast.unparse(node.args[1]) == "scratch"
-                )
+                into = node.args[1] if name == "save_file" and len(node.args) > 1 else node.func
+                is_scratch = ast.unparse(into).removesuffix(".write_bytes").endswith("scratch")
                 mode = [ast.unparse(arg) for arg in node.args] if name == "open" else []
                 if (name in writes and not is_ours and not is_scratch) or any(
                     m in mode for m in ("'w'", "'wb'")
