@@ -10,7 +10,7 @@ class OwnNames(type):
     """Lets `dir` of a class, by which `help` goes, name what its own files define."""
 
     def __dir__(cls) -> Iterable[str]:
-        kinds = (kind for kind in cls.__mro__ if isinstance(kind, OwnNames) and kind is not Module)
+        kinds = (kind for kind in cls.__mro__ if kind not in Module.__mro__)
         return {name for kind in kinds for name in vars(kind) if not name.startswith("__")}
 
 

@@ -166,7 +166,7 @@ class Decoder(Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class VAE(Tiles, nn.Module):
+class VAE(Tiles, Module):
     """Both ways. Latents outside this class are scaled: only it applies `config.scaling_factor`.
 
     `enable_tiling` and `enable_slicing` let large pictures and batches take less memory: see vae_tiles.py.
