@@ -24,7 +24,7 @@ from tests.inpainting import NINE, Nine, mask_of
 from tests.parity import pair
 from tests.pipelines import NO_SAVINGS, Pair, picture, saving, steps_of
 from tests.reference_folder import reference_pipeline
-from tests.small import EXACT, relative_error
+from tests.small import EXACT, SHALLOW, relative_error
 from tests.test_compiling import Recorder
 from tests.test_unet import inputs
 from weights_convert import TABLES
@@ -91,7 +91,7 @@ def test_at_full_size_only_the_first_layer_differs() -> None:
 @pytest.fixture
 def told() -> tuple[UNet, tuple[Conditioning, Conditioning], Tensor]:
     """A UNet of 9 channels, conditions of two pictures, the halves' extra not the same, and latents."""
-    unet, _ = pair("unet", torch.float64, NINE)
+    unet, _ = pair("unet", torch.float64, replace(SHALLOW, unet=replace(SHALLOW.unet, in_channels=9)))
     assert isinstance(unet, UNet)
     given = inputs(4, 8, 8, torch.float64)
     extra = torch.randn(4, 5, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -97,8 +97,7 @@ def test_the_objective_reads_extra_behind_the_noisy_latents(tmp_path: Path, smal
 
 
 def test_nine_channels_begin_as_four_and_learn_more(tmp_path: Path, small_tokenizer: Path) -> None:
-    config = replace(SHALLOW.unet, channels=(32, 32, 64), heads=(2, 2, 4))
-    plain, nine = UNet(config), UNet(replace(config, in_channels=9))
+    plain, nine = UNet(SHALLOW.unet), UNet(replace(SHALLOW.unet, in_channels=9))
     randomise(plain)
     source = Tensors({name: tensor.clone() for name, tensor in plain.state_dict().items()}, "four channels")
     load(nine, source, "unet", partial={"conv_in.weight": padded})

