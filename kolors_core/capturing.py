@@ -192,10 +192,12 @@ def _visited(
     def before(name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if (step := calls[name].next()) is None:
             return None
+        if inputs:
+            new = visit(name, inputs[0], step)
+            return None if new is None else ((new, *inputs[1:]), named)
         first = next(iter(inspect.signature(module.forward).parameters))
-        new = visit(name, inputs[0] if inputs else named[first], step)
-        changed = ((new, *inputs[1:]), named) if inputs else ((), named | {first: new})
-        return None if new is None else changed
+        new = visit(name, named[first], step)
+        return None if new is None else ((), named | {first: new})
 
     def after(name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         step = calls[name].next()

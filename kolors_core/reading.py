@@ -91,11 +91,6 @@ def is_as_written(net: Encoder) -> bool:
     return not (is_another or net._compiled_call_impl or net._forward_hooks or net._forward_pre_hooks)
 
 
-def has_hooks(net: Encoder) -> bool:
-    """Whether any module has a hook, which a recorded step would not call."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
-
-
 # (what conv_in reads [b, ...], timestep, indices of the controls that act) -> noise [B, ...]
 Predict = Callable[[Tensor, float, tuple[int, ...]], Tensor]
 
@@ -146,8 +141,10 @@ def reading_once(
         numbers = str((scales, told.perturbed, [level.freeu for level in unet.up], forced_kernel()))
         key = copies, state_of(unet), numbers, active, *states
         recorded = graphs.of_run(partial(step, active), key, constant)
-        used = [part.net for part in (main, *nets)]
-        return lambda *changing: (plain if any(map(has_hooks, used)) else recorded)(*changing)
+        # A recorded step would call no hook, and hooks may come at any step.
+        modules = [module for part in (main, *nets) for module in part.net.modules()]
+        hooks = [own for module in modules for own in (module._forward_hooks, module._forward_pre_hooks)]
+        return lambda *changing: (plain if any(hooks) else recorded)(*changing)
 
     runs = {active: runner(active) for active in acting(controls, len(schedule.timesteps))}
 
