@@ -24,6 +24,7 @@ from kolors_core.options import (
     add_sampler,
     bits_of,
     check_control,
+    check_outs,
     control_arguments,
     default_steps,
     guidance_of,
@@ -279,10 +280,7 @@ def checked(options: argparse.Namespace) -> list[Path]:
     outs = [options.out]
     if options.images > 1:
         outs = [options.out.with_stem(f"{options.out.stem}-{i + 1}") for i in range(options.images)]
-    if existing := [out for out in outs if out.exists() and not (options.force or options.plan)]:
-        raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
-    if folders := [out for out in outs if out.is_dir()]:
-        raise IsADirectoryError(f"{folders[0]} is a folder: --out must be a file")
+    check_outs(outs, options.force or options.plan)
     if options.seed is not None:
         whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
     for name, multiple in {"images": 1, "steps": 1, "height": 8, "width": 8}.items():

@@ -23,6 +23,7 @@ from kolors_core.image import describe
 from kolors_core.options import (
     add_model,
     add_sampler,
+    check_outs,
     default_steps,
     files_of,
     load_pipeline,
@@ -148,10 +149,7 @@ def explain(options: argparse.Namespace) -> None:
     """Do what the flags ask for; ValueError or OSError for what cannot be done."""
     name = options.out.with_suffix("") if options.out.suffix in (".png", ".html") else options.out
     outs = [name.with_name(f"{name.name}.{kind}") for kind in ("png", "html")]
-    if existing := [out for out in outs if out.exists() and not options.force]:
-        raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
-    if folders := [out for out in outs if out.is_dir()]:
-        raise IsADirectoryError(f"{folders[0]} is a folder: choose another --out")
+    check_outs(outs, options.force)
     for side in ("height", "width"):
         if getattr(options, side) is not None:
             whole_number(side, getattr(options, side), 8)

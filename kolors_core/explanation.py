@@ -103,7 +103,7 @@ def wrapped(text: str, width: int, most: int) -> list[str]:
     return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1]}…"]
 
 
-def fitted(text: str, width: int) -> str:
+def shortened(text: str, width: int) -> str:
     """A text cut to so many pixels."""
     text = shown(text, is_lacking)
     if font().getlength(text) <= width:
@@ -136,7 +136,7 @@ def sheet(made: Explanation) -> "Image":
         x, y = GAP + i % columns * (TILE + GAP), top + i // columns * row
         whole.paste(tile, (x, y))
         room = TILE - font().getlength(share) - LINE
-        pen.text((x, y + h + 2), fitted(label, int(room)), INK, font())
+        pen.text((x, y + h + 2), shortened(label, int(room)), INK, font())
         pen.text((x + TILE, y + h + 2), share, SOFT, font(), anchor="ra")
     return whole
 

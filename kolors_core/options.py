@@ -123,6 +123,14 @@ def add_control(images: argparse._ArgumentGroup) -> None:
     )
 
 
+def check_outs(outs: Sequence[Path], is_forced: bool) -> None:
+    """FileExistsError or IsADirectoryError for what may not be written over."""
+    if existing := [out for out in outs if out.exists() and not is_forced]:
+        raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
+    if folders := [out for out in outs if out.is_dir()]:
+        raise IsADirectoryError(f"{folders[0]} is a folder: choose another --out")
+
+
 def default_steps(sampler: str) -> int:
     """How many steps a sampler takes where none are named."""
     return 50 if sampler.startswith("euler") else 25

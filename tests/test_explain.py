@@ -29,11 +29,11 @@ from kolors_core.explanation import (
     TILE,
     Explanation,
     Token,
-    fitted,
     font,
     is_lacking,
     page,
     sheet,
+    shortened,
     shown,
     wrapped,
 )
@@ -145,7 +145,7 @@ def test_the_sheet_is_bright_where_a_labels_map_is(made: Explanation) -> None:
         y, x = np.unravel_index(lit.argmax(), lit.shape)
         assert abs(y / height - (row + 0.5) / 6) < 0.1 and abs(x / width - (column + 0.5) / 8) < 0.1
         label = pixels[top + height + 2 : top + height + 20, left : left + 132]
-        shape = np.asarray(font().getmask(fitted(made.tokens[i - 1].label, 132))).astype(bool)
+        shape = np.asarray(font().getmask(shortened(made.tokens[i - 1].label, 132))).astype(bool)
         assert (label < 128).sum() == shape.sum() > 20, "its label, and no other, stands below"
 
 
@@ -155,8 +155,8 @@ def test_the_font_has_what_the_models_read() -> None:
     assert not [c for c in read if is_lacking(c)] and len(read) > 1000
     rows = [bytes([a, b]).decode("gb2312", "ignore") for a in range(0xB0, 0xF8) for b in range(0xA1, 0xFF)]
     assert not [c for c in "".join(rows) + "…␣éñüЖΩあア한" if is_lacking(c)] and len("".join(rows)) == 6763
-    assert fitted("🐞\n\u202e瓢", 400) == "U+1F41EU+000AU+202E瓢"
-    assert fitted("abcdefgh", 32) == "abc…" and fitted("abcdefgh", 64) == "abcdefgh"
+    assert shortened("🐞\n\u202e瓢", 400) == "U+1F41EU+000AU+202E瓢"
+    assert shortened("abcdefgh", 32) == "abc…" and shortened("abcdefgh", 64) == "abcdefgh"
     assert wrapped("one two 一张瓢虫", 64, 9) == ["one two ", "一张瓢虫"]
     assert wrapped("one two 一张瓢虫", 32, 2) == ["one ", "two …"]
     assert not [line for line in wrapped("x" * 999, 100, 99)[1:] if not line]
