@@ -1,7 +1,8 @@
 """A checkpoint's tensors -> a model: strictly, or in part with a word on every tensor that does not fit.
 
 Everything is checked by names and shapes from the file headers first; only then are tensors read, each from
-the memory-mapped file to its place once, and the model gets all of them in one step or none.
+the memory-mapped file to its place once, and the model gets all of them in one step or none. On a CPU each
+lies as torch would allocate it, so that the same weights compute the same bits whichever file they came from.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from kolors_core.quantize import refuse_quantized
 from weights_convert import TABLES, recognise
 from weights_convert.rules import UNUSED, compare, listed
-from weights_convert.source import Source, Tensors
+from weights_convert.source import Source, Tensors, aligned
 
 RELEASE_AFTER = 2**26  # bytes that were copied out of a mapped file, whose pages are then let go
 
@@ -116,8 +117,8 @@ def fill(
     """Give a model its tensors: those of a checkpoint by their names in the model, and those made already."""
     state, copied = dict(made or {}), 0
     for name, own in names.items():
-        tensor = source[name]
-        state[own] = tensor.to(device=device, dtype=dtype)
+        tensor = source.mapped(name)
+        state[own] = aligned(tensor.to(device=device, dtype=dtype))
         copied += tensor.nbytes if state[own] is not tensor else 0
         if isinstance(source, Source) and copied > RELEASE_AFTER:
             source.release(name)

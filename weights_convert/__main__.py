@@ -147,7 +147,8 @@ def _convert_files(files: list[Path], destinations: list[Path], to_public: bool,
     left_out = set(dropped if prune else ())
     for file, destination in zip(files, destinations, strict=True):
         kept = [name for name in source.names_in(file) if name not in left_out]
-        write_tensors({renamed[name]: source[name] for name in kept}, destination, source.metadata(file))
+        tensors = {renamed[name]: source.mapped(name) for name in kept}
+        write_tensors(tensors, destination, source.metadata(file))
     report = [report_line(table.component, source, source.keys() - set(dropped), where)]
     fate = "dropped" if prune else f"dropped, kept aside as {UNUSED}*"
     for name in dropped:

@@ -102,7 +102,7 @@ def to_folder(source: Path, destination: Path) -> list[str]:
         for place, (metadata, names) in layout.items():
             part, file = parts[place.partition("/")[0]], made / place
             file.parent.mkdir(exist_ok=True)
-            tensors = {name: part[name].contiguous() for name in (part if names is None else names)}
+            tensors = {name: part.mapped(name).contiguous() for name in (part if names is None else names)}
             write_tensors(tensors, file, metadata)
         if is_foreign and not quantized:
             spellings = {component: [*part.spelling] for component, part in parts.items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weights_convert import TABLES
 from weights_convert.sgm import is_pointwise, public_to_sgm, sgm_to_public
-from weights_convert.source import Source
+from weights_convert.source import Source, aligned
 
 # The first of each is the one that is written. The names of THUDM's ChatGLM start with `transformer.`.
 PREFIXES: Mapping[str, tuple[str, ...]] = {
@@ -60,7 +60,13 @@ class Part(Source):
         if name in self.scales:
             scale = self.scale(name)[:, None]
             return self.whole_numbers(name).to(scale.dtype) * scale  # [O, I]
-        return self._whole[self._stored[name]].view(self.shape(name))
+        return aligned(self.mapped(name))
+
+    def mapped(self, name: str) -> Tensor:
+        """See `Source`; of a quantized layer the product, which no file holds."""
+        if name in self.scales:
+            return self[name]
+        return self._whole.mapped(self._stored[name]).view(self.shape(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in the public format."""
@@ -156,8 +162,8 @@ def as_stored(source: Source, component: str, spelling: Spelling) -> dict[str, T
         names = {name: TABLES[component].to_ours(name) for name in source}
     has_pixels = component == "vae" and spelling.naming == "sgm"
     return {
-        spelling.prefix + there: source[name][:, :, None, None] if has_pixels and is_pointwise(name)
-        else source[name] for name, there in names.items()
+        spelling.prefix + there: source.mapped(name)[:, :, None, None] if has_pixels and is_pointwise(name)
+        else source.mapped(name) for name, there in names.items()
     }  # fmt: skip
 
 

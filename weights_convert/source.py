@@ -27,6 +27,7 @@ STEMS = {
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST_INDEX = 2**24  # bytes
+ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 FORMAT = {"format": "pt"}  # the metadata without which transformers takes a file for another program's
 _WEIGHT_FILE = re.compile(
     r"(?P<stem>[\w-]+?)(\.(?P<before>\w+))?(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?(\.(?P<after>\w+))?\.safetensors"
@@ -104,8 +105,23 @@ def index_files(index: Path) -> dict[str, str]:
     return files
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor as torch itself would allocate it: itself, or on a CPU a copy if it lies otherwise.
+
+    A mapped file puts its tensors where its header happens to end. Matrix kernels add in another order at
+    another alignment or in other strides, so the same weights would compute other bits.
+    """
+    if tensor.device.type != "cpu":
+        return tensor
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
 class Source(Mapping[str, Tensor]):
-    """Tensors of safetensors files by name, each read from the mapped file when asked for."""
+    """Tensors of safetensors files by name, each read from the mapped file when asked for.
+
+    `source[name]` is ready to compute with (see `aligned`), `source.mapped(name)` is the file's own memory.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = list(files)
@@ -118,6 +134,10 @@ class Source(Mapping[str, Tensor]):
                 self._file_of[name] = file
 
     def __getitem__(self, name: str) -> Tensor:
+        return aligned(self.mapped(name))
+
+    def mapped(self, name: str) -> Tensor:
+        """Return one tensor as it lies in the mapped file, at any alignment."""
         return self._handles[self._file_of[name]].get_tensor(name)
 
     def __contains__(self, name: object) -> bool:
@@ -178,13 +198,20 @@ class Tensors(dict[str, Tensor]):
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{where}: {name} is {type(tensor).__name__}, wanted a tensor")
 
+    def __getitem__(self, name: str) -> Tensor:
+        return aligned(self.mapped(name))
+
+    def mapped(self, name: str) -> Tensor:
+        """Return one tensor as it was given, at any alignment."""
+        return super().__getitem__(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
-        return tuple(self[name].shape)
+        return tuple(self.mapped(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of one tensor."""
-        return self[name].dtype
+        return self.mapped(name).dtype
 
 
 def save_tensors(
