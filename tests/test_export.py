@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
+from torch.torch_version import TorchVersion
 
 from kolors_core.attention import attention, attention_kernel
 from kolors_core.chatglm import ChatGLM
@@ -70,19 +71,21 @@ class Case(NamedTuple):
 
 
 TEXT = (("B", "S", UNET.text_dim), ("B", UNET.text_dim), ("B", 6))
+TORCH = TorchVersion(torch.__version__)
+# Before 2.10 torch's group_norm cannot leave open a size that was odd and halved.
+FEWEST, PIXELS = ("", "8") if TORCH >= (2, 10) else ("4", "32")
+LATENTS, IMAGE = ("B", 4, f"{FEWEST}H", f"{FEWEST}W"), ("B", 3, f"{PIXELS}H", f"{PIXELS}W")
 CASES = {
-    "UNet": Case(
-        lambda: UNet(UNET), lambda model, *given: model(*given), (("B", 4, "H", "W"), ("B",), *TEXT)
-    ),
+    "UNet": Case(lambda: UNet(UNET), lambda model, *given: model(*given), (LATENTS, ("B",), *TEXT)),
     "UNet, one timestep and counted tokens": Case(
         lambda: UNet(UNET),
         lambda model, *given: model(*given[:-1], given[-1].abs()),
-        (("B", 4, "H", "W"), (), *TEXT, ("B", "S")),
+        (LATENTS, (), *TEXT, ("B", "S")),
     ),
     "ControlNet": Case(
         lambda: ControlNet(CONTROLNET),
         lambda model, *given: model(*given),
-        (("B", 4, "H", "W"), ("B",), *TEXT, ("B", 3, "8H", "8W")),
+        (LATENTS, ("B",), *TEXT, IMAGE),
     ),
     "ChatGLM": Case(lambda: ChatGLM(SMALL.text_encoder), encode_text, (("B", "S"),) * 4, whole=True),
     "VAE, encode": Case(lambda: VAE(VAE_CONFIG), encode_image, (("B", 3, "8H", "8W"),)),
@@ -112,6 +115,8 @@ def flat(found: Any) -> list[Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
 def test_one_program_serves_every_size(name: str) -> None:
+    if name == "ChatGLM" and (2, 10) <= TORCH < (2, 13):
+        pytest.skip("torch 2.10 cannot prove that min(16 S, 32 S) is 16 S in its check of strides")
     case = CASES[name]
     model = case.model().double().eval()
     randomise(model)
