@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention, split_heads
 from kolors_core.config import CLIPVisionConfig
-from kolors_core.module import Module
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class CLIPVisionOutput:
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class Embedding(Module):
+class Embedding(nn.Module):
     """The image cut into patches, a class token before them; each token gets its position added."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
@@ -42,11 +41,11 @@ class Embedding(Module):
         if pixels.ndim != 4 or pixels.shape[1:] != (3, self.side, self.side):
             raise ValueError(f"pixels must be [B, 3, {self.side}, {self.side}], got {list(pixels.shape)}")
         x = self.patches(pixels.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)  # [B, P, C]
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)  # [B, N, C]
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)  # [B, N, C]
         return x + self.positions.weight
 
 
-class Attention(Module):
+class Attention(nn.Module):
     """Multi-head self-attention: every token sees every other."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -64,7 +63,7 @@ class Attention(Module):
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, N, C]
 
 
-class FeedForward(Module):
+class FeedForward(nn.Module):
     """Two linears around x * sigmoid(1.702 x), the quick stand-in for gelu that CLIP was trained with."""
 
     def __init__(self, width: int, inner_width: int) -> None:
@@ -78,7 +77,7 @@ class FeedForward(Module):
         return self.proj_out(h * torch.sigmoid(1.702 * h))
 
 
-class Layer(Module):
+class Layer(nn.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
@@ -95,7 +94,7 @@ class Layer(Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class CLIPVision(Module):
+class CLIPVision(nn.Module):
     """The encoder. Kolors reads `penultimate`; `forward` gives all that transformers' class does."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:

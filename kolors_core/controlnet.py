@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from kolors_core.config import UNetConfig
 from kolors_core.context import Context, Read
 from kolors_core.fields import Fields, Public, finite_number
-from kolors_core.module import Module
 from kolors_core.unet import Encoder, Shift, UNet
 
 _FIXED: dict[str, Any] = {
@@ -65,7 +64,7 @@ class ControlNetConfig(UNetConfig):
         return shared | _FIXED | {"conditioning_embedding_out_channels": list(self.image_widths)}
 
 
-class ImageEmbedding(Module):
+class ImageEmbedding(nn.Module):
     """The control image as a map of the latents' size."""
 
     def __init__(self, config: ControlNetConfig) -> None:
@@ -132,7 +131,7 @@ class ControlNet(Encoder):
 
         image: the control image [1 or B, 3, P * H, P * W] in [0, 1]. All others: as for `UNet.forward`.
         """
-        time = self.embed_time(timestep.expand(len(latents)))  # [B, T]
+        time = self.embed_time(timestep.expand(latents.shape[0]))  # [B, T]
         time = time + self.embed_condition(pooled_text, size_ids)  # [B, T]
         context = self.context(text_tokens, text_counts, ())
         return self.residuals(latents, self.image_embedding(image), repeat(time), repeat(context))

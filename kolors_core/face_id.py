@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from kolors_core.config import IPAdapterConfig
 from kolors_core.ip_adapter import ImageAdapter, ResamplerLayer
-from kolors_core.module import Module
 from kolors_core.unet import UNet
 
 
@@ -47,7 +46,7 @@ class FaceIDConfig(IPAdapterConfig):
         return replace(super().from_shapes({**shapes, **told}, where), id_dim=id_dim)
 
 
-class FaceResampler(Module):
+class FaceResampler(nn.Module):
     """An id vector and CLIP's states of the face -> a few tokens as wide as the text's."""
 
     def __init__(self, config: FaceIDConfig) -> None:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.module import Module, StandIn
+from kolors_core.module import StandIn
 from kolors_core.quantize import QuantizedLinear
 
 
-class Part(Module):
+class Part(nn.Module):
     """One adapter's share of one layer: two factors, or a delta of the weight's shape.
 
     down: [R, I, *K]; up: [O, R], of a convolution [O, R, 1, 1]. delta: [O, I, *K], which files of other forms

@@ -1,24 +1,6 @@
-"""The base of our modules, torch's, whose `help` shows what is written here and not torch's own 60 pages; and
-of those that stand in another's place."""
-
-from collections.abc import Iterable
+"""A module that stands in another's place, such as a layer with adapters in that of a plain one."""
 
 from torch import nn
-
-
-class OwnNames(type):
-    """Lets `dir` of a class, by which `help` goes, name what its own files define."""
-
-    def __dir__(cls) -> Iterable[str]:
-        kinds = (kind for kind in cls.__mro__ if kind not in Module.__mro__)
-        return {name for kind in kinds for name in vars(kind) if not name.startswith("__")}
-
-
-class Module(nn.Module, metaclass=OwnNames):
-    """A module; `dir` of an instance is as of any of torch's."""
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(nn.Module)})
 
 
 class StandIn(nn.Module):

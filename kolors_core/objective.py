@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import beside, size_ids
@@ -21,7 +21,6 @@ from kolors_core.controlnet import ControlNet
 from kolors_core.dataset import Batches, Example, load_pixels, mix
 from kolors_core.fields import LARGEST_SEED, finite_number, whole_number
 from kolors_core.image import control_pixels, to_output
-from kolors_core.module import Module
 from kolors_core.textual_inversion import vectors_of
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
@@ -97,7 +96,7 @@ class Batch:
     extra: Tensor | None = None  # [b, more, H/8, W/8], of a UNet with more input channels: see masked_data.py
 
 
-class Objective(Module):
+class Objective(nn.Module):
     """The loss as one module, which DDP and FSDP need. text_encoder: None unless it is trained too.
 
     controlnet: to be trained; the UNet is then best left as it is (`requires_grad_(False)`).

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention
 from kolors_core.config import VAEConfig
-from kolors_core.module import Module
 from kolors_core.vae_tiles import Tiles
 
 NORM_EPS = 1e-6
@@ -31,7 +30,7 @@ class LatentDistribution:
         return self.mean + self.std * noise.to(self.mean)
 
 
-class ResBlock(Module):
+class ResBlock(nn.Module):
     """Two convolutions with a shortcut; the UNet's resnet without a time embedding."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
@@ -50,7 +49,7 @@ class ResBlock(Module):
         return self.shortcut(x) + h
 
 
-class Attention(Module):
+class Attention(nn.Module):
     """One head over all pixels, as a residual."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -69,7 +68,7 @@ class Attention(Module):
         return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])  # [B, C, H, W]
 
 
-class Middle(Module):
+class Middle(nn.Module):
     """Resnet, attention, resnet at the smallest size."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -83,7 +82,7 @@ class Middle(Module):
         return self.resnet_out(self.attention(self.resnet_in(x)))
 
 
-class DownLevel(Module):
+class DownLevel(nn.Module):
     """Resnets, then a halving unless it is the innermost level."""
 
     def __init__(self, in_channels: int, channels: int, is_last: bool, config: VAEConfig) -> None:
@@ -102,7 +101,7 @@ class DownLevel(Module):
         return x
 
 
-class UpLevel(Module):
+class UpLevel(nn.Module):
     """Resnets, then a doubling unless it is the outermost level."""
 
     def __init__(self, in_channels: int, channels: int, is_last: bool, config: VAEConfig) -> None:
@@ -120,7 +119,7 @@ class UpLevel(Module):
         return x
 
 
-class Encoder(Module):
+class Encoder(nn.Module):
     """Image -> mean and log-variance, stacked as channels."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -143,7 +142,7 @@ class Encoder(Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(Module):
+class Decoder(nn.Module):
     """Latents -> image."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -166,7 +165,7 @@ class Decoder(Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class VAE(Tiles, Module):
+class VAE(Tiles, nn.Module):
     """Both ways. Latents outside this class are scaled: only it applies `config.scaling_factor`.
 
     `enable_tiling` and `enable_slicing` let large pictures and batches take less memory: see vae_tiles.py.

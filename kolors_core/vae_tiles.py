@@ -83,7 +83,7 @@ class Tiles:
             _check(coder, "encoder" if coder is self.encoder else "decoder")
             in_pieces = _pixels(coder, x) > side * side
             run = partial(_tiled, coder, side=side) if in_pieces else coder
-        if len(x) == 1 or not (in_pieces or self.use_slicing):
+        if not (in_pieces or self.use_slicing) or x.shape[0] == 1:
             return run(x)
         return torch.cat([run(one) for one in x.split(1)])
 

@@ -129,9 +129,12 @@ def test_round_trip_of_a_folder_is_byte_equal(
         assert (reference_folder / file).read_bytes() == (tmp_path / "back" / file).read_bytes(), file
 
 
-def test_round_trip_of_one_file_is_byte_equal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [1, 2, 9])
+def test_round_trip_of_one_file_is_byte_equal(keys: int, tmp_path: Path) -> None:
+    """With as many metadata as there may be, which the library writes in an order that it draws."""
     reference_vae(SMALL.vae).save_pretrained(tmp_path / "vae")
     file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file), file, metadata={f"k{i}": f'"v"\n猫{i}' for i in range(keys)})
     convert(file, tmp_path / "ours.safetensors")
     convert(tmp_path / "ours.safetensors", tmp_path / "back.safetensors", to_public=True)
     assert file.read_bytes() == (tmp_path / "back.safetensors").read_bytes()
