@@ -29,7 +29,7 @@ from kolors_core.controlnet import nets_of
 from kolors_core.fields import whole_number
 from kolors_core.ip_adapter import attached
 from kolors_core.offload import Lane, Models, Offload, bytes_of, whole
-from kolors_core.placement import plain, planned_device
+from kolors_core.placement import onednn_convolves, plain, planned_device
 from kolors_core.task import Request, Task
 from kolors_core.tempering import throughout
 from kolors_core.text_prompt import MAX_TOKENS
@@ -188,10 +188,8 @@ class Ledger(TorchDispatchMode):
         """What an operation makes. For inputs like earlier ones it is not run again, which is much faster."""
         key = func, _shapes(args), _shapes(tuple(kwargs.items()))
         if key in self._made_before:
-            made = [
-                torch.empty_strided(*shape, dtype=dtype, device=META)
-                for *shape, dtype in self._made_before[key]
-            ]
+            known = self._made_before[key]
+            made = [torch.empty_strided(*shape, dtype=dtype, device=META) for *shape, dtype in known]
             return made[0] if len(func._schema.returns) == 1 else tuple(made)
         result = func(*args, **kwargs)
         made = _tensors(result)
@@ -252,14 +250,18 @@ _ANSWERS: Mapping[Any, Callable[[Tensor], bool]] = {
 
 
 def workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
-    """Bytes that a convolution takes and gives back on a CPU, by oneDNN (seen in torch's memory events).
+    """Count the bytes that a convolution takes and gives back on this CPU (seen in torch's memory events).
 
-    x [B, ...] and the weight are copied into a layout of its own; then they go, and the result is copied out
-    of it. A 1x1 kernel in float32 needs none of that, in half precision also float32 sums of one picture.
+    oneDNN copies x [B, ...] and the weight into a layout of its own, frees them, and copies the result out of
+    that layout. A 1x1 kernel in float32 needs none of that, in half precision also float32 sums of one image.
+    What oneDNN does not compute is a matrix product of the values under the kernel at every place.
     """
-    if not x.is_contiguous() or x.dtype == torch.float64:  # with channels last only the weight is copied
-        return 0 if x.dtype == torch.float64 else weight.nbytes
-    if weight.shape[2:].numel() > 1:
+    kernel, copied = weight.shape[2:].numel(), 0 if x.is_contiguous() else weight.nbytes
+    if not onednn_convolves(x.dtype):
+        return 0 if kernel == 1 else copied + x.itemsize * len(x) * weight[0].numel() * out[0, 0].numel()
+    if copied:  # with channels last only the weight is
+        return copied
+    if kernel > 1:
         return max(x.nbytes + weight.nbytes, out.nbytes)
     return 0 if x.dtype == torch.float32 else x.nbytes + weight.nbytes + 4 * out[0].numel()
 
