@@ -31,6 +31,8 @@ from tests.test_compiling import Recorder
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES
 
+pytestmark = pytest.mark.numerical
+
 CROSS = "down.1.attentions.0.blocks.0.cross_attention"
 SHORT: dict[str, Any] = {
     "prompt": "一只红猫", "negative_prompt": "x", "num_inference_steps": 3, "output_type": "latent",

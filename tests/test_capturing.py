@@ -27,6 +27,8 @@ from tests.test_compiling import Recorder
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES
 
+pytestmark = pytest.mark.numerical
+
 CAT: dict[str, Any] = {"prompt": "cat", "num_inference_steps": 3, "output_type": "latent"}
 DOG = CAT | {"prompt": "一只红狗"}
 

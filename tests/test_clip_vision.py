@@ -20,6 +20,8 @@ from tests.small import EXACT, FLOAT32, SMALL_CLIP, randomise, relative_error
 from weights_convert import TABLES, recognise
 from weights_convert.__main__ import convert
 
+pytestmark = pytest.mark.numerical
+
 Spoil = Callable[[CLIPVision, nn.Module], object]
 
 

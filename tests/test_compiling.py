@@ -32,6 +32,8 @@ from tests.pipelines import Pair, steps_of
 from tests.small import EXACT, SHALLOW, SMALL, randomise, relative_error
 from tests.test_unet import inputs
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:

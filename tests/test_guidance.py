@@ -26,6 +26,8 @@ from tests.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, steps_of
 from tests.small import EXACT, FLOAT32, SHALLOW, relative_error
 from tests.test_unet import inputs
 
+pytestmark = pytest.mark.numerical
+
 
 class Doubling(UNet):
     """A UNet whose forward is another."""

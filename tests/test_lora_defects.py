@@ -23,6 +23,8 @@ from tests.pipelines import Pair
 from tests.small import EXACT
 from tests.test_lora_files import ALPHA, written
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture
 def models(pipes: Pair) -> Models:

@@ -24,6 +24,8 @@ from tests.parity import assert_parity
 from tests.small import SMALL, randomise
 from weights_convert.source import Tensors
 
+pytestmark = pytest.mark.numerical
+
 GIB = 2**30
 
 

@@ -24,6 +24,8 @@ from tests.pipelines import Pair, picture, steps_of
 from tests.small import EXACT, SMALL, randomise, relative_error
 from tests.test_placement import all_away
 
+pytestmark = pytest.mark.numerical
+
 SIDE = 32  # pixels: of SMALL_PICTURE and of most pictures here it makes several pieces
 
 
