@@ -32,8 +32,6 @@ from tests.pipelines import Pair, steps_of
 from tests.small import EXACT, SHALLOW, SMALL, randomise, relative_error
 from tests.test_unet import inputs
 
-pytestmark = pytest.mark.numerical
-
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
@@ -129,6 +127,7 @@ def test_a_compiled_pipeline_draws_the_same_and_can_be_copied(pipes: Pair) -> No
         pipe.compile("fast")
 
 
+@pytest.mark.numerical
 @torch.no_grad()
 def test_the_real_compiler_on_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cache of its own: torch's finds code by the graph alone, also what a process with vectors of
@@ -157,6 +156,7 @@ class Recorder:
         return lambda: result.copy_(run()), result
 
 
+@pytest.mark.numerical
 @torch.no_grad()
 def test_a_recorded_step_serves_every_run_of_its_shape() -> None:
     """Two runs in turn, with texts of their own; then another size, LoRA strength, and attention kernel."""
