@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from kolors_core.lines import fingerprint_of
+from kolors_core.batch.prompt_file import fingerprint_of
 
 NAMES = ("ladybug", "panda", "rocket", "sunflower", "banana", "frog", "fire truck", "snowman")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # as `torchrun` sets it, for equal bits
@@ -57,7 +57,7 @@ def count_records(out: Path) -> int:
 
 def command(prompts: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-            "kolors_core.batch", str(prompts), str(out), "--device", "cpu", "-q"]  # fmt: skip
+            "kolors_core.batch.worker", str(prompts), str(out), "--device", "cpu", "-q"]  # fmt: skip
 
 
 class Killing:

@@ -7,24 +7,24 @@
 Reading order: tokenizer, chatglm, unet, vae, schedule, sampling, guidance, pipeline.
 """
 
-from kolors_core.attention_maps import record_attention
-from kolors_core.callback import SDXLCFGCutoffCallback
-from kolors_core.canny import canny
-from kolors_core.capturing import capture, inject
+from kolors_core.inspection.attention_maps import record_attention
+from kolors_core.pipelines.denoising_loop import SDXLCFGCutoffCallback
+from kolors_core.adapters.canny import canny
+from kolors_core.inspection.features import capture, inject
 from kolors_core.config import VERSION as __version__
-from kolors_core.control_image import KolorsControlNet
-from kolors_core.control_pipeline import (
+from kolors_core.pipelines.control_images import KolorsControlNet
+from kolors_core.pipelines.controlnet import (
     KolorsControlNetImg2ImgPipeline,
     KolorsControlNetInpaintPipeline,
     KolorsControlNetPipeline,
 )
 from kolors_core.image import IPAdapterMaskProcessor, load_image
-from kolors_core.image_prompt import CLIPVisionModelWithProjection, load_image_embeds, save_image_embeds
-from kolors_core.inpaint import KolorsInpaintPipeline
-from kolors_core.pag_pipeline import KolorsPAGPipeline
-from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core.pipelines.image_prompts import CLIPVisionModelWithProjection, load_image_embeds, save_image_embeds
+from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
+from kolors_core.pipelines.pag import KolorsPAGPipeline
+from kolors_core.pipelines.text_to_image import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from kolors_core.task import KolorsPipelineOutput
+from kolors_core.pipelines.stages import KolorsPipelineOutput
 
 __all__ = [
     "CLIPVisionModelWithProjection",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.context import ImagePrompt
-from kolors_core.controlnet import Control
+from kolors_core.adapters.controlnet import Control
 from kolors_core.image import Size
 
 

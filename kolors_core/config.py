@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from kolors_core.fields import Fields, Public
+from kolors_core.validation import Fields, Public
 
 VERSION = "0.1.0"
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kolors_core.config import VERSION
-from kolors_core.fields import path_of, whole_number
-from weights_convert.writing import new_file
+from kolors_core.validation import path_of, whole_number
+from weights_convert.atomic_write import new_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image

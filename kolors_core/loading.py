@@ -12,10 +12,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from kolors_core.quantize import refuse_quantized
+from kolors_core.performance.quantize import refuse_quantized
 from weights_convert import TABLES, recognise
-from weights_convert.rules import UNUSED, compare, listed
-from weights_convert.source import Source, Tensors, aligned
+from weights_convert.key_mapping import UNUSED, compare, listed
+from weights_convert.safetensors_files import Source, Tensors, aligned
 
 RELEASE_AFTER = 2**26  # bytes that were copied out of a mapped file, whose pages are then let go
 

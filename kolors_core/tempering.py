@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kolors_core.fields import finite_number
+from kolors_core.validation import finite_number
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
 

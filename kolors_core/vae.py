@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kolors_core.attention import attention
 from kolors_core.config import VAEConfig
 from kolors_core.module import Module
-from kolors_core.vae_tiles import Tiles
+from kolors_core.performance.vae_tiling import Tiles
 
 NORM_EPS = 1e-6
 

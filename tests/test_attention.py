@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kolors_core.attention as room
 from kolors_core.attention import KERNELS, attention, attention_kernel, choose
-from tests.small import EXACT, relative_error
+from tests.support.small import EXACT, relative_error
 
 
 def inputs(queries: int = 13, keys: int = 9) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kolors_core.config import KOLORS, TINY, ChatGLMConfig, UNetConfig, VAEConfig
-from tests.parity import reference_chatglm, reference_unet, reference_vae
-from tests.small import SMALL
+from tests.support.parity import reference_chatglm, reference_unet, reference_vae
+from tests.support.small import SMALL
 
 REAL_TEXT_CONFIG = Path(__file__).parents[2] / "shared" / "data" / "kolors_text_encoder_config.json"
 

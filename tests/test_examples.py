@@ -22,13 +22,13 @@ from kolors_core.guidance import guided
 from kolors_core.loading import load, zeros
 from kolors_core.sampling import euler
 from kolors_core.schedule import DPMSolverMultistepScheduler
-from tests.parity import assert_parity
-from tests.small import FLOAT32, relative_error
+from tests.support.parity import assert_parity
+from tests.support.small import FLOAT32, relative_error
 from tests.test_readme import block_after
 from weights_convert import TABLES
 from weights_convert.__main__ import convert
-from weights_convert.source import Source, Tensors
-from weights_convert.writing import copy_file
+from weights_convert.safetensors_files import Source, Tensors
+from weights_convert.atomic_write import copy_file
 
 FOLDER = Path(__file__).parent / "examples"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))

@@ -15,15 +15,15 @@ from torch import Tensor
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline, SDXLCFGCutoffCallback
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
-from kolors_core.ip_adapter import cross_attentions
-from kolors_core.perturbed import perturbed
+from kolors_core.adapters.ip_adapter import cross_attentions
+from kolors_core.pipelines.perturbed import perturbed
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tempering import SigmaInterval, bounds
 from kolors_core.unet import UNet
-from tests.parity import pair
-from tests.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, steps_of, use_solver
-from tests.small import EXACT, FLOAT32, SHALLOW, relative_error
+from tests.support.parity import pair
+from tests.support.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, steps_of, use_solver
+from tests.support.small import EXACT, FLOAT32, SHALLOW, relative_error
 from tests.test_unet import inputs
 
 

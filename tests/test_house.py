@@ -64,7 +64,7 @@ class Refuse:
         "transformers"}:
             raise ImportError(name + " imported")
 sys.meta_path.insert(0, Refuse())
-import kolors_core, weights_convert, kolors_core.__main__
+import kolors_core, weights_convert, kolors_core.cli.generate
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

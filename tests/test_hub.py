@@ -23,7 +23,7 @@ from kolors_core.config import TINY
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.hub import Files, Hub, environment, files_of, serving
+from tests.support.hub import Files, Hub, environment, files_of, serving
 
 REPO, PULL_REQUEST = "someone/kolors", "refs/pr/4"
 FIRST = "pretrained_model_name_or_path"

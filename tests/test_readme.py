@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.test_dataset import write_pictures
+from tests.training.test_data import write_pictures
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from kolors_core import KolorsControlNet, KolorsControlNetPipeline, KolorsPipeline, canny
-from kolors_core.__main__ import main
+from kolors_core.cli.generate import main
 from kolors_core.checkpoint import EMBEDDED, EMBEDDED_NOTICE, resolve
 from kolors_core.image import read_description
 

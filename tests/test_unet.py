@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention_kernel
 from kolors_core.unet import UNet
-from tests.parity import assert_parity, first_divergence, pair
-from tests.small import EXACT, SMALL, relative_error
+from tests.support.parity import assert_parity, first_divergence, pair
+from tests.support.small import EXACT, SMALL, relative_error
 
 CONFIG = SMALL.unet
 

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.config import TINY, UNetConfig
-from kolors_core.fields import finite_number, whole_number
-from kolors_core.objective import Batch
+from kolors_core.validation import finite_number, whole_number
+from kolors_core.training.loss import Batch
 from kolors_core.unet import UNet
 
 FIXED = ("sample_size", "in_channels", "out_channels", "text_dim")  # by TINY's encoders and the pictures

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from benchmarks.ablate.architecture import Architecture, build_both, predict
 from benchmarks.ablate.lesson import Lesson
 from benchmarks.side_by_side import race
-from kolors_core.dataset import mix
-from kolors_core.objective import Objective, TrainingConfig
-from kolors_core.training import Trainer
+from kolors_core.training.data import mix
+from kolors_core.training.loss import Objective, TrainingConfig
+from kolors_core.training.trainer import Trainer
 
 POINTS = 8  # of the training, at which the held-out loss is measured
 ROUNDS = 40  # of denoising steps, A B B A

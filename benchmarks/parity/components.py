@@ -17,8 +17,8 @@ from benchmarks.parity.measure import FLOAT32, TOLERANCES, Case, Side
 from kolors_core.checkpoint import open_component
 from kolors_core.context import ImagePrompt
 from kolors_core.image import clip_pixels, vae_pixels
-from kolors_core.ip_adapter import attach
-from kolors_core.lora_loading import LoRALoading
+from kolors_core.adapters.ip_adapter import attach
+from kolors_core.pipelines.lora_methods import LoRALoading
 from weights_convert import TABLES
 
 SEED = 20240706

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from benchmarks.tiny.emoji import SIZE, draw
 from kolors_core.config import VAEConfig
-from kolors_core.dataset import mix
-from kolors_core.objective import TrainingConfig
-from kolors_core.training import Trainer
+from kolors_core.training.data import mix
+from kolors_core.training.loss import TrainingConfig
+from kolors_core.training.trainer import Trainer
 from kolors_core.vae import VAE, ResBlock
 
 SCALES = ((1, 1.0), (4, 0.5), (16, 0.5))  # (how much smaller, weight of the error there)

@@ -30,11 +30,11 @@ from kolors_core import (
     canny,
 )
 from kolors_core.attention import attention_kernel
-from kolors_core.controlnet import nets_of
-from kolors_core.dataset import Batches, read_folder
+from kolors_core.adapters.controlnet import nets_of
+from kolors_core.training.data import Batches, read_folder
 from kolors_core.image import vae_pixels
-from kolors_core.objective import Data, Objective, TrainingConfig
-from kolors_core.training import Trainer
+from kolors_core.training.loss import Data, Objective, TrainingConfig
+from kolors_core.training.trainer import Trainer
 
 CONFIG = TrainingConfig(
     steps=1600, batch_size=16, learning_rate=1e-3, schedule="cosine", warmup=50, weight_decay=0.0, ema=0.99,

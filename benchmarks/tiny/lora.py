@@ -20,13 +20,13 @@ from torch import Tensor
 from benchmarks.tiny.emoji import SIZE
 from benchmarks.tiny.quality import generate, nearest, sheet
 from kolors_core.attention import attention_kernel
-from kolors_core.dataset import Batches, load_pixels, read_folder
+from kolors_core.training.data import Batches, load_pixels, read_folder
 from kolors_core.image import to_output
-from kolors_core.lora import attach, save_adapters
-from kolors_core.objective import Data, Objective, TrainingConfig
-from kolors_core.pipeline import KolorsPipeline
-from kolors_core.placement import best_device
-from kolors_core.training import Trainer
+from kolors_core.adapters.lora import attach, save_adapters
+from kolors_core.training.loss import Data, Objective, TrainingConfig
+from kolors_core.pipelines.text_to_image import KolorsPipeline
+from kolors_core.devices import best_device
+from kolors_core.training.trainer import Trainer
 
 WORD = "zorp"
 PHRASES = ("a photo of a {x}", "a {x}", "{x}", "一张{x}的照片", "画一个{x}", "the {x}", "show me a {x}")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig
-from kolors_core.dataset import Example, mix
-from kolors_core.objective import TrainingConfig
+from kolors_core.training.data import Example, mix
+from kolors_core.training.loss import TrainingConfig
 from kolors_core.tokenizer import TokenBatch, Tokenizer
-from kolors_core.training import Trainer
+from kolors_core.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,287 @@
+"""The autoencoder in pieces: the same pictures as whole, in less memory, and beside the reference's tiles."""
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
+
+from kolors_core.performance import vae_tiling as vae_tiles
+from kolors_core.attention import planned_for
+from kolors_core.performance.compile import compile_blocks
+from kolors_core.config import KOLORS
+from kolors_core.performance.offload import bytes_of
+from kolors_core.pipelines.memory_plan import Ledger
+from kolors_core.vae import VAE, ResBlock
+from tests.support.offloads import offloaded
+from tests.support.parity import pair
+from tests.support.pipelines import Pair, picture, steps_of
+from tests.support.small import EXACT, SMALL, randomise, relative_error
+from tests.test_devices import all_away
+
+SIDE = 32  # pixels: of SMALL_PICTURE and of most pictures here it makes several pieces
+
+
+def small(dtype: torch.dtype = torch.float64) -> VAE:
+    vae = VAE(SMALL.vae).to(dtype).eval()
+    randomise(vae)
+    return vae
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def both_ways(vae: VAE, latents: Tensor, images: Tensor) -> list[Tensor]:
+    found = vae.encode(images)
+    return [vae.decode(latents), found.mean, found.std]
+
+
+def errors(vae: VAE, batch: int, height: int, width: int, side: int = SIDE) -> list[float]:
+    """Of tiles against the whole: the picture, then mean and deviation. Sides in latents."""
+    dtype = vae.decoder.conv_in.weight.dtype
+    given = noise(batch, 4, height, width, dtype=dtype), noise(batch, 3, 8 * height, 8 * width, dtype=dtype)
+    with torch.inference_mode():
+        whole = both_ways(vae, *given)
+        vae.enable_tiling(tile_sample_min_size=side)
+        tiled = both_ways(vae, *given)
+        vae.disable_tiling()
+    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(tiled, whole, strict=True))
+    return [relative_error(a, b) for a, b in zip(tiled, whole, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "side"), [(1, 13, 11, 32), (2, 9, 14, 32), (1, 17, 5, 40), (1, 6, 24, 56)]
+)
+def test_tiles_are_the_whole_picture(batch: int, height: int, width: int, side: int) -> None:
+    assert max(errors(small(), batch, height, width, side)) < EXACT
+
+
+def test_other_precisions_and_layouts() -> None:
+    vae = small(torch.float32)
+    assert max(errors(vae, 1, 13, 11)) < 5e-6
+    latents = noise(1, 4, 13, 11, dtype=torch.float32)
+    with torch.inference_mode():
+        whole = vae.decode(latents)
+        vae.to(memory_format=torch.channels_last).enable_tiling(tile_sample_min_size=SIDE)
+        tiled = vae.decode(latents.to(memory_format=torch.channels_last))
+        assert tiled.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(tiled, whole) < 5e-6
+        # In bfloat16 tiles are as far from float32's result as the whole is: there is only rounding.
+        vae.to(torch.bfloat16)
+        far = []
+        for tiles in (True, False):
+            vae.enable_tiling(tiles)
+            far.append((vae.decode(latents.bfloat16()).float() - whole).square().mean().sqrt().item())
+    assert far[0] < 1.1 * far[1]
+
+
+def decibels(picture: Tensor, wanted: Tensor) -> float:
+    return 10 * math.log10(4 / ((picture - wanted).square().mean().item() + 1e-30))  # from -1 to 1: 4
+
+
+@torch.no_grad()
+def test_the_references_tiles_are_another_picture() -> None:
+    """Statistics of each tile tint it, and seams are blended."""
+    ours, theirs = pair("vae", torch.float64)
+    latents = noise(1, 4, 13, 11)
+    whole, scaled = ours.decode(latents), latents / ours.config.scaling_factor
+    assert decibels(theirs.decode(scaled).sample, whole) > 200
+    theirs.enable_tiling()
+    theirs.tile_sample_min_size, theirs.tile_latent_min_size = 64, 8
+    ours.enable_tiling(tile_sample_min_size=64)
+    assert decibels(theirs.decode(scaled).sample, whole) < 40
+    assert decibels(ours.decode(latents), whole) > 200
+
+
+def alone(conv: nn.Conv2d, x: Any, change: Callable[[Tensor], Tensor] = lambda x: x, **_: Any) -> Any:
+    """A convolution that does not see the rows beside a piece."""
+    shape = conv.out_channels, x.height, x.width
+    return vae_tiles._Computed(x, shape, lambda top, end: conv(change(x.read(top, end))), x.row)
+
+
+def tinted(_run: object, norm: nn.GroupNorm, _x: object) -> Callable[[Tensor], Tensor]:
+    """Statistics of each piece."""
+    return lambda rows: torch.nn.functional.silu(norm(rows))
+
+
+@pytest.mark.parametrize("spoil", ["halo", "statistics"])
+def test_a_seam_or_a_tint_would_be_seen(spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if spoil == "halo":
+        monkeypatch.setattr(vae_tiles, "_convolved", alone)
+    else:
+        monkeypatch.setattr(vae_tiles._Run, "activation", tinted)
+    assert min(errors(small(), 1, 13, 11)) > 1e4 * EXACT
+
+
+@pytest.mark.parametrize(("way", "least"), [("decode", 4.5), ("encode", 3.5)])
+@torch.no_grad()
+def test_tiles_take_little_memory(way: str, least: float) -> None:
+    """The full-size autoencoder at 1024 x 1024, without numbers."""
+    with torch.device("meta"):
+        vae = VAE(KOLORS.vae)
+        x = torch.empty((1, 4, 128, 128) if way == "decode" else (1, 3, 1024, 1024))
+    peaks = []
+    for tiles in (False, True):
+        vae.enable_tiling(tiles)
+        with planned_for("cuda"), Ledger("cuda") as ledger:
+            getattr(vae, way)(x)
+        peaks.append(max(ledger.work.values()))
+    map_bytes = 4 * 128 * 1024 * 1024
+    assert peaks[0] > least * peaks[1]
+    assert map_bytes < peaks[1] < 1.3 * map_bytes, "one map of the outermost level, and pieces"
+
+
+@torch.no_grad()
+def test_slices_are_the_pictures_one_by_one() -> None:
+    vae, given = small(), (noise(3, 4, 5, 6), noise(3, 3, 40, 48))
+    batch = both_ways(vae, *given)
+    single = [both_ways(vae, *(tensor[i : i + 1] for tensor in given)) for i in range(3)]
+    seen = []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    vae.enable_slicing()
+    slices = both_ways(vae, *given)
+    for i, values in enumerate(zip(*single, strict=True)):
+        assert torch.equal(slices[i], torch.cat(values)) and relative_error(slices[i], batch[i]) < EXACT
+    vae.disable_slicing()
+    both_ways(vae, *given)
+    assert seen == [1, 1, 1, 3]
+
+
+def test_a_picture_of_one_tile_is_run_whole() -> None:
+    vae, seen = small(), []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    vae.enable_tiling(tile_sample_min_size=64)
+    with torch.no_grad():
+        vae.decode(noise(2, 4, 8, 8))
+        assert seen == [2]
+        vae.decode(noise(1, 4, 8, 9))
+        assert seen == [2]
+
+
+def test_settings_are_the_vaes_and_go_where_it_goes(pipes: Pair) -> None:
+    pipe = KolorsPipeline.from_pipe(pipes[0], vae=small())
+    assert (pipe.vae.use_tiling, pipe.vae.use_slicing) == (False, False)
+    pipe.enable_vae_tiling(tile_sample_min_size=48)
+    pipe.enable_vae_slicing()
+    other = KolorsImg2ImgPipeline.from_pipe(pipe)
+    for vae in (other.vae, copy.deepcopy(pipe.vae), pickle.loads(pickle.dumps(pipe.vae))):
+        assert (vae.use_tiling, vae.use_slicing, vae.tile_sample_min_size) == (True, True, 48)
+    other.disable_vae_tiling()
+    other.disable_vae_slicing()
+    assert (pipe.vae.use_tiling, pipe.vae.use_slicing) == (False, False)
+    pipe.enable_vae_tiling()
+    assert pipe.vae.tile_sample_min_size == 48 and not pipes[0].vae.use_tiling
+    assert small().state_dict().keys() == pipe.vae.state_dict().keys()
+
+
+@pytest.mark.parametrize("side", [0, 24, 100, -64, 64.0, True, "64"])
+def test_sides_that_are_refused(side: Any) -> None:
+    vae = small()
+    with pytest.raises(ValueError, match=f"multiple of 8 from 32 on, got {side!r}"):
+        vae.enable_tiling(tile_sample_min_size=side)
+    assert not vae.use_tiling
+    vae.use_tiling, vae.tile_sample_min_size = True, side
+    with pytest.raises(ValueError, match=f"multiple of 8 from 32 on, got {side!r}"):
+        vae.decode(noise(1, 4, 13, 11))
+
+
+class Louder(ResBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_parts_that_are_not_known_are_refused() -> None:
+    vae = small()
+    vae.enable_tiling(tile_sample_min_size=SIDE)
+    own, resnets = Louder(32, 32, 32), vae.decoder.up[3].resnets
+    resnets[1] = own.double()
+    with pytest.raises(TypeError, match=r"decoder\.up\.3\.resnets\.1: .*Louder\(\) is not as"):
+        vae.decode(noise(1, 4, 13, 11))
+    with pytest.raises(TypeError, match=r"cannot run decoder\.up\.3"):
+        vae.enable_tiling()
+    vae.disable_tiling()
+    vae.decode(noise(1, 4, 5, 5))
+    resnets[1] = ResBlock(32, 32, 32)
+    vae.encoder.conv_in = nn.Conv2d(3, 32, 5, padding=2)
+    with pytest.raises(TypeError, match=r"encoder\.conv_in: torch.*kernel_size=\(5, 5\)"):
+        vae.enable_tiling()
+    vae = small()
+    vae.enable_tiling(tile_sample_min_size=SIDE)
+    vae.decoder.norm_out = nn.GroupNorm(32, 32, affine=False)
+    with pytest.raises(TypeError, match=r"decoder\.norm_out: torch.*affine=False.* is not as"):
+        vae.decode(noise(1, 4, 13, 11))
+    vae.decoder = nn.Sequential(nn.ConvTranspose2d(4, 3, 8, 8))
+    with pytest.raises(TypeError, match=r"cannot run decoder: torch.*Sequential\(\) is not as"):
+        vae.decode(noise(1, 4, 13, 11))
+
+
+def test_a_new_attention_and_a_subclass_with_the_old_forward_are_run() -> None:
+    class Named(ResBlock):
+        pass
+
+    vae = small()
+    vae.decoder.up[3].resnets[1] = Named(32, 32, 32).double()
+    vae.decoder.mid.attention = nn.Sequential(nn.Conv2d(64, 64, 5, padding=2), nn.Tanh()).double()
+    assert max(errors(vae, 1, 13, 11)) < EXACT
+
+
+def test_gradients_are_refused() -> None:
+    vae = small()
+    vae.enable_tiling(tile_sample_min_size=SIDE)
+    for run in (lambda: vae.decode(noise(1, 4, 13, 11)), lambda: vae.encode(noise(1, 3, 104, 88))):
+        with pytest.raises(RuntimeError, match="no gradients go through tiles"):
+            run()
+    vae.requires_grad_(False)
+    assert not vae.decode(noise(1, 4, 13, 11)).requires_grad
+
+
+@pytest.mark.parametrize("kind", [KolorsPipeline, KolorsImg2ImgPipeline])
+def test_a_pipeline_draws_the_same(kind: type, pipes: Pair) -> None:
+    pipe = kind.from_pipe(pipes[0], vae=copy.deepcopy(pipes[0].vae))
+    pipe.set_progress_bar_config(disable=True)
+    more = {} if kind is KolorsPipeline else {"image": picture(), "strength": 0.6, "height": 64, "width": 72}
+    whole = steps_of(pipe, prompt="cat", **more)
+    pipe.enable_vae_tiling(tile_sample_min_size=SIDE)
+    tiled = steps_of(pipe, prompt="cat", **more)
+    assert 0 < max(relative_error(a, b) for a, b in zip(tiled, whole, strict=True)) < EXACT
+
+
+@pytest.mark.parametrize("by_block", [False, True], ids=["by_model", "by_block"])
+@torch.no_grad()
+def test_offload_brings_what_works(by_block: bool, pipes: Pair) -> None:
+    pipe = KolorsPipeline.from_pipe(pipes[0], vae=small())
+    given = noise(1, 4, 13, 11), noise(1, 3, 104, 88)
+    pipe.enable_vae_tiling(tile_sample_min_size=SIDE)
+    plain = both_ways(pipe.vae, *given)
+    with offloaded(pipe, by_block) as offload, all_away(pipe) as worked:
+        pipe._on_device("vae")
+        away = both_ways(pipe.vae, *given)
+        assert {"vae.decoder.up.3.resnets.2.norm1", "vae.decoder.norm_out"} <= worked
+        pipe._on_device()
+        size = bytes_of(((pipe.vae, ""),))
+        assert offload.peak_bytes < size / 3 if by_block else offload.peak_bytes == size
+    assert all(torch.equal(a, b) for a, b in zip(away, plain, strict=True))
+
+
+def test_a_compiled_autoencoder_is_run_in_pieces_too() -> None:
+    """Blocks that are run whole, those of the middle here, are run compiled."""
+    vae = small()
+    counters.clear()
+    for part in (vae.decoder.mid, vae.decoder.up[3].resnets[2]):
+        compile_blocks(part, backend="eager")
+    vae.enable_tiling(tile_sample_min_size=SIDE)
+    latents = noise(1, 4, 13, 11)
+    with torch.no_grad():
+        tiled = vae.decode(latents)
+        assert counters["stats"]["unique_graphs"] == 2, "a ResBlock's and the attention's"
+        vae.disable_tiling()
+        assert relative_error(tiled, vae.decode(latents)) < EXACT
+    torch.compiler.reset()
