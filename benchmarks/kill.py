@@ -57,7 +57,7 @@ def count_records(out: Path) -> int:
 
 def command(prompts: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-            "kolors_core.batch.worker", str(prompts), str(out), "--device", "cpu", "-q"]  # fmt: skip
+            "kolors_core.batch", str(prompts), str(out), "--device", "cpu", "-q"]  # fmt: skip
 
 
 class Killing:

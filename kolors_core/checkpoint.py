@@ -18,21 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kolors_core.chatglm import ChatGLM
 from kolors_core.adapters.clip_vision import CLIPVision
-from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
 from kolors_core.adapters.controlnet import ControlNet
+from kolors_core.chatglm import ChatGLM
+from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
+from kolors_core.devices import loading_device
 from kolors_core.hub import fetch
 from kolors_core.loading import Initialiser, LoadReport, check, fill, load
-from kolors_core.devices import loading_device
 from kolors_core.performance.quantize import refuse_quantized
 from kolors_core.schedule import SCHEDULERS, Scheduler
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES
-from weights_convert.untrusted_files import one_line, read_object
-from weights_convert.safetensors_files import STEMS, Source, index_files, save_tensors, weight_files
 from weights_convert.atomic_write import write_bytes
+from weights_convert.safetensors_files import STEMS, Source, index_files, save_tensors, weight_files
+from weights_convert.untrusted_files import one_line, read_object
 
 Model = ChatGLM | UNet | VAE | CLIPVision | ControlNet
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kolors_core.adapters.controlnet import Control
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.context import ImagePrompt
-from kolors_core.adapters.controlnet import Control
 from kolors_core.image import Size
 
 

@@ -8,8 +8,8 @@ from functools import partial
 
 from torch import Tensor
 
-from kolors_core.conditioning import Conditioning, beside
 from kolors_core.adapters.controlnet import acting
+from kolors_core.conditioning import Conditioning, beside
 from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.precompute import is_as_written, reading_always, reading_once
 from kolors_core.sampling import Denoise

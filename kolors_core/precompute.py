@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kolors_core.adapters.controlnet import ControlNet, acting, summed
+from kolors_core.adapters.ip_adapter import attached
+from kolors_core.adapters.lora import state_of
 from kolors_core.attention import forced_kernel
 from kolors_core.conditioning import Conditioning
 from kolors_core.context import ImagePrompt
-from kolors_core.adapters.controlnet import ControlNet, acting, summed
-from kolors_core.validation import path_of, whole_number
 from kolors_core.performance.cuda_graphs import Graphs
-from kolors_core.adapters.ip_adapter import attached
-from kolors_core.adapters.lora import state_of
 from kolors_core.schedule import Schedule
 from kolors_core.unet import Encoder, ResBlock, Shift, UNet
+from kolors_core.validation import path_of, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)

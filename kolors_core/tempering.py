@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kolors_core.validation import finite_number
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
+from kolors_core.validation import finite_number
 
 
 class SigmaInterval(NamedTuple):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.performance.offload import bytes_of, tensors_of
 from kolors_core.devices import best_device
+from kolors_core.performance.offload import bytes_of, tensors_of
 from tests.support.ip_adapters import Both, guided_steps, load_both
 from tests.support.loras import ATTENTION, CONV, LINEAR, TEXT, factors, peft_names, weights
 from tests.support.offloads import ACCELERATOR, offloaded

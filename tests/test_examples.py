@@ -27,8 +27,8 @@ from tests.support.small import FLOAT32, relative_error
 from tests.test_readme import block_after
 from weights_convert import TABLES
 from weights_convert.__main__ import convert
-from weights_convert.safetensors_files import Source, Tensors
 from weights_convert.atomic_write import copy_file
+from weights_convert.safetensors_files import Source, Tensors
 
 FOLDER = Path(__file__).parent / "examples"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))

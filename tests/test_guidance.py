@@ -13,9 +13,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import Tensor
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline, SDXLCFGCutoffCallback
+from kolors_core.adapters.ip_adapter import cross_attentions
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
-from kolors_core.adapters.ip_adapter import cross_attentions
 from kolors_core.pipelines.perturbed import perturbed
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import EulerDiscreteScheduler

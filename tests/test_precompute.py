@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from kolors_core import KolorsPipeline
-from kolors_core.checkpoint import KINDS, Unfilled, load_component, read_json, save_component
 from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.checkpoint import KINDS, Unfilled, load_component, read_json, save_component
 from kolors_core.config import KOLORS, ChatGLMConfig, CLIPVisionConfig, UNetConfig
 from tests.support.fuzz import CONFIGS, outcome
 from tests.support.small import SMALL_CLIP
 from weights_convert.__main__ import convert, main
-from weights_convert.untrusted_files import DTYPES, LONGEST_HEADER, MOST_TENSORS, read_object
 from weights_convert.safetensors_files import Source, index_files, save_tensors
+from weights_convert.untrusted_files import DTYPES, LONGEST_HEADER, MOST_TENSORS, read_object
 
 few = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 WHOLE = save({"a": torch.ones(2, 3), "b.weight": torch.ones(4)})

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from kolors_core import KolorsControlNet, KolorsControlNetPipeline, KolorsPipeline, canny
-from kolors_core.cli.generate import main
 from kolors_core.checkpoint import EMBEDDED, EMBEDDED_NOTICE, resolve
+from kolors_core.cli.generate import main
 from kolors_core.image import read_description
 
 # A strip of eight training pictures, 32 pixels each, in the order of these names.
-STRIP = Path(__file__).parent / "emoji.png"
+STRIP = Path(__file__).parent / "support" / "emoji.png"
 NAMES = {
     "ladybug": "瓢虫", "panda": "熊猫", "rocket": "火箭", "sunflower": "向日葵", "banana": "香蕉",
     "frog": "青蛙", "fire truck": "消防车", "snowman": "雪人",

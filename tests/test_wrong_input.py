@@ -25,15 +25,15 @@ from kolors_core import (
     load_image_embeds,
     save_image_embeds,
 )
-from kolors_core.config import UNetConfig
-from kolors_core.training.data import Batches, buckets, read_folder
-from kolors_core.validation import finite_number, fraction_of, whole_number
-from kolors_core.image import read_description, save_png, to_output
 from kolors_core.adapters.lora import attach, save_adapters
-from kolors_core.training.loss import TrainingConfig
-from kolors_core.precompute import Savings
+from kolors_core.config import UNetConfig
+from kolors_core.image import read_description, save_png, to_output
 from kolors_core.pipelines.single_file import load_model
+from kolors_core.precompute import Savings
 from kolors_core.tokenizer import Tokenizer
+from kolors_core.training.data import Batches, buckets, read_folder
+from kolors_core.training.loss import TrainingConfig
+from kolors_core.validation import finite_number, fraction_of, whole_number
 
 SHORT = {"prompt": "cat", "num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
 NAN, PICTURE, ZEROS = float("nan"), Image.new("RGB", (64, 64)), torch.zeros(1, 4, 8, 8)

@@ -1,7 +1,7 @@
 """CLIP's image encoder: transformers' CLIPVisionModelWithProjection <-> ours (392 tensors).
 
-Ours is `kolors_core.adapters.clip_vision.CLIPVision`. The public name of the first norm is misspelt, `pre_layrnorm`,
-and always was. A whole CLIP has its text encoder beside it, which Kolors does not read.
+Ours is `kolors_core.adapters.clip_vision.CLIPVision`. The public name of the first norm is misspelt,
+`pre_layrnorm`, and always was. A whole CLIP has its text encoder beside it, which Kolors does not read.
 """
 
 from weights_convert.key_mapping import Block, Table, both, weights

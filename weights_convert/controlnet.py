@@ -1,4 +1,4 @@
-"""ControlNet: diffusers' `ControlNetModel` with a text projection <-> `kolors_core.adapters.controlnet.ControlNet`."""
+"""ControlNet: diffusers' `ControlNetModel` with a text projection <-> `ControlNet` of kolors_core."""
 
 from weights_convert.key_mapping import Block, Table, both
 from weights_convert.unet import EMBEDDINGS, RULES, encoder_blocks

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from weights_convert import TABLES, recognise
-from weights_convert.untrusted_files import parse_object, read_object
-from weights_convert.single_file import FILES, NAMINGS, PREFIXES, Part, Spelling, as_stored, open_parts
+from weights_convert.atomic_write import must_be_new, new_folder, write_bytes
 from weights_convert.safetensors_files import (
     FORMAT,
     LONGEST_INDEX,
@@ -29,7 +28,8 @@ from weights_convert.safetensors_files import (
     why_refused,
     write_tensors,
 )
-from weights_convert.atomic_write import must_be_new, new_folder, write_bytes
+from weights_convert.single_file import FILES, NAMINGS, PREFIXES, Part, Spelling, as_stored, open_parts
+from weights_convert.untrusted_files import parse_object, read_object
 
 Metadata = dict[str, str] | None
 

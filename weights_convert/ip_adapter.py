@@ -1,4 +1,4 @@
-"""IP-Adapter-Plus: public file <-> `kolors_core.adapters.ip_adapter.IPAdapter` (a resampler, 70 keys and values).
+"""IP-Adapter-Plus: public file <-> `IPAdapter` of kolors_core (a resampler, 70 keys and values).
 
 The file numbers the UNet's cross-attentions 1, 3, 5, ... in the order down, up, mid; so do we.
 """

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weights_convert.untrusted_files import DTYPES, open_weights, read_object
 from weights_convert.atomic_write import new_file
+from weights_convert.untrusted_files import DTYPES, open_weights, read_object
 
 # What the weight file of each component is called in a public folder, before variant and shard.
 STEMS = {

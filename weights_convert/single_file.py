@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from weights_convert import TABLES
-from weights_convert.sgm import is_pointwise, public_to_sgm, sgm_to_public
 from weights_convert.safetensors_files import Source, aligned
+from weights_convert.sgm import is_pointwise, public_to_sgm, sgm_to_public
 
 # The first of each is the one that is written. The names of THUDM's ChatGLM start with `transformer.`.
 PREFIXES: Mapping[str, tuple[str, ...]] = {

@@ -17,11 +17,11 @@ from benchmarks.tiny.emoji import CONCEPTS, ENGLISH_NAMES, ENGLISH_UNSEEN, FONT,
 from benchmarks.tiny.quality import nearest
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import EMBEDDED
-from kolors_core.training.data import Batches, Example, load_pixels, read_folder
-from kolors_core.training.loss import Batch, Data, TrainingConfig
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.training.data import Batches, Example, load_pixels, read_folder
+from kolors_core.training.loss import Batch, Data, TrainingConfig
 
 OTHERWISE = "🥝🍆🍕🏠🏰⭐🏀🥁💻💡"  # TINY knows these by other names than Unicode's
 THINGS = [character for character in CONCEPTS if character not in OTHERWISE]

@@ -33,12 +33,12 @@ from benchmarks.tiny.emoji import (
 from kolors_core.attention import attention_kernel
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import TINY
-from kolors_core.training.data import Batches, Example, read_folder
-from kolors_core.training.loss import Data, Objective, TrainingConfig
-from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.devices import best_device
+from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import SPECIAL_TOKENS, Tokenizer
+from kolors_core.training.data import Batches, Example, read_folder
+from kolors_core.training.loss import Data, Objective, TrainingConfig
 from kolors_core.training.trainer import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE

@@ -29,10 +29,10 @@ from kolors_core import (
     KolorsPipeline,
     canny,
 )
-from kolors_core.attention import attention_kernel
 from kolors_core.adapters.controlnet import nets_of
-from kolors_core.training.data import Batches, read_folder
+from kolors_core.attention import attention_kernel
 from kolors_core.image import vae_pixels
+from kolors_core.training.data import Batches, read_folder
 from kolors_core.training.loss import Data, Objective, TrainingConfig
 from kolors_core.training.trainer import Trainer
 

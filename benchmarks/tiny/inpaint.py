@@ -24,10 +24,10 @@ from benchmarks.tiny.emoji import SIZE, Concept, draw, on_white, read_concepts, 
 from kolors_core import DPMSolverMultistepScheduler, KolorsInpaintPipeline
 from kolors_core.attention import attention_kernel
 from kolors_core.checkpoint import EMBEDDED
-from kolors_core.training.data import Batches, read_folder
 from kolors_core.loading import load, padded
-from kolors_core.training.masked_data import MaskedData, random_masks
+from kolors_core.training.data import Batches, read_folder
 from kolors_core.training.loss import Objective, TrainingConfig
+from kolors_core.training.masked_data import MaskedData, random_masks
 from kolors_core.training.trainer import Trainer
 from kolors_core.unet import UNet
 from weights_convert.safetensors_files import Source

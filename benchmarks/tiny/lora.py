@@ -19,13 +19,13 @@ from torch import Tensor
 
 from benchmarks.tiny.emoji import SIZE
 from benchmarks.tiny.quality import generate, nearest, sheet
-from kolors_core.attention import attention_kernel
-from kolors_core.training.data import Batches, load_pixels, read_folder
-from kolors_core.image import to_output
 from kolors_core.adapters.lora import attach, save_adapters
-from kolors_core.training.loss import Data, Objective, TrainingConfig
-from kolors_core.pipelines.text_to_image import KolorsPipeline
+from kolors_core.attention import attention_kernel
 from kolors_core.devices import best_device
+from kolors_core.image import to_output
+from kolors_core.pipelines.text_to_image import KolorsPipeline
+from kolors_core.training.data import Batches, load_pixels, read_folder
+from kolors_core.training.loss import Data, Objective, TrainingConfig
 from kolors_core.training.trainer import Trainer
 
 WORD = "zorp"

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig
+from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.training.data import Example, mix
 from kolors_core.training.loss import TrainingConfig
-from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.training.trainer import Trainer
 
 

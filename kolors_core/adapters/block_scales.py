@@ -7,8 +7,8 @@ Source: `_maybe_expand_lora_scales` in diffusers' loaders/unet_loader_utils.py.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kolors_core.validation import finite_number
 from kolors_core.unet import Transformer, UNet
+from kolors_core.validation import finite_number
 
 Value = float | Sequence[float]  # a list where there is a scale for each picture of an IP-Adapter
 BlockScale = Value | Mapping[str, Any]

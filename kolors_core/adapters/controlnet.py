@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from kolors_core.config import UNetConfig
 from kolors_core.context import Context, Read
-from kolors_core.validation import Fields, Public, finite_number
 from kolors_core.module import Module
 from kolors_core.unet import Encoder, Shift, UNet
+from kolors_core.validation import Fields, Public, finite_number
 
 _FIXED: dict[str, Any] = {
     "_class_name": "ControlNetModel", "controlnet_conditioning_channel_order": "rgb",

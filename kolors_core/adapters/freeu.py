@@ -10,8 +10,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from kolors_core.validation import finite_number
 from kolors_core.unet import UNet, UpLevel
+from kolors_core.validation import finite_number
 
 NAMES = ("s1", "s2", "b1", "b2")
 

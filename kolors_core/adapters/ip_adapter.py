@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kolors_core.attention import attention, split_heads
 from kolors_core.adapters.block_scales import BlockScale, block_scales
 from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.attention import attention, split_heads
 from kolors_core.config import IPAdapterConfig
 from kolors_core.context import ImagePrompt, Masks, ReadImages
 from kolors_core.module import Module

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.adapters.block_scales import BlockScale, block_scales
-from kolors_core.validation import finite_number, new_path, whole_number
 from kolors_core.adapters.lora_layers import KINDS, LoRALayer, Part
 from kolors_core.unet import UNet
+from kolors_core.validation import finite_number, new_path, whole_number
 from weights_convert import TABLES
 from weights_convert.safetensors_files import save_tensors
 

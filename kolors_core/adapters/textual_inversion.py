@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.validation import new_path
+from kolors_core.devices import plain
 from kolors_core.hub import find_file, refuse_unused
 from kolors_core.module import StandIn
-from kolors_core.devices import plain
+from kolors_core.validation import new_path
 from weights_convert.safetensors_files import Source, Tensors, save_tensors
 
 WEIGHT_NAME = "learned_embeds.safetensors"

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kolors_core.conditioning import Conditioning
-from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.guidance import guided
+from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
 from kolors_core.unet import UNet

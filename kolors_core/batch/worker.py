@@ -28,11 +28,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kolors_core.checkpoint import logger
 from kolors_core.batch.manifest import Claims, Manifest, Record
-from kolors_core.validation import LARGEST_SEED, whole_number
-from kolors_core.image import describe, save_png
 from kolors_core.batch.prompt_file import KEY, Line, Picture, fingerprint_of, read_lines
+from kolors_core.batch.split_guidance import Pair, PartnerLost
+from kolors_core.checkpoint import logger
 from kolors_core.cli.options import (
     add_guidance,
     add_model,
@@ -49,11 +48,12 @@ from kolors_core.cli.options import (
     weigh_loras,
     with_scale,
 )
-from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.devices import join_processes
-from kolors_core.batch.split_guidance import Pair, PartnerLost
-from weights_convert.untrusted_files import one_line
+from kolors_core.image import describe, save_png
+from kolors_core.pipelines.text_to_image import KolorsPipeline
+from kolors_core.validation import LARGEST_SEED, whole_number
 from weights_convert.atomic_write import sweep
+from weights_convert.untrusted_files import one_line
 
 PAUSE = 0.2  # seconds between looks at lines that others draw
 
@@ -381,7 +381,3 @@ class Worker:
 def _sources(loras: Sequence[str]) -> tuple[str, ...]:
     """LoRAs without their scales."""
     return tuple(with_scale(text)[0] for text in loras)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,10 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_core.inspection.attention_maps import record_attention
-from kolors_core.inspection.attention_report import PARTS, Explanation, Token, page, sheet
-from kolors_core.validation import LARGEST_SEED, whole_number
-from kolors_core.image import describe
+from kolors_core.adapters.textual_inversion import words_of
 from kolors_core.cli.options import (
     add_model,
     add_sampler,
@@ -29,10 +26,13 @@ from kolors_core.cli.options import (
     load_pipeline,
     quantize,
 )
-from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.devices import named_device, plain
-from kolors_core.adapters.textual_inversion import words_of
+from kolors_core.image import describe
+from kolors_core.inspection.attention_maps import record_attention
+from kolors_core.inspection.attention_report import PARTS, Explanation, Token, page, sheet
+from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.tokenizer import TokenBatch, Tokenizer
+from kolors_core.validation import LARGEST_SEED, whole_number
 from weights_convert.atomic_write import new_file
 
 

@@ -10,13 +10,7 @@ from typing import Any
 import torch
 
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
-from kolors_core.config import VERSION
-from kolors_core.pipelines.controlnet import KolorsControlNetPipeline
 from kolors_core.cli.explain import explain, explain_parser
-from kolors_core.pipelines.face_prompts import load_face_embeds
-from kolors_core.validation import LARGEST_SEED, whole_number
-from kolors_core.image import describe, load_image, read_description, save_png
-from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
 from kolors_core.cli.options import (
     add_control,
     add_guidance,
@@ -36,10 +30,16 @@ from kolors_core.cli.options import (
     quantize,
     with_revision,
 )
-from kolors_core.pipelines.text_to_image import KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core.config import VERSION
 from kolors_core.devices import named_device, planned_device
-from kolors_core.pipelines.memory_plan import Planning
+from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.performance.quantize import quantize as quantize_model
+from kolors_core.pipelines.controlnet import KolorsControlNetPipeline
+from kolors_core.pipelines.face_prompts import load_face_embeds
+from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
+from kolors_core.pipelines.memory_plan import Planning
+from kolors_core.pipelines.text_to_image import KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core.validation import LARGEST_SEED, whole_number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -339,7 +339,3 @@ def size(text: str) -> tuple[int, int]:
     """Two whole numbers with an x or a comma between."""
     first, second = text.replace("x", ",").split(",")
     return int(first), int(second)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kolors_core.inspection.features import Calls, Patterns, Steps, checked_steps, matching
-from kolors_core.context import ReadImages
 from kolors_core.adapters.ip_adapter import ImageBranch
+from kolors_core.context import ReadImages
 from kolors_core.devices import plain
+from kolors_core.inspection.features import Calls, Patterns, Steps, checked_steps, matching
 from kolors_core.unet import Attention, Encoder
 
 

@@ -142,7 +142,7 @@ def sheet(made: Explanation) -> "Image":
 
 
 def page(made: Explanation) -> str:
-    """The page `explain.html`, filled in: it needs no other file and no network."""
+    """The page `attention_report.html`, filled in: it needs no other file and no network."""
 
     def said(text: str) -> str:
         return html.escape(shown(text))
@@ -181,7 +181,7 @@ def page(made: Explanation) -> str:
         "facts": "".join(facts),
         "views": "".join(views),
     }
-    template = (HERE / "explain.html").read_text(encoding="utf-8")
+    template = (HERE / "attention_report.html").read_text(encoding="utf-8")
     return re.sub(r"{{(\w+)}}", lambda match: filled[match[1]], template)
 
 

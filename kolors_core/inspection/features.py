@@ -30,8 +30,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from kolors_core.validation import whole_number
 from kolors_core.devices import plain
+from kolors_core.validation import whole_number
 
 Patterns = str | Sequence[str]
 Steps = Collection[int] | None

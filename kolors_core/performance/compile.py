@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kolors_core.chatglm import Layer as ChatGLMLayer
 from kolors_core.adapters.clip_vision import Layer as CLIPLayer
 from kolors_core.adapters.ip_adapter import ResamplerLayer
+from kolors_core.chatglm import Layer as ChatGLMLayer
 from kolors_core.unet import ResBlock, TransformerBlock
 from kolors_core.vae import Attention as VAEAttention
 from kolors_core.vae import ResBlock as VAEResBlock

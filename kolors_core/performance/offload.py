@@ -17,8 +17,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from kolors_core.performance.compile import BLOCKS
 from kolors_core.devices import plain
+from kolors_core.performance.compile import BLOCKS
 
 STAGES = ("text_encoder", "image_encoder", "unet", "vae")  # a run's order, until a run has shown its own
 Models = Mapping[str, Sequence[nn.Module]]  # by stage

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.adapters.lora import shares_of
+from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.tokenizer import TokenBatch
 from weights_convert.safetensors_files import Source, save_tensors
 

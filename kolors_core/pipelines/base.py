@@ -7,6 +7,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.adapters.controlnet import ControlNet, check_fits, nets_of
+from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import (
     EMBEDDED_NAME,
@@ -20,15 +23,6 @@ from kolors_core.checkpoint import (
     save_component,
     save_frame,
 )
-from kolors_core.adapters.clip_vision import CLIPVision
-from kolors_core.performance.compile import GRAPHED, compile_blocks
-from kolors_core.adapters.controlnet import ControlNet, check_fits, nets_of
-from kolors_core.validation import path_of
-from kolors_core.pipelines.fitting import must_fit, refuse_stranger
-from kolors_core.performance.cuda_graphs import Graphs
-from kolors_core.guidance import guided
-from kolors_core.adapters.ip_adapter import attached
-from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.devices import (
     Dtypes,
     dtype_of,
@@ -40,14 +34,20 @@ from kolors_core.devices import (
     refuse_pickles,
     refuse_second_copy,
 )
+from kolors_core.guidance import guided
+from kolors_core.performance.compile import GRAPHED, compile_blocks
+from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import PromptCache
-from kolors_core.precompute import Savings
+from kolors_core.pipelines.fitting import must_fit, refuse_stranger
 from kolors_core.pipelines.running import RunState
+from kolors_core.precompute import Savings
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
+from kolors_core.validation import path_of
 from weights_convert.atomic_write import new_folder
 
 _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; None is a component left out

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from kolors_core.adapters.controlnet import Control, ControlNet, ControlNetConfig, has_several, nets_of
 from kolors_core.checkpoint import (
     EMBEDDED,
     EMBEDDED_NAME,
@@ -24,11 +25,6 @@ from kolors_core.checkpoint import (
     save_component,
     weights_in,
 )
-from kolors_core.pipelines.base import Components
-from kolors_core.adapters.controlnet import Control, ControlNet, ControlNetConfig, has_several, nets_of
-from kolors_core.validation import path_of
-from kolors_core.image import control_pixels
-from kolors_core.loading import LoadReport, load
 from kolors_core.devices import (
     Dtypes,
     dtype_of,
@@ -37,10 +33,14 @@ from kolors_core.devices import (
     refuse_pickles,
     refuse_second_copy,
 )
+from kolors_core.image import control_pixels
+from kolors_core.loading import LoadReport, load
 from kolors_core.performance.quantize import refuse_quantized
+from kolors_core.pipelines.base import Components
 from kolors_core.unet import UNet
-from weights_convert.safetensors_files import Source, Tensors
+from kolors_core.validation import path_of
 from weights_convert.atomic_write import new_folder
+from weights_convert.safetensors_files import Source, Tensors
 
 DEFAULT_SCALE = 0.8
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from kolors_core.conditioning import Conditioning
-from kolors_core.validation import finite_number, whole_number
-from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.devices import finite
+from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.precompute import Savings
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Schedule, Scheduler
 from kolors_core.unet import UNet
+from kolors_core.validation import finite_number, whole_number
 
 # The reference's names of a `Conditioning`'s fields: of both halves, and of the negative half alone.
 FIELDS = ("text_tokens", "pooled_text", "size_ids")

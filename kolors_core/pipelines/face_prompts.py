@@ -13,13 +13,13 @@ from torch import Tensor
 
 from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.face_id import FaceIDAdapter
-from kolors_core.validation import path_of
-from kolors_core.hub import find_file
-from kolors_core.pipelines.image_prompts import Guides, ImagePrompting, guide
 from kolors_core.adapters.ip_adapter import Attached, attach, attached
 from kolors_core.devices import finite, plain, refuse_second_copy
-from weights_convert.untrusted_files import one_line
+from kolors_core.hub import find_file
+from kolors_core.pipelines.image_prompts import Guides, ImagePrompting, guide
+from kolors_core.validation import path_of
 from weights_convert.safetensors_files import Source
+from weights_convert.untrusted_files import one_line
 
 PATCHES = 577  # of a picture that guides, where no image encoder tells
 

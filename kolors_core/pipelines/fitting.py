@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from kolors_core.chatglm import ChatGLM
 from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.chatglm import ChatGLM
 from kolors_core.devices import plain
 from kolors_core.precompute import Savings
 from kolors_core.schedule import Scheduler

@@ -12,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kolors_core.checkpoint import load_component
 from kolors_core.adapters.clip_vision import CLIPVision
-from kolors_core.pipelines.base import Components
+from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
+from kolors_core.adapters.ip_adapter import Attached, ImageAdapter, IPAdapter, attach, attached
+from kolors_core.checkpoint import load_component
 from kolors_core.config import IPAdapterConfig
 from kolors_core.context import ImagePrompt
-from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
-from kolors_core.validation import new_path, path_of, whole_number
-from kolors_core.hub import find_file, refuse_unused
-from kolors_core.image import clip_pixels
-from kolors_core.adapters.ip_adapter import Attached, ImageAdapter, IPAdapter, attach, attached
-from kolors_core.loading import load
 from kolors_core.devices import (
     dtype_of,
     finite,
@@ -31,6 +26,11 @@ from kolors_core.devices import (
     plain,
     refuse_second_copy,
 )
+from kolors_core.hub import find_file, refuse_unused
+from kolors_core.image import clip_pixels
+from kolors_core.loading import load
+from kolors_core.pipelines.base import Components
+from kolors_core.validation import new_path, path_of, whole_number
 from weights_convert import recognise
 from weights_convert.safetensors_files import Source, Tensors, save_tensors
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kolors_core.validation import fraction_of
-from kolors_core.image import vae_pixels
 from kolors_core.devices import finite
+from kolors_core.image import vae_pixels
 from kolors_core.pipelines.memory_plan import Planning
 from kolors_core.sampling import Generators, draw_noise
 from kolors_core.schedule import Schedule
+from kolors_core.validation import fraction_of
 
 
 class FromPicture(Planning):

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from kolors_core.pipelines.denoising_loop import StepCallback
-from kolors_core.pipelines.image_to_image import FromPicture, for_each
-from kolors_core.pipelines.holding import holding
 from kolors_core.image import Size, vae_pixels
+from kolors_core.pipelines.denoising_loop import StepCallback
+from kolors_core.pipelines.holding import holding
+from kolors_core.pipelines.image_to_image import FromPicture, for_each
 from kolors_core.pipelines.masks import Box, crop_region, fitted, grey, put_back, repainted, size_of
 from kolors_core.pipelines.running import run
-from kolors_core.sampling import Generators
 from kolors_core.pipelines.stages import Extras, KolorsPipelineOutput, Request
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
+from kolors_core.sampling import Generators
 
 if TYPE_CHECKING:
     from PIL.Image import Image

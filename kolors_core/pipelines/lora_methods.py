@@ -14,9 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from kolors_core.adapters.block_scales import BlockScale
-from kolors_core.chatglm import ChatGLM
-from kolors_core.validation import finite_number, path_of
-from kolors_core.hub import find_file, refuse_unused
 from kolors_core.adapters.lora import (
     adapters,
     check_name,
@@ -29,9 +26,12 @@ from kolors_core.adapters.lora import (
     unload,
 )
 from kolors_core.adapters.lora_files import METADATA, LoRAReport, configs_of, read
+from kolors_core.chatglm import ChatGLM
 from kolors_core.devices import plain, refuse_second_copy
+from kolors_core.hub import find_file, refuse_unused
 from kolors_core.performance.quantize import refuse_quantized
 from kolors_core.unet import UNet
+from kolors_core.validation import finite_number, path_of
 from weights_convert.safetensors_files import PICKLES, Source, Tensors, save_tensors
 
 COMPONENTS = ("unet", "text_encoder")

@@ -22,18 +22,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kolors_core.adapters.controlnet import nets_of
+from kolors_core.adapters.ip_adapter import attached
 from kolors_core.attention import planned_for
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import KINDS
-from kolors_core.adapters.controlnet import nets_of
-from kolors_core.validation import whole_number
-from kolors_core.adapters.ip_adapter import attached
-from kolors_core.performance.offload import Lane, Models, Offload, bytes_of, whole
 from kolors_core.devices import plain, planned_device
+from kolors_core.performance.offload import Lane, Models, Offload, bytes_of, whole
 from kolors_core.pipelines.stages import Request, Task
-from kolors_core.tempering import throughout
 from kolors_core.pipelines.text_prompts import MAX_TOKENS
+from kolors_core.tempering import throughout
 from kolors_core.tokenizer import TokenBatch
+from kolors_core.validation import whole_number
 
 META = torch.device("meta")
 STEPS = 2  # of the denoiser: in the second what comes next is known, and the sampler has a past

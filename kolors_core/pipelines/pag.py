@@ -12,18 +12,18 @@ from typing import Any, Self, Unpack
 
 from torch import Tensor
 
-from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.checkpoint import EMBEDDED_NAME
-from kolors_core.pipelines.base import Components
-from kolors_core.validation import finite_number
 from kolors_core.guidance import guided
 from kolors_core.image import Size
-from kolors_core.pipelines.perturbed import Layers, perturbed, perturbed_layers
-from kolors_core.pipelines.text_to_image import KolorsPipeline
+from kolors_core.pipelines.base import Components
+from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.memory_plan import Plan
-from kolors_core.sampling import Generators
+from kolors_core.pipelines.perturbed import Layers, perturbed, perturbed_layers
 from kolors_core.pipelines.stages import Extras, KolorsPipelineOutput
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
+from kolors_core.pipelines.text_to_image import KolorsPipeline
+from kolors_core.sampling import Generators
+from kolors_core.validation import finite_number
 
 _OWN = ("self", "extras", "pag_scale", "pag_adaptive_scale", "__class__")  # locals, but not KolorsPipeline's
 

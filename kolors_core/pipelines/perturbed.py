@@ -12,14 +12,14 @@ from functools import partial
 from torch import Tensor
 
 from kolors_core.conditioning import Conditioning
-from kolors_core.validation import finite_number
-from kolors_core.performance.cuda_graphs import Graphs
-from kolors_core.guidance import combined
 from kolors_core.devices import plain
+from kolors_core.guidance import combined
+from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
 from kolors_core.tempering import Interval, rescaling, within
 from kolors_core.unet import TransformerBlock, UNet
+from kolors_core.validation import finite_number
 from weights_convert import TABLES
 
 Layers = str | Sequence[str]

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.pipelines.base import Components
 from kolors_core.conditioning import Conditioning, beside, size_ids
 from kolors_core.context import ImagePrompt
-from kolors_core.guidance import guided
-from kolors_core.adapters.ip_adapter import attached
 from kolors_core.devices import plain
+from kolors_core.guidance import guided
 from kolors_core.performance.quantize import quantizable, quantize, weight_bytes
+from kolors_core.pipelines.base import Components
 from kolors_core.sampling import draw_noise, sampler_of
 
 # What is encoded before and after. The first is drawn, away from the last: guidance's usual negative prompt.
@@ -98,7 +98,7 @@ class Quantizing(Components):
         """Hold the linear layers of the text encoder, the UNet or both in 8 or 4 bits; None leaves it alone.
 
         Measures what that changes by running both models before and after, where and as the pipeline runs
-        them; `kolors_core.performance.quantize.quantize` of a model alone runs nothing. To go back, load again. LoRAs are
+        them; `performance.quantize.quantize` of a model alone runs nothing. To go back, load again. LoRAs are
         loaded after it. An IP-Adapter may be there already; it is measured with pictures that say nothing.
         Raises ValueError, before anything is changed, if nothing is asked for, there is no text encoder, or
         for what `quantizable` refuses.

@@ -1,7 +1,7 @@
 """Models from single files, as ComfyUI's users have them, and a whole pipeline in one file.
 
-What a file has is known by its tensors (weights_convert/single_file.py), its sizes by its own configs, by those
-of a checkpoint that is named, or else they are Kolors' own. Source: diffusers' loaders/single_file.py.
+What a file has is known by its tensors (weights_convert/single_file.py), its sizes by its own configs, by
+those of a checkpoint that is named, or else they are Kolors' own. Source: diffusers' loaders/single_file.py.
 """
 
 import re
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.checkpoint import KINDS, Opened, read_json, resolve, write_json
-from kolors_core.pipelines.base import Components
 from kolors_core.config import UNetConfig
-from kolors_core.validation import path_of
+from kolors_core.devices import loading_device
 from kolors_core.hub import find_file
 from kolors_core.loading import check
-from kolors_core.devices import loading_device
 from kolors_core.performance.quantize import WHOLE_ROWS, quantize
-from weights_convert.folder_to_single_file import to_single, unpack
-from weights_convert.single_file import Part, open_parts
-from weights_convert.safetensors_files import Source
+from kolors_core.pipelines.base import Components
+from kolors_core.validation import path_of
 from weights_convert.atomic_write import scratch_beside
+from weights_convert.folder_to_single_file import to_single, unpack
+from weights_convert.safetensors_files import Source
+from weights_convert.single_file import Part, open_parts
 
 # What stands around Kolors' models where no file says it.
 SCHEDULER = {

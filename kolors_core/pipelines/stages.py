@@ -15,26 +15,26 @@ from typing import Any, NamedTuple, Self, TypedDict
 import torch
 from torch import Tensor
 
-from kolors_core.pipelines.denoising_loop import NAMES, Run, StepCallback
+from kolors_core.adapters.controlnet import Control
+from kolors_core.adapters.face_id import FaceIDAdapter
+from kolors_core.adapters.freeu import FreeUSwitch
+from kolors_core.adapters.ip_adapter import attached
+from kolors_core.adapters.textual_inversion import words_of
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.conditioning import Conditioning, is_origin, size_ids_of_both
 from kolors_core.config import VERSION
-from kolors_core.pipelines.control_images import DEFAULT_SCALE, Controlling
-from kolors_core.adapters.controlnet import Control
-from kolors_core.adapters.face_id import FaceIDAdapter
-from kolors_core.pipelines.face_prompts import FacePrompting
-from kolors_core.validation import whole_number
-from kolors_core.adapters.freeu import FreeUSwitch
-from kolors_core.image import OUTPUT_TYPES, Size, describe, to_output
-from kolors_core.adapters.ip_adapter import attached
-from kolors_core.pipelines.lora_methods import LoRALoading
 from kolors_core.devices import finite, plain
+from kolors_core.image import OUTPUT_TYPES, Size, describe, to_output
+from kolors_core.pipelines.control_images import DEFAULT_SCALE, Controlling
+from kolors_core.pipelines.denoising_loop import NAMES, Run, StepCallback
+from kolors_core.pipelines.face_prompts import FacePrompting
+from kolors_core.pipelines.lora_methods import LoRALoading
 from kolors_core.pipelines.quantization_report import Quantizing
-from kolors_core.sampling import Generators, Sampler, draw_noise, sampler_of
-from kolors_core.schedule import Schedule
 from kolors_core.pipelines.single_file import SingleFile
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, TextPrompting
-from kolors_core.adapters.textual_inversion import words_of
+from kolors_core.sampling import Generators, Sampler, draw_noise, sampler_of
+from kolors_core.schedule import Schedule
+from kolors_core.validation import whole_number
 
 
 class KolorsPipelineOutput(NamedTuple):

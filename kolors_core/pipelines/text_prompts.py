@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kolors_core.adapters.textual_inversion import TextualInversion, words_of
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.pipelines.base import Components
-from kolors_core.validation import whole_number
 from kolors_core.devices import named_device, plain
 from kolors_core.performance.prompt_cache import Key
-from kolors_core.adapters.textual_inversion import TextualInversion, words_of
+from kolors_core.pipelines.base import Components
+from kolors_core.validation import whole_number
 
 Prompt = str | Sequence[str]
 

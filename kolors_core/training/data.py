@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kolors_core.validation import LARGEST_SEED, finite_number, path_of, whole_number
 from kolors_core.image import load_image, naming
+from kolors_core.validation import LARGEST_SEED, finite_number, path_of, whole_number
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 

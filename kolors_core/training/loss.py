@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kolors_core.adapters.controlnet import ControlNet
+from kolors_core.adapters.textual_inversion import vectors_of
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import beside, size_ids
-from kolors_core.adapters.controlnet import ControlNet
-from kolors_core.training.data import Batches, Example, load_pixels, mix
-from kolors_core.validation import LARGEST_SEED, finite_number, whole_number
 from kolors_core.image import control_pixels, to_output
 from kolors_core.module import Module
-from kolors_core.adapters.textual_inversion import vectors_of
 from kolors_core.tokenizer import TokenBatch, Tokenizer
+from kolors_core.training.data import Batches, Example, load_pixels, mix
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
+from kolors_core.validation import LARGEST_SEED, finite_number, whole_number
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kolors_core import KolorsControlNet
-from kolors_core.config import KOLORS
 from kolors_core.adapters.controlnet import Control, ControlNet, ControlNetConfig, acting, check_fits
+from kolors_core.config import KOLORS
 from kolors_core.performance.quantize import quantize
 from kolors_core.unet import UNet
 from tests.support.controlnets import (

@@ -14,6 +14,7 @@ from kolors_core import KolorsImg2ImgPipeline, KolorsPAGPipeline, KolorsPipeline
 from kolors_core.adapters.freeu import FreeU, FreeUSwitch
 from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.unet import UNet
+from tests.performance.test_compile import Recorder
 from tests.support.parity import assert_parity, first_divergence, pair
 from tests.support.pipelines import (
     NO_SAVINGS,
@@ -26,7 +27,6 @@ from tests.support.pipelines import (
     use_solver,
 )
 from tests.support.small import EXACT, FLOAT32, SMALL, relative_error
-from tests.performance.test_compile import Recorder
 from tests.test_unet import inputs, run_reference
 
 SDXL = {"s1": 0.6, "s2": 0.4, "b1": 1.1, "b2": 1.2}  # what its authors recommend

@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from kolors_core.adapters.block_scales import BlockScale, block_scales
-from kolors_core.context import Context
 from kolors_core.adapters.ip_adapter import ImageBranch
 from kolors_core.adapters.lora import (
     TEXT_TARGETS,
@@ -26,6 +25,7 @@ from kolors_core.adapters.lora import (
     unload,
 )
 from kolors_core.adapters.lora_layers import LoRAConv2d, LoRALinear, Part
+from kolors_core.context import Context
 from kolors_core.unet import UNet
 from tests.support.parity import pair, reference_unet
 from tests.support.pipelines import WEAK, Pair, steps_of, use_solver

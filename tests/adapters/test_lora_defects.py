@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kolors_core.pipelines.text_to_image import KolorsImg2ImgPipeline
+from tests.adapters.test_lora_files import ALPHA, written
 from tests.support.loras import (
     ATTENTION,
     TEXT,
@@ -21,7 +22,6 @@ from tests.support.loras import (
 )
 from tests.support.pipelines import Pair
 from tests.support.small import EXACT
-from tests.adapters.test_lora_files import ALPHA, written
 
 
 @pytest.fixture

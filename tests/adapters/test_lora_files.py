@@ -16,9 +16,9 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kolors_core.adapters.lora import linear_and_conv
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import KOLORS
-from kolors_core.adapters.lora import linear_and_conv
 from kolors_core.unet import UNet
 from tests.support.loras import (
     ALPHA,

@@ -14,19 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.cli.generate import main
+from kolors_core.adapters.textual_inversion import add_words, remove_words, save_words, vectors_of, words_of
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import EMBEDDED, load_component
-from kolors_core.training.data import Batches, read_folder
-from kolors_core.image import read_description
-from kolors_core.training.loss import Data, Objective, TrainingConfig
+from kolors_core.cli.generate import main
 from kolors_core.cli.options import with_word
+from kolors_core.image import read_description
 from kolors_core.performance.prompt_cache import PromptCache
 from kolors_core.performance.quantize import quantize
 from kolors_core.precompute import Savings
 from kolors_core.schedule import EulerDiscreteScheduler
-from kolors_core.adapters.textual_inversion import add_words, remove_words, save_words, vectors_of, words_of
 from kolors_core.tokenizer import Tokenizer
+from kolors_core.training.data import Batches, read_folder
+from kolors_core.training.loss import Data, Objective, TrainingConfig
 from kolors_core.training.trainer import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE

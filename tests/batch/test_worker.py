@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from kolors_core import KolorsPipeline
-from kolors_core.cli.generate import main as draw_one
-from kolors_core.batch.worker import Worker, main, parser
-from kolors_core.image import read_description
-from kolors_core.batch.prompt_file import fingerprint_of, read_lines
 from kolors_core.adapters.lora import attach, save_adapters
+from kolors_core.batch.prompt_file import fingerprint_of, read_lines
+from kolors_core.batch.worker import Worker, main, parser
+from kolors_core.cli.generate import main as draw_one
+from kolors_core.image import read_description
 from tests.support.batch_worker import draw_unlike, measure_split
 from tests.support.two_processes import start_two
 
@@ -140,7 +140,7 @@ def test_who_is_killed_is_replaced_by_the_other(prompts: Path, undisturbed: Path
 def test_a_rerun_finishes_what_was_killed(prompts: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Under torchrun; with what a killed process, or a power cut, can leave behind."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "kolors_core.batch.worker", str(prompts), str(tmp_path), "--device", "cpu", "-q"]  # fmt: skip
+               "kolors_core.batch", str(prompts), str(tmp_path), "--device", "cpu", "-q"]  # fmt: skip
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as run:
         wait_for_records(tmp_path, 2)
         workers = {record["process"].split()[-1] for record in records(tmp_path)}

@@ -24,9 +24,9 @@ from benchmarks.tiny.text import CaptionSource, train
 from kolors_core import canny
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.config import TINY
+from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import Example, read_folder
 from kolors_core.training.loss import TrainingConfig
-from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.trainer import Trainer
 from kolors_core.vae import VAE
 from tests.support.small import EXACT, SMALL, randomise, relative_error

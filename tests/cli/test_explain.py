@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 
 from kolors_core import KolorsPipeline, record_attention
-from kolors_core.cli.generate import main
 from kolors_core.cli.explain import explained, tokens_of, write
+from kolors_core.cli.generate import main
+from kolors_core.image import read_description
 from kolors_core.inspection.attention_report import (
     GAP,
     TILE,
@@ -37,7 +38,6 @@ from kolors_core.inspection.attention_report import (
     shown,
     wrapped,
 )
-from kolors_core.image import read_description
 from kolors_core.tokenizer import Tokenizer
 from tests.support.pipelines import picture
 

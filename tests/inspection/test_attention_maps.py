@@ -11,25 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core import KolorsPAGPipeline, KolorsPipeline, record_attention
-
 from kolors_core.adapters import lora
-from kolors_core.inspection.attention_maps import AttentionMaps
-from kolors_core.performance.compile import compile_blocks
-from kolors_core.conditioning import Conditioning
-from kolors_core.context import ImagePrompt
-from kolors_core.performance.cuda_graphs import Graphs
-from kolors_core.guidance import guided
 from kolors_core.adapters.ip_adapter import IPAdapter, attach, attached
 from kolors_core.adapters.lora_layers import LoRALayer
+from kolors_core.conditioning import Conditioning
+from kolors_core.context import ImagePrompt
+from kolors_core.guidance import guided
+from kolors_core.inspection.attention_maps import AttentionMaps
+from kolors_core.performance.compile import compile_blocks
+from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import Attention, UNet
+from tests.performance.test_compile import Recorder
 from tests.support.controlnets import net_pair
 from tests.support.ip_adapters import Both, adapter_config, guided_steps
 from tests.support.offloads import offloaded
 from tests.support.parity import pair
 from tests.support.pipelines import NO_SAVINGS, Pair, saving, steps_of
 from tests.support.small import EXACT, FLOAT32, randomise, relative_error
-from tests.performance.test_compile import Recorder
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES
 

@@ -10,22 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core import KolorsPipeline, capture, inject
-
 from kolors_core.adapters import lora
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.performance.compile import compile_blocks
 from kolors_core.conditioning import Conditioning
-from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.guidance import guided
+from kolors_core.performance.compile import compile_blocks
+from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.precompute import Savings
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import UNet
+from tests.performance.test_compile import Recorder
 from tests.support.controlnets import net_pair
 from tests.support.offloads import offloaded
 from tests.support.parity import pair
 from tests.support.pipelines import NO_SAVINGS, Pair, saving, steps_of
 from tests.support.small import EXACT, relative_error
-from tests.performance.test_compile import Recorder
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES
 

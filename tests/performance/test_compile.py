@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from kolors_core import KolorsPipeline
-
 from kolors_core.adapters import lora
+from kolors_core.adapters.ip_adapter import attached
 from kolors_core.attention import attention_kernel
-from kolors_core.performance.compile import BLOCKS, compile_blocks
 from kolors_core.conditioning import Conditioning
 from kolors_core.config import KOLORS
-from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.guidance import guided
-from kolors_core.adapters.ip_adapter import attached
+from kolors_core.performance.compile import BLOCKS, compile_blocks
+from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import UNet

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from kolors_core import KolorsPipeline
-from kolors_core.chatglm import ChatGLM
 from kolors_core.adapters.lora import TEXT_TARGETS, attach
+from kolors_core.chatglm import ChatGLM
 from kolors_core.performance.prompt_cache import Key, PromptCache
 from kolors_core.performance.quantize import quantize
 from kolors_core.precompute import Savings

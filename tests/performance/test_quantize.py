@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core import KolorsPipeline
+from kolors_core.adapters.lora import Adapter, attach, fuse
+from kolors_core.adapters.lora_layers import LoRAQuantizedLinear
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import save_component
 from kolors_core.config import ChatGLMConfig, UNetConfig
 from kolors_core.loading import load
-from kolors_core.adapters.lora import Adapter, attach, fuse
-from kolors_core.adapters.lora_layers import LoRAQuantizedLinear
 from kolors_core.performance.quantize import QuantizedLinear, is_quantized, quantize, weight_bytes
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet

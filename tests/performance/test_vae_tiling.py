@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
-
-from kolors_core.performance import vae_tiling as vae_tiles
 from kolors_core.attention import planned_for
-from kolors_core.performance.compile import compile_blocks
 from kolors_core.config import KOLORS
+from kolors_core.performance import vae_tiling as vae_tiles
+from kolors_core.performance.compile import compile_blocks
 from kolors_core.performance.offload import bytes_of
 from kolors_core.pipelines.memory_plan import Ledger
 from kolors_core.vae import VAE, ResBlock

@@ -22,8 +22,8 @@ from kolors_core import (
     KolorsPipeline,
     SDXLCFGCutoffCallback,
 )
-from kolors_core.conditioning import Conditioning
 from kolors_core.adapters.controlnet import Control
+from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
 from kolors_core.image import control_pixels
 from tests.support.controlnets import NET, write_controlnet

@@ -14,18 +14,18 @@ from torch import Tensor
 from kolors_core import KolorsImg2ImgPipeline, KolorsInpaintPipeline, KolorsPipeline, SDXLCFGCutoffCallback
 from kolors_core.conditioning import Conditioning
 from kolors_core.config import KOLORS, UNetConfig
-from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.guidance import guided
 from kolors_core.loading import check
+from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.sampling import euler
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import UNet
+from tests.performance.test_compile import Recorder
 from tests.support.inpainting import NINE, Nine, mask_of
 from tests.support.parity import pair
 from tests.support.pipelines import NO_SAVINGS, Pair, picture, saving, steps_of
 from tests.support.reference_folder import reference_pipeline
 from tests.support.small import EXACT, SHALLOW, relative_error
-from tests.performance.test_compile import Recorder
 from tests.test_unet import inputs
 from weights_convert import TABLES
 from weights_convert.safetensors_files import Tensors

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kolors_core import KolorsPipeline
 from kolors_core.adapters.lora import attach
+from tests.adapters.test_lora_files import trained, written
 from tests.support.loras import (
     ATTENTION,
     CONV,
@@ -31,7 +32,6 @@ from tests.support.loras import (
 from tests.support.parity import pair, reference_unet
 from tests.support.pipelines import Pair, steps_of
 from tests.support.small import EXACT, FLOAT32, SMALL, relative_error
-from tests.adapters.test_lora_files import trained, written
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES
 

@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from kolors_core import EulerDiscreteScheduler, KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.cli.generate import main
+from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.adapters.ip_adapter import IPAdapter, attach
+from kolors_core.adapters.lora import attach as attach_lora
 from kolors_core.attention import attention, attention_kernel, planned_for
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import Unfilled
-from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.cli.generate import main
 from kolors_core.config import KOLORS, ChatGLMConfig, KolorsConfig, UNetConfig, VAEConfig
-from kolors_core.adapters.ip_adapter import IPAdapter, attach
-from kolors_core.adapters.lora import attach as attach_lora
-from kolors_core.pipelines.memory_plan import Ledger, Plan
 from kolors_core.performance.quantize import quantize, weight_bytes
+from kolors_core.pipelines.memory_plan import Ledger, Plan
 from kolors_core.precompute import Savings
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import TransformerBlock, UNet

@@ -16,11 +16,12 @@ from kolors_core import KolorsImg2ImgPipeline, KolorsPAGPipeline, KolorsPipeline
 from kolors_core.adapters import lora as loras
 from kolors_core.conditioning import Conditioning
 from kolors_core.config import KolorsConfig
-from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.guidance import guided
+from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.pipelines.perturbed import perturbed, perturbed_layers
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import Attention, UNet
+from tests.performance.test_compile import Recorder
 from tests.support.ip_adapters import Both
 from tests.support.parity import pair
 from tests.support.pipelines import (
@@ -34,7 +35,6 @@ from tests.support.pipelines import (
     use_solver,
 )
 from tests.support.small import EXACT, FLOAT32, SHALLOW, relative_error
-from tests.performance.test_compile import Recorder
 from tests.test_unet import inputs
 
 LAYERS: list[Any] = [

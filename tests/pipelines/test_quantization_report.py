@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kolors_core import KolorsPipeline
+from kolors_core.adapters.ip_adapter import ImageBranch
 from kolors_core.cli.generate import main
 from kolors_core.image import read_description
-from kolors_core.adapters.ip_adapter import ImageBranch
 from kolors_core.performance.quantize import is_quantized, quantize, weight_bytes
 from tests.support.ip_adapters import Both, guided_steps, load_both
 from tests.support.offloads import offloaded

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.cli.generate import main as command
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import load_component
+from kolors_core.cli.generate import main as command
 from kolors_core.config import KOLORS, ChatGLMConfig
 from kolors_core.performance.quantize import QuantizedLinear, is_quantized
 from kolors_core.pipelines.single_file import load_model

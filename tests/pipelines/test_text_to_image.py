@@ -15,9 +15,9 @@ import torch
 
 import kolors_core
 from kolors_core import DPMSolverMultistepScheduler, KolorsPipeline
+from kolors_core.adapters.lora import TEXT_TARGETS, attach
 from kolors_core.chatglm import ChatGLM
 from kolors_core.image import read_description
-from kolors_core.adapters.lora import TEXT_TARGETS, attach
 from kolors_core.performance.prompt_cache import PromptCache
 from kolors_core.precompute import Savings
 from kolors_core.unet import UNet

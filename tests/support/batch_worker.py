@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 from kolors_core import KolorsPipeline
-from kolors_core.batch.worker import main
-from kolors_core.guidance import guided
-from kolors_core.devices import join_processes
 from kolors_core.batch.split_guidance import Pair
+from kolors_core.batch.worker import main
+from kolors_core.devices import join_processes
+from kolors_core.guidance import guided
 
 
 def draw_unlike(*arguments: list[str]) -> int:

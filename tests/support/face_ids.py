@@ -10,8 +10,8 @@ from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kolors_core.config import UNetConfig
 from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
+from kolors_core.config import UNetConfig
 from tests.support.ip_adapters import adapter_config
 from tests.support.pipelines import picture
 from tests.support.small import SMALL, randomise

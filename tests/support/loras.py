@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kolors_core.chatglm import ChatGLM
 from kolors_core.adapters.lora import linear_and_conv
+from kolors_core.chatglm import ChatGLM
 from kolors_core.pipelines.lora_methods import LoRALoading
 from kolors_core.unet import UNet
 from tests.support.small import relative_error

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kolors_core.pipelines.base import Components
 from kolors_core.performance.offload import Lane, Offload
+from kolors_core.pipelines.base import Components
 
 ACCELERATOR = torch.device("cpu", 0)  # the CPU under another name: a stand-in where there is no accelerator
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kolors_core.config import KOLORS
 from tests.support.parity import reference_unet
-from weights_convert.sgm import is_pointwise, public_to_sgm
 from weights_convert.safetensors_files import Source
+from weights_convert.sgm import is_pointwise, public_to_sgm
 
 State = dict[str, Tensor]
 LINEAR = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.training.data import Batches, read_folder
-from kolors_core.training.loss import Data, Objective, TrainingConfig
 from kolors_core.devices import join_processes
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
+from kolors_core.training.data import Batches, read_folder
+from kolors_core.training.loss import Data, Objective, TrainingConfig
 from kolors_core.training.trainer import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE

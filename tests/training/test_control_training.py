@@ -11,10 +11,10 @@ from PIL import Image
 
 from kolors_core import KolorsControlNet, canny
 from kolors_core.chatglm import ChatGLM, TextEmbedding
-from kolors_core.training.data import Batches, read_folder
-from kolors_core.training.loss import Batch, Data, Objective, TrainingConfig
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
+from kolors_core.training.data import Batches, read_folder
+from kolors_core.training.loss import Batch, Data, Objective, TrainingConfig
 from kolors_core.training.trainer import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE

@@ -8,19 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
-from kolors_core.training.data import Batches, load_pixels, read_folder
 from kolors_core.loading import load, padded
-from kolors_core.training.masked_data import MaskedData, random_masks
-from kolors_core.training.loss import Data, Objective
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
+from kolors_core.training.data import Batches, load_pixels, read_folder
+from kolors_core.training.loss import Data, Objective
+from kolors_core.training.masked_data import MaskedData, random_masks
 from kolors_core.training.trainer import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.support.parity import pair
 from tests.support.small import SHALLOW, SMALL, randomise, relative_error
-from tests.training.test_data import write_pictures
 from tests.support.train_worker import CONFIG
+from tests.training.test_data import write_pictures
 from weights_convert.safetensors_files import Tensors
 
 CPU = torch.device("cpu")

@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from kolors_core.chatglm import TextEmbedding
 from kolors_core.adapters.lora import attach
-from kolors_core.training.loss import Batch, Objective, TrainingConfig
+from kolors_core.chatglm import TextEmbedding
 from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.training.loss import Batch, Objective, TrainingConfig
 from kolors_core.training.trainer import Trainer
 from tests.support.parity import pair
 from tests.support.reference_folder import KOLORS_SCHEDULER
 from tests.support.small import EXACT, SMALL, relative_error
-from tests.training.test_data import write_pictures
 from tests.support.train_worker import CONFIG, Killed, kill, make_trainer, train_killed_and_resumed
 from tests.support.two_processes import start_two
+from tests.training.test_data import write_pictures
 from weights_convert.safetensors_files import save_tensors
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from weights_convert.safetensors_files import Source, save_tensors
 from weights_convert.atomic_write import copy_file, new_file, new_folder, write_bytes
+from weights_convert.safetensors_files import Source, save_tensors
 
 ROOT = Path(__file__).parents[2]
 

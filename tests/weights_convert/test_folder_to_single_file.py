@@ -16,8 +16,8 @@ from tests.support.single_files import State, behind, in_sgm
 from weights_convert import sgm
 from weights_convert.__main__ import main
 from weights_convert.folder_to_single_file import LAYOUT, to_single
-from weights_convert.sgm import public_to_sgm, sgm_to_public
 from weights_convert.safetensors_files import Source
+from weights_convert.sgm import public_to_sgm, sgm_to_public
 
 
 def same_files(one: Path, other: Path) -> None:
