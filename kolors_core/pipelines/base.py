@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from kolors_core.adapters.clip_vision import CLIPVision
-from kolors_core.adapters.controlnet import ControlNet, check_fits, nets_of
+from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
+from kolors_core.adapters.controlnet import ControlNet, as_list, check_fits
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import (
@@ -35,8 +35,9 @@ from kolors_core.devices import (
     refuse_second_copy,
 )
 from kolors_core.guidance import guided
+from kolors_core.module import WrapStep
 from kolors_core.performance.compile import GRAPHED, compile_blocks
-from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import PromptCache
 from kolors_core.pipelines.fitting import must_fit, refuse_stranger
@@ -50,6 +51,7 @@ from kolors_core.vae import VAE
 from kolors_core.validation import path_of
 from weights_convert.atomic_write import new_folder
 
+MODELS = KINDS | {"image_encoder": IMAGE_ENCODER}  # all models of a pipeline's checkpoint
 _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; None is a component left out
 
 
@@ -88,7 +90,7 @@ class Components(RunState):
         self.guided: Callable[..., Denoise] = guided  # another rule of its signature may stand here
         self.sampler: Sampler | None = None  # another than the scheduler's, such as a function like `euler`
         self.pag_applied_layers = ["mid"]  # of `KolorsPAGPipeline`; another task keeps them for it
-        self._graphs: Graphs | None = None  # if `compile` was asked for them
+        self._wrap_step: WrapStep | None = None  # CUDA graphs, if `compile` was asked for them
         self.prompt_cache = PromptCache()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -98,7 +100,7 @@ class Components(RunState):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: whose prompts and recorded graphs are not kept."""
-        return self.__dict__ | {"prompt_cache": PromptCache(), "_graphs": None}
+        return self.__dict__ | {"prompt_cache": PromptCache(), "_wrap_step": None}
 
     @classmethod
     def from_pretrained(
@@ -139,7 +141,7 @@ class Components(RunState):
             "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae,
             "scheduler": scheduler, "image_encoder": image_encoder,
         }  # fmt: skip
-        dtypes = {component: dtype_of(component, asked) for component in KINDS}
+        dtypes = {component: dtype_of(component, asked) for component in MODELS}
         wanted = [component for component, value in parts.items() if value is _LOAD]
         device = loading_device(device)
         has_weights = device.type != "meta"
@@ -156,7 +158,9 @@ class Components(RunState):
             elif component == "scheduler":
                 parts[component] = load_scheduler(folder)
             else:
-                parts[component] = open_component(folder, component, variant=variant, has_weights=has_weights)
+                parts[component] = open_component(
+                    folder, component, variant=variant, has_weights=has_weights, kind=MODELS[component]
+                )
         for component, part in parts.items():  # all fit: only now are weights read
             if isinstance(part, Opened):
                 parts[component] = part.fill(dtypes[component], device)
@@ -180,7 +184,7 @@ class Components(RunState):
         made.offload, made._progress = pipeline.offload, pipeline._progress
         made.savings, made.prompt_cache = pipeline.savings, pipeline.prompt_cache
         made.guided, made.sampler = pipeline.guided, pipeline.sampler
-        made.pag_applied_layers, made._graphs = pipeline.pag_applied_layers, pipeline._graphs
+        made.pag_applied_layers, made._wrap_step = pipeline.pag_applied_layers, pipeline._wrap_step
         return made
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
@@ -239,9 +243,9 @@ class Components(RunState):
         CUDA graph, where the UNet is on CUDA. Other picture sizes, LoRAs and weights go on working. See
         kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
-        for model in (*self._own_models().values(), *nets_of(self.controlnet)):
+        for model in (*self._own_models().values(), *as_list(self.controlnet)):
             compile_blocks(plain(model), mode, backend)
-        self._graphs = Graphs() if mode in GRAPHED and self.device.type == "cuda" else None
+        self._wrap_step = CUDAGraphCache() if mode in GRAPHED and self.device.type == "cuda" else None
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
@@ -305,13 +309,13 @@ class Components(RunState):
 
     def _own_models(self) -> dict[str, Any]:
         """The models that there are, by component."""
-        return {name: getattr(self, name) for name in KINDS if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in MODELS if getattr(self, name) is not None}
 
     def _models(self) -> dict[str, list[nn.Module]]:
         """What moves together, by the component that it works for."""
         adapters = [handle.adapter for handle in attached(self.unet)]
         models = {name: [model] for name, model in self._own_models().items()}
-        return models | {"unet": [self.unet, *adapters, *nets_of(self.controlnet)]}
+        return models | {"unet": [self.unet, *adapters, *as_list(self.controlnet)]}
 
     def _on_device(self, stage: str | None = None) -> None:
         """Under offload, say which model works now, by its component; None when the run is over."""
@@ -354,5 +358,5 @@ class Components(RunState):
     @property
     def components(self) -> dict[str, Any]:
         """What the constructor takes, to build another pipeline that shares it."""
-        names = (*KINDS, "controlnet", "tokenizer", "scheduler", "feature_extractor")
+        names = (*MODELS, "controlnet", "tokenizer", "scheduler", "feature_extractor")
         return {name: getattr(self, name) for name in (*names, "force_zeros_for_empty_prompt")}

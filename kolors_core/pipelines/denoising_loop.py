@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kolors_core.conditioning import Conditioning
 from kolors_core.devices import finite
-from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.module import WrapStep
 from kolors_core.precompute import Savings
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Schedule, Scheduler
@@ -38,7 +38,7 @@ class Pipeline(Protocol):
     scheduler: Scheduler
     savings: Savings
     guided: Callable[..., Denoise]
-    _graphs: Graphs | None
+    _wrap_step: WrapStep | None
     _guidance_scale: float
     _interrupt: bool
 
@@ -84,7 +84,7 @@ class Run:
         pipe = self.pipe
         return pipe.guided(
             pipe.unet, self.schedule, positive, negative, pipe._guidance_scale,
-            read_once=pipe.savings.read_once, graphs=pipe._graphs,
+            precompute=pipe.savings.precompute, wrap_step=pipe._wrap_step,
         )  # fmt: skip
 
     def __call__(self, sampler: Sampler, x: Tensor) -> Tensor:

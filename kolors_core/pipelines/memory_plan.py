@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kolors_core.adapters.controlnet import nets_of
+from kolors_core.adapters.controlnet import as_list
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.attention import planned_for
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.checkpoint import KINDS
 from kolors_core.devices import plain, planned_device
+from kolors_core.guidance import without_interval
 from kolors_core.performance.offload import Lane, Models, Offload, bytes_of, whole
+from kolors_core.pipelines.base import MODELS
 from kolors_core.pipelines.stages import Request, Task
 from kolors_core.pipelines.text_prompts import MAX_TOKENS
-from kolors_core.tempering import throughout
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.validation import whole_number
 
@@ -319,8 +319,8 @@ class Weightless(TorchFunctionMode):
 
 def twin_of(pipe: Task, offload: Offload) -> Task:
     """The pipeline with copies of its models that have no values and no hooks and are not compiled."""
-    models = {name: plain(getattr(pipe, name)) for name in KINDS if getattr(pipe, name) is not None}
-    nets = [plain(net) for net in nets_of(pipe.controlnet)]
+    models = {name: plain(getattr(pipe, name)) for name in MODELS if getattr(pipe, name) is not None}
+    nets = [plain(net) for net in as_list(pipe.controlnet)]
     parts = [*models.values(), *(handle.adapter for handle in attached(models["unet"])), *nets]
     memo = {
         id(hooks): OrderedDict()
@@ -336,7 +336,7 @@ def twin_of(pipe: Task, offload: Offload) -> Task:
     for name, model in copies.items():
         setattr(twin, name, model)
     twin.offload, twin._progress = offload, {"disable": True}
-    twin.guided = throughout(pipe.guided)
+    twin.guided = without_interval(pipe.guided)
     return twin
 
 
@@ -348,12 +348,12 @@ def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, leng
         negative = _encoded(twin, 1, length)
         given |= {"negative_prompt_embeds": negative.tokens, "negative_pooled_prompt_embeds": negative.pooled}
     given |= twin.stand_ins(META, request.is_guided)
-    if nets := nets_of(twin.controlnet):
+    if nets := as_list(twin.controlnet):
         given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
     request = Request(**vars(request) | given)
     halves = twin._conditions(request, size)
     shape, channels = twin._latent_shape(len(halves[0].size_ids), size), twin.unet.config.in_channels
-    positive, negative = (half and half.with_blank_extra(channels, shape) for half in halves)
+    positive, negative = (half and half.with_zero_extra_channels(channels, shape) for half in halves)
     assert positive is not None
     x = torch.empty(shape, device=META, dtype=twin.precision)
     twin._interrupt = False

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from kolors_core.conditioning import Conditioning
 from kolors_core.devices import plain
-from kolors_core.guidance import combined
-from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.guidance import Interval, cfg_rescale, make_denoiser, use_inside_interval
+from kolors_core.module import WrapStep
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
-from kolors_core.tempering import Interval, rescaling, within
 from kolors_core.unet import TransformerBlock, UNet
 from kolors_core.validation import finite_number
 from weights_convert import TABLES
@@ -37,19 +36,19 @@ def perturbed(
     pag_applied_layers: Layers = "mid",
     rescale: float = 0.0,
     interval: Interval | None = None,
-    read_once: bool = True,
-    graphs: Graphs | None = None,
+    precompute: bool = True,
+    wrap_step: WrapStep | None = None,
 ) -> Denoise:
     """As `guidance.guided`, plus pag_scale * (cond - perturbed), with and without classifier-free guidance.
 
     pag_adaptive_scale: takes this much off pag_scale, but no more than all, for each training timestep that
     is denoised already: of the schedule's own number (1,100), where the reference counts from 1,000.
-    pag_applied_layers: see `perturbed_layers`. rescale, interval: see kolors_core/tempering.py; outside of
+    pag_applied_layers: see `perturbed_layers`. rescale, interval: see kolors_core/guidance.py; outside of
     the interval the positive alone is run. Raises ValueError for a scale that is not above 0, and for an
     adaptive one below 0.
     """
     check_scales(pag_scale, pag_adaptive_scale)
-    temper = rescaling(rescale)
+    rescaled = cfg_rescale(rescale)
     parts = (positive, positive) if negative is None or scale <= 1 else (negative, positive, positive)
 
     def combine(timestep: float, noise: Tensor) -> Tensor:
@@ -58,13 +57,13 @@ def perturbed(
         away = pag * (conditional - other)
         if unconditional:
             away = away + (scale - 1) * (conditional - unconditional[0])
-        return temper(conditional + away, conditional)
+        return rescaled(conditional + away, conditional)
 
     rows = [len(positive.text_tokens) * is_one for is_one in perturbed_layers(unet, pag_applied_layers)]
     told = replace(Conditioning.cat(*parts), perturbed=tuple(rows))
-    x0_of = partial(combined, unet, schedule, read_once=read_once, graphs=graphs)
+    x0_of = partial(make_denoiser, unet, schedule, precompute=precompute, wrap_step=wrap_step)
     inside = x0_of(told, len(parts), combine)
-    return inside if interval is None else within(interval, schedule, inside, x0_of(positive))
+    return inside if interval is None else use_inside_interval(interval, schedule, inside, x0_of(positive))
 
 
 def check_scales(pag_scale: float, pag_adaptive_scale: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.conditioning import Conditioning, beside, size_ids
+from kolors_core.conditioning import Conditioning, concat_extra_channels, size_ids
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import plain
 from kolors_core.guidance import guided
@@ -149,7 +149,7 @@ class Quantizing(Components):
         silent = ImagePrompt(torch.zeros(1, 1, 1, self.unet.config.context_dim, **place))
         images = (silent,) * len(attached(self.unet))
         told = Conditioning(text.tokens.to(**place), text.pooled.to(**place), ids, counts, images)
-        return told.with_blank_extra(self.unet.config.in_channels, self._probe_start().shape)
+        return told.with_zero_extra_channels(self.unet.config.in_channels, self._probe_start().shape)
 
     def _probe_start(self) -> Tensor:
         """Standard normal noise [1, 4, H/8, W/8] at the UNet's own size, the same every time."""
@@ -162,7 +162,7 @@ class Quantizing(Components):
         self._on_device("unet")
         timestep = torch.tensor(self.scheduler.num_train_timesteps // 2, device=self.device)
         told = self._probe_condition(text)
-        latents = beside(self._probe_start().to(self.dtype), told.extra)
+        latents = concat_extra_channels(self._probe_start().to(self.dtype), told.extra)
         noise = self.unet(
             latents, timestep, told.text_tokens, told.pooled_text, told.size_ids,
             told.text_counts, told.image_prompts,

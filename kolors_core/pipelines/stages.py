@@ -15,13 +15,13 @@ from typing import Any, NamedTuple, Self, TypedDict
 import torch
 from torch import Tensor
 
-from kolors_core.adapters.controlnet import Control
+from kolors_core.adapters.controlnet import ControlResiduals
 from kolors_core.adapters.face_id import FaceIDAdapter
 from kolors_core.adapters.freeu import FreeUSwitch
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.adapters.textual_inversion import words_of
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.conditioning import Conditioning, is_origin, size_ids_of_both
+from kolors_core.conditioning import Conditioning, Residuals, is_default_crop, positive_and_negative_size_ids
 from kolors_core.config import VERSION
 from kolors_core.devices import finite, plain
 from kolors_core.image import OUTPUT_TYPES, Size, describe, to_output
@@ -145,7 +145,7 @@ class Request:
             "negative_prompt_embeds": self.negative_prompt_embeds,
             "negative_original_size": self.negative_original_size,
             "negative_target_size": self.negative_target_size,
-            "negative_crops_coords_top_left": None if is_origin(crop) else crop,
+            "negative_crops_coords_top_left": None if is_default_crop(crop) else crop,
         }  # fmt: skip
         if isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"guidance_scale must be a number, got {scale!r}")
@@ -186,7 +186,7 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
     def _conditions(self, request: Request, size: Size) -> tuple[Conditioning, Conditioning | None]:
         """What the UNet is told for B pictures of (height, width), and the negative half if there is one."""
         copies = whole_number("num_images_per_prompt", request.num_images_per_prompt)
-        ids, negative_ids = size_ids_of_both(
+        ids, negative_ids = positive_and_negative_size_ids(
             size, request.original_size, request.crops_coords_top_left, request.target_size,
             request.negative_original_size, request.negative_crops_coords_top_left,
             request.negative_target_size,
@@ -223,7 +223,7 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
             if counts is not None:
                 counts = counts.to(self.device).repeat_interleave(copies, dim=0)
             ids = ids.to(self.device).expand(len(tokens), -1)
-            return Conditioning(tokens, pooled, ids, counts, images, controls=controls)
+            return Conditioning(tokens, pooled, ids, counts, images, residuals=controls)
 
         positive = told(text, ids, images)
         return positive, None if negative_text is None else told(negative_text, negative_ids, negative_images)
@@ -293,7 +293,7 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
             decoded = self._decode(result)
             images = to_output(decoded if finish is None else finish(decoded), kind)
         if kind == "pil":
-            self._describe(images, request, {**facts, **_control_facts(positive.controls)})
+            self._describe(images, request, {**facts, **_control_facts(positive.residuals)})
         return KolorsPipelineOutput(images) if request.return_dict else (images,)
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -359,10 +359,11 @@ def _named(function: Callable[..., Any]) -> str:
     return f"{_named(function.func)}({told})"
 
 
-def _control_facts(controls: Sequence[Control]) -> dict[str, Any]:
+def _control_facts(residuals: Residuals | None) -> dict[str, Any]:
     """What the pictures' description says of ControlNets."""
-    if not controls:
+    if not isinstance(residuals, ControlResiduals):
         return {}
+    controls = residuals.controls
     facts = {"control_scale": ", ".join(str(control.scale) for control in controls)}
     parts = [f"{control.start:g} to {control.end:g}" for control in controls]
     return facts if set(parts) == {"0 to 1"} else facts | {"control_steps": ", ".join(parts)}
