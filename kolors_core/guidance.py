@@ -154,11 +154,3 @@ def check_interval(interval: Interval) -> tuple[float, float]:
         wanted = "rise from 0 or more" + ("" if isinstance(interval, SigmaInterval) else " to 1 at most")
         raise ValueError(f"a guidance interval must {wanted}, got {low} to {high}")
     return low, high
-
-
-def without_interval(rule: GuidanceRule) -> GuidanceRule:
-    """Return a guidance rule without its interval, so that every step needs what the costliest one needs."""
-    if not isinstance(rule, partial):
-        return rule
-    kept = {name: value for name, value in rule.keywords.items() if name != "interval"}
-    return partial(rule.func, *rule.args, **kept)

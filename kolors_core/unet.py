@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.attention import attention, count_bias, split_heads
+from kolors_core.attention import attention, log_multiplicity_bias, split_heads
 from kolors_core.config import UNetConfig
 from kolors_core.context import Context, ImagePrompt, Masks, Read, at_size
 from kolors_core.module import Module
@@ -296,7 +296,7 @@ class Encoder(Module):
         self, text_tokens: Tensor, text_counts: Tensor | None, image_prompts: Sequence[ImagePrompt]
     ) -> Context:
         """What all cross-attentions read; arguments as in `forward`."""
-        bias = None if text_counts is None else count_bias(text_counts, text_tokens.dtype)
+        bias = None if text_counts is None else log_multiplicity_bias(text_counts, text_tokens.dtype)
         images = tuple(
             image._replace(masks=Masks(image.masks)) if isinstance(image.masks, Tensor) else image
             for image in image_prompts

@@ -96,7 +96,7 @@ def train(pipe: KolorsControlNetPipeline, pictures: Path, folder: Path) -> None:
         if step % 50 == 0:
             print(f"step {step}: loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
 
-    with attention_kernel("written_out"):
+    with attention_kernel("matmul"):
         trainer = Trainer(objective, data, CONFIG, folder / "run", report)
         trainer.fit()
     trainer.take_average()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
 from kolors_core.adapters.controlnet import ControlNet, as_list, check_fits
 from kolors_core.adapters.ip_adapter import attached
-from kolors_core.chatglm import ChatGLM
+from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.checkpoint import (
     EMBEDDED_NAME,
     KINDS,
@@ -35,17 +35,12 @@ from kolors_core.devices import (
     refuse_second_copy,
 )
 from kolors_core.guidance import guided
-from kolors_core.module import WrapStep
-from kolors_core.performance.compile import GRAPHED, compile_blocks
-from kolors_core.performance.cuda_graphs import CUDAGraphCache
-from kolors_core.performance.offload import Offload, refuse_compiled
-from kolors_core.performance.prompt_cache import PromptCache
 from kolors_core.pipelines.fitting import must_fit, refuse_stranger
 from kolors_core.pipelines.running import RunState
 from kolors_core.precompute import Savings
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Scheduler
-from kolors_core.tokenizer import Tokenizer
+from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from kolors_core.validation import path_of
@@ -85,22 +80,19 @@ class Components(RunState):
         must_fit(vae, text_encoder, tokenizer, unet, self.repaints)
         check_fits(controlnet, plain(unet), plain(vae).config.downscale)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self.offload = Offload()
         self.savings = Savings()
         self.guided: Callable[..., Denoise] = guided  # another rule of its signature may stand here
         self.sampler: Sampler | None = None  # another than the scheduler's, such as a function like `euler`
         self.pag_applied_layers = ["mid"]  # of `KolorsPAGPipeline`; another task keeps them for it
-        self._wrap_step: WrapStep | None = None  # CUDA graphs, if `compile` was asked for them
-        self.prompt_cache = PromptCache()
+        self._init_state()
+
+    def _init_state(self) -> None:
+        """Set the attributes of methods in other files, such as performance_methods.py; none here."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         """TypeError naming what came, for a component of another kind than the constructor takes."""
         refuse_stranger(name, value)
         super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: whose prompts and recorded graphs are not kept."""
-        return self.__dict__ | {"prompt_cache": PromptCache(), "_wrap_step": None}
 
     @classmethod
     def from_pretrained(
@@ -131,8 +123,8 @@ class Components(RunState):
         torch_dtype, or by its newer name dtype: one, or a mapping by component with a "default"; float32 if
         None, and the VAE is never float16. variant: such as "fp16"; None takes the only one there is. device:
         where each tensor goes straight from its file; "meta" reads and fetches no weights and no tokenizer,
-        for a pipeline that can be planned (`plan`). A component passed in is used as it is and its files are
-        not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
+        for a pipeline that can be planned (memory_plan.py). A component passed in is used as it is and its
+        files are not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         refuse_pickles(use_safetensors)
         refuse_second_copy(low_cpu_mem_usage)
@@ -173,7 +165,7 @@ class Components(RunState):
     def from_pipe(cls, pipeline: "Components", **changes: Any) -> Self:
         """Another task with the very same models, adapters included; changes: components to replace.
 
-        Loading or unloading an adapter in one of them is seen by both, and so is offload.
+        Loading or unloading an adapter in one of them is seen by both.
         """
         if not isinstance(pipeline, Components):
             raise TypeError(f"wanted a pipeline of kolors_core, got {type(pipeline).__name__}")
@@ -181,10 +173,9 @@ class Components(RunState):
             raise TypeError(f"{strangers[0]!r} is no component; wanted {', '.join(pipeline.components)}")
         changes = {"image_encoder": pipeline._image_encoder} | changes  # not one that an IP-Adapter brought
         made = cls(**pipeline.components | changes)
-        made.offload, made._progress = pipeline.offload, pipeline._progress
-        made.savings, made.prompt_cache = pipeline.savings, pipeline.prompt_cache
+        made._progress, made.savings = pipeline._progress, pipeline.savings
         made.guided, made.sampler = pipeline.guided, pipeline.sampler
-        made.pag_applied_layers, made._wrap_step = pipeline.pag_applied_layers, pipeline._wrap_step
+        made.pag_applied_layers = pipeline.pag_applied_layers
         return made
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
@@ -227,85 +218,13 @@ class Components(RunState):
         for target in asked:
             if isinstance(target, torch.device):
                 self._need_weights()
-                self.offload.end()
-            self.offload.release()
+            self._before_move(target)
             move(
                 (model, dtype_of(name, target) if isinstance(target, torch.dtype) else target)
                 for name, models in self._models().items()
                 for model in models
             )
         return self
-
-    def compile(self, mode: str | None = None, backend: str = "inductor") -> None:
-        """Compile the models' blocks when they first run, and again where a new kind of input comes.
-
-        mode, backend: as for `torch.compile`; "reduce-overhead" and "max-autotune" also make each step one
-        CUDA graph, where the UNet is on CUDA. Other picture sizes, LoRAs and weights go on working. See
-        kolors_core/performance/compile.py; ValueError for an unknown mode.
-        """
-        for model in (*self._own_models().values(), *as_list(self.controlnet)):
-            compile_blocks(plain(model), mode, backend)
-        self._wrap_step = CUDAGraphCache() if mode in GRAPHED and self.device.type == "cuda" else None
-
-    def enable_model_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        """Keep on the accelerator only the model that is at work: text encoder, CLIP, UNet or VAE.
-
-        The next one is brought while it works, if both together are no larger than the largest. All others
-        are on the CPU, on CUDA in page-locked memory. `pipe.offload.peak_bytes` tells what weights took.
-        gpu_id: of CUDA; or device; the best there is if both are None. On a machine without an accelerator
-        nothing changes. ValueError for a device that is not there.
-        """
-        self._start_offload(gpu_id, device, by_block=False)
-
-    def enable_sequential_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        """Keep on the accelerator only the block at work and the next one, which is brought meanwhile.
-
-        The least memory, and every step waits for the UNet's weights. A module that has parameters of its own
-        comes as one with all below it. Arguments and errors as in `enable_model_cpu_offload`; ValueError also
-        for a compiled model.
-        """
-        self._start_offload(gpu_id, device, by_block=True)
-
-    def remove_all_hooks(self) -> None:
-        """End offload, if it is on: the models are on the CPU then."""
-        if self.offload.device is not None:
-            self.to("cpu")
-
-    def enable_vae_tiling(self, *, tile_sample_min_size: int | None = None) -> None:
-        """Let the VAE work on a picture in pieces: a fifth of the memory at 1024 x 1024, the same picture.
-
-        Seen by every pipeline that has this VAE. Arguments and errors: see `Tiles.enable_tiling` in
-        kolors_core/performance/vae_tiling.py.
-        """
-        plain(self.vae).enable_tiling(tile_sample_min_size=tile_sample_min_size)
-
-    def disable_vae_tiling(self) -> None:
-        """Let the VAE work on pictures whole."""
-        plain(self.vae).disable_tiling()
-
-    def enable_vae_slicing(self) -> None:
-        """Let the VAE work on one picture of a batch after another."""
-        plain(self.vae).enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Let the VAE work on all pictures of a batch at once."""
-        plain(self.vae).disable_slicing()
-
-    def _start_offload(self, gpu_id: int | None, device: torch.device | str | None, by_block: bool) -> None:
-        if gpu_id is not None and device is not None:
-            raise ValueError("give either gpu_id or device, not both")
-        name = device if gpu_id is None else f"cuda:{gpu_id}"
-        place = named_device(None if name is None else str(name))
-        if by_block and place.type != "cpu":
-            refuse_compiled(self._models())
-        self.to("cpu")
-        if place.type != "cpu":
-            self.offload.start(place, by_block)
-            self._on_device()
 
     def _own_models(self) -> dict[str, Any]:
         """The models that there are, by component."""
@@ -318,18 +237,29 @@ class Components(RunState):
         return models | {"unet": [self.unet, *adapters, *as_list(self.controlnet)]}
 
     def _on_device(self, stage: str | None = None) -> None:
-        """Under offload, say which model works now, by its component; None when the run is over."""
+        """Prepare the models of the stage that runs now, by its component; None at the end of a run.
+
+        Here all models stay where they are; under offload (performance_methods.py) they come and go.
+        """
         self._need_weights()
-        self.offload.enter(stage, self._models())
+
+    def _before_move(self, target: torch.device | torch.dtype) -> None:
+        """Prepare for models that move to a device or dtype; nothing to do here."""
 
     def _need_weights(self) -> None:
-        """ValueError on the meta device, unless work is sent there (plan.py)."""
-        if self.offload.device is None and self.unet.conv_in.weight.is_meta:
+        """Raise ValueError on the meta device."""
+        if self.unet.conv_in.weight.is_meta:
             raise ValueError("this pipeline's weights are not loaded (device='meta'): it can only be planned")
 
     def _works_on(self, weight: Tensor) -> torch.device:
-        """Where the model works that has this weight: where that is, or under offload the accelerator."""
-        return weight.device if self.offload.device is None else self.offload.device
+        """Return the device on which the model with this weight runs."""
+        return weight.device
+
+    def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
+        """Encode tokens where the text encoder runs."""
+        encoder: Any = self.text_encoder
+        self._on_device("text_encoder")
+        return encoder(tokens.to(self._works_on(plain(encoder).embedding.weight)))
 
     def _input_for(self, weight: Tensor, tensor: Tensor) -> Tensor:
         """A tensor where the model with this weight works, in its precision."""

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from kolors_core.devices import finite
 from kolors_core.image import vae_pixels
-from kolors_core.pipelines.memory_plan import Planning
+from kolors_core.pipelines.stages import Task
 from kolors_core.sampling import Generators, draw_noise
 from kolors_core.schedule import Schedule
 from kolors_core.validation import fraction_of
 
 
-class FromPicture(Planning):
+class FromPicture(Task):
     """A task that starts from a picture."""
 
     default_strength: ClassVar[float]  # says nothing, and so may stand beside denoising_start

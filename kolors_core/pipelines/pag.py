@@ -17,7 +17,6 @@ from kolors_core.guidance import guided
 from kolors_core.image import Size
 from kolors_core.pipelines.base import Components
 from kolors_core.pipelines.denoising_loop import StepCallback
-from kolors_core.pipelines.memory_plan import Plan
 from kolors_core.pipelines.perturbed import Layers, perturbed, perturbed_layers
 from kolors_core.pipelines.stages import Extras, KolorsPipelineOutput
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
@@ -111,11 +110,6 @@ class KolorsPAGPipeline(KolorsPipeline):
         given = {name: value for name, value in locals().items() if name not in _OWN}
         with self._perturbing(pag_scale, pag_adaptive_scale):
             return super().__call__(**given, **extras)
-
-    def plan(self, *arguments: Any, pag_scale: float = 3.0, **named: Any) -> Plan:
-        """As `KolorsPipeline.plan`, with the rows that pag_scale asks for."""
-        with self._perturbing(pag_scale, 0.0):
-            return super().plan(*arguments, **named)
 
     @contextmanager
     def _perturbing(self, pag_scale: float, pag_adaptive_scale: float) -> Iterator[None]:

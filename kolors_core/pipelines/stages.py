@@ -29,7 +29,7 @@ from kolors_core.pipelines.control_images import DEFAULT_SCALE, Controlling
 from kolors_core.pipelines.denoising_loop import NAMES, Run, StepCallback
 from kolors_core.pipelines.face_prompts import FacePrompting
 from kolors_core.pipelines.lora_methods import LoRALoading
-from kolors_core.pipelines.quantization_report import Quantizing
+from kolors_core.pipelines.performance_methods import PerformanceMethods
 from kolors_core.pipelines.single_file import SingleFile
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, TextPrompting
 from kolors_core.sampling import Generators, Sampler, draw_noise, sampler_of
@@ -167,7 +167,9 @@ class Request:
         _one_of("cross_attention_kwargs", self.cross_attention_kwargs or (), ("ip_adapter_masks", "scale"))
 
 
-class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, FreeUSwitch, SingleFile):
+class Task(
+    PerformanceMethods, TextPrompting, FacePrompting, Controlling, LoRALoading, FreeUSwitch, SingleFile
+):
     """The steps that tasks are composed of."""
 
     def _schedule(self, request: Request) -> Schedule:

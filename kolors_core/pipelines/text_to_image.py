@@ -15,14 +15,13 @@ from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.holding import holding
 from kolors_core.pipelines.image_to_image import FromPicture, for_each
 from kolors_core.pipelines.masks import grey, size_of
-from kolors_core.pipelines.memory_plan import Planning
 from kolors_core.pipelines.running import run
-from kolors_core.pipelines.stages import Extras, KolorsPipelineOutput, Request
+from kolors_core.pipelines.stages import Extras, KolorsPipelineOutput, Request, Task
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.sampling import Generators
 
 
-class KolorsPipeline(Planning):
+class KolorsPipeline(Task):
     """Text to image."""
 
     @run

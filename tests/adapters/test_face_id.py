@@ -21,6 +21,7 @@ from kolors_core.cli.generate import main
 from kolors_core.config import KOLORS
 from kolors_core.image import read_description
 from kolors_core.pipelines.face_prompts import load_face_embeds
+from kolors_core.pipelines.memory_plan import plan
 from kolors_core.unet import UNet
 from tests.support.face_ids import FACE, TOKENS, ReferenceFace, face_config, parts_of, write_face
 from tests.support.ip_adapters import Both, load_both
@@ -228,12 +229,12 @@ def test_clip_comes_and_leaves_with_it(pipes: Any, tmp_path: Path) -> None:
 
 def test_it_is_planned(faced: Faced) -> None:
     ours = faced[0]
-    with_face = ours.plan(64, 64)
+    with_face = plan(ours, 64, 64)
     assert "image_encoder" in with_face.stages
     ours.image_encoder = None
-    assert "image_encoder" not in ours.plan(64, 64).stages
+    assert "image_encoder" not in plan(ours, 64, 64).stages
     ours.unload_ip_adapter_face_id()
-    assert ours.plan(64, 64).stages["unet"].weights < with_face.stages["unet"].weights
+    assert plan(ours, 64, 64).stages["unet"].weights < with_face.stages["unet"].weights
 
 
 @pytest.mark.parametrize("by_block", [False, True])

@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import apply_freeu, fourier_filter
 from kolors_core import KolorsImg2ImgPipeline, KolorsPAGPipeline, KolorsPipeline
 from kolors_core.adapters.freeu import FreeU, FreeUSwitch
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
+from kolors_core.pipelines.memory_plan import plan
 from kolors_core.unet import UNet
 from tests.performance.test_compile import Recorder
 from tests.support.parity import assert_parity, first_divergence, pair
@@ -188,7 +189,7 @@ def test_a_join_compiles_whole() -> None:
 def test_it_can_be_planned(reference_folder: Path, capsys: pytest.CaptureFixture) -> None:
     planned = KolorsPipeline.from_pretrained(reference_folder, device="meta")
     planned.enable_freeu(**SDXL)
-    assert planned.plan(64, 64).stages["unet"].work > 0
+    assert plan(planned, 64, 64).stages["unet"].work > 0
 
 
 def test_a_unet_of_one_level_has_none() -> None:

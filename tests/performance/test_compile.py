@@ -191,7 +191,7 @@ def test_a_recorded_step_serves_every_run_of_its_shape() -> None:
     adapter.set_scale(0.5)
     runs(8)
     assert recorder.count == 3
-    with attention_kernel("written_out"):
+    with attention_kernel("matmul"):
         runs(8)
     assert recorder.count == 4
     for height in (4, 16, 20, 24):

@@ -26,6 +26,7 @@ from kolors_core.adapters.controlnet import Control, ControlResiduals
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
 from kolors_core.image import control_pixels
+from kolors_core.pipelines.memory_plan import plan
 from tests.support.controlnets import NET, write_controlnet
 from tests.support.ip_adapters import Both, load_both
 from tests.support.loras import ATTENTION, factors, peft_names
@@ -354,8 +355,8 @@ def test_offload_brings_the_controlnets_with_the_unet(
 
 
 def test_a_plan_counts_the_controlnets(pipes: Pair, steered: KolorsControlNetPipeline) -> None:
-    without = KolorsPipeline.from_pipe(steered, controlnet=None).plan(64, 72)
-    made = steered.plan(64, 72)
+    without = plan(KolorsPipeline.from_pipe(steered, controlnet=None), 64, 72)
+    made = plan(steered, 64, 72)
     nets = sum(p.nbytes for net in steered.controlnet for p in net.parameters()) / 2**30
     assert made.stages["unet"].weights == pytest.approx(without.stages["unet"].weights + nets)
     assert made.stages["unet"].work > without.stages["unet"].work

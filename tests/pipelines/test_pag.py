@@ -18,6 +18,7 @@ from kolors_core.conditioning import Conditioning
 from kolors_core.config import KolorsConfig
 from kolors_core.guidance import guided
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
+from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.perturbed import perturbed, perturbed_layers
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import Attention, UNet
@@ -389,6 +390,6 @@ def test_the_description_and_the_plan_know_it(reference_folder: Path, capsys: py
         "perturbed(pag_scale=3.0, pag_adaptive_scale=0.0, pag_applied_layers=['mid'])"
     )
     assert "guidance" not in ours("cat", 64, 64, 1, pag_scale=0).images[0].info
-    with_pag, without = (ours.plan(256, 256, pag_scale=scale).stages["unet"].work for scale in (3.0, 0.0))
+    with_pag, without = (plan(ours, 256, 256, pag_scale=scale).stages["unet"].work for scale in (3.0, 0.0))
     assert 1.2 * without < with_pag < 1.6 * without
     assert ours.guided is guided
