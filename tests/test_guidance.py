@@ -16,7 +16,7 @@ from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline, SDXLCFGCutoffCall
 from kolors_core.adapters.ip_adapter import cross_attentions
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import SigmaInterval, guided, interval_sigmas
-from kolors_core.pipelines.perturbed import perturbed
+from kolors_core.pipelines.pag import perturbed
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import UNet

@@ -16,7 +16,7 @@ from kolors_core.guidance import cfg_rescale, check_interval, guided
 from kolors_core.image import load_image
 from kolors_core.performance.quantize import BITS
 from kolors_core.pipelines.control_images import DEFAULT_SCALE, KolorsControlNet
-from kolors_core.pipelines.perturbed import check_scales, perturbed, perturbed_layers
+from kolors_core.pipelines.pag import check_scales, perturbed, perturbed_layers
 from kolors_core.pipelines.quantization_report import QuantizationReport
 from kolors_core.pipelines.quantization_report import quantize as quantize_pipeline
 from kolors_core.pipelines.single_file import open_model

@@ -9,10 +9,11 @@ from typing import Any
 
 from kolors_core.adapters.controlnet import is_multi
 from kolors_core.image import control_pixels
+from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
 from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
-from kolors_core.pipelines.stages import KolorsPipelineOutput
+from kolors_core.pipelines.request import KolorsPipelineOutput
 from kolors_core.pipelines.text_prompts import Prompt
-from kolors_core.pipelines.text_to_image import KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core.pipelines.text_to_image import KolorsPipeline
 
 
 class KolorsControlNetPipeline(KolorsPipeline):

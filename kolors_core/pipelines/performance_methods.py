@@ -140,3 +140,8 @@ class PerformanceMethods(Components):
             text = super()._run_text_encoder(tokens)
         self.prompt_cache.keep(key, text, savings.cached_prompts, savings.prompt_folder)
         return text
+
+    def _needs_alone(self) -> str | None:
+        if self.offload.device is not None:
+            return "offload"
+        return super()._needs_alone() if self._wrap_step is None else "a CUDA graph"
