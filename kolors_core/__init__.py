@@ -16,7 +16,7 @@ from kolors_core.config import VERSION as __version__
 
 if TYPE_CHECKING:
     from kolors_core.adapters.canny import canny
-    from kolors_core.image import IPAdapterMaskProcessor, load_image
+    from kolors_core.image import load_image
     from kolors_core.inspection.attention_maps import record_attention
     from kolors_core.inspection.features import capture, inject
     from kolors_core.pipelines.control_images import KolorsControlNet
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kolors_core.pipelines.denoising_loop import SDXLCFGCutoffCallback
     from kolors_core.pipelines.image_prompts import (
         CLIPVisionModelWithProjection,
+        IPAdapterMaskProcessor,
         load_image_embeds,
         save_image_embeds,
     )
@@ -41,7 +42,7 @@ _MODULE_OF = {
     "CLIPVisionModelWithProjection": "pipelines.image_prompts",
     "DPMSolverMultistepScheduler": "schedule",
     "EulerDiscreteScheduler": "schedule",
-    "IPAdapterMaskProcessor": "image",
+    "IPAdapterMaskProcessor": "pipelines.image_prompts",
     "KolorsControlNet": "pipelines.control_images",
     "KolorsControlNetImg2ImgPipeline": "pipelines.controlnet",
     "KolorsControlNetInpaintPipeline": "pipelines.controlnet",

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.adapters.clip_vision import CLIPVision, CLIPVisionConfig
 from kolors_core.adapters.controlnet import ControlNet
 from kolors_core.chatglm import ChatGLM
-from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
+from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
 from kolors_core.devices import loading_device
 from kolors_core.hub import fetch
 from kolors_core.loading import Initialiser, LoadReport, check, fill, load

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from kolors_core import KolorsPipeline
-from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.adapters.clip_vision import CLIPVision, CLIPVisionConfig
 from kolors_core.checkpoint import KINDS, Unfilled, load_component, read_json, save_component
-from kolors_core.config import KOLORS, ChatGLMConfig, CLIPVisionConfig, UNetConfig
+from kolors_core.config import KOLORS, ChatGLMConfig, UNetConfig
 from tests.support.fuzz import CONFIGS, outcome
 from tests.support.small import SMALL_CLIP
 from weights_convert.__main__ import convert, main

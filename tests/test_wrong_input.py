@@ -27,7 +27,8 @@ from kolors_core import (
 )
 from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.config import UNetConfig
-from kolors_core.image import read_description, save_png, to_output
+from kolors_core.image import to_output
+from kolors_core.pipelines.png_metadata import read_metadata, save_png
 from kolors_core.pipelines.single_file import load_model
 from kolors_core.precompute import Savings
 from kolors_core.tokenizer import Tokenizer
@@ -122,7 +123,7 @@ ALONE: list[Wrong] = [
     (lambda _: load_model("x.safetensors", "unet", device="nope"), ValueError, DEVICE),
     (lambda _: Tokenizer(ANY), TypeError, "the tokenizer must be a path, got None"),
     (lambda _: load_image_embeds(ANY), TypeError, "file must be a path, got None"),
-    (lambda _: read_description(ANY), TypeError, "path must be a path, got None"),
+    (lambda _: read_metadata(ANY), TypeError, "path must be a path, got None"),
     (lambda _: save_png(PICTURE, ANY), TypeError, "path must be a path, got None"),
     (lambda _: save_image_embeds([3], "x"), TypeError, "embeds must be a list of tensors"),  # pyright: ignore
     (lambda _: to_output(ZEROS, "jpg"), ValueError, "output_type must be one of pil, np, pt, got 'jpg'"),

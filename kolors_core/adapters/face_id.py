@@ -16,8 +16,7 @@ from typing import Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.adapters.ip_adapter import ImageAdapter, ResamplerLayer
-from kolors_core.config import IPAdapterConfig
+from kolors_core.adapters.ip_adapter import ImageAdapter, IPAdapterConfig, ResamplerLayer
 from kolors_core.module import Module
 from kolors_core.unet import UNet
 

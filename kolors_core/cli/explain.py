@@ -27,9 +27,9 @@ from kolors_core.cli.options import (
     quantize,
 )
 from kolors_core.devices import named_device, plain
-from kolors_core.image import describe
 from kolors_core.inspection.attention_maps import record_attention
 from kolors_core.inspection.attention_report import PARTS, Explanation, Token, page, sheet
+from kolors_core.pipelines.png_metadata import attach_metadata
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.validation import LARGEST_SEED, whole_number
@@ -175,7 +175,7 @@ def explain(options: argparse.Namespace) -> None:
 def write(made: Explanation, png: Path, html: Path) -> None:
     """Write the sheet and the page, both or none. OSError naming the file."""
     drawn, text = sheet(made), page(made).encode()
-    describe(drawn, {"prompt": made.prompt} | made.facts)
+    attach_metadata(drawn, {"prompt": made.prompt} | made.facts)
     with new_file(png) as scratch, new_file(html) as page_scratch:
         drawn.save(scratch, "PNG", compress_level=3)  # a third of the time, a tenth more bytes
         page_scratch.write_bytes(text)

@@ -7,16 +7,22 @@ Shapes: B pictures to make, I pictures that guide for an adapter, P patches of e
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.adapters.clip_vision import CLIPVision, clip_pixels
 from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
-from kolors_core.adapters.ip_adapter import Attached, ImageAdapter, IPAdapter, attach, attached
+from kolors_core.adapters.ip_adapter import (
+    Attached,
+    ImageAdapter,
+    IPAdapter,
+    IPAdapterConfig,
+    attach,
+    attached,
+)
 from kolors_core.checkpoint import load_component
-from kolors_core.config import IPAdapterConfig
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import (
     dtype_of,
@@ -27,12 +33,15 @@ from kolors_core.devices import (
     refuse_second_copy,
 )
 from kolors_core.hub import find_file, refuse_unused
-from kolors_core.image import clip_pixels
+from kolors_core.image import as_list, to_grayscale
 from kolors_core.loading import load
 from kolors_core.pipelines.base import Components
 from kolors_core.validation import new_path, path_of, whole_number
 from weights_convert import recognise
 from weights_convert.safetensors_files import Source, Tensors, save_tensors
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ADAPTERS: dict[str, tuple[Callable[..., ImageAdapter], type[IPAdapterConfig]]] = {
     "ip_adapter": (IPAdapter, IPAdapterConfig),
@@ -366,3 +375,29 @@ def _masks_of(masks: Any, count: int, batch: int) -> list[Tensor | None]:
         if not 0 <= mask.min() <= mask.max() <= 1:
             raise ValueError(f"ip_adapter_masks must be from 0 to 1, got {mask.min()} to {mask.max()}")
     return list(listed)
+
+
+class IPAdapterMaskProcessor:
+    """Makes masks that say where an IP-Adapter image counts, as diffusers' class of this name does."""
+
+    def preprocess(
+        self, image: "Image | Sequence[Image]", height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """One mask or several, of any mode: [n, 1, H, W], float32, 1 where brighter than middle grey, else 0.
+
+        Each is resized to height and width, or to the first one's size, both rounded down to multiples of 8.
+        """
+        from PIL import Image
+
+        masks = as_list(image)
+        for mask in masks:
+            if not isinstance(mask, Image.Image):
+                raise TypeError(f"wanted masks as PIL images, got {type(mask).__name__}")
+        h = masks[0].height if height is None else whole_number("height", height)
+        w = masks[0].width if width is None else whole_number("width", width)
+        if h < 8 or w < 8:
+            raise ValueError(f"the sides of a mask must be at least 8, got {h} x {w}")
+        size = h - h % 8, w - w % 8
+        return torch.stack([to_grayscale(mask, size) >= 128 for mask in masks]).float()[
+            :, None
+        ]  # [n, 1, H, W]

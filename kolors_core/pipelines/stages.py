@@ -24,11 +24,12 @@ from kolors_core.chatglm import TextEmbedding
 from kolors_core.conditioning import Conditioning, is_origin, size_ids_of_both
 from kolors_core.config import VERSION
 from kolors_core.devices import finite, plain
-from kolors_core.image import OUTPUT_TYPES, Size, describe, to_output
+from kolors_core.image import OUTPUT_TYPES, Size, to_output
 from kolors_core.pipelines.control_images import DEFAULT_SCALE, Controlling
 from kolors_core.pipelines.denoising_loop import NAMES, Run, StepCallback
 from kolors_core.pipelines.face_prompts import FacePrompting
 from kolors_core.pipelines.lora_methods import LoRALoading
+from kolors_core.pipelines.png_metadata import attach_metadata
 from kolors_core.pipelines.quantization_report import Quantizing
 from kolors_core.pipelines.single_file import SingleFile
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, TextPrompting
@@ -331,7 +332,7 @@ class Task(TextPrompting, FacePrompting, Controlling, LoRALoading, Quantizing, F
                 **self._adapter_facts(), "size": f"{image.width}x{image.height}",
                 "software": f"kolors_core {VERSION}",
             }  # fmt: skip
-            describe(image, facts)
+            attach_metadata(image, facts)
 
     def _adapter_facts(self) -> dict[str, Any]:
         """What the pictures' description says of the guidance rule, FreeU, LoRAs, words and IP-Adapters."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kolors_core.image import load_image, naming
+from kolors_core.image import center_crop, flatten_alpha, image_errors, load_image, pil_to_tensor
 from kolors_core.validation import LARGEST_SEED, finite_number, path_of, whole_number
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -52,7 +52,7 @@ def read_folder(folder: str | Path) -> list[Example]:
         )
     examples = []
     for file, captions in captioned:
-        with naming(file), Image.open(file) as image:
+        with image_errors(file), Image.open(file) as image:
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # as by `load_image`
             size = image.size if is_turned else image.size[::-1]
             examples.append(Example(file, captions, *size))
@@ -68,7 +68,7 @@ def _from_text_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
             text = file.with_suffix(".txt")
             if not text.exists():
                 raise FileNotFoundError(f"{text}: no such file, wanted the captions of {file.name}")
-            with naming(text):
+            with image_errors(text):
                 whole = text.read_text(encoding="utf-8-sig")
             lines = tuple(line.strip() for line in whole.splitlines() if line.strip())
             found.append((file, lines or ("",)))
@@ -77,7 +77,7 @@ def _from_text_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
 
 def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
     found, file = [], folder / "metadata.jsonl"
-    with naming(file):
+    with image_errors(file):
         whole = file.read_text(encoding="utf-8-sig")
     for number, line in enumerate(whole.split("\n"), start=1):  # `splitlines` would cut within captions too
         if not line.strip():
@@ -123,17 +123,14 @@ def load_pixels(example: Example, size: tuple[int, int]) -> tuple[Tensor, tuple[
     The crop's (top, left) is in pixels of the resized picture, of which it is the middle. Transparency is
     white.
     """
-    import numpy as np
-    from PIL import Image
+    from PIL.Image import Resampling
 
     height, width = size
-    image = load_image(example.file, lambda picture: picture.convert("RGBA"))
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = load_image(example.file, flatten_alpha)
     scale = max(height / image.height, width / image.width)
     cover = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    left, top = (cover[0] - width) // 2, (cover[1] - height) // 2
-    image = image.resize(cover, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1, (top, left)
+    image, corner = center_crop(image.resize(cover, Resampling.LANCZOS), size)
+    return pil_to_tensor(image) / 127.5 - 1, corner
 
 
 class Batches:

@@ -19,9 +19,9 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.cli.generate import main
 from kolors_core.cli.options import with_word
-from kolors_core.image import read_description
 from kolors_core.performance.prompt_cache import PromptCache
 from kolors_core.performance.quantize import quantize
+from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.precompute import Savings
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
@@ -323,7 +323,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert main(["<x>", *command, "-o", str(out), "--textual-inversion", f"{file}:<x>"]) == 0
     assert main(["a red apple", *command, "-o", str(plain)]) == 0
     assert Image.open(out).tobytes() == Image.open(plain).tobytes()
-    told = read_description(out)
+    told = read_metadata(out)
     assert (told["learned_words"], told["textual_inversion"]) == ("<x>", f"{file}:<x>")
     assert main(["<x>", *command, "-o", str(tmp_path / "no.png"), "--textual-inversion", str(file)]) == 2
     assert "emb_params names no word" in capsys.readouterr().err

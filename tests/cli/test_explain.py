@@ -24,7 +24,6 @@ from PIL import Image
 from kolors_core import KolorsPipeline, record_attention
 from kolors_core.cli.explain import explained, tokens_of, write
 from kolors_core.cli.generate import main
-from kolors_core.image import read_description
 from kolors_core.inspection.attention_report import (
     GAP,
     TILE,
@@ -38,6 +37,7 @@ from kolors_core.inspection.attention_report import (
     shown,
     wrapped,
 )
+from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.tokenizer import Tokenizer
 from tests.support.pipelines import picture
 
@@ -229,7 +229,7 @@ def test_the_command_writes_both_and_overwrites_nothing(
     assert main(command) == 0 and capsys.readouterr() == ("", "")
     png, text = tmp_path / "new" / "it.png", tmp_path / "new" / "it.html"
     assert sorted(path.name for path in png.parent.iterdir()) == ["it.html", "it.png"]
-    told = read_description(png)
+    told = read_metadata(png)
     assert (told["seed"], told["negative_prompt"], told["model"]) == ("3", "red", "tiny")
     parts, before = Parts(text.read_text(encoding="utf-8")), png.read_bytes()
     assert shown(HOSTILE[:36]) in parts.text and "all steps (2)" in parts.text
