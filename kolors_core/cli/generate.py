@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kolors_core.adapters.face_id import load_face_embeds
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.cli.explain import explain, explain_parser
 from kolors_core.cli.options import (
@@ -35,7 +36,6 @@ from kolors_core.devices import named_device, planned_device
 from kolors_core.image import load_image
 from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.pipelines.controlnet import KolorsControlNetPipeline
-from kolors_core.pipelines.face_prompts import load_face_embeds
 from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
 from kolors_core.pipelines.memory_plan import Planning
 from kolors_core.pipelines.png_metadata import attach_metadata, read_metadata, save_png

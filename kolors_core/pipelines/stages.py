@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.adapters.controlnet import Control
+from kolors_core.adapters.controlnet_files import DEFAULT_SCALE
 from kolors_core.adapters.face_id import FaceIDAdapter
 from kolors_core.adapters.freeu import FreeUSwitch
 from kolors_core.adapters.ip_adapter import attached
@@ -25,7 +26,7 @@ from kolors_core.conditioning import Conditioning, is_origin, size_ids_of_both
 from kolors_core.config import VERSION
 from kolors_core.devices import finite, plain
 from kolors_core.image import OUTPUT_TYPES, Size, to_output
-from kolors_core.pipelines.control_images import DEFAULT_SCALE, Controlling
+from kolors_core.pipelines.control_images import Controlling
 from kolors_core.pipelines.denoising_loop import NAMES, Run, StepCallback
 from kolors_core.pipelines.face_prompts import FacePrompting
 from kolors_core.pipelines.lora_methods import LoRALoading

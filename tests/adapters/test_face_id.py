@@ -13,13 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
+from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig, load_face_embeds
 from kolors_core.adapters.ip_adapter import attach, attached
 from kolors_core.adapters.lora import attach as attach_lora
 from kolors_core.adapters.lora import save_adapters
 from kolors_core.cli.generate import main
 from kolors_core.config import KOLORS
-from kolors_core.pipelines.face_prompts import load_face_embeds
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.unet import UNet
 from tests.support.face_ids import FACE, TOKENS, ReferenceFace, face_config, parts_of, write_face

@@ -17,10 +17,10 @@ from kolors_core import (
     IPAdapterMaskProcessor,
     KolorsImg2ImgPipeline,
 )
+from kolors_core.adapters.ip_adapter_files import load_image_embeds, save_image_embeds
 from kolors_core.adapters.lora import attach as attach_lora
 from kolors_core.adapters.lora import save_adapters
 from kolors_core.context import ImagePrompt
-from kolors_core.pipelines.image_prompts import load_image_embeds, save_image_embeds
 from tests.support.images import MODES, noise_image
 from tests.support.ip_adapters import Both, guided_steps, load_both
 from tests.support.pipelines import SOLVERS, picture, use_solver
