@@ -33,7 +33,7 @@ from kolors_core.pipelines.single_file import load_model
 from kolors_core.precompute import Savings
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import Batches, buckets, read_folder
-from kolors_core.training.loss import TrainingConfig
+from kolors_core.training.trainer import TrainingConfig
 from kolors_core.validation import finite_number, fraction_of, whole_number
 
 SHORT = {"prompt": "cat", "num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
@@ -135,7 +135,7 @@ ALONE: list[Wrong] = [
     (lambda _: Savings(cached_prompts=-1), ValueError, "cached_prompts must be .*got -1"),
     (lambda _: TrainingConfig(steps=ANY), ValueError, "steps must be a positive whole number, got None"),
     (lambda _: TrainingConfig(steps=1, learning_rate=NAN), ValueError, "learning_rate must be .*got nan"),
-    (lambda _: TrainingConfig(steps=1, ema=2), ValueError, "ema must be from 0 to 1, got 2"),
+    (lambda _: TrainingConfig(steps=1, ema_decay=2), ValueError, "ema_decay must be from 0 to 1, got 2"),
     (lambda _: buckets(512, 0), ValueError, "step must be a positive whole number, got 0"),
     (lambda _: Batches([], [(64, 64)], 1, 0), ValueError, "no pictures"),
     (lambda _: read_folder(ANY), TypeError, "folder must be a path, got None"),
