@@ -16,21 +16,22 @@ from kolors_core.config import VERSION as __version__
 
 if TYPE_CHECKING:
     from kolors_core.adapters.canny import canny
-    from kolors_core.image import IPAdapterMaskProcessor, load_image
+    from kolors_core.adapters.controlnet_files import KolorsControlNet
+    from kolors_core.adapters.ip_adapter_files import (
+        CLIPVisionModelWithProjection,
+        load_image_embeds,
+        save_image_embeds,
+    )
+    from kolors_core.image import load_image
     from kolors_core.inspection.attention_maps import record_attention
     from kolors_core.inspection.features import capture, inject
-    from kolors_core.pipelines.control_images import KolorsControlNet
     from kolors_core.pipelines.controlnet import (
         KolorsControlNetImg2ImgPipeline,
         KolorsControlNetInpaintPipeline,
         KolorsControlNetPipeline,
     )
     from kolors_core.pipelines.denoising_loop import SDXLCFGCutoffCallback
-    from kolors_core.pipelines.image_prompts import (
-        CLIPVisionModelWithProjection,
-        load_image_embeds,
-        save_image_embeds,
-    )
+    from kolors_core.pipelines.image_prompts import IPAdapterMaskProcessor
     from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
     from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
     from kolors_core.pipelines.pag import KolorsPAGPipeline
@@ -39,11 +40,11 @@ if TYPE_CHECKING:
     from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 _MODULE_OF = {
-    "CLIPVisionModelWithProjection": "pipelines.image_prompts",
+    "CLIPVisionModelWithProjection": "adapters.ip_adapter_files",
     "DPMSolverMultistepScheduler": "schedule",
     "EulerDiscreteScheduler": "schedule",
-    "IPAdapterMaskProcessor": "image",
-    "KolorsControlNet": "pipelines.control_images",
+    "IPAdapterMaskProcessor": "pipelines.image_prompts",
+    "KolorsControlNet": "adapters.controlnet_files",
     "KolorsControlNetImg2ImgPipeline": "pipelines.controlnet",
     "KolorsControlNetInpaintPipeline": "pipelines.controlnet",
     "KolorsControlNetPipeline": "pipelines.controlnet",
@@ -57,9 +58,9 @@ _MODULE_OF = {
     "capture": "inspection.features",
     "inject": "inspection.features",
     "load_image": "image",
-    "load_image_embeds": "pipelines.image_prompts",
+    "load_image_embeds": "adapters.ip_adapter_files",
     "record_attention": "inspection.attention_maps",
-    "save_image_embeds": "pipelines.image_prompts",
+    "save_image_embeds": "adapters.ip_adapter_files",
 }
 
 __all__ = [

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from kolors_core import KolorsPipeline
-from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
+from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision, CLIPVisionConfig
 from kolors_core.checkpoint import Unfilled, load_component, read_json, save_component
-from kolors_core.config import KOLORS, ChatGLMConfig, CLIPVisionConfig, UNetConfig
+from kolors_core.config import KOLORS, ChatGLMConfig, UNetConfig
 from kolors_core.pipelines.base import MODELS
 from tests.support.fuzz import CONFIGS, outcome
 from tests.support.small import SMALL_CLIP

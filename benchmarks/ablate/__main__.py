@@ -35,7 +35,7 @@ from benchmarks.ablate.lesson import THINGS, Lesson, draw_pictures
 from benchmarks.ablate.report import write
 from benchmarks.ablate.study import side_by_side
 from benchmarks.side_by_side import environment
-from kolors_core.training.loss import TrainingConfig
+from kolors_core.training.trainer import TrainingConfig
 from kolors_core.validation import whole_number
 
 RECIPE = TrainingConfig(

@@ -16,10 +16,10 @@ from transformers import CLIPVisionModelWithProjection
 
 from benchmarks.pairs import randomise
 from kolors_core import KolorsControlNet
+from kolors_core.adapters.clip_vision import CLIPVisionConfig
 from kolors_core.adapters.controlnet import ControlNetConfig
-from kolors_core.adapters.ip_adapter import IPAdapter, cross_attentions
+from kolors_core.adapters.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
 from kolors_core.checkpoint import load_component, load_index, load_scheduler, open_component
-from kolors_core.config import CLIPVisionConfig, IPAdapterConfig
 from kolors_core.loading import load
 from kolors_core.tokenizer import Tokenizer
 from weights_convert import TABLES

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.conditioning import Conditioning, StepResiduals
-from kolors_core.config import UNetConfig
+from kolors_core.config import ConfigReader, PublicConfig, UNetConfig
 from kolors_core.context import Context, Read
 from kolors_core.module import Module, WrapStep
 from kolors_core.precompute import PrecomputedInputs, has_default_forward
 from kolors_core.schedule import Schedule
 from kolors_core.unet import Encoder, Shift, UNet
-from kolors_core.validation import Fields, Public, finite_number
+from kolors_core.validation import finite_number
 
 _FIXED: dict[str, Any] = {
     "_class_name": "ControlNetModel", "controlnet_conditioning_channel_order": "rgb",
@@ -50,14 +50,14 @@ class ControlNetConfig(UNetConfig):
     image_widths: tuple[int, ...] = (16, 32, 96, 256)
 
     @classmethod
-    def from_public(cls, public: Public, where: str = "controlnet/config.json") -> Self:
+    def from_public(cls, public: PublicConfig, where: str = "controlnet/config.json") -> Self:
         """Read diffusers' `ControlNetModel` config; SDXL's, which projects no text, is refused."""
-        fields = Fields(public, where)
-        fields.refuse_unless(_FIXED)
+        fields = ConfigReader(public, where)
+        fields.require_fixed(_FIXED)
         widths = fields.integers("conditioning_embedding_out_channels", most=2**16)
-        rest = {name: value for name, value in public.items() if name not in fields.seen}
+        rest = {name: value for name, value in public.items() if name not in fields.read_names}
         if strangers := [name for name in ("sample_size", "out_channels", "up_block_types") if name in rest]:
-            fields.fail(strangers[0], rest[strangers[0]], "no such field of a ControlNet")
+            fields.reject(strangers[0], rest[strangers[0]], "no such field of a ControlNet")
         ups = [str(kind).replace("Down", "Up") for kind in reversed(rest.get("down_block_types") or ())]
         channels = rest.get("in_channels")
         rest |= {"up_block_types": ups, "out_channels": channels, "sample_size": cls.sample_size}
@@ -282,7 +282,7 @@ def sum_residuals(parts: Iterable[tuple[float, Sequence[Tensor]]]) -> list[Tenso
     return total
 
 
-def as_list(controlnet: Any) -> list[ControlNet]:
+def controlnets_of(controlnet: Any) -> list[ControlNet]:
     """A pipeline's ControlNets: none, one or a list. TypeError for what is none."""
     if controlnet is None:
         return []
@@ -302,7 +302,7 @@ def is_multi(controlnet: Any) -> bool:
 def check_fits(controlnet: Any, unet: UNet, downscale: int) -> None:
     """ValueError if a ControlNet was made for another UNet or another size of latents."""
     of_unet = vars(unet.config) | {"in_channels": unet.config.out_channels}
-    for net in as_list(controlnet):
+    for net in controlnets_of(controlnet):
         own, pixels = vars(net.config), 2 ** (len(net.config.image_widths) - 1)
         for name in ("in_channels", "channels", "resnets_per_level", "text_dim", "size_dim"):
             if own[name] != of_unet[name]:

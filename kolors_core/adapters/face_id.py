@@ -11,15 +11,20 @@ Shapes: B faces, Q tokens each (6), C width (the text's, 4096), P patches of a p
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.adapters.ip_adapter import ImageAdapter, ResamplerLayer
-from kolors_core.config import IPAdapterConfig
+from kolors_core.adapters.ip_adapter import ImageAdapter, IPAdapterConfig, ResamplerLayer
+from kolors_core.hub import find_file
 from kolors_core.module import Module
 from kolors_core.unet import UNet
+from kolors_core.validation import path_of
+from weights_convert.safetensors_files import Source
+from weights_convert.untrusted_files import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +99,26 @@ class FaceIDAdapter(ImageAdapter):
         if self.config.width != unet.config.text_dim:
             got = f"the face adapter makes tokens {self.config.width} wide"
             raise ValueError(f"{got}, and the UNet reads text {unet.config.text_dim} wide")
+
+
+def load_face_embeds(file: str | Path) -> Tensor:
+    """Read an id vector [1, id_dim] from a file: numpy's .npy, or the only tensor of a .safetensors.
+
+    FileNotFoundError or ValueError naming the file if it holds something else.
+    """
+    file = path_of("file", file)
+    if file.suffix == ".npy":
+        import numpy as np
+
+        try:
+            vector = torch.as_tensor(np.load(file, allow_pickle=False))
+        except (ValueError, TypeError, EOFError) as error:
+            raise ValueError(f"{file}: not an array of numbers: {one_line(error, 200)}") from None
+    else:
+        source = Source([find_file(file)])
+        if len(source) != 1:
+            raise ValueError(f"{file}: wanted one tensor, a face's id vector, got {len(source)}")
+        vector = next(iter(source.values()))
+    if vector.numel() != vector.shape[-1:].numel() or vector.ndim not in (1, 2):
+        raise ValueError(f"{file}: wanted one id vector, got {list(vector.shape)}")
+    return vector.reshape(1, -1)

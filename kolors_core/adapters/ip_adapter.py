@@ -9,7 +9,8 @@ Shapes: B batch, I pictures an adapter, Q queries (16), C width, P patches of a 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,49 @@ from torch import Tensor, nn
 from kolors_core.adapters.block_scales import BlockScale, block_scales
 from kolors_core.adapters.clip_vision import CLIPVision
 from kolors_core.attention import attention, split_heads
-from kolors_core.config import IPAdapterConfig
 from kolors_core.context import ImagePrompt, Masks, ReadImages
 from kolors_core.module import Module
 from kolors_core.unet import Attention, UNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPAdapterConfig:
+    """Kolors-IP-Adapter-Plus. image_dim: width of CLIP's states. branch_widths: of the UNet's
+    cross-attentions, in the file's order."""
+
+    image_dim: int = 1024
+    width: int = 2048
+    queries: int = 16
+    heads: int = 12
+    head_dim: int = 64
+    feed_forward_size: int = 8192
+    layers: int = 4
+    context_dim: int = 2048
+    branch_widths: tuple[int, ...] = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> Self:
+        """Read off the tensors' shapes, by our names: the file has no config. ValueError for another kind."""
+        try:
+            queries, width = shapes["resampler.latents"][1:]
+            heads_times_dim = shapes["resampler.layers.0.attention.to_q.weight"][0]
+            branches = sorted(
+                (int(name.split(".")[1]), shape[0])
+                for name, shape in shapes.items()
+                if name.startswith("branches.") and name.endswith(".to_k.weight")
+            )
+            return cls(
+                image_dim=shapes["resampler.proj_in.weight"][1],
+                width=width,
+                queries=queries,
+                heads=heads_times_dim // cls.head_dim,
+                feed_forward_size=shapes["resampler.layers.0.feed_forward.proj_in.weight"][0],
+                layers=len({name.split(".")[2] for name in shapes if name.startswith("resampler.layers.")}),
+                context_dim=shapes["resampler.proj_out.weight"][0],
+                branch_widths=tuple(size for _, size in branches),
+            )
+        except (KeyError, ValueError, IndexError) as error:
+            raise ValueError(f"{where}: not the shapes of an IP-Adapter: {error}") from None
 
 
 class ResamplerAttention(Module):

@@ -2,7 +2,7 @@
 
 The vectors stand behind the rows of ChatGLM's embedding table, at ids beyond the vocabulary; the tokenizer
 is told which ids a word has. `add_words` puts them there; after `remove_words` the encoder is what it was.
-Saved pipelines do not contain them. How they are trained: `Objective.learn_words` in training.py.
+Saved pipelines do not contain them. `learn_words` lets them be trained.
 Source: `TextualInversionLoaderMixin` in diffusers' loaders/textual_inversion.py.
 Shapes: n vectors of a word, C ChatGLM's hidden width.
 """
@@ -50,6 +50,10 @@ class WordEmbedding(StandIn, nn.Embedding):
         own = F.embedding(input.clamp(max=self.num_embeddings - 1), self.weight)
         return torch.where((beyond >= 0)[..., None], learned, own)
 
+    def vectors(self) -> dict[str, nn.Parameter]:
+        """Return the learned vectors [n, C] of each word."""
+        return dict(zip(self.words, self.learned, strict=True))
+
 
 def words_of(encoder: ChatGLM) -> dict[str, list[int]]:
     """The ids of each word that the encoder has learned vectors for."""
@@ -63,9 +67,7 @@ def words_of(encoder: ChatGLM) -> dict[str, list[int]]:
 def vectors_of(encoder: ChatGLM) -> dict[str, nn.Parameter]:
     """The learned vectors [n, C] of each word."""
     embedding = encoder.embedding
-    if not isinstance(embedding, WordEmbedding):
-        return {}
-    return dict(zip(embedding.words, embedding.learned, strict=True))
+    return embedding.vectors() if isinstance(embedding, WordEmbedding) else {}
 
 
 def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
@@ -95,6 +97,23 @@ def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
             embedding = encoder.embedding = WordEmbedding(embedding)
         embedding.words += checked
         embedding.learned.extend(checked.values())
+
+
+def learn_words(model: nn.Module, *words: str) -> None:
+    """Let only the vectors of these words be trained, of all parameters of a model with a text encoder.
+
+    The paper (eq. 2) starts from the embedding of a word that says roughly what it is: give that to
+    `add_words`. ValueError for a word that is not there.
+    """
+    tables = (module for module in model.modules() if isinstance(module, WordEmbedding))
+    have = {word: vectors for table in tables for word, vectors in table.vectors().items()}
+    if not words:
+        raise ValueError("no word to be learned")
+    if unknown := [word for word in words if word not in have]:
+        raise ValueError(f"{unknown[0]} is no learned word; there are: {', '.join(have) or 'none'}")
+    model.requires_grad_(False)
+    for word in words:
+        have[word].requires_grad_(True)
 
 
 def remove_words(encoder: ChatGLM, words: Iterable[str] | None = None) -> None:

@@ -49,7 +49,7 @@ from kolors_core.cli.options import (
     with_scale,
 )
 from kolors_core.devices import join_processes
-from kolors_core.image import describe, save_png
+from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import LARGEST_SEED, whole_number
 from weights_convert.atomic_write import sweep
@@ -245,7 +245,7 @@ class Worker:
             try:
                 image = self._make(pipe, line.picture)
                 lora = {"lora": ", ".join(line.picture.lora)} if line.picture.lora else {}
-                describe(image, image.info | lora | self.told | {KEY: line.fingerprint})
+                attach_metadata(image, image.info | lora | self.told | {KEY: line.fingerprint})
                 save_png(image, self._path(line))
             except PartnerLost:
                 raise

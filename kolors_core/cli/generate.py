@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kolors_core.adapters.face_id import load_face_embeds
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.cli.explain import explain, explain_parser
 from kolors_core.cli.options import (
@@ -32,13 +33,13 @@ from kolors_core.cli.options import (
 )
 from kolors_core.config import VERSION
 from kolors_core.devices import named_device, planned_device
-from kolors_core.image import describe, load_image, read_description, save_png
+from kolors_core.image import load_image
 from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.pipelines.controlnet import KolorsControlNetPipeline
-from kolors_core.pipelines.face_prompts import load_face_embeds
 from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
 from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
 from kolors_core.pipelines.memory_plan import plan as plan_memory
+from kolors_core.pipelines.png_metadata import attach_metadata, read_metadata, save_png
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import LARGEST_SEED, whole_number
@@ -176,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.info is not None:
             if options.prompt is not None or options.weights != EMBEDDED_NAME:
                 raise ValueError("--info stands alone: it prints how a picture was made, and draws none")
-            for name, value in read_description(options.info).items():
+            for name, value in read_metadata(options.info).items():
                 print(f"{name}: {value}")
         elif options.plan:
             plan(options)
@@ -211,7 +212,7 @@ def draw(options: argparse.Namespace) -> None:
     if quantized is not None:
         told["quantized"] = str(quantized)
     for image, out in zip(output[0], outs, strict=True):
-        describe(image, image.info | told)
+        attach_metadata(image, image.info | told)
         save_png(image, out)
         if not options.quiet:
             print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from kolors_core.adapters.canny import canny
+from kolors_core.adapters.controlnet_files import DEFAULT_SCALE, KolorsControlNet
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.devices import best_dtype
 from kolors_core.guidance import cfg_rescale, check_interval, guided
 from kolors_core.image import load_image
 from kolors_core.performance.quantize import BITS
-from kolors_core.pipelines.control_images import DEFAULT_SCALE, KolorsControlNet
 from kolors_core.pipelines.pag import check_scales, perturbed, perturbed_layers
 from kolors_core.pipelines.quantization_report import QuantizationReport
 from kolors_core.pipelines.quantization_report import quantize as quantize_pipeline

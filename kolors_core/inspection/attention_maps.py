@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kolors_core.adapters.ip_adapter import ImageBranch
 from kolors_core.context import ReadImages
 from kolors_core.devices import plain
 from kolors_core.inspection.features import Calls, Patterns, Steps, checked_steps, matching
 from kolors_core.unet import Attention, Encoder
 
 
-class Layer:
+class MapRecorder:
     """The maps of one attention."""
 
     def __init__(self, name: str, steps: Steps, whole: bool) -> None:
@@ -32,21 +31,25 @@ class Layer:
         self.maps: list[Tensor] = []  # of each step, or their mean alone
         self.kept = 0  # steps
 
-    def sized(self, _transformer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def record_size(self, _transformer: nn.Module, inputs: tuple[Any, ...]) -> None:
         """The hook that sees the feature map [B, C, h, w] before it becomes pixels in a row."""
         self.size = inputs[0].shape[-2:]
 
-    def see(self, q: Tensor, k: Tensor, bias: Tensor | None, perturbed: int) -> None:
+    def observe(self, q: Tensor, k: Tensor, bias: Tensor | None, perturbed: int) -> None:
         """What an attention looks from and at; see `unet.Attention`."""
-        self.look(q, [k], bias, perturbed)
+        self.accumulate(q, [k], bias, perturbed)
 
-    def see_images(self, _branch: nn.Module, inputs: tuple[Tensor, Tensor, ReadImages], _out: Tensor) -> None:
+    def observe_images(
+        self, _branch: nn.Module, inputs: tuple[Tensor, Tensor, ReadImages], _out: Tensor
+    ) -> None:
         """The hook of an image branch: with masks, each picture has a softmax of its own."""
         _, q, images = inputs
-        self.look(q, [k for k, _ in images.keys_values])
+        self.accumulate(q, [k for k, _ in images.keys_values])
 
     @torch.no_grad()
-    def look(self, q: Tensor, keys: list[Tensor], bias: Tensor | None = None, perturbed: int = 0) -> None:
+    def accumulate(
+        self, q: Tensor, keys: list[Tensor], bias: Tensor | None = None, perturbed: int = 0
+    ) -> None:
         """q: [B, heads, h * w, D]; keys: [B, heads, S, D] of each softmax; others as in the attention."""
         if (step := self.calls.next()) is None:
             return
@@ -83,7 +86,7 @@ def softmax(q: Tensor, k: Tensor, bias: Tensor | None, perturbed: int) -> Tensor
 class AttentionMaps(Mapping[str, Tensor]):
     """From an attention's name to its map: [B, h, w, S], or whole, [steps, B, heads, h, w, S]."""
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
+    def __init__(self, layers: Mapping[str, MapRecorder]) -> None:
         self.layers = layers
 
     def __getitem__(self, name: str) -> Tensor:
@@ -123,18 +126,22 @@ def record_attention(
     """
     if not isinstance(plain(net), Encoder):
         raise TypeError(f"wanted a UNet or a ControlNet, such as pipe.unet, got {type(net).__name__}")
-    modules = {n: m for n, m in plain(net).named_modules() if isinstance(m, Attention | ImageBranch)}
+    modules: dict[str, nn.Module] = {}
+    for name, module in plain(net).named_modules():
+        if isinstance(module, Attention):
+            modules[name] = module
+            modules |= {f"{name}.image_branches.{i}": b for i, b in enumerate(module.image_branches)}
     found = matching(net, modules, patterns)
-    layers = {name: Layer(name, checked_steps(steps), whole) for name in found}
+    layers = {name: MapRecorder(name, checked_steps(steps), whole) for name in found}
     with ExitStack() as stack:
         for name, module in found.items():
             layer, transformer = layers[name], net.get_submodule(name.partition(".blocks.")[0])
-            stack.callback(transformer.register_forward_pre_hook(layer.sized).remove)
+            stack.callback(transformer.register_forward_pre_hook(layer.record_size).remove)
             if isinstance(module, Attention):
-                module.watchers.append(layer.see)
-                stack.callback(partial(module.watchers.remove, layer.see))
+                module.watchers.append(layer.observe)
+                stack.callback(partial(module.watchers.remove, layer.observe))
             else:
-                stack.callback(module.register_forward_hook(layer.see_images).remove)
+                stack.callback(module.register_forward_hook(layer.observe_images).remove)
         yield AttentionMaps(layers)
         for layer in layers.values():
             layer.calls.check()

@@ -5,7 +5,6 @@ https://github.com/Kwai-Kolors/Kolors.
 Shapes: B pictures to make, n faces (1 or a divisor of B), P patches of each (577), D CLIP's width.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +13,9 @@ from torch import Tensor
 from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.face_id import FaceIDAdapter
 from kolors_core.adapters.ip_adapter import Attached, attach, attached
+from kolors_core.adapters.ip_adapter_files import load_adapter
 from kolors_core.devices import finite, plain, refuse_second_copy
-from kolors_core.hub import find_file
 from kolors_core.pipelines.image_prompts import Guides, ImagePrompting, guide
-from kolors_core.validation import path_of
-from weights_convert.safetensors_files import Source
-from weights_convert.untrusted_files import one_line
 
 PATCHES = 577  # of a picture that guides, where no image encoder tells
 
@@ -47,9 +43,9 @@ class FacePrompting(ImagePrompting):
         """
         refuse_second_copy(low_cpu_mem_usage)
         hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-        adapter, encoder = self._opened(
-            "face_id", pretrained_model_name_or_path_or_dict, subfolder, weight_name, self.image_encoder,
-            image_encoder_folder, hub,
+        adapter, encoder = load_adapter(
+            plain(self.unet), "face_id", pretrained_model_name_or_path_or_dict, subfolder, weight_name,
+            self.image_encoder, image_encoder_folder, hub,
         )  # fmt: skip
         self.unload_ip_adapter_face_id()
         attach(plain(self.unet), adapter, encoder if encoder is not self._image_encoder else None)
@@ -135,29 +131,6 @@ class FacePrompting(ImagePrompting):
             return image
         encoder = self._need_encoder("face_image")
         return encoder.penultimate(self._pixels(image, encoder))
-
-
-def load_face_embeds(file: str | Path) -> Tensor:
-    """An id vector [1, id_dim] from a file: numpy's .npy, or the only tensor of a .safetensors.
-
-    FileNotFoundError or ValueError naming the file if it holds something else.
-    """
-    file = path_of("file", file)
-    if file.suffix == ".npy":
-        import numpy as np
-
-        try:
-            vector = torch.as_tensor(np.load(file, allow_pickle=False))
-        except (ValueError, TypeError, EOFError) as error:
-            raise ValueError(f"{file}: not an array of numbers: {one_line(error, 200)}") from None
-    else:
-        source = Source([find_file(file)])
-        if len(source) != 1:
-            raise ValueError(f"{file}: wanted one tensor, a face's id vector, got {len(source)}")
-        vector = next(iter(source.values()))
-    if vector.numel() != vector.shape[-1:].numel() or vector.ndim not in (1, 2):
-        raise ValueError(f"{file}: wanted one id vector, got {list(vector.shape)}")
-    return vector.reshape(1, -1)
 
 
 def _ids(embeds: Any, width: int) -> Tensor:

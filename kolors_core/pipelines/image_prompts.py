@@ -1,79 +1,42 @@
-"""Pictures as prompts: loading IP-Adapters and CLIP into a pipeline, and making image tokens of pictures.
+"""Image prompts: methods of a pipeline that attach IP-Adapters and make image tokens.
 
 Source: `IPAdapterMixin` in diffusers' loaders/ip_adapter.py, and `prepare_ip_adapter_image_embeds` of its
 pipelines/kolors/pipeline_kolors.py.
 Shapes: B pictures to make, I pictures that guide for an adapter, P patches of each (577), D CLIP's width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
-from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
-from kolors_core.adapters.ip_adapter import Attached, ImageAdapter, IPAdapter, attach, attached
-from kolors_core.checkpoint import load_component
-from kolors_core.config import IPAdapterConfig
+from kolors_core.adapters.clip_vision import CLIPVision, clip_pixels
+from kolors_core.adapters.ip_adapter import (
+    Attached,
+    IPAdapter,
+    attach,
+    attached,
+)
+from kolors_core.adapters.ip_adapter_files import adapter_sources, load_adapter
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import (
-    dtype_of,
     finite,
     named_device,
-    one_dtype,
     plain,
     refuse_second_copy,
 )
-from kolors_core.hub import find_file, refuse_unused
-from kolors_core.image import clip_pixels
-from kolors_core.loading import load
+from kolors_core.image import as_list, to_grayscale
 from kolors_core.pipelines.base import Components
-from kolors_core.validation import new_path, path_of, whole_number
-from weights_convert import recognise
-from weights_convert.safetensors_files import Source, Tensors, save_tensors
+from kolors_core.validation import whole_number
 
-ADAPTERS: dict[str, tuple[Callable[..., ImageAdapter], type[IPAdapterConfig]]] = {
-    "ip_adapter": (IPAdapter, IPAdapterConfig),
-    "face_id": (FaceIDAdapter, FaceIDConfig),
-}
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 # What each attached adapter has its branches read, and in the negative half, if there is one.
 Guides = dict[Attached, tuple[ImagePrompt, ImagePrompt | None]]
 Images = Any  # a PIL image, or an array or tensor of one, or a list of them for each adapter
-
-
-class CLIPVisionModelWithProjection:
-    """The reference's name under which scripts load CLIP's vision encoder."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        subfolder: str = "",
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        variant: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        low_cpu_mem_usage: bool = True,
-    ) -> CLIPVision:
-        """Load the encoder from a folder or hub repository; only its own files are fetched.
-
-        torch_dtype, or by its newer name dtype: float32 if None. low_cpu_mem_usage: True is how weights are
-        loaded here. Raises FileNotFoundError or ValueError naming the file, field or tensor.
-        """
-        refuse_second_copy(low_cpu_mem_usage)
-        return load_component(
-            pretrained_model_name_or_path, "image_encoder", kind=IMAGE_ENCODER, subfolder=subfolder,
-            variant=variant,
-            dtype=dtype_of("image_encoder", one_dtype(torch_dtype, dtype)), device=device,
-            revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
-        )  # fmt: skip
 
 
 class ImagePrompting(Components):
@@ -104,43 +67,14 @@ class ImagePrompting(Components):
         hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         encoder = own = self._image_encoder
         adapters = []
-        for place in _places(pretrained_model_name_or_path_or_dict, subfolder, weight_name):
-            adapter, encoder = self._opened("ip_adapter", *place, encoder, image_encoder_folder, hub)
+        for place in adapter_sources(pretrained_model_name_or_path_or_dict, subfolder, weight_name):
+            adapter, encoder = load_adapter(
+                plain(self.unet), "ip_adapter", *place, encoder, image_encoder_folder, hub
+            )
             adapters.append(adapter)
         self.unload_ip_adapter()
         for adapter in adapters:
             attach(plain(self.unet), adapter, encoder if encoder is not own else None)
-
-    def _opened(
-        self,
-        component: str,
-        source: Any,
-        subfolder: str,
-        weight_name: str | None,
-        encoder: CLIPVision | None,
-        encoder_folder: str | None,
-        hub: dict[str, Any],
-    ) -> tuple[ImageAdapter, CLIPVision | None]:
-        """An adapter of a kind, and the image encoder: the given one, or else what lies in the folder."""
-        weight = self.unet.conv_in.weight
-        if not isinstance(source, Mapping) and path_of("the IP-Adapter", source).is_file():
-            if subfolder or weight_name is not None:
-                raise ValueError(f"{source} is a file: subfolder and weight_name have no effect on it")
-            source, weight_name = Path(source).parent, Path(source).name
-        adapter = _build(component, _tensors(source, subfolder, weight_name, hub), weight)
-        adapter.check_fits(plain(self.unet))
-        if encoder is None and encoder_folder is not None:
-            if isinstance(source, Mapping):
-                raise ValueError("a dict has no image encoder: image_encoder_folder must be None")
-            if subfolder and "/" not in encoder_folder:
-                encoder_folder = f"{subfolder}/{encoder_folder}"
-            encoder = CLIPVisionModelWithProjection.from_pretrained(
-                source, subfolder=encoder_folder, dtype=weight.dtype, device=weight.device, **hub
-            )
-        if encoder is not None and adapter.config.image_dim != encoder.config.hidden_size:
-            got = f"the image encoder is {encoder.config.hidden_size} wide"
-            raise ValueError(f"{got}, and the IP-Adapter reads {adapter.config.image_dim}")
-        return adapter, encoder
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Weigh the adapters: 1 is as trained, 0 as if there were none.
@@ -267,72 +201,11 @@ class ImagePrompting(Components):
         return handles
 
 
-def save_image_embeds(embeds: Sequence[Tensor], file: str | Path, *, overwrite: bool = False) -> None:
-    """Write what `prepare_ip_adapter_image_embeds` returns to a safetensors file, whole or not at all.
-
-    Raises FileExistsError for a file that is there, unless `overwrite`, TypeError for no list of tensors.
-    """
-    if not isinstance(embeds, list | tuple) or not all(isinstance(embed, Tensor) for embed in embeds):
-        raise TypeError(f"embeds must be a list of tensors, got {type(embeds).__name__}")
-    file = new_path("file", file, overwrite)
-    save_tensors({f"ip_adapter.{i}": embed for i, embed in enumerate(embeds)}, file)
-
-
-def load_image_embeds(file: str | Path) -> list[Tensor]:
-    """Read a file of `save_image_embeds`. FileNotFoundError or ValueError if it is none."""
-    source = Source([path_of("file", file)])
-    names = [f"ip_adapter.{i}" for i in range(len(source))]
-    if not names or set(names) != set(source):
-        raise ValueError(f"{file}: no image embeddings, wanted tensors ip_adapter.0 and so on")
-    return [source[name] for name in names]
-
-
 def guide(tokens: Tensor, batch: int, mask: Tensor | None = None) -> ImagePrompt:
     """What an adapter's branches read in each of B (`batch`) rows, of tokens [n, I, Q, context_dim], n a
     divisor of B. FloatingPointError unless they are finite."""
     finite(tokens, "the tokens of a picture or face", tokens.dtype)
     return ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0), mask)
-
-
-def _places(
-    source: Any, subfolder: str | Sequence[str], weight_name: str | Sequence[str] | None
-) -> list[tuple[Any, str, str | None]]:
-    """One (source, subfolder, file) for each adapter; a single value serves all."""
-    given = {"sources": source, "subfolder": subfolder, "weight_name": weight_name}
-    lists = {name: list(one) if isinstance(one, list | tuple) else [one] for name, one in given.items()}
-    count = max(map(len, lists.values()))
-    for name, values in lists.items():
-        if len(values) not in (1, count):
-            raise ValueError(f"wanted as many {name} as IP-Adapters ({count}) or one, got {len(values)}")
-    return list(zip(*(v * count if len(v) == 1 else v for v in lists.values()), strict=True))
-
-
-def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> Source | Tensors:
-    """An adapter's tensors; of a dict also nested, {"image_proj": {...}, "ip_adapter": {...}}."""
-    if not isinstance(source, Mapping):
-        return Source([find_file(source, weight_name, subfolder, **hub)])
-    refuse_unused("a dict of tensors", subfolder=subfolder, weight_name=weight_name, **hub)
-    flat: dict[str, Any] = {}
-    for name, value in source.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{inner}": tensor for inner, tensor in value.items()}
-        else:
-            flat[name] = value
-    return Tensors(flat, "the dict of tensors")
-
-
-def _build(component: str, source: Source | Tensors, like: Tensor) -> ImageAdapter:
-    """An adapter of the shape that its tensors have, in the dtype and on the device of `like`."""
-    table, is_ours = recognise(source.keys(), source.where)
-    if table.component != component:
-        hint = ": load_ip_adapter_face_id loads it" if table.component == "face_id" else ""
-        raise ValueError(f"{source.where}: wanted tensors of {component}, got {table.component}{hint}")
-    kind, config = ADAPTERS[component]
-    shapes = {name if is_ours else table.to_ours(name): source.shape(name) for name in source}
-    with torch.device("meta"):
-        adapter = kind(config.from_shapes(shapes, source.where))
-    load(adapter, source, component, dtype=like.dtype, device=like.device)
-    return adapter.eval()
 
 
 def _halves(embed: Any, is_guided: bool) -> tuple[Tensor, Tensor | None]:
@@ -367,3 +240,29 @@ def _masks_of(masks: Any, count: int, batch: int) -> list[Tensor | None]:
         if not 0 <= mask.min() <= mask.max() <= 1:
             raise ValueError(f"ip_adapter_masks must be from 0 to 1, got {mask.min()} to {mask.max()}")
     return list(listed)
+
+
+class IPAdapterMaskProcessor:
+    """Makes masks that say where an IP-Adapter image counts, as diffusers' class of this name does."""
+
+    def preprocess(
+        self, image: "Image | Sequence[Image]", height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """One mask or several, of any mode: [n, 1, H, W], float32, 1 where brighter than middle grey, else 0.
+
+        Each is resized to height and width, or to the first one's size, both rounded down to multiples of 8.
+        """
+        from PIL import Image
+
+        masks = as_list(image)
+        for mask in masks:
+            if not isinstance(mask, Image.Image):
+                raise TypeError(f"wanted masks as PIL images, got {type(mask).__name__}")
+        h = masks[0].height if height is None else whole_number("height", height)
+        w = masks[0].width if width is None else whole_number("width", width)
+        if h < 8 or w < 8:
+            raise ValueError(f"the sides of a mask must be at least 8, got {h} x {w}")
+        size = h - h % 8, w - w % 8
+        return torch.stack([to_grayscale(mask, size) >= 128 for mask in masks]).float()[
+            :, None
+        ]  # [n, 1, H, W]

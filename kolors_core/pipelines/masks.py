@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_core.image import Size, grey_bytes, to_output, vae_pixels
+from kolors_core.image import Size, to_grayscale, to_output, vae_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,7 +86,7 @@ def _resized(plane: "Image | Tensor", size: Size) -> Tensor:
     """A grey picture as [H, W] in [0, 1]."""
     if isinstance(plane, Tensor):
         return F.interpolate(plane[None, None], size=size)[0, 0]
-    return grey_bytes(plane, size).float() / 255
+    return to_grayscale(plane, size).float() / 255
 
 
 def repainted(mask: Tensor, size: Size, name: str = "mask_image") -> tuple[Tensor, Tensor]:

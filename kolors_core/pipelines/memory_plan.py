@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kolors_core.adapters.controlnet import as_list
+from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import plain, planned_device
@@ -163,7 +163,7 @@ def _rule(pipe: Task, pag_scale: float | None) -> GuidanceRule:
 def meta_copy(pipe: Task, offload: Offload) -> Task:
     """Copy a pipeline and its models, without values or hooks and not compiled."""
     models = {name: plain(getattr(pipe, name)) for name in MODELS if getattr(pipe, name) is not None}
-    nets = [plain(net) for net in as_list(pipe.controlnet)]
+    nets = [plain(net) for net in controlnets_of(pipe.controlnet)]
     parts = [*models.values(), *(handle.adapter for handle in attached(models["unet"])), *nets]
     memo = {
         id(hooks): OrderedDict()
@@ -190,7 +190,7 @@ def _run(twin: Task, inputs: PipelineInputs, size: tuple[int, int], prompts: int
         negative = _encoded(twin, 1, length)
         given |= {"negative_prompt_embeds": negative.tokens, "negative_pooled_prompt_embeds": negative.pooled}
     given |= twin.stand_ins(META, inputs.is_guided)
-    if nets := as_list(twin.controlnet):
+    if nets := controlnets_of(twin.controlnet):
         given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
     inputs = PipelineInputs(**vars(inputs) | given)
     texts = twin.embed(

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 
-from kolors_core.adapters.controlnet import as_list
+from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import named_device, plain
 from kolors_core.module import WrapStep
@@ -52,7 +52,7 @@ class PerformanceMethods(Components):
         CUDA graph, where the UNet is on CUDA. Other image sizes, LoRAs and weights work as before. See
         kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
-        for model in (*self._own_models().values(), *as_list(self.controlnet)):
+        for model in (*self._own_models().values(), *controlnets_of(self.controlnet)):
             compile_blocks(plain(model), mode, backend)
         self._wrap_step = CUDAGraphCache() if mode in GRAPHED and self.device.type == "cuda" else None
 

@@ -22,12 +22,13 @@ from kolors_core.conditioning import Conditioning, Residuals, positive_and_negat
 from kolors_core.config import VERSION
 from kolors_core.devices import finite, plain
 from kolors_core.guidance import GuidanceRule
-from kolors_core.image import Size, describe, to_output
+from kolors_core.image import Size, to_output
 from kolors_core.pipelines.control_images import Controlling
 from kolors_core.pipelines.denoising_loop import DenoisingLoop
 from kolors_core.pipelines.face_prompts import FacePrompting
 from kolors_core.pipelines.lora_methods import LoRALoading
 from kolors_core.pipelines.performance_methods import PerformanceMethods
+from kolors_core.pipelines.png_metadata import attach_metadata
 from kolors_core.pipelines.request import KolorsPipelineOutput, PipelineInputs
 from kolors_core.pipelines.single_file import SingleFile
 from kolors_core.pipelines.text_prompts import TextPrompting
@@ -218,7 +219,7 @@ class Task(
                 **self._adapter_facts(self._rule(inputs)), "size": f"{image.width}x{image.height}",
                 "software": f"kolors_core {VERSION}",
             }  # fmt: skip
-            describe(image, facts)
+            attach_metadata(image, facts)
 
     def _adapter_facts(self, rule: GuidanceRule) -> dict[str, Any]:
         """What the pictures' description says of the guidance rule, FreeU, LoRAs, words and IP-Adapters."""

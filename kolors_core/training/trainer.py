@@ -1,12 +1,13 @@
 """Training: one loop for full models, LoRA, ControlNets and words, on one process or many.
 
-Each rank takes its part of a batch that depends on seed and step alone (objective.py): so a killed run goes
+Each rank takes its part of a batch that depends on seed and step alone (data.py): so a killed run goes
 on to the same losses, and many processes train as one does. Run under `torchrun` for DDP, or with
 `shard=True` for FSDP2.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,63 +22,116 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kolors_core.performance.compile import BLOCKS
-from kolors_core.training.loss import TrainingConfig
+from kolors_core.validation import LARGEST_SEED, finite_number, whole_number
 from weights_convert.safetensors_files import Source, save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
 
 
-class Steps(Protocol):
-    """Where a run's batches come from: a function of the step alone, so that a run can be taken up again."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train. Master weights are float32; `dtype` is what the forward computes in (autocast).
 
-    def at(self, step: int, part: slice, device: torch.device) -> Any:
-        """The pictures `part` of the batch of a step."""
+    gradient_accumulation_steps: parts that a batch is computed in. schedule: "constant" or "cosine" to 0.
+    ema_decay: of the weights' moving average, warmed up as min(ema_decay, (1 + step) / (10 + step)); 0: off.
+    min_snr_gamma: weigh a timestep's loss by min(snr, gamma) / snr (https://arxiv.org/abs/2303.09556); None
+    is off. noise_offset: add this much of one normal number a channel to the noise.
+    checkpoint_blocks: recompute each block's activations in the backward pass. shard: FSDP2 in place of DDP.
+    """
+
+    steps: int
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup: int = 100
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    min_snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    max_tokens: int = 256
+    dtype: torch.dtype = torch.float32
+    checkpoint_blocks: bool = False
+    shard: bool = False
+    save_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "save_every", "max_tokens"):
+            whole_number(name, getattr(self, name))
+        whole_number("warmup", self.warmup, least=0)
+        whole_number("seed", self.seed, least=0, most=LARGEST_SEED)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "noise_offset"):
+            finite_number(name, getattr(self, name), 0)
+        finite_number("ema_decay", self.ema_decay, 0, 1)
+        if self.min_snr_gamma is not None and finite_number("min_snr_gamma", self.min_snr_gamma) <= 0:
+            raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {self.dtype}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then constant or a half cosine that ends at 0."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.schedule == "constant":
+            return self.learning_rate * warm
+        done = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class BatchSource(Protocol):
+    """Batches of a run: a function of the step alone, so that a run can be resumed."""
+
+    def batch(self, step: int, rows: slice, device: torch.device) -> Any:
+        """Return the `rows` of a step's batch."""
         ...
 
 
 class Trainer:
     """One run: `fit()` goes from the last saved state in `folder`, or from the start, to `config.steps`.
 
-    objective: a module that makes a mean loss of one of `data`'s batches; its parameters that require a
+    loss: a module that makes a mean loss of one of `data`'s batches; its parameters that require a
     gradient are trained. on_step(step, loss): on every rank, after each step; the loss is that of the whole
     batch.
     """
 
     def __init__(
         self,
-        objective: nn.Module,
-        data: Steps,
+        loss: nn.Module,
+        data: BatchSource,
         config: TrainingConfig,
         folder: str | Path,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
     ) -> None:
-        self.objective, self.data, self.config, self.on_step = objective, data, config, on_step
+        self.loss, self.data, self.config, self.on_step = loss, data, config, on_step
         self.folder = Path(folder)
-        self.device = next(objective.parameters()).device
+        self.device = next(loss.parameters()).device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if config.batch_size % (self.world * config.accumulate):
-            parts = f"{self.world} processes times accumulate {config.accumulate}"
+        if config.batch_size % (self.world * (accumulated := config.gradient_accumulation_steps)):
+            parts = f"{self.world} processes times gradient_accumulation_steps {accumulated}"
             raise ValueError(f"batch_size must be a multiple of {parts}, got {config.batch_size}")
-        if not any(parameter.requires_grad for parameter in objective.parameters()):
+        if not any(parameter.requires_grad for parameter in loss.parameters()):
             raise ValueError("nothing to train: no parameter requires a gradient")
         if config.checkpoint_blocks:
-            checkpoint_blocks(objective)
-        self.module = self._spread()
-        self.named = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+            checkpoint_blocks(loss)
+        self.module = self._distribute()
+        self.named = {n: p for n, p in loss.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.named.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.ema = {n: p.detach().clone() for n, p in self.named.items()} if config.ema else {}
+        self.ema = {n: p.detach().clone() for n, p in self.named.items()} if config.ema_decay else {}
         self.step = 0
 
-    def _spread(self) -> nn.Module:
-        """The objective as it is run: alone, under DDP, or sharded in place by FSDP2."""
+    def _distribute(self) -> nn.Module:
+        """The loss as it is run: alone, under DDP, or sharded in place by FSDP2."""
         if self.config.shard:
-            for block in _blocks(self.objective):
+            for block in _blocks(self.loss):
                 fully_shard(block)
-            fully_shard(self.objective)
-            return self.objective
-        return DistributedDataParallel(self.objective) if self.world > 1 else self.objective
+            fully_shard(self.loss)
+            return self.loss
+        return DistributedDataParallel(self.loss) if self.world > 1 else self.loss
 
     def fit(self) -> list[float]:
         """Train to the end; returns the loss of each step of this call."""
@@ -93,23 +147,23 @@ class Trainer:
 
     def _one_step(self) -> float:
         config, share = self.config, self.config.batch_size // self.world
-        size = share // config.accumulate
+        size = share // config.gradient_accumulation_steps
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
         total = torch.zeros((), device=self.device)
-        for i in range(config.accumulate):
+        for i in range(config.gradient_accumulation_steps):
             start = self.rank * share + i * size
-            batch = self.data.at(self.step, slice(start, start + size), self.device)
-            self._sync_gradients(i == config.accumulate - 1)
+            batch = self.data.batch(self.step, slice(start, start + size), self.device)
+            self._sync_gradients(i == config.gradient_accumulation_steps - 1)
             with torch.autocast(self.device.type, config.dtype, enabled=config.dtype != torch.float32):
-                loss = self.module(batch) / config.accumulate
+                loss = self.module(batch) / config.gradient_accumulation_steps
             loss.backward()
             total += loss.detach()
-        if config.clip:
-            nn.utils.clip_grad_norm_(self.named.values(), config.clip)
+        if config.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.named.values(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._average()
+        self._update_ema()
         if self.world > 1:
             dist.all_reduce(total)
         loss = total.item() / self.world
@@ -127,14 +181,14 @@ class Trainer:
             self.module.require_backward_grad_sync = is_last  # type: ignore[assignment]
 
     @torch.no_grad()
-    def _average(self) -> None:
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+    def _update_ema(self) -> None:
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         for name, average in self.ema.items():
             average.lerp_(self.named[name], 1 - decay)
 
     def save(self) -> None:
         """Write step, weights, moments and average to `folder/state.safetensors`, whole or not at all."""
-        tensors = {name: _whole(tensor) for name, tensor in self._state().items()}
+        tensors = {name: _gather(tensor) for name, tensor in self._state().items()}
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(tensors, self.folder / "state.safetensors", {"step": str(self.step)})
@@ -168,24 +222,24 @@ class Trainer:
         self.step = int(step)
         tensors = load_file(file, device=str(self.device))
         for name, tensor in state.items():
-            _fill(tensor, tensors[name])
+            _scatter(tensor, tensors[name])
         for parameter in self.named.values():
             self.optimizer.state[parameter]["step"].fill_(self.step)
 
     @torch.no_grad()
-    def take_average(self) -> None:
+    def load_ema_weights(self) -> None:
         """Put the moving average in the weights' place, for use; to train on from there is another run.
 
         ValueError if the config asks for none.
         """
         if not self.ema:
-            raise ValueError(f"there is no moving average to take: ema is {self.config.ema}")
+            raise ValueError(f"there is no moving average to load: ema_decay is {self.config.ema_decay}")
         for name, average in self.ema.items():
             self.named[name].copy_(average)
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Make every block of `compiling.BLOCKS` recompute its activations in the backward pass."""
+    """Make every block recompute its activations in the backward pass."""
     for block in _blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -194,13 +248,13 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BLOCKS)]
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _gather(tensor: Tensor) -> Tensor:
     """The tensor, gathered from all ranks if it is sharded, on the CPU."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().cpu().contiguous()
 
 
-def _fill(tensor: Tensor, value: Tensor) -> None:
+def _scatter(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole value in, or this rank's shard of it."""
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 
 import kolors_core
-from kolors_core.adapters.clip_vision import CLIPVision
-from kolors_core.config import CLIPVisionConfig
+from kolors_core.adapters.clip_vision import CLIPVision, CLIPVisionConfig
 from tests.support.parity import assert_parity, first_divergence, pair, reference_clip, transfer
 from tests.support.small import EXACT, FLOAT32, SMALL_CLIP, randomise, relative_error
 from weights_convert import TABLES, recognise

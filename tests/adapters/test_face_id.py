@@ -13,15 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
+from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig, load_face_embeds
 from kolors_core.adapters.ip_adapter import attach, attached
 from kolors_core.adapters.lora import attach as attach_lora
 from kolors_core.adapters.lora import save_adapters
 from kolors_core.cli.generate import main
 from kolors_core.config import KOLORS
-from kolors_core.image import read_description
-from kolors_core.pipelines.face_prompts import load_face_embeds
 from kolors_core.pipelines.memory_plan import plan
+from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.unet import UNet
 from tests.support.face_ids import FACE, TOKENS, ReferenceFace, face_config, parts_of, write_face
 from tests.support.ip_adapters import Both, load_both
@@ -387,7 +386,7 @@ def test_on_the_command_line(reference_folder: Path, tmp_path: Path, capsys: pyt
     expected = np.asarray(pipe("cat", **given).images[0]).astype(int)
     with Image.open(out) as image:
         assert abs(np.asarray(image).astype(int) - expected).max() <= 1
-    told = read_description(out)
+    told = read_metadata(out)
     assert (told["face_adapter"], told["face_scale"]) == (str(tmp_path / "face"), "0.8")
     assert main([*command, *flags[:4], "-o", str(tmp_path / "no.png")]) == 2
     assert "--face-adapter, --face-image, --face-embeds and --face-scale need" in capsys.readouterr().err

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kolors_core.adapters.ip_adapter import IPAdapter, attach, attached, cross_attentions
-from kolors_core.config import KOLORS, IPAdapterConfig
+from kolors_core.adapters.ip_adapter import IPAdapter, IPAdapterConfig, attach, attached, cross_attentions
+from kolors_core.config import KOLORS
 from kolors_core.context import ImagePrompt
 from kolors_core.unet import UNet
 from tests.support.ip_adapters import Both, adapter_config, guided_steps, load_both

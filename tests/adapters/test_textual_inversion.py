@@ -14,20 +14,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.adapters.textual_inversion import add_words, remove_words, save_words, vectors_of, words_of
+from kolors_core.adapters.textual_inversion import (
+    add_words,
+    learn_words,
+    remove_words,
+    save_words,
+    vectors_of,
+    words_of,
+)
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.cli.generate import main
 from kolors_core.cli.options import with_word
-from kolors_core.image import read_description
 from kolors_core.performance.prompt_cache import PromptCache
 from kolors_core.performance.quantize import quantize
+from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.precompute import Savings
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
-from kolors_core.training.data import Batches, read_folder
-from kolors_core.training.loss import Data, Objective, TrainingConfig
-from kolors_core.training.trainer import Trainer
+from kolors_core.training.data import Batches, LatentDataset, read_folder
+from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.support.offloads import offloaded
@@ -323,7 +330,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert main(["<x>", *command, "-o", str(out), "--textual-inversion", f"{file}:<x>"]) == 0
     assert main(["a red apple", *command, "-o", str(plain)]) == 0
     assert Image.open(out).tobytes() == Image.open(plain).tobytes()
-    told = read_description(out)
+    told = read_metadata(out)
     assert (told["learned_words"], told["textual_inversion"]) == ("<x>", f"{file}:<x>")
     assert main(["<x>", *command, "-o", str(tmp_path / "no.png"), "--textual-inversion", str(file)]) == 2
     assert "emb_params names no word" in capsys.readouterr().err
@@ -349,16 +356,18 @@ def test_a_concept_is_learned_and_nothing_else_changes(tmp_path: Path) -> None:
     tokenizer, examples = Tokenizer(EMBEDDED / "tokenizer"), read_folder(tmp_path / "pictures")
     start = encoder.embedding.weight[tokenizer.pieces.encode("square")].mean(0).detach()
     add_words(encoder, {"<thing>": start.repeat(2, 1), "<other>": start})
-    data = Data(
+    data = LatentDataset(
         examples, Batches(examples, [(64, 64)], 4, 0), vae, tokenizer, TRAINING, None, words=words_of(encoder)
     )
-    objective = Objective(unet, encoder, EulerDiscreteScheduler().table(), TRAINING)
-    objective.learn_words("<thing>")
+    objective = DiffusionLoss(unet, encoder, EulerDiscreteScheduler().table(), TRAINING)
+    learn_words(objective, "<thing>")
 
     @torch.no_grad()
     def loss() -> float:
         """Of steps that are not trained on."""
-        return sum(objective(data.at(100 + i, slice(0, 4), torch.device("cpu"))).item() for i in range(6)) / 6
+        return (
+            sum(objective(data.batch(100 + i, slice(0, 4), torch.device("cpu"))).item() for i in range(6)) / 6
+        )
 
     first, before = loss(), {name: value.clone() for name, value in objective.state_dict().items()}
     trainer = Trainer(objective, data, TRAINING, tmp_path / "run")
@@ -368,9 +377,9 @@ def test_a_concept_is_learned_and_nothing_else_changes(tmp_path: Path) -> None:
     changed = [name for name, value in objective.state_dict().items() if not torch.equal(value, before[name])]
     assert changed == ["text_encoder.embedding.learned.0"]
     with pytest.raises(ValueError, match="<none> is no learned word; there are: <thing>, <other>"):
-        objective.learn_words("<thing>", "<none>")
+        learn_words(objective, "<thing>", "<none>")
     with pytest.raises(ValueError, match="no word to be learned"):
-        objective.learn_words()
+        learn_words(objective)
     save_words(encoder, tmp_path / "thing.safetensors")
     pipe = KolorsPipeline.from_pretrained("tiny")
     pipe.load_textual_inversion(tmp_path / "thing.safetensors")

@@ -21,7 +21,7 @@ from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.batch.prompt_file import fingerprint_of, read_lines
 from kolors_core.batch.worker import Worker, main, parser
 from kolors_core.cli.generate import main as draw_one
-from kolors_core.image import read_description
+from kolors_core.pipelines.png_metadata import read_metadata
 from tests.support.batch_worker import draw_unlike, measure_split
 from tests.support.two_processes import start_two
 
@@ -115,8 +115,8 @@ def test_a_picture_is_the_command_lines_own(undisturbed: Path, lora: Path, tmp_p
     for mine, other in (("000002-7", "2"), ("000004-4", "4")):
         mine, other = undisturbed / f"{mine}.png", tmp_path / f"{other}.png"
         assert np.array_equal(np.asarray(Image.open(mine)), np.asarray(Image.open(other)))
-        told = read_description(mine)
-        assert len(told.pop("batch_line")) == 32 and told == read_description(other)
+        told = read_metadata(mine)
+        assert len(told.pop("batch_line")) == 32 and told == read_metadata(other)
 
 
 def test_who_is_killed_is_replaced_by_the_other(prompts: Path, undisturbed: Path, tmp_path: Path) -> None:

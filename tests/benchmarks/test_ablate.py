@@ -159,9 +159,9 @@ def test_held_out_prompts_cover_the_schedule_and_are_not_trained_on(lesson: Less
 
 def test_a_seed_is_an_order_of_pictures_and_a_noise(lesson: Lesson) -> None:
     one, same, other = (lesson.seeded(replace(CONFIG, seed=seed)) for seed in (1, 1, 2))
-    orders = [[data.batches.at(step) for step in range(9)] for data in (one, same, other)]
+    orders = [[data.batches.samples(step) for step in range(9)] for data in (one, same, other)]
     assert orders[0] == orders[1] != orders[2]
-    noises = [data.at(0, slice(0, 2), torch.device("cpu")).noise for data in (one, same, other)]
+    noises = [data.batch(0, slice(0, 2), torch.device("cpu")).noise for data in (one, same, other)]
     assert torch.equal(noises[0], noises[1]) and not torch.equal(noises[0], noises[2])
 
 

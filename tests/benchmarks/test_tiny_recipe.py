@@ -26,8 +26,7 @@ from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.config import TINY
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import Example, read_folder
-from kolors_core.training.loss import TrainingConfig
-from kolors_core.training.trainer import Trainer
+from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.vae import VAE
 from tests.support.small import EXACT, SMALL, randomise, relative_error
 
@@ -99,12 +98,13 @@ def glyphs(count: int) -> torch.Tensor:
 
 def test_batches_depend_on_seed_and_step_alone_and_grow_to_whole_pictures() -> None:
     pool = Pool(glyphs(5), favourites=2, whole_from=3, batch_size=4, seed=1)
-    first, again = (pool.at(2, slice(0, 4), CPU) for _ in range(2))
+    first, again = (pool.batch(2, slice(0, 4), CPU) for _ in range(2))
     assert torch.equal(first.images, again.images) and torch.equal(first.noise, again.noise)
     assert first.images.shape == (4, 3, 64, 64) and first.noise.shape == (4, 4, 8, 8)
-    assert not torch.equal(first.images, pool.at(1, slice(0, 4), CPU).images)
-    assert pool.at(3, slice(1, 3), CPU).images.shape == (2, 3, 128, 128)
-    assert torch.equal(pool.at(2, slice(1, 3), CPU).images, first.images[1:3]), "a rank's part is the whole's"
+    assert not torch.equal(first.images, pool.batch(1, slice(0, 4), CPU).images)
+    assert pool.batch(3, slice(1, 3), CPU).images.shape == (2, 3, 128, 128)
+    part = pool.batch(2, slice(1, 3), CPU).images
+    assert torch.equal(part, first.images[1:3]), "a rank's part is the whole's"
     assert first.images.min() >= -1 and first.images.max() <= 1
 
 
@@ -131,7 +131,7 @@ def test_the_text_encoder_learns_which_picture_is_meant(tmp_path: Path, small_to
     tokenizer = Tokenizer(small_tokenizer)
     config = TrainingConfig(steps=100, batch_size=16, learning_rate=2e-3, warmup=1, max_tokens=24)
     source = CaptionSource(examples, tokenizer, config)
-    batch, again = (source.at(3, slice(0, 16), CPU) for _ in range(2))
+    batch, again = (source.batch(3, slice(0, 16), CPU) for _ in range(2))
     assert torch.equal(batch.tokens.ids, again.tokens.ids) and torch.equal(batch.pictures, again.pictures)
     assert set(batch.pictures.tolist()) <= {0, 1, 2}
     learned = train(SMALL.text_encoder, examples, tokenizer, config, tmp_path, CPU)

@@ -21,10 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kolors_core import KolorsPipeline, record_attention
-from kolors_core.cli.explain import explained, tokens_of, write
+from kolors_core import KolorsPipeline
+from kolors_core.cli.explain import write
 from kolors_core.cli.generate import main
-from kolors_core.image import read_description
 from kolors_core.inspection.attention_report import (
     GAP,
     TILE,
@@ -38,6 +37,8 @@ from kolors_core.inspection.attention_report import (
     shown,
     wrapped,
 )
+from kolors_core.inspection.token_attention import explain_prompt
+from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.tokenizer import Tokenizer
 from tests.support.pipelines import picture
 
@@ -58,7 +59,7 @@ def tiny() -> KolorsPipeline:
 @pytest.fixture(scope="module")
 def drawn(tiny: KolorsPipeline) -> Explanation:
     """Four steps, so that their thirds are of 1, 2 and 1; of a picture that is wider than high."""
-    return explained(tiny, PROMPT, 4, height=64, width=96, generator=torch.Generator().manual_seed(0))
+    return explain_prompt(tiny, PROMPT, 4, height=64, width=96, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -70,67 +71,6 @@ def made() -> Explanation:
     tokens = [Token(label, label, slice(i, i + 1)) for i, label in enumerate(["9 pads", HOSTILE, "瓢", "🐞"])]
     views = {("all", "all"): maps, ("up", "all"): maps.roll(-1, 0)}
     return Explanation(HOSTILE, picture(0, 48, 64), tokens, views, {"model": HOSTILE, "seed": "7"})
-
-
-def labels(tokenizer: Tokenizer, prompt: str, length: int = 64) -> list[str]:
-    """Those of all tokens of a prompt, which are checked to be each one's once, in their order."""
-    whole = tokenizer([prompt], length)
-    batch = whole.collapse()
-    tokens = tokens_of(tokenizer, batch)
-    assert [token.label for token in tokens_of(tokenizer, whole)] == [token.label for token in tokens]
-    columns = range(batch.ids.shape[1])
-    assert [i for token in tokens for i in columns[token.columns]] == list(columns)
-    return [token.label for token in tokens]
-
-
-def test_tokens_are_labelled_and_bytes_that_are_a_character_are_one() -> None:
-    tokenizer = Tokenizer(TINY)
-    start = ["51 pads", "[gMASK]", "sop"]
-    assert labels(tokenizer, "a photo, 🐞龘") == [*start, "a", "photo", ",", "␣", "🐞", "龘"]
-    assert labels(tokenizer, "") == ["62 pads", "[gMASK]", "sop"]
-    assert labels(tokenizer, "<0xF0> sop", 14)[3:] == ["␣", "<", "0", "x", "F", "0", ">", "s", "op"]
-    cut = labels(tokenizer, "龘龘", 7)  # [gMASK] sop ▁ and four of six bytes
-    assert cut == ["[gMASK]", "sop", "␣", "龘", "<0xE9>"]
-
-
-def test_chatglms_tokens_are_labelled(real_tokenizer: Path) -> None:
-    found = labels(Tokenizer(real_tokenizer), "一张瓢虫的照片🐞")
-    assert found == ["53 pads", "[gMASK]", "sop", "一", "张", "瓢", "虫", "的照片", "🐞"]
-
-
-def test_the_views_are_the_recorded_maps(tiny: KolorsPipeline, drawn: Explanation) -> None:
-    """Averaged over layers, and steps, by hand, in the same run made again."""
-    named = {"height": 64, "width": 96, "num_inference_steps": 4}
-    with record_attention(tiny.unet, "*cross_attention", whole=True) as maps:
-        again = tiny(PROMPT, generator=torch.Generator().manual_seed(0), **named)[0][0]
-    assert np.array_equal(np.asarray(again), np.asarray(drawn.picture)), "recording changes nothing"
-    assert {part for part, _ in drawn.views} == {"all", "down", "mid", "up"}
-    assert {span for _, span in drawn.views} == {"all", "1 to 1", "2 to 3", "4 to 4"}
-    assert next(iter(drawn.views)) == ("all", "all")
-    for maps_of in drawn.views.values():  # nothing is lost, and nothing told twice
-        assert torch.allclose(maps_of.sum(0), torch.ones(maps_of.shape[1:]), atol=1e-5)
-    labels = [token.label for token in drawn.tokens]
-    mid = torch.stack([rows for name, rows in maps.items() if name.startswith("mid")]).mean(0)
-    mid = mid[:, 1].mean(1).movedim(-1, 1)  # of 4 steps, the prompt's: [4, S, h, w]
-    bug, where = labels.index("🐞"), slice(-4, None)  # four bytes, the last of all
-    for name, steps in {"all": [0, 1, 2, 3], "1 to 1": [0], "2 to 3": [1, 2], "4 to 4": [3]}.items():
-        wanted = mid[steps].mean(0)
-        assert torch.allclose(drawn.views["mid", name][bug], wanted[where].sum(0), atol=1e-6)
-        assert torch.allclose(drawn.views["mid", name][:bug], wanted[:-4], atol=1e-6)
-    assert "all layers (2 on the way down, 1 in the middle, 4 on the way up)" in drawn.facts["maps"]
-    sizes = {part: tuple(shares.shape[1:]) for (part, _), shares in drawn.views.items()}
-    assert sizes == {"all": (4, 6), "down": (4, 6), "mid": (2, 3), "up": (4, 6)}
-
-
-def test_a_longer_negative_prompt_shifts_no_label(tiny: KolorsPipeline) -> None:
-    """Of the shorter prompt the UNet reads columns that count nothing, on the left."""
-    runs = [
-        explained(tiny, "cat", 1, height=64, width=64, negative_prompt=negative,
-                  generator=torch.Generator().manual_seed(0))
-        for negative in ("", "a red and blue photo of many dogs")
-    ]  # fmt: skip
-    for one, other in zip(*(run.views.values() for run in runs), strict=True):
-        assert torch.allclose(one, other, atol=1e-5), "in the first step both see the same noise"
 
 
 def test_the_sheet_is_bright_where_a_labels_map_is(made: Explanation) -> None:
@@ -229,7 +169,7 @@ def test_the_command_writes_both_and_overwrites_nothing(
     assert main(command) == 0 and capsys.readouterr() == ("", "")
     png, text = tmp_path / "new" / "it.png", tmp_path / "new" / "it.html"
     assert sorted(path.name for path in png.parent.iterdir()) == ["it.html", "it.png"]
-    told = read_description(png)
+    told = read_metadata(png)
     assert (told["seed"], told["negative_prompt"], told["model"]) == ("3", "red", "tiny")
     parts, before = Parts(text.read_text(encoding="utf-8")), png.read_bytes()
     assert shown(HOSTILE[:36]) in parts.text and "all steps (2)" in parts.text

@@ -22,8 +22,8 @@ from kolors_core import (
 from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.cli.generate import main
 from kolors_core.cli.options import SAMPLERS, with_revision, with_scale
-from kolors_core.image import read_description
 from kolors_core.pipelines.pag import perturbed
+from kolors_core.pipelines.png_metadata import read_metadata
 from tests.support.controlnets import write_controlnet
 from tests.support.ip_adapters import write_adapter
 from tests.support.parity import pair
@@ -167,7 +167,7 @@ def test_pictures_and_adapters_do_what_they_do_in_the_pipeline(
         steps = ["--steps", "4"] if i == 0 else []  # of which the default strength leaves one
         assert draw(reference_folder, tmp_path / f"{i}.png", "--seed", "3", *fewer, *steps) == 0
         assert abs(pixels(tmp_path / f"{i}.png") - pixels(tmp_path / "all.png")).max() > 1, left_out
-    told = read_description(tmp_path / "all.png")
+    told = read_metadata(tmp_path / "all.png")
     assert (told["image"], told["strength"]) == (f"{guides}/cat.png", "1.0")
     assert told["lora"] == f"{guides}/0.safetensors:0.5, {guides}/1.safetensors"
     assert (told["ip_adapter"], told["ip_adapter_scale"]) == (f"{guides}/plus", "0.5")
@@ -207,7 +207,7 @@ def test_guidance_rules_and_freeu(reference_folder: Path, tmp_path: Path) -> Non
             "--guidance-rescale", "0.5", "--guidance-interval", "0", "0.5"]  # fmt: skip
     freeu = ["--freeu", "0.6", "0.4", "1.1", "1.2"]
     assert draw(reference_folder, tmp_path / "a.png", "--seed", "3", *rule, *freeu) == 0
-    told = read_description(tmp_path / "a.png")
+    told = read_metadata(tmp_path / "a.png")
     assert told["guidance"] == (
         "perturbed(pag_scale=2.0, pag_adaptive_scale=0.001, pag_applied_layers=['mid', 'up_blocks.1'], "
         "rescale=0.5, interval=(0.0, 0.5))"
@@ -224,7 +224,7 @@ def test_guidance_rules_and_freeu(reference_folder: Path, tmp_path: Path) -> Non
     assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(image))
     assert draw(reference_folder, tmp_path / "b.png", "--seed", "3", *freeu) == 0
     assert draw(reference_folder, tmp_path / "c.png", "--seed", "3", "--guidance-rescale", "1") == 0
-    assert read_description(tmp_path / "c.png")["guidance"] == "guided(rescale=1.0)"
+    assert read_metadata(tmp_path / "c.png")["guidance"] == "guided(rescale=1.0)"
     assert len({pixels(tmp_path / f"{name}.png").tobytes() for name in "abc"}) == 3
 
 
@@ -337,7 +337,7 @@ def test_controlnets_see_a_picture_and_the_edges_of_another(reference_folder: Pa
              "--canny", files[1], "--control-end", "0.5", "--seed", "3"]  # fmt: skip
     out = tmp_path / "out.png"
     assert draw(reference_folder, out, *flags) == 0
-    told = read_description(out)
+    told = read_metadata(out)
     assert told["control"] == f"{nets[0]}:0.6, {nets[1]}"
     assert (told["control_image"], told["canny"]) == (f"{tmp_path}/depth.png", f"{tmp_path}/photo.png")
     assert (told["control_scale"], told["control_steps"]) == ("0.6, 0.8", "0 to 0.5, 0 to 0.5")

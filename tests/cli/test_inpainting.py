@@ -15,7 +15,7 @@ from kolors_core import (
     KolorsInpaintPipeline,
 )
 from kolors_core.cli.generate import main
-from kolors_core.image import read_description
+from kolors_core.pipelines.png_metadata import read_metadata
 from tests.support.controlnets import write_controlnet
 from tests.support.inpainting import NINE, mask_of
 from tests.support.pipelines import picture
@@ -67,7 +67,7 @@ def test_masks_do_what_they_do_in_the_pipeline(files: Path, reference_folder: Pa
             assert abs(made - other).max() <= 1
             changed = (made != np.asarray(picture())).any(-1)
             assert changed.any() and changed[outside].any() == ("--no-paste-back" in flags)
-    told = read_description(tmp_path / "nine1.png")
+    told = read_metadata(tmp_path / "nine1.png")
     assert (told["mask"], told["padding_mask_crop"]) == (str(files / "mask.png"), "4")
 
 
@@ -92,7 +92,7 @@ def test_a_strength_map_does_what_it_does_in_the_pipeline(
     made = draw(reference_folder, files, tmp_path / "map.png", *flags)
     other = expected(KolorsImg2ImgPipeline, reference_folder, strength=1.0, strength_map=mask_of())
     assert abs(made - other).max() <= 1
-    assert read_description(tmp_path / "map.png")["strength_map"] == str(files / "mask.png")
+    assert read_metadata(tmp_path / "map.png")["strength_map"] == str(files / "mask.png")
     assert abs(made - draw(reference_folder, files, tmp_path / "all.png", "--strength", "1")).max() > 1
 
 

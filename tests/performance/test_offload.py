@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kolors_core.adapters.ip_adapter import IPAdapter
+from kolors_core.adapters.ip_adapter import IPAdapter, IPAdapterConfig
 from kolors_core.chatglm import ChatGLM
-from kolors_core.config import KOLORS, IPAdapterConfig
+from kolors_core.config import KOLORS
 from kolors_core.performance.offload import Lane, Offload, blocks_of, bytes_of
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE

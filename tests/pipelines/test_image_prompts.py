@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor as ReferenceMaskProcessor
@@ -16,10 +17,11 @@ from kolors_core import (
     IPAdapterMaskProcessor,
     KolorsImg2ImgPipeline,
 )
+from kolors_core.adapters.ip_adapter_files import load_image_embeds, save_image_embeds
 from kolors_core.adapters.lora import attach as attach_lora
 from kolors_core.adapters.lora import save_adapters
 from kolors_core.context import ImagePrompt
-from kolors_core.pipelines.image_prompts import load_image_embeds, save_image_embeds
+from tests.support.images import MODES, noise_image
 from tests.support.ip_adapters import Both, guided_steps, load_both
 from tests.support.pipelines import SOLVERS, picture, use_solver
 from tests.support.small import EXACT, FLOAT32, relative_error
@@ -257,3 +259,24 @@ def test_a_picture_without_an_adapter_is_an_error(both: Both) -> None:
     ):
         both[0].unet(**inputs(1, 8, 8, torch.float64), image_prompts=[ImagePrompt(torch.zeros(1, 1, 5, 48))])
     both[0].unload_ip_adapter()  # nothing to do, and nothing happens
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sides", [(None, None), (64, 24), (50, None)])
+def test_masks_are_the_references(mode: str, sides: tuple[int | None, int | None]) -> None:
+    masks = [noise_image(mode, seed=seed) for seed in (1, 2)]
+    ours = IPAdapterMaskProcessor().preprocess(masks, *sides)
+    assert ours.shape[:2] == (2, 1) and ours.dtype == torch.float32
+    assert set(ours.unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(ours, ReferenceMaskProcessor().preprocess(masks, *sides))
+
+
+def test_masks_take_the_first_ones_size_and_split_at_middle_grey() -> None:
+    masks = [Image.new("L", (24, 16), 127), Image.new("L", (50, 40), 128)]
+    ours = IPAdapterMaskProcessor().preprocess(masks)
+    assert torch.equal(ours, ReferenceMaskProcessor().preprocess(masks))
+    assert ours.shape == (2, 1, 16, 24) and ours[0].max() == 0 and ours[1].min() == 1
+    with pytest.raises(TypeError, match="wanted masks as PIL images, got ndarray"):
+        IPAdapterMaskProcessor().preprocess(np.zeros((8, 8)))
+    with pytest.raises(ValueError, match="at least 8, got 16 x 5"):
+        IPAdapterMaskProcessor().preprocess(masks, width=5)

@@ -10,9 +10,9 @@ from torch import Tensor
 from kolors_core import KolorsPipeline
 from kolors_core.adapters.ip_adapter import ImageBranch
 from kolors_core.cli.generate import main
-from kolors_core.image import read_description
 from kolors_core.performance.quantize import is_quantized, weight_bytes
 from kolors_core.performance.quantize import quantize as quantize_model
+from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.pipelines.quantization_report import quantize
 from tests.support.ip_adapters import Both, guided_steps, load_both
 from tests.support.offloads import offloaded
@@ -117,11 +117,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     out = tmp_path / "cat.png"
     command = ["瓢虫", "-o", str(out), "--steps", "2", "--seed", "1", "--device", "cpu", "--unet-bits", "4"]
     assert main([*command, "--text-encoder-bits", "8"]) == 0
-    told = read_description(out)["quantized"]
+    told = read_metadata(out)["quantized"]
     assert told.startswith("text_encoder int8, ") and "; unet int4, " in told
     assert f"quantized: {told}\n" in capsys.readouterr().err
     assert main([*command, "--force", "-q"]) == 0
     assert capsys.readouterr() == ("", "")
-    assert read_description(out)["quantized"].startswith("unet int4")
+    assert read_metadata(out)["quantized"].startswith("unet int4")
     with pytest.raises(SystemExit):
         main([*command, "--unet-bits", "3"])

@@ -17,8 +17,8 @@ import kolors_core
 from kolors_core import DPMSolverMultistepScheduler, KolorsPipeline
 from kolors_core.adapters.lora import TEXT_TARGETS, attach
 from kolors_core.chatglm import ChatGLM
-from kolors_core.image import read_description
 from kolors_core.performance.prompt_cache import PromptCache
+from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.precompute import Savings
 from kolors_core.unet import UNet
 from tests.support.pipelines import (
@@ -361,7 +361,7 @@ def test_the_pages_first_example_runs_with_its_import_line_changed(
         num_inference_steps=25,
     ).images[0]
     image.save(tmp_path / "kolors_sample.png")
-    facts = read_description(tmp_path / "kolors_sample.png")
+    facts = read_metadata(tmp_path / "kolors_sample.png")
     assert facts["prompt"].startswith("一张瓢虫的照片") and facts["steps"] == "25"
     assert facts["sampler"] == "DPMSolverMultistepScheduler(use_karras_sigmas=True)"
     assert (facts["guidance_scale"], facts["size"]) == ("6.5", "128x128")

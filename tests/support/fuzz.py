@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from kolors_core.adapters.clip_vision import CLIPVisionConfig
 from kolors_core.checkpoint import load_index, load_scheduler, read_json
-from kolors_core.config import KOLORS, CLIPVisionConfig
+from kolors_core.config import KOLORS
 from kolors_core.pipelines.base import MODELS
 from kolors_core.schedule import EulerDiscreteScheduler
 from weights_convert import recognise

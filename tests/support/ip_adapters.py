@@ -12,8 +12,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from kolors_core import KolorsPipeline
 from kolors_core.adapters.clip_vision import CLIPVision
-from kolors_core.adapters.ip_adapter import IPAdapter, cross_attentions
-from kolors_core.config import IPAdapterConfig, UNetConfig
+from kolors_core.adapters.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
+from kolors_core.config import UNetConfig
 from kolors_core.unet import UNet
 from tests.support.parity import pair
 from tests.support.pipelines import Pair, picture, steps_of

@@ -16,9 +16,9 @@ from transformers import CLIPVisionConfig as ReferenceCLIPVisionConfig
 from transformers import CLIPVisionModelWithProjection
 
 from benchmarks.parity.layers import our_modules, pairs, record, their_modules
-from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.adapters.clip_vision import CLIPVision, CLIPVisionConfig
 from kolors_core.chatglm import ChatGLM
-from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, KolorsConfig, UNetConfig, VAEConfig
+from kolors_core.config import ChatGLMConfig, KolorsConfig, UNetConfig, VAEConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.support.small import SMALL, SMALL_CLIP, randomise, relative_error

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from benchmarks.parity.layers import relative_error as relative_error
-from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, KolorsConfig, UNetConfig, VAEConfig
+from kolors_core.adapters.clip_vision import CLIPVisionConfig
+from kolors_core.config import ChatGLMConfig, KolorsConfig, UNetConfig, VAEConfig
 
 EXACT = 1e-10  # relative, in float64: the floor is about 1e-14, the smallest mistake we know of 1e-5
 FLOAT32 = 5e-6  # relative, where the reference computes a part in float32: the floor is about 1e-6

@@ -10,9 +10,9 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.devices import join_processes
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
-from kolors_core.training.data import Batches, read_folder
-from kolors_core.training.loss import Data, Objective, TrainingConfig
-from kolors_core.training.trainer import Trainer
+from kolors_core.training.data import Batches, LatentDataset, read_folder
+from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.support.small import SHALLOW, SMALL, randomise
@@ -24,7 +24,7 @@ CONFIG = TrainingConfig(
     warmup=2,
     max_tokens=12,
     save_every=3,
-    ema=0.9,
+    ema_decay=0.9,
     schedule="cosine",
 )
 
@@ -38,8 +38,8 @@ def make_trainer(
         randomise(model, seed)
     examples = read_folder(pictures)
     batches = Batches(examples, [(64, 64), (32, 64)], config.batch_size, config.seed)
-    data = Data(examples, batches, vae, Tokenizer(tokenizer), config, None if train_text else text)
-    objective = Objective(unet, text if train_text else None, EulerDiscreteScheduler().table(), config)
+    data = LatentDataset(examples, batches, vae, Tokenizer(tokenizer), config, None if train_text else text)
+    objective = DiffusionLoss(unet, text if train_text else None, EulerDiscreteScheduler().table(), config)
     return Trainer(objective, data, config, folder)
 
 

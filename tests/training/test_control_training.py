@@ -13,9 +13,9 @@ from kolors_core import KolorsControlNet, canny
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
-from kolors_core.training.data import Batches, read_folder
-from kolors_core.training.loss import Batch, Data, Objective, TrainingConfig
-from kolors_core.training.trainer import Trainer
+from kolors_core.training.data import Batch, Batches, LatentDataset, read_folder
+from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.support.controlnets import NET, net_pair, reference_residuals
@@ -39,7 +39,7 @@ def test_loss_and_gradients_equal_the_reference() -> None:
     timesteps, ids = torch.tensor([7, 901]), torch.full((2, 6), 64.0)
     batch = Batch(latents, TextEmbedding(tokens, tokens[:, -1]), ids, timesteps, noise, image)
     table = EulerDiscreteScheduler().table().double()
-    loss = Objective(ours, None, table, CONFIG, net)(batch)
+    loss = DiffusionLoss(ours, None, table, CONFIG, net)(batch)
     kept = {name: KOLORS_SCHEDULER[name] for name in ("num_train_timesteps", "beta_start", "beta_end")}
     scheduler = diffusers.DDPMScheduler(**kept, beta_schedule="scaled_linear")
     sigma = table[timesteps][:, None, None, None]
@@ -76,7 +76,7 @@ def test_a_net_without_images_and_images_without_a_net_are_refused() -> None:
     for one, image in ((net, None), (None, torch.zeros(1, 3, 64, 64))):
         batch = Batch(latents, text, ids, torch.tensor([5]), latents, image)
         with pytest.raises(ValueError, match="need each other"):
-            Objective(unet, None, table, CONFIG, one)(batch)
+            DiffusionLoss(unet, None, table, CONFIG, one)(batch)
 
 
 def make(folder: Path, pictures: Path, tokenizer: Path, config: TrainingConfig = CONFIG) -> Trainer:
@@ -88,8 +88,10 @@ def make(folder: Path, pictures: Path, tokenizer: Path, config: TrainingConfig =
     net = KolorsControlNet.from_unet(unet, NET.image_widths)
     examples = read_folder(pictures)
     batches = Batches(examples, [(64, 64)], config.batch_size, config.seed)
-    data = Data(examples, batches, vae, Tokenizer(tokenizer), config, text, control=canny)
-    return Trainer(Objective(unet, None, EulerDiscreteScheduler().table(), config, net), data, config, folder)
+    data = LatentDataset(examples, batches, vae, Tokenizer(tokenizer), config, text, control=canny)
+    return Trainer(
+        DiffusionLoss(unet, None, EulerDiscreteScheduler().table(), config, net), data, config, folder
+    )
 
 
 def test_only_the_controlnet_is_trained_and_a_run_goes_on_where_it_was(
@@ -103,13 +105,13 @@ def test_only_the_controlnet_is_trained_and_a_run_goes_on_where_it_was(
         (tmp_path / "pictures" / f"{i}.txt").write_text("cat\n")
     whole = make(tmp_path / "whole", tmp_path / "pictures", small_tokenizer)
     data = whole.data
-    assert isinstance(data, Data) and set(data.controls) == {0, 1, 2}
+    assert isinstance(data, LatentDataset) and set(data.controls) == {0, 1, 2}
     assert data.controls[1].dtype == torch.uint8 and set(data.controls[1].unique().tolist()) == {0, 255}
-    batch = data.at(0, slice(0, 2), torch.device("cpu"))
+    batch = data.batch(0, slice(0, 2), torch.device("cpu"))
     assert batch.control is not None and batch.control.shape == (2, 3, 64, 64) and batch.control.max() == 1
     losses = whole.fit()
     assert all(name.startswith("controlnet.") for name in whole.named)
-    assert whole.objective.controlnet.to_mid.weight.any(), "zero convolutions have moved"
+    assert whole.loss.controlnet.to_mid.weight.any(), "zero convolutions have moved"
     first = make(tmp_path / "parts", tmp_path / "pictures", small_tokenizer, replace(CONFIG, steps=3)).fit()
     rest = make(tmp_path / "parts", tmp_path / "pictures", small_tokenizer).fit()
     assert first + rest == losses

@@ -8,7 +8,15 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from kolors_core.training.data import Batches, Example, bucket_of, buckets, load_pixels, mix, read_folder
+from kolors_core.training.data import (
+    Batches,
+    Example,
+    buckets,
+    derive_seed,
+    load_pixels,
+    nearest_bucket,
+    read_folder,
+)
 
 
 def write_pictures(folder: Path) -> Path:
@@ -79,9 +87,9 @@ def test_buckets_keep_the_area_and_take_the_nearest_aspect() -> None:
     assert all(max(h, w) <= 2 * min(h, w) for h, w in sizes)
     assert {(w, h) for h, w in sizes} == set(sizes)
     wide = Example(Path("x"), ("",), 500, 900)
-    height, width = bucket_of(wide, sizes)
+    height, width = nearest_bucket(wide, sizes)
     assert abs(height / width - 500 / 900) < 0.05
-    assert bucket_of(Example(Path("x"), ("",), 7, 7), sizes) == (1024, 1024)
+    assert nearest_bucket(Example(Path("x"), ("",), 7, 7), sizes) == (1024, 1024)
 
 
 def test_pixels_cover_the_bucket(tmp_path: Path) -> None:
@@ -115,22 +123,22 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
         return Batches(examples, [(64, 64), (32, 64)], size, seed, caption_dropout=0.25)
 
     first, again, other = batches(0), batches(0), batches(1)
-    drawn = [first.at(step) for step in range(200)]
-    assert [again.at(step) for step in reversed(range(200))] == drawn[::-1]
-    assert [other.at(step) for step in range(200)] != drawn
+    drawn = [first.samples(step) for step in range(200)]
+    assert [again.samples(step) for step in reversed(range(200))] == drawn[::-1]
+    assert [other.samples(step) for step in range(200)] != drawn
     for size, samples in drawn:
         members = first.members[size]
-        assert {sample.example for sample in samples} <= set(members)
-        assert len({sample.example for sample in samples}) == 3
+        assert {sample.example_index for sample in samples} <= set(members)
+        assert len({sample.example_index for sample in samples}) == 3
     captions = [sample.caption for _, samples in drawn for sample in samples]
     assert 0.15 < captions.count("") / len(captions) < 0.35
     assert len(set(captions)) == 13, "every caption of every picture, and the empty one"
-    assert len(batches(0, 7).at(0)[1]) == 7, "a batch larger than its bucket goes round again"
+    assert len(batches(0, 7).samples(0)[1]) == 7, "a batch larger than its bucket goes round again"
     with pytest.raises(ValueError, match="batch_size must be a positive whole number"):
         batches(0, 0)
 
 
 def test_mixed_seeds_differ() -> None:
-    seeds = {mix(seed, step, part) for seed in range(10) for step in range(100) for part in range(2)}
+    seeds = {derive_seed(seed, step, part) for seed in range(10) for step in range(100) for part in range(2)}
     assert len(seeds) == 2000 and all(0 <= seed < 2**63 for seed in seeds)
     torch.Generator().manual_seed(max(seeds))

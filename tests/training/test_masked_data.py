@@ -11,9 +11,15 @@ from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.loading import load, padded
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
-from kolors_core.training.data import Batches, load_pixels, read_folder
-from kolors_core.training.loss import Data, Objective
-from kolors_core.training.masked_data import MaskedData, random_masks
+from kolors_core.training.data import (
+    Batches,
+    LatentDataset,
+    MaskedLatentDataset,
+    load_pixels,
+    random_masks,
+    read_folder,
+)
+from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.trainer import Trainer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
@@ -27,7 +33,7 @@ CPU = torch.device("cpu")
 TABLE = EulerDiscreteScheduler().table()
 
 
-def make_data(kind: type[Data], folder: Path, tokenizer: Path) -> Data:
+def make_data(kind: type[LatentDataset], folder: Path, tokenizer: Path) -> LatentDataset:
     """Data of a few pictures; weights are the same for every call."""
     if not folder.exists():
         folder.mkdir()
@@ -49,15 +55,16 @@ def test_masks_are_boxes_or_everything() -> None:
 
 
 def test_a_batch_is_of_its_step_alone_and_a_part_is_the_wholes(tmp_path: Path, small_tokenizer: Path) -> None:
-    data = make_data(MaskedData, tmp_path / "p", small_tokenizer)
+    data = make_data(MaskedLatentDataset, tmp_path / "p", small_tokenizer)
     whole, plain = (
-        made.at(5, slice(0, 4), CPU) for made in (data, make_data(Data, tmp_path / "p", small_tokenizer))
+        made.batch(5, slice(0, 4), CPU)
+        for made in (data, make_data(LatentDataset, tmp_path / "p", small_tokenizer))
     )
-    part = data.at(5, slice(1, 3), CPU)
+    part = data.batch(5, slice(1, 3), CPU)
     assert whole.extra is not None and part.extra is not None and plain.extra is None
     assert relative_error(part.extra, whole.extra[1:3]) < 1e-5
     assert torch.equal(whole.noise, plain.noise) and torch.equal(whole.latents, plain.latents)
-    other = data.at(6, slice(0, 4), CPU).extra
+    other = data.batch(6, slice(0, 4), CPU).extra
     assert other is not None and other.shape[1] == 5
     assert other.shape != whole.extra.shape or not torch.equal(other[:, :1], whole.extra[:, :1])
 
@@ -65,22 +72,22 @@ def test_a_batch_is_of_its_step_alone_and_a_part_is_the_wholes(tmp_path: Path, s
 def test_the_unet_sees_what_the_mask_leaves(
     tmp_path: Path, small_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = make_data(MaskedData, tmp_path / "p", small_tokenizer)
-    assert isinstance(data, MaskedData)
+    data = make_data(MaskedLatentDataset, tmp_path / "p", small_tokenizer)
+    assert isinstance(data, MaskedLatentDataset)
     seen: list[torch.Tensor] = []
     data.vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    extra = data.at(0, slice(0, 4), CPU).extra
-    size, samples = data.batches.at(0)
+    extra = data.batch(0, slice(0, 4), CPU).extra
+    size, samples = data.batches.samples(0)
     assert extra is not None and len(seen) == 1
     for pixels, sample, mask in zip(seen[0], samples, extra[:, :1], strict=True):
-        given = load_pixels(data.examples[sample.example], size)[0]
+        given = load_pixels(data.examples[sample.example_index], size)[0]
         stays = (pixels == given).all(0)
         assert ((pixels == 0).all(0) | stays).all(), "the picture, or grey"
         assert torch.equal(F.interpolate((~stays).float()[None, None], size=mask.shape[-2:])[0], mask)
 
 
 def test_the_objective_reads_extra_behind_the_noisy_latents(tmp_path: Path, small_tokenizer: Path) -> None:
-    batch = make_data(MaskedData, tmp_path / "p", small_tokenizer).at(0, slice(0, 4), CPU)
+    batch = make_data(MaskedLatentDataset, tmp_path / "p", small_tokenizer).batch(0, slice(0, 4), CPU)
     ours, theirs = pair("unet", torch.float64, replace(SMALL, unet=replace(SMALL.unet, in_channels=9)))
     assert batch.extra is not None and isinstance(batch.text, TextEmbedding)
     text = batch.text.expanded()
@@ -92,7 +99,7 @@ def test_the_objective_reads_extra_behind_the_noisy_latents(tmp_path: Path, smal
         torch.cat([noisy, batch.extra.double()], 1), batch.timesteps, encoder_hidden_states=text.tokens,
         added_cond_kwargs={"text_embeds": text.pooled, "time_ids": batch.size_ids},
     ).sample  # fmt: skip
-    loss = Objective(ours, None, TABLE.double(), CONFIG)(batch)
+    loss = DiffusionLoss(ours, None, TABLE.double(), CONFIG)(batch)
     assert abs(loss.item() / F.mse_loss(predicted, batch.noise).item() - 1) < 1e-7, "of float32 predictions"
 
 
@@ -102,10 +109,10 @@ def test_nine_channels_begin_as_four_and_learn_more(tmp_path: Path, small_tokeni
     source = Tensors({name: tensor.clone() for name, tensor in plain.state_dict().items()}, "four channels")
     load(nine, source, "unet", partial={"conv_in.weight": padded})
     runs = {}
-    for unet, kind in ((plain, Data), (nine, MaskedData)):
+    for unet, kind in ((plain, LatentDataset), (nine, MaskedLatentDataset)):
         data = make_data(kind, tmp_path / "p", small_tokenizer)
-        objective = Objective(unet, None, TABLE, CONFIG)
+        objective = DiffusionLoss(unet, None, TABLE, CONFIG)
         runs[kind] = Trainer(objective, data, CONFIG, tmp_path / kind.__name__).fit()
-    assert abs(runs[MaskedData][0] / runs[Data][0] - 1) < 1e-5
-    assert abs(runs[MaskedData][-1] / runs[Data][-1] - 1) > 1e-5
+    assert abs(runs[MaskedLatentDataset][0] / runs[LatentDataset][0] - 1) < 1e-5
+    assert abs(runs[MaskedLatentDataset][-1] / runs[LatentDataset][-1] - 1) > 1e-5
     assert (nine.conv_in.weight[:, 4:] != 0).all()

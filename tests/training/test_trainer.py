@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from kolors_core.adapters.lora import attach
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.schedule import EulerDiscreteScheduler
-from kolors_core.training.loss import Batch, Objective, TrainingConfig
-from kolors_core.training.trainer import Trainer
+from kolors_core.training.data import Batch
+from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.trainer import Trainer, TrainingConfig
 from tests.support.parity import pair
 from tests.support.reference_folder import KOLORS_SCHEDULER
 from tests.support.small import EXACT, SMALL, relative_error
@@ -47,14 +48,14 @@ def test_the_objective_is_the_references() -> None:
     noisy = scheduler.add_noise(latents, noise, timesteps)
     predicted = theirs(noisy, timesteps, encoder_hidden_states=tokens, added_cond_kwargs=added).sample
     table = EulerDiscreteScheduler().table().double()
-    loss = Objective(ours, None, table, CONFIG)(batch)
+    loss = DiffusionLoss(ours, None, table, CONFIG)(batch)
     assert loss.item() == pytest.approx(F.mse_loss(predicted, noise).item(), rel=1e-5)  # the table is float32
 
     gamma = replace(CONFIG, min_snr_gamma=5.0)
     snr = table[timesteps] ** -2
     weights = snr.clamp(max=5.0) / snr
     each = (predicted - noise).square().mean(dim=(1, 2, 3))
-    weighed = Objective(ours, None, table, gamma)(batch)
+    weighed = DiffusionLoss(ours, None, table, gamma)(batch)
     assert weighed.item() == pytest.approx((weights * each).mean().item(), rel=1e-5)
     assert weighed < 0.9 * loss
 
@@ -65,7 +66,7 @@ def test_noise_offset_shifts_each_channel_as_a_whole(
     plain = make_trainer(tmp_path / "a", pictures, small_tokenizer).data
     offset = make_trainer(tmp_path / "b", pictures, small_tokenizer, replace(CONFIG, noise_offset=0.1)).data
     shift = (
-        batch.noise for batch in (data.at(0, slice(0, 4), torch.device("cpu")) for data in (offset, plain))
+        batch.noise for batch in (data.batch(0, slice(0, 4), torch.device("cpu")) for data in (offset, plain))
     )
     difference = next(shift) - next(shift)  # [B, 4, H/8, W/8]
     assert difference.std((2, 3)).max() < 1e-6 and 0.03 < difference.mean((2, 3)).std() < 0.3
@@ -124,17 +125,17 @@ def test_the_loss_falls_and_the_average_follows(
     name = "unet.conv_out.weight"
     before = trainer.named[name].detach().clone()
     assert 0 < relative_error(trainer.ema[name], before) < 0.5
-    trainer.take_average()
+    trainer.load_ema_weights()
     assert torch.equal(trainer.named[name], trainer.ema[name])
     trainer.ema.clear()
-    with pytest.raises(ValueError, match="no moving average to take"):
-        trainer.take_average()
+    with pytest.raises(ValueError, match="no moving average to load"):
+        trainer.load_ema_weights()
 
 
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
     [
-        ({"accumulate": 2}, 1e-5),
+        ({"gradient_accumulation_steps": 2}, 1e-5),
         ({"checkpoint_blocks": True}, 1e-6),
         ({"dtype": torch.bfloat16}, 0.05),
     ],
@@ -173,11 +174,11 @@ def test_lora_trains_by_the_same_loop_and_leaves_no_trace(
     pictures: Path, tmp_path: Path, small_tokenizer: Path
 ) -> None:
     trainer = make_trainer(tmp_path / "base", pictures, small_tokenizer)
-    unet = trainer.objective.unet
+    unet = trainer.loss.unet
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     unet.requires_grad_(False)
     adapter = attach(unet, rank=4)
-    lora = Trainer(trainer.objective, trainer.data, replace(CONFIG, learning_rate=1e-2), tmp_path / "lora")
+    lora = Trainer(trainer.loss, trainer.data, replace(CONFIG, learning_rate=1e-2), tmp_path / "lora")
     losses = lora.fit()
     assert len(losses) == 6 and all(".lora.default." in name for name in lora.named)
     assert any(part.up.any() for part in adapter.parts().values())
@@ -195,13 +196,14 @@ def test_bad_settings_are_named(pictures: Path, tmp_path: Path, small_tokenizer:
         with pytest.raises(ValueError, match=message):
             replace(CONFIG, **changes)
     with pytest.raises(
-        ValueError, match="batch_size must be a multiple of 1 processes times accumulate 3, got 4"
+        ValueError,
+        match="batch_size must be a multiple of 1 processes times gradient_accumulation_steps 3, got 4",
     ):
-        make_trainer(tmp_path, pictures, small_tokenizer, replace(CONFIG, accumulate=3))
+        make_trainer(tmp_path, pictures, small_tokenizer, replace(CONFIG, gradient_accumulation_steps=3))
     trainer = make_trainer(tmp_path, pictures, small_tokenizer)
-    trainer.objective.requires_grad_(False)
+    trainer.loss.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
-        Trainer(trainer.objective, trainer.data, CONFIG, tmp_path)
+        Trainer(trainer.loss, trainer.data, CONFIG, tmp_path)
 
 
 def test_learning_rate_warms_up_and_falls() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from kolors_core.image import save_png
+from kolors_core.pipelines.png_metadata import save_png
 from weights_convert.safetensors_files import save_tensors
 from weights_convert.atomic_write import new_folder, write_bytes
 
@@ -94,7 +94,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from PIL import Image
-from kolors_core.image import save_png
+from kolors_core.pipelines.png_metadata import save_png
 from weights_convert.safetensors_files import save_tensors
 from weights_convert.atomic_write import write_bytes
 

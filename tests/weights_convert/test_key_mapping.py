@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.adapters.clip_vision import CLIPVision, CLIPVisionConfig
 from kolors_core.chatglm import ChatGLM
-from kolors_core.config import KOLORS, CLIPVisionConfig
+from kolors_core.config import KOLORS
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.support.parity import reference_chatglm, reference_clip, reference_unet, reference_vae

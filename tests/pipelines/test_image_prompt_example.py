@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from kolors_core.image import read_description
+from kolors_core.pipelines.png_metadata import read_metadata
 from tests.support.hub import environment, files_of, serving
 from tests.support.ip_adapters import write_adapter
 from tests.support.parity import pair
@@ -99,4 +99,4 @@ def test_the_pages_second_example_runs(reference_folder: Path, tmp_path: Path) -
         assert f"/{ADAPTER}/resolve/main/{CAT}" in [path for _, path, _ in hub.seen]
     made = tmp_path / "kolors_ipa_sample.png"
     assert Image.open(made).size == (128, 128)
-    assert read_description(made)["prompt"] == "best quality, high quality"
+    assert read_metadata(made)["prompt"] == "best quality, high quality"
