@@ -2,6 +2,7 @@
 of those that stand in another's place."""
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from torch import nn
 
@@ -15,10 +16,20 @@ class OwnNames(type):
 
 
 class Module(nn.Module, metaclass=OwnNames):
-    """A module; `dir` of an instance is as of any of torch's."""
+    """A module; `dir` of an instance is as of any of torch's.
+
+    is_block: whether modules of this class are compiled, offloaded, sharded and checkpointed each as one.
+    """
+
+    is_block: ClassVar[bool] = False
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(nn.Module)})
+
+
+def is_block(module: nn.Module) -> bool:
+    """Return whether a module is a block; one of no class of ours is a block if it says `is_block = True`."""
+    return getattr(module, "is_block", False) is True
 
 
 class StandIn(nn.Module):

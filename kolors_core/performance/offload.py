@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.devices import plain
-from kolors_core.performance.compile import BLOCKS
+from kolors_core.module import is_block
 
 STAGES = ("text_encoder", "image_encoder", "unet", "vae")  # a run's order, until a run has shown its own
 Models = Mapping[str, Sequence[nn.Module]]  # by stage
@@ -34,7 +34,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
     def look(module: nn.Module, path: str) -> None:
         own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
-        if isinstance(module, BLOCKS) or any(True for _ in own):
+        if is_block(module) or any(True for _ in own):
             found[path] = module
             return
         for name, child in module.named_children():

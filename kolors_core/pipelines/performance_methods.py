@@ -10,7 +10,7 @@ import torch
 from kolors_core.adapters.controlnet import nets_of
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import named_device, plain
-from kolors_core.performance.compile import GRAPHED, compile_blocks
+from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import Graphs
 from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
@@ -53,7 +53,7 @@ class PerformanceMethods(Components):
         """
         for model in (*self._own_models().values(), *nets_of(self.controlnet)):
             compile_blocks(plain(model), mode, backend)
-        self._graphs = Graphs() if mode in GRAPHED and self.device.type == "cuda" else None
+        self._graphs = Graphs() if mode in CUDA_GRAPH_MODES and self.device.type == "cuda" else None
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
