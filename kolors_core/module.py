@@ -2,7 +2,7 @@
 of those that stand in another's place."""
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -23,6 +23,10 @@ class Module(nn.Module, metaclass=OwnNames):
 
     is_block: ClassVar[bool] = False
 
+    def state_key(self) -> tuple[Any, ...]:
+        """Return the settings, beside the weights, that decide the output, such as an adapter's scale."""
+        return ()
+
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(nn.Module)})
 
@@ -30,6 +34,12 @@ class Module(nn.Module, metaclass=OwnNames):
 def is_block(module: nn.Module) -> bool:
     """Return whether a module is a block; one of no class of ours is a block if it says `is_block = True`."""
     return getattr(module, "is_block", False) is True
+
+
+def settings(model: nn.Module) -> tuple[Any, ...]:
+    """Return `(path, module.state_key())` of every module that has a non-empty `state_key()`."""
+    keys = ((path, getattr(module, "state_key", tuple)()) for path, module in model.named_modules())
+    return tuple((path, key) for path, key in keys if key)
 
 
 class StandIn(nn.Module):

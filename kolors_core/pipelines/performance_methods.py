@@ -134,8 +134,8 @@ class PerformanceMethods(Components):
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         """Return the cached embedding of these tokens, or encode and cache it."""
         savings, key = self.savings, Key.of(plain(self.text_encoder), tokens)
-        text = self.prompt_cache.find(key, savings.prompt_folder)
+        text = self.prompt_cache.get(key, savings.prompt_folder)
         if text is None:
             text = super()._run_text_encoder(tokens)
-        self.prompt_cache.keep(key, text, savings.cached_prompts, savings.prompt_folder)
+        self.prompt_cache.put(key, text, savings.cached_prompts, savings.prompt_folder)
         return text
