@@ -247,6 +247,10 @@ class UpLevel(Module):
         self.upsample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
         self.freeu: Callable[[Tensor, Tensor], Tensor] | None = None  # another way to join, see freeu.py
 
+    def state_key(self) -> tuple[str, ...]:
+        """See `Module`."""
+        return () if self.freeu is None else (repr(self.freeu),)
+
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
         """[B, C, H, W] and [B, C', H, W] -> [B, C + C', H, W]."""
         return torch.cat([x, skip], dim=1) if self.freeu is None else self.freeu(x, skip)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.attention import attention, split_heads
+from kolors_core.checkpoint import Kind
 from kolors_core.config import CLIPVisionConfig
 from kolors_core.module import Module
 
@@ -136,3 +137,7 @@ class CLIPVision(Module):
         for layer in self.layers[:-1]:
             x = layer(x)
         return x
+
+
+# How `checkpoint.load_component` builds an image encoder.
+IMAGE_ENCODER = Kind(CLIPVisionConfig, CLIPVision)

@@ -36,10 +36,11 @@ from kolors_core.image import describe, load_image, read_description, save_png
 from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.pipelines.controlnet import KolorsControlNetPipeline
 from kolors_core.pipelines.face_prompts import load_face_embeds
+from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
 from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
 from kolors_core.pipelines.memory_plan import plan as plan_memory
 from kolors_core.pipelines.stages import Task
-from kolors_core.pipelines.text_to_image import KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import LARGEST_SEED, whole_number
 
 

@@ -12,18 +12,17 @@ import torch
 from kolors_core.adapters.canny import canny
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.devices import best_dtype
-from kolors_core.guidance import guided
+from kolors_core.guidance import cfg_rescale, check_interval, guided
 from kolors_core.image import load_image
 from kolors_core.performance.quantize import BITS
 from kolors_core.pipelines.control_images import DEFAULT_SCALE, KolorsControlNet
-from kolors_core.pipelines.perturbed import check_scales, perturbed, perturbed_layers
+from kolors_core.pipelines.pag import check_scales, perturbed, perturbed_layers
 from kolors_core.pipelines.quantization_report import QuantizationReport
 from kolors_core.pipelines.quantization_report import quantize as quantize_pipeline
 from kolors_core.pipelines.single_file import open_model
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
-from kolors_core.tempering import ends, rescaling
 
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -160,9 +159,9 @@ def guidance_of(options: argparse.Namespace) -> dict[str, object]:
     if options.pag is not None:
         check_scales(options.pag, options.pag_adaptive or 0.0)
     if options.guidance_rescale is not None:
-        rescaling(options.guidance_rescale)
+        cfg_rescale(options.guidance_rescale)
     if options.guidance_interval is not None:
-        ends(options.guidance_interval)
+        check_interval(options.guidance_interval)
     asked = {
         "pag_scale": options.pag, "pag_adaptive_scale": options.pag_adaptive,
         "pag_applied_layers": options.pag_layers, "rescale": options.guidance_rescale,

@@ -1,8 +1,8 @@
 """The prompt cache: embeddings of encoded prompts, in memory and, if asked, in a folder.
 
 The key of an embedding is its tokens and the encoder: every tensor's name, shape, dtype and a sample of its
-values, the embeddings of these very tokens, and the settings of adapters. So an embedding is found again after
-the encoder was moved, and not after it was trained, quantized or adapted.
+values, the embeddings of these very tokens, and the settings of adapters. So an embedding is found again
+after the encoder was moved, and not after it was trained, quantized or adapted.
 """
 
 import hashlib

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from kolors_core.adapters.clip_vision import CLIPVision
-from kolors_core.adapters.controlnet import ControlNet, check_fits, nets_of
+from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
+from kolors_core.adapters.controlnet import ControlNet, as_list, check_fits
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.checkpoint import (
@@ -35,8 +35,7 @@ from kolors_core.devices import (
     refuse_second_copy,
 )
 from kolors_core.guidance import guided
-from kolors_core.pipelines.fitting import must_fit, refuse_stranger
-from kolors_core.pipelines.running import RunState
+from kolors_core.pipelines.runs import Interrupt, Runs
 from kolors_core.precompute import Savings
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Scheduler
@@ -46,10 +45,11 @@ from kolors_core.vae import VAE
 from kolors_core.validation import path_of
 from weights_convert.atomic_write import new_folder
 
+MODELS = KINDS | {"image_encoder": IMAGE_ENCODER}  # all models of a pipeline's checkpoint
 _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; None is a component left out
 
 
-class Components(RunState):
+class Components:
     """The models of a pipeline. Each is a plain attribute and may be replaced."""
 
     repaints: ClassVar[bool] = False  # whether the UNet may read a mask and the masked picture's latents too
@@ -71,12 +71,12 @@ class Components(RunState):
 
         Raises TypeError or ValueError, naming the component, for what is of another kind or size.
         """
-        super().__init__()
+        self.runs, self._progress = Runs(), dict[str, Any]()
         self.controlnet = controlnet
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.feature_extractor = scheduler, feature_extractor
         self.image_encoder = image_encoder
-        must_fit(vae, text_encoder, tokenizer, unet, self.repaints)
+        check_dimensions(vae, text_encoder, tokenizer, unet, self.repaints)
         check_fits(controlnet, plain(unet), plain(vae).config.downscale)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.savings = Savings()
@@ -90,7 +90,7 @@ class Components(RunState):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """TypeError naming what came, for a component of another kind than the constructor takes."""
-        refuse_stranger(name, value)
+        check_component_type(name, value)
         super().__setattr__(name, value)
 
     @classmethod
@@ -132,7 +132,7 @@ class Components(RunState):
             "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae,
             "scheduler": scheduler, "image_encoder": image_encoder,
         }  # fmt: skip
-        dtypes = {component: dtype_of(component, asked) for component in KINDS}
+        dtypes = {component: dtype_of(component, asked) for component in MODELS}
         wanted = [component for component, value in parts.items() if value is _LOAD]
         device = loading_device(device)
         has_weights = device.type != "meta"
@@ -149,7 +149,9 @@ class Components(RunState):
             elif component == "scheduler":
                 parts[component] = load_scheduler(folder)
             else:
-                parts[component] = open_component(folder, component, variant=variant, has_weights=has_weights)
+                parts[component] = open_component(
+                    folder, component, variant=variant, has_weights=has_weights, kind=MODELS[component]
+                )
         for component, part in parts.items():  # all fit: only now are weights read
             if isinstance(part, Opened):
                 parts[component] = part.fill(dtypes[component], device)
@@ -170,7 +172,7 @@ class Components(RunState):
             raise TypeError(f"{strangers[0]!r} is no component; wanted {', '.join(pipeline.components)}")
         changes = {"image_encoder": pipeline._image_encoder} | changes  # not one that an IP-Adapter brought
         made = cls(**pipeline.components | changes)
-        made._progress, made.savings = pipeline._progress, pipeline.savings
+        made.runs, made._progress, made.savings = pipeline.runs, pipeline._progress, pipeline.savings
         made.guided, made.sampler = pipeline.guided, pipeline.sampler
         made.pag_applied_layers = pipeline.pag_applied_layers
         return made
@@ -225,13 +227,13 @@ class Components(RunState):
 
     def _own_models(self) -> dict[str, Any]:
         """The models that there are, by component."""
-        return {name: getattr(self, name) for name in KINDS if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in MODELS if getattr(self, name) is not None}
 
     def _models(self) -> dict[str, list[nn.Module]]:
         """What moves together, by the component that it works for."""
         adapters = [handle.adapter for handle in attached(self.unet)]
         models = {name: [model] for name, model in self._own_models().items()}
-        return models | {"unet": [self.unet, *adapters, *nets_of(self.controlnet)]}
+        return models | {"unet": [self.unet, *adapters, *as_list(self.controlnet)]}
 
     def _on_device(self, stage: str | None = None) -> None:
         """Prepare the models of the stage that runs now, by its component; None at the end of a run.
@@ -285,5 +287,110 @@ class Components(RunState):
     @property
     def components(self) -> dict[str, Any]:
         """What the constructor takes, to build another pipeline that shares it."""
-        names = (*KINDS, "controlnet", "tokenizer", "scheduler", "feature_extractor")
+        names = (*MODELS, "controlnet", "tokenizer", "scheduler", "feature_extractor")
         return {name: getattr(self, name) for name in (*names, "force_zeros_for_empty_prompt")}
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of this thread's call, or else of the last one."""
+        return self.runs.current().guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether that call computes the negative half."""
+        return self.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of that call."""
+        return self.runs.current().num_timesteps
+
+    @property
+    def interrupt(self) -> Interrupt:
+        """Call it to end a call after its step, from a callback or another thread: the images are decoded as
+        they are by then. As a truth value, whether that was asked for since the call began.
+        """
+        return Interrupt(self.runs)
+
+    @property
+    def _interrupt(self) -> bool:
+        return bool(self.interrupt)
+
+    @_interrupt.setter
+    def _interrupt(self, is_asked: bool) -> None:  # as the reference's callbacks do
+        self.runs.interrupt(is_asked)
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, scale: float) -> None:  # as the reference's callbacks do
+        self.runs.current().guidance_scale = scale
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Set options of tqdm's bar, such as `disable=True`."""
+        self._progress = options
+
+    def _progress_bar(self, total: int) -> Any:
+        from tqdm.auto import tqdm
+
+        return tqdm(total=total, **self._progress)
+
+    def _needs_alone(self) -> str | None:
+        """Return what a call uses that calls in other threads must not use meanwhile; None if nothing."""
+        return None
+
+
+# What a pipeline's attributes must be, told by a function of a model that is not wrapped, and in words.
+COMPONENT_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "unet": (lambda part: isinstance(part, UNet), "kolors_core's UNet"),
+    "vae": (lambda part: isinstance(part, VAE), "kolors_core's VAE"),
+    "scheduler": (lambda part: isinstance(part, Scheduler), "kolors_core's Scheduler"),
+    "image_encoder": (lambda part: isinstance(part, CLIPVision | None), "kolors_core's CLIPVision or None"),
+    "text_encoder": (
+        lambda part: part is None or (isinstance(part, nn.Module) and hasattr(part, "config")),
+        "a module like kolors_core's ChatGLM or None",
+    ),
+    "tokenizer": (
+        lambda part: part is None or (callable(part) and hasattr(part, "size")),
+        "like kolors_core's Tokenizer or None",
+    ),
+    "feature_extractor": (lambda part: part is None or callable(part), "a function or None"),
+    "force_zeros_for_empty_prompt": (lambda part: isinstance(part, bool), "True or False"),
+    "guided": (callable, "a function like guidance.guided"),
+    "sampler": (lambda part: part is None or callable(part), "a function like sampling.euler or None"),
+    "savings": (lambda part: isinstance(part, Savings), "a reading.Savings"),
+}
+
+
+def check_component_type(name: str, value: Any) -> None:
+    """TypeError naming what came, for a pipeline's attribute of another kind."""
+    is_kind, wanted = COMPONENT_TYPES.get(name, (lambda _: True, ""))
+    if not is_kind(plain(value)):
+        kind = type(value)
+        got = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise TypeError(f"{name} must be {wanted}, got {got}")
+
+
+def check_dimensions(
+    vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet, repaints: bool
+) -> None:
+    """ValueError naming two models that do not meet at the same width.
+
+    repaints: whether the UNet may read a mask and the masked picture's latents too.
+    """
+    latents, ins = vae.config.latent_channels, unet.config.in_channels
+    masked = 2 * latents + 1  # the latents, the mask, and the masked picture's latents
+    if ins not in ((latents, masked) if repaints else (latents,)) or unet.config.out_channels != latents:
+        wanted = f"the VAE's {latents} for both" + (f", or {masked} in" if repaints else "")
+        hint = ": one with a mask is for KolorsInpaintPipeline" if ins == masked and not repaints else ""
+        got = f"{ins} in and {unet.config.out_channels} out"
+        raise ValueError(f"the UNet has {got} channels, wanted {wanted}{hint}")
+    if text_encoder is None:
+        return
+    read, width = unet.config.text_dim, text_encoder.config.hidden_size
+    if width != read:
+        raise ValueError(f"the text encoder is {width} wide, and the UNet reads {read}")
+    if tokenizer is not None and tokenizer.size > (words := text_encoder.config.vocab_size):
+        raise ValueError(f"the tokenizer has {tokenizer.size} tokens, and the text encoder only {words}")

@@ -10,7 +10,6 @@ Sizes are bytes inside and GiB (2^30 bytes) in a `Plan`. Shapes: B images, L tex
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -19,17 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kolors_core.adapters.controlnet import nets_of
+from kolors_core.adapters.controlnet import as_list
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.checkpoint import KINDS
 from kolors_core.devices import plain, planned_device
+from kolors_core.guidance import GuidanceRule
 from kolors_core.performance.memory_tracker import META, MemoryTracker, MetaCopy, TrackedOffload
 from kolors_core.performance.offload import Models, Offload, bytes_of, whole
+from kolors_core.pipelines.base import MODELS
 from kolors_core.pipelines.pag import KolorsPAGPipeline
-from kolors_core.pipelines.stages import Request, Task
+from kolors_core.pipelines.request import PipelineInputs
+from kolors_core.pipelines.runs import Runs
+from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_prompts import MAX_TOKENS
-from kolors_core.tempering import throughout
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.vae import run_channels_last
 from kolors_core.validation import whole_number
@@ -107,21 +108,19 @@ def plan(
     prompts = whole_number("batch", batch)
     copies = whole_number("num_images_per_prompt", num_images_per_prompt)
     length = whole_number("max_sequence_length", max_sequence_length, least=3, most=MAX_TOKENS)
-    request = Request(
+    inputs = PipelineInputs(
         guidance_scale=guidance_scale, num_images_per_prompt=copies, output_type="pt",
-        generator=torch.Generator(), callback_on_step_end=_stop,
+        generator=torch.Generator(), callback_on_step_end=_stop, guidance_rule=_rule(pipe, pag_scale),
     )  # fmt: skip
-    request.check()
     own = None if pipe.device.type == "meta" else pipe.device
     target = planned_device(own if device is None else device)
     tracker = MemoryTracker(target.type)
-    with _perturbing(pipe, pag_scale):
-        twin = meta_copy(pipe, TrackedOffload(tracker, by_block=True))
+    twin = meta_copy(pipe, TrackedOffload(tracker, by_block=True))
     vae, weight = plain(twin.vae), twin._vae_weight
     if target.type == "cpu" and weight.dtype.itemsize == 2:  # as a VAE on a CPU does
         vae.run_coder = partial(run_channels_last, vae.run_coder)
     with tracker:
-        _run(twin, request, size, prompts, length)
+        _run(twin, inputs, size, prompts, length)
     twin.offload.end()
     by_model = _peak_weights_by_stage(list(tracker.activations), twin._models(), tracker)
     models = pipe._models()
@@ -137,7 +136,7 @@ def plan(
         by_model=_gib(max(by_model[stage] + work for stage, work in tracker.activations.items())),
         by_block=_gib(max(tracker.peak.values())),
         mode=_mode(pipe),
-        run=f"{images} of {size[1]}x{size[0]} {'with' if request.is_guided else 'without'} guidance "
+        run=f"{images} of {size[1]}x{size[0]} {'with' if inputs.is_guided else 'without'} guidance "
         f"on {target.type}",
     )
     print(result)
@@ -151,19 +150,20 @@ def _mode(pipe: Task) -> str | None:
     return None if pipe.device.type == "meta" else "resident"
 
 
-def _perturbing(pipe: Task, pag_scale: float | None) -> Any:
-    """Return the context within which a `KolorsPAGPipeline` has its guidance rule."""
+def _rule(pipe: Task, pag_scale: float | None) -> GuidanceRule:
+    """Return the guidance rule that a pipeline's call has, without its interval."""
+    rule = None
     if isinstance(pipe, KolorsPAGPipeline):
-        return pipe._perturbing(3.0 if pag_scale is None else pag_scale, 0.0)
-    if pag_scale is not None:
+        rule = pipe.pag_rule(3.0 if pag_scale is None else pag_scale)
+    elif pag_scale is not None:
         raise TypeError(f"pag_scale is for a KolorsPAGPipeline, got a {type(pipe).__name__}")
-    return nullcontext()
+    return without_interval(pipe.guided if rule is None else rule)
 
 
 def meta_copy(pipe: Task, offload: Offload) -> Task:
     """Copy a pipeline and its models, without values or hooks and not compiled."""
-    models = {name: plain(getattr(pipe, name)) for name in KINDS if getattr(pipe, name) is not None}
-    nets = [plain(net) for net in nets_of(pipe.controlnet)]
+    models = {name: plain(getattr(pipe, name)) for name in MODELS if getattr(pipe, name) is not None}
+    nets = [plain(net) for net in as_list(pipe.controlnet)]
     parts = [*models.values(), *(handle.adapter for handle in attached(models["unet"])), *nets]
     memo = {
         id(hooks): OrderedDict()
@@ -178,30 +178,35 @@ def meta_copy(pipe: Task, offload: Offload) -> Task:
     twin = copy.copy(pipe)
     for name, part in copies.items():
         setattr(twin, name, part)
-    twin.offload, twin._progress = offload, {"disable": True}
-    twin.guided = throughout(pipe.guided)
+    twin.offload, twin._progress, twin.runs = offload, {"disable": True}, Runs()
     return twin
 
 
-def _run(twin: Task, request: Request, size: tuple[int, int], prompts: int, length: int) -> None:
+def _run(twin: Task, inputs: PipelineInputs, size: tuple[int, int], prompts: int, length: int) -> None:
     """Run some steps on the meta device, by the pipeline's own stages."""
     text = _encoded(twin, prompts, length)
     given: dict[str, Any] = {"prompt_embeds": text.tokens, "pooled_prompt_embeds": text.pooled}
-    if request.is_guided:
+    if inputs.is_guided:
         negative = _encoded(twin, 1, length)
         given |= {"negative_prompt_embeds": negative.tokens, "negative_pooled_prompt_embeds": negative.pooled}
-    given |= twin.stand_ins(META, request.is_guided)
-    if nets := nets_of(twin.controlnet):
+    given |= twin.stand_ins(META, inputs.is_guided)
+    if nets := as_list(twin.controlnet):
         given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
-    request = Request(**vars(request) | given)
-    halves = twin._conditions(request, size)
+    inputs = PipelineInputs(**vars(inputs) | given)
+    texts = twin.embed(
+        None, inputs.is_guided, None, inputs.prompt_embeds, inputs.pooled_prompt_embeds,
+        inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds, MAX_TOKENS,
+    )  # fmt: skip
+    halves = twin._prepare_conditioning(inputs, size, *texts)
     shape, channels = twin._latent_shape(len(halves[0].size_ids), size), twin.unet.config.in_channels
-    positive, negative = (half and half.with_blank_extra(channels, shape) for half in halves)
+    positive, negative = (half and half.with_zero_extra_channels(channels, shape) for half in halves)
     assert positive is not None
     x = torch.empty(shape, device=META, dtype=twin.precision)
-    twin._interrupt = False
-    twin._pictures(request, twin.scheduler.schedule(50), x, positive, negative, {})
-    twin._on_device()
+    with twin.runs.begin():
+        latents = twin._denoise(inputs, twin.scheduler.schedule(50), x, positive, negative)
+        del x  # as in a pipeline's call
+        twin._output(inputs, latents, positive, {})
+        twin._on_device()
 
 
 def _encoded(twin: Task, prompts: int, length: int) -> TextEmbedding:
@@ -239,3 +244,11 @@ def _peak_weights_by_stage(
 
 def _gib(count: int) -> float:
     return count / 2**30
+
+
+def without_interval(rule: GuidanceRule) -> GuidanceRule:
+    """Return a guidance rule without its interval, so that every step needs what the costliest one needs."""
+    if not isinstance(rule, partial):
+        return rule
+    kept = {name: value for name, value in rule.keywords.items() if name != "interval"}
+    return partial(rule.func, *rule.args, **kept)

@@ -7,11 +7,12 @@ from typing import Any, Self
 
 import torch
 
-from kolors_core.adapters.controlnet import nets_of
+from kolors_core.adapters.controlnet import as_list
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import named_device, plain
+from kolors_core.module import WrapStep
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
-from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
 from kolors_core.performance.vae_tiling import disable_slicing, disable_tiling, enable_slicing, enable_tiling
@@ -24,16 +25,16 @@ class PerformanceMethods(Components):
 
     offload: Offload
     prompt_cache: PromptCache
-    _graphs: Graphs | None
+    _wrap_step: WrapStep | None
 
     def _init_state(self) -> None:
         super()._init_state()
         self.offload, self.prompt_cache = Offload(), PromptCache()
-        self._graphs = None  # set by `compile` where it asks for CUDA graphs
+        self._wrap_step = None  # set by `compile` where it asks for CUDA graphs
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of copies and pickles, without cached prompts and captured graphs."""
-        return self.__dict__ | {"prompt_cache": PromptCache(), "_graphs": None}
+        return self.__dict__ | {"prompt_cache": PromptCache(), "_wrap_step": None}
 
     @classmethod
     def from_pipe(cls, pipeline: Components, **changes: Any) -> Self:
@@ -41,7 +42,7 @@ class PerformanceMethods(Components):
         pipe = super().from_pipe(pipeline, **changes)
         if isinstance(pipeline, PerformanceMethods):
             pipe.offload, pipe.prompt_cache = pipeline.offload, pipeline.prompt_cache
-            pipe._graphs = pipeline._graphs
+            pipe._wrap_step = pipeline._wrap_step
         return pipe
 
     def compile(self, mode: str | None = None, backend: str = "inductor") -> None:
@@ -51,9 +52,10 @@ class PerformanceMethods(Components):
         CUDA graph, where the UNet is on CUDA. Other image sizes, LoRAs and weights work as before. See
         kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
-        for model in (*self._own_models().values(), *nets_of(self.controlnet)):
+        for model in (*self._own_models().values(), *as_list(self.controlnet)):
             compile_blocks(plain(model), mode, backend)
-        self._graphs = Graphs() if mode in CUDA_GRAPH_MODES and self.device.type == "cuda" else None
+        has_graphs = mode in CUDA_GRAPH_MODES and self.device.type == "cuda"
+        self._wrap_step = CUDAGraphCache() if has_graphs else None
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
@@ -139,3 +141,8 @@ class PerformanceMethods(Components):
             text = super()._run_text_encoder(tokens)
         self.prompt_cache.put(key, text, savings.cached_prompts, savings.prompt_folder)
         return text
+
+    def _needs_alone(self) -> str | None:
+        if self.offload.device is not None:
+            return "offload"
+        return super()._needs_alone() if self._wrap_step is None else "a CUDA graph"

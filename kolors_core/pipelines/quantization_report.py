@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.conditioning import Conditioning, beside, size_ids
+from kolors_core.conditioning import Conditioning, concat_extra_channels, size_ids
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import plain
 from kolors_core.guidance import guided
@@ -155,7 +155,7 @@ def _condition(pipe: Task, text: TextEmbedding) -> Conditioning:
     zeros = ImagePrompt(torch.zeros(1, 1, 1, pipe.unet.config.context_dim, **place))
     images = (zeros,) * len(attached(pipe.unet))
     conditioning = Conditioning(text.tokens.to(**place), text.pooled.to(**place), ids, counts, images)
-    return conditioning.with_blank_extra(pipe.unet.config.in_channels, _noise(pipe).shape)
+    return conditioning.with_zero_extra_channels(pipe.unet.config.in_channels, _noise(pipe).shape)
 
 
 def _noise(pipe: Task) -> Tensor:
@@ -170,7 +170,7 @@ def _predict(pipe: Task, text: TextEmbedding) -> Tensor:
     pipe._on_device("unet")
     timestep = torch.tensor(pipe.scheduler.num_train_timesteps // 2, device=pipe.device)
     conditioning = _condition(pipe, text)
-    latents = beside(_noise(pipe).to(pipe.dtype), conditioning.extra)
+    latents = concat_extra_channels(_noise(pipe).to(pipe.dtype), conditioning.extra)
     noise = pipe.unet(
         latents, timestep, conditioning.text_tokens, conditioning.pooled_text, conditioning.size_ids,
         conditioning.text_counts, conditioning.image_prompts,

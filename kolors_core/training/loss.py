@@ -18,7 +18,7 @@ from torch import Tensor
 from kolors_core.adapters.controlnet import ControlNet
 from kolors_core.adapters.textual_inversion import vectors_of
 from kolors_core.chatglm import ChatGLM, TextEmbedding
-from kolors_core.conditioning import beside, size_ids
+from kolors_core.conditioning import concat_extra_channels, size_ids
 from kolors_core.image import control_pixels, to_output
 from kolors_core.module import Module
 from kolors_core.tokenizer import TokenBatch, Tokenizer
@@ -123,7 +123,7 @@ class Objective(Module):
             text = self.text_encoder(text)
         sigma = self.sigmas.to(batch.latents.device)[batch.timesteps][:, None, None, None]  # [b, 1, 1, 1]
         noisy = (batch.latents + sigma * batch.noise) / (sigma**2 + 1).sqrt()
-        times, noisy = batch.timesteps.float(), beside(noisy, batch.extra)
+        times, noisy = batch.timesteps.float(), concat_extra_channels(noisy, batch.extra)
         given = noisy, times, text.tokens, text.pooled, batch.size_ids
         if (self.controlnet is None) != (batch.control is None):
             raise ValueError("a ControlNet and control images need each other: one of them is missing")

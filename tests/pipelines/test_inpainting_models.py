@@ -16,7 +16,7 @@ from kolors_core.conditioning import Conditioning
 from kolors_core.config import KOLORS, UNetConfig
 from kolors_core.guidance import guided
 from kolors_core.loading import check
-from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.quantization_report import quantize
 from kolors_core.sampling import euler
@@ -122,7 +122,7 @@ def test_extra_stands_behind_the_scaled_latents(told: Any) -> None:
     sigma, timestep = schedule.sigmas[1].item(), schedule.timesteps[1].item()
     expected = written_out(unet, halves, x, sigma, timestep, 5.0)
     recorder = Recorder()
-    ways: list[dict[str, Any]] = [{}, {"read_once": False}, {"graphs": Graphs(recorder)}]
+    ways: list[dict[str, Any]] = [{}, {"precompute": False}, {"wrap_step": CUDAGraphCache(recorder)}]
     for options in ways:
         assert relative_error(guided(unet, schedule, *halves, 5.0, **options)(x, sigma), expected) < EXACT
     assert recorder.count == 1
