@@ -120,6 +120,8 @@ class FeedForward(Module):
 class Layer(Module):
     """One pre-norm transformer layer."""
 
+    is_block = True
+
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)

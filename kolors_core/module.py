@@ -25,6 +25,11 @@ class Module(nn.Module):
         return ()
 
 
+def is_block(module: nn.Module) -> bool:
+    """Return whether a module is a block; one of no class of ours is a block if it says `is_block = True`."""
+    return getattr(module, "is_block", False) is True
+
+
 class StandIn(nn.Module):
     """A module in another's place, with its very parameters, sizes, mode and hooks; `plain` is that other."""
 

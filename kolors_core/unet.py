@@ -71,6 +71,8 @@ Contexts = Iterator[Context | Read]
 class ResBlock(Module):
     """Two convolutions around the time embedding, with a shortcut."""
 
+    is_block = True
+
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, eps=config.norm_eps)
@@ -150,6 +152,8 @@ class FeedForward(Module):
 
 class TransformerBlock(Module):
     """Self-attention, cross-attention to text and images, feed-forward; each on a norm, each added."""
+
+    is_block = True
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
         super().__init__()

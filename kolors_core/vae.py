@@ -34,6 +34,8 @@ class LatentDistribution:
 class ResBlock(Module):
     """Two convolutions with a shortcut; the UNet's resnet without a time embedding."""
 
+    is_block = True
+
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
@@ -52,6 +54,8 @@ class ResBlock(Module):
 
 class Attention(Module):
     """One head over all pixels, as a residual."""
+
+    is_block = True
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()

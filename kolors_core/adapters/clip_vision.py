@@ -157,6 +157,8 @@ class FeedForward(Module):
 class Layer(Module):
     """One pre-norm transformer layer."""
 
+    is_block = True
+
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         width = config.hidden_size

@@ -102,6 +102,8 @@ class ResamplerFeedForward(Module):
 class ResamplerLayer(Module):
     """Attention and feed-forward, each added."""
 
+    is_block = True
+
     def __init__(self, config: IPAdapterConfig) -> None:
         super().__init__()
         self.attention = ResamplerAttention(config)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kolors_core.attention import KERNELS, attention_kernel, forced_kernel, select_kernel
-from kolors_core.performance.offload import Lane, Models, Offload
+from kolors_core.performance.offload import Models, Offload, TransferStream
 
 META = torch.device("meta")
 
@@ -183,18 +183,18 @@ _VALUE_OPS: Mapping[Any, Callable[[Tensor], bool]] = {
 }
 
 
-class TrackedLane(Lane):
-    """A lane from the meta device to itself, whose copies the tracker counts as offloaded weights."""
+class TrackedTransferStream(TransferStream):
+    """Copies from the meta device to itself, which the tracker counts as offloaded weights."""
 
     def __init__(self, tracker: MemoryTracker) -> None:
         super().__init__(META)
         self.tracker = tracker
 
-    def home(self, data: Tensor) -> Tensor:
+    def cpu_copy(self, data: Tensor) -> Tensor:
         """Return the same data."""
         return data
 
-    def send(self, homes: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+    def copy_to_device(self, homes: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         """Return empty copies."""
         self.tracker.is_onloading = True
         copies = [torch.empty_like(home) for home in homes]
@@ -208,7 +208,7 @@ class TrackedOffload(Offload):
     def __init__(self, tracker: MemoryTracker, by_block: bool) -> None:
         super().__init__()
         self.start(META, by_block)
-        self.lane, self.tracker = TrackedLane(tracker), tracker
+        self.transfers, self.tracker = TrackedTransferStream(tracker), tracker
 
     def enter(self, stage: str | None, models: Models) -> None:
         """Set the stage, then enter it as any offload does."""

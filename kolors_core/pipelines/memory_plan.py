@@ -24,7 +24,7 @@ from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import plain, planned_device
 from kolors_core.guidance import GuidanceRule
 from kolors_core.performance.memory_tracker import META, MemoryTracker, MetaCopy, TrackedOffload
-from kolors_core.performance.offload import Models, Offload, bytes_of, whole
+from kolors_core.performance.offload import Models, Offload, as_unit, bytes_of
 from kolors_core.pipelines.base import MODELS
 from kolors_core.pipelines.pag import KolorsPAGPipeline
 from kolors_core.pipelines.request import PipelineInputs
@@ -124,7 +124,7 @@ def plan(
     twin.offload.end()
     by_model = _peak_weights_by_stage(list(tracker.activations), twin._models(), tracker)
     models = pipe._models()
-    weights = {stage: bytes_of(whole(listed)) for stage, listed in models.items()}
+    weights = {stage: bytes_of(as_unit(listed)) for stage, listed in models.items()}
     images = "1 picture" if prompts * copies == 1 else f"{prompts * copies} pictures"
     result = Plan(
         stages={
@@ -132,7 +132,7 @@ def plan(
             for stage, work in tracker.activations.items()
             if stage is not None
         },
-        resident=_gib(bytes_of(whole(chain(*models.values()))) + max(tracker.activations.values())),
+        resident=_gib(bytes_of(as_unit(chain(*models.values()))) + max(tracker.activations.values())),
         by_model=_gib(max(by_model[stage] + work for stage, work in tracker.activations.items())),
         by_block=_gib(max(tracker.peak.values())),
         mode=_mode(pipe),
