@@ -239,7 +239,7 @@ class Trainer:
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Recompute the activations of every block in the backward pass; see `Module.is_block`."""
+    """Recompute the activations of every block in the backward pass; see kolors_core/module.py."""
     for block in _blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 

@@ -7,6 +7,7 @@ are those of every backend, in seconds. One test runs the real one, on a block.
 import copy
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,7 +152,11 @@ def test_a_compiled_pipeline_draws_the_same_and_can_be_copied(pipes: Pair) -> No
 
 
 @torch.no_grad()
-def test_the_real_compiler_on_a_block() -> None:
+def test_the_real_compiler_on_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache of its own: torch's finds code by the graph alone, also what a process with vectors of
+    another width made, and that computes only a part of the values.
+    """
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     unet = UNet(SMALL.unet).eval()
     randomise(unet)
     block = unet.down[0].resnets[0]
