@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     )
     from kolors_core.pipelines.denoising_loop import SDXLCFGCutoffCallback
     from kolors_core.pipelines.image_prompts import IPAdapterMaskProcessor
+    from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
     from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
     from kolors_core.pipelines.pag import KolorsPAGPipeline
-    from kolors_core.pipelines.stages import KolorsPipelineOutput
-    from kolors_core.pipelines.text_to_image import KolorsImg2ImgPipeline, KolorsPipeline
+    from kolors_core.pipelines.request import KolorsPipelineOutput
+    from kolors_core.pipelines.text_to_image import KolorsPipeline
     from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 _MODULE_OF = {
@@ -47,11 +48,11 @@ _MODULE_OF = {
     "KolorsControlNetImg2ImgPipeline": "pipelines.controlnet",
     "KolorsControlNetInpaintPipeline": "pipelines.controlnet",
     "KolorsControlNetPipeline": "pipelines.controlnet",
-    "KolorsImg2ImgPipeline": "pipelines.text_to_image",
+    "KolorsImg2ImgPipeline": "pipelines.image_to_image",
     "KolorsInpaintPipeline": "pipelines.inpainting",
     "KolorsPAGPipeline": "pipelines.pag",
     "KolorsPipeline": "pipelines.text_to_image",
-    "KolorsPipelineOutput": "pipelines.stages",
+    "KolorsPipelineOutput": "pipelines.request",
     "SDXLCFGCutoffCallback": "pipelines.denoising_loop",
     "canny": "adapters.canny",
     "capture": "inspection.features",

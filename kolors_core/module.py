@@ -1,24 +1,28 @@
-"""The base of our modules, torch's, whose `help` shows what is written here and not torch's own 60 pages; and
-of those that stand in another's place."""
+"""The base of our modules, and how a cache learns that a model computes something else than before.
 
-from collections.abc import Iterable
+A feature that changes what a module computes beside its weights says so in `state_key`; a cache of results or
+of recorded steps asks for it and need not know the feature.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 
-class OwnNames(type):
-    """Lets `dir` of a class, by which `help` goes, name what its own files define."""
+class Module(nn.Module):
+    """A module of the library.
 
-    def __dir__(cls) -> Iterable[str]:
-        kinds = (kind for kind in cls.__mro__ if kind not in Module.__mro__)
-        return {name for kind in kinds for name in vars(kind) if not name.startswith("__")}
+    is_block: repeated in a model, and compiled, offloaded, checkpointed and sharded as one.
+    is_adapter: attached to a model, and no part of its own checkpoint.
+    """
 
+    is_block: ClassVar[bool] = False
+    is_adapter: ClassVar[bool] = False
 
-class Module(nn.Module, metaclass=OwnNames):
-    """A module; `dir` of an instance is as of any of torch's."""
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(nn.Module)})
+    def state_key(self) -> tuple[Any, ...]:
+        """Return the settings, beside weights and inputs, that decide what this module itself computes."""
+        return ()
 
 
 class StandIn(nn.Module):
@@ -35,3 +39,42 @@ class StandIn(nn.Module):
         base = self.base[0]
         base._parameters.update(self._parameters)
         return base.train(self.training)
+
+
+def settings(model: nn.Module) -> tuple[Any, ...]:
+    """Return what decides a model's output beside weights and inputs: (path, state key) of its modules."""
+    keys = ((path, getattr(module, "state_key", tuple)()) for path, module in model.named_modules())
+    return tuple((path, key) for path, key in keys if key)
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """Return what changes when a weight of the model is written or replaced, or a setting changes.
+
+    A write through `.data` goes unnoticed.
+    """
+    weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+    return weights, settings(model)
+
+
+def require_plain(model: nn.Module, wish: str) -> None:
+    """Raise ValueError if a module of the model cannot be read, written or changed as the plain one could.
+
+    Such a module, a quantized layer for example, says in `not_plain` what it is.
+    """
+    why = next((found for module in model.modules() if (found := getattr(module, "not_plain", None))), None)
+    if why is not None:
+        raise ValueError(f"this {type(model).__name__} is {why}: cannot {wish}")
+
+
+class WrapStep(Protocol):
+    """Another way to run a step of a denoising run, such as performance/cuda_graphs.py's.
+
+    Called once a run with `step(constant, *changing)`, whose `constant` tensors, nested as they like, stay
+    the same within the run; the modules that the step calls; and a key of all else that is baked into it.
+    """
+
+    def __call__(
+        self, step: Callable[..., Any], constant: Any, nets: Sequence[nn.Module], key: Hashable = ()
+    ) -> Callable[..., Any]:
+        """Return the step as a function of `changing`, which are tensors."""
+        ...

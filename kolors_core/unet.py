@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.attention import attention, count_bias, split_heads
+from kolors_core.attention import attention, log_multiplicity_bias, split_heads
 from kolors_core.config import UNetConfig
 from kolors_core.context import Context, ImagePrompt, Masks, Read, at_size
 from kolors_core.module import Module
@@ -243,6 +243,10 @@ class UpLevel(Module):
         self.upsample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
         self.freeu: Callable[[Tensor, Tensor], Tensor] | None = None  # another way to join, see freeu.py
 
+    def state_key(self) -> tuple[str, ...]:
+        """See `Module`."""
+        return () if self.freeu is None else (repr(self.freeu),)
+
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
         """[B, C, H, W] and [B, C', H, W] -> [B, C + C', H, W]."""
         return torch.cat([x, skip], dim=1) if self.freeu is None else self.freeu(x, skip)
@@ -292,7 +296,7 @@ class Encoder(Module):
         self, text_tokens: Tensor, text_counts: Tensor | None, image_prompts: Sequence[ImagePrompt]
     ) -> Context:
         """What all cross-attentions read; arguments as in `forward`."""
-        bias = None if text_counts is None else count_bias(text_counts, text_tokens.dtype)
+        bias = None if text_counts is None else log_multiplicity_bias(text_counts, text_tokens.dtype)
         images = tuple(
             image._replace(masks=Masks(image.masks)) if isinstance(image.masks, Tensor) else image
             for image in image_prompts

@@ -234,7 +234,7 @@ def test_the_condition_changes_nothing_at_first_and_learns(run: Examples) -> Non
         high, low = (replace(names["positive"], added=scored(score)) for score in (8.0, 2.0))
         x, how = names["noise"], (names["unet"], names["schedule"])
         sigma = names["schedule"].sigmas[3].item()
-        once, always = (guided(*how, high, low, 5.0, read_once=way)(x, sigma) for way in (True, False))
+        once, always = (guided(*how, high, low, 5.0, precompute=way)(x, sigma) for way in (True, False))
         assert_parity(once, always, FLOAT32)
         assert relative_error(guided(*how, high)(x, sigma), guided(*how, low)(x, sigma)) > 1e-2
     with pytest.raises(ValueError, match="1 of 2 conditions have `added`, wanted all or none"):

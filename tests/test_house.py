@@ -92,7 +92,8 @@ def test_only_the_agreed_packages_at_run_time(file: Path) -> None:
 LOADED = """
 import importlib, sys
 importlib.import_module(sys.argv[1])
-print(*(name for name in sys.modules if name.split(".")[0] in sys.argv[2:] or name.startswith("kolors_core.")))
+packages = {"kolors_core", *sys.argv[2:]}
+print(*(name for name in sys.modules if name.split(".")[0] in packages and name != "kolors_core"))
 """
 HEAVY = ("sentencepiece", "PIL", "huggingface_hub", "einops")  # torch itself imports tqdm
 

@@ -28,6 +28,7 @@ from kolors_core import (
 from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.config import UNetConfig
 from kolors_core.image import to_output
+from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.png_metadata import read_metadata, save_png
 from kolors_core.pipelines.single_file import load_model
 from kolors_core.precompute import Savings
@@ -93,7 +94,7 @@ CALLS: list[Wrong] = [
     (lambda pipe: pipe.to(3), ValueError, DEVICE),
     (lambda pipe: pipe.to(torch.float64, torch.int8), TypeError, "a floating torch.dtype, got torch.int8"),
     (lambda pipe: pipe.encode_prompt("cat", device="nope"), ValueError, f"{DEVICE}.*'nope'"),
-    (lambda pipe: pipe.plan(64, 64, device="cuda:x"), ValueError, "wanted a device such as .*'cuda:x'"),
+    (lambda pipe: plan(pipe, 64, 64, device="cuda:x"), ValueError, "wanted a device such as .*'cuda:x'"),
     (lambda pipe: pipe.load_ip_adapter(3), TypeError, "the IP-Adapter must be a path, got 3"),
     (lambda pipe: pipe.load_textual_inversion({"word": 3}), ValueError, "word is int, wanted a tensor"),
     (lambda pipe: pipe.load_textual_inversion([]), ValueError, "got no file"),

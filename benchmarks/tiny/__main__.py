@@ -150,7 +150,7 @@ def main(out: Path) -> None:
     examples = read_folder(out / "pictures")
     tokenizer = train_tokenizer(package, concepts, out / "tokenizer")
     # At these sizes the plain products are faster than a fused kernel on a CPU, above all backwards.
-    with attention_kernel("written_out") if device.type == "cpu" else nullcontext():
+    with attention_kernel("matmul") if device.type == "cpu" else nullcontext():
         vae = train_vae(package, out / "autoencoder", device)
         text_encoder = train_text_encoder(examples, tokenizer, out / "text", device)
         unet = train_unet(examples, vae, text_encoder, tokenizer, out / "unet")

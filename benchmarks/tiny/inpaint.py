@@ -67,7 +67,7 @@ def train(pipe: KolorsInpaintPipeline, pictures: Path, folder: Path) -> None:
             print(f"step {step}: loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
 
     trainer = Trainer(objective, data, CONFIG, folder, report)
-    with attention_kernel("written_out"):
+    with attention_kernel("matmul"):
         trainer.fit()
     trainer.load_ema_weights()
     pipe.unet.requires_grad_(False).eval()

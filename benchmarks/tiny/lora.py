@@ -110,7 +110,7 @@ def train(pipe: KolorsPipeline, pictures: Path, folder: Path) -> None:
             print(f"LoRA step {step}: loss {loss:.4f}", flush=True)
 
     objective = DiffusionLoss(pipe.unet, None, pipe.scheduler.table(), CONFIG)
-    with attention_kernel("written_out" if pipe.device.type == "cpu" else "sdpa"):
+    with attention_kernel("matmul" if pipe.device.type == "cpu" else "sdpa"):
         Trainer(objective, data, CONFIG, folder / "run", report).fit()
     save_adapters({"unet": adapter}, folder / f"{WORD}.safetensors")
 

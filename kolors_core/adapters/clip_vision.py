@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.attention import attention, split_heads
+from kolors_core.checkpoint import Kind
 from kolors_core.config import TRANSFORMERS_IGNORED_FIELDS, ConfigReader, PublicConfig
 from kolors_core.image import as_list, center_crop, flatten_alpha, pil_to_tensor
 from kolors_core.module import Module
@@ -251,3 +252,7 @@ def _rgb(image: Any) -> "Image":
             raise ValueError(f"wanted pixels of uint8, or floats in [0, 1], got {got}")
         image = (image * 255).round().astype(np.uint8)
     return Image.fromarray(image)
+
+
+# How `checkpoint.load_component` builds an image encoder.
+IMAGE_ENCODER = Kind(CLIPVisionConfig, CLIPVision)

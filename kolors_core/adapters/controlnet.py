@@ -8,8 +8,9 @@ the released Kolors ControlNets have, to its caller.
 Shapes: B batch, C channels, H height and W width of latents; a control image is P (8) times as high and wide.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import repeat
 from typing import Any, Self
 
@@ -17,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kolors_core.conditioning import Conditioning, StepResiduals
 from kolors_core.config import ConfigReader, PublicConfig, UNetConfig
 from kolors_core.context import Context, Read
-from kolors_core.module import Module
+from kolors_core.module import Module, WrapStep
+from kolors_core.precompute import PrecomputedInputs, has_default_forward
+from kolors_core.schedule import Schedule
 from kolors_core.unet import Encoder, Shift, UNet
 from kolors_core.validation import finite_number
 
@@ -191,7 +195,72 @@ class Control:
         return replace(first, image=torch.cat([part.image for part in parts]))
 
 
-def acting(controls: Sequence[Control], steps: int) -> list[tuple[int, ...]]:
+@dataclass(frozen=True)
+class ControlResiduals:
+    """What several ControlNets add, each in its part of the run: `Conditioning.residuals`."""
+
+    controls: tuple[Control, ...]
+
+    def cat(self, *others: "ControlResiduals") -> "ControlResiduals":
+        """Concatenate batches; ValueError for controls of other ControlNets, scales or steps."""
+        rows = zip(self.controls, *(other.controls for other in others), strict=True)
+        return ControlResiduals(tuple(Control.cat(*row) for row in rows))
+
+    def prepare(
+        self,
+        schedule: Schedule,
+        conditioning: Conditioning,
+        repeats: int,
+        *,
+        precompute: bool,
+        wrap_step: WrapStep | None,
+    ) -> StepResiduals:
+        """Return the sum of the residuals as a function of a run's steps; see `conditioning.Residuals`.
+
+        A control acts in the step in whose interval sigma lies: before the first it is the first, at the end
+        the last. ValueError for one that acts in no step.
+        """
+        active = active_controls(self.controls, len(schedule.timesteps))
+        sigmas = schedule.sigmas.tolist()
+        nets = [_prepare(c, schedule, conditioning, repeats, precompute, wrap_step) for c in self.controls]
+
+        def residuals(latents: Tensor, timestep: float, sigma: float) -> list[Tensor]:
+            step = min(max(sum(level >= sigma for level in sigmas), 1), len(active)) - 1
+            return sum_residuals((self.controls[k].scale, nets[k](latents, timestep)) for k in active[step])
+
+        return residuals
+
+
+def _prepare(
+    control: Control,
+    schedule: Schedule,
+    conditioning: Conditioning,
+    repeats: int,
+    precompute: bool,
+    wrap_step: WrapStep | None,
+) -> Callable[[Tensor, float], list[Tensor]]:
+    """Return one ControlNet's residuals as a function of latents and timestep."""
+    net, c = control.net, conditioning
+    if not (precompute and has_default_forward(net, ControlNet)):
+
+        def call(latents: Tensor, timestep: float) -> list[Tensor]:
+            time = torch.tensor(timestep, dtype=torch.float32, device=latents.device)
+            inputs = latents.repeat(repeats, 1, 1, 1), time, c.text_tokens, c.pooled_text, c.size_ids
+            return net(*inputs, control.image, c.text_counts)
+
+        return call
+    inputs = PrecomputedInputs(net, schedule, conditioning)
+    constant = inputs.reads, net.image_embedding(control.image)
+
+    def step(constant: Any, latents: Tensor, shifts: Tensor) -> list[Tensor]:
+        reads, image = constant
+        return net.residuals(latents, image, inputs.split(shifts), reads, repeats)
+
+    run = partial(step, constant) if wrap_step is None else wrap_step(step, constant, [net], repeats)
+    return lambda latents, timestep: run(latents, inputs.shifts(timestep))
+
+
+def active_controls(controls: Sequence[Control], steps: int) -> list[tuple[int, ...]]:
     """For each step of a run, which of the controls act. ValueError for one that never does."""
     found = [
         tuple(k for k, c in enumerate(controls) if i / steps >= c.start and (i + 1) / steps <= c.end)
@@ -204,7 +273,7 @@ def acting(controls: Sequence[Control], steps: int) -> list[tuple[int, ...]]:
     return found
 
 
-def summed(parts: Iterable[tuple[float, Sequence[Tensor]]]) -> list[Tensor]:
+def sum_residuals(parts: Iterable[tuple[float, Sequence[Tensor]]]) -> list[Tensor]:
     """(scale, residuals) of several ControlNets, as one; nothing of none."""
     total: list[Tensor] = []
     for scale, residuals in parts:
@@ -213,11 +282,11 @@ def summed(parts: Iterable[tuple[float, Sequence[Tensor]]]) -> list[Tensor]:
     return total
 
 
-def nets_of(controlnet: Any) -> list[ControlNet]:
+def as_list(controlnet: Any) -> list[ControlNet]:
     """A pipeline's ControlNets: none, one or a list. TypeError for what is none."""
     if controlnet is None:
         return []
-    nets: list[Any] = list(controlnet) if has_several(controlnet) else [controlnet]
+    nets: list[Any] = list(controlnet) if is_multi(controlnet) else [controlnet]
     for net in nets:
         if not isinstance(getattr(net, "_orig_mod", net), ControlNet):
             got = f"{type(net).__module__}.{type(net).__name__}"
@@ -225,7 +294,7 @@ def nets_of(controlnet: Any) -> list[ControlNet]:
     return nets
 
 
-def has_several(controlnet: Any) -> bool:
+def is_multi(controlnet: Any) -> bool:
     """Whether a pipeline has a list of ControlNets, be it of one, and so takes a list of images."""
     return isinstance(controlnet, list | tuple | nn.ModuleList)
 
@@ -233,7 +302,7 @@ def has_several(controlnet: Any) -> bool:
 def check_fits(controlnet: Any, unet: UNet, downscale: int) -> None:
     """ValueError if a ControlNet was made for another UNet or another size of latents."""
     of_unet = vars(unet.config) | {"in_channels": unet.config.out_channels}
-    for net in nets_of(controlnet):
+    for net in as_list(controlnet):
         own, pixels = vars(net.config), 2 ** (len(net.config.image_widths) - 1)
         for name in ("in_channels", "channels", "resnets_per_level", "text_dim", "size_dim"):
             if own[name] != of_unet[name]:

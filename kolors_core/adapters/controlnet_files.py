@@ -19,7 +19,7 @@ from kolors_core.checkpoint import (
 )
 from kolors_core.devices import Dtypes, dtype_of, one_dtype, plain, refuse_pickles, refuse_second_copy
 from kolors_core.loading import LoadReport, load
-from kolors_core.performance.quantize import refuse_quantized
+from kolors_core.module import require_plain
 from kolors_core.unet import UNet
 from kolors_core.validation import path_of
 from weights_convert.atomic_write import new_folder
@@ -93,7 +93,7 @@ class KolorsControlNet(ControlNet):
         )  # fmt: skip
         place = folder / subfolder
         file, unet = place / "config.json", plain(unet)
-        refuse_quantized(unet, "borrow from it; borrow from a plain UNet, then quantise")
+        require_plain(unet, "borrow from it; borrow from a plain UNet, then quantise")
         public = read_json(file)
         if public.get("encoder_hid_dim_type") is not None:
             raise ValueError(f"{file}: it has a text projection: load it by from_pretrained")

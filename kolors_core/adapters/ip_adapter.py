@@ -140,12 +140,18 @@ class ImageBranch(Module):
     scale: a number for all pictures, or one for each; a list needs masks, which keep the pictures apart.
     """
 
+    is_adapter = True
+
     def __init__(self, width: int, context_dim: int) -> None:
         super().__init__()
         self.to_k = nn.Linear(context_dim, width, bias=False)
         self.to_v = nn.Linear(context_dim, width, bias=False)
         self.scale: float | Sequence[float] = 1.0
         self.handle: Attached | None = None  # of the adapter that it belongs to, while attached
+
+    def state_key(self) -> tuple[str, ...]:
+        """See `Module`."""
+        return (str(self.scale),)
 
     def read(self, image: ImagePrompt, heads: int) -> ReadImages:
         """image: tokens [B, I, Q, context_dim]. Without masks the pictures' keys stand side by side."""

@@ -246,22 +246,6 @@ def enable(model: nn.Module, is_enabled: bool) -> None:
         layer.is_enabled = is_enabled
 
 
-def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """What decides a model's output beside its input: changes when a weight is written or an adapter weighed.
-
-    A write through `.data` goes unnoticed.
-    """
-    weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
-    return weights, shares_of(model)
-
-
-def shares_of(model: nn.Module) -> tuple[Any, ...]:
-    """How a model's adapters are weighed, and which of them act."""
-    layers = attached_layers(model).values()
-    shares = tuple((p.scale, p.wanted, p.is_active) for layer in layers for p in layer.parts().values())
-    return shares, tuple((layer.is_enabled, layer.fused) for layer in layers)
-
-
 def unload(model: nn.Module) -> None:
     """Take all adapters out. What is fused stays in the weights, and can then no more be unfused."""
     for path, layer in attached_layers(model).items():

@@ -8,7 +8,7 @@ Shapes: R rank, I and O the layer's widths, K a convolution's kernel (no axes in
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class Part(Module):
     how much of it is wanted. order: a number that is larger for adapters that came later.
     """
 
+    is_adapter = True
     down: nn.Parameter | None
     up: nn.Parameter | None
     delta: nn.Parameter | None
@@ -79,6 +80,11 @@ class LoRALayer(StandIn, ABC):
         self.is_enabled = True
         self.fused: tuple[str, ...] = ()  # adapters that the model's weights contain, in any of its layers
         self.kept: tuple[Tensor, ...] = ()  # weight and bias from before, on the CPU
+
+    def state_key(self) -> tuple[Any, ...]:
+        """See `module.Module`: how the adapters are weighed, and which of them act."""
+        parts = tuple((part.scale, part.wanted, part.is_active) for part in self.parts().values())
+        return parts, self.is_enabled, self.fused
 
     def parts(self) -> dict[str, Part]:
         """The adapters of this layer, by name."""

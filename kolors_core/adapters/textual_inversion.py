@@ -26,6 +26,12 @@ WEIGHT_NAME = "learned_embeds.safetensors"
 NAMELESS = "emb_params"  # what a file of one word that does not name it calls its tensor
 
 
+class LearnedVectors(nn.ParameterList):
+    """Vectors [n, C], which belong to words and not to the model."""
+
+    is_adapter = True
+
+
 class WordEmbedding(StandIn, nn.Embedding):
     """An embedding table and learned vectors behind it: those of `words`, one word after another.
 
@@ -35,7 +41,7 @@ class WordEmbedding(StandIn, nn.Embedding):
     def __init__(self, base: nn.Embedding) -> None:
         super().__init__(base)
         self.words: list[str] = []
-        self.learned = nn.ParameterList()
+        self.learned = LearnedVectors()
 
     def forward(self, input: Tensor) -> Tensor:
         """input: ids [...], from 0 to the table's and all vectors' end. Returns [..., C]."""
@@ -122,7 +128,7 @@ def remove_words(encoder: ChatGLM, words: Iterable[str] | None = None) -> None:
     embedding = encoder.embedding
     if isinstance(embedding, WordEmbedding):
         embedding.words = [word for word in have if word not in gone]
-        embedding.learned = nn.ParameterList([have[word] for word in embedding.words])
+        embedding.learned = LearnedVectors([have[word] for word in embedding.words])
         if not embedding.words:
             encoder.embedding = cast(nn.Embedding, embedding.plain())
 

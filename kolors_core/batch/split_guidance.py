@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
-from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.module import WrapStep
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
 from kolors_core.unet import UNet
@@ -75,8 +75,8 @@ class Pair:
         negative: Conditioning | None = None,
         scale: float = 1.0,
         *,
-        read_once: bool = True,
-        graphs: Graphs | None = None,
+        precompute: bool = True,
+        wrap_step: WrapStep | None = None,
     ) -> Denoise:
         """As `guidance.guided`, equal within rounding; both processes get the result.
 
@@ -84,7 +84,7 @@ class Pair:
         """
         is_guided = negative is not None and scale > 1
         told = (negative, positive)[self.half] if negative is not None and is_guided else positive
-        own = guided(unet, schedule, told, read_once=read_once, graphs=graphs)
+        own = guided(unet, schedule, told, precompute=precompute, wrap_step=wrap_step)
         self.meet()
 
         def denoise(x: Tensor, sigma: float) -> Tensor:

@@ -36,10 +36,12 @@ from kolors_core.devices import named_device, planned_device
 from kolors_core.image import load_image
 from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.pipelines.controlnet import KolorsControlNetPipeline
+from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
 from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
-from kolors_core.pipelines.memory_plan import Planning
+from kolors_core.pipelines.memory_plan import plan as plan_memory
 from kolors_core.pipelines.png_metadata import attach_metadata, read_metadata, save_png
-from kolors_core.pipelines.text_to_image import KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core.pipelines.stages import Task
+from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import LARGEST_SEED, whole_number
 
 
@@ -262,8 +264,8 @@ def plan(options: argparse.Namespace) -> None:
     load_adapters(pipe, options)
     guide(pipe, options)
     load_controls(options, pipe, device, is_planned=True)
-    pipe.plan(
-        options.height, options.width, num_images_per_prompt=options.images,
+    plan_memory(
+        pipe, options.height, options.width, num_images_per_prompt=options.images,
         guidance_scale=options.guidance, max_sequence_length=options.max_tokens, device=device,
     )  # fmt: skip
 
@@ -308,14 +310,14 @@ def checked(options: argparse.Namespace) -> list[Path]:
     return outs
 
 
-def task_of(options: argparse.Namespace) -> type[Planning]:
+def task_of(options: argparse.Namespace) -> type[Task]:
     """What the weights are loaded for. Inpainting may have a UNet of its own."""
     if options.image is None:
         return KolorsControlNetPipeline if options.control else KolorsPipeline
     return KolorsImg2ImgPipeline if options.mask is None else KolorsInpaintPipeline
 
 
-def load_adapters(pipe: Planning, options: argparse.Namespace) -> None:
+def load_adapters(pipe: Task, options: argparse.Namespace) -> None:
     """Load the LoRAs, the learned words and the IP-Adapters that the options ask for."""
     load_loras(pipe, options.lora, options.local_files_only, options.quiet)
     load_words(pipe, options.textual_inversion, options.local_files_only)

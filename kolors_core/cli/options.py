@@ -13,16 +13,16 @@ from kolors_core.adapters.canny import canny
 from kolors_core.adapters.controlnet_files import DEFAULT_SCALE, KolorsControlNet
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.devices import best_dtype
-from kolors_core.guidance import guided
+from kolors_core.guidance import cfg_rescale, check_interval, guided
 from kolors_core.image import load_image
 from kolors_core.performance.quantize import BITS
-from kolors_core.pipelines.memory_plan import Planning
-from kolors_core.pipelines.perturbed import check_scales, perturbed, perturbed_layers
+from kolors_core.pipelines.pag import check_scales, perturbed, perturbed_layers
 from kolors_core.pipelines.quantization_report import QuantizationReport
+from kolors_core.pipelines.quantization_report import quantize as quantize_pipeline
 from kolors_core.pipelines.single_file import open_model
+from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
-from kolors_core.tempering import ends, rescaling
 
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -159,9 +159,9 @@ def guidance_of(options: argparse.Namespace) -> dict[str, object]:
     if options.pag is not None:
         check_scales(options.pag, options.pag_adaptive or 0.0)
     if options.guidance_rescale is not None:
-        rescaling(options.guidance_rescale)
+        cfg_rescale(options.guidance_rescale)
     if options.guidance_interval is not None:
-        ends(options.guidance_interval)
+        check_interval(options.guidance_interval)
     asked = {
         "pag_scale": options.pag, "pag_adaptive_scale": options.pag_adaptive,
         "pag_applied_layers": options.pag_layers, "rescale": options.guidance_rescale,
@@ -184,7 +184,7 @@ def load_pipeline(
     options: argparse.Namespace,
     device: torch.device,
     is_planned: bool = False,
-    task: type[Planning] = KolorsPipeline,
+    task: type[Task] = KolorsPipeline,
 ) -> Any:
     """The pipeline, with the sampler that the options ask for; if only planned, without weights."""
     files = files_of(options)
@@ -214,11 +214,11 @@ def load_pipeline(
     return pipe
 
 
-def quantize(pipe: Planning, options: argparse.Namespace) -> QuantizationReport | None:
+def quantize(pipe: Task, options: argparse.Namespace) -> QuantizationReport | None:
     """Quantise what the options ask for; None if nothing."""
     if not (bits := bits_of(options)):
         return None
-    report = pipe.quantize(**bits)
+    report = quantize_pipeline(pipe, **bits)
     if not options.quiet:
         print(f"quantized: {report}", file=sys.stderr)
     return report
@@ -234,7 +234,7 @@ def guide(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
         pipe.enable_freeu(*options.freeu)
 
 
-def load_loras(pipe: Planning, loras: Sequence[str], is_local: bool, is_quiet: bool) -> None:
+def load_loras(pipe: Task, loras: Sequence[str], is_local: bool, is_quiet: bool) -> None:
     """Load LoRAs, each written FROM[:SCALE], and weigh them; the pipeline has none yet."""
     for i, text in enumerate(loras):
         source, _ = with_scale(text)
@@ -247,13 +247,13 @@ def load_loras(pipe: Planning, loras: Sequence[str], is_local: bool, is_quiet: b
     weigh_loras(pipe, loras)
 
 
-def weigh_loras(pipe: Planning, loras: Sequence[str]) -> None:
+def weigh_loras(pipe: Task, loras: Sequence[str]) -> None:
     """Give the loaded LoRAs the scales that are written here."""
     if loras:
         pipe.set_adapters([f"lora{i}" for i in range(len(loras))], [with_scale(text)[1] for text in loras])
 
 
-def load_words(pipe: Planning, files: Sequence[str], is_local: bool) -> None:
+def load_words(pipe: Task, files: Sequence[str], is_local: bool) -> None:
     """Load learned words, each written FROM[:WORD]; its name in the file if there is no WORD."""
     for text in files:
         source, word = with_word(text)

@@ -10,7 +10,7 @@ be called; "" is the model itself, which no other pattern means.
 Features are what comes out of a module, or with what="in" its first argument: a tensor, or tensors in lists,
 tuples and dicts, such as the list of skips that a level on the way down gives.
 A step is a call of the module since the block began, 0 the first: for most modules of a UNet one of a run's
-steps, for a ControlNet's one of those in which it acts. What a run computes once (`Savings.read_once`) is
+steps, for a ControlNet's one of those in which it acts. What a run computes once (`Savings.precompute`) is
 called once a run: `text_proj`, `add_embedding`, a cross-attention's `to_k` and `to_v`, and for all times at
 once `time_embedding` and `time_proj`. With a hook on the UNet or ControlNet itself, "", that saving ends: it
 is called as a whole in each step. A prompt that the pipeline's cache knows is not encoded again, and what

@@ -5,20 +5,22 @@ Source: https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-Step = Callable[..., Tensor]
+from kolors_core.attention import forced_kernel
+from kolors_core.module import state_of
+
 Replay = Callable[[], object]
 
 
-def record(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-    """Record a function on the GPU: what launches it again, and the tensor that then has its result."""
+def record(run: Callable[[], Any]) -> tuple[Replay, Any]:
+    """Record a function on the GPU; returns what launches it again, and the tensors that its result is in."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compile, choose kernels and allocate before recording
@@ -32,54 +34,63 @@ def record(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
 
 
 @dataclass
-class Recording:
-    """A recorded step: what it reads, what launches it, what it writes, and which run's constants it has."""
+class CapturedStep:
+    """A recorded step: its inputs, what launches it, its result, and the run whose constants it has."""
 
     inputs: Any
     replay: Replay
-    result: Tensor
+    result: Any
     run: object = None
 
 
-class Graphs:
-    """Recordings of one step for the last few shapes, each used by every run of that shape.
+class CUDAGraphCache:
+    """Recordings of the last few steps by shape, each used by every run of that shape.
 
-    recorder: `record`, or what stands for it where there is no GPU.
+    A `module.WrapStep`. recorder: `record`, or a stand-in for it where there is no GPU.
     """
 
-    KEPT = 4
+    MAX_GRAPHS = 8
 
-    def __init__(self, recorder: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] = record) -> None:
+    def __init__(self, recorder: Callable[[Callable[[], Any]], tuple[Replay, Any]] = record) -> None:
         self.recorder = recorder
-        self.known: OrderedDict[Any, Recording] = OrderedDict()
+        self.captured: OrderedDict[Any, CapturedStep] = OrderedDict()
 
-    def of_run(self, step: Step, key: Any, constant: Any) -> Step:
-        """`step(constant, *changing)` of one run as a function of `changing`, which are tensors.
+    def __call__(
+        self, step: Callable[..., Any], constant: Any, nets: Sequence[nn.Module], key: Hashable = ()
+    ) -> Callable[..., Any]:
+        """Return `step(constant, *changing)` of one run as a function of `changing`; see `module.WrapStep`.
 
-        key: what is baked into a recording beside shapes: where weights are, and all numbers that are no
-        tensors. constant: tensors, nested as they like, that stay the same within the run.
+        A recorded step would call no hook: where one of the nets' modules has any, the step itself runs.
         """
-        run = object()
+        run, key = object(), (key, forced_kernel(), *map(state_of, nets))
+        modules = [module for net in nets for module in net.modules()]
+        hooks = [own for module in modules for own in (module._forward_hooks, module._forward_pre_hooks)]
 
-        def replayed(*changing: Tensor) -> Tensor:
+        def replayed(*changing: Tensor) -> Any:
+            if any(hooks):
+                return step(constant, *changing)
             inputs = (constant, changing)
             shapes = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in _tensors(inputs))
-            recording = self.known.get((key, shapes))
-            if recording is None:
-                own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
-                recording = Recording(own, *self.recorder(lambda: step(own[0], *own[1])))
-                self.known[key, shapes] = recording
-                if len(self.known) > self.KEPT:
-                    self.known.popitem(last=False)
-            self.known.move_to_end((key, shapes))
-            if recording.run is not run:
-                _copy(recording.inputs[0], constant)
-                recording.run = run
-            _copy(recording.inputs[1], changing)
-            recording.replay()
-            return recording.result.clone()
+            captured = self.captured.get((key, shapes))
+            if captured is None:
+                own = tree_map(_clone, inputs)
+                captured = CapturedStep(own, *self.recorder(lambda: step(own[0], *own[1])))
+                self.captured[key, shapes] = captured
+                if len(self.captured) > self.MAX_GRAPHS:
+                    self.captured.popitem(last=False)
+            self.captured.move_to_end((key, shapes))
+            if captured.run is not run:
+                _copy(captured.inputs[0], constant)
+                captured.run = run
+            _copy(captured.inputs[1], changing)
+            captured.replay()
+            return tree_map(_clone, captured.result)
 
         return replayed
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _copy(places: Any, values: Any) -> None:

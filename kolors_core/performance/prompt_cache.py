@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from kolors_core.adapters.lora import shares_of
 from kolors_core.chatglm import ChatGLM, TextEmbedding
+from kolors_core.module import settings
 from kolors_core.tokenizer import TokenBatch
 from weights_convert.safetensors_files import Source, save_tensors
 
@@ -85,7 +85,7 @@ class PromptCache:
 def fingerprint(encoder: ChatGLM, tokens: TokenBatch) -> str:
     """What decides the embedding of these tokens, as 64 hexadecimal digits."""
     state = encoder.state_dict()
-    told = [encoder.config, shares_of(encoder)]
+    told = [encoder.config, settings(encoder)]
     told += [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]
     parts = [tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)] for tensor in state.values()]
     ids = tokens.ids.to(encoder.embedding.weight.device).unique()

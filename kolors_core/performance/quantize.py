@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.chatglm import Layer
+from kolors_core.module import require_plain
 from kolors_core.unet import Transformer
 
 BITS = (4, 8)
@@ -36,6 +37,7 @@ class QuantizedLinear(nn.Linear):
     layer's made weight, or with `training.checkpoint_blocks` one block's.
     """
 
+    not_plain = "quantised"  # see module.require_plain
     quantized: Tensor
     scale: Tensor
     lowest: Tensor | None
@@ -90,7 +92,7 @@ def quantizable(model: nn.Module, bits: int) -> list[str]:
     kind = type(model).__name__
     if bits not in BITS:
         raise ValueError(f"a weight has 4 or 8 bits, got {bits!r}")
-    refuse_quantized(model, "quantise it again")
+    require_plain(model, "quantise it again")
     paths = [
         f"{place}.{path}"
         for place, block in model.named_modules()
@@ -113,12 +115,6 @@ def quantizable(model: nn.Module, bits: int) -> list[str]:
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer is."""
     return any(isinstance(module, QuantizedLinear) for module in model.modules())
-
-
-def refuse_quantized(model: nn.Module, wish: str) -> None:
-    """ValueError if the model is quantised: its weights are only read."""
-    if is_quantized(model):
-        raise ValueError(f"this {type(model).__name__} is quantised: cannot {wish}")
 
 
 def weight_bytes(model: nn.Module) -> int:

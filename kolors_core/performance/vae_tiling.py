@@ -1,14 +1,22 @@
-"""The autoencoder piece by piece: large pictures in little memory, and the same picture.
+"""Tiled VAE: large images in little memory, with the result of the whole computation up to rounding.
 
-A GroupNorm reads the whole map. So its statistics are pooled over all pieces first, and then pieces of a map
-are normalised and convolved with the rows beside them that a convolution reads. Nothing is blended, no seam
-is there to hide, and the result is the whole computation's up to rounding. What a statistic needs and is too
-large to keep is computed again. The reference's tiles (`tiled_decode` in diffusers'
+    enable_tiling(vae)  # sets `vae.run_coder` to a `TiledCoder`
+
+A GroupNorm needs statistics of its whole map. So each norm takes two passes over the tiles, which are bands
+of rows:
+
+    map of level -> tiles -> mean and variance of each, pooled               (statistics)
+    map of level -> tiles, each with the rows beside it that the convolution reads
+                 -> normalize, silu, convolve -> tiles of the next map       (result)
+
+Nothing is blended, and there are no seams. A map that the next norm needs and that is too large to keep is
+computed again (`LazyMap`). The reference's tiles (`tiled_decode` in diffusers'
 models/autoencoders/autoencoder_kl.py) each have statistics of their own, which tints them.
-Shapes: B batch (1 within pieces), C channels, H height, W width, G groups, P pieces, R rows of a piece.
+Shapes: B batch (1 within tiles), C channels, H height, W width, G groups, P tiles, R rows of a tile.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,104 +24,111 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.attention import device_type
+from kolors_core.vae import VAE, Decoder, DownLevel, Encoder, Middle, ResBlock, UpLevel, call
 
-FEWEST_ROWS = 8  # of a piece: fewer, and most of the work is rows that are computed twice
-SMALLEST_SIDE = 32
-Change = Callable[[Tensor], Tensor]
+MIN_TILE_ROWS = 8  # below it, recomputing the rows that tiles share dominates
+MIN_TILE_SIDE = 32
+Pointwise = Callable[[Tensor], Tensor]
 
-# Whose forward is written again here for pieces. Attention is not: it reads the whole of a small map.
-KNOWN = {f"{name}.forward" for name in ("Encoder", "Decoder", "Middle", "DownLevel", "UpLevel", "ResBlock")}
+# The forwards that this file repeats for tiles. Attention's is not one: it reads the whole of a small map.
+SUPPORTED_FORWARDS = [kind.forward for kind in (Encoder, Decoder, Middle, DownLevel, UpLevel, ResBlock)]
 GEOMETRY = {"downsample": ((3, 3), (2, 2), (0, 0)), "shortcut": ((1, 1), (1, 1), (0, 0))}
 SAME_SIZE = ((3, 3), (1, 1), (1, 1))  # kernel, stride, padding of all other convolutions
 
 
-class Tiles:
-    """What an autoencoder has to run its encoder and decoder in pieces; off at first, as in the reference."""
+@dataclass
+class TiledCoder:
+    """A VAE's `run_coder`: runs its encoder and decoder in tiles, or one image of a batch after another.
 
-    use_tiling = False
-    use_slicing = False
-    tile_sample_min_size = 256
-    encoder: Any
-    decoder: Any
+    tile_sample_min_size: pixels; a tile has as many values as a square of this side at the outermost level,
+    and an image with no more pixels than the square is run whole.
+    """
 
-    def enable_tiling(self, use_tiling: bool = True, *, tile_sample_min_size: int | None = None) -> None:
-        """Work on pieces of a picture: less memory, more time, the same result up to rounding.
+    use_tiling: bool = False
+    use_slicing: bool = False
+    tile_sample_min_size: int = 256
 
-        tile_sample_min_size: pixels; a piece has as many values as a square of this side at the outermost
-        level, and a picture that has no more pixels than the square is run whole. None keeps what is set, 256
-        at first. There are no gradients, and blocks that are run in pieces run no hooks of their own, only
-        their layers'. ValueError for a side that is no multiple of 8 from 32 on, TypeError naming a part that
-        is not as vae.py has it.
-        """
-        side = self.tile_sample_min_size if tile_sample_min_size is None else tile_sample_min_size
-        _check_side(side)
-        if use_tiling:
-            _check(self.encoder, "encoder")
-            _check(self.decoder, "decoder")
-        self.use_tiling, self.tile_sample_min_size = use_tiling, side
-
-    def disable_tiling(self) -> None:
-        """Run pictures whole again."""
-        self.use_tiling = False
-
-    def enable_slicing(self) -> None:
-        """Run one picture of a batch after another."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Run batches whole again."""
-        self.use_slicing = False
-
-    def through(self, coder: nn.Module, x: Tensor) -> Tensor:
-        """coder(x), of the encoder or the decoder; in pieces or slices, one picture after another.
-
-        In half precision on a CPU with channels last, where convolutions are 1.07 times as fast
-        (benchmarks/NOTES.md) and need no copies in a layout of their own. Not in float32: there torch's
-        GroupNorm adds such maps up in a way that loses digits, 2e-4 at 1024x1024.
-        """
-        if device_type(x) == "cpu" and x.dtype.itemsize == 2 and x.is_contiguous():
-            return self._through(coder, x.contiguous(memory_format=torch.channels_last)).contiguous()
-        return self._through(coder, x)
-
-    def _through(self, coder: nn.Module, x: Tensor) -> Tensor:
-        run, in_pieces = coder, False
-        if self.use_tiling:  # checked again: scripts set the side, and layers may have been replaced
+    def __call__(self, coder: nn.Module, x: Tensor) -> Tensor:
+        """Return coder(x); ValueError or TypeError as in `enable_tiling`, since layers may be new."""
+        run, in_tiles = coder, False
+        if self.use_tiling:
             _check_side(side := self.tile_sample_min_size)
-            _check(coder, "encoder" if coder is self.encoder else "decoder")
-            in_pieces = _pixels(coder, x) > side * side
-            run = partial(_tiled, coder, side=side) if in_pieces else coder
-        if len(x) == 1 or not (in_pieces or self.use_slicing):
+            _check(coder)
+            in_tiles = _pixels(coder, x) > side * side
+            run = partial(_tiled, coder, side=side) if in_tiles else coder
+        if len(x) == 1 or not (in_tiles or self.use_slicing):
             return run(x)
-        return torch.cat([run(one) for one in x.split(1)])
+        return torch.cat([run(image) for image in x.split(1)])
+
+
+def enable_tiling(vae: VAE, *, tile_sample_min_size: int | None = None) -> None:
+    """Run a VAE's encoder and decoder in tiles: less memory, more time, the same result up to rounding.
+
+    tile_sample_min_size: see `TiledCoder`; None keeps what is set, 256 at first. There are no gradients, and
+    blocks that are run in tiles run no hooks of their own, only their layers'. ValueError for a side that is
+    no multiple of 8 from 32 on, TypeError naming a module that differs from vae.py, and for a VAE that has
+    another `run_coder` of its own.
+    """
+    tiles = tiled_coder(vae)
+    side = tiles.tile_sample_min_size if tile_sample_min_size is None else tile_sample_min_size
+    _check_side(side)
+    _check(vae.encoder)
+    _check(vae.decoder)
+    tiles.use_tiling, tiles.tile_sample_min_size = True, side
+    vae.run_coder = tiles
+
+
+def disable_tiling(vae: VAE) -> None:
+    """Run images whole again."""
+    tiled_coder(vae).use_tiling = False
+
+
+def enable_slicing(vae: VAE) -> None:
+    """Run one image of a batch after another."""
+    tiles = tiled_coder(vae)
+    tiles.use_slicing = True
+    vae.run_coder = tiles
+
+
+def disable_slicing(vae: VAE) -> None:
+    """Run batches whole again."""
+    tiled_coder(vae).use_slicing = False
+
+
+def tiled_coder(vae: VAE) -> TiledCoder:
+    """Return the VAE's `TiledCoder`, a new one that is off if it has none yet."""
+    if isinstance(vae.run_coder, TiledCoder):
+        return vae.run_coder
+    if vae.run_coder is not call:
+        raise TypeError(f"expected a VAE whose run_coder is vae.call or a TiledCoder, got {vae.run_coder!r}")
+    return TiledCoder()
 
 
 def _tiled(coder: Any, x: Tensor, side: int) -> Tensor:
-    """coder(x) of one picture, for vae.py's Encoder and Decoder; side: see `Tiles.enable_tiling`.
+    """Return coder(x) of one image, for vae.py's Encoder and Decoder; side: `tile_sample_min_size`.
 
-    A map that would have to be computed again is kept where all that is kept takes no more than the picture
-    and one map of the outermost level, which there has to be. Raises RuntimeError where there would be
+    A map that would have to be computed again is kept where all kept maps take no more than the image and one
+    map of the outermost level, which are there in any case. Raises RuntimeError where there would be
     gradients.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *coder.parameters())):
-        raise RuntimeError("no gradients go through tiles: use torch.no_grad(), or disable_tiling()")
+        raise RuntimeError("tiles have no gradients: use torch.no_grad(), or disable tiling")
     encodes = hasattr(coder, "down")
-    outer = coder.conv_in if encodes else coder.conv_out  # where the picture comes in or out
+    outer = coder.conv_in if encodes else coder.conv_out  # the layer of the image
     wide = max(outer.in_channels, outer.out_channels)
-    run = _Run(side * side * wide, _pixels(coder, x) * (outer.in_channels + outer.out_channels))
+    run = _TiledRun(side * side * wide, _pixels(coder, x) * (outer.in_channels + outer.out_channels))
     with torch.no_grad():
         return run.encode(coder, x) if encodes else run.decode(coder, x)
 
 
 def _pixels(coder: Any, x: Tensor) -> int:
-    """Of the picture that an encoder reads or a decoder makes."""
+    """Count the pixels of the image that an encoder reads or a decoder generates."""
     doublings = sum(level.upsample is not None for level in getattr(coder, "up", ()))
     return x.shape[2] * x.shape[3] * 4**doublings
 
 
-class _Kept:
-    """A map [1, C, H, W] in memory, as bands of rows, which leave one by one when it is read for the last
-    time."""
+class MaterializedMap:
+    """A map [1, C, H, W] in memory, as bands of rows that are freed one by one when it is last read."""
 
     def __init__(self, bands: list[Tensor]) -> None:
         self.bands: list[tuple[int, int, Tensor | None]] = []
@@ -122,28 +137,28 @@ class _Kept:
             self.bands.append((start, start + band.shape[2], band))
             start += band.shape[2]
         self.channels, self.height, self.width = bands[0].shape[1], start, bands[0].shape[3]
-        self.held = self.size = self.channels * self.height * self.width
+        self.resident_values = self.size = self.channels * self.height * self.width
         self.row = self.channels * self.width
-        self._is_spent = False
+        self._is_last_read = False
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Rows [1, C, R, W] from top to before bottom."""
+        """Return rows [1, C, R, W] from top to before bottom."""
         found = []
         for i, (start, stop, band) in enumerate(self.bands):
             if start < bottom and top < stop:
-                assert band is not None, "it has left already"
+                assert band is not None, "this band is freed already"
                 found.append(band[:, :, max(top - start, 0) : bottom - start])  # [1, C, .., W]
-            elif stop <= top and self._is_spent:
+            elif stop <= top and self._is_last_read:
                 self.bands[i] = start, stop, None
         return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
-    def spend(self) -> None:
-        """From now on it is read for the last time, from top to bottom: a band above a reading can leave."""
-        self._is_spent = True
+    def release_after_read(self) -> None:
+        """Free each band above the rows read: from now on the map is read for the last time, from the top."""
+        self._is_last_read = True
 
 
-class _Computed:
-    """A map [1, C, H, W] that is not kept: its rows are computed from another map's when they are read."""
+class LazyMap:
+    """A map [1, C, H, W] that is not in memory: rows are computed from another map's when they are read."""
 
     def __init__(
         self,
@@ -151,123 +166,123 @@ class _Computed:
         shape: tuple[int, int, int],
         compute: Callable[[int, int], Tensor],
         row: int,
-        remembers: bool = False,
+        cache_last: bool = False,
     ) -> None:
-        """row: values of the largest map on the way, for one row of this. remembers: the last rows read."""
-        self.source, self.compute, self._remembers = source, compute, remembers
+        """row: values of the largest intermediate map per row. cache_last: keep the rows last read."""
+        self.source, self.compute, self._cache_last = source, compute, cache_last
         self.channels, self.height, self.width = shape
-        self.size, self.held = self.channels * self.height * self.width, source.held
+        self.size, self.resident_values = self.channels * self.height * self.width, source.resident_values
         self.row = max(row, self.channels * self.width)
         self._last: tuple[int, int, Tensor] | None = None
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Rows [1, C, R, W] from top to before bottom."""
+        """Return rows [1, C, R, W] from top to before bottom."""
         if self._last is not None and self._last[0] <= top and bottom <= self._last[1]:
             return self._last[2][:, :, top - self._last[0] : bottom - self._last[0]]
         self._last = None
         rows = self.compute(top, bottom)
-        if self._remembers:
+        if self._cache_last:
             self._last = top, bottom, rows
         return rows
 
-    def spend(self) -> None:
-        """From now on it is read for the last time, from top to bottom."""
-        self.source.spend()
+    def release_after_read(self) -> None:
+        """Free the source's bands as they are read for the last time."""
+        self.source.release_after_read()
 
 
-_Map = _Kept | _Computed
+_Map = MaterializedMap | LazyMap
 
 
 def _convolved(
-    conv: nn.Conv2d, x: _Map, change: Change = lambda rows: rows, remembers: bool = False
-) -> _Computed:
-    """The 3x3 convolution of a changed map; its zeros stand around the map, not around a piece."""
+    conv: nn.Conv2d, x: _Map, change: Pointwise = lambda rows: rows, cache_last: bool = False
+) -> LazyMap:
+    """Convolve a map by a 3x3 kernel; zeros are padded around the map, not around a tile."""
 
     def compute(top: int, bottom: int) -> Tensor:
         first, last = max(top - 1, 0), min(bottom + 1, x.height)
         rows = conv(change(x.read(first, last)))
         return rows[:, :, top - first : bottom - first]  # [1, C, R, W]
 
-    return _Computed(x, (conv.out_channels, x.height, x.width), compute, x.row, remembers)
+    return LazyMap(x, (conv.out_channels, x.height, x.width), compute, x.row, cache_last)
 
 
-def _doubled(x: _Map) -> _Computed:
-    """Each value four times."""
+def _doubled(x: _Map) -> LazyMap:
+    """Double both sides of a map, each value four times."""
 
     def compute(top: int, bottom: int) -> Tensor:
         first = top // 2
         rows = F.interpolate(x.read(first, (bottom + 1) // 2), scale_factor=2.0, mode="nearest")
         return rows[:, :, top - 2 * first : bottom - 2 * first]  # [1, C, R, 2 W]
 
-    return _Computed(x, (x.channels, 2 * x.height, 2 * x.width), compute, x.row // 2)
+    return LazyMap(x, (x.channels, 2 * x.height, 2 * x.width), compute, x.row // 2)
 
 
-def _halved(conv: nn.Conv2d, x: _Map) -> _Computed:
-    """The convolution of stride 2, with a row of zeros below the map and a column to its right."""
+def _halved(conv: nn.Conv2d, x: _Map) -> LazyMap:
+    """Convolve with stride 2, with a row of zeros below the map and a column to its right."""
 
     def compute(top: int, bottom: int) -> Tensor:
         last = min(2 * bottom + 1, x.height)
         return conv(F.pad(x.read(2 * top, last), (0, 1, 0, 2 * bottom + 1 - last)))  # [1, C, R, W / 2]
 
-    return _Computed(x, (conv.out_channels, x.height // 2, x.width // 2), compute, 2 * x.row)
+    return LazyMap(x, (conv.out_channels, x.height // 2, x.width // 2), compute, 2 * x.row)
 
 
-class _Run:
+class _TiledRun:
     """One encoding or decoding.
 
-    piece: values that a piece may have. limit: values that kept maps may have beside what must be kept.
+    tile: the most values of a tile. limit: the most values of kept maps beside those that must be kept.
     """
 
-    def __init__(self, piece: int, limit: int) -> None:
-        self.piece, self.limit = piece, limit
+    def __init__(self, tile: int, limit: int) -> None:
+        self.tile, self.limit = tile, limit
 
     def encode(self, coder: Any, image: Tensor) -> Tensor:
-        """As `Encoder.forward`."""
-        x: _Map = _convolved(coder.conv_in, _Kept([image]), remembers=True)
+        """Repeat `Encoder.forward`."""
+        x: _Map = _convolved(coder.conv_in, MaterializedMap([image]), cache_last=True)
         for level in coder.down:
             for resnet in level.resnets:
                 x = self.residual(resnet, x)
             if level.downsample is not None:
-                x = self.keep(_halved(level.downsample, x))
+                x = self.materialize(_halved(level.downsample, x))
         return self.head(coder, self.middle(coder.mid, x))
 
     def decode(self, coder: Any, latents: Tensor) -> Tensor:
-        """As `Decoder.forward`."""
-        x: _Map = self.middle(coder.mid, _Kept([coder.conv_in(latents)]))
+        """Repeat `Decoder.forward`."""
+        x: _Map = self.middle(coder.mid, MaterializedMap([coder.conv_in(latents)]))
         for level in coder.up:
             for resnet in level.resnets:
                 x = self.residual(resnet, x)
             if level.upsample is not None:
-                x = self.kept_if_small(_convolved(level.upsample, _doubled(x), remembers=True))
+                x = self.materialize_if_small(_convolved(level.upsample, _doubled(x), cache_last=True))
         return self.head(coder, x)
 
-    def middle(self, block: Any, x: _Map) -> _Kept:
-        """As `Middle.forward`."""
+    def middle(self, block: Any, x: _Map) -> MaterializedMap:
+        """Repeat `Middle.forward`."""
         x = self.residual(block.resnet_in, x)
-        x = _Kept([block.attention(x.read(0, x.height))])
+        x = MaterializedMap([block.attention(x.read(0, x.height))])
         return self.residual(block.resnet_out, x)
 
-    def residual(self, block: Any, x: _Map) -> _Kept:
-        """As `ResBlock.forward`. x leaves while the result grows."""
-        if max(x.row, block.conv1.out_channels * x.width) * x.height <= self.piece:
-            return _Kept([block(x.read(0, x.height))])
-        h = self.kept_if_small(_convolved(block.conv1, x, self.activation(block.norm1, x)))
+    def residual(self, block: Any, x: _Map) -> MaterializedMap:
+        """Repeat `ResBlock.forward`; x is freed while the result grows."""
+        if max(x.row, block.conv1.out_channels * x.width) * x.height <= self.tile:
+            return MaterializedMap([block(x.read(0, x.height))])
+        h = self.materialize_if_small(_convolved(block.conv1, x, self.activation(block.norm1, x)))
         after = _convolved(block.conv2, h, self.activation(block.norm2, h))
-        h.spend()
+        h.release_after_read()
 
         def compute(top: int, bottom: int) -> Tensor:
             rows = after.read(top, bottom)
             return block.shortcut(x.read(top, bottom)) + rows
 
-        return self.keep(_Computed(x, (after.channels, x.height, x.width), compute, after.row))
+        return self.materialize(LazyMap(x, (after.channels, x.height, x.width), compute, after.row))
 
     def head(self, coder: Any, x: _Map) -> Tensor:
-        """conv_out(silu(norm_out(x)))"""
-        head = self.keep(_convolved(coder.conv_out, x, self.activation(coder.norm_out, x)))
+        """Return conv_out(silu(norm_out(x)))."""
+        head = self.materialize(_convolved(coder.conv_out, x, self.activation(coder.norm_out, x)))
         return head.read(0, x.height)
 
-    def activation(self, norm: nn.GroupNorm, x: _Map) -> Change:
-        """silu(norm(.)) for pieces, with the statistics of the whole map x, in float32 at least."""
+    def activation(self, norm: nn.GroupNorm, x: _Map) -> Pointwise:
+        """Return silu(norm(.)) for tiles, with the statistics of the whole map x, in float32 at least."""
         precision = torch.promote_types(norm.weight.dtype, torch.float32)
 
         def moments(top: int, bottom: int) -> Tensor:
@@ -275,12 +290,12 @@ class _Run:
             variance, mean = torch.var_mean(rows, (0, 2, 3, 4), correction=0)
             return torch.stack((mean, variance))  # [2, G]
 
-        pieces = list(self.pieces(x))
-        means, variances = torch.stack([moments(*piece) for piece in pieces], dim=1)  # [P, G] each
-        shares = means.new_tensor([(bottom - top) / x.height for top, bottom in pieces])[:, None]  # [P, 1]
+        tiles = list(self.tiles(x))
+        means, variances = torch.stack([moments(*tile) for tile in tiles], dim=1)  # [P, G] each
+        shares = means.new_tensor([(bottom - top) / x.height for top, bottom in tiles])[:, None]  # [P, 1]
         mean = (shares * means).sum(0)  # [G]
         variance = (shares * (variances + (means - mean) ** 2)).sum(0)
-        # Its hooks run: offload brings the weights that are read below.
+        # Run its hooks: offload copies the weights that are read below to the device.
         norm(torch.zeros(1, x.channels, 1, 2, dtype=norm.weight.dtype, device=mean.device))
         mean, scale = (
             value.repeat_interleave(x.channels // norm.num_groups)[:, None, None]
@@ -295,45 +310,49 @@ class _Run:
 
         return change
 
-    def pieces(self, x: _Map) -> Iterator[tuple[int, int]]:
-        """First row, and the one after the last, of pieces of about the same height."""
-        rows = max(FEWEST_ROWS, self.piece // x.row)
+    def tiles(self, x: _Map) -> Iterator[tuple[int, int]]:
+        """Yield the first row, and the one after the last, of tiles of about the same height."""
+        rows = max(MIN_TILE_ROWS, self.tile // x.row)
         count = -(-x.height // rows)
         for i in range(count):
             yield i * x.height // count, (i + 1) * x.height // count
 
-    def keep(self, x: _Computed) -> _Kept:
-        """Compute the map, and let go of what it is computed from."""
-        x.spend()
+    def materialize(self, x: LazyMap) -> MaterializedMap:
+        """Compute the map, and free what it is computed from."""
+        x.release_after_read()
         return self.compute(x)
 
-    def kept_if_small(self, x: _Computed) -> _Map:
-        """Computed now, if there is room for it beside what it is computed from, which stays."""
-        return self.compute(x) if x.held + x.size <= self.limit else x
+    def materialize_if_small(self, x: LazyMap) -> _Map:
+        """Compute the map now if there is room for it beside what it is computed from, which stays."""
+        return self.compute(x) if x.resident_values + x.size <= self.limit else x
 
-    def compute(self, x: _Computed) -> _Kept:
-        """All of it, now. A band that is a view of larger memory is copied out of that."""
+    def compute(self, x: LazyMap) -> MaterializedMap:
+        """Compute all bands. One that is a view of larger memory is copied out of it."""
         bands = []
-        for top, bottom in self.pieces(x):
+        for top, bottom in self.tiles(x):
             band = x.read(top, bottom)
             bands.append(band.clone() if band.untyped_storage().nbytes() > band.nbytes else band)
-        return _Kept(bands)
+        return MaterializedMap(bands)
 
 
 def _check_side(side: int) -> None:
-    if isinstance(side, bool) or not isinstance(side, int) or side < SMALLEST_SIDE or side % 8:
+    if isinstance(side, bool) or not isinstance(side, int) or side < MIN_TILE_SIDE or side % 8:
         raise ValueError(
-            f"tile_sample_min_size must be a multiple of 8 from {SMALLEST_SIDE} on, got {side!r}"
+            f"tile_sample_min_size must be a multiple of 8 from {MIN_TILE_SIDE} on, got {side!r}"
         )
 
 
-def _check(coder: nn.Module, name: str) -> None:
-    """TypeError for a part whose forward is not the one that is written again here."""
+def _check(coder: nn.Module) -> None:
+    """Raise TypeError for a module whose forward is not one of those that are repeated here."""
+    name = next(
+        (n for n, kind in {"encoder": Encoder, "decoder": Decoder}.items() if isinstance(coder, kind)),
+        "coder",
+    )
     for path, part in coder.named_modules(prefix=name):
         last = path.rpartition(".")[2]
         forward = getattr(part.forward, "__func__", part.forward)
-        known = forward.__module__ == "kolors_core.vae" and forward.__qualname__ in KNOWN
-        if path.startswith(f"{name}.mid.attention") or known or isinstance(part, nn.ModuleList | nn.Identity):
+        is_attention = path.startswith(f"{name}.mid.attention")
+        if is_attention or forward in SUPPORTED_FORWARDS or isinstance(part, nn.ModuleList | nn.Identity):
             continue
         if forward is nn.GroupNorm.forward and part.weight is not None and part.bias is not None:
             continue
@@ -343,4 +362,4 @@ def _check(coder: nn.Module, name: str) -> None:
             if plain and geometry == GEOMETRY.get(last, SAME_SIZE):
                 continue
         got = f"{type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})"
-        raise TypeError(f"tiling cannot run {path}: {got} is not as kolors_core/vae.py has it")
+        raise TypeError(f"tiling cannot run {path}: expected a module of kolors_core/vae.py, got {got}")

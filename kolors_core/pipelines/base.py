@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from kolors_core.adapters.clip_vision import CLIPVision
-from kolors_core.adapters.controlnet import ControlNet, check_fits, nets_of
+from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
+from kolors_core.adapters.controlnet import ControlNet, as_list, check_fits
 from kolors_core.adapters.ip_adapter import attached
-from kolors_core.chatglm import ChatGLM
+from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.checkpoint import (
     EMBEDDED_NAME,
     KINDS,
@@ -35,25 +35,21 @@ from kolors_core.devices import (
     refuse_second_copy,
 )
 from kolors_core.guidance import guided
-from kolors_core.performance.compile import GRAPHED, compile_blocks
-from kolors_core.performance.cuda_graphs import Graphs
-from kolors_core.performance.offload import Offload, refuse_compiled
-from kolors_core.performance.prompt_cache import PromptCache
-from kolors_core.pipelines.fitting import must_fit, refuse_stranger
-from kolors_core.pipelines.running import RunState
+from kolors_core.pipelines.runs import Interrupt, Runs
 from kolors_core.precompute import Savings
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Scheduler
-from kolors_core.tokenizer import Tokenizer
+from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from kolors_core.validation import path_of
 from weights_convert.atomic_write import new_folder
 
+MODELS = KINDS | {"image_encoder": IMAGE_ENCODER}  # all models of a pipeline's checkpoint
 _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; None is a component left out
 
 
-class Components(RunState):
+class Components:
     """The models of a pipeline. Each is a plain attribute and may be replaced."""
 
     repaints: ClassVar[bool] = False  # whether the UNet may read a mask and the masked picture's latents too
@@ -75,30 +71,27 @@ class Components(RunState):
 
         Raises TypeError or ValueError, naming the component, for what is of another kind or size.
         """
-        super().__init__()
+        self.runs, self._progress = Runs(), dict[str, Any]()
         self.controlnet = controlnet
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.feature_extractor = scheduler, feature_extractor
         self.image_encoder = image_encoder
-        must_fit(vae, text_encoder, tokenizer, unet, self.repaints)
+        check_dimensions(vae, text_encoder, tokenizer, unet, self.repaints)
         check_fits(controlnet, plain(unet), plain(vae).config.downscale)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self.offload = Offload()
         self.savings = Savings()
         self.guided: Callable[..., Denoise] = guided  # another rule of its signature may stand here
         self.sampler: Sampler | None = None  # another than the scheduler's, such as a function like `euler`
         self.pag_applied_layers = ["mid"]  # of `KolorsPAGPipeline`; another task keeps them for it
-        self._graphs: Graphs | None = None  # if `compile` was asked for them
-        self.prompt_cache = PromptCache()
+        self._init_state()
+
+    def _init_state(self) -> None:
+        """Set the attributes of methods in other files, such as performance_methods.py; none here."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         """TypeError naming what came, for a component of another kind than the constructor takes."""
-        refuse_stranger(name, value)
+        check_component_type(name, value)
         super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: whose prompts and recorded graphs are not kept."""
-        return self.__dict__ | {"prompt_cache": PromptCache(), "_graphs": None}
 
     @classmethod
     def from_pretrained(
@@ -129,8 +122,8 @@ class Components(RunState):
         torch_dtype, or by its newer name dtype: one, or a mapping by component with a "default"; float32 if
         None, and the VAE is never float16. variant: such as "fp16"; None takes the only one there is. device:
         where each tensor goes straight from its file; "meta" reads and fetches no weights and no tokenizer,
-        for a pipeline that can be planned (`plan`). A component passed in is used as it is and its files are
-        not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
+        for a pipeline that can be planned (memory_plan.py). A component passed in is used as it is and its
+        files are not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         refuse_pickles(use_safetensors)
         refuse_second_copy(low_cpu_mem_usage)
@@ -139,7 +132,7 @@ class Components(RunState):
             "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae,
             "scheduler": scheduler, "image_encoder": image_encoder,
         }  # fmt: skip
-        dtypes = {component: dtype_of(component, asked) for component in KINDS}
+        dtypes = {component: dtype_of(component, asked) for component in MODELS}
         wanted = [component for component, value in parts.items() if value is _LOAD]
         device = loading_device(device)
         has_weights = device.type != "meta"
@@ -156,7 +149,9 @@ class Components(RunState):
             elif component == "scheduler":
                 parts[component] = load_scheduler(folder)
             else:
-                parts[component] = open_component(folder, component, variant=variant, has_weights=has_weights)
+                parts[component] = open_component(
+                    folder, component, variant=variant, has_weights=has_weights, kind=MODELS[component]
+                )
         for component, part in parts.items():  # all fit: only now are weights read
             if isinstance(part, Opened):
                 parts[component] = part.fill(dtypes[component], device)
@@ -169,7 +164,7 @@ class Components(RunState):
     def from_pipe(cls, pipeline: "Components", **changes: Any) -> Self:
         """Another task with the very same models, adapters included; changes: components to replace.
 
-        Loading or unloading an adapter in one of them is seen by both, and so is offload.
+        Loading or unloading an adapter in one of them is seen by both.
         """
         if not isinstance(pipeline, Components):
             raise TypeError(f"wanted a pipeline of kolors_core, got {type(pipeline).__name__}")
@@ -177,10 +172,9 @@ class Components(RunState):
             raise TypeError(f"{strangers[0]!r} is no component; wanted {', '.join(pipeline.components)}")
         changes = {"image_encoder": pipeline._image_encoder} | changes  # not one that an IP-Adapter brought
         made = cls(**pipeline.components | changes)
-        made.offload, made._progress = pipeline.offload, pipeline._progress
-        made.savings, made.prompt_cache = pipeline.savings, pipeline.prompt_cache
+        made.runs, made._progress, made.savings = pipeline.runs, pipeline._progress, pipeline.savings
         made.guided, made.sampler = pipeline.guided, pipeline.sampler
-        made.pag_applied_layers, made._graphs = pipeline.pag_applied_layers, pipeline._graphs
+        made.pag_applied_layers = pipeline.pag_applied_layers
         return made
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
@@ -223,8 +217,7 @@ class Components(RunState):
         for target in asked:
             if isinstance(target, torch.device):
                 self._need_weights()
-                self.offload.end()
-            self.offload.release()
+            self._before_move(target)
             move(
                 (model, dtype_of(name, target) if isinstance(target, torch.dtype) else target)
                 for name, models in self._models().items()
@@ -232,100 +225,40 @@ class Components(RunState):
             )
         return self
 
-    def compile(self, mode: str | None = None, backend: str = "inductor") -> None:
-        """Compile the models' blocks when they first run, and again where a new kind of input comes.
-
-        mode, backend: as for `torch.compile`; "reduce-overhead" and "max-autotune" also make each step one
-        CUDA graph, where the UNet is on CUDA. Other picture sizes, LoRAs and weights go on working. See
-        kolors_core/performance/compile.py; ValueError for an unknown mode.
-        """
-        for model in (*self._own_models().values(), *nets_of(self.controlnet)):
-            compile_blocks(plain(model), mode, backend)
-        self._graphs = Graphs() if mode in GRAPHED and self.device.type == "cuda" else None
-
-    def enable_model_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        """Keep on the accelerator only the model that is at work: text encoder, CLIP, UNet or VAE.
-
-        The next one is brought while it works, if both together are no larger than the largest. All others
-        are on the CPU, on CUDA in page-locked memory. `pipe.offload.peak_bytes` tells what weights took.
-        gpu_id: of CUDA; or device; the best there is if both are None. On a machine without an accelerator
-        nothing changes. ValueError for a device that is not there.
-        """
-        self._start_offload(gpu_id, device, by_block=False)
-
-    def enable_sequential_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        """Keep on the accelerator only the block at work and the next one, which is brought meanwhile.
-
-        The least memory, and every step waits for the UNet's weights. A module that has parameters of its own
-        comes as one with all below it. Arguments and errors as in `enable_model_cpu_offload`; ValueError also
-        for a compiled model.
-        """
-        self._start_offload(gpu_id, device, by_block=True)
-
-    def remove_all_hooks(self) -> None:
-        """End offload, if it is on: the models are on the CPU then."""
-        if self.offload.device is not None:
-            self.to("cpu")
-
-    def enable_vae_tiling(self, *, tile_sample_min_size: int | None = None) -> None:
-        """Let the VAE work on a picture in pieces: a fifth of the memory at 1024 x 1024, the same picture.
-
-        Seen by every pipeline that has this VAE. Arguments and errors: see `Tiles.enable_tiling` in
-        kolors_core/performance/vae_tiling.py.
-        """
-        plain(self.vae).enable_tiling(tile_sample_min_size=tile_sample_min_size)
-
-    def disable_vae_tiling(self) -> None:
-        """Let the VAE work on pictures whole."""
-        plain(self.vae).disable_tiling()
-
-    def enable_vae_slicing(self) -> None:
-        """Let the VAE work on one picture of a batch after another."""
-        plain(self.vae).enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Let the VAE work on all pictures of a batch at once."""
-        plain(self.vae).disable_slicing()
-
-    def _start_offload(self, gpu_id: int | None, device: torch.device | str | None, by_block: bool) -> None:
-        if gpu_id is not None and device is not None:
-            raise ValueError("give either gpu_id or device, not both")
-        name = device if gpu_id is None else f"cuda:{gpu_id}"
-        place = named_device(None if name is None else str(name))
-        if by_block and place.type != "cpu":
-            refuse_compiled(self._models())
-        self.to("cpu")
-        if place.type != "cpu":
-            self.offload.start(place, by_block)
-            self._on_device()
-
     def _own_models(self) -> dict[str, Any]:
         """The models that there are, by component."""
-        return {name: getattr(self, name) for name in KINDS if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in MODELS if getattr(self, name) is not None}
 
     def _models(self) -> dict[str, list[nn.Module]]:
         """What moves together, by the component that it works for."""
         adapters = [handle.adapter for handle in attached(self.unet)]
         models = {name: [model] for name, model in self._own_models().items()}
-        return models | {"unet": [self.unet, *adapters, *nets_of(self.controlnet)]}
+        return models | {"unet": [self.unet, *adapters, *as_list(self.controlnet)]}
 
     def _on_device(self, stage: str | None = None) -> None:
-        """Under offload, say which model works now, by its component; None when the run is over."""
+        """Prepare the models of the stage that runs now, by its component; None at the end of a run.
+
+        Here all models stay where they are; under offload (performance_methods.py) they come and go.
+        """
         self._need_weights()
-        self.offload.enter(stage, self._models())
+
+    def _before_move(self, target: torch.device | torch.dtype) -> None:
+        """Prepare for models that move to a device or dtype; nothing to do here."""
 
     def _need_weights(self) -> None:
-        """ValueError on the meta device, unless work is sent there (plan.py)."""
-        if self.offload.device is None and self.unet.conv_in.weight.is_meta:
+        """Raise ValueError on the meta device."""
+        if self.unet.conv_in.weight.is_meta:
             raise ValueError("this pipeline's weights are not loaded (device='meta'): it can only be planned")
 
     def _works_on(self, weight: Tensor) -> torch.device:
-        """Where the model works that has this weight: where that is, or under offload the accelerator."""
-        return weight.device if self.offload.device is None else self.offload.device
+        """Return the device on which the model with this weight runs."""
+        return weight.device
+
+    def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
+        """Encode tokens where the text encoder runs."""
+        encoder: Any = self.text_encoder
+        self._on_device("text_encoder")
+        return encoder(tokens.to(self._works_on(plain(encoder).embedding.weight)))
 
     def _input_for(self, weight: Tensor, tensor: Tensor) -> Tensor:
         """A tensor where the model with this weight works, in its precision."""
@@ -354,5 +287,110 @@ class Components(RunState):
     @property
     def components(self) -> dict[str, Any]:
         """What the constructor takes, to build another pipeline that shares it."""
-        names = (*KINDS, "controlnet", "tokenizer", "scheduler", "feature_extractor")
+        names = (*MODELS, "controlnet", "tokenizer", "scheduler", "feature_extractor")
         return {name: getattr(self, name) for name in (*names, "force_zeros_for_empty_prompt")}
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of this thread's call, or else of the last one."""
+        return self.runs.current().guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether that call computes the negative half."""
+        return self.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of that call."""
+        return self.runs.current().num_timesteps
+
+    @property
+    def interrupt(self) -> Interrupt:
+        """Call it to end a call after its step, from a callback or another thread: the images are decoded as
+        they are by then. As a truth value, whether that was asked for since the call began.
+        """
+        return Interrupt(self.runs)
+
+    @property
+    def _interrupt(self) -> bool:
+        return bool(self.interrupt)
+
+    @_interrupt.setter
+    def _interrupt(self, is_asked: bool) -> None:  # as the reference's callbacks do
+        self.runs.interrupt(is_asked)
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, scale: float) -> None:  # as the reference's callbacks do
+        self.runs.current().guidance_scale = scale
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Set options of tqdm's bar, such as `disable=True`."""
+        self._progress = options
+
+    def _progress_bar(self, total: int) -> Any:
+        from tqdm.auto import tqdm
+
+        return tqdm(total=total, **self._progress)
+
+    def _needs_alone(self) -> str | None:
+        """Return what a call uses that calls in other threads must not use meanwhile; None if nothing."""
+        return None
+
+
+# What a pipeline's attributes must be, told by a function of a model that is not wrapped, and in words.
+COMPONENT_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "unet": (lambda part: isinstance(part, UNet), "kolors_core's UNet"),
+    "vae": (lambda part: isinstance(part, VAE), "kolors_core's VAE"),
+    "scheduler": (lambda part: isinstance(part, Scheduler), "kolors_core's Scheduler"),
+    "image_encoder": (lambda part: isinstance(part, CLIPVision | None), "kolors_core's CLIPVision or None"),
+    "text_encoder": (
+        lambda part: part is None or (isinstance(part, nn.Module) and hasattr(part, "config")),
+        "a module like kolors_core's ChatGLM or None",
+    ),
+    "tokenizer": (
+        lambda part: part is None or (callable(part) and hasattr(part, "size")),
+        "like kolors_core's Tokenizer or None",
+    ),
+    "feature_extractor": (lambda part: part is None or callable(part), "a function or None"),
+    "force_zeros_for_empty_prompt": (lambda part: isinstance(part, bool), "True or False"),
+    "guided": (callable, "a function like guidance.guided"),
+    "sampler": (lambda part: part is None or callable(part), "a function like sampling.euler or None"),
+    "savings": (lambda part: isinstance(part, Savings), "a reading.Savings"),
+}
+
+
+def check_component_type(name: str, value: Any) -> None:
+    """TypeError naming what came, for a pipeline's attribute of another kind."""
+    is_kind, wanted = COMPONENT_TYPES.get(name, (lambda _: True, ""))
+    if not is_kind(plain(value)):
+        kind = type(value)
+        got = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise TypeError(f"{name} must be {wanted}, got {got}")
+
+
+def check_dimensions(
+    vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet, repaints: bool
+) -> None:
+    """ValueError naming two models that do not meet at the same width.
+
+    repaints: whether the UNet may read a mask and the masked picture's latents too.
+    """
+    latents, ins = vae.config.latent_channels, unet.config.in_channels
+    masked = 2 * latents + 1  # the latents, the mask, and the masked picture's latents
+    if ins not in ((latents, masked) if repaints else (latents,)) or unet.config.out_channels != latents:
+        wanted = f"the VAE's {latents} for both" + (f", or {masked} in" if repaints else "")
+        hint = ": one with a mask is for KolorsInpaintPipeline" if ins == masked and not repaints else ""
+        got = f"{ins} in and {unet.config.out_channels} out"
+        raise ValueError(f"the UNet has {got} channels, wanted {wanted}{hint}")
+    if text_encoder is None:
+        return
+    read, width = unet.config.text_dim, text_encoder.config.hidden_size
+    if width != read:
+        raise ValueError(f"the text encoder is {width} wide, and the UNet reads {read}")
+    if tokenizer is not None and tokenizer.size > (words := text_encoder.config.vocab_size):
+        raise ValueError(f"the tokenizer has {tokenizer.size} tokens, and the text encoder only {words}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kolors_core.adapters.controlnet import Control, has_several, nets_of
+from kolors_core.adapters.controlnet import Control, ControlResiduals, as_list, is_multi
 from kolors_core.adapters.controlnet_files import DEFAULT_SCALE
 from kolors_core.image import control_pixels
 from kolors_core.pipelines.base import Components
@@ -29,13 +29,13 @@ class Controlling(Components):
         size: tuple[int, int],
         count: int,
         images_per_prompt: int,
-    ) -> tuple[Control, ...]:
+    ) -> ControlResiduals | None:
         """What the ControlNets see, for B (`count`) pictures of (height, width).
 
         Raises ValueError for images without ControlNets and the other way round, numbers that do not match,
         and what has no effect.
         """
-        nets = nets_of(self.controlnet)
+        nets = as_list(self.controlnet)
         given = {  # and what each is if it is not given
             "controlnet_conditioning_scale": (scale, DEFAULT_SCALE),
             "control_guidance_start": (start, 0.0),
@@ -48,10 +48,10 @@ class Controlling(Components):
             if nets:
                 what = f"{len(nets)} ControlNets and no control image"
                 raise ValueError(f"the pipeline has {what}: give one, or set pipe.controlnet = None")
-            return ()
+            return None
         if not nets:
             raise ValueError("a control image is given, and the pipeline has no ControlNet: controlnet=...")
-        images = _of_each("control images", image, len(nets)) if has_several(self.controlnet) else [image]
+        images = _of_each("control images", image, len(nets)) if is_multi(self.controlnet) else [image]
         numbers = [
             _of_each(name, value, len(nets)) if isinstance(value, list | tuple) else [value] * len(nets)
             for name, (value, _) in given.items()
@@ -65,7 +65,7 @@ class Controlling(Components):
                 raise ValueError(f"{got}, {wanted}: pipe.to(...) moves both")
             pixels = _rows(control_pixels(one, *size), count, images_per_prompt)
             controls.append(Control(net, self._input_for(own, pixels), *numbers_of))
-        return tuple(controls)
+        return ControlResiduals(tuple(controls))
 
 
 def _of_each(name: str, values: Any, count: int) -> list[Any]:

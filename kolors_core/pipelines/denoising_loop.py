@@ -1,4 +1,4 @@
-"""One run of a sampler with a step callback: what the callback sees between steps, and what it may change.
+"""The denoising loop of one call: what a step callback sees between steps, and what it may change.
 
 The protocol is the reference's: `callback(pipe, i, timestep, tensors) -> tensors`, `pipe._guidance_scale` and
 `pipe._interrupt`. Source: the denoising loop of diffusers' pipelines/kolors/pipeline_kolors.py.
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from kolors_core.conditioning import Conditioning
 from kolors_core.devices import finite
-from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.guidance import GuidanceRule
+from kolors_core.module import WrapStep
+from kolors_core.pipelines.runs import Run
 from kolors_core.precompute import Savings
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Schedule, Scheduler
@@ -32,15 +34,12 @@ StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
 class Pipeline(Protocol):
-    """What a run needs of a pipeline, and what a callback may set on it."""
+    """What a denoising loop reads of a pipeline."""
 
     unet: UNet
     scheduler: Scheduler
     savings: Savings
-    guided: Callable[..., Denoise]
-    _graphs: Graphs | None
-    _guidance_scale: float
-    _interrupt: bool
+    _wrap_step: WrapStep | None
 
 
 class _Interrupted(Exception):
@@ -50,51 +49,59 @@ class _Interrupted(Exception):
         self.x = x
 
 
-class Run:
-    """Denoises with `pipe`'s UNet under conditions that the callback may replace after each step."""
+class DenoisingLoop:
+    """One call's sampling, with the UNet of `pipe`, under conditions that the callback may change."""
 
     def __init__(
         self,
         pipe: Pipeline,
+        run: Run,
         schedule: Schedule,
         positive: Conditioning,
         negative: Conditioning | None,
+        *,
+        rule: GuidanceRule,
+        scale: float,
         callback: StepCallback | None,
         names: Sequence[str],
         progress: Callable[[], Any],
     ) -> None:
-        """negative: None without guidance. names: of `NAMES`, for the callback. progress: at each step.
+        """run: the state that the callback may set. negative: None without guidance. rule, scale: of
+        guidance. names: of `NAMES`, for the callback. progress: called after each step.
 
         Raises TypeError for a callback that cannot be called.
         """
         if callback is not None and not callable(callback):
             raise TypeError(f"callback_on_step_end must be a function, got {type(callback).__name__}")
-        self.pipe, self.schedule, self.batch = pipe, schedule, len(positive.text_tokens)
+        self.pipe, self.run, self.schedule, self.rule = pipe, run, schedule, rule
         self.callback, self.names, self.progress = callback, names, progress
-        told = positive if negative is None else Conditioning.cat(negative, positive)
+        self.batch = len(positive.text_tokens)
+        run.guidance_scale, run.num_timesteps = scale, len(schedule.timesteps)
+        both = positive if negative is None else Conditioning.cat(negative, positive)
         self.tensors: dict[str, Any] = {}
         for name, of_negative, field in zip(TOLD, NEGATIVE, FIELDS, strict=True):
-            self.tensors |= {name: getattr(told, field), of_negative: getattr(negative, field, None)}
+            self.tensors |= {name: getattr(both, field), of_negative: getattr(negative, field, None)}
         self.halves = (positive, positive if negative is None else negative)
         self.finite: list[Tensor] = []  # whether all latents were, after each step
-        self.counts = told.text_counts  # until the callback brings tokens of its own
+        self.counts = both.text_counts  # until the callback brings tokens of its own
         self.denoise = self._guided(positive, negative)
 
     def _guided(self, positive: Conditioning, negative: Conditioning | None) -> Denoise:
         pipe = self.pipe
-        return pipe.guided(
-            pipe.unet, self.schedule, positive, negative, pipe._guidance_scale,
-            read_once=pipe.savings.read_once, graphs=pipe._graphs,
+        return self.rule(
+            pipe.unet, self.schedule, positive, negative, self.run.guidance_scale,
+            precompute=pipe.savings.precompute, wrap_step=pipe._wrap_step,
         )  # fmt: skip
 
     def __call__(self, sampler: Sampler, x: Tensor) -> Tensor:
         """Run the sampler from x; returns the latents as the reference has them at the last sigma.
 
-        FloatingPointError naming the step after which they were not finite. It is looked for when the run is
-        over: asking in every step would let a GPU wait.
+        Raises FloatingPointError naming the step after which they were not finite. This is looked for when
+        the run is over: asking in every step would let a GPU wait.
         """
+        denoise = self.denoise if self.callback is None else lambda x, sigma: self.denoise(x, sigma)
         try:
-            x = sampler(lambda x, sigma: self.denoise(x, sigma), x, self.schedule.sigmas, self.on_step)
+            x = sampler(denoise, x, self.schedule.sigmas, self.on_step)
             x = x / self._scale(len(self.schedule.timesteps))
         except _Interrupted as stopped:
             x = stopped.x
@@ -110,14 +117,14 @@ class Run:
         self.finite.append(torch.isfinite(x).all())
         if self.callback is not None:
             x = self._called_back(self.callback, i, x)
-        if self.pipe._interrupt:
+        if self.run.is_interrupted:
             raise _Interrupted(x / self._scale(i + 1))
         return x
 
     def _called_back(self, callback: StepCallback, i: int, x: Tensor) -> Tensor:
         latents = (x / self._scale(i + 1)).to(self.pipe.unet.conv_in.weight.dtype)
         seen = {name: latents if name == "latents" else self.tensors[name] for name in self.names}
-        scale = self.pipe._guidance_scale
+        scale = self.run.guidance_scale
         answer = callback(self.pipe, i, self.schedule.timesteps[i], seen)
         if not isinstance(answer, dict):
             got = type(answer).__name__
@@ -138,7 +145,7 @@ class Run:
         self.tensors |= returned
         if "prompt_embeds" in changed:
             self.counts = None
-        if changed or scale != self.pipe._guidance_scale:
+        if changed or scale != self.run.guidance_scale:
             self.denoise = self._guided(*self._conditions())
         return x
 
@@ -148,7 +155,7 @@ class Run:
 
     def _conditions(self) -> tuple[Conditioning, Conditioning | None]:
         """Conditions from the tensors; once guidance has ended, the positive rows are enough."""
-        is_guided = self.pipe._guidance_scale > 1
+        is_guided = self.run.guidance_scale > 1
         allowed = (2 * self.batch,) if is_guided else (self.batch, 2 * self.batch)
         for name in TOLD:
             if (rows := len(self.tensors[name])) not in allowed:

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from kolors_core.image import Size, vae_pixels
 from kolors_core.pipelines.denoising_loop import StepCallback
-from kolors_core.pipelines.holding import holding
-from kolors_core.pipelines.image_to_image import FromPicture, for_each
+from kolors_core.pipelines.image_to_image import FromPicture, for_each, preserve_masked_latents
 from kolors_core.pipelines.masks import Box, crop_region, fitted, grey, put_back, repainted, size_of
-from kolors_core.pipelines.running import run
-from kolors_core.pipelines.stages import Extras, KolorsPipelineOutput, Request
+from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
+from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.sampling import Generators
 
@@ -43,7 +42,7 @@ class KolorsInpaintPipeline(FromPicture):
     repaints: ClassVar[bool] = True
     default_strength = 0.9999  # the reference's, which leaves out the first of 50 steps
 
-    @run
+    @inference_call
     def __call__(
         self,
         prompt: Prompt | None = None,
@@ -104,29 +103,49 @@ class KolorsInpaintPipeline(FromPicture):
         width is given: where the mask is black the pixels stay, bit for bit; where it is grey both are mixed.
         The VAE would change them all a little. The default, wherever there is a picture; False gives what the
         VAE decodes, put in the picture's place or the region's.
-        All others, and `Extras`, are described at `kolors_core.pipelines.stages.Request`.
+        All others, and `Extras`, are described at `kolors_core.pipelines.request.PipelineInputs`.
         Raises ValueError or TypeError naming the argument, what came and what was wanted.
         """
-        request = Request.of(locals())
+        check_extras(extras)
+        inputs = PipelineInputs(
+            prompt=prompt, num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
+            guidance_scale=guidance_scale, negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
+            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds, ip_adapter_image=ip_adapter_image,
+            ip_adapter_image_embeds=ip_adapter_image_embeds, output_type=output_type,
+            return_dict=return_dict, cross_attention_kwargs=cross_attention_kwargs,
+            original_size=original_size, crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size, negative_original_size=negative_original_size,
+            negative_crops_coords_top_left=negative_crops_coords_top_left,
+            negative_target_size=negative_target_size, callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length, **extras,
+        )  # fmt: skip
         reads_mask = self.unet.config.in_channels > self.vae.config.latent_channels
         _refuse_useless(reads_mask, masked_image_latents, denoising_start, latents)
         if output_type == "latent" and (paste_back or padding_mask_crop is not None):
             raise ValueError("paste_back and padding_mask_crop need pictures, and output_type is 'latent'")
-        whole = self._schedule(request)
+        whole = self._schedule(inputs)
         schedule = self._part(whole, strength, denoising_start, denoising_end)
         copies = num_images_per_prompt
         work = self._work(image, mask_image, height, width, padding_mask_crop, paste_back, copies)
         size = self._pixel_size(work.picture)
-        if work.box is not None and request.control_image is not None:
-            seen = _control_region(request.control_image, image, size, work.box)
-            request = replace(request, control_image=seen)
+        if work.box is not None and inputs.control_image is not None:
+            seen = _control_region(inputs.control_image, image, size, work.box)
+            inputs = replace(inputs, control_image=seen)
         scale = self.vae.config.downscale
         mask, small = repainted(work.mask, (size[0] // scale, size[1] // scale))
         start = None  # in pure noise the picture itself is not seen
         if not reads_mask or strength < 1 or denoising_start is not None:
             start = self._mean_and_std(work.picture)
         masked = self._masked(work.picture, mask, masked_image_latents) if reads_mask else None
-        positive, negative = self._conditions(request, size)
+        texts = self.embed(
+            prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
+            negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
+        )  # fmt: skip
+        positive, negative = self._prepare_conditioning(inputs, size, *texts)
         shape = self._latent_shape(len(positive.size_ids), size)
         clean = None if start is None else self._sampled(*start, shape[0], copies, generator)
         noise = self._draw(shape, generator) if latents is None else self._given_latents(latents, shape)
@@ -137,16 +156,17 @@ class KolorsInpaintPipeline(FromPicture):
         else:
             x = clean + noise * schedule.sigmas[0].item()
         small = for_each(small, shape[0], copies, "masks").to(x)  # [B, 1, H/8, W/8]
-        around = None
+        wrap_sampler = None
         if masked is not None:
             seen = self._sampled(*masked, shape[0], copies, generator)
             extra = torch.cat([small, seen], dim=1)
             positive = replace(positive, extra=extra)
             negative = None if negative is None else replace(negative, extra=extra)
         elif clean is not None:
-            around = partial(holding, clean=clean, noise=noise, strength=small)
-        facts = {"steps": len(whole.timesteps), "strength": strength}
-        return self._pictures(request, schedule, x, positive, negative, facts, around, work.finish)
+            wrap_sampler = partial(preserve_masked_latents, clean=clean, noise=noise, strength=small)
+        denoised = self._denoise(inputs, schedule, x, positive, negative, wrap_sampler)
+        metadata = {"steps": len(whole.timesteps), "strength": strength}
+        return self._output(inputs, denoised, positive, metadata, work.finish)
 
     def _work(
         self,

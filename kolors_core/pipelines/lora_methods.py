@@ -29,7 +29,7 @@ from kolors_core.adapters.lora_files import METADATA, LoRAReport, configs_of, re
 from kolors_core.chatglm import ChatGLM
 from kolors_core.devices import plain, refuse_second_copy
 from kolors_core.hub import find_file, refuse_unused
-from kolors_core.performance.quantize import refuse_quantized
+from kolors_core.module import require_plain
 from kolors_core.unet import UNet
 from kolors_core.validation import finite_number, path_of
 from weights_convert.safetensors_files import PICKLES, Source, Tensors, save_tensors
@@ -217,7 +217,7 @@ class LoRALoading:
         if not found:
             raise ValueError(f"no active adapter to fuse in {' or '.join(models)}")
         for model, _ in found:
-            refuse_quantized(model, f"fuse {told}")
+            require_plain(model, f"fuse {told}")
         try:
             for model, names in found:
                 fuse(model, names, lora_scale)

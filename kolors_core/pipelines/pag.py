@@ -1,11 +1,14 @@
-"""Text to image with perturbed-attention guidance, under the reference's names.
+"""Perturbed-attention guidance: away from the UNet's prediction where some self-attentions are the identity.
 
-Other tasks take it as a rule: `pipe.guided = functools.partial(perturbed, pag_scale=3.0)`.
-Source: diffusers' pipelines/pag/pipeline_pag_kolors.py.
+In a copy of the conditional rows the attention map of the named layers is the identity: each pixel gets its
+own value. `KolorsPAGPipeline` has the reference's names; other tasks take the rule itself,
+`pipe.guided = functools.partial(perturbed, pag_scale=3.0)`.
+Source: https://arxiv.org/abs/2403.17377; diffusers' pipelines/pag/pag_utils.py and pipeline_pag_kolors.py.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack
@@ -13,19 +16,115 @@ from typing import Any, Self, Unpack
 from torch import Tensor
 
 from kolors_core.checkpoint import EMBEDDED_NAME
-from kolors_core.guidance import guided
+from kolors_core.conditioning import Conditioning
+from kolors_core.devices import plain
+from kolors_core.guidance import (
+    GuidanceRule,
+    Interval,
+    cfg_rescale,
+    guided,
+    make_denoiser,
+    use_inside_interval,
+)
 from kolors_core.image import Size
+from kolors_core.module import WrapStep
 from kolors_core.pipelines.base import Components
 from kolors_core.pipelines.denoising_loop import StepCallback
-from kolors_core.pipelines.memory_plan import Plan
-from kolors_core.pipelines.perturbed import Layers, perturbed, perturbed_layers
-from kolors_core.pipelines.stages import Extras, KolorsPipelineOutput
+from kolors_core.pipelines.request import Extras, KolorsPipelineOutput
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.sampling import Generators
+from kolors_core.sampling import Denoise, Generators
+from kolors_core.schedule import Schedule
+from kolors_core.unet import TransformerBlock, UNet
 from kolors_core.validation import finite_number
+from weights_convert import TABLES
 
-_OWN = ("self", "extras", "pag_scale", "pag_adaptive_scale", "__class__")  # locals, but not KolorsPipeline's
+Layers = str | Sequence[str]
+
+
+def perturbed(
+    unet: UNet,
+    schedule: Schedule,
+    positive: Conditioning,
+    negative: Conditioning | None = None,
+    scale: float = 1.0,
+    *,
+    pag_scale: float = 3.0,
+    pag_adaptive_scale: float = 0.0,
+    pag_applied_layers: Layers = "mid",
+    rescale: float = 0.0,
+    interval: Interval | None = None,
+    precompute: bool = True,
+    wrap_step: WrapStep | None = None,
+) -> Denoise:
+    """As `guidance.guided`, plus pag_scale * (cond - perturbed), with and without classifier-free guidance.
+
+    pag_adaptive_scale: takes this much off pag_scale, but no more than all, for each training timestep that
+    is denoised already: of the schedule's own number (1,100), where the reference counts from 1,000.
+    pag_applied_layers: see `perturbed_layers`. rescale, interval: see kolors_core/guidance.py; outside of
+    the interval the positive alone is run. Raises ValueError for a scale that is not above 0, and for an
+    adaptive one below 0.
+    """
+    check_scales(pag_scale, pag_adaptive_scale)
+    rescaled = cfg_rescale(rescale)
+    parts = (positive, positive) if negative is None or scale <= 1 else (negative, positive, positive)
+
+    def combine(timestep: float, noise: Tensor) -> Tensor:
+        *unconditional, conditional, other = noise.chunk(len(parts))
+        pag = max(pag_scale - pag_adaptive_scale * (len(schedule.table) - timestep), 0.0)
+        away = pag * (conditional - other)
+        if unconditional:
+            away = away + (scale - 1) * (conditional - unconditional[0])
+        return rescaled(conditional + away, conditional)
+
+    rows = [len(positive.text_tokens) * is_one for is_one in perturbed_layers(unet, pag_applied_layers)]
+    told = replace(Conditioning.cat(*parts), perturbed=tuple(rows))
+    x0_of = partial(make_denoiser, unet, schedule, precompute=precompute, wrap_step=wrap_step)
+    inside = x0_of(told, len(parts), combine)
+    return inside if interval is None else use_inside_interval(interval, schedule, inside, x0_of(positive))
+
+
+def check_scales(pag_scale: float, pag_adaptive_scale: float) -> None:
+    """ValueError for what `perturbed` cannot take."""
+    if finite_number("pag_scale", pag_scale) <= 0:
+        raise ValueError(f"pag_scale must be above 0, got {pag_scale}: without it, use `guided`")
+    finite_number("pag_adaptive_scale", pag_adaptive_scale, 0)
+
+
+def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
+    """For each TransformerBlock in the order in which they run, whether a name means its self-attention.
+
+    names: one or several, each found anywhere in the reference's name of the layer, as a regular expression:
+    "mid", "down_blocks.1", "up_blocks.(0|1).attentions.1"; or as its documentation has them, "down.block_2"
+    or "up.block_0.attentions_1". Raises ValueError or TypeError for what matches no layer, or is no name.
+    """
+    names = [names] if isinstance(names, str) else names
+    layers = [
+        TABLES["unet"].to_public(f"{path}.self_attention.to_q.weight").removesuffix(".to_q.weight")
+        for path, module in plain(unet).named_modules()
+        if isinstance(module, TransformerBlock)
+    ]
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"the layers to perturb must be a name or several, got {names!r}")
+    if not names:
+        raise ValueError("no layers to perturb: wanted names such as 'mid'")
+    found = [False] * len(layers)
+    for name in names:
+        try:
+            hits = [re.search(_as_public(name), layer) is not None for layer in layers]
+        except re.error as error:
+            raise ValueError(f"the layer name {name!r} is no regular expression: {error}") from None
+        if not any(hits):
+            places = sorted({layer.partition(".transformer_blocks")[0] for layer in layers})
+            raise ValueError(f"no self-attention is named {name!r}; they are in {', '.join(places)}")
+        found = [one or other for one, other in zip(found, hits, strict=True)]
+    return found
+
+
+def _as_public(name: str) -> str:
+    """The documentation's "up.block_0.attentions_1" as the expression up_blocks.0.attentions.1."""
+    name = re.sub(r"\b(down|up)\.block_(\d+)", r"\1_blocks\\.\2\\b", name)
+    return re.sub(r"\battentions_(\d+)", r"attentions\\.\1\\b", name)
 
 
 class KolorsPAGPipeline(KolorsPipeline):
@@ -104,36 +203,43 @@ class KolorsPAGPipeline(KolorsPipeline):
     ) -> KolorsPipelineOutput | tuple[Any]:
         """Make pictures from prompts.
 
-        pag_scale: how strongly; 0 is `KolorsPipeline`. pag_adaptive_scale: see `perturbed.perturbed`.
+        pag_scale: how strongly; 0 is `KolorsPipeline`. pag_adaptive_scale: see `perturbed`.
         All others are as for `KolorsPipeline`. A callback sees the rows that it sees there.
         Raises ValueError or TypeError as there; also for another rule at `pipe.guided`: only one can be.
         """
-        given = {name: value for name, value in locals().items() if name not in _OWN}
-        with self._perturbing(pag_scale, pag_adaptive_scale):
-            return super().__call__(**given, **extras)
+        if (rule := self.pag_rule(pag_scale, pag_adaptive_scale)) is not None:
+            extras["guidance_rule"] = rule
+        return super().__call__(
+            prompt=prompt, height=height, width=width, num_inference_steps=num_inference_steps,
+            timesteps=timesteps, sigmas=sigmas, denoising_end=denoising_end, guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt, num_images_per_prompt=num_images_per_prompt, eta=eta,
+            generator=generator, latents=latents, prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds, ip_adapter_image=ip_adapter_image,
+            ip_adapter_image_embeds=ip_adapter_image_embeds, output_type=output_type,
+            return_dict=return_dict, cross_attention_kwargs=cross_attention_kwargs,
+            original_size=original_size, crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size, negative_original_size=negative_original_size,
+            negative_crops_coords_top_left=negative_crops_coords_top_left,
+            negative_target_size=negative_target_size, callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length, **extras,
+        )  # fmt: skip
 
-    def plan(self, *arguments: Any, pag_scale: float = 3.0, **named: Any) -> Plan:
-        """As `KolorsPipeline.plan`, with the rows that pag_scale asks for."""
-        with self._perturbing(pag_scale, 0.0):
-            return super().plan(*arguments, **named)
+    def pag_rule(self, pag_scale: float, pag_adaptive_scale: float = 0.0) -> GuidanceRule | None:
+        """Return perturbed-attention guidance with these scales; None if pag_scale is 0.
 
-    @contextmanager
-    def _perturbing(self, pag_scale: float, pag_adaptive_scale: float) -> Iterator[None]:
-        """Within it `perturbed` is the rule, unless pag_scale is 0."""
+        Raises ValueError for another rule at `pipe.guided`, and for scales without effect.
+        """
         if finite_number("pag_scale", pag_scale) == 0:
             if pag_adaptive_scale != 0:
                 got = f"got {pag_adaptive_scale}"
                 raise ValueError(f"pag_adaptive_scale has no effect with pag_scale 0, {got}")
-            yield
-            return
+            return None
         if self.guided is not guided:
             wanted = "a KolorsPipeline with functools.partial(perturbed, ...) at its `guided`"
             raise ValueError(f"pipe.guided is another rule already: for both, take {wanted}")
-        self.guided = partial(
+        return partial(
             perturbed, pag_scale=pag_scale, pag_adaptive_scale=pag_adaptive_scale,
             pag_applied_layers=self.pag_applied_layers,
         )  # fmt: skip
-        try:
-            yield
-        finally:
-            self.guided = guided

@@ -15,13 +15,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kolors_core.checkpoint import KINDS, Opened, read_json, resolve, write_json
+from kolors_core.checkpoint import Opened, read_json, resolve, write_json
 from kolors_core.config import UNetConfig
 from kolors_core.devices import loading_device
 from kolors_core.hub import find_file
 from kolors_core.loading import check
 from kolors_core.performance.quantize import WHOLE_ROWS, quantize
-from kolors_core.pipelines.base import Components
+from kolors_core.pipelines.base import MODELS, Components
 from kolors_core.validation import path_of
 from weights_convert.atomic_write import scratch_beside
 from weights_convert.folder_to_single_file import to_single, unpack
@@ -168,7 +168,7 @@ def _unpacked(file: Path, whole: Source, small: list[str]) -> Iterator[Path]:
 
 def _open(part: Part, place: Path, has_weights: bool) -> Opened:
     """Build the model by the config in its folder of `place`, or of Kolors' sizes, and check the tensors."""
-    kind, file = KINDS[part.component], place / part.component / "config.json"
+    kind, file = MODELS[part.component], place / part.component / "config.json"
     is_own = file.exists()
     config = kind.config.from_public(read_json(file), str(file)) if is_own else kind.config()
     is_inpainting = "conv_in.weight" in part and part.shape("conv_in.weight")[1:2] == (9,)

@@ -12,7 +12,6 @@ from torch import Tensor
 from kolors_core.adapters.textual_inversion import TextualInversion, words_of
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import named_device, plain
-from kolors_core.performance.prompt_cache import Key
 from kolors_core.pipelines.base import Components
 from kolors_core.validation import whole_number
 
@@ -110,17 +109,9 @@ class TextPrompting(Components, TextualInversion):
             raise ValueError(f"{name} must be a string or a list of at least one string, got {prompt!r}")
         if not 2 < whole_number("max_sequence_length", max_length) <= MAX_TOKENS:
             raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
-        encoder, savings = plain(self.text_encoder), self.savings
-        words = {"words": words} if (words := words_of(encoder)) else {}
+        words = {"words": words} if (words := words_of(plain(self.text_encoder))) else {}
         tokens = self.tokenizer(prompts, max_length, **words)
-        tokens = tokens.collapse() if savings.collapse_pads else tokens
-        key = Key.of(encoder, tokens)
-        text = self.prompt_cache.find(key, savings.prompt_folder)
-        if text is None:
-            self._on_device("text_encoder")
-            text = self.text_encoder(tokens.to(self._works_on(encoder.embedding.weight)))
-        self.prompt_cache.keep(key, text, savings.cached_prompts, savings.prompt_folder)
-        return text
+        return self._run_text_encoder(tokens.collapse() if self.savings.collapse_pads else tokens)
 
 
 def _given(prefix: str, tokens: Tensor | None, pooled: Tensor | None, width: int) -> TextEmbedding | None:

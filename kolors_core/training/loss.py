@@ -8,7 +8,7 @@ Shapes: b images of one rank, T training timesteps.
 from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.conditioning import beside
+from kolors_core.conditioning import concat_extra_channels
 from kolors_core.module import Module
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.training.data import Batch
@@ -43,7 +43,7 @@ class DiffusionLoss(Module):
             text = self.text_encoder(text)
         sigma = self.sigmas.to(batch.latents.device)[batch.timesteps][:, None, None, None]  # [b, 1, 1, 1]
         noisy = (batch.latents + sigma * batch.noise) / (sigma**2 + 1).sqrt()
-        times, noisy = batch.timesteps.float(), beside(noisy, batch.extra)
+        times, noisy = batch.timesteps.float(), concat_extra_channels(noisy, batch.extra)
         given = noisy, times, text.tokens, text.pooled, batch.size_ids
         if (self.controlnet is None) != (batch.control is None):
             raise ValueError("a ControlNet and control images need each other: one of them is missing")

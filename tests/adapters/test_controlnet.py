@@ -12,7 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kolors_core import KolorsControlNet
-from kolors_core.adapters.controlnet import Control, ControlNet, ControlNetConfig, acting, check_fits
+from kolors_core.adapters.controlnet import (
+    Control,
+    ControlNet,
+    ControlNetConfig,
+    active_controls,
+    check_fits,
+)
 from kolors_core.config import KOLORS
 from kolors_core.performance.quantize import quantize
 from kolors_core.unet import UNet
@@ -272,9 +278,9 @@ def test_a_control_without_effect_is_refused(arguments: dict, error: type, named
 def test_steps_in_which_a_control_acts_are_the_references() -> None:
     net, image = KolorsControlNet(NET), torch.zeros(1, 3, 8, 8)
     controls = [Control(net, image), Control(net, image, start=0.25, end=0.8), Control(net, image, end=0.3)]
-    assert acting(controls, 4) == [(0, 2), (0, 1), (0, 1), (0,)]
+    assert active_controls(controls, 4) == [(0, 2), (0, 1), (0, 1), (0,)]
     with pytest.raises(ValueError, match=r"ControlNet 2 would act in none of the 2 steps, from 0.25 to 0.8"):
-        acting(controls, 2)
+        active_controls(controls, 2)
 
 
 def test_a_batch_of_batches_shares_an_image_of_one_row() -> None:

@@ -19,6 +19,7 @@ from kolors_core.adapters.lora import attach as attach_lora
 from kolors_core.adapters.lora import save_adapters
 from kolors_core.cli.generate import main
 from kolors_core.config import KOLORS
+from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.unet import UNet
 from tests.support.face_ids import FACE, TOKENS, ReferenceFace, face_config, parts_of, write_face
@@ -227,12 +228,12 @@ def test_clip_comes_and_leaves_with_it(pipes: Any, tmp_path: Path) -> None:
 
 def test_it_is_planned(faced: Faced) -> None:
     ours = faced[0]
-    with_face = ours.plan(64, 64)
+    with_face = plan(ours, 64, 64)
     assert "image_encoder" in with_face.stages
     ours.image_encoder = None
-    assert "image_encoder" not in ours.plan(64, 64).stages
+    assert "image_encoder" not in plan(ours, 64, 64).stages
     ours.unload_ip_adapter_face_id()
-    assert ours.plan(64, 64).stages["unet"].weights < with_face.stages["unet"].weights
+    assert plan(ours, 64, 64).stages["unet"].weights < with_face.stages["unet"].weights
 
 
 @pytest.mark.parametrize("by_block", [False, True])

@@ -12,7 +12,8 @@ from diffusers.utils.torch_utils import apply_freeu, fourier_filter
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPAGPipeline, KolorsPipeline
 from kolors_core.adapters.freeu import FreeU, FreeUSwitch
-from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.performance.cuda_graphs import CUDAGraphCache
+from kolors_core.pipelines.memory_plan import plan
 from kolors_core.unet import UNet
 from tests.performance.test_compile import Recorder
 from tests.support.parity import assert_parity, first_divergence, pair
@@ -169,12 +170,12 @@ def test_every_task_and_the_description_have_it(both: Pair) -> None:
 def test_a_recorded_step_knows_it(pipes: Pair) -> None:
     ours = KolorsPipeline.from_pipe(pipes[0], unet=deepcopy(pipes[0].unet))
     plain, recorder = steps_of(ours, prompt="cat"), Recorder()
-    ours._graphs = Graphs(recorder)
+    ours._wrap_step = CUDAGraphCache(recorder)
     assert all(torch.equal(a, b) for a, b in zip(steps_of(ours, prompt="cat"), plain, strict=True))
     ours.enable_freeu(**SDXL)
     with_it = steps_of(ours, prompt="cat")
     assert relative_error(with_it[0], plain[0]) > 1e-3 and recorder.count == 2
-    ours._graphs = None
+    ours._wrap_step = None
     assert all(torch.equal(a, b) for a, b in zip(steps_of(ours, prompt="cat"), with_it, strict=True))
 
 
@@ -188,7 +189,7 @@ def test_a_join_compiles_whole() -> None:
 def test_it_can_be_planned(reference_folder: Path, capsys: pytest.CaptureFixture) -> None:
     planned = KolorsPipeline.from_pretrained(reference_folder, device="meta")
     planned.enable_freeu(**SDXL)
-    assert planned.plan(64, 64).stages["unet"].work > 0
+    assert plan(planned, 64, 64).stages["unet"].work > 0
 
 
 def test_a_unet_of_one_level_has_none() -> None:

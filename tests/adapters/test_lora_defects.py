@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from kolors_core.pipelines.text_to_image import KolorsImg2ImgPipeline
+from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
 from tests.adapters.test_lora_files import ALPHA, written
 from tests.support.loras import (
     ATTENTION,

@@ -22,7 +22,7 @@ from kolors_core import (
 from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.cli.generate import main
 from kolors_core.cli.options import SAMPLERS, with_revision, with_scale
-from kolors_core.pipelines.perturbed import perturbed
+from kolors_core.pipelines.pag import perturbed
 from kolors_core.pipelines.png_metadata import read_metadata
 from tests.support.controlnets import write_controlnet
 from tests.support.ip_adapters import write_adapter

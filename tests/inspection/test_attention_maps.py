@@ -19,7 +19,7 @@ from kolors_core.context import ImagePrompt
 from kolors_core.guidance import guided
 from kolors_core.inspection.attention_maps import AttentionMaps
 from kolors_core.performance.compile import compile_blocks
-from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import Attention, UNet
 from tests.performance.test_compile import Recorder
@@ -294,7 +294,7 @@ def test_a_mean_is_kept_in_float32_and_is_that_of_the_steps_asked_for(unets: tup
 def test_a_recorded_step_is_not_used_while_a_layer_is_watched(unets: tuple[UNet, Any]) -> None:
     schedule, (x, first, second) = EulerDiscreteScheduler().schedule(4), told()
     recorder, sigma = Recorder(), schedule.sigmas[0].item()
-    denoise = guided(unets[0], schedule, first, second, 5.0, graphs=Graphs(recorder))
+    denoise = guided(unets[0], schedule, first, second, 5.0, wrap_step=CUDAGraphCache(recorder))
     for recordings in (0, 1):  # the first is made afterwards, the second time there is one to launch
         with record_attention(unets[0], CROSS, whole=True) as maps:
             watched = denoise(x, sigma)

@@ -15,7 +15,7 @@ from kolors_core.chatglm import TextEmbedding
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
 from kolors_core.performance.compile import compile_blocks
-from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.precompute import Savings
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import UNet
@@ -131,7 +131,7 @@ def test_what_a_run_computes_once_has_one_call(pipes: Pair) -> None:
     counts = [len(entries) for entries in kept.values()]
     assert counts == [1, 1, 1, 3, 1, 3, 1]
     assert len(kept["time_embedding"][0]) == 3, "all steps' times together"
-    with saving(ours, Savings(read_once=False)), capture(ours.unet, once) as kept:
+    with saving(ours, Savings(precompute=False)), capture(ours.unet, once) as kept:
         steps_of(ours, **CAT)
     assert {len(entries) for entries in kept.values()} == {3}
     with capture(ours.unet, "") as whole, capture(ours.unet, "text_proj") as text:
@@ -232,10 +232,10 @@ def test_of_compiled_blocks_what_lies_between_is_seen(unets: tuple[UNet, Any]) -
 def test_a_recorded_step_is_not_used_with_hooks(unets: tuple[UNet, Any]) -> None:
     given, schedule, recorder = inputs(1, 8, 8), EulerDiscreteScheduler().schedule(4), Recorder()
     told = Conditioning(*(given[name] for name in ("text_tokens", "pooled_text", "size_ids")))
-    graphs, sigma = Graphs(recorder), schedule.sigmas[0].item()
+    graphs, sigma = CUDAGraphCache(recorder), schedule.sigmas[0].item()
 
     def run() -> Tensor:
-        return guided(unets[0], schedule, told, graphs=graphs)(given["latents"], sigma)
+        return guided(unets[0], schedule, told, wrap_step=graphs)(given["latents"], sigma)
 
     plain = run()
     with capture(unets[0], "mid") as kept:

@@ -22,10 +22,11 @@ from kolors_core import (
     KolorsPipeline,
     SDXLCFGCutoffCallback,
 )
-from kolors_core.adapters.controlnet import Control
+from kolors_core.adapters.controlnet import Control, ControlResiduals
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
 from kolors_core.image import control_pixels
+from kolors_core.pipelines.memory_plan import plan
 from tests.support.controlnets import NET, write_controlnet
 from tests.support.ip_adapters import Both, load_both
 from tests.support.loras import ATTENTION, factors, peft_names
@@ -128,7 +129,7 @@ def test_every_step_of_text_to_image_equals_the_reference(pipes: Pair, folders: 
     other = loop(pipes[1], theirs, IMAGES, PROMPTS, None, 1.0)
     found = steps_of(pipe, **given)
     assert_same(found, other)
-    pipe.savings = replace(pipe.savings, read_once=False, collapse_pads=False)
+    pipe.savings = replace(pipe.savings, precompute=False, collapse_pads=False)
     assert_same(steps_of(pipe, **given), other)
     mine[1].to_skips[3].bias.data += 0.01
     with pytest.raises(AssertionError):
@@ -290,21 +291,21 @@ def test_halves_of_guidance_apart_are_what_both_are_together(steered: KolorsCont
 
 
 def test_recorded_and_hooked_it_draws_the_same(steered: KolorsControlNetPipeline) -> None:
-    from kolors_core.performance.cuda_graphs import Graphs
+    from kolors_core.performance.cuda_graphs import CUDAGraphCache
     from tests.performance.test_compile import Recorder
 
     plain = run(steered)
     recorder = Recorder()
-    steered._graphs = Graphs(recorder)
+    steered._wrap_step = CUDAGraphCache(recorder)
     assert same(run(steered), plain)
-    assert recorder.count == 3, "one for each set of ControlNets that act: the first, both, the second"
+    assert recorder.count == 3, "the UNet's, and one for each ControlNet"
     assert same(run(steered), plain) and recorder.count == 3
     with torch.no_grad():
         steered.controlnet[1].to_mid.weight.mul_(1.5)
     assert not same(run(steered), plain, 1e-6) and recorder.count > 3
     with torch.no_grad():
         steered.controlnet[1].to_mid.weight.div_(1.5)
-    steered._graphs = None
+    steered._wrap_step = None
     seen = []
     handle = steered.controlnet[0].register_forward_hook(lambda *_: seen.append(1))
     assert same(run(steered), plain, FLOAT32)
@@ -318,9 +319,9 @@ def test_a_sampler_may_ask_within_a_step(steered: KolorsControlNetPipeline) -> N
     given, image = inputs(1, 8, 8), torch.rand(1, 3, 64, 64, dtype=torch.float64)
     schedule, net = steered.scheduler.schedule(4), steered.controlnet[0]
     text = [given[name] for name in ("text_tokens", "pooled_text", "size_ids")]
-    ways = [(), (Control(net, image),), (Control(net, image, end=0.5),)]
+    ways = [None, ControlResiduals((Control(net, image),)), ControlResiduals((Control(net, image, end=0.5),))]
     without, always, early = (
-        guided(steered.unet, schedule, Conditioning(*text, controls=controls)) for controls in ways
+        guided(steered.unet, schedule, Conditioning(*text, residuals=residuals)) for residuals in ways
     )
     s = schedule.sigmas.tolist()
     for sigma in (s[0] + 1, s[0], s[1], (s[1] + s[2]) / 2, s[2], (s[2] + s[3]) / 2, s[3], s[3] / 2):
@@ -354,8 +355,8 @@ def test_offload_brings_the_controlnets_with_the_unet(
 
 
 def test_a_plan_counts_the_controlnets(pipes: Pair, steered: KolorsControlNetPipeline) -> None:
-    without = KolorsPipeline.from_pipe(steered, controlnet=None).plan(64, 72)
-    made = steered.plan(64, 72)
+    without = plan(KolorsPipeline.from_pipe(steered, controlnet=None), 64, 72)
+    made = plan(steered, 64, 72)
     nets = sum(p.nbytes for net in steered.controlnet for p in net.parameters()) / 2**30
     assert made.stages["unet"].weights == pytest.approx(without.stages["unet"].weights + nets)
     assert made.stages["unet"].work > without.stages["unet"].work

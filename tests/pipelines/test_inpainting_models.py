@@ -16,7 +16,9 @@ from kolors_core.conditioning import Conditioning
 from kolors_core.config import KOLORS, UNetConfig
 from kolors_core.guidance import guided
 from kolors_core.loading import check
-from kolors_core.performance.cuda_graphs import Graphs
+from kolors_core.performance.cuda_graphs import CUDAGraphCache
+from kolors_core.pipelines.memory_plan import plan
+from kolors_core.pipelines.quantization_report import quantize
 from kolors_core.sampling import euler
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import UNet
@@ -120,7 +122,7 @@ def test_extra_stands_behind_the_scaled_latents(told: Any) -> None:
     sigma, timestep = schedule.sigmas[1].item(), schedule.timesteps[1].item()
     expected = written_out(unet, halves, x, sigma, timestep, 5.0)
     recorder = Recorder()
-    ways: list[dict[str, Any]] = [{}, {"read_once": False}, {"graphs": Graphs(recorder)}]
+    ways: list[dict[str, Any]] = [{}, {"precompute": False}, {"wrap_step": CUDAGraphCache(recorder)}]
     for options in ways:
         assert relative_error(guided(unet, schedule, *halves, 5.0, **options)(x, sigma), expected) < EXACT
     assert recorder.count == 1
@@ -181,11 +183,11 @@ def test_extra_outlives_what_a_callback_replaces(nine: Nine) -> None:
 def test_it_is_planned_and_quantised(folder: Path, capsys: pytest.CaptureFixture) -> None:
     for device in ("meta", "cpu"):
         pipe = KolorsInpaintPipeline.from_pretrained(folder, device=device)
-        planned = pipe.plan(64, 72)
+        planned = plan(pipe, 64, 72)
         assert planned.stages["unet"].work > 0
-    plain = KolorsPipeline.from_pipe(pipe, unet=UNet(replace(NINE.unet, in_channels=4))).plan(64, 72)
+    plain = plan(KolorsPipeline.from_pipe(pipe, unet=UNet(replace(NINE.unet, in_channels=4))), 64, 72)
     assert plain.stages["unet"].weights < planned.stages["unet"].weights
-    report = pipe.quantize(unet=8)
+    report = quantize(pipe, unet=8)
     assert report.unet is not None and 0 < report.noise.error < 0.1
 
 

@@ -17,8 +17,9 @@ from kolors_core.adapters import lora as loras
 from kolors_core.conditioning import Conditioning
 from kolors_core.config import KolorsConfig
 from kolors_core.guidance import guided
-from kolors_core.performance.cuda_graphs import Graphs
-from kolors_core.pipelines.perturbed import perturbed, perturbed_layers
+from kolors_core.performance.cuda_graphs import CUDAGraphCache
+from kolors_core.pipelines.memory_plan import plan
+from kolors_core.pipelines.pag import perturbed, perturbed_layers
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.unet import Attention, UNet
 from tests.performance.test_compile import Recorder
@@ -328,7 +329,7 @@ def test_compiled_hooked_and_recorded_models(compiler: None) -> None:
     unet, positive, negative, x = halves()
     schedule = EulerDiscreteScheduler().schedule(3)
     sigma, recorder = schedule.sigmas[1].item(), Recorder()
-    graphs = Graphs(recorder)
+    graphs = CUDAGraphCache(recorder)
     mids, ups = (
         partial(perturbed, schedule=schedule, positive=positive, negative=negative, scale=5.0,
                 pag_applied_layers=layers)
@@ -337,8 +338,8 @@ def test_compiled_hooked_and_recorded_models(compiler: None) -> None:
     expected, other = mids(unet)(x, sigma), ups(unet)(x, sigma)
     assert relative_error(other, expected) > 1e-4
     for _ in range(2):
-        assert torch.equal(mids(unet, graphs=graphs)(x, sigma), expected)
-        assert torch.equal(ups(unet, graphs=graphs)(x, sigma), other)
+        assert torch.equal(mids(unet, wrap_step=graphs)(x, sigma), expected)
+        assert torch.equal(ups(unet, wrap_step=graphs)(x, sigma), other)
     assert recorder.count == 2
     whole: Any = torch.compile(unet, backend="eager")
     assert relative_error(mids(whole)(x, sigma), expected) < EXACT
@@ -389,6 +390,6 @@ def test_the_description_and_the_plan_know_it(reference_folder: Path, capsys: py
         "perturbed(pag_scale=3.0, pag_adaptive_scale=0.0, pag_applied_layers=['mid'])"
     )
     assert "guidance" not in ours("cat", 64, 64, 1, pag_scale=0).images[0].info
-    with_pag, without = (ours.plan(256, 256, pag_scale=scale).stages["unet"].work for scale in (3.0, 0.0))
+    with_pag, without = (plan(ours, 256, 256, pag_scale=scale).stages["unet"].work for scale in (3.0, 0.0))
     assert 1.2 * without < with_pag < 1.6 * without
     assert ours.guided is guided

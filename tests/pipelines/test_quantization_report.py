@@ -10,8 +10,10 @@ from torch import Tensor
 from kolors_core import KolorsPipeline
 from kolors_core.adapters.ip_adapter import ImageBranch
 from kolors_core.cli.generate import main
-from kolors_core.performance.quantize import is_quantized, quantize, weight_bytes
+from kolors_core.performance.quantize import is_quantized, weight_bytes
+from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.pipelines.png_metadata import read_metadata
+from kolors_core.pipelines.quantization_report import quantize
 from tests.support.ip_adapters import Both, guided_steps, load_both
 from tests.support.offloads import offloaded
 
@@ -35,7 +37,7 @@ def test_the_report_and_the_picture(bits: int) -> None:
     pipe = fresh()
     before = draw(pipe)
     cached, global_state = dict(pipe.prompt_cache.kept), torch.random.get_rng_state()
-    report = pipe.quantize(text_encoder=bits, unet=bits)
+    report = quantize(pipe, text_encoder=bits, unet=bits)
     assert torch.equal(torch.random.get_rng_state(), global_state)
     assert dict(pipe.prompt_cache.kept) == cached and pipe.num_timesteps == 10
     found = report.tokens, report.pooled, report.noise, report.latents
@@ -57,38 +59,38 @@ def test_the_report_and_the_picture(bits: int) -> None:
 
 def test_what_is_left_as_it_is_has_no_error_of_its_own() -> None:
     pipe = fresh(torch.bfloat16)
-    report = pipe.quantize(unet=8)
+    report = quantize(pipe, unet=8)
     assert report.text_encoder is None and report.tokens.error == report.pooled.error == 0
     assert 0 < report.noise.error < 0.01 and str(report).startswith("unet int8, 14.8 -> 12.0 MiB, noise: ")
     assert pipe.dtype == torch.bfloat16 and draw(pipe).isfinite().all()
-    report = pipe.quantize(text_encoder=4)
+    report = quantize(pipe, text_encoder=4)
     assert report.unet is None and report.noise.error == 0 < report.latents.error < 0.1
 
 
 def test_arguments_are_checked_before_anything_changes() -> None:
     pipe = fresh()
     assert pipe.text_encoder is not None
-    with pytest.raises(ValueError, match="nothing to quantise: give text_encoder=8 or 4"):
-        pipe.quantize()
+    with pytest.raises(ValueError, match="nothing to quantize: give text_encoder=8 or 4"):
+        quantize(pipe)
     with pytest.raises(ValueError, match="4 or 8 bits, got 5"):
-        pipe.quantize(text_encoder=8, unet=5)
+        quantize(pipe, text_encoder=8, unet=5)
     assert not is_quantized(pipe.text_encoder) and not is_quantized(pipe.unet)
-    pipe.quantize(unet=8)
+    quantize(pipe, unet=8)
     with pytest.raises(ValueError, match="this UNet is quantised: cannot quantise it again"):
-        pipe.quantize(text_encoder=8, unet=8)
+        quantize(pipe, text_encoder=8, unet=8)
     assert not is_quantized(pipe.text_encoder)
     pipe.text_encoder = None
-    with pytest.raises(ValueError, match="no text encoder or tokenizer to measure quantising with"):
-        pipe.quantize(unet=8)
+    with pytest.raises(ValueError, match="no text encoder or tokenizer to measure quantizing with"):
+        quantize(pipe, unet=8)
 
 
 def test_with_an_ip_adapter_before_or_after(both: Both, adapters: list[Path]) -> None:
     """Its branches stay whole, and the pictures are the same; the adapter leaves again."""
     ours = [KolorsPipeline.from_pipe(both[0], unet=copy.deepcopy(both[0].unet)) for _ in range(2)]
-    quantize(ours[0].unet, 8)
+    quantize_model(ours[0].unet, 8)
     load_both((ours[0],), adapters[0])
     load_both((ours[1],), adapters[0])
-    report = ours[1].quantize(unet=8)
+    report = quantize(ours[1], unet=8)
     assert 0 < report.noise.error < 0.05
     first, second = (guided_steps(pipe) for pipe in ours)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -104,10 +106,10 @@ def test_under_offload_one_model_is_at_work(both: Both, adapters: list[Path]) ->
     for _ in range(2):
         parts = {"unet": copy.deepcopy(both[0].unet), "text_encoder": copy.deepcopy(both[0].text_encoder)}
         pipes.append(KolorsPipeline.from_pipe(both[0], image_encoder=both[0].image_encoder, **parts))
-    plain = pipes[0].quantize(text_encoder=8, unet=4)
+    plain = quantize(pipes[0], text_encoder=8, unet=4)
     largest = max(weight_bytes(model) for (model,) in pipes[1]._models().values())
     with offloaded(pipes[1]) as offload:
-        assert pipes[1].quantize(text_encoder=8, unet=4) == plain
+        assert quantize(pipes[1], text_encoder=8, unet=4) == plain
         assert (offload.bytes_on_device, offload.peak_bytes) == (0, largest)
 
 

@@ -27,8 +27,9 @@ import torch
 from safetensors.torch import save
 
 from kolors_core.adapters.clip_vision import CLIPVisionConfig
-from kolors_core.checkpoint import KINDS, load_index, load_scheduler, read_json
+from kolors_core.checkpoint import load_index, load_scheduler, read_json
 from kolors_core.config import KOLORS
+from kolors_core.pipelines.base import MODELS
 from kolors_core.schedule import EulerDiscreteScheduler
 from weights_convert import recognise
 from weights_convert.safetensors_files import Source, index_files
@@ -149,7 +150,7 @@ def read_weights(file: Path) -> None:
 
 def read_config(component: str) -> Callable[[Path], None]:
     def read(file: Path) -> None:
-        KINDS[component].config.from_public(read_json(file), str(file))
+        MODELS[component].config.from_public(read_json(file), str(file))
 
     return read
 

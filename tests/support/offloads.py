@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.performance.offload import Lane, Offload
-from kolors_core.pipelines.base import Components
+from kolors_core.pipelines.stages import Task
 
 ACCELERATOR = torch.device("cpu", 0)  # the CPU under another name: a stand-in where there is no accelerator
 
@@ -33,7 +33,7 @@ class LateLane(Lane):
 
 
 @contextmanager
-def offloaded(pipe: Components, by_block: bool = False) -> Iterator[Offload]:
+def offloaded(pipe: Task, by_block: bool = False) -> Iterator[Offload]:
     """Within it the pipeline's models work on the stand-in; none is left there, and no copy on its way."""
     lane = LateLane()
     pipe.offload.start(ACCELERATOR, by_block)
