@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
 from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
 from kolors_core.adapters.ip_adapter import ImageAdapter, IPAdapter, IPAdapterConfig
 from kolors_core.checkpoint import load_component
@@ -54,7 +54,8 @@ class CLIPVisionModelWithProjection:
         """
         refuse_second_copy(low_cpu_mem_usage)
         return load_component(
-            pretrained_model_name_or_path, "image_encoder", subfolder=subfolder, variant=variant,
+            pretrained_model_name_or_path, "image_encoder", kind=IMAGE_ENCODER, subfolder=subfolder,
+            variant=variant,
             dtype=dtype_of("image_encoder", one_dtype(torch_dtype, dtype)), device=device,
             revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip

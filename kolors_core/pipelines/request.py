@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
+from kolors_core.adapters.controlnet_files import DEFAULT_SCALE
 from kolors_core.conditioning import is_default_crop
 from kolors_core.guidance import GuidanceRule
 from kolors_core.image import OUTPUT_TYPES, Size
-from kolors_core.pipelines.control_images import DEFAULT_SCALE
 from kolors_core.pipelines.denoising_loop import NAMES, StepCallback
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.sampling import Generators
