@@ -185,7 +185,7 @@ def test_perturbed_rows_must_be_given_for_every_transformer_block(count: int) ->
     ours, _ = pair("unet", torch.float64, SHALLOW)
     blocks = sum(isinstance(module, TransformerBlock) for module in ours.modules())
     given = inputs(2, 8, 8)
-    wanted = f"perturbed: expected {blocks} numbers, one for each transformer block, got {count}"
+    wanted = f"perturbed: expected {blocks}, one a transformer block, got {count}"
     with torch.no_grad():
         with pytest.raises(ValueError, match=wanted):
             ours(**given, perturbed=[1] * count)
