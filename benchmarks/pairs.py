@@ -101,7 +101,10 @@ class WeightsAs(TorchFunctionMode):
         return func(*(self._read(value) for value in args), **named)
 
     def _read(self, value: Any) -> Any:
-        return torch.Tensor.to(value, self.dtype) if self._is_weight(value) else value
+        if not self._is_weight(value):
+            return value
+        # matmul folds a batch into rows where the weight requires a gradient, and so adds in another order
+        return torch.Tensor.to(value, self.dtype).requires_grad_(value.requires_grad)
 
     @staticmethod
     def _is_weight(value: Any) -> bool:

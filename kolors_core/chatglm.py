@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention, log_multiplicity_bias
 from kolors_core.config import ChatGLMConfig
-from kolors_core.module import Module
 from kolors_core.tokenizer import TokenBatch
 
 
@@ -61,7 +60,7 @@ class TextEmbedding:
         return TextEmbedding(self.tokens.to(device), self.pooled.to(device), counts)
 
 
-class RMSNorm(Module):
+class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, with the mean taken in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
@@ -75,7 +74,7 @@ class RMSNorm(Module):
         return (self.weight * (x * torch.rsqrt(variance + self.eps))).to(x.dtype)
 
 
-class Attention(Module):
+class Attention(nn.Module):
     """Self-attention, rotary on the first half of each head; groups of query heads share a K/V head."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -103,7 +102,7 @@ class Attention(Module):
         return self.to_out(attention(q, k, v, allowed).transpose(1, 2).flatten(2))  # [B, L, C]
 
 
-class FeedForward(Module):
+class FeedForward(nn.Module):
     """SwiGLU: silu(first half) * second half of one wide projection."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -117,8 +116,10 @@ class FeedForward(Module):
         return self.proj_out(F.silu(gate) * value)
 
 
-class Layer(Module):
+class Layer(nn.Module):
     """One pre-norm transformer layer."""
+
+    is_block = True
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ class Layer(Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class ChatGLM(Module):
+class ChatGLM(nn.Module):
     """The encoder. It has no final norm and no language-model head: Kolors reads the states before both."""
 
     def __init__(self, config: ChatGLMConfig) -> None:

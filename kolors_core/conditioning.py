@@ -82,7 +82,7 @@ class Conditioning:
     def with_zero_extra_channels(self, channels: int, latents: Sequence[int]) -> "Conditioning":
         """The same, with `extra` of zeros if a UNet of so many channels reads more than such latents."""
         more = channels - latents[1]
-        zeros = self.text_tokens.new_zeros(len(self.text_tokens), more, *latents[2:]) if more else None
+        zeros = self.text_tokens.new_zeros(self.text_tokens.shape[0], more, *latents[2:]) if more else None
         return replace(self, extra=zeros)
 
 
@@ -99,7 +99,7 @@ def concat_extra_channels(latents: Tensor, extra: Tensor | None) -> Tensor:
     """
     if extra is None:
         return latents
-    repeats = len(extra) // len(latents)
+    repeats = extra.shape[0] // latents.shape[0]
     return torch.cat([latents.repeat(repeats, 1, 1, 1), extra.to(latents)], dim=1)
 
 

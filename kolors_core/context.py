@@ -39,7 +39,7 @@ class ImagePrompt(NamedTuple):
     def cat(cls, *parts: "ImagePrompt") -> "ImagePrompt":
         """Batches one after another; masks of one row serve all."""
         masks = [part.masks for part in parts if isinstance(part.masks, Tensor)]
-        if masks and any(len(mask) > 1 for mask in masks):
+        if masks and any(mask.shape[0] > 1 for mask in masks):
             masks = [torch.cat(masks)]
         return cls(torch.cat([part.tokens for part in parts]), masks[0] if masks else None)
 
@@ -68,7 +68,7 @@ class Read(NamedTuple):
 
     def rows(self, where: Tensor) -> "Read":
         """These rows [B] of it; masks are those of all B rows already."""
-        if len(where) == len(self.k):
+        if where.shape[0] == self.k.shape[0]:
             return self
         images = tuple(
             image._replace(keys_values=tuple((k[where], v[where]) for k, v in image.keys_values))
@@ -98,7 +98,7 @@ class Context(NamedTuple):
         parts = [self.tokens, *(image.tokens for image in self.images)]
         parts += [] if self.bias is None else [self.bias]
         kept, where = list[int](), list[int]()
-        for i in range(len(self.tokens)):
+        for i in range(self.tokens.shape[0]):
             same = (n for n, k in enumerate(kept) if all(torch.equal(part[i], part[k]) for part in parts))
             where.append(next(same, len(kept)))
             kept += [i] if where[-1] == len(kept) else []

@@ -58,6 +58,16 @@ def planned_device(name: torch.device | str | None) -> torch.device:
     return named_device(None if name is None else str(name))
 
 
+def onednn_convolves(dtype: torch.dtype) -> bool:
+    """Tell whether this CPU's convolutions of a dtype are oneDNN's: in half precision where it has the
+    instructions, in float64 never.
+    """
+    half = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype in half and torch.backends.mkldnn.is_available():
+        return getattr(torch.ops.mkldnn, half[dtype])()
+    return dtype == torch.float32
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
     """float16 on an accelerator, as Kolors is published; float32 on a CPU, where float16 is very slow."""
     return torch.float32 if device.type == "cpu" else torch.float16

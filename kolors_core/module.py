@@ -1,28 +1,23 @@
-"""The base of our modules, and how a cache learns that a model computes something else than before.
+"""Optional attributes by which a module, which is torch's own, tells the library what it is.
 
-A feature that changes what a module computes beside its weights says so in `state_key`; a cache of results or
-of recorded steps asks for it and need not know the feature.
+    is_block      True: repeated in a model, and compiled, offloaded, checkpointed and sharded as one
+    is_adapter    True: attached to a model, and no part of the model's own checkpoint
+    state_key()   settings, beside weights and inputs, that decide what this module itself computes
+    not_plain     why weights cannot be loaded, saved or changed as those of a plain module can
+
+A feature that changes a model sets them on its own classes; a cache, a compiler or a checkpoint asks for them
+and need not know the feature.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 
-class Module(nn.Module):
-    """A module of the library.
-
-    is_block: repeated in a model, and compiled, offloaded, checkpointed and sharded as one.
-    is_adapter: attached to a model, and no part of its own checkpoint.
-    """
-
-    is_block: ClassVar[bool] = False
-    is_adapter: ClassVar[bool] = False
-
-    def state_key(self) -> tuple[Any, ...]:
-        """Return the settings, beside weights and inputs, that decide what this module itself computes."""
-        return ()
+def is_block(module: nn.Module) -> bool:
+    """Return whether a module is a block."""
+    return getattr(module, "is_block", False) is True
 
 
 class StandIn(nn.Module):

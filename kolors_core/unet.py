@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from kolors_core.attention import attention, log_multiplicity_bias, split_heads
 from kolors_core.config import UNetConfig
 from kolors_core.context import Context, ImagePrompt, Masks, Read, at_size
-from kolors_core.module import Module
 
 
 def sinusoid(values: Tensor, width: int) -> Tensor:
@@ -45,7 +44,7 @@ def sinusoid(values: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class Embedding(Module):
+class Embedding(nn.Module):
     """A two-layer perceptron that turns a sinusoid, or the added condition, into a time embedding."""
 
     def __init__(self, width: int, time_dim: int) -> None:
@@ -68,8 +67,10 @@ Times = Iterator[Tensor | Shift]
 Contexts = Iterator[Context | Read]
 
 
-class ResBlock(Module):
+class ResBlock(nn.Module):
     """Two convolutions around the time embedding, with a shortcut."""
+
+    is_block = True
 
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class ResBlock(Module):
         return self.shortcut(x) + h
 
 
-class Attention(Module):
+class Attention(nn.Module):
     """Multi-head attention from x to a context, which is x itself in self-attention."""
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
@@ -134,7 +135,7 @@ class Attention(Module):
         return self.to_out(h.transpose(1, 2).flatten(2))  # [B, N, C]
 
 
-class FeedForward(Module):
+class FeedForward(nn.Module):
     """GEGLU: value * gelu(gate), with the exact (erf) gelu."""
 
     def __init__(self, width: int) -> None:
@@ -148,8 +149,10 @@ class FeedForward(Module):
         return self.proj_out(value * F.gelu(gate))
 
 
-class TransformerBlock(Module):
+class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to text and images, feed-forward; each on a norm, each added."""
+
+    is_block = True
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -168,7 +171,7 @@ class TransformerBlock(Module):
         return x + self.feed_forward(self.norm3(x))
 
 
-class Transformer(Module):
+class Transformer(nn.Module):
     """A level's transformer blocks over the pixels of a feature map, as a residual."""
 
     def __init__(self, level: int, config: UNetConfig) -> None:
@@ -183,13 +186,15 @@ class Transformer(Module):
     def forward(self, x: Tensor, contexts: Contexts) -> Tensor:
         """x: [B, C, H, W]; takes a context for each of its blocks."""
         h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B, N, C]
-        for block, context in zip(self.blocks, contexts, strict=False):
+        for block in self.blocks:
+            if (context := next(contexts, None)) is None:
+                raise ValueError("expected a context for each transformer block, got fewer")
             h = block(h, at_size(context, *x.shape[-2:]))
         h = self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[-2:])  # [B, C, H, W]
         return x + h
 
 
-class DownLevel(Module):
+class DownLevel(nn.Module):
     """Resnets, each with its transformer if the level has any, then a halving unless it is the innermost."""
 
     def __init__(self, in_channels: int, level: int, config: UNetConfig) -> None:
@@ -214,7 +219,7 @@ class DownLevel(Module):
         return skips
 
 
-class MidLevel(Module):
+class MidLevel(nn.Module):
     """Resnet, transformer, resnet at the innermost size."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -230,7 +235,7 @@ class MidLevel(Module):
         return self.resnets[1](x, next(times))
 
 
-class UpLevel(Module):
+class UpLevel(nn.Module):
     """Resnets, each reading a skip of the way down; then a doubling unless it is the outermost."""
 
     def __init__(self, in_channels: int, skip_channels: list[int], level: int, config: UNetConfig) -> None:
@@ -244,7 +249,7 @@ class UpLevel(Module):
         self.freeu: Callable[[Tensor, Tensor], Tensor] | None = None  # another way to join, see freeu.py
 
     def state_key(self) -> tuple[str, ...]:
-        """See `Module`."""
+        """See kolors_core/module.py."""
         return () if self.freeu is None else (repr(self.freeu),)
 
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -262,7 +267,7 @@ class UpLevel(Module):
         return x
 
 
-class Encoder(Module):
+class Encoder(nn.Module):
     """The way down and the middle with all that they read: what a UNet and a ControlNet have in common."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -358,10 +363,16 @@ class UNet(Encoder):
         the self-attention is the identity. added: None, or [B, T], what a condition of your own adds to the
         time. Returns [B, out_channels, H, W].
         """
-        time = self.embed_time(timestep.expand(len(latents)))  # [B, T]
+        time = self.embed_time(timestep.expand(latents.shape[0]))  # [B, T]
         time = time + self.embed_condition(pooled_text, size_ids, added)  # [B, T]
         context = self.context(text_tokens, text_counts, image_prompts)
-        contexts = [context._replace(perturbed=rows) for rows in perturbed] or repeat(context)
+        if not perturbed:
+            return self.denoise(latents, repeat(time), repeat(context), residuals=residuals)
+        blocks = sum(isinstance(module, TransformerBlock) for module in self.modules())
+        if len(perturbed) != blocks:
+            wanted = f"{blocks} numbers, one for each transformer block"
+            raise ValueError(f"perturbed: expected {wanted}, got {len(perturbed)}")
+        contexts = [context._replace(perturbed=rows) for rows in perturbed]
         return self.denoise(latents, repeat(time), contexts, residuals=residuals)
 
     def denoise(

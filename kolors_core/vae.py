@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention
 from kolors_core.config import VAEConfig
-from kolors_core.module import Module
 
 NORM_EPS = 1e-6
 
@@ -31,8 +30,10 @@ class LatentDistribution:
         return self.mean + self.std * noise.to(self.mean)
 
 
-class ResBlock(Module):
+class ResBlock(nn.Module):
     """Two convolutions with a shortcut; the UNet's resnet without a time embedding."""
+
+    is_block = True
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -50,8 +51,10 @@ class ResBlock(Module):
         return self.shortcut(x) + h
 
 
-class Attention(Module):
+class Attention(nn.Module):
     """One head over all pixels, as a residual."""
+
+    is_block = True
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ class Attention(Module):
         return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])  # [B, C, H, W]
 
 
-class Middle(Module):
+class Middle(nn.Module):
     """Resnet, attention, resnet at the smallest size."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -83,7 +86,7 @@ class Middle(Module):
         return self.resnet_out(self.attention(self.resnet_in(x)))
 
 
-class DownLevel(Module):
+class DownLevel(nn.Module):
     """Resnets, then a halving unless it is the innermost level."""
 
     def __init__(self, in_channels: int, channels: int, is_last: bool, config: VAEConfig) -> None:
@@ -102,7 +105,7 @@ class DownLevel(Module):
         return x
 
 
-class UpLevel(Module):
+class UpLevel(nn.Module):
     """Resnets, then a doubling unless it is the outermost level."""
 
     def __init__(self, in_channels: int, channels: int, is_last: bool, config: VAEConfig) -> None:
@@ -120,7 +123,7 @@ class UpLevel(Module):
         return x
 
 
-class Encoder(Module):
+class Encoder(nn.Module):
     """Image -> mean and log-variance, stacked as channels."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -143,7 +146,7 @@ class Encoder(Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(Module):
+class Decoder(nn.Module):
     """Latents -> image."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -184,7 +187,7 @@ def run_channels_last(run_coder: RunCoder, coder: nn.Module, x: Tensor) -> Tenso
     return run_coder(coder, x.contiguous(memory_format=torch.channels_last)).contiguous()
 
 
-class VAE(Module):
+class VAE(nn.Module):
     """Encoder and decoder. Latents outside this class are scaled: only it applies `config.scaling_factor`.
 
     run_coder: the function (coder, x) that runs both; `call` at first. Another one, such as that of

@@ -15,12 +15,14 @@ from tests.support.inpainting import NINE, Nine
 from tests.support.ip_adapters import Both, load_both, with_image_encoder, write_adapter
 from tests.support.parity import pair, reference_clip
 from tests.support.pipelines import SOLVERS, Pair, make_pair, use_solver
-from tests.support.reference_folder import REAL_TOKENIZER, train_tokenizer, write
+from tests.support.published import TOKENIZER, published_file, write_stand_in
+from tests.support.reference_folder import train_tokenizer, write
 from tests.support.small import SMALL_CLIP, randomise
 from weights_convert.folder_to_single_file import to_single
 
-torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
-os.environ["OMP_NUM_THREADS"] = "1"  # likewise in the processes that tests start
+# One thread unless the environment says otherwise: the models are tiny, a second costs more than it brings.
+# Processes that tests start inherit it.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 warnings.filterwarnings("ignore", module="diffusers")
 
 
@@ -30,19 +32,21 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture(scope="session")
-def real_tokenizer() -> Path:
-    """ChatGLM3's own SentencePiece model, which is not part of this repository."""
-    if not REAL_TOKENIZER.exists():
-        pytest.skip(f"{REAL_TOKENIZER.name} is not in the shared data beside the project")
-    return REAL_TOKENIZER
+@pytest.fixture(scope="session", params=["stand-in", *(["real"] if published_file(TOKENIZER) else [])])
+def chatglm_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model with ChatGLM3's ids: the stand-in, and the real one in KOLORS_TEST_DATA."""
+    if request.param == "stand-in":
+        return write_stand_in(tmp_path_factory.mktemp("chatglm") / "tokenizer.model")
+    file = published_file(TOKENIZER)
+    assert file is not None
+    return file
 
 
 @pytest.fixture(scope="session")
 def reference_folder(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Path) -> Path:
     """A whole checkpoint as published: float16 variant, sharded, small sizes, random weights."""
     folder = tmp_path_factory.mktemp("checkpoint") / "kolors"
-    write(folder, REAL_TOKENIZER if REAL_TOKENIZER.exists() else small_tokenizer)
+    write(folder, small_tokenizer)
     return folder
 
 

@@ -1,16 +1,14 @@
 """Configs: what the reference writes is read; what would be computed otherwise is refused."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kolors_core.config import KOLORS, TINY, ChatGLMConfig, UNetConfig, VAEConfig
 from tests.support.parity import reference_chatglm, reference_unet, reference_vae
+from tests.support.published import TEXT_ENCODER, TEXT_ENCODER_CONFIG, configs
 from tests.support.small import SMALL
-
-REAL_TEXT_CONFIG = Path(__file__).parents[2] / "shared" / "data" / "kolors_text_encoder_config.json"
 
 
 @pytest.mark.parametrize("config", [KOLORS, TINY, SMALL], ids=["kolors", "tiny", "small"])
@@ -26,10 +24,10 @@ def test_what_the_reference_writes_is_read() -> None:
     assert ChatGLMConfig.from_public(written) == SMALL.text_encoder
 
 
-def test_the_real_text_encoders_config_is_the_default() -> None:
-    if not REAL_TEXT_CONFIG.exists():
-        pytest.skip(f"{REAL_TEXT_CONFIG.name} is not in the shared data beside the project")
-    assert ChatGLMConfig.from_public(json.loads(REAL_TEXT_CONFIG.read_text())) == ChatGLMConfig()
+@pytest.mark.parametrize("public", configs(TEXT_ENCODER, TEXT_ENCODER_CONFIG))
+def test_the_real_text_encoders_config_is_the_default(public: dict[str, Any]) -> None:
+    assert ChatGLMConfig.from_public(public) == ChatGLMConfig()
+    assert public.items() >= TEXT_ENCODER_CONFIG.items()
 
 
 @pytest.mark.parametrize(

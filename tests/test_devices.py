@@ -276,7 +276,7 @@ def test_compiled_models_do_not_come_by_block(pipes: Pair) -> None:
     pipe = KolorsPipeline.from_pipe(pipes[0], unet=deepcopy(pipes[0].unet))
     with offloaded(pipe, by_block=True):
         pipe.unet.mid.attentions[0].blocks[0].compile(backend="eager")
-        message = "unet cannot come to the accelerator block by block, it is compiled: enable_model_cpu"
+        message = "unet cannot be offloaded block by block, it is compiled: use enable_model_cpu"
         with pytest.raises(ValueError, match=message):
             steps_of(pipe, prompt="cat")
         pipe.offload.start(ACCELERATOR, by_block=False)

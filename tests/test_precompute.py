@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from kolors_core import KolorsPipeline
-from kolors_core.adapters.clip_vision import CLIPVision, CLIPVisionConfig
-from kolors_core.checkpoint import KINDS, Unfilled, load_component, read_json, save_component
+from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision, CLIPVisionConfig
+from kolors_core.checkpoint import Unfilled, load_component, read_json, save_component
 from kolors_core.config import KOLORS, ChatGLMConfig, UNetConfig
+from kolors_core.pipelines.base import MODELS
 from tests.support.fuzz import CONFIGS, outcome
 from tests.support.small import SMALL_CLIP
 from weights_convert.__main__ import convert, main
@@ -170,8 +171,8 @@ def test_no_weight_is_read_of_a_folder_of_which_a_part_does_not_fit(
         if state.pop("decoder.conv_norm_out.bias", None) is not None:
             save_tensors(state, file)
     read: list[str] = []
-    original = Source.__getitem__
-    monkeypatch.setattr(Source, "__getitem__", lambda self, name: read.append(name) or original(self, name))
+    original = Source.mapped
+    monkeypatch.setattr(Source, "mapped", lambda self, name: read.append(name) or original(self, name))
     with pytest.raises(ValueError, match="vae: the tensors do not fit the model: 1 missing"):
         KolorsPipeline.from_pretrained(tmp_path / "k")
     assert read == []
@@ -205,7 +206,7 @@ def test_weights_of_another_clip_and_a_stale_unet_are_named(reference_folder: Pa
     place = tmp_path / "image_encoder" / "config.json"
     place.write_text(json.dumps(replace(SMALL_CLIP, image_size=35).to_public()))
     with pytest.raises(ValueError, match=r"1 misshapen: embedding.positions\S* is \[17, 64\].* \[26, 64\]"):
-        load_component(tmp_path, "image_encoder")
+        load_component(tmp_path, "image_encoder", kind=IMAGE_ENCODER)
     shutil.copytree(reference_folder / "unet", tmp_path / "unet")
     for file in (tmp_path / "unet").glob("*.safetensors"):
         state = load_file(file)
@@ -223,12 +224,12 @@ def test_the_largest_sizes_that_a_config_may_name_can_be_built_without_memory(co
         for value in (2**12, 2**24):
             given = [value] * len(public[name]) if isinstance(public[name], list) else value
             try:
-                config = KINDS[component].config.from_public(public | {name: given}, "config.json")
+                config = MODELS[component].config.from_public(public | {name: given}, "config.json")
             except ValueError:
                 continue
             tried += 1
             with torch.device("meta"), Unfilled():
-                assert KINDS[component].build(config)
+                assert MODELS[component].build(config)
     assert tried > 3
 
 
@@ -303,7 +304,7 @@ def test_mutated_files_are_read_or_refused_by_a_documented_error(number: int) ->
 
 
 def test_the_fuzzer_sees_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from tests import fuzz
+    from tests.support import fuzz
 
     monkeypatch.setitem(fuzz.CASES, "weights", (lambda rng: b"", "w.safetensors", lambda file: 1 / 0))
     with pytest.raises(fuzz.Bad, match="case .*, weights: ZeroDivisionError"):

@@ -8,12 +8,13 @@ from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 
 from benchmarks.parity.texts import TEXTS as PROMPTS
 from kolors_core.tokenizer import Tokenizer
+from tests.support.published import IDS, PREFIX, VOCABULARY, pieces
 
 
 @pytest.mark.parametrize("max_length", [256, 77, 8, 3])
-def test_ids_mask_and_positions_equal_the_reference(real_tokenizer: Path, max_length: int) -> None:
-    ours = Tokenizer(real_tokenizer)(PROMPTS, max_length)
-    theirs = ChatGLMTokenizer(str(real_tokenizer))(
+def test_ids_mask_and_positions_equal_the_reference(chatglm_tokenizer: Path, max_length: int) -> None:
+    ours = Tokenizer(chatglm_tokenizer)(PROMPTS, max_length)
+    theirs = ChatGLMTokenizer(str(chatglm_tokenizer))(
         PROMPTS, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
     )
     for row, prompt in enumerate(PROMPTS):
@@ -22,10 +23,21 @@ def test_ids_mask_and_positions_equal_the_reference(real_tokenizer: Path, max_le
     assert torch.equal(ours.positions, theirs["position_ids"])
 
 
-def test_the_real_model_has_the_documented_numbers(real_tokenizer: Path) -> None:
-    tokenizer = Tokenizer(real_tokenizer)
-    assert tokenizer.pieces.vocab_size() == 64_789
-    assert (tokenizer.special["[gMASK]"], tokenizer.special["sop"], tokenizer.pad_id) == (64_790, 64_792, 0)
+def test_it_has_the_documented_numbers(chatglm_tokenizer: Path) -> None:
+    tokenizer = Tokenizer(chatglm_tokenizer)
+    assert tokenizer.pieces.vocab_size() == VOCABULARY == 64_789
+    assert [tokenizer.special["[gMASK]"], tokenizer.special["sop"]] == PREFIX and tokenizer.pad_id == 0
+    assert {piece: tokenizer.pieces.piece_to_id(piece) for piece in pieces()} == pieces()
+
+
+@pytest.mark.parametrize("prompt", IDS, ids=lambda prompt: prompt[:20])
+def test_ids_mask_and_positions_are_chatglms(prompt: str, chatglm_tokenizer: Path) -> None:
+    """Numbers that the real model gave once: of Chinese, English, bytes, specials as text, and too long."""
+    batch, ids = Tokenizer(chatglm_tokenizer)([prompt]), [*PREFIX, *IDS[prompt]][:256]
+    pads = [0] * (256 - len(ids))
+    assert batch.ids[0].tolist() == pads + ids
+    assert batch.mask[0].tolist() == [False] * len(pads) + [True] * len(ids)
+    assert batch.positions[0].tolist() == [*pads, *range(len(ids))]
 
 
 def test_a_small_model_equals_the_reference_too(small_tokenizer: Path) -> None:
@@ -63,12 +75,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_any_text_is_encoded_as_text(name: str, real_tokenizer: Path) -> None:
+def test_any_text_is_encoded_as_text(name: str, chatglm_tokenizer: Path) -> None:
     """No text becomes a special token but for the two in front; what fits is read back as it was."""
-    prompt, tokenizer = HOSTILE[name], Tokenizer(real_tokenizer)
+    prompt, tokenizer = HOSTILE[name], Tokenizer(chatglm_tokenizer)
     batch = tokenizer([prompt])
     ids = batch.ids[0][batch.mask[0]].tolist()
-    assert ids[:2] == [64_790, 64_792] and all(i < 64_789 for i in ids[2:])
+    assert ids[:2] == PREFIX and all(i < VOCABULARY for i in ids[2:])
     read = tokenizer.pieces.decode(ids[2:])
     assert prompt.startswith(read) if len(ids) == 256 else read == prompt
 

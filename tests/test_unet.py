@@ -1,6 +1,8 @@
 """The UNet against the reference: outputs, gradients, odd sizes, and mistakes that must show."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
 import pytest
 import torch
@@ -8,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.attention import attention_kernel
-from kolors_core.unet import UNet
+from kolors_core.unet import TransformerBlock, UNet
 from tests.support.parity import assert_parity, first_divergence, pair
-from tests.support.small import EXACT, SMALL, relative_error
+from tests.support.small import EXACT, SHALLOW, SMALL, relative_error
 
 CONFIG = SMALL.unet
+Size = TypeVar("Size")
 
 
 def inputs(batch: int, height: int, width: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -174,3 +177,53 @@ def test_counted_tokens_stand_for_repeated_ones() -> None:
         mine = ours(**given, text_counts=counts)
         assert_parity(mine, ours(**given | {"text_tokens": written_out}), EXACT)
         assert relative_error(mine, ours(**given)) > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_perturbed_rows_must_be_given_for_every_transformer_block(count: int) -> None:
+    """Fewer numbers than blocks once left the last blocks out of the forward without a word."""
+    ours, _ = pair("unet", torch.float64, SHALLOW)
+    blocks = sum(isinstance(module, TransformerBlock) for module in ours.modules())
+    given = inputs(2, 8, 8)
+    wanted = f"perturbed: expected {blocks} numbers, one for each transformer block, got {count}"
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=wanted):
+            ours(**given, perturbed=[1] * count)
+        assert torch.equal(ours(**given, perturbed=[0] * blocks), ours(**given))
+        contexts = [ours.context(given["text_tokens"], None, ())] * (blocks - 1)
+        time = ours.embed_time(given["timestep"].expand(2))
+        with pytest.raises(ValueError, match="expected a context for each transformer block, got fewer"):
+            ours.denoise(given["latents"], [time] * 99, contexts)
+
+
+def test_a_unet_takes_a_second_base() -> None:
+    """An interface, a protocol or a generic type beside it: a metaclass of our own would forbid two."""
+
+    class Named(Protocol):
+        def name(self) -> str: ...
+
+    class Abstract(UNet, ABC):
+        @abstractmethod
+        def name(self) -> str: ...
+
+    class Concrete(Abstract):
+        def name(self) -> str:
+            return "mine"
+
+    class Structural(UNet, Named):
+        def name(self) -> str:
+            return "mine"
+
+    class Sized(UNet, Generic[Size]):
+        def name(self) -> str:
+            return "mine"
+
+    ours, _ = pair("unet", torch.float64, SHALLOW)
+    given = inputs(1, 8, 8)
+    with pytest.raises(TypeError, match="abstract"):
+        Abstract(SHALLOW.unet)  # pyright: ignore[reportAbstractUsage]
+    for kind in (Concrete, Structural, Sized[int]):
+        other = kind(SHALLOW.unet).double().eval()
+        other.load_state_dict(ours.state_dict())
+        with torch.no_grad():
+            assert torch.equal(other(**given), ours(**given)) and other.name() == "mine"

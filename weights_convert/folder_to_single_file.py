@@ -76,7 +76,7 @@ def to_single(source: Path, destination: Path) -> list[str]:
     if not is_foreign:
         if LAYOUT in tensors:
             raise ValueError(f"{source}/layout.json: its name is taken")
-        tensors[LAYOUT] = _as_tensor((json.dumps(layout, sort_keys=True) + "\n").encode())
+        tensors[LAYOUT] = _as_tensor((json.dumps(dict(sorted(layout.items()))) + "\n").encode())
     destination.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, destination, metadata)
     return report
@@ -105,9 +105,9 @@ def to_folder(source: Path, destination: Path) -> list[str]:
             tensors = {name: part.mapped(name).contiguous() for name in (part if names is None else names)}
             write_tensors(tensors, file, metadata)
         if is_foreign and not quantized:
-            spellings = {component: [*part.spelling] for component, part in parts.items()}
+            spellings = {component: [*part.spelling] for component, part in sorted(parts.items())}
             told = {"metadata": whole.metadata(source), "models": spellings}
-            write_bytes((json.dumps(told, indent=2, sort_keys=True) + "\n").encode(), made / HISTORY)
+            write_bytes((json.dumps(told, indent=2) + "\n").encode(), made / HISTORY)
     report = [report_line(component, part, part, source) for component, part in parts.items()]
     return report + [f"  its {part.bits}-bit layers are multiplied out" for part in quantized]
 

@@ -5,6 +5,7 @@ Files are found in a listing, never guessed by one fixed name: `diffusion_pytorc
 `model-00001-of-00007.fp16.safetensors` are all read by `weight_files`.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weights_convert.atomic_write import new_file
-from weights_convert.untrusted_files import DTYPES, open_weights, read_object
+from weights_convert.untrusted_files import DTYPES, metadata_of, open_weights, read_object
 
 # What the weight file of each component is called in a public folder, before variant and shard.
 STEMS = {
@@ -29,6 +30,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST_INDEX = 2**24  # bytes
 ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 FORMAT = {"format": "pt"}  # the metadata without which transformers takes a file for another program's
+HEADER_START = b'{"__metadata__":'  # of a file with metadata, after the eight bytes of the header's length
 _WEIGHT_FILE = re.compile(
     r"(?P<stem>[\w-]+?)(\.(?P<before>\w+))?(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?(\.(?P<after>\w+))?\.safetensors"
 )
@@ -182,8 +184,8 @@ class Source(Mapping[str, Tensor]):
         return [name for name, holder in self._file_of.items() if holder == file]
 
     def metadata(self, file: Path) -> dict[str, str] | None:
-        """The file's own text metadata."""
-        return self._handles[file].metadata()
+        """The file's own text metadata, in its order."""
+        return metadata_of(file)
 
 
 class Tensors(dict[str, Tensor]):
@@ -228,6 +230,27 @@ def save_tensors(
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None) -> None:
-    """Write a safetensors file with just this metadata; no two tensors may share memory."""
+    """Write a safetensors file with just this metadata, in its order; no two tensors may share memory.
+
+    Equal tensors and metadata give equal bytes. The library alone draws the order of the metadata anew each
+    time; all else of its file is kept.
+    """
     with new_file(file) as scratch:
         save_file(tensors, scratch, metadata=metadata)
+        if metadata:
+            _order_metadata(scratch, metadata)
+
+
+def _order_metadata(file: Path, metadata: dict[str, str]) -> None:
+    """Write the metadata of a file anew in this order, over those in its header, which are as long."""
+    before, after = (
+        json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        for fields in (metadata_of(file), metadata)
+    )
+    with file.open("r+b") as stream:
+        header = stream.read(8 + len(HEADER_START) + len(before))
+        assert header[8:] == HEADER_START + before, (
+            "the library writes the metadata first, and without spaces"
+        )
+        stream.seek(-len(before), os.SEEK_CUR)
+        stream.write(after)

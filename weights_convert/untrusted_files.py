@@ -79,6 +79,16 @@ def open_weights(file: Path) -> Any:
     return handle
 
 
+def metadata_of(file: Path) -> dict[str, str] | None:
+    """Read the text metadata of a safetensors file that `open_weights` took, in the order of its header.
+
+    The format's own reader gives them in another order in every process.
+    """
+    with file.open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+    return json.loads(header).get("__metadata__")
+
+
 def _size(file: Path) -> int:
     """Bytes of a regular file, be it behind a link."""
     if not file.is_file():

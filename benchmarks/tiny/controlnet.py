@@ -29,7 +29,7 @@ from kolors_core import (
     KolorsPipeline,
     canny,
 )
-from kolors_core.adapters.controlnet import as_list
+from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.attention import attention_kernel
 from kolors_core.image import vae_pixels
 from kolors_core.training.data import Batches, LatentDataset, read_folder
@@ -80,7 +80,7 @@ def write(concepts: list[Concept], folder: Path) -> None:
 
 def train(pipe: KolorsControlNetPipeline, pictures: Path, folder: Path) -> None:
     """Train the pipeline's ControlNet beside its frozen UNet."""
-    (net,) = as_list(pipe.controlnet)
+    (net,) = controlnets_of(pipe.controlnet)
     examples = read_folder(pictures)
     assert pipe.tokenizer is not None
     pipe.unet.requires_grad_(False)
@@ -127,7 +127,7 @@ def compare(pipe: KolorsControlNetPipeline, concepts: list[Concept], out: Path) 
     """Draw the sheet, and measure how far the edges are followed without and with control."""
     names = {concept.character: concept.english[0] for concept in concepts}
     asked = [(names[one], canny(placed(one, 1000))) for one in SHOWN] + outlines()
-    (net,) = as_list(pipe.controlnet)
+    (net,) = controlnets_of(pipe.controlnet)
     plain, rows, shares = KolorsPipeline.from_pipe(pipe, controlnet=None), [], {"without": [], "with": []}
     given = {"num_inference_steps": 25, "guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE}
     for i, (prompt, edges) in enumerate(asked):

@@ -18,7 +18,6 @@ from kolors_core.attention import attention, split_heads
 from kolors_core.checkpoint import Kind
 from kolors_core.config import TRANSFORMERS_IGNORED_FIELDS, ConfigReader, PublicConfig
 from kolors_core.image import as_list, center_crop, flatten_alpha, pil_to_tensor
-from kolors_core.module import Module
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,7 +102,7 @@ class CLIPVisionOutput:
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class Embedding(Module):
+class Embedding(nn.Module):
     """The image cut into patches, a class token before them; each token gets its position added."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
@@ -118,11 +117,11 @@ class Embedding(Module):
         if pixels.ndim != 4 or pixels.shape[1:] != (3, self.side, self.side):
             raise ValueError(f"pixels must be [B, 3, {self.side}, {self.side}], got {list(pixels.shape)}")
         x = self.patches(pixels.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)  # [B, P, C]
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)  # [B, N, C]
+        x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)  # [B, N, C]
         return x + self.positions.weight
 
 
-class Attention(Module):
+class Attention(nn.Module):
     """Multi-head self-attention: every token sees every other."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -140,7 +139,7 @@ class Attention(Module):
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, N, C]
 
 
-class FeedForward(Module):
+class FeedForward(nn.Module):
     """Two linears around x * sigmoid(1.702 x), the quick stand-in for gelu that CLIP was trained with."""
 
     def __init__(self, width: int, inner_width: int) -> None:
@@ -154,8 +153,10 @@ class FeedForward(Module):
         return self.proj_out(h * torch.sigmoid(1.702 * h))
 
 
-class Layer(Module):
+class Layer(nn.Module):
     """One pre-norm transformer layer."""
+
+    is_block = True
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
@@ -171,7 +172,7 @@ class Layer(Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class CLIPVision(Module):
+class CLIPVision(nn.Module):
     """The encoder. Kolors reads `penultimate`; `forward` gives all that transformers' class does."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kolors_core.conditioning import Conditioning, StepResiduals
 from kolors_core.config import ConfigReader, PublicConfig, UNetConfig
 from kolors_core.context import Context, Read
-from kolors_core.module import Module, WrapStep
+from kolors_core.module import WrapStep
 from kolors_core.precompute import PrecomputedInputs, has_default_forward
 from kolors_core.schedule import Schedule
 from kolors_core.unet import Encoder, Shift, UNet
@@ -69,7 +69,7 @@ class ControlNetConfig(UNetConfig):
         return shared | _FIXED | {"conditioning_embedding_out_channels": list(self.image_widths)}
 
 
-class ImageEmbedding(Module):
+class ImageEmbedding(nn.Module):
     """The control image as a map of the latents' size."""
 
     def __init__(self, config: ControlNetConfig) -> None:
@@ -136,7 +136,7 @@ class ControlNet(Encoder):
 
         image: the control image [1 or B, 3, P * H, P * W] in [0, 1]. All others: as for `UNet.forward`.
         """
-        time = self.embed_time(timestep.expand(len(latents)))  # [B, T]
+        time = self.embed_time(timestep.expand(latents.shape[0]))  # [B, T]
         time = time + self.embed_condition(pooled_text, size_ids)  # [B, T]
         context = self.context(text_tokens, text_counts, ())
         return self.residuals(latents, self.image_embedding(image), repeat(time), repeat(context))
@@ -282,7 +282,7 @@ def sum_residuals(parts: Iterable[tuple[float, Sequence[Tensor]]]) -> list[Tenso
     return total
 
 
-def as_list(controlnet: Any) -> list[ControlNet]:
+def controlnets_of(controlnet: Any) -> list[ControlNet]:
     """A pipeline's ControlNets: none, one or a list. TypeError for what is none."""
     if controlnet is None:
         return []
@@ -302,7 +302,7 @@ def is_multi(controlnet: Any) -> bool:
 def check_fits(controlnet: Any, unet: UNet, downscale: int) -> None:
     """ValueError if a ControlNet was made for another UNet or another size of latents."""
     of_unet = vars(unet.config) | {"in_channels": unet.config.out_channels}
-    for net in as_list(controlnet):
+    for net in controlnets_of(controlnet):
         own, pixels = vars(net.config), 2 ** (len(net.config.image_widths) - 1)
         for name in ("in_channels", "channels", "resnets_per_level", "text_dim", "size_dim"):
             if own[name] != of_unet[name]:

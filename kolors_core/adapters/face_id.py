@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from kolors_core.adapters.ip_adapter import ImageAdapter, IPAdapterConfig, ResamplerLayer
 from kolors_core.hub import find_file
-from kolors_core.module import Module
 from kolors_core.unet import UNet
 from kolors_core.validation import path_of
 from weights_convert.safetensors_files import Source
@@ -52,7 +51,7 @@ class FaceIDConfig(IPAdapterConfig):
         return replace(super().from_shapes({**shapes, **told}, where), id_dim=id_dim)
 
 
-class FaceResampler(Module):
+class FaceResampler(nn.Module):
     """An id vector and CLIP's states of the face -> a few tokens as wide as the text's."""
 
     def __init__(self, config: FaceIDConfig) -> None:

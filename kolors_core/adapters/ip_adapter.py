@@ -19,7 +19,6 @@ from kolors_core.adapters.block_scales import BlockScale, block_scales
 from kolors_core.adapters.clip_vision import CLIPVision
 from kolors_core.attention import attention, split_heads
 from kolors_core.context import ImagePrompt, Masks, ReadImages
-from kolors_core.module import Module
 from kolors_core.unet import Attention, UNet
 
 
@@ -63,7 +62,7 @@ class IPAdapterConfig:
             raise ValueError(f"{where}: not the shapes of an IP-Adapter: {error}") from None
 
 
-class ResamplerAttention(Module):
+class ResamplerAttention(nn.Module):
     """From the queries to the picture's states and the queries themselves; keys and values in one tensor."""
 
     def __init__(self, config: IPAdapterConfig) -> None:
@@ -85,7 +84,7 @@ class ResamplerAttention(Module):
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, Q, C]
 
 
-class ResamplerFeedForward(Module):
+class ResamplerFeedForward(nn.Module):
     """Norm, linear, gelu, linear."""
 
     def __init__(self, config: IPAdapterConfig) -> None:
@@ -99,8 +98,10 @@ class ResamplerFeedForward(Module):
         return self.proj_out(nn.functional.gelu(self.proj_in(self.norm(latents))))
 
 
-class ResamplerLayer(Module):
+class ResamplerLayer(nn.Module):
     """Attention and feed-forward, each added."""
+
+    is_block = True
 
     def __init__(self, config: IPAdapterConfig) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class ResamplerLayer(Module):
         return latents + self.feed_forward(latents)
 
 
-class Resampler(Module):
+class Resampler(nn.Module):
     """A picture's CLIP states -> a few tokens as wide as the UNet's text context."""
 
     def __init__(self, config: IPAdapterConfig) -> None:
@@ -128,13 +129,13 @@ class Resampler(Module):
     def forward(self, states: Tensor) -> Tensor:
         """states: [B, P, image_dim], CLIP's last but one. Returns [B, Q, context_dim]."""
         image = self.proj_in(states)  # [B, P, C]
-        latents = self.latents.expand(len(states), -1, -1)  # [B, Q, C]
+        latents = self.latents.expand(states.shape[0], -1, -1)  # [B, Q, C]
         for layer in self.layers:
             latents = layer(latents, image)
         return self.norm_out(self.proj_out(latents))
 
 
-class ImageBranch(Module):
+class ImageBranch(nn.Module):
     """What one cross-attention sees of the pictures: keys and values of their own, added to the text's.
 
     scale: a number for all pictures, or one for each; a list needs masks, which keep the pictures apart.
@@ -150,7 +151,7 @@ class ImageBranch(Module):
         self.handle: Attached | None = None  # of the adapter that it belongs to, while attached
 
     def state_key(self) -> tuple[str, ...]:
-        """See `Module`."""
+        """See kolors_core/module.py."""
         return (str(self.scale),)
 
     def read(self, image: ImagePrompt, heads: int) -> ReadImages:
@@ -193,7 +194,7 @@ def cross_attentions(unet: UNet) -> dict[str, Attention]:
     }
 
 
-class ImageAdapter(Module):
+class ImageAdapter(nn.Module):
     """A resampler that makes tokens, and the branches that read them, numbered as in the file: 1, 3, ..."""
 
     def __init__(self, config: IPAdapterConfig, resampler: nn.Module) -> None:

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.module import Module, StandIn
+from kolors_core.module import StandIn
 
 
-class Part(Module):
+class Part(nn.Module):
     """One adapter's share of one layer: two factors, or a delta of the weight's shape.
 
     down: [R, I, *K]; up: [O, R], of a convolution [O, R, 1, 1]. delta: [O, I, *K], which files of other forms
@@ -81,7 +81,7 @@ class LoRALayer(StandIn, ABC):
         self.kept: tuple[Tensor, ...] = ()  # weight and bias from before, on the CPU
 
     def state_key(self) -> tuple[Any, ...]:
-        """See `module.Module`: how the adapters are weighed, and which of them act."""
+        """See kolors_core/module.py: how the adapters are weighed, and which of them act."""
         parts = tuple((part.scale, part.wanted, part.is_active) for part in self.parts().values())
         return parts, self.is_enabled, self.fused
 

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kolors_core.attention import KERNELS, attention_kernel, forced_kernel, select_kernel
-from kolors_core.performance.offload import Lane, Models, Offload
+from kolors_core.devices import onednn_convolves
+from kolors_core.performance.offload import Models, Offload, TransferStream
 
 META = torch.device("meta")
 
@@ -146,14 +147,18 @@ def fused_attention_memory(q: Tensor, k: Tensor, v: Tensor, device_type: str) ->
 
 
 def conv_workspace_bytes(x: Tensor, weight: Tensor, out: Tensor) -> int:
-    """Return the bytes that oneDNN's convolution allocates and frees on a CPU (from torch's memory events).
+    """Return the bytes that a convolution allocates and frees on this CPU (from torch's memory events).
 
-    x [B, ...] and the weight are copied into a layout of its own and freed; then the result is copied out of
-    it. A 1x1 kernel in float32 needs none of that, in half precision also float32 sums of one image.
+    oneDNN copies x [B, ...] and the weight into a layout of its own, frees them, and copies the result out of
+    that layout. A 1x1 kernel in float32 needs none of that, in half precision also float32 sums of one image.
+    What oneDNN does not compute is a matrix product of the values under the kernel at every place.
     """
-    if not x.is_contiguous() or x.dtype == torch.float64:  # with channels last only the weight is copied
-        return 0 if x.dtype == torch.float64 else weight.nbytes
-    if weight.shape[2:].numel() > 1:
+    kernel, copied = weight.shape[2:].numel(), 0 if x.is_contiguous() else weight.nbytes
+    if not onednn_convolves(x.dtype):
+        return 0 if kernel == 1 else copied + x.itemsize * len(x) * weight[0].numel() * out[0, 0].numel()
+    if copied:  # with channels last only the weight is
+        return copied
+    if kernel > 1:
         return max(x.nbytes + weight.nbytes, out.nbytes)
     return 0 if x.dtype == torch.float32 else x.nbytes + weight.nbytes + 4 * out[0].numel()
 
@@ -183,18 +188,18 @@ _VALUE_OPS: Mapping[Any, Callable[[Tensor], bool]] = {
 }
 
 
-class TrackedLane(Lane):
-    """A lane from the meta device to itself, whose copies the tracker counts as offloaded weights."""
+class TrackedTransferStream(TransferStream):
+    """Copies from the meta device to itself, which the tracker counts as offloaded weights."""
 
     def __init__(self, tracker: MemoryTracker) -> None:
         super().__init__(META)
         self.tracker = tracker
 
-    def home(self, data: Tensor) -> Tensor:
+    def cpu_copy(self, data: Tensor) -> Tensor:
         """Return the same data."""
         return data
 
-    def send(self, homes: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+    def copy_to_device(self, homes: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         """Return empty copies."""
         self.tracker.is_onloading = True
         copies = [torch.empty_like(home) for home in homes]
@@ -208,7 +213,7 @@ class TrackedOffload(Offload):
     def __init__(self, tracker: MemoryTracker, by_block: bool) -> None:
         super().__init__()
         self.start(META, by_block)
-        self.lane, self.tracker = TrackedLane(tracker), tracker
+        self.transfers, self.tracker = TrackedTransferStream(tracker), tracker
 
     def enter(self, stage: str | None, models: Models) -> None:
         """Set the stage, then enter it as any offload does."""

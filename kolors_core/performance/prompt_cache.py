@@ -1,8 +1,8 @@
-"""Embeddings of prompts that were encoded before, kept in memory and, if asked, in a folder.
+"""The prompt cache: embeddings of encoded prompts, in memory and, if asked, in a folder.
 
-An embedding is known by its tokens and by the encoder: every tensor's name, shape, dtype and a sample of its
-values, the embeddings of these very tokens, and how adapters are weighed. So it is found again after the
-encoder was moved, and not after it was trained, quantised or adapted.
+The key of an embedding is its tokens and the encoder: every tensor's name, shape, dtype and a sample of its
+values, the embeddings of these very tokens, and the settings of adapters. So an embedding is found again
+after the encoder was moved, and not after it was trained, quantized or adapted.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ SAMPLES = 64  # values of each tensor
 
 
 class Key(NamedTuple):
-    """What an embedding is known by: in a folder `name`, in memory `here` beside it.
+    """The key of an embedding: `name` in a folder, and also `memory_key` in memory.
 
-    can_last: not of an encoder that is hooked or has another forward, which no name tells; a hook before a
-    module is taken for one that only brings its weights (offload.py).
+    is_persistable: whether the name says all; not for an encoder with forward hooks or another forward. A
+    pre-hook is taken for one that only copies weights (offload.py).
     """
 
     name: str
-    here: tuple[Any, ...]
-    can_last: bool
+    memory_key: tuple[Any, ...]
+    is_persistable: bool
 
     @classmethod
     def of(cls, encoder: ChatGLM, tokens: TokenBatch) -> Self:
-        """The key of these tokens' embedding by this encoder."""
+        """Make the key of these tokens' embedding by this encoder."""
         hooks = [
             id(hook)
             for module in encoder.modules()
@@ -41,39 +41,39 @@ class Key(NamedTuple):
         ]
         writes = tuple(parameter._version for parameter in encoder.parameters())
         is_watched = any(module._forward_hooks for module in encoder.modules())
-        can_last = type(encoder) is ChatGLM and "forward" not in vars(encoder) and not is_watched
-        return cls(fingerprint(encoder, tokens), (type(encoder), writes, tuple(hooks)), can_last)
+        is_persistable = type(encoder) is ChatGLM and "forward" not in vars(encoder) and not is_watched
+        return cls(fingerprint(encoder, tokens), (type(encoder), writes, tuple(hooks)), is_persistable)
 
 
 class PromptCache:
-    """The last few embeddings, on whatever device they were made."""
+    """The embeddings used last, each on the device that it was computed on."""
 
     def __init__(self) -> None:
         self.kept: OrderedDict[Key, TextEmbedding] = OrderedDict()
 
     def clear(self) -> None:
-        """Forget all that is in memory."""
+        """Remove all embeddings from memory."""
         self.kept.clear()
 
-    def find(self, key: Key, folder: str | Path | None) -> TextEmbedding | None:
-        """The embedding of this key, or None. ValueError for a damaged file."""
-        if key in self.kept or folder is None or not key.can_last:
+    def get(self, key: Key, folder: str | Path | None) -> TextEmbedding | None:
+        """Return the embedding of this key, or None. ValueError for a damaged file."""
+        if key in self.kept or folder is None or not key.is_persistable:
             return self.kept.get(key)
         file = Path(folder) / f"{key.name}.safetensors"
         if not file.exists():
             return None
         source = Source([file])
         if not {"tokens", "pooled"} <= set(source) <= {"tokens", "pooled", "counts"}:
-            raise ValueError(f"{file}: no prompt embedding, wanted tensors tokens, pooled and counts")
+            raise ValueError(f"{file}: expected tensors tokens, pooled and counts, got {sorted(source)[:5]}")
         return TextEmbedding(source["tokens"], source["pooled"], source.get("counts"))
 
-    def keep(self, key: Key, text: TextEmbedding, most: int, folder: str | Path | None) -> None:
-        """Keep an embedding; in memory the last `most` used are kept."""
+    def put(self, key: Key, text: TextEmbedding, maximum: int, folder: str | Path | None) -> None:
+        """Store an embedding; in memory the last `maximum` used are kept."""
         self.kept[key] = text
         self.kept.move_to_end(key)
-        while len(self.kept) > most:
+        while len(self.kept) > maximum:
             self.kept.popitem(last=False)
-        if folder is None or not key.can_last:
+        if folder is None or not key.is_persistable:
             return
         file = Path(folder) / f"{key.name}.safetensors"
         if not file.exists():
@@ -83,15 +83,15 @@ class PromptCache:
 
 
 def fingerprint(encoder: ChatGLM, tokens: TokenBatch) -> str:
-    """What decides the embedding of these tokens, as 64 hexadecimal digits."""
+    """Hash all that decides the embedding of these tokens, as 64 hexadecimal digits."""
     state = encoder.state_dict()
-    told = [encoder.config, settings(encoder)]
-    told += [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]
+    description = [encoder.config, settings(encoder)]
+    description += [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]
     parts = [tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)] for tensor in state.values()]
     ids = tokens.ids.to(encoder.embedding.weight.device).unique()
-    parts.append(encoder.embedding.forward(ids))  # past hooks: nobody is told of it
+    parts.append(encoder.embedding.forward(ids))  # without hooks
     values = torch.cat([part.detach().flatten().cpu().double() for part in parts])  # MPS has no float64
-    digest = hashlib.sha256(repr(told).encode())
+    digest = hashlib.sha256(repr(description).encode())
     digest.update(values.numpy().tobytes())
     for tensor in (tokens.ids, tokens.mask, tokens.positions, tokens.counts):
         digest.update(repr(None if tensor is None else tensor.tolist()).encode())

@@ -56,7 +56,7 @@ class TiledCoder:
             _check(coder)
             in_tiles = _pixels(coder, x) > side * side
             run = partial(_tiled, coder, side=side) if in_tiles else coder
-        if len(x) == 1 or not (in_tiles or self.use_slicing):
+        if not (in_tiles or self.use_slicing) or x.shape[0] == 1:
             return run(x)
         return torch.cat([run(image) for image in x.split(1)])
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
-from kolors_core.adapters.controlnet import ControlNet, as_list, check_fits
+from kolors_core.adapters.controlnet import ControlNet, check_fits, controlnets_of
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.checkpoint import (
@@ -233,7 +233,7 @@ class Components:
         """What moves together, by the component that it works for."""
         adapters = [handle.adapter for handle in attached(self.unet)]
         models = {name: [model] for name, model in self._own_models().items()}
-        return models | {"unet": [self.unet, *adapters, *as_list(self.controlnet)]}
+        return models | {"unet": [self.unet, *adapters, *controlnets_of(self.controlnet)]}
 
     def _on_device(self, stage: str | None = None) -> None:
         """Prepare the models of the stage that runs now, by its component; None at the end of a run.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kolors_core.adapters.controlnet import Control, ControlResiduals, as_list, is_multi
+from kolors_core.adapters.controlnet import Control, ControlResiduals, controlnets_of, is_multi
 from kolors_core.adapters.controlnet_files import DEFAULT_SCALE
 from kolors_core.image import control_pixels
 from kolors_core.pipelines.base import Components
@@ -35,7 +35,7 @@ class Controlling(Components):
         Raises ValueError for images without ControlNets and the other way round, numbers that do not match,
         and what has no effect.
         """
-        nets = as_list(self.controlnet)
+        nets = controlnets_of(self.controlnet)
         given = {  # and what each is if it is not given
             "controlnet_conditioning_scale": (scale, DEFAULT_SCALE),
             "control_guidance_start": (start, 0.0),

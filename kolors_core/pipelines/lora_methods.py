@@ -302,7 +302,7 @@ class LoRALoading:
             raise ValueError("give unet_lora_layers or text_encoder_lora_layers")
         else:
             state, settings = self._state_of(adapter_name), {}
-        text = json.dumps(settings, sort_keys=True, default=list)  # PEFT's settings have sets
+        text = json.dumps(settings, sort_keys=True, default=sorted)  # PEFT's settings have sets
         folder = path_of("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(state, folder / weight_name, {METADATA: text} if settings else None)

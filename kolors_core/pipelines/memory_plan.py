@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kolors_core.adapters.controlnet import as_list
+from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import plain, planned_device
 from kolors_core.guidance import GuidanceRule
 from kolors_core.performance.memory_tracker import META, MemoryTracker, MetaCopy, TrackedOffload
-from kolors_core.performance.offload import Models, Offload, bytes_of, whole
+from kolors_core.performance.offload import Models, Offload, as_unit, bytes_of
 from kolors_core.pipelines.base import MODELS
 from kolors_core.pipelines.pag import KolorsPAGPipeline
 from kolors_core.pipelines.request import PipelineInputs
@@ -124,7 +124,7 @@ def plan(
     twin.offload.end()
     by_model = _peak_weights_by_stage(list(tracker.activations), twin._models(), tracker)
     models = pipe._models()
-    weights = {stage: bytes_of(whole(listed)) for stage, listed in models.items()}
+    weights = {stage: bytes_of(as_unit(listed)) for stage, listed in models.items()}
     images = "1 picture" if prompts * copies == 1 else f"{prompts * copies} pictures"
     result = Plan(
         stages={
@@ -132,7 +132,7 @@ def plan(
             for stage, work in tracker.activations.items()
             if stage is not None
         },
-        resident=_gib(bytes_of(whole(chain(*models.values()))) + max(tracker.activations.values())),
+        resident=_gib(bytes_of(as_unit(chain(*models.values()))) + max(tracker.activations.values())),
         by_model=_gib(max(by_model[stage] + work for stage, work in tracker.activations.items())),
         by_block=_gib(max(tracker.peak.values())),
         mode=_mode(pipe),
@@ -163,7 +163,7 @@ def _rule(pipe: Task, pag_scale: float | None) -> GuidanceRule:
 def meta_copy(pipe: Task, offload: Offload) -> Task:
     """Copy a pipeline and its models, without values or hooks and not compiled."""
     models = {name: plain(getattr(pipe, name)) for name in MODELS if getattr(pipe, name) is not None}
-    nets = [plain(net) for net in as_list(pipe.controlnet)]
+    nets = [plain(net) for net in controlnets_of(pipe.controlnet)]
     parts = [*models.values(), *(handle.adapter for handle in attached(models["unet"])), *nets]
     memo = {
         id(hooks): OrderedDict()
@@ -190,7 +190,7 @@ def _run(twin: Task, inputs: PipelineInputs, size: tuple[int, int], prompts: int
         negative = _encoded(twin, 1, length)
         given |= {"negative_prompt_embeds": negative.tokens, "negative_pooled_prompt_embeds": negative.pooled}
     given |= twin.stand_ins(META, inputs.is_guided)
-    if nets := as_list(twin.controlnet):
+    if nets := controlnets_of(twin.controlnet):
         given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
     inputs = PipelineInputs(**vars(inputs) | given)
     texts = twin.embed(

@@ -7,11 +7,11 @@ from typing import Any, Self
 
 import torch
 
-from kolors_core.adapters.controlnet import as_list
+from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import named_device, plain
 from kolors_core.module import WrapStep
-from kolors_core.performance.compile import GRAPHED, compile_blocks
+from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
@@ -52,9 +52,10 @@ class PerformanceMethods(Components):
         CUDA graph, where the UNet is on CUDA. Other image sizes, LoRAs and weights work as before. See
         kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
-        for model in (*self._own_models().values(), *as_list(self.controlnet)):
+        for model in (*self._own_models().values(), *controlnets_of(self.controlnet)):
             compile_blocks(plain(model), mode, backend)
-        self._wrap_step = CUDAGraphCache() if mode in GRAPHED and self.device.type == "cuda" else None
+        has_graphs = mode in CUDA_GRAPH_MODES and self.device.type == "cuda"
+        self._wrap_step = CUDAGraphCache() if has_graphs else None
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
@@ -135,10 +136,10 @@ class PerformanceMethods(Components):
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         """Return the cached embedding of these tokens, or encode and cache it."""
         savings, key = self.savings, Key.of(plain(self.text_encoder), tokens)
-        text = self.prompt_cache.find(key, savings.prompt_folder)
+        text = self.prompt_cache.get(key, savings.prompt_folder)
         if text is None:
             text = super()._run_text_encoder(tokens)
-        self.prompt_cache.keep(key, text, savings.cached_prompts, savings.prompt_folder)
+        self.prompt_cache.put(key, text, savings.cached_prompts, savings.prompt_folder)
         return text
 
     def _needs_alone(self) -> str | None:

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.conditioning import concat_extra_channels
-from kolors_core.module import Module
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.training.data import Batch
 from kolors_core.training.trainer import TrainingConfig
 from kolors_core.unet import UNet
 
 
-class DiffusionLoss(Module):
+class DiffusionLoss(nn.Module):
     """The loss as one module, which DDP and FSDP need. text_encoder: None unless it is trained too.
 
     controlnet: a `ControlNet` to be trained, or another module of its inputs that returns residuals for the

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from kolors_core.performance.compile import BLOCKS
+from kolors_core.module import is_block
 from kolors_core.validation import LARGEST_SEED, finite_number, whole_number
 from weights_convert.safetensors_files import Source, save_tensors
 
@@ -239,13 +239,13 @@ class Trainer:
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Make every block recompute its activations in the backward pass."""
+    """Recompute the activations of every block in the backward pass; see kolors_core/module.py."""
     for block in _blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, BLOCKS)]
+    return [module for module in model.modules() if is_block(module)]
 
 
 def _gather(tensor: Tensor) -> Tensor:

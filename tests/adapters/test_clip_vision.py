@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 import kolors_core
 from kolors_core.adapters.clip_vision import CLIPVision, CLIPVisionConfig
 from tests.support.parity import assert_parity, first_divergence, pair, reference_clip, transfer
+from tests.support.published import IMAGE_ENCODER, IMAGE_ENCODER_CONFIG, configs
 from tests.support.small import EXACT, FLOAT32, SMALL_CLIP, randomise, relative_error
 from weights_convert import TABLES, recognise
 from weights_convert.__main__ import convert
 
-REAL_CONFIG = Path(__file__).parents[3] / "shared" / "data" / "clip_vit_l_14_336_config.json"
 Spoil = Callable[[CLIPVision, nn.Module], object]
 
 
@@ -120,10 +121,10 @@ def test_public_and_back() -> None:
     assert CLIPVisionConfig().tokens == 577
 
 
-def test_the_real_config_is_the_default() -> None:
-    if not REAL_CONFIG.exists():
-        pytest.skip(f"{REAL_CONFIG.name} is not in the shared data beside the project")
-    assert CLIPVisionConfig.from_public(json.loads(REAL_CONFIG.read_text())) == CLIPVisionConfig()
+@pytest.mark.parametrize("public", configs(IMAGE_ENCODER, IMAGE_ENCODER_CONFIG))
+def test_the_real_config_is_the_default(public: dict[str, Any]) -> None:
+    assert CLIPVisionConfig.from_public(public) == CLIPVisionConfig()
+    assert public.items() >= IMAGE_ENCODER_CONFIG.items()
 
 
 def test_what_the_reference_saves_is_read(tmp_path: Path) -> None:

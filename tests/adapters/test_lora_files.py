@@ -1,5 +1,6 @@
 """LoRA files in every spelling: their names at full size, and the weights that they make."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,13 @@ from diffusers.loaders.lora_conversion_utils import (
 )
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kolors_core import KolorsPipeline
 from kolors_core.adapters.lora import linear_and_conv
+from kolors_core.adapters.lora_files import METADATA
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import KOLORS
 from kolors_core.unet import UNet
@@ -368,3 +372,14 @@ def test_each_form_of_lycoris_is_the_written_out_sum(form: str, models: Models) 
     state = {f"lora_unet_{name.replace('.', '_')}.{role}": tensor for role, tensor in tensors.items()}
     models.load_lora_weights(state)
     assert_weights(fused(models), base | {ours: sum_of(tensors, base[ours])}, EXACT)
+
+
+def test_settings_that_are_sets_are_written_in_order(tmp_path: Path) -> None:
+    """PEFT's target_modules, say: a set's own order is another one in every process."""
+    names = [f"to_{i}" for i in range(30)]
+    layers = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2)}
+    settings = {"target_modules": set(names)}
+    KolorsPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=settings)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as opened:
+        written = json.loads(opened.metadata()[METADATA])
+    assert written["unet.target_modules"] == sorted(names)

@@ -89,8 +89,8 @@ def test_prompts_are_split_as_the_reference_splits_them_at_added_tokens(small_to
     splits_as_the_reference(small_tokenizer)
 
 
-def test_so_with_the_real_tokenizer(real_tokenizer: Path) -> None:
-    splits_as_the_reference(real_tokenizer)
+def test_so_with_chatglms(chatglm_tokenizer: Path) -> None:
+    splits_as_the_reference(chatglm_tokenizer)
 
 
 def splits_as_the_reference(file: Path) -> None:

@@ -103,9 +103,8 @@ def test_batches_depend_on_seed_and_step_alone_and_grow_to_whole_pictures() -> N
     assert first.images.shape == (4, 3, 64, 64) and first.noise.shape == (4, 4, 8, 8)
     assert not torch.equal(first.images, pool.batch(1, slice(0, 4), CPU).images)
     assert pool.batch(3, slice(1, 3), CPU).images.shape == (2, 3, 128, 128)
-    assert torch.equal(pool.batch(2, slice(1, 3), CPU).images, first.images[1:3]), (
-        "a rank's part is the whole's"
-    )
+    part = pool.batch(2, slice(1, 3), CPU).images
+    assert torch.equal(part, first.images[1:3]), "a rank's part is the whole's"
     assert first.images.min() >= -1 and first.images.max() <= 1
 
 

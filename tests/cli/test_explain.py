@@ -1,20 +1,13 @@
 """Where each token of a prompt acted: maps, their labels, the sheet, the page, and the page in a browser."""
 
-import json
-import os
 import resource
-import shutil
-import subprocess
 import time
 from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
-from fcntl import F_DUPFD, fcntl
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
-from select import select
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,13 +33,13 @@ from kolors_core.inspection.attention_report import (
 from kolors_core.inspection.token_attention import explain_prompt
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.tokenizer import Tokenizer
+from tests.support.browser import BROWSER, Browser
 from tests.support.pipelines import picture
 
 TINY = Path(__file__).parents[2] / "kolors_core" / "tiny" / "tokenizer"
 PROMPT = "一张瓢虫的照片 🐞"
 HOSTILE = '<script>alert("x")</script>\n\0 \'"><img src=x onerror=alert(1)>{{tokens}} مرحبا\u202egnp.exe'
 CORNERS = [(1, 1), (1, 6), (4, 1), (4, 6)]  # of maps of 6 by 8, row and column
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -220,44 +213,6 @@ def test_both_files_or_none(made: Explanation, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-class Browser:
-    """Chromium without a window, told by its DevTools protocol through two pipes."""
-
-    def __init__(self, place: Path) -> None:
-        (theirs, self.out), (self.into, ours) = os.pipe(), os.pipe()
-        theirs, ours = fcntl(theirs, F_DUPFD, 10), fcntl(ours, F_DUPFD, 10)
-        self.process = subprocess.Popen(
-            [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-             f"--user-data-dir={place}"],
-            pass_fds=(3, 4), preexec_fn=lambda: (os.dup2(theirs, 3), os.dup2(ours, 4)),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        self.events, self.sent, self.read = list[dict[str, Any]](), 0, b""
-        self.session: dict[str, str] = {}
-
-    def message(self) -> dict[str, Any]:
-        while b"\0" not in self.read:
-            assert select([self.into], [], [], 30)[0], "the browser says nothing"
-            self.read += (more := os.read(self.into, 2**16))
-            assert more, "the browser has gone"
-        content, _, self.read = self.read.partition(b"\0")
-        return json.loads(content)
-
-    def __call__(self, method: str, **params: Any) -> dict[str, Any]:
-        self.sent += 1
-        order = {"id": self.sent, "method": method, "params": params} | self.session
-        os.write(self.out, json.dumps(order).encode() + b"\0")
-        while (reply := self.message()).get("id") != self.sent:
-            self.events.append(reply)
-        assert "error" not in reply, reply
-        return reply["result"]
-
-    def value(self, expression: str) -> Any:
-        reply = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in reply, reply
-        return reply["result"].get("value")
-
-
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Browser]:
     if BROWSER is None:
@@ -312,6 +267,15 @@ def test_in_a_browser_tokens_light_up_by_pointer_and_keyboard(
             browser("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
     check(18, 2, "all layers")  # by the fragment
+    # Tab from the top of the page, before anything else: some Chromium start it where scrollIntoView ended.
+    press("Tab", 9)
+    check(0, 0, "all layers")
+    press("ArrowRight", 39)
+    check(1, 1, "all layers")
+    press("Tab", 9)
+    check(2, 2, "all layers")
+    press("End", 35)
+    check(19, 3, "all layers")
     for i in (0, 15, 16, 17, 3):
         button = f"document.querySelectorAll('button')[{i}]"
         browser.value(f"{button}.scrollIntoView({{block: 'center'}})")
@@ -319,14 +283,8 @@ def test_in_a_browser_tokens_light_up_by_pointer_and_keyboard(
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         check(i, i % 4, "all layers")
-    press("Tab", 9)
-    check(0, 0, "all layers")
-    press("ArrowRight", 39)
-    check(1, 1, "all layers")
-    press("End", 35)
-    check(19, 3, "all layers")
     browser.value("document.querySelector('[value=up]').click()")
-    check(19, 0, "on the way up")
+    check(3, 0, "on the way up")
     browser.value("strength.value = 20; strength.dispatchEvent(new Event('input', {bubbles: true}))")
     assert browser.value(STATE)["opacity"] == 0.2
     press("Escape", 27)

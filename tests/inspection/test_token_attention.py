@@ -51,8 +51,8 @@ def test_tokens_are_labelled_and_bytes_that_are_a_character_are_one() -> None:
     assert cut == ["[gMASK]", "sop", "␣", "龘", "<0xE9>"]
 
 
-def test_chatglms_tokens_are_labelled(real_tokenizer: Path) -> None:
-    found = labels(Tokenizer(real_tokenizer), "一张瓢虫的照片🐞")
+def test_chatglms_tokens_are_labelled(chatglm_tokenizer: Path) -> None:
+    found = labels(Tokenizer(chatglm_tokenizer), "一张瓢虫的照片🐞")
     assert found == ["53 pads", "[gMASK]", "sop", "一", "张", "瓢", "虫", "的照片", "🐞"]
 
 

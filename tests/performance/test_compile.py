@@ -7,6 +7,7 @@ are those of every backend, in seconds. One test runs the real one, on a block.
 import copy
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,20 +18,24 @@ from torch.utils._pytree import tree_leaves
 
 from kolors_core import KolorsPipeline
 from kolors_core.adapters import lora
-from kolors_core.adapters.ip_adapter import attached
+from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.adapters.ip_adapter import IPAdapter, attached
 from kolors_core.attention import attention_kernel
+from kolors_core.chatglm import ChatGLM
 from kolors_core.conditioning import Conditioning
 from kolors_core.config import KOLORS
 from kolors_core.guidance import guided
-from kolors_core.performance.compile import BLOCKS, compile_blocks
+from kolors_core.module import is_block
+from kolors_core.performance.compile import compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import UNet
-from tests.support.ip_adapters import Both, guided_steps, load_both
+from kolors_core.vae import VAE
+from tests.support.ip_adapters import Both, adapter_config, guided_steps, load_both
 from tests.support.parity import pair
 from tests.support.pipelines import Pair, steps_of
-from tests.support.small import EXACT, SHALLOW, SMALL, randomise, relative_error
+from tests.support.small import EXACT, SHALLOW, SMALL, SMALL_CLIP, randomise, relative_error
 from tests.test_unet import inputs
 
 
@@ -72,7 +77,7 @@ def test_blocks_are_compiled_once_a_kind_and_serve_other_sizes_and_adapters() ->
     randomise(unet)
     plain = copy.deepcopy(unet)
     kinds = compile_blocks(unet, backend="eager")
-    assert kinds == 8 < sum(isinstance(module, BLOCKS) for module in unet.modules())
+    assert kinds == 8 < sum(is_block(module) for module in unet.modules())
 
     def same(model: nn.Module, height: int, width: int) -> int:
         """Compilations that this picture size needs; the result is the plain model's."""
@@ -104,11 +109,29 @@ def test_blocks_are_compiled_once_a_kind_and_serve_other_sizes_and_adapters() ->
     assert not counters["graph_break"]
 
 
+def test_each_model_says_what_its_blocks_are() -> None:
+    """And a module of no class of ours can say so too."""
+
+    class Mine(nn.Module):
+        is_block = True
+
+    with torch.device("meta"):
+        models = (
+            UNet(KOLORS.unet), ChatGLM(KOLORS.text_encoder), VAE(KOLORS.vae), CLIPVision(SMALL_CLIP),
+            IPAdapter(adapter_config(KOLORS.unet)),
+        )  # fmt: skip
+    kinds = [{type(module).__name__ for module in model.modules() if is_block(module)} for model in models]
+    assert kinds == [
+        {"ResBlock", "TransformerBlock"}, {"Layer"}, {"ResBlock", "Attention"}, {"Layer"}, {"ResamplerLayer"},
+    ]  # fmt: skip
+    assert is_block(Mine()) and not is_block(nn.Linear(1, 1))
+
+
 def test_the_full_size_unet_has_fourteen_kinds_of_blocks() -> None:
     with torch.device("meta"):
         unet = UNet(KOLORS.unet)
     assert compile_blocks(unet) == 14
-    assert sum(isinstance(module, BLOCKS) for module in unet.modules()) == 87
+    assert sum(is_block(module) for module in unet.modules()) == 87
 
 
 def test_a_compiled_pipeline_draws_the_same_and_can_be_copied(pipes: Pair) -> None:
@@ -129,7 +152,11 @@ def test_a_compiled_pipeline_draws_the_same_and_can_be_copied(pipes: Pair) -> No
 
 
 @torch.no_grad()
-def test_the_real_compiler_on_a_block() -> None:
+def test_the_real_compiler_on_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache of its own: torch's finds code by the graph alone, also what a process with vectors of
+    another width made, and that computes only a part of the values.
+    """
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     unet = UNet(SMALL.unet).eval()
     randomise(unet)
     block = unet.down[0].resnets[0]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from kolors_core.adapters.ip_adapter import IPAdapter, IPAdapterConfig
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import KOLORS
-from kolors_core.performance.offload import Lane, Offload, blocks_of, bytes_of
+from kolors_core.performance.offload import Offload, TransferStream, blocks_of, bytes_of
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.support.offloads import ACCELERATOR, LateLane
+from tests.support.offloads import ACCELERATOR, LateTransfers
 
 Stages = dict[str, list[nn.Module]]
 
@@ -27,7 +27,7 @@ def stages(**widths: int) -> Stages:
 def started(models: Stages, by_block: bool = False) -> Offload:
     offload = Offload()
     offload.start(ACCELERATOR, by_block)
-    offload.lane = LateLane()
+    offload.transfers = LateTransfers()
     offload.enter(None, models)
     return offload
 
@@ -147,7 +147,7 @@ def test_by_block_a_module_with_parameters_is_one_with_what_is_below_it() -> Non
 def test_a_copy_that_is_not_waited_for_would_be_seen() -> None:
     models = stages(unet=3)
     offload = started(models)
-    offload.lane.wait = lambda event: None
+    offload.transfers.wait = lambda event: None
     with pytest.raises(AssertionError, match="was not waited for"):
         visited(offload, models, "unet")
 
@@ -188,10 +188,10 @@ def test_the_lane_writes_after_the_computation_and_is_waited_for(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: calls.compute)
     monkeypatch.setattr(torch.cuda, "stream", calls.use)
     calls.use.return_value = nullcontext()
-    lane = Lane(torch.device("cuda"))
-    lane.device = ACCELERATOR
-    (copy,), event = lane.send([torch.ones(3)])
-    lane.wait(event)
+    transfers = TransferStream(torch.device("cuda"))
+    transfers.device = ACCELERATOR
+    (copy,), event = transfers.copy_to_device([torch.ones(3)])
+    transfers.wait(event)
     assert torch.equal(copy, torch.ones(3))
     assert calls.mock_calls == [
         call.side.wait_stream(calls.compute), call.use(calls.side), call.side.record_event(),
@@ -201,10 +201,10 @@ def test_the_lane_writes_after_the_computation_and_is_waited_for(monkeypatch: py
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_homes_are_page_locked_and_copies_wait() -> None:
-    lane = Lane(torch.device("cuda"))
-    home = lane.home(torch.randn(1 << 22))
-    assert home.is_pinned() and lane.home(home).data_ptr() == home.data_ptr()
+    transfers = TransferStream(torch.device("cuda"))
+    home = transfers.cpu_copy(torch.randn(1 << 22))
+    assert home.is_pinned() and transfers.cpu_copy(home).data_ptr() == home.data_ptr()
     for _ in range(20):
-        (copy,), event = lane.send([home])
-        lane.wait(event)
+        (copy,), event = transfers.copy_to_device([home])
+        transfers.wait(event)
         assert torch.equal((copy + 0).cpu(), home)

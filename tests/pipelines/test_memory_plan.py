@@ -130,6 +130,11 @@ def bfloat16() -> KolorsPipeline:
     return make(torch.bfloat16)
 
 
+@pytest.fixture(scope="module")
+def float64() -> KolorsPipeline:
+    return make(torch.float64)
+
+
 @pytest.mark.parametrize(
     ("precision", "height", "width", "prompts", "arguments"),
     [
@@ -137,6 +142,7 @@ def bfloat16() -> KolorsPipeline:
         ("float32", 128, 128, 2, {"guidance_scale": 1.0}),
         ("bfloat16", 128, 128, 2, {}),
         ("bfloat16", 64, 96, 1, {"guidance_scale": 1.0, "num_images_per_prompt": 3}),
+        ("float64", 64, 96, 1, {}),  # which oneDNN computes on no CPU, as bfloat16 on older ones
     ],
 )
 def test_each_stage_takes_what_was_planned(

@@ -122,7 +122,7 @@ def test_only_the_perturbed_rows_of_the_named_layers_see_nothing() -> None:
     from kolors_core.context import Context
 
     plain, mixed = layer(x, Context(x)), layer(x, Context(x), 1)
-    assert torch.equal(mixed[:2], plain[:2])
+    assert relative_error(mixed[:2], plain[:2]) < EXACT  # of two rows, not three, at a time
     assert relative_error(mixed[2], layer.to_out(layer.to_v(x[2]))) < EXACT
     assert relative_error(mixed[2], plain[2]) > 0.01
 

@@ -92,7 +92,7 @@ def test_after_an_exception_at_any_operation_all_is_as_before(
         for at in (1, *random):
             with pytest.raises(error), Fails(at, error):
                 draw(task, **given)
-            assert pipe.offload.at_work is None and pipe.offload.bytes_on_device == 0, at
+            assert pipe.offload.running is None and pipe.offload.bytes_on_device == 0, at
             if pipe.offload.device is not None:
                 assert pipe.device == ACCELERATOR
             assert [place[:2] for place in places(pipe)] == [place[:2] for place in before], at

@@ -22,11 +22,10 @@ KOLORS_SCHEDULER = {
     "num_train_timesteps": 1100, "beta_start": 0.00085, "beta_end": 0.014, "beta_schedule": "scaled_linear",
     "steps_offset": 1, "timestep_spacing": "leading",
 }  # fmt: skip
-REAL_TOKENIZER = Path(__file__).parents[3] / "shared" / "data" / "chatglm3_tokenizer.model"
 
 
 def train_tokenizer(folder: Path) -> Path:
-    """A SentencePiece model of ChatGLM's kind with a few hundred pieces, for machines without that."""
+    """Train a SentencePiece model of ChatGLM's kind with a few hundred pieces; return its path."""
     from sentencepiece import SentencePieceTrainer
 
     words = [
@@ -89,5 +88,5 @@ if __name__ == "__main__":
     if target.exists():
         parser.exit(message=f"{target} is there already\n")
     with tempfile.TemporaryDirectory() as scratch:
-        write(target, REAL_TOKENIZER if REAL_TOKENIZER.exists() else train_tokenizer(Path(scratch)))
+        write(target, train_tokenizer(Path(scratch)))
     print(f"wrote a small random Kolors to {target}")

@@ -90,6 +90,20 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     assert len(set(expected)) == len(expected) == 6
 
 
+def test_equal_runs_write_equal_states(pictures: Path, tmp_path: Path, small_tokenizer: Path) -> None:
+    """Each has two metadata, whose order the library draws: of eight, all agree by chance in 1 of 128."""
+    for run in "ab":
+        trainer = make_trainer(
+            tmp_path / run, pictures, small_tokenizer, replace(CONFIG, steps=4, save_every=4)
+        )
+        trainer.fit()
+    first, second = ((tmp_path / run / "state.safetensors").read_bytes() for run in "ab")
+    assert first == second
+    for _ in range(6):
+        trainer.save()
+        assert (tmp_path / "b" / "state.safetensors").read_bytes() == first
+
+
 def test_a_damaged_state_is_refused_by_name(pictures: Path, tmp_path: Path, small_tokenizer: Path) -> None:
     make_trainer(tmp_path, pictures, small_tokenizer, replace(CONFIG, steps=1)).fit()
     file = tmp_path / "state.safetensors"

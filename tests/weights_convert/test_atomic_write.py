@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weights_convert.atomic_write import copy_file, new_file, new_folder, write_bytes
@@ -188,6 +190,37 @@ def test_long_names_and_a_file_that_is_mapped(tmp_path: Path) -> None:
         "b": [1.0] * 3,
     }
     assert isinstance(mapped, Tensor) and mapped.tolist() == [1.0] * 3
+
+
+TEXTS = {
+    f"k{i}": text for i, text in enumerate(['"\\/', "\b\f\n\r\t", "\x00\x1f\x7f", "猫 \u2028 🐱", "", "{}:,"])
+}
+
+
+def test_metadata_are_written_in_their_order_and_all_else_as_by_the_library(tmp_path: Path) -> None:
+    tensors = {"b": torch.ones(3), "a": torch.ones(5, dtype=torch.int8), "c": torch.ones(2).double()}
+    metadata, file, theirs = dict(reversed(TEXTS.items())), tmp_path / "ours", tmp_path / "theirs"
+    save_tensors(tensors, file, metadata)
+    save_file(tensors, theirs, metadata={"format": "pt"} | metadata)
+    with safe_open(theirs, "pt") as opened:
+        assert Source([file]).metadata(file) == opened.metadata() == {"format": "pt"} | metadata
+    assert list(Source([file]).metadata(file) or ()) == ["format", *metadata]
+    one, other = file.read_bytes(), theirs.read_bytes()
+    length = int.from_bytes(one[:8], "little")
+    ours, library = ({**json.loads(content[8 : 8 + length])} for content in (one, other))
+    assert ours == library and one[:8] == other[:8] and one[8 + length :] == other[8 + length :]
+    rest = one.index(b'},"')  # behind the metadata
+    assert len(one) == len(other) and one[rest:] == other[rest:]
+
+
+def test_equal_tensors_and_metadata_give_equal_bytes_in_every_process(tmp_path: Path) -> None:
+    script = "import sys, torch; from pathlib import Path\n"
+    script += "from weights_convert.safetensors_files import save_tensors\n"
+    script += "save_tensors({'a': torch.ones(3)}, Path(sys.argv[1]), {f'k{i}': 'v' for i in range(9)})"
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", script, tmp_path / seed], check=True, cwd=ROOT, env=environment)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
 def test_all_files_are_written_in_one_place() -> None:

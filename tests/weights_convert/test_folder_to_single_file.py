@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from kolors_core.config import KOLORS
 from tests.support.parity import reference_unet, reference_vae
 from tests.support.single_files import State, behind, in_sgm
+from tests.support.small import SMALL
 from weights_convert import sgm
 from weights_convert.__main__ import main
-from weights_convert.folder_to_single_file import LAYOUT, to_single
+from weights_convert.folder_to_single_file import LAYOUT, to_folder, to_single
 from weights_convert.safetensors_files import Source
 from weights_convert.sgm import public_to_sgm, sgm_to_public
 
@@ -68,6 +69,25 @@ def test_folder_to_file_and_back_is_byte_equal(whole_folder: Path, whole_file: P
     )
     assert main([str(tmp_path / "back"), str(tmp_path / "again.safetensors"), "--to", "single"]) == 0
     assert whole_file.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+
+
+def test_metadata_keep_their_order_in_a_file_and_in_a_folder(whole_folder: Path, tmp_path: Path) -> None:
+    """Of each file of a folder that becomes one file, and of one of another program that becomes a folder."""
+    metadata, folder = {f"k{9 - i}": "v" for i in range(9)}, tmp_path / "folder"
+    shutil.copytree(whole_folder, folder)
+    for file in (folder / "vae").glob("*.safetensors"):
+        save_file(load_file(file), file, metadata=metadata)
+    single = tmp_path / "single.safetensors"
+    to_single(folder, single)
+    to_folder(single, tmp_path / "back")
+    same_files(folder, tmp_path / "back")
+
+    state = behind("first_stage_model.", in_sgm("vae", reference_vae(SMALL.vae).state_dict()))
+    theirs = tmp_path / "theirs.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, theirs, metadata=metadata)
+    to_folder(theirs, tmp_path / "made")
+    to_single(tmp_path / "made", tmp_path / "again.safetensors")
+    assert theirs.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
 
 
 def test_the_file_has_comfyuis_names(whole_folder: Path, whole_file: Path) -> None:
