@@ -14,6 +14,8 @@ from kolors_core.unet import TransformerBlock, UNet
 from tests.support.parity import assert_parity, first_divergence, pair
 from tests.support.small import EXACT, SHALLOW, SMALL, relative_error
 
+pytestmark = pytest.mark.numerical
+
 CONFIG = SMALL.unet
 Size = TypeVar("Size")
 

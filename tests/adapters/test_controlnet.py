@@ -35,6 +35,8 @@ from tests.test_unet import inputs
 from weights_convert import TABLES, recognise
 from weights_convert.key_mapping import compare
 
+pytestmark = pytest.mark.numerical
+
 
 def control_image(batch: int, height: int, width: int) -> Tensor:
     """[B, 3, 8 * height, 8 * width] in [0, 1]."""
