@@ -119,8 +119,8 @@ class Attention(nn.Module):
         return Read(k, v, context.bias, images, context.perturbed)
 
     def forward(self, x: Tensor, context: Context | Read, perturbed: int = 0) -> Tensor:
-        """x: [B, N, C]; context: tokens, or the keys and values that `read` made of them; perturbed: how many of
-        the last rows have the identity as attention map. Returns [B, N, C].
+        """x: [B, N, C]; context: tokens, or the keys and values that `read` made of them; perturbed: how many
+        of the last rows have the identity as attention map. Returns [B, N, C].
         """
         q = split_heads(self.to_q(x), self.heads)  # [B, heads, N, C/heads]
         read = self.read(context) if isinstance(context, Context) else context
