@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.adapters.block_scales import BlockScale, block_scales
-from kolors_core.adapters.lora_layers import KINDS, LoRALayer, Part
+from kolors_core.adapters.lora_layers import LoRALayer, Part, lora_class
 from kolors_core.unet import UNet
 from kolors_core.validation import finite_number, new_path, whole_number
 from weights_convert import TABLES
@@ -162,7 +162,9 @@ def install(model: nn.Module, name: str, parts: Mapping[str, Part]) -> Adapter:
     for path, part in parts.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, LoRALayer):
-            layer = KINDS[type(layer)](layer)
+            kind = lora_class(layer)
+            assert kind is not None, path
+            layer = kind(layer)
             layer.is_enabled = all(other.is_enabled for other in present)
             _replace(model, path, layer)
         layer.lora[name], part.order = part, order
@@ -181,11 +183,12 @@ def check_name(model: nn.Module, name: str) -> None:
 
 def linear_and_conv(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that can have adapters, by path; an IP-Adapter's branches are not the model's own."""
-    kinds = (*KINDS, *KINDS.values())
     return {
         path: layer
         for path, layer in model.named_modules()
-        if type(layer) in kinds and ".image_branches." not in path and ".lora." not in path
+        if (isinstance(layer, LoRALayer) or lora_class(layer) is not None)
+        and ".image_branches." not in path
+        and ".lora." not in path
     }
 
 

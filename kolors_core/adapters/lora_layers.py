@@ -1,5 +1,5 @@
-"""Layers with low-rank adapters: a `LoRALinear` is an `nn.Linear`, a `LoRAConv2d` an `nn.Conv2d`, and a
-`LoRAQuantizedLinear` a `QuantizedLinear` (QLoRA, https://arxiv.org/abs/2305.14314).
+"""Layers with low-rank adapters: a `LoRALinear` is an `nn.Linear`, a `LoRAConv2d` an `nn.Conv2d`; and a
+`LoRAReadOnlyLinear` stands for a quantized layer (QLoRA, https://arxiv.org/abs/2305.14314).
 
 The base weight keeps its name, so every table and checkpoint still fits; adapters add keys,
 `<layer>.lora.<adapter>.down`, and never rename. How models get them is lora.py's.
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.module import StandIn
-from kolors_core.performance.quantize import QuantizedLinear
 
 
 class Part(nn.Module):
@@ -141,12 +140,25 @@ class LoRALinear(LoRALayer, nn.Linear):
         return F.linear(input, weight, bias)
 
 
-class LoRAQuantizedLinear(LoRALinear, QuantizedLinear):  # type: ignore[misc]
-    """A quantised linear layer with adapters, which cannot be fused."""
+class LoRAReadOnlyLinear(LoRALinear):
+    """A linear layer with adapters whose weight is made when it is read, of a quantized layer's buffers.
+
+    It cannot be fused.
+    """
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight [O, I], dequantized."""
+        return cast(Tensor, self.base[0].weight)  # whose buffers are this layer's too
+
+    @property
+    def not_plain(self) -> str:
+        """See `module.require_plain`."""
+        return cast(str, self.base[0].not_plain)
 
     def fuse(self, names: Sequence[str], share: float) -> None:
-        """ValueError: a quantised weight cannot be written."""
-        raise ValueError(f"cannot fuse {', '.join(names)}: the layer's weight is quantised")
+        """ValueError: the weight cannot be written."""
+        raise ValueError(f"cannot fuse {', '.join(names)}: the layer's weight is {self.not_plain}")
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
@@ -157,8 +169,8 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         return self._conv_forward(input, weight, bias)
 
 
-KINDS: dict[type[nn.Module], type[LoRALayer]] = {
-    nn.Linear: LoRALinear,
-    QuantizedLinear: LoRAQuantizedLinear,
-    nn.Conv2d: LoRAConv2d,
-}
+def lora_class(layer: nn.Module) -> type[LoRALayer] | None:
+    """Return what takes a layer's place when it gets adapters; None for a layer that can have none."""
+    if isinstance(layer, nn.Linear) and getattr(layer, "not_plain", None) is not None:
+        return LoRAReadOnlyLinear
+    return LoRALinear if type(layer) is nn.Linear else LoRAConv2d if type(layer) is nn.Conv2d else None

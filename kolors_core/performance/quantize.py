@@ -114,7 +114,8 @@ def quantizable(model: nn.Module, bits: int) -> list[str]:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer is."""
-    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+    kind = QuantizedLinear.not_plain  # which a LoRA in a layer's place says too
+    return any(getattr(module, "not_plain", None) == kind for module in model.modules())
 
 
 def weight_bytes(model: nn.Module) -> int:

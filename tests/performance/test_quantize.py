@@ -1,6 +1,7 @@
 """Weights in 8 and 4 bits: packed exactly, errors bounded, and whatever reads a weight still works."""
 
 import copy
+import pickle
 import weakref
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from kolors_core import KolorsPipeline
 from kolors_core.adapters.lora import Adapter, attach, fuse
-from kolors_core.adapters.lora_layers import LoRAQuantizedLinear
+from kolors_core.adapters.lora_layers import LoRAReadOnlyLinear
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import save_component
 from kolors_core.config import ChatGLMConfig, UNetConfig
@@ -23,6 +24,8 @@ from kolors_core.unet import UNet
 from tests.support.parity import assert_parity
 from tests.support.small import SMALL, randomise
 from weights_convert.safetensors_files import Tensors
+
+pytestmark = pytest.mark.numerical
 
 GIB = 2**30
 
@@ -306,6 +309,19 @@ def test_loras_act_and_train_on_quantised_weights(bits: int) -> None:
     assert all(torch.equal(t, state[n]) for n, t in unet.state_dict().items() if n.endswith("quantized"))
 
 
+def test_a_copy_with_a_lora_reads_its_own_quantised_weight() -> None:
+    """By `deepcopy` and by pickle: the weight is made of the copy's buffers, not of the original's."""
+    layer = QuantizedLinear(linear(), 8)
+    model = nn.Sequential(layer)
+    attach(model, rank=2, targets=("0",))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied[0].weight, layer.weight)
+        copied[0].quantized.zero_()
+        assert not copied[0].weight.any() and layer.weight.any()
+        copied.double()
+        assert copied[0].weight.dtype == torch.float64
+
+
 def test_loras_are_not_fused_into_quantised_weights() -> None:
     """Nor into the other model, where both are asked for."""
     pipe = KolorsPipeline.from_pretrained()
@@ -314,7 +330,7 @@ def test_loras_are_not_fused_into_quantised_weights() -> None:
     with_lora(pipe.unet)
     attach(pipe.text_encoder, rank=2, targets=("to_qkv",))
     layer = pipe.text_encoder.layers[0].get_submodule("attention.to_qkv")
-    assert type(layer) is LoRAQuantizedLinear
+    assert type(layer) is LoRAReadOnlyLinear and is_quantized(layer)
     with pytest.raises(ValueError, match="this ChatGLM is quantised: cannot fuse default"):
         pipe.fuse_lora()
     assert pipe.num_fused_loras == 0
