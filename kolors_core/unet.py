@@ -119,9 +119,8 @@ class Attention(nn.Module):
         return Read(k, v, context.bias, images, context.perturbed)
 
     def forward(self, x: Tensor, context: Context | Read, perturbed: int = 0) -> Tensor:
-        """x: [B, N, C]; context: what there is to read, or what has been read already. Returns [B, N, C].
-
-        perturbed: of how many of the last rows the attention map is the identity.
+        """x: [B, N, C]; context: tokens, or the keys and values that `read` made of them; perturbed: how many
+        of the last rows have the identity as attention map. Returns [B, N, C].
         """
         q = split_heads(self.to_q(x), self.heads)  # [B, heads, N, C/heads]
         read = self.read(context) if isinstance(context, Context) else context
@@ -366,13 +365,10 @@ class UNet(Encoder):
         time = self.embed_time(timestep.expand(latents.shape[0]))  # [B, T]
         time = time + self.embed_condition(pooled_text, size_ids, added)  # [B, T]
         context = self.context(text_tokens, text_counts, image_prompts)
-        if not perturbed:
-            return self.denoise(latents, repeat(time), repeat(context), residuals=residuals)
         blocks = sum(isinstance(module, TransformerBlock) for module in self.modules())
-        if len(perturbed) != blocks:
-            wanted = f"{blocks} numbers, one for each transformer block"
-            raise ValueError(f"perturbed: expected {wanted}, got {len(perturbed)}")
-        contexts = [context._replace(perturbed=rows) for rows in perturbed]
+        if perturbed and len(perturbed) != blocks:
+            raise ValueError(f"perturbed: expected {blocks}, one a transformer block, got {len(perturbed)}")
+        contexts = [context._replace(perturbed=rows) for rows in perturbed] or repeat(context)
         return self.denoise(latents, repeat(time), contexts, residuals=residuals)
 
     def denoise(
@@ -397,9 +393,8 @@ class UNet(Encoder):
         skips, x = self.descend(x, times, contexts)
         if residuals:
             if len(residuals) != len(skips) + 1:
-                wanted = f"{len(skips) + 1}, one for each skip and the middle's"
-                raise ValueError(f"wanted {wanted}, got {len(residuals)} residuals")
-            *skips, x = (own + added for own, added in zip([*skips, x], residuals, strict=True))
+                raise ValueError(f"expected {len(skips) + 1} residuals, skips and mid, got {len(residuals)}")
+            *skips, x = map(torch.add, [*skips, x], residuals)
         for level in self.up:
             x = level(x, skips, times, contexts)
         return self.conv_out(F.silu(self.norm_out(x)))

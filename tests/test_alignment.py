@@ -23,6 +23,8 @@ from tests.support.small import SMALL, randomise
 from weights_convert.__main__ import convert
 from weights_convert.safetensors_files import ALIGNMENT, Source, Tensors, aligned
 
+pytestmark = pytest.mark.numerical
+
 MODELS = ("text_encoder", "unet", "vae")
 ODD = (
     "decoder.conv_out.bias"  # three numbers: alone in the VAE it moves what follows by no multiple of 8 bytes

@@ -10,6 +10,8 @@ import kolors_core.attention as room
 from kolors_core.attention import KERNELS, attention, attention_kernel, select_kernel
 from tests.support.small import EXACT, relative_error
 
+pytestmark = pytest.mark.numerical
+
 
 def inputs(queries: int = 13, keys: int = 9) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)

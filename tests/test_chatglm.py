@@ -11,6 +11,8 @@ from kolors_core.tokenizer import TokenBatch
 from tests.support.parity import assert_parity, first_divergence, pair
 from tests.support.small import FLOAT32, relative_error
 
+pytestmark = pytest.mark.numerical
+
 
 def token_batch(lengths: list[int], width: int, vocabulary: int = 640) -> TokenBatch:
     """Random tokens, left-padded, as the tokenizer makes them."""

@@ -61,6 +61,7 @@ def test_weights_in_the_files_dtype_are_the_mapped_file(reference_folder: Path) 
         assert any(start <= parameter.data_ptr() < end for start, end in mapped), name
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_what_we_save_the_reference_loads(
     reference_folder: Path, tmp_path: Path, variant: str | None

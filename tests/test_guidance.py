@@ -25,6 +25,8 @@ from tests.support.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, 
 from tests.support.small import EXACT, FLOAT32, SHALLOW, relative_error
 from tests.test_unet import inputs
 
+pytestmark = pytest.mark.numerical
+
 
 class Doubling(UNet):
     """A UNet whose forward is another."""

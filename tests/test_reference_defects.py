@@ -9,6 +9,8 @@ from kolors_core import KolorsPipeline
 from tests.support.pipelines import Pair, embeddings, make_pair, steps_of
 from tests.support.small import FLOAT32, relative_error
 
+pytestmark = pytest.mark.numerical
+
 
 def test_max_sequence_length_is_obeyed(pipes: Pair) -> None:
     """The reference checks it and then encodes 256 tokens."""

@@ -10,6 +10,8 @@ from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteSched
 from tests.support.reference_folder import KOLORS_SCHEDULER
 from tests.support.small import FLOAT32, relative_error
 
+pytestmark = pytest.mark.numerical
+
 RUNS = [
     (EulerDiscreteScheduler, {}),
     (EulerDiscreteScheduler, {"use_karras_sigmas": True}),

@@ -9,6 +9,8 @@ import torch
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler, timestep_of
 from tests.support.reference_folder import KOLORS_SCHEDULER
 
+pytestmark = pytest.mark.numerical
+
 KINDS = {
     EulerDiscreteScheduler: diffusers.EulerDiscreteScheduler,
     DPMSolverMultistepScheduler: diffusers.DPMSolverMultistepScheduler,

@@ -7,6 +7,8 @@ from kolors_core.vae import VAE
 from tests.support.parity import assert_parity, first_divergence, pair
 from tests.support.small import EXACT, FLOAT32, SMALL, randomise, relative_error
 
+pytestmark = pytest.mark.numerical
+
 
 def picture(batch: int, height: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)

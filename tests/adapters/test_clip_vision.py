@@ -19,6 +19,8 @@ from tests.support.small import EXACT, FLOAT32, SMALL_CLIP, randomise, relative_
 from weights_convert import TABLES, recognise
 from weights_convert.__main__ import convert
 
+pytestmark = pytest.mark.numerical
+
 Spoil = Callable[[CLIPVision, nn.Module], object]
 
 

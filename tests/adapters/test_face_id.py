@@ -33,6 +33,8 @@ from weights_convert import TABLES
 from weights_convert.__main__ import convert, convert_pickle
 from weights_convert.key_mapping import compare
 
+pytestmark = pytest.mark.numerical
+
 Faced = tuple[KolorsPipeline, ReferenceFace]
 
 

@@ -30,6 +30,8 @@ from tests.support.pipelines import (
 from tests.support.small import EXACT, FLOAT32, SMALL, relative_error
 from tests.test_unet import inputs, run_reference
 
+pytestmark = pytest.mark.numerical
+
 SDXL = {"s1": 0.6, "s2": 0.4, "b1": 1.1, "b2": 1.2}  # what its authors recommend
 SIZES = [(16, 16), (9, 13), (2, 2), (1, 5), (3, 1), (1, 1), (24, 40)]
 

@@ -19,6 +19,8 @@ from weights_convert import TABLES
 from weights_convert.__main__ import convert
 from weights_convert.key_mapping import compare
 
+pytestmark = pytest.mark.numerical
+
 
 def test_the_resampler_equals_the_reference(loaded: Both) -> None:
     ours, theirs = loaded

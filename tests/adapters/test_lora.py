@@ -33,6 +33,8 @@ from tests.support.small import EXACT, FLOAT32, SMALL, randomise, relative_error
 from tests.test_unet import inputs
 from weights_convert import TABLES
 
+pytestmark = pytest.mark.numerical
+
 
 def trained(model: nn.Module, name: str = "default", seed: int = 5) -> Adapter:
     """An adapter with random weights, as training would leave it."""

@@ -23,6 +23,8 @@ from tests.support.loras import (
 from tests.support.pipelines import Pair
 from tests.support.small import EXACT
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture
 def models(pipes: Pair) -> Models:

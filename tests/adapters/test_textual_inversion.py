@@ -139,6 +139,7 @@ def with_words(pipes: Pair, **words: Tensor) -> diffusers.KolorsPipeline:
     return made
 
 
+@pytest.mark.numerical
 def test_every_step_equals_the_reference(pipes: Pair, pipe: KolorsPipeline) -> None:
     """In the prompt and in the negative one, with collapsed pads and in a batch; and it is noticed if not."""
     cat, dog = vectors(2), vectors(1, seed=1)

@@ -23,6 +23,8 @@ from benchmarks.parity.report import details, overview, parting, verdict, write
 from benchmarks.parity.texts import measure_tokenizer
 from kolors_core.checkpoint import EMBEDDED
 
+pytestmark = pytest.mark.numerical
+
 CPU = torch.device("cpu")
 EXACTLY, TWO = (torch.float64,), (torch.float64, torch.bfloat16)
 

@@ -32,6 +32,8 @@ from tests.support.small import EXACT, FLOAT32, randomise, relative_error
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES
 
+pytestmark = pytest.mark.numerical
+
 CROSS = "down.1.attentions.0.blocks.0.cross_attention"
 SHORT: dict[str, Any] = {
     "prompt": "一只红猫", "negative_prompt": "x", "num_inference_steps": 3, "output_type": "latent",

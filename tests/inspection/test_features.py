@@ -28,6 +28,8 @@ from tests.support.small import EXACT, relative_error
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES
 
+pytestmark = pytest.mark.numerical
+
 CAT: dict[str, Any] = {"prompt": "cat", "num_inference_steps": 3, "output_type": "latent"}
 DOG = CAT | {"prompt": "一只红狗"}
 

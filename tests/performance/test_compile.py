@@ -38,6 +38,8 @@ from tests.support.pipelines import Pair, steps_of
 from tests.support.small import EXACT, SHALLOW, SMALL, SMALL_CLIP, randomise, relative_error
 from tests.test_unet import inputs
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:

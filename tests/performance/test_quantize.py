@@ -25,6 +25,8 @@ from tests.support.parity import assert_parity
 from tests.support.small import SMALL, randomise
 from weights_convert.safetensors_files import Tensors
 
+pytestmark = pytest.mark.numerical
+
 GIB = 2**30
 
 

@@ -32,6 +32,8 @@ from tests.support.pipelines import Pair, picture, steps_of
 from tests.support.small import EXACT, SMALL, randomise, relative_error
 from tests.test_devices import all_away
 
+pytestmark = pytest.mark.numerical
+
 SIDE = 32  # pixels: of SMALL_PICTURE and of most pictures here it makes several pieces
 
 

@@ -27,6 +27,8 @@ from tests.support.pipelines import SOLVERS, picture, use_solver
 from tests.support.small import EXACT, FLOAT32, relative_error
 from tests.test_unet import inputs
 
+pytestmark = pytest.mark.numerical
+
 
 def assert_same(both: Both, tolerance: float = FLOAT32, **arguments: Any) -> list[Tensor]:
     mine, other = (guided_steps(pipe, **arguments) for pipe in both)

@@ -53,6 +53,7 @@ def assert_same(pair: Pair, **arguments: Any) -> int:
     return len(mine) - 1
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize(("solver", "changes"), SOLVERS, ids=["euler", "dpm", "sde"])
 def test_every_step_equals_the_reference(

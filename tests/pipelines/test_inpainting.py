@@ -112,6 +112,7 @@ def inpaint_steps(pipe: KolorsInpaintPipeline, **arguments: Any) -> list[Tensor]
     return steps_of(pipe, **given | arguments)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("channels", [9, 4])
 @pytest.mark.parametrize(("solver", "changes"), SOLVERS[:2], ids=["euler", "dpm"])
 @pytest.mark.parametrize(("steps", "strength"), [(5, 0.9999), (4, 1.0), (7, 0.6)])

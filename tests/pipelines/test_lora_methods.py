@@ -35,6 +35,8 @@ from tests.support.small import EXACT, FLOAT32, SMALL, relative_error
 from tests.test_unet import inputs, run_reference
 from weights_convert import TABLES
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture
 def both(pipes: Pair) -> Iterator[Pair]:
@@ -64,8 +66,7 @@ def unets(both: Pair) -> tuple[Tensor, Tensor]:
 
 def assert_same(both: Pair) -> None:
     """The two UNets predict the same."""
-    mine, other = unets(both)
-    assert relative_error(mine, other) < EXACT
+    assert relative_error(*unets(both)) < EXACT
 
 
 # Beside the reference.
@@ -167,8 +168,7 @@ def test_several_adapters_with_weights_draw_what_the_reference_draws(both: Any) 
 ], ids=str)  # fmt: skip
 def test_weights_by_block_are_the_reference_s(weight: Any, both: Any) -> None:
     """Also on resnets and samplers, which go with the transformer of their number."""
-    names = (*ATTENTION, *LINEAR[:4], "up_blocks.0.resnets.1.conv1", *CONV[2:5])
-    state = lora(both[0], 3, names)
+    state = lora(both[0], 3, (*ATTENTION, *LINEAR[:4], "up_blocks.0.resnets.1.conv1", *CONV[2:5]))
     for pipe in both:
         pipe.load_lora_weights(dict(state))
         pipe.set_adapters("default_0", copy.deepcopy(weight))

@@ -135,6 +135,7 @@ def float64() -> KolorsPipeline:
     return make(torch.float64)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(
     ("precision", "height", "width", "prompts", "arguments"),
     [

@@ -38,6 +38,8 @@ from tests.support.pipelines import (
 from tests.support.small import EXACT, FLOAT32, SHALLOW, relative_error
 from tests.test_unet import inputs
 
+pytestmark = pytest.mark.numerical
+
 LAYERS: list[Any] = [
     "mid",
     ["down_blocks.1.attentions.0", "up_blocks.0"],

@@ -30,6 +30,8 @@ from weights_convert.folder_to_single_file import to_folder
 from weights_convert.sgm import public_to_sgm
 from weights_convert.single_file import open_parts
 
+pytestmark = pytest.mark.numerical
+
 
 def draw(pipe: KolorsPipeline, seed: int = 0) -> Tensor:
     pipe.set_progress_bar_config(disable=True)

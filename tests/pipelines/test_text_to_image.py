@@ -36,6 +36,7 @@ from tests.support.pipelines import (
 from tests.support.small import EXACT, FLOAT32, SMALL, relative_error
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize(("solver", "changes"), SOLVERS, ids=["euler", "dpm", "sde"])
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
