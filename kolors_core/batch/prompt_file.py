@@ -35,7 +35,7 @@ class JobSettings:
 
 FIELDS = tuple(field.name for field in fields(JobSettings))
 FIELD_NAMES = ", ".join(FIELDS)
-FINGERPRINT_KEY = "batch_line"  # of the text chunk in a picture that has its line's fingerprint
+FINGERPRINT_KEY = "batch_line"  # of the text chunk in an image that has its line's fingerprint
 IEND = b"\0\0\0\0IEND\xaeB`\x82"  # how a PNG ends
 RawRow = tuple[int, str, Any]  # number, text, and its fields, or the ValueError of a line that has none
 
@@ -45,7 +45,7 @@ class Job:
     """A job: a line of the file by its number there, from 1.
 
     settings: None for a bad line, of which `reason` says what, in one line. fingerprint: of what decides the
-    picture, that is its fields and the model; not the number.
+    image, that is its fields and the model; not the number.
     """
 
     number: int
@@ -62,7 +62,7 @@ class Job:
 def read_jobs(file: Path, model: Mapping[str, object], seed: int, steps: int) -> list[Job]:
     """Read the jobs of a file, one a line that is not empty.
 
-    model: what all pictures have in common, for the fingerprints. seed: a line without one has this plus its
+    model: what all images have in common, for the fingerprints. seed: a line without one has this plus its
     number. steps: of a line that names none. Raises OSError for a file that cannot be read, ValueError for a
     CSV whose first row is none of names, or for a file without lines.
     """
@@ -85,7 +85,7 @@ def read_jobs(file: Path, model: Mapping[str, object], seed: int, steps: int) ->
 def png_fingerprint(file: Path) -> str | None:
     """Read the fingerprint in a PNG; "" for a file that has none.
 
-    None if there is no file, or only the beginning of a batch's picture.
+    None if there is no file, or only the beginning of a batch's image.
     """
     from PIL import Image
 

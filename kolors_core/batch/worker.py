@@ -1,4 +1,4 @@
-"""Many pictures, many processes: `python -m kolors_core.batch prompts.jsonl OUT`, alone or under `torchrun`.
+"""Many images, many processes: `python -m kolors_core.batch prompts.jsonl OUT`, alone or under `torchrun`.
 
 A line of the file is a job: an image OUT/NUMBER-SEED.png, which carries the line's fingerprint;
 OUT/manifest.jsonl has the result of each. Any number of processes and machines that share OUT work at once:
@@ -6,7 +6,7 @@ each locks a job (manifest.py), runs it and writes the image whole or not at all
 a killed one loses what it was at. The same command resumes: jobs whose image exists are skipped, failed ones
 are tried again.
 
-A picture is its line's alone: it is drawn by itself with noise of its own seed, so that it is the same bits
+An image is its line's alone: it is drawn by itself with noise of its own seed, so that it is the same bits
 whoever draws it, in whatever company, and the command line's for the same options. Bits are equal for equal
 kernels: another kind of device, another release of torch or cuDNN, or on a CPU another number of threads
 (`torchrun` sets OMP_NUM_THREADS=1) rounds differently, as does --split-guidance.
@@ -72,7 +72,7 @@ class Worker:
         model |= {"dtype": str(precision(options, device)), "bits": bits_of(options)} | files_of(options)
         if (keywords := guidance_of(options)) and options.split_guidance:
             raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
-        # Of what is not asked for, a fingerprint has nothing: older pictures keep theirs.
+        # Of what is not asked for, a fingerprint has nothing: older images keep theirs.
         model |= {name: value for name, value in {"rule": keywords, "freeu": options.freeu}.items() if value}
         seed = whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
         self.jobs = read_jobs(options.prompts, model, seed, default_steps(options.sampler))
@@ -169,7 +169,7 @@ class Worker:
         Lines of one LoRA stand together. What a process did not live to finish comes last, in case that was
         the line's doing.
         """
-        together = 1 if self.pair is None else 2  # processes that draw one picture
+        together = 1 if self.pair is None else 2  # processes that draw one image
         share = lines[self.rank // together :: self.world // together]
         own = {job.number for job in share}
         rest = [job for job in lines[::-1] if job.number not in own]
