@@ -46,9 +46,9 @@ def to_output(images: Tensor, output_type: str) -> Any:
 def load_image(
     image: "str | Path | Image", convert_method: "Callable[[Image], Image] | None" = None
 ) -> "Image":
-    """A picture from a file, an http(s) address or PIL, turned upright by its EXIF tag and made RGB.
+    """An image from a file, an http(s) address or PIL, turned upright by its EXIF tag and made RGB.
 
-    convert_method: called on the upright picture in place of the conversion to RGB.
+    convert_method: called on the upright image in place of the conversion to RGB.
     Raises, in one line, FileNotFoundError, OSError for an address that does not answer, ValueError for what
     is no image.
     """

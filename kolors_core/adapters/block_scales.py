@@ -10,7 +10,7 @@ from typing import Any
 from kolors_core.unet import Transformer, UNet
 from kolors_core.validation import finite_number
 
-Value = float | Sequence[float]  # a list where there is a scale for each picture of an IP-Adapter
+Value = float | Sequence[float]  # a list where there is a scale for each image of an IP-Adapter
 BlockScale = Value | Mapping[str, Any]
 
 

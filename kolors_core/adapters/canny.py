@@ -1,7 +1,7 @@
-"""Canny's edges of a picture, as the control image of a Canny ControlNet.
+"""Canny's edges of an image, as the control image of a Canny ControlNet.
 
 J. Canny, A Computational Approach to Edge Detection (IEEE PAMI 8, 1986), with the choices of OpenCV's
-default: no blur, Sobel 3x3, |dx| + |dy| as the gradient's size, of three colours the strongest.
+default: no blur, Sobel 3x3, |dx| + |dy| as the gradient's size, of three colors the strongest.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ TAN_22 = 13573  # tan(22.5 degrees) in units of 2^-15, as OpenCV rounds it
 
 
 def canny(image: "Image", low: float = 100, high: float = 200) -> "Image":
-    """White edges, one pixel wide, on black: an RGB picture of the same size.
+    """White edges, one pixel wide, on black: an RGB image of the same size.
 
     low, high: of the gradient's size, up to 2,040: an edge is where it exceeds `high`, and what is connected
     to that and exceeds `low`. Raises TypeError for what is no PIL image, ValueError for thresholds that are
@@ -34,7 +34,7 @@ def canny(image: "Image", low: float = 100, high: float = 200) -> "Image":
 
 
 def _gradient(pixels: "np.ndarray") -> "tuple[np.ndarray, np.ndarray, np.ndarray]":
-    """|dx| + |dy|, dx and dy [H, W] of the colour where that is largest; pixels: uint8 [H, W, 3]."""
+    """|dx| + |dy|, dx and dy [H, W] of the color where that is largest; pixels: uint8 [H, W, 3]."""
     import numpy as np
 
     x = np.pad(pixels.astype(np.int16), ((1, 1), (1, 1), (0, 0)), mode="edge")
@@ -51,7 +51,7 @@ def _thinned(size: "np.ndarray", dx: "np.ndarray", dy: "np.ndarray", low: float)
     """Where the gradient exceeds `low` and is largest along its direction, of four: bool [H, W]."""
     import numpy as np
 
-    around = np.pad(size, 1)  # nothing beyond the picture
+    around = np.pad(size, 1)  # nothing beyond the image
     y, x = np.nonzero(size > low)
     own, dx, dy = size[y, x], dx[y, x].astype(np.int64), dy[y, x].astype(np.int64)
     flat = TAN_22 * abs(dx)

@@ -185,7 +185,7 @@ class CLIPVision(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> CLIPVisionOutput:
-        """pixel_values: [B, 3, S, S], normalised. ValueError naming the shape if it is another."""
+        """pixel_values: [B, 3, S, S], normalized. ValueError naming the shape if it is another."""
         x = self.norm_in(self.embedding(pixel_values))  # [B, N, C]
         states = [x]
         for layer in self.layers:
@@ -214,7 +214,7 @@ class CLIPVision(nn.Module):
 
 
 def clip_pixels(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", size: int = 336) -> Tensor:
-    """Images for CLIP: [B, 3, size, size] float32, the middle square, normalised by CLIP's mean and spread.
+    """Images for CLIP: [B, 3, size, size] float32, the middle square, normalized by CLIP's mean and spread.
 
     PIL images of any mode, what is transparent on white; arrays [H, W, 3] or [B, H, W, 3] of uint8 or in
     [0, 1]; or a list of them, whose sizes may differ.

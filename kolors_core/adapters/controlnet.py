@@ -1,4 +1,4 @@
-"""ControlNet (https://arxiv.org/abs/2302.05543): a picture of edges, depth or a pose steers the denoiser.
+"""ControlNet (https://arxiv.org/abs/2302.05543): an image of edges, depth or a pose steers the denoiser.
 
 The UNet's way down and middle once more, with weights of their own: they read the latents and, added to them,
 the control image. What they make of it goes through convolutions that start at zero, and is added to the
@@ -108,7 +108,7 @@ class ControlNet(Encoder):
     def from_unet(cls, unet: UNet, image_widths: Sequence[int] = ControlNetConfig.image_widths) -> Self:
         """One to be trained: the UNet's own weights, text projection included, and as yet no effect.
 
-        Of an inpainting UNet it knows the latents alone. ValueError for a quantised UNet.
+        Of an inpainting UNet it knows the latents alone. ValueError for a quantized UNet.
         """
         latents = unet.config.out_channels
         config = asdict(unet.config) | {"in_channels": latents, "image_widths": tuple(image_widths)}
@@ -164,7 +164,7 @@ class ControlNet(Encoder):
 class Control:
     """One control image and how it acts.
 
-    image: [1 or B, 3, P * H, P * W] in [0, 1], one for all pictures or one for each. scale: a factor on what
+    image: [1 or B, 3, P * H, P * W] in [0, 1], one for all images or one for each. scale: a factor on what
     `net` adds. start, end: it acts in step i of n if i / n >= start and (i + 1) / n <= end.
     Raises ValueError for what would have no effect.
     """

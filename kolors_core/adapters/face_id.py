@@ -6,7 +6,7 @@ branches like those of ip_adapter.py. The unconditional half is made of a zero v
 Source: kolors/models/ipa_faceid_plus and kolors/pipelines/pipeline_stable_diffusion_xl_chatglm_256_ipadapter_
 FaceID.py in https://github.com/Kwai-Kolors/Kolors; `IPAdapterFaceIDPlusImageProjection` in diffusers'
 models/embeddings.py. Who makes the vector, insightface's antelopev2 there, stays outside.
-Shapes: B faces, Q tokens each (6), C width (the text's, 4096), P patches of a picture (577).
+Shapes: B faces, Q tokens each (6), C width (the text's, 4096), P patches of an image (577).
 """
 
 from collections.abc import Mapping

@@ -1,11 +1,11 @@
-"""IP-Adapter-Plus (https://arxiv.org/abs/2308.06721): pictures guide the denoiser beside the text.
+"""IP-Adapter-Plus (https://arxiv.org/abs/2308.06721): images guide the denoiser beside the text.
 
-A resampler makes 16 tokens of a picture's CLIP states; in each cross-attention of the UNet a branch with keys
+A resampler makes 16 tokens of an image's CLIP states; in each cross-attention of the UNet a branch with keys
 and values of its own attends to them: attention(q, k, v) + scale * attention(q, k_image, v_image).
 `attach` hangs the branches into a UNet and returns a handle; after `.detach()` the UNet is what it was.
 Source: `IPAdapterPlusImageProjection` in diffusers' models/embeddings.py, `IPAdapterAttnProcessor2_0` in its
 models/attention_processor.py, and `Resampler` of the original repository.
-Shapes: B batch, I pictures an adapter, Q queries (16), C width, P patches of a picture (577).
+Shapes: B batch, I images an adapter, Q queries (16), C width, P patches of an image (577).
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ class IPAdapterConfig:
 
 
 class ResamplerAttention(nn.Module):
-    """From the queries to the picture's states and the queries themselves; keys and values in one tensor."""
+    """From the queries to the image's states and the queries themselves; keys and values in one tensor."""
 
     def __init__(self, config: IPAdapterConfig) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class ResamplerLayer(nn.Module):
 
 
 class Resampler(nn.Module):
-    """A picture's CLIP states -> a few tokens as wide as the UNet's text context."""
+    """An image's CLIP states -> a few tokens as wide as the UNet's text context."""
 
     def __init__(self, config: IPAdapterConfig) -> None:
         super().__init__()
@@ -136,9 +136,9 @@ class Resampler(nn.Module):
 
 
 class ImageBranch(nn.Module):
-    """What one cross-attention sees of the pictures: keys and values of their own, added to the text's.
+    """What one cross-attention sees of the images: keys and values of their own, added to the text's.
 
-    scale: a number for all pictures, or one for each; a list needs masks, which keep the pictures apart.
+    scale: a number for all images, or one for each; a list needs masks, which keep the images apart.
     """
 
     is_adapter = True
@@ -155,7 +155,7 @@ class ImageBranch(nn.Module):
         return (str(self.scale),)
 
     def read(self, image: ImagePrompt, heads: int) -> ReadImages:
-        """image: tokens [B, I, Q, context_dim]. Without masks the pictures' keys stand side by side."""
+        """image: tokens [B, I, Q, context_dim]. Without masks the images' keys stand side by side."""
         tokens, masks = image
         parts = [tokens.flatten(1, 2)] if masks is None else tokens.unbind(1)  # of [B, I * Q or Q, C]
         pairs = ((self.to_k(part), self.to_v(part)) for part in parts)
@@ -164,7 +164,7 @@ class ImageBranch(nn.Module):
     def forward(self, h: Tensor, q: Tensor, images: ReadImages) -> Tensor:
         """h, q: [B, heads, N, C/heads], the text's result and the queries; masks of images: [1 or B, I, N].
 
-        Returns h with the pictures added; at scale 0, h itself.
+        Returns h with the images added; at scale 0, h itself.
         """
         count, masks, scale = len(images.keys_values), images.masks, self.scale
         assert not isinstance(masks, Masks), "masks have the feature map's size by now"
@@ -223,7 +223,7 @@ class IPAdapter(ImageAdapter):
         super().__init__(config, Resampler(config))
 
     def tokens(self, states: Tensor) -> Tensor:
-        """CLIP's states of pictures [B, I, P, image_dim] as what the branches read [B, I, Q, context_dim]."""
+        """CLIP's states of images [B, I, P, image_dim] as what the branches read [B, I, Q, context_dim]."""
         wanted = self.config.image_dim
         if states.ndim != 4 or states.shape[-1] != wanted:
             got = list(states.shape)
@@ -273,7 +273,7 @@ class Attached:
 
 
 def attached(unet: UNet) -> list[Attached]:
-    """The handles of the adapters that a UNet has, in the order in which it takes their pictures."""
+    """The handles of the adapters that a UNet has, in the order in which it takes their images."""
     first: Any = next(iter(cross_attentions(unet).values()), None)
     return [] if first is None else [branch.handle for branch in first.image_branches]
 

@@ -1,11 +1,10 @@
-"""Who draws a line, and what became of it: claims that end with their process, and a manifest.
+"""Work distribution: one lock a job, released when its process exits, and a manifest of results.
 
-A claim is a lock on one byte of a file. The system takes it back when its process ends, however that ends:
-there are no stale claims, no time after which a claim counts as stale, and nothing that must live on (a
-counter in a store dies with the process that holds it, and forgets who had what). So processes may come, go
-and be killed, and even two runs at once on one folder share the work. Locks of bytes hold across machines
-that mount one folder by NFS 4, Lustre, CephFS, GPFS and the like; where they do not, a line may be drawn
-twice, to the same file.
+A lock is one byte of a file, so that a run of a million jobs needs no million lock files. The system releases
+it when its process ends, however that ends: there are no stale locks, no timeout, and nothing that must stay
+alive (a counter in a store dies with the process that holds it). So processes may come, go and be killed, and
+even two runs at once on one folder share the work. Byte locks hold across machines that mount one folder by
+NFS 4, Lustre, CephFS, GPFS and the like; where they do not, a job may be done twice, to the same file.
 """
 
 import fcntl
@@ -21,14 +20,14 @@ from weights_convert.atomic_write import write_bytes
 Record = dict[str, Any]
 
 
-class Claims:
-    """One process's claims. Byte 0 is the manifest's, byte n is line n's: 1 while it is being drawn."""
+class JobLocks:
+    """The locks of one process. Byte 0 is the manifest's, byte n is job n's: 1 while it is running."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.descriptor = file, os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
 
-    def take(self, number: int) -> bool:
-        """Claim a line; False if another process has it. OSError where the folder has no locks."""
+    def acquire(self, number: int) -> bool:
+        """Lock a job; False if another process has it. OSError where the folder has no locks."""
         try:
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except (BlockingIOError, PermissionError):
@@ -37,46 +36,46 @@ class Claims:
             raise OSError(f"{self.file}: wanted a folder with file locks, got {error}") from None
         return True
 
-    def mark(self, number: int, is_at_work: bool) -> None:
-        """Leave a trace that a line is being drawn, for when this process does not live to take it away."""
-        os.pwrite(self.descriptor, b"\1" if is_at_work else b"\0", number)
+    def mark_running(self, number: int, is_running: bool) -> None:
+        """Record whether a job is running, which outlives this process if it is killed."""
+        os.pwrite(self.descriptor, b"\1" if is_running else b"\0", number)
 
-    def was_cut_short(self, number: int) -> bool:
-        """Whether a process began to draw the line and did not say that it ended."""
+    def was_interrupted(self, number: int) -> bool:
+        """Return whether a process began the job and did not record its end."""
         return os.pread(self.descriptor, 1, number) == b"\1"
 
-    def give(self, number: int) -> None:
-        """Let a line go."""
+    def release(self, number: int) -> None:
+        """Unlock a job."""
         fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, number)
 
     @contextmanager
-    def of_manifest(self) -> Iterator[None]:
-        """Within it no other process writes the manifest."""
+    def manifest_lock(self) -> Iterator[None]:
+        """Keep other processes from writing the manifest while the block lasts."""
         fcntl.lockf(self.descriptor, fcntl.LOCK_EX, 1, 0)
         try:
             yield
         finally:
-            self.give(0)
+            self.release(0)
 
     def close(self) -> None:
-        """Let everything go."""
+        """Release all locks."""
         os.close(self.descriptor)
 
 
 class Manifest:
-    """JSON lines, of which the last one about a line counts.
+    """A JSON Lines file of results, of which the last one about a job counts.
 
-    Appended to as lines end; at a run's end sorted, with one for each line.
+    Appended to as jobs end; at a run's end sorted, with one for each job.
     """
 
-    def __init__(self, file: Path, claims: Claims) -> None:
-        self.file, self.claims = file, claims
+    def __init__(self, file: Path, locks: JobLocks) -> None:
+        self.file, self.locks = file, locks
         self.records: dict[int, Record] = {}
         self.inode, self.offset = -1, 0
         self.refresh()
 
     def refresh(self) -> list[Record]:
-        """Read what was written since; returns that. What a process left half written is passed over."""
+        """Read the records written since, and return them; skip what a process left half written."""
         if not self.file.exists():
             return []
         with self.file.open("rb") as file:
@@ -99,8 +98,8 @@ class Manifest:
         return records
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Append a record, and see it on the disk."""
-        with self.claims.of_manifest(), self.file.open("a+b") as file:
+        """Append a record, and flush it to the disk."""
+        with self.locks.manifest_lock(), self.file.open("a+b") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
             is_torn = file.read(1) not in (b"", b"\n")
@@ -108,12 +107,12 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
 
-    def settle(self, complete: Callable[[dict[int, Record]], None]) -> None:
-        """Write it anew, whole or not at all: one record for each line, in their order.
+    def compact(self, complete: Callable[[dict[int, Record]], None]) -> None:
+        """Rewrite the file, whole or not at all: one record a job, in their order.
 
-        complete: puts records right while nobody else writes.
+        complete: corrects the records while no other process writes.
         """
-        with self.claims.of_manifest():
+        with self.locks.manifest_lock():
             self.refresh()
             complete(self.records)
             write_bytes(b"".join(_text(self.records[number]) for number in sorted(self.records)), self.file)

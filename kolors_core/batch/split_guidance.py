@@ -20,16 +20,16 @@ from kolors_core.unet import UNet
 from weights_convert.untrusted_files import one_line
 
 
-class PartnerLost(RuntimeError):
+class PeerLost(RuntimeError):
     """The other process of a pair, or of a run that begins, is gone or no longer in step."""
 
 
-class PartnerFailed(ValueError):
+class PeerFailed(ValueError):
     """The other process of a pair cannot do its half, and says why."""
 
 
-class Pair:
-    """Two processes, ranks 2n and 2n + 1. half: 0 for the unconditional half, which also leads, or 1."""
+class GuidancePair:
+    """Two processes, ranks 2n and 2n + 1. role: 0 for the unconditional half, which also leads, or 1."""
 
     def __init__(self) -> None:
         """Every process must make its pair. ValueError for an odd number of them, or none."""
@@ -37,34 +37,34 @@ class Pair:
         if world % 2:
             raise ValueError(f"--split-guidance needs an even number of processes, got {world}")
         groups: list[Any] = [dist.new_group([rank, rank + 1]) for rank in range(0, world, 2)]
-        self.group, self.half = groups[dist.get_rank() // 2], dist.get_rank() % 2
-        self.has_met = False
+        self.group, self.role = groups[dist.get_rank() // 2], dist.get_rank() % 2
+        self.handshake_done = False
 
-    def tell(self, word: Any = None) -> Any:
-        """What the leader says to the other."""
-        box = [word]
-        self._exchange(lambda: dist.broadcast_object_list(box, group_src=0, group=self.group))
-        return box[0]
+    def broadcast(self, message: Any = None) -> Any:
+        """Send the leader's message to the other process; returns it in both."""
+        messages = [message]
+        self._communicate(lambda: dist.broadcast_object_list(messages, group_src=0, group=self.group))
+        return messages[0]
 
-    def meet(self, trouble: str | None = None) -> None:
-        """Wait for the other before a run; raises PartnerFailed if it says that it has trouble."""
-        self.has_met = True
-        said: list[str | None] = [None, None]
-        self._exchange(lambda: dist.all_gather_object(said, trouble, group=self.group))
-        if trouble is None and said[1 - self.half] is not None:
-            raise PartnerFailed(said[1 - self.half])
+    def handshake(self, trouble: str | None = None) -> None:
+        """Wait for the other process before a run; raises PeerFailed if it reports trouble."""
+        self.handshake_done = True
+        troubles: list[str | None] = [None, None]
+        self._communicate(lambda: dist.all_gather_object(troubles, trouble, group=self.group))
+        if trouble is None and troubles[1 - self.role] is not None:
+            raise PeerFailed(troubles[1 - self.role])
 
-    def gather(self, compute: Callable[[], Tensor]) -> list[Tensor]:
-        """Both halves' tensors, of one shape; raises PartnerFailed if the other could not compute its own."""
+    def all_gather(self, compute: Callable[[], Tensor]) -> list[Tensor]:
+        """Return both halves' tensors, of one shape; raises PeerFailed if the other process failed."""
         try:
             own = compute().contiguous()
         except Exception:  # the other must not wait for what will not come
-            self._are_both_well(False)
+            self._both_succeeded(False)
             raise
-        if not self._are_both_well(True):
-            raise PartnerFailed("the other process of the pair failed in a step")
+        if not self._both_succeeded(True):
+            raise PeerFailed("the other process of the pair failed in a step")
         both = [torch.empty_like(own) for _ in range(2)]
-        self._exchange(lambda: dist.all_gather(both, own, group=self.group))
+        self._communicate(lambda: dist.all_gather(both, own, group=self.group))
         return both
 
     def guided(
@@ -83,23 +83,25 @@ class Pair:
         Without guidance there is nothing to split, and both compute the same.
         """
         is_guided = negative is not None and scale > 1
-        told = (negative, positive)[self.half] if negative is not None and is_guided else positive
-        own = guided(unet, schedule, told, precompute=precompute, wrap_step=wrap_step)
-        self.meet()
+        conditioning = (negative, positive)[self.role] if negative is not None and is_guided else positive
+        own = guided(unet, schedule, conditioning, precompute=precompute, wrap_step=wrap_step)
+        self.handshake()
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
-            unconditional, conditional = self.gather(lambda: own(x, sigma))
+            unconditional, conditional = self.all_gather(lambda: own(x, sigma))
             return unconditional + scale * (conditional - unconditional)
 
         return denoise if is_guided else own
 
-    def _are_both_well(self, is_well: bool) -> bool:
-        told = [torch.zeros(1), torch.zeros(1)]
-        self._exchange(lambda: dist.all_gather(told, torch.tensor([float(is_well)]), group=self.group))
-        return all(told)
+    def _both_succeeded(self, is_successful: bool) -> bool:
+        succeeded = [torch.zeros(1), torch.zeros(1)]
+        self._communicate(
+            lambda: dist.all_gather(succeeded, torch.tensor([float(is_successful)]), group=self.group)
+        )
+        return all(succeeded)
 
-    def _exchange(self, call: Callable[[], object]) -> None:
+    def _communicate(self, call: Callable[[], object]) -> None:
         try:
             call()
         except RuntimeError as error:
-            raise PartnerLost(f"the other process of this pair is gone: {one_line(error)}") from error
+            raise PeerLost(f"the other process of this pair is gone: {one_line(error)}") from error

@@ -1,12 +1,12 @@
-"""Many pictures, many processes: `python -m kolors_core.batch prompts.jsonl OUT`, alone or under `torchrun`.
+"""Many images, many processes: `python -m kolors_core.batch prompts.jsonl OUT`, alone or under `torchrun`.
 
-A line of the file is a picture OUT/NUMBER-SEED.png, which carries the line's fingerprint; OUT/manifest.jsonl
-says what became of each line. Any number of processes and machines that share OUT work at once: each claims a
-line (claims.py), draws it and writes it whole or not at all, so a fast one draws more, and a killed one loses
-what it was at. The same command goes on from there: lines whose picture is there are passed over, failed ones
+A line of the file is a job: an image OUT/NUMBER-SEED.png, which carries the line's fingerprint;
+OUT/manifest.jsonl has the result of each. Any number of processes and machines that share OUT work at once:
+each locks a job (manifest.py), runs it and writes the image whole or not at all, so a fast one does more, and
+a killed one loses what it was at. The same command resumes: jobs whose image exists are skipped, failed ones
 are tried again.
 
-A picture is its line's alone: it is drawn by itself with noise of its own seed, so that it is the same bits
+An image is its line's alone: it is drawn by itself with noise of its own seed, so that it is the same bits
 whoever draws it, in whatever company, and the command line's for the same options. Bits are equal for equal
 kernels: another kind of device, another release of torch or cuDNN, or on a CPU another number of threads
 (`torchrun` sets OMP_NUM_THREADS=1) rounds differently, as does --split-guidance.
@@ -28,14 +28,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kolors_core.batch.manifest import Claims, Manifest, Record
-from kolors_core.batch.prompt_file import KEY, Line, Picture, fingerprint_of, read_lines
-from kolors_core.batch.split_guidance import Pair, PartnerLost
+from kolors_core.batch.manifest import JobLocks, Manifest, Record
+from kolors_core.batch.prompt_file import FINGERPRINT_KEY, Job, JobSettings, png_fingerprint, read_jobs
+from kolors_core.batch.split_guidance import GuidancePair, PeerLost
 from kolors_core.checkpoint import logger
 from kolors_core.cli.options import (
-    add_guidance,
-    add_model,
-    add_sampler,
     bits_of,
     default_steps,
     files_of,
@@ -48,7 +45,6 @@ from kolors_core.cli.options import (
     weigh_loras,
     with_scale,
 )
-from kolors_core.devices import join_processes
 from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import LARGEST_SEED, whole_number
@@ -56,56 +52,6 @@ from weights_convert.atomic_write import sweep
 from weights_convert.untrusted_files import one_line
 
 PAUSE = 0.2  # seconds between looks at lines that others draw
-
-
-def parser() -> argparse.ArgumentParser:
-    """Every flag."""
-    top = argparse.ArgumentParser(
-        prog="python -m kolors_core.batch",
-        description="Make a picture of each line of a file.",
-        epilog="On 8 GPUs: torchrun --nproc-per-node 8 -m kolors_core.batch prompts.jsonl OUT -w DIR. "
-        "Exit status: 1 if a line failed, 2 if none could be tried.",
-    )
-    top.add_argument(
-        "prompts", type=Path, help="JSON lines, or a .csv, with the fields prompt, negative_prompt, seed, "
-        "height, width, steps, guidance, lora (FROM[:SCALE], or a list of them)",
-    )  # fmt: skip
-    top.add_argument("out", type=Path, help="the folder of the pictures and their manifest.jsonl")
-    top.add_argument("--force", action="store_true", help="write over files in OUT that are of other lines")
-    top.add_argument(
-        "--seed", type=int, default=0, help="a line without a seed takes this plus its number (default: 0)"
-    )
-    top.add_argument(
-        "--split-guidance", action="store_true",
-        help="two processes draw each picture, one with the prompt and one with the negative prompt: sooner "
-        "done, not more of them",
-    )  # fmt: skip
-    add_model(top.add_argument_group("model"))
-    sampling = top.add_argument_group("sampling")
-    add_sampler(sampling)
-    add_guidance(sampling)
-    top.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
-    return top
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 1 if a line failed, 2 if none could be tried."""
-    options, level = parser().parse_args(arguments), logger.level
-    worker = None
-    try:
-        worker = Worker(options, join_processes(options.device))
-        failed = worker.run()
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, TypeError, PartnerLost, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        logger.setLevel(level)
-        if worker is not None:
-            worker.claims.close()
-    return 1 if failed else 0
 
 
 class Worker:
@@ -126,25 +72,25 @@ class Worker:
         model |= {"dtype": str(precision(options, device)), "bits": bits_of(options)} | files_of(options)
         if (keywords := guidance_of(options)) and options.split_guidance:
             raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
-        # Of what is not asked for, a fingerprint has nothing: older pictures keep theirs.
+        # Of what is not asked for, a fingerprint has nothing: older images keep theirs.
         model |= {name: value for name, value in {"rule": keywords, "freeu": options.freeu}.items() if value}
         seed = whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
-        self.lines = read_lines(options.prompts, model, seed, default_steps(options.sampler))
-        self.run_name = self._agree()
-        self.pair = Pair() if options.split_guidance else None
+        self.jobs = read_jobs(options.prompts, model, seed, default_steps(options.sampler))
+        self.run_name = self._synchronize_jobs()
+        self.pair = GuidancePair() if options.split_guidance else None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.claims = Claims(self.folder / ".claims")
-        self.manifest = Manifest(self.folder / "manifest.jsonl", self.claims)
-        self.process = f"{self.rank} of {self.world}, {socket.gethostname()} {os.getpid()}"
+        self.locks = JobLocks(self.folder / ".claims")  # the name that earlier versions lock
+        self.manifest = Manifest(self.folder / "manifest.jsonl", self.locks)
+        self.process_name = f"{self.rank} of {self.world}, {socket.gethostname()} {os.getpid()}"
         self.loras: tuple[str, ...] = ()  # the sources of those that are loaded
-        self.told: dict[str, str] = {}  # what all pictures' descriptions say
+        self.metadata: dict[str, str] = {}  # of every image
 
-    def _agree(self) -> str:
+    def _synchronize_jobs(self) -> str:
         """A name of this run, the same for all its processes.
 
-        ValueError if one has other lines, PartnerLost if one is gone.
+        ValueError if one has other lines, PeerLost if one is gone.
         """
-        name, lines = secrets.token_hex(4), [(line.number, line.fingerprint) for line in self.lines]
+        name, lines = secrets.token_hex(4), [(job.number, job.fingerprint) for job in self.jobs]
         if self.world == 1:
             return name
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -154,7 +100,7 @@ class Worker:
         try:
             dist.all_gather_object(told, mine)
         except RuntimeError as error:
-            raise PartnerLost(f"another process of this run is gone: {one_line(error)}") from error
+            raise PeerLost(f"another process of this run is gone: {one_line(error)}") from error
         if others := [rank for rank, (_, lines, _) in enumerate(told) if lines != told[0][1]]:
             wanted = "wanted one file, the same options and one precision for all"
             raise ValueError(f"process {others[0]} has other lines than process 0: {wanted}")
@@ -162,116 +108,116 @@ class Worker:
             logger.warning("who draws a picture decides how it is rounded: %s", "; ".join(sorted(engines)))
         return told[0][0]
 
-    def run(self) -> list[Line]:
+    def run(self) -> list[Job]:
         """Draw until every line is drawn or has failed; returns those that failed in this run."""
-        if self.pair is not None and self.pair.half == 1:
-            self._follow(self.pair)
+        if self.pair is not None and self.pair.role == 1:
+            self._run_follower(self.pair)
         else:
-            self._lead()
+            self._run_leader()
         self.manifest.refresh()
-        failed = [line for line in self.lines if self._has_failed(line)]
-        is_everyone_here = self._is_everyone_here()
+        failed = [job for job in self.jobs if self._has_failed(job)]
+        is_everyone_here = self._barrier()
         if self.rank == 0 or not is_everyone_here:
-            self._end(failed)
+            self._finish(failed)
         if self.world > 1 and is_everyone_here:
             dist.destroy_process_group()
         return failed
 
-    def _lead(self) -> None:
+    def _run_leader(self) -> None:
         from tqdm.auto import tqdm
 
-        pending = self._in_order([line for line in self.lines if not self._is_drawn(line)])
-        unseen = {line.number for line in pending}
-        done = len(self.lines) - len(pending)
-        with tqdm(total=len(self.lines), initial=done, unit="picture", smoothing=0,
+        pending = self._job_order([job for job in self.jobs if not self._is_done(job)])
+        unseen = {job.number for job in pending}
+        done = len(self.jobs) - len(pending)
+        with tqdm(total=len(self.jobs), initial=done, unit="picture", smoothing=0,
                   disable=self.options.quiet) as bar:  # fmt: skip
             while pending:
                 held = []
-                for line in pending:
-                    if not self.claims.take(line.number):
-                        held.append(line)
+                for job in pending:
+                    if not self.locks.acquire(job.number):
+                        held.append(job)
                         continue
                     try:
                         news = self.manifest.refresh()
-                        if not self._has_ended(line):
-                            self._draw(line)
+                        if not self._has_ended(job):
+                            self._run_job(job)
                     finally:
-                        self.claims.give(line.number)
-                    unseen.discard(line.number)
+                        self.locks.release(job.number)
+                    unseen.discard(job.number)
                     unseen.difference_update(r["line"] for r in news if r.get("run") == self.run_name)
-                    bar.update(len(self.lines) - len(unseen) - bar.n)
+                    bar.update(len(self.jobs) - len(unseen) - bar.n)
                 pending = held
                 if pending:
                     time.sleep(PAUSE)
         if self.pair is not None:
-            self.pair.tell(None)
+            self.pair.broadcast(None)
 
-    def _follow(self, pair: Pair) -> None:
-        """Compute the other half of what the leader of the pair draws."""
-        while (picture := pair.tell()) is not None:
+    def _run_follower(self, pair: GuidancePair) -> None:
+        """Compute the other half of the images that the leader of the pair generates."""
+        while (settings := pair.broadcast()) is not None:
             pipe = self.pipe
             try:
-                self._make(pipe, picture)
-            except PartnerLost:
+                self._generate(pipe, settings)
+            except PeerLost:
                 raise
             except Exception:  # the leader writes down why
                 self._check_device()
 
-    def _in_order(self, lines: Sequence[Line]) -> list[Line]:
+    def _job_order(self, lines: Sequence[Job]) -> list[Job]:
         """This process's share first, from the front; then the others', from the back.
 
         Lines of one LoRA stand together. What a process did not live to finish comes last, in case that was
         the line's doing.
         """
-        together = 1 if self.pair is None else 2  # processes that draw one picture
+        together = 1 if self.pair is None else 2  # processes that draw one image
         share = lines[self.rank // together :: self.world // together]
-        own = {line.number for line in share}
-        rest = [line for line in lines[::-1] if line.number not in own]
+        own = {job.number for job in share}
+        rest = [job for job in lines[::-1] if job.number not in own]
 
-        def place(line: Line) -> tuple[bool, bool, tuple[str, ...]]:
-            is_cut_short = self.claims.was_cut_short(line.number)
-            return is_cut_short, line.number not in own, _sources(line.picture.lora if line.picture else ())
+        def place(job: Job) -> tuple[bool, bool, tuple[str, ...]]:
+            is_cut_short = self.locks.was_interrupted(job.number)
+            return is_cut_short, job.number not in own, _sources(job.settings.lora if job.settings else ())
 
         return sorted([*share, *rest], key=place)
 
-    def _draw(self, line: Line) -> None:
-        """Draw a claimed line, and write down what became of it."""
-        start, reason = time.perf_counter(), line.reason
-        if line.picture is not None and (reason := self._obstacle(line)) is None:
-            self.claims.mark(line.number, True)
+    def _run_job(self, job: Job) -> None:
+        """Run a locked job, and record its result."""
+        start, reason = time.perf_counter(), job.reason
+        if job.settings is not None and (reason := self._conflict(job)) is None:
+            self.locks.mark_running(job.number, True)
             if self.pair is not None:
-                self.pair.tell(line.picture)
+                self.pair.broadcast(job.settings)
             pipe = self.pipe
             try:
-                image = self._make(pipe, line.picture)
-                lora = {"lora": ", ".join(line.picture.lora)} if line.picture.lora else {}
-                attach_metadata(image, image.info | lora | self.told | {KEY: line.fingerprint})
-                save_png(image, self._path(line))
-            except PartnerLost:
+                image = self._generate(pipe, job.settings)
+                lora = {"lora": ", ".join(job.settings.lora)} if job.settings.lora else {}
+                attach_metadata(image, image.info | lora | self.metadata | {FINGERPRINT_KEY: job.fingerprint})
+                save_png(image, self._path(job))
+            except PeerLost:
                 raise
             except Exception as error:
                 self._check_device()
                 reason = one_line(error, None)
         seconds = round(time.perf_counter() - start, 3)
-        self.manifest.add(self._as_record(line, reason, seconds, self.process))
-        self.claims.mark(line.number, False)
+        self.manifest.add(self._as_record(job, reason, seconds, self.process_name))
+        self.locks.mark_running(job.number, False)
 
-    def _make(self, pipe: KolorsPipeline, picture: Picture) -> Any:
-        """The picture; latents of it for the half of a pair that does not lead."""
+    def _generate(self, pipe: KolorsPipeline, settings: JobSettings) -> Any:
+        """Generate the image; latents in the process of a pair that does not lead."""
         pair = self.pair
         if pair is not None:
-            pair.has_met = False
+            pair.handshake_done = False
         try:
-            self._use(pipe, picture.lora)
+            self._set_loras(pipe, settings.lora)
             return pipe(
-                picture.prompt, picture.height, picture.width, picture.steps, guidance_scale=picture.guidance,
-                negative_prompt=picture.negative_prompt,
-                generator=torch.Generator().manual_seed(picture.seed),
-                output_type="pil" if pair is None or pair.half == 0 else "latent",
+                settings.prompt, settings.height, settings.width, settings.steps,
+                guidance_scale=settings.guidance, negative_prompt=settings.negative_prompt,
+                generator=torch.Generator().manual_seed(settings.seed),
+                output_type="pil" if pair is None or pair.role == 0 else "latent",
             )[0][0]  # fmt: skip
         except Exception as error:
-            if pair is not None and not pair.has_met:
-                pair.meet(one_line(error, None))
+            if pair is not None and not pair.handshake_done:
+                pair.handshake(one_line(error, None))
             raise
 
     @cached_property
@@ -280,14 +226,14 @@ class Worker:
         pipe = load_pipeline(self.options, self.device)
         pipe.set_progress_bar_config(disable=True)
         if (report := quantize(pipe, self.options)) is not None:
-            self.told["quantized"] = str(report)
+            self.metadata["quantized"] = str(report)
         guide(pipe, self.options)
         if self.pair is not None:
             pipe.guided = self.pair.guided
         return pipe
 
-    def _use(self, pipe: KolorsPipeline, loras: tuple[str, ...]) -> None:
-        """Have these LoRAs and no others."""
+    def _set_loras(self, pipe: KolorsPipeline, loras: tuple[str, ...]) -> None:
+        """Attach these LoRAs and no others."""
         sources = _sources(loras)
         try:
             if sources == self.loras:
@@ -301,49 +247,47 @@ class Worker:
             self.loras = ()
             raise
 
-    def _path(self, line: Line) -> Path:
-        return self.folder / (line.file or "")
+    def _path(self, job: Job) -> Path:
+        return self.folder / (job.file or "")
 
-    def _is_drawn(self, line: Line) -> bool:
-        return line.picture is not None and fingerprint_of(self._path(line)) == line.fingerprint
+    def _is_done(self, job: Job) -> bool:
+        return job.settings is not None and png_fingerprint(self._path(job)) == job.fingerprint
 
-    def _obstacle(self, line: Line) -> str | None:
-        """Why the picture may not be written: there is a file of its name."""
-        if self.options.force or fingerprint_of(self._path(line)) is None:
+    def _conflict(self, job: Job) -> str | None:
+        """Return why the image may not be written, which is that there is a file of its name, or None."""
+        if self.options.force or png_fingerprint(self._path(job)) is None:
             return None
-        return f"{line.file} is there, and not of this line or these options: choose another OUT, or --force"
+        return f"{job.file} is there, and not of this line or these options: choose another OUT, or --force"
 
-    def _has_ended(self, line: Line) -> bool:
-        """Whether it was drawn, by whatever run, or has failed in this one."""
-        return self._record(line).get("run") == self.run_name or self._is_drawn(line)
+    def _has_ended(self, job: Job) -> bool:
+        """Return whether the job is done, by any run, or has failed in this one."""
+        return self._record(job).get("run") == self.run_name or self._is_done(job)
 
-    def _has_failed(self, line: Line) -> bool:
+    def _has_failed(self, job: Job) -> bool:
         """Of a line that has ended. What another run writes of its own line of this number says nothing."""
-        return self._record(line).get("status") != "done" and not self._is_drawn(line)
+        return self._record(job).get("status") != "done" and not self._is_done(job)
 
-    def _record(self, line: Line) -> Record:
-        """What was written down about a line last; empty if nothing, or of another line of its number."""
-        record = self.manifest.records.get(line.number, {})
-        return record if record.get("fingerprint") == line.fingerprint else {}
+    def _record(self, job: Job) -> Record:
+        """Return the last record of a job; empty if none, or of another job of its number."""
+        record = self.manifest.records.get(job.number, {})
+        return record if record.get("fingerprint") == job.fingerprint else {}
 
-    def _as_record(
-        self, line: Line, reason: str | None, seconds: float | None, process: str | None
-    ) -> Record:
+    def _as_record(self, job: Job, reason: str | None, seconds: float | None, process: str | None) -> Record:
         return {
-            "line": line.number, "file": line.file if reason is None else None,
-            "seed": None if line.picture is None else line.picture.seed,
+            "line": job.number, "file": job.file if reason is None else None,
+            "seed": None if job.settings is None else job.settings.seed,
             "status": "done" if reason is None else "failed", "reason": reason, "seconds": seconds,
-            "process": process, "fingerprint": line.fingerprint, "run": self.run_name,
+            "process": process, "fingerprint": job.fingerprint, "run": self.run_name,
         }  # fmt: skip
 
     def _check_device(self) -> None:
-        """After a line's error: raises again what is the accelerator's, which no line would survive."""
+        """After a job's error, raise again what is the accelerator's, which no job would survive."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
-    def _is_everyone_here(self) -> bool:
-        """Wait for the other processes to end; False if one is gone, whose lines are then drawn by others."""
+    def _barrier(self) -> bool:
+        """Wait for the other processes to end; False if one is gone, whose jobs others then run."""
         try:
             if self.world > 1:
                 dist.barrier()
@@ -351,30 +295,30 @@ class Worker:
         except RuntimeError:
             return False
 
-    def _end(self, failed: Sequence[Line]) -> None:
-        """One record for each line, no scratch files, and a report."""
+    def _finish(self, failed: Sequence[Job]) -> None:
+        """Compact the manifest, remove scratch files and print a report."""
 
         def complete(records: dict[int, Record]) -> None:
-            for line in self.lines:
-                self.claims.mark(line.number, False)
+            for job in self.jobs:
+                self.locks.mark_running(job.number, False)
                 # The process that drew it did not live to say so.
-                if self._record(line).get("status") != "done" and self._is_drawn(line):
-                    records[line.number] = self._as_record(line, None, None, None)
+                if self._record(job).get("status") != "done" and self._is_done(job):
+                    records[job.number] = self._as_record(job, None, None, None)
 
-        self.manifest.settle(complete)
+        self.manifest.compact(complete)
         sweep(self.folder)
         if self.is_quiet:
             return
-        names = {line.file for line in self.lines}
+        names = {job.file for job in self.jobs}
         found = [name for name in os.listdir(self.folder) if re.fullmatch(r"\d{6,}-\d+\.png", name)]
         others = [name for name in found if name not in names]
-        drawn = len(self.lines) - len(failed)
-        report = [f"{drawn} of {len(self.lines)} pictures are in {self.folder}"]
+        drawn = len(self.jobs) - len(failed)
+        report = [f"{drawn} of {len(self.jobs)} pictures are in {self.folder}"]
         if others:
             report.append(f"{len(others)} more are of no line of this file, such as {others[0]}")
-        for line in failed:
-            reason = self._record(line).get("reason") or "another run on this OUT has a line of its number"
-            report.append(f"line {line.number} failed: {reason}")
+        for job in failed:
+            reason = self._record(job).get("reason") or "another run on this OUT has a line of its number"
+            report.append(f"line {job.number} failed: {reason}")
         print(*report, sep="\n", file=sys.stderr)
 
 

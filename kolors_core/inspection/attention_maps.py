@@ -42,7 +42,7 @@ class MapRecorder:
     def observe_images(
         self, _branch: nn.Module, inputs: tuple[Tensor, Tensor, ReadImages], _out: Tensor
     ) -> None:
-        """The hook of an image branch: with masks, each picture has a softmax of its own."""
+        """The hook of an image branch: with masks, each image has a softmax of its own."""
         _, q, images = inputs
         self.accumulate(q, [k for k, _ in images.keys_values])
 
@@ -118,7 +118,7 @@ def record_attention(
     whose self-attention is the identity. h, w: of the layer's feature map. S: in self-attention its h * w
     pixels, row by row; in cross-attention the text tokens as the net is given them: one column stands for all
     equal pads, and a text shorter than the longest has columns of 0 on its left; in an image branch the
-    tokens of all its pictures, of which with masks each picture's add up to 1. Elsewhere a row adds up to 1.
+    tokens of all its images, of which with masks each image's add up to 1. Elsewhere a row adds up to 1.
     An image branch's map says nothing of its scale, nor of masks.
     The results are those without recording, to the bit. Raises ValueError for a pattern that means nothing,
     for a net that is compiled, for steps in which a map has other shapes (as where guidance begins or ends)

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 HERE = Path(__file__).parent
-# Nine colours of matplotlib's inferno (CC0), from least to most: they grow brighter evenly.
+# Nine colors of matplotlib's inferno (CC0), from least to most: they grow brighter evenly.
 HEAT = ["000004", "1f0c48", "550f6d", "88226a", "ba3655", "e35933", "f98c0a", "f9c932", "fcffa4"]
-STRENGTH = 0.6  # of a map over the picture
+STRENGTH = 0.6  # of a map over the image
 FINE, ACROSS = 32, 16  # pixels of a map's longer side in the page, and how many maps stand side by side
 TILE, GAP, LINE, COLUMNS = 192, 16, 20, 6  # of the sheet; the first three in pixels
 INK, SOFT = "#1a1a1a", "#6a6a6a"
@@ -62,7 +62,7 @@ def unit(maps: Tensor) -> Tensor:
 
 
 def heat(levels: Tensor) -> "Image":
-    """Levels [h, w] from 0 to 1 as a picture of w by h pixels in the colours of `HEAT`."""
+    """Levels [h, w] from 0 to 1 as an image of w by h pixels in the colors of `HEAT`."""
     import numpy as np
     from PIL import Image
 
@@ -112,7 +112,7 @@ def shortened(text: str, width: int) -> str:
 
 
 def sheet(made: Explanation) -> "Image":
-    """The picture, and for each token the picture in grey under its map of all layers and steps, labelled."""
+    """The image, and for each token the image in gray under its map of all layers and steps, labelled."""
     from PIL import Image, ImageDraw
 
     sides = made.picture.size
@@ -194,7 +194,7 @@ def tiled(maps: Tensor) -> Tensor:
 
 
 def data_uri(image: "Image") -> str:
-    """A picture as a PNG inside of a page."""
+    """An image as a PNG inside of a page."""
     content = BytesIO()
     image.save(content, "PNG")
     return f"data:image/png;base64,{b64encode(content.getvalue()).decode()}"

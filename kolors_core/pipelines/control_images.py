@@ -3,7 +3,7 @@
 Source: diffusers' pipelines/controlnet/pipeline_controlnet_sd_xl.py and the community's
 pipeline_controlnet_xl_kolors.py, which projects the text for several ControlNets by the last one's weights;
 here each has its own.
-Shapes: B pictures to make, P prompts.
+Shapes: B images to make, P prompts.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Controlling(Components):
         count: int,
         images_per_prompt: int,
     ) -> ControlResiduals | None:
-        """What the ControlNets see, for B (`count`) pictures of (height, width).
+        """What the ControlNets see, for B (`count`) images of (height, width).
 
         Raises ValueError for images without ControlNets and the other way round, numbers that do not match,
         and what has no effect.
@@ -77,7 +77,7 @@ def _of_each(name: str, values: Any, count: int) -> list[Any]:
 
 
 def _rows(pixels: Tensor, count: int, images_per_prompt: int) -> Tensor:
-    """A control image for all pictures [1, ...], or one for each, [B, ...], of one for each prompt."""
+    """A control image for all images [1, ...], or one for each, [B, ...], of one for each prompt."""
     if len(pixels) in (1, count):
         return pixels
     if len(pixels) * images_per_prompt != count:

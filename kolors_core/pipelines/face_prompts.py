@@ -2,7 +2,7 @@
 
 Source: kolors/pipelines/pipeline_stable_diffusion_xl_chatglm_256_ipadapter_FaceID.py in
 https://github.com/Kwai-Kolors/Kolors.
-Shapes: B pictures to make, n faces (1 or a divisor of B), P patches of each (577), D CLIP's width.
+Shapes: B images to make, n faces (1 or a divisor of B), P patches of each (577), D CLIP's width.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from kolors_core.adapters.ip_adapter_files import load_adapter
 from kolors_core.devices import finite, plain, refuse_second_copy
 from kolors_core.pipelines.image_prompts import Guides, ImagePrompting, guide
 
-PATCHES = 577  # of a picture that guides, where no image encoder tells
+PATCHES = 577  # of an image that guides, where no image encoder tells
 
 
 class FacePrompting(ImagePrompting):
@@ -38,7 +38,7 @@ class FacePrompting(ImagePrompting):
     ) -> None:
         """Load IP-Adapter-FaceID-Plus in place of one loaded before, and CLIP if there is none yet.
 
-        Beside IP-Adapters of pictures and LoRAs. Arguments and errors are those of `load_ip_adapter`. The
+        Beside IP-Adapters of images and LoRAs. Arguments and errors are those of `load_ip_adapter`. The
         published file is a pickle: `python -m weights_convert --pickle` makes the safetensors file of it.
         """
         refuse_second_copy(low_cpu_mem_usage)
@@ -102,7 +102,7 @@ class FacePrompting(ImagePrompting):
         return {handle: (positive, negative)}
 
     def stand_ins(self, device: torch.device, is_guided: bool) -> dict[str, Any]:
-        """Arguments without values: for each loaded adapter one picture, or without CLIP its states."""
+        """Arguments without values: for each loaded adapter one image, or without CLIP its states."""
         handles, face, encoder = self._picture_adapters, self._face, self.image_encoder
         given: dict[str, Any] = {}
 
@@ -123,7 +123,7 @@ class FacePrompting(ImagePrompting):
         return given
 
     def _face_states(self, image: Any, width: int) -> Tensor:
-        """CLIP's states [n, P, D] of pictures, or as they are given."""
+        """CLIP's states [n, P, D] of images, or as they are given."""
         if isinstance(image, Tensor) and image.ndim == 3:
             if image.shape[-1] != width or not image.numel() or not image.is_floating_point():
                 got = f"{list(image.shape)} of {image.dtype}"

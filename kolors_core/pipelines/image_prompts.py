@@ -2,7 +2,7 @@
 
 Source: `IPAdapterMixin` in diffusers' loaders/ip_adapter.py, and `prepare_ip_adapter_image_embeds` of its
 pipelines/kolors/pipeline_kolors.py.
-Shapes: B pictures to make, I pictures that guide for an adapter, P patches of each (577), D CLIP's width.
+Shapes: B images to make, I images that guide for an adapter, P patches of each (577), D CLIP's width.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ Images = Any  # a PIL image, or an array or tensor of one, or a list of them for
 
 
 class ImagePrompting(Components):
-    """A pipeline that pictures can guide."""
+    """A pipeline that images can guide."""
 
     def load_ip_adapter(
         self,
@@ -80,7 +80,7 @@ class ImagePrompting(Components):
         """Weigh the adapters: 1 is as trained, 0 as if there were none.
 
         scale: for all adapters, or a list with one for each, of: a number; a list with a number for each
-        masked picture; or by block, such as {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": 1.0}}, where
+        masked image; or by block, such as {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": 1.0}}, where
         what is left out gets 0.
         """
         handles = self._need_adapters()
@@ -105,10 +105,10 @@ class ImagePrompting(Components):
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = True,
     ) -> list[Tensor]:
-        """CLIP's states of pictures, to be given again as `ip_adapter_image_embeds`.
+        """CLIP's states of images, to be given again as `ip_adapter_image_embeds`.
 
         Returns a tensor for each adapter: [n, I, P, D] for n images a prompt, and under guidance the n
-        negative rows (of a picture that is all mean colour) before.
+        negative rows (of an image that is all mean color) before.
         """
         device = self.device if device is None else named_device(str(device))
         num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
@@ -122,7 +122,7 @@ class ImagePrompting(Components):
     def _image_states(
         self, image: Images, embeds: Sequence[Tensor] | None, is_guided: bool
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """For each adapter the states of its pictures, and the negative ones under guidance: [n, I, P, D]."""
+        """For each adapter the states of its images, and the negative ones under guidance: [n, I, P, D]."""
         handles = self._need_adapters()
         if (image is None) == (embeds is None):
             raise ValueError("wanted either ip_adapter_image or ip_adapter_image_embeds, got both or neither")
@@ -140,7 +140,7 @@ class ImagePrompting(Components):
             pixels = self._pixels(pictures, encoder)  # [I, 3, S, S]
             states = encoder.penultimate(pixels)[None]  # [1, I, P, D]
             negative = None
-            if is_guided:  # zeros in place of the normalised picture, the same for all of them
+            if is_guided:  # zeros in place of the normalized image, the same for all of them
                 negative = encoder.penultimate(torch.zeros_like(pixels[:1]))[None].expand_as(states)
             pairs.append((states, negative))
         return pairs
@@ -153,7 +153,7 @@ class ImagePrompting(Components):
         return encoder
 
     def _pixels(self, pictures: Any, encoder: CLIPVision) -> Tensor:
-        """Pictures as CLIP sees them [I, 3, S, S]; a tensor is taken as that already."""
+        """Images as CLIP sees them [I, 3, S, S]; a tensor is taken as that already."""
         if isinstance(pictures, Tensor):
             if not pictures.is_floating_point():
                 raise ValueError(f"a tensor must be pixels as CLIP sees them, floats, got {pictures.dtype}")
@@ -167,7 +167,7 @@ class ImagePrompting(Components):
     def _image_prompts(
         self, image: Images, embeds: Sequence[Tensor] | None, masks: Any, batch: int, is_guided: bool
     ) -> Guides:
-        """What the UNet is told of the pictures in each of its B rows, and in each negative one."""
+        """What the UNet is told of the images in each of its B rows, and in each negative one."""
         if not self._picture_adapters and image is None and embeds is None and masks is None:
             return {}
         handles = self._need_adapters()
@@ -192,7 +192,7 @@ class ImagePrompting(Components):
 
     @property
     def _picture_adapters(self) -> list[Attached]:
-        """The adapters that pictures guide, but not a face's."""
+        """The adapters that images guide, but not a face's."""
         return [handle for handle in attached(self.unet) if isinstance(handle.adapter, IPAdapter)]
 
     def _need_adapters(self) -> list[Attached]:
@@ -248,7 +248,7 @@ class IPAdapterMaskProcessor:
     def preprocess(
         self, image: "Image | Sequence[Image]", height: int | None = None, width: int | None = None
     ) -> Tensor:
-        """One mask or several, of any mode: [n, 1, H, W], float32, 1 where brighter than middle grey, else 0.
+        """One mask or several, of any mode: [n, 1, H, W], float32, 1 where brighter than middle gray, else 0.
 
         Each is resized to height and width, or to the first one's size, both rounded down to multiples of 8.
         """

@@ -45,7 +45,7 @@ MIN_BOX, MAX_BOX = 0.2, 0.8  # sides of a mask's box, as fractions of the image'
 
 @dataclass(frozen=True)
 class Example:
-    """A picture's file, its captions of which each use draws one, and its size in pixels, upright."""
+    """An image's file, its captions of which each use draws one, and its size in pixels, upright."""
 
     file: Path
     captions: tuple[str, ...]
@@ -55,7 +55,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of a batch: which example, and which of its captions ("" where dropped)."""
+    """One image of a batch: which example, and which of its captions ("" where dropped)."""
 
     example_index: int
     caption: str
@@ -75,7 +75,7 @@ class Batch:
 
 
 def read_folder(folder: str | Path) -> list[Example]:
-    """Every captioned picture of a folder; errors name the file and line at fault."""
+    """Every captioned image of a folder; errors name the file and line at fault."""
     from PIL import ExifTags, Image
 
     folder = path_of("folder", folder)
@@ -146,15 +146,15 @@ def buckets(resolution: int, step: int = 64) -> list[tuple[int, int]]:
 
 
 def nearest_bucket(example: Example, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size whose aspect is nearest to the picture's, by the logarithm of the ratio."""
+    """The size whose aspect is nearest to the image's, by the logarithm of the ratio."""
     aspect = math.log(example.height / example.width)
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - aspect), size))
 
 
 def load_pixels(example: Example, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """The picture, upright, covering its bucket: [3, H, W] in [-1, 1], and where it was cropped.
+    """The image, upright, covering its bucket: [3, H, W] in [-1, 1], and where it was cropped.
 
-    The crop's (top, left) is in pixels of the resized picture, of which it is the middle. Transparency is
+    The crop's (top, left) is in pixels of the resized image, of which it is the middle. Transparency is
     white.
     """
     from PIL.Image import Resampling
@@ -170,7 +170,7 @@ def load_pixels(example: Example, size: tuple[int, int]) -> tuple[Tensor, tuple[
 class Batches:
     """`batches.samples(step)`: samples of one bucket, the same for the same seed and step.
 
-    A batch holds no picture twice unless it is larger than its bucket. caption_dropout: how often a caption
+    A batch holds no image twice unless it is larger than its bucket. caption_dropout: how often a caption
     is replaced by the empty one, which guidance needs.
     """
 
@@ -193,7 +193,7 @@ class Batches:
             self.members.setdefault(nearest_bucket(example, sizes), []).append(i)
 
     def samples(self, step: int) -> tuple[tuple[int, int], list[Sample]]:
-        """Bucket size and samples of a step's batch. A bucket comes as often as its pictures are many."""
+        """Bucket size and samples of a step's batch. A bucket comes as often as its images are many."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
         sizes = sorted(self.members)
         weights = torch.tensor([float(len(self.members[size])) for size in sizes])
@@ -207,7 +207,7 @@ class Batches:
         return size, samples
 
     def _shuffled(self, members: list[int], generator: torch.Generator) -> list[int]:
-        """Pictures without repetition while any are left: a larger batch goes round again."""
+        """Images without repetition while any are left: a larger batch goes round again."""
         chosen: list[int] = []
         while len(chosen) < self.batch_size:
             order = torch.randperm(len(members), generator=generator).tolist()
@@ -216,9 +216,9 @@ class Batches:
 
 
 class LatentDataset:
-    """Latents of every picture, encoded once; captions as tokens, or encoded once by a frozen encoder.
+    """Latents of every image, encoded once; captions as tokens, or encoded once by a frozen encoder.
 
-    control: makes the control image of a picture, for a ControlNet; each is made once and kept in 8 bits.
+    control: makes the control image of an image, for a ControlNet; each is made once and kept in 8 bits.
     """
 
     def __init__(

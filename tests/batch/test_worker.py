@@ -18,8 +18,9 @@ from PIL import Image
 
 from kolors_core import KolorsPipeline
 from kolors_core.adapters.lora import attach, save_adapters
-from kolors_core.batch.prompt_file import fingerprint_of, read_lines
-from kolors_core.batch.worker import Worker, main, parser
+from kolors_core.batch.__main__ import main, parser
+from kolors_core.batch.prompt_file import png_fingerprint, read_jobs
+from kolors_core.batch.worker import Worker
 from kolors_core.cli.generate import main as draw_one
 from kolors_core.pipelines.png_metadata import read_metadata
 from tests.support.batch_worker import draw_unlike, measure_split
@@ -74,10 +75,10 @@ def assert_same(out: Path, expected: Path) -> None:
     """The same files with the same bytes, nothing else, and one record for each line."""
     files = {file.name: file.read_bytes() for file in out.iterdir() if file.name != "manifest.jsonl"}
     wanted = {file.name: file.read_bytes() for file in expected.iterdir() if file.name != "manifest.jsonl"}
-    claims = files.pop(".claims"), wanted.pop(".claims")
+    locks = files.pop(".claims"), wanted.pop(".claims")
     assert files.keys() == wanted.keys() and len(files) == COUNT
     assert not [name for name in files if files[name] != wanted[name]]
-    assert not any(claims[0]), "no line is being drawn"
+    assert not any(locks[0]), "no job is running"
     assert [record["line"] for record in records(out)] == list(range(1, COUNT + 1))
     assert {record["status"] for record in records(out)} == {"done"}
 
@@ -98,7 +99,7 @@ def test_names_manifest_and_fingerprints(
     assert told[0]["file"] == "000001-1.png", "without a seed, the line's number"
     assert told[2]["file"] == f"000003-{2**62}.png" and told[2]["reason"] is None
     assert all(record["seconds"] > 0 and record["process"].startswith("0 of 1, ") for record in told)
-    assert all(fingerprint_of(undisturbed / record["file"]) == record["fingerprint"] for record in told)
+    assert all(png_fingerprint(undisturbed / record["file"]) == record["fingerprint"] for record in told)
     before = {file: file.stat().st_mtime_ns for file in undisturbed.glob("*.png")}
     assert main([str(prompts), str(undisturbed), "--device", "cpu"]) == 0
     assert f"{COUNT} of {COUNT} pictures are in" in capsys.readouterr().err
@@ -216,13 +217,13 @@ BAD = [
 
 def test_bad_lines_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("\n\n".join(["", *(text for text, _ in BAD)]))
-    lines = read_lines(tmp_path / "bad.jsonl", {}, 0, 25)
+    lines = read_jobs(tmp_path / "bad.jsonl", {}, 0, 25)
     assert [line.number for line in lines] == [3 + 2 * i for i in range(len(BAD))]
     for line, (text, reason) in zip(lines, BAD, strict=True):
-        assert line.picture is None and reason in (line.reason or ""), text[:50]
+        assert line.settings is None and reason in (line.reason or ""), text[:50]
         assert len(line.reason or "") <= 300
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    assert "prompt is not UTF-8" in str(read_lines(tmp_path / "latin.jsonl", {}, 0, 25)[0].reason)
+    assert "prompt is not UTF-8" in str(read_jobs(tmp_path / "latin.jsonl", {}, 0, 25)[0].reason)
 
 
 def test_a_bad_line_fails_alone_and_is_tried_again(
@@ -276,12 +277,12 @@ def test_what_another_run_says_of_its_own_line_is_not_believed(
     )
     assert main([*first, "--device", "cpu", "-q"]) == 0
     worker = Worker(parser().parse_args([*second, "--device", "cpu"]), torch.device("cpu"))
-    worker._lead()
+    worker._run_leader()
     assert main([*first, "--device", "cpu", "-q"]) == 0 and records(tmp_path / "out")[0]["status"] == "done"
     worker.manifest.refresh()
-    assert worker._has_failed(worker.lines[0])
-    worker._end(worker.lines)
-    worker.claims.close()
+    assert worker._has_failed(worker.jobs[0])
+    worker._finish(worker.jobs)
+    worker.locks.close()
     said = capsys.readouterr().err
     assert "0 of 1 pictures" in said and "line 1 failed: another run on this OUT has a line" in said
 
@@ -297,8 +298,8 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
         {"prompt": "two\nlines, and a comma", "seed": 3, "lora": ["a.safetensors:0.5", "b"], "guidance": 2.5,
          "height": 64}, {"prompt": "cat", "negative_prompt": "dog", "seed": 4},
     ])  # fmt: skip
-    rows, lines = (read_lines(tmp_path / name, {}, 0, 25) for name in ("p.csv", "p.jsonl"))
-    assert [row.picture for row in rows[:2]] == [line.picture for line in lines]
+    rows, lines = (read_jobs(tmp_path / name, {}, 0, 25) for name in ("p.csv", "p.jsonl"))
+    assert [row.settings for row in rows[:2]] == [line.settings for line in lines]
     assert [row.fingerprint for row in rows[:2]] == [line.fingerprint for line in lines]
     assert [row.number for row in rows] == [2, 4, 5, 6, 7], "as an editor shows them"
     reasons = ("no prompt", "seed must be a whole number from 0", "9 cells, and the first row names 6")

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from kolors_core import KolorsPipeline
-from kolors_core.batch.split_guidance import Pair
-from kolors_core.batch.worker import main
-from kolors_core.devices import join_processes
+from kolors_core.batch.__main__ import main
+from kolors_core.batch.processes import join_processes
+from kolors_core.batch.split_guidance import GuidancePair
 from kolors_core.guidance import guided
 
 
@@ -23,7 +23,7 @@ def draw_unlike(*arguments: list[str]) -> int:
 def measure_split(out: Path, arguments: list[str]) -> int:
     """Write how far split guidance is from whole in float64 and float32 latents; then run a batch."""
     join_processes("cpu")
-    pair, errors = Pair(), []
+    pair, errors = GuidancePair(), []
     pipe = KolorsPipeline.from_pretrained()
     pipe.set_progress_bar_config(disable=True)
     for dtype in (torch.float64, torch.float32):
