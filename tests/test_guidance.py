@@ -25,8 +25,6 @@ from tests.support.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, 
 from tests.support.small import EXACT, FLOAT32, SHALLOW, relative_error
 from tests.test_unet import inputs
 
-pytestmark = pytest.mark.numerical
-
 
 class Doubling(UNet):
     """A UNet whose forward is another."""
@@ -72,6 +70,7 @@ def test_a_changed_unet_is_called_as_a_whole(change: Callable[[UNet], UNet]) -> 
     torch.compiler.reset()
 
 
+@pytest.mark.numerical
 @torch.no_grad()
 def test_equal_rows_are_read_once_and_latents_not_doubled() -> None:
     """Two pictures of each of two prompts with one negative prompt: three texts, four latents, eight rows."""
@@ -158,6 +157,7 @@ def assert_same_with(pair_: Pair, rule: Callable[..., Any], guide: Guide) -> lis
     return mine
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(("solver", "changes"), SOLVERS[:2], ids=["euler", "dpm"])
 @pytest.mark.parametrize("part", [0.7, 1.0])
 def test_rescaled_noise_equals_the_reference(float64: Pair, solver: str, changes: dict, part: float) -> None:
@@ -174,6 +174,7 @@ def test_rescaled_noise_equals_the_reference(float64: Pair, solver: str, changes
     assert relative_error(near[3], mine[3]) > 10 * FLOAT32, "so small a difference shows"
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("interval", [(0.25, 0.75), SigmaInterval(1.0, 9.0)], ids=["steps", "sigmas"])
 @pytest.mark.parametrize(("solver", "changes"), SOLVERS[:2], ids=["euler", "dpm"])
 def test_guidance_in_an_interval_equals_a_loop(
@@ -235,6 +236,7 @@ def test_bad_values_are_named_before_the_first_step(
     assert not steps
 
 
+@pytest.mark.numerical
 def test_outside_of_the_interval_the_negative_half_is_not_computed(pipes: Pair) -> None:
     ours = KolorsPipeline.from_pipe(pipes[0])
     rows: list[int] = []
@@ -249,6 +251,7 @@ def test_outside_of_the_interval_the_negative_half_is_not_computed(pipes: Pair) 
         hook.remove()
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("rule", [guided, perturbed])
 def test_what_saves_does_not_change_them(pipes: Pair, rule: Callable[..., Any]) -> None:
     ours = KolorsPipeline.from_pipe(pipes[0])
@@ -259,6 +262,7 @@ def test_what_saves_does_not_change_them(pipes: Pair, rule: Callable[..., Any]) 
     assert all(relative_error(a, b) < EXACT for a, b in zip(mine, plain, strict=True))
 
 
+@pytest.mark.numerical
 def test_perturbed_noise_is_rescaled_to_the_conditional(pipes: Pair) -> None:
     """In a step, by hand, from x0 without rescaling and x0 of the conditional alone."""
     unet, schedule = pipes[0].unet, pipes[0].scheduler.schedule(3)
@@ -288,6 +292,7 @@ def test_a_callback_that_ends_guidance_ends_rescaling_and_interval(pipes: Pair) 
     assert relative_error(*ends) < EXACT
 
 
+@pytest.mark.numerical
 def test_image_to_image_takes_them(pipes: Pair) -> None:
     ours = KolorsImg2ImgPipeline.from_pipe(pipes[0])
     plain = steps_of(ours, prompt="cat", image=picture(), strength=1.0)

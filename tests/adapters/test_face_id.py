@@ -33,8 +33,6 @@ from weights_convert import TABLES
 from weights_convert.__main__ import convert, convert_pickle
 from weights_convert.key_mapping import compare
 
-pytestmark = pytest.mark.numerical
-
 Faced = tuple[KolorsPipeline, ReferenceFace]
 
 
@@ -61,6 +59,7 @@ def adapter_of(pipe: KolorsPipeline) -> FaceIDAdapter:
     return adapter
 
 
+@pytest.mark.numerical
 def test_the_resampler_equals_the_reference(faced: Faced) -> None:
     ours, theirs = faced
     draw = torch.Generator().manual_seed(1)
@@ -71,6 +70,7 @@ def test_the_resampler_equals_the_reference(faced: Faced) -> None:
     assert mine.shape == (2, TOKENS, ours.unet.config.text_dim) and relative_error(mine, other) < EXACT
 
 
+@pytest.mark.numerical
 @torch.no_grad()
 def test_the_unet_equals_the_reference(faced: Faced) -> None:
     ours, theirs = faced
@@ -82,6 +82,7 @@ def test_the_unet_equals_the_reference(faced: Faced) -> None:
     assert relative_error(ours.unet(**given, image_prompts=[guide]), call.sample) < EXACT
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(("solver", "changes"), SOLVERS[:2], ids=["euler", "dpm"])
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_every_step_equals_the_reference(
@@ -148,6 +149,7 @@ def test_image_to_image_with_a_lora(faced: Faced, tmp_path: Path) -> None:
     assert relative_error(face_steps(pipe, **start)[0], mine[0]) > 1e-4
 
 
+@pytest.mark.numerical
 def test_savings_change_nothing(faced: Faced) -> None:
     fast = face_steps(faced[0])
     with saving(faced[0], NO_SAVINGS):
@@ -192,6 +194,7 @@ def test_it_comes_and_leaves_without_a_trace(both: Both, face_file: Path, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(face_steps(ours), first, strict=True))
 
 
+@pytest.mark.numerical
 def test_states_stand_in_for_a_picture_and_faces_may_differ(
     faced: Faced,
 ) -> None:

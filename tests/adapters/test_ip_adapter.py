@@ -19,9 +19,8 @@ from weights_convert import TABLES
 from weights_convert.__main__ import convert
 from weights_convert.key_mapping import compare
 
-pytestmark = pytest.mark.numerical
 
-
+@pytest.mark.numerical
 def test_the_resampler_equals_the_reference(loaded: Both) -> None:
     ours, theirs = loaded
     states = torch.randn(2, 17, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -32,6 +31,7 @@ def test_the_resampler_equals_the_reference(loaded: Both) -> None:
     assert relative_error(mine, other) < EXACT
 
 
+@pytest.mark.numerical
 def test_the_unet_with_two_adapters_equals_the_reference(both: Both, adapters: list[Path]) -> None:
     ours, theirs = both
     load_both(both, *adapters)
@@ -65,6 +65,7 @@ def test_it_compiles_whole(both: Both, adapters: list[Path]) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.numerical
 def test_branches_swapped_are_noticed(both: Both, adapters: list[Path]) -> None:
     """The parity test can fail: the order down, up, mid matters though widths are equal."""
     ours, theirs = both

@@ -38,8 +38,6 @@ from tests.support.pipelines import Pair, steps_of
 from tests.support.small import EXACT, SHALLOW, SMALL, SMALL_CLIP, randomise, relative_error
 from tests.test_unet import inputs
 
-pytestmark = pytest.mark.numerical
-
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
@@ -153,6 +151,7 @@ def test_a_compiled_pipeline_draws_the_same_and_can_be_copied(pipes: Pair) -> No
         pipe.compile("fast")
 
 
+@pytest.mark.numerical
 @torch.no_grad()
 def test_the_real_compiler_on_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cache of its own: torch's finds code by the graph alone, also what a process with vectors of
@@ -186,6 +185,7 @@ class Recorder:
         return replay, result
 
 
+@pytest.mark.numerical
 @torch.no_grad()
 def test_a_recorded_step_serves_every_run_of_its_shape() -> None:
     """Two runs in turn, with texts of their own; then another size, LoRA strength, and attention kernel."""

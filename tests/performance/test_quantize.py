@@ -25,8 +25,6 @@ from tests.support.parity import assert_parity
 from tests.support.small import SMALL, randomise
 from weights_convert.safetensors_files import Tensors
 
-pytestmark = pytest.mark.numerical
-
 GIB = 2**30
 
 
@@ -73,6 +71,7 @@ def predict(unet: nn.Module) -> Tensor:
     return unet(latents, torch.tensor(500), tokens, pooled, torch.full((2, 6), 128.0))
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [192, 96, 48, 24])
 @pytest.mark.parametrize("bits", [8, 4])
@@ -94,6 +93,7 @@ def test_a_weight_comes_back_to_half_a_step(bits: int, width: int, dtype: torch.
     assert ((step / wanted - 1).abs() < 0.03).all(), "no coarser than the weights need"
 
 
+@pytest.mark.numerical
 def test_eight_bits_are_rows_of_127_steps() -> None:
     plain = nn.Linear(4, 3, bias=False)
     plain.weight.data = torch.tensor([[-127.0, 126, 0.4, -0.6], [0, 0, 0, 0], [0.25, -1.0, 127 / 128, 0]])
@@ -103,6 +103,7 @@ def test_eight_bits_are_rows_of_127_steps() -> None:
     assert layer.scale[2].item() == pytest.approx(1 / 127, rel=2**-8)
 
 
+@pytest.mark.numerical
 def test_four_bits_are_packed_exactly() -> None:
     """Every one of 16 values in every place of its byte; negative ones, and groups where all are equal."""
     generator = torch.Generator().manual_seed(0)
@@ -118,6 +119,7 @@ def test_four_bits_are_packed_exactly() -> None:
     assert torch.equal(torch.cat([low, high]).long(), q[0, :64])
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("bits", [8, 4])
 def test_dtypes_change_as_the_models(bits: int) -> None:
     """Numbers stay whole, and scales are the same after bfloat16, so that a detour costs nothing."""
@@ -139,6 +141,7 @@ def test_not_a_number_is_not_hidden() -> None:
         assert QuantizedLinear(plain, bits).weight[3].isnan().any()
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_unet_is_that_of_its_dequantised_weights(bits: int) -> None:
     """What is quantised are the transformers' linear layers, all of them and no other."""
@@ -154,6 +157,7 @@ def test_a_unet_is_that_of_its_dequantised_weights(bits: int) -> None:
     assert {8: 0.001, 4: 0.02}[bits] < error < {8: 0.01, 4: 0.15}[bits]
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_chatglm_is_that_of_its_dequantised_weights(bits: int, small_tokenizer: Path) -> None:
     model = ChatGLM(SMALL.text_encoder)
@@ -171,6 +175,7 @@ def test_a_chatglm_is_that_of_its_dequantised_weights(bits: int, small_tokenizer
     assert {8: 0.9995, 4: 0.9}[bits] < cosine < 1 - 1e-6
 
 
+@pytest.mark.numerical
 def test_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """No second whole model in memory: a layer is gone before the next but one is read."""
     unet, alive = small_unet(), []
@@ -207,6 +212,7 @@ def test_bytes_of_the_released_model() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_state_dict_comes_back(bits: int, tmp_path: Path) -> None:
     """Into a model on the meta device that is quantised there; the full weights are never needed."""
@@ -279,6 +285,7 @@ def with_lora(unet: UNet) -> Adapter:
     return adapter
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("bits", [8, 4])
 def test_loras_act_and_train_on_quantised_weights(bits: int) -> None:
     """QLoRA: output and gradients are those of the dequantised weights with the same LoRA, DoRA too."""

@@ -38,8 +38,6 @@ from tests.support.pipelines import (
 from tests.support.small import EXACT, FLOAT32, SHALLOW, relative_error
 from tests.test_unet import inputs
 
-pytestmark = pytest.mark.numerical
-
 LAYERS: list[Any] = [
     "mid",
     ["down_blocks.1.attentions.0", "up_blocks.0"],
@@ -61,12 +59,14 @@ def pag_pair(pair: Pair | Both, layers: Any = "mid") -> tuple[KolorsPAGPipeline,
     return KolorsPAGPipeline.from_pipe(ours, pag_applied_layers=layers), other
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["cfg", "alone"])
 @pytest.mark.parametrize("layers", LAYERS, ids=str)
 def test_every_step_equals_the_reference(pipes: Pair, layers: Any, guidance_scale: float) -> None:
     assert_same_steps(pag_pair(pipes, layers), prompt="cat", guidance_scale=guidance_scale)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(("solver", "changes"), SOLVERS, ids=["euler", "dpm", "sde"])
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["cfg", "alone"])
 def test_every_sampler_and_several_prompts(
@@ -91,6 +91,7 @@ def test_parity_can_fail(pipes: Pair) -> None:
     assert relative_error(near, steps_of(theirs, prompt="cat")[-2]) > 10 * FLOAT32
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["cfg", "alone"])
 def test_the_adaptive_scale_counts_the_schedules_own_steps(pipes: Pair, guidance_scale: float) -> None:
     """The reference takes off adaptive * (1000 - t), ours adaptive * (1100 - t): 100 * adaptive more.
@@ -114,6 +115,7 @@ def test_the_adaptive_scale_counts_the_schedules_own_steps(pipes: Pair, guidance
     assert all(relative_error(a, b) < EXACT for a, b in zip(last, expected, strict=True))
 
 
+@pytest.mark.numerical
 @torch.no_grad()
 def test_only_the_perturbed_rows_of_the_named_layers_see_nothing() -> None:
     """Where the map is the identity, a pixel's output depends on its own values only."""
@@ -276,6 +278,7 @@ def _preserves(pipe: Any) -> bool:
     return pipe.scheduler.latent_scale(1.0) > 1
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["cfg", "alone"])
 def test_with_an_ip_adapter(loaded: Both, guidance_scale: float) -> None:
     """The reference takes no picture here, but the embeddings of one without the axis of several."""
@@ -292,6 +295,7 @@ def test_with_an_ip_adapter(loaded: Both, guidance_scale: float) -> None:
     assert all(relative_error(a, b) < FLOAT32 for a, b in zip(mine, other, strict=True))
 
 
+@pytest.mark.numerical
 def test_with_a_lora(pipes: Pair) -> None:
     """As with the LoRA's weights written into the UNet, where the reference cannot load one (it crashes)."""
     ours, theirs = pag_pair((KolorsPipeline.from_pipe(pipes[0], unet=deepcopy(pipes[0].unet)), pipes[1]))

@@ -30,8 +30,6 @@ from weights_convert.folder_to_single_file import to_folder
 from weights_convert.sgm import public_to_sgm
 from weights_convert.single_file import open_parts
 
-pytestmark = pytest.mark.numerical
-
 
 def draw(pipe: KolorsPipeline, seed: int = 0) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
@@ -44,6 +42,7 @@ def drawn(whole_folder: Path) -> Tensor:
     return draw(KolorsPipeline.from_pretrained(whole_folder))
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_files_of_other_programs(kind: str, whole_folder: Path, drawn: Tensor, tmp_path: Path) -> None:
     """Each gives the folder's picture bit for bit, and comes back byte for byte from a folder made of it."""
@@ -73,6 +72,7 @@ def test_a_file_of_our_own_names(whole_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
+@pytest.mark.numerical
 def test_a_whole_file_needs_nothing_else(whole_file: Path, drawn: Tensor, tmp_path: Path) -> None:
     pipe = KolorsPipeline.from_single_file(whole_file)
     assert torch.equal(draw(pipe), drawn) and pipe.image_encoder is not None
@@ -143,6 +143,7 @@ assert load_model(address, "vae", config={str(whole_folder)!r}).config.norm_grou
         assert hub.fetched("owner/kolors") == ["vae/vae.safetensors"]
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_chatglm_in_whole_numbers_is_what_its_numbers_say(
