@@ -8,6 +8,7 @@ after the encoder was moved, and not after it was trained, quantized or adapted.
 import hashlib
 from collections import OrderedDict
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -46,10 +47,11 @@ class Key(NamedTuple):
 
 
 class PromptCache:
-    """The embeddings used last, each on the device that it was computed on."""
+    """The embeddings used last, each on the device that it was computed on; several threads may use it."""
 
     def __init__(self) -> None:
         self.kept: OrderedDict[Key, TextEmbedding] = OrderedDict()
+        self._lock = Lock()
 
     def clear(self) -> None:
         """Remove all embeddings from memory."""
@@ -69,10 +71,11 @@ class PromptCache:
 
     def put(self, key: Key, text: TextEmbedding, maximum: int, folder: str | Path | None) -> None:
         """Store an embedding; in memory the last `maximum` used are kept."""
-        self.kept[key] = text
-        self.kept.move_to_end(key)
-        while len(self.kept) > maximum:
-            self.kept.popitem(last=False)
+        with self._lock:
+            self.kept[key] = text
+            self.kept.move_to_end(key)
+            while len(self.kept) > maximum:
+                self.kept.popitem(last=False)
         if folder is None or not key.is_persistable:
             return
         file = Path(folder) / f"{key.name}.safetensors"
