@@ -20,6 +20,7 @@ from kolors_core.checkpoint import load_component
 from kolors_core.cli.generate import main as command
 from kolors_core.config import KOLORS, ChatGLMConfig
 from kolors_core.performance.quantize import QuantizedLinear, is_quantized
+from kolors_core.pipelines.base import MODELS
 from kolors_core.pipelines.single_file import load_model
 from kolors_core.tokenizer import Tokenizer
 from tests.support.hub import environment, serving
@@ -53,7 +54,10 @@ def test_files_of_other_programs(kind: str, whole_folder: Path, drawn: Tensor, t
     parts, _, _ = open_parts(file)
     for component in parts:
         shutil.copy(whole_folder / component / "config.json", tmp_path / "made" / component)
-        model, other = load_component(tmp_path / "made", component), load_component(whole_folder, component)
+        model, other = (
+            load_component(folder, component, kind=MODELS[component])
+            for folder in (tmp_path / "made", whole_folder)
+        )
         assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
     assert main([str(tmp_path / "made"), str(tmp_path / "again.safetensors"), "--to", "single"]) == 0
     assert file.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
@@ -131,6 +135,7 @@ def test_what_is_missing_is_named_or_given(whole_folder: Path, drawn: Tensor, tm
 def test_a_file_by_its_address_on_a_hub(whole_folder: Path, tmp_path: Path) -> None:
     save_file(FOREIGN["VAE, SGM's names alone"](whole_folder), tmp_path / "vae.safetensors")
     program = f"""
+from kolors_core.pipelines.base import MODELS
 from kolors_core.pipelines.single_file import load_model
 address = "https://huggingface.co/owner/kolors/blob/main/vae/vae.safetensors"
 assert load_model(address, "vae", config={str(whole_folder)!r}).config.norm_groups == 32
