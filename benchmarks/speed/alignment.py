@@ -1,8 +1,8 @@
 """Copying misaligned weights when they are loaded: `python -m benchmarks.speed.alignment OUT`.
 
 A file puts its tensors where its header ends, and `load` copies those that torch would have allocated at
-another alignment (64 bytes): the same weights then compute the same bits from every file. Measured are the cost
-of the copy, against weights left in the mapped file with every page read, and the gain of a step.
+another alignment (64 bytes): the same weights then compute the same bits from every file. Measured are the
+cost of the copy, against weights left in the mapped file with every page read, and the gain of a step.
 The UNet has Kolors' widths and a few of its transformer blocks, in bfloat16; its tensors lie at 40 modulo 64.
 """
 
