@@ -18,7 +18,7 @@ from kolors_core.pipelines.masks import grey, size_of
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import Task
-from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
+from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts
 from kolors_core.sampling import Denoise, Generators, OnStep, Sampler, Sigmas, draw_noise
 from kolors_core.schedule import Schedule
 from kolors_core.validation import fraction_of
@@ -169,8 +169,8 @@ class KolorsImg2ImgPipeline(FromPicture):
         schedule = self._part(whole, strength, denoising_start, denoising_end)
         mean, std = self._encoded(image, height, width, is_only_size=latents is not None)  # [b, 4, H/8, W/8]
         size = mean.shape[-2] * self.vae.config.downscale, mean.shape[-1] * self.vae.config.downscale
-        texts = self.embed(
-            prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
+        texts = embed_prompts(
+            self, prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
         )  # fmt: skip
         positive, negative = self._prepare_conditioning(inputs, size, *texts)

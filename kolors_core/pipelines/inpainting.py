@@ -19,7 +19,7 @@ from kolors_core.pipelines.image_to_image import FromPicture, for_each, preserve
 from kolors_core.pipelines.masks import Box, crop_region, fitted, grey, put_back, repainted, size_of
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
-from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
+from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts
 from kolors_core.sampling import Generators
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ class KolorsInpaintPipeline(FromPicture):
         if not reads_mask or strength < 1 or denoising_start is not None:
             start = self._mean_and_std(work.picture)
         masked = self._masked(work.picture, mask, masked_image_latents) if reads_mask else None
-        texts = self.embed(
-            prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
+        texts = embed_prompts(
+            self, prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
         )  # fmt: skip
         positive, negative = self._prepare_conditioning(inputs, size, *texts)

@@ -30,7 +30,7 @@ from kolors_core.pipelines.pag import KolorsPAGPipeline
 from kolors_core.pipelines.request import PipelineInputs
 from kolors_core.pipelines.runs import Runs
 from kolors_core.pipelines.stages import Task
-from kolors_core.pipelines.text_prompts import MAX_TOKENS
+from kolors_core.pipelines.text_prompts import MAX_TOKENS, embed_prompts
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.vae import run_channels_last
 from kolors_core.validation import whole_number
@@ -193,8 +193,8 @@ def _run(twin: Task, inputs: PipelineInputs, size: tuple[int, int], prompts: int
     if nets := controlnets_of(twin.controlnet):
         given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
     inputs = PipelineInputs(**vars(inputs) | given)
-    texts = twin.embed(
-        None, inputs.is_guided, None, inputs.prompt_embeds, inputs.pooled_prompt_embeds,
+    texts = embed_prompts(
+        twin, None, inputs.is_guided, None, inputs.prompt_embeds, inputs.pooled_prompt_embeds,
         inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds, MAX_TOKENS,
     )  # fmt: skip
     halves = twin._prepare_conditioning(inputs, size, *texts)

@@ -40,10 +40,10 @@ class TextPrompting(Components, TextualInversion):
         """Prompts as embeddings, repeated for each image: prompt by prompt, image by image.
 
         Returns prompt and negative embeddings [B, S, text_dim], then both pooled ones [B, text_dim]; the
-        negative ones are None without guidance. Errors as in `embed`.
+        negative ones are None without guidance. Errors as in `embed_prompts`.
         """
-        text, negative = self.embed(
-            prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds, pooled_prompt_embeds,
+        text, negative = embed_prompts(
+            self, prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds, pooled_prompt_embeds,
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
         )  # fmt: skip
         text, negative = text.expanded(), None if negative is None else negative.expanded()
@@ -58,60 +58,58 @@ class TextPrompting(Components, TextualInversion):
         negatives = repeated(negative.tokens), repeated(negative.pooled)
         return repeated(text.tokens), negatives[0], repeated(text.pooled), negatives[1]
 
-    def embed(
-        self,
-        prompt: Prompt | None,
-        is_guided: bool,
-        negative_prompt: Prompt | None,
-        prompt_embeds: Tensor | None,
-        pooled_prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        negative_pooled_prompt_embeds: Tensor | None,
-        max_sequence_length: int,
-    ) -> tuple[TextEmbedding, TextEmbedding | None]:
-        """One embedding a prompt, encoded or given, and under guidance the negative one.
 
-        No negative prompt is the encoded empty one, or zeros if the checkpoint says
-        `force_zeros_for_empty_prompt`; a single one serves all prompts. Raises ValueError naming what was
-        given twice, not at all, or does not fit.
-        """
-        self._need_weights()
-        width = self.unet.config.text_dim
-        text = _given("", prompt_embeds, pooled_prompt_embeds, width)
-        negative = _given("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, width)
-        if (prompt is None) == (text is None):
-            raise ValueError("give either prompt or prompt_embeds, not both and not neither")
-        if text is not None and max_sequence_length != MAX_TOKENS:
-            raise ValueError("max_sequence_length has no effect on given prompt_embeds")
-        if negative_prompt is not None and negative is not None:
-            raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
-        if text is None:
-            text = self._encode("prompt", prompt, max_sequence_length)
-        if not is_guided:
-            return text, None
-        if negative is None and negative_prompt is None and self.force_zeros_for_empty_prompt:
-            zeros = torch.zeros_like(text.tokens), torch.zeros_like(text.pooled)
-            negative = TextEmbedding(*zeros, text.counts)
-        elif negative is None:
-            wanted = "" if negative_prompt is None else negative_prompt
-            negative = self._encode("negative_prompt", wanted, text.length)
-        return text, _matched(negative, text)
+def embed_prompts(
+    pipe: TextPrompting,
+    prompt: Prompt | None,
+    is_guided: bool,
+    negative_prompt: Prompt | None,
+    prompt_embeds: Tensor | None,
+    pooled_prompt_embeds: Tensor | None,
+    negative_prompt_embeds: Tensor | None,
+    negative_pooled_prompt_embeds: Tensor | None,
+    max_sequence_length: int,
+) -> tuple[TextEmbedding, TextEmbedding | None]:
+    """Return an embedding for each prompt, encoded or given, and under guidance the negative ones.
 
-    def _encode(self, name: str, prompt: Prompt | None, max_length: int) -> TextEmbedding:
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError("there is no text encoder or tokenizer: pass prompt_embeds in place of prompts")
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if (
-            not isinstance(prompts, list | tuple)
-            or not prompts
-            or not all(isinstance(p, str) for p in prompts)
-        ):
-            raise ValueError(f"{name} must be a string or a list of at least one string, got {prompt!r}")
-        if not 2 < whole_number("max_sequence_length", max_length) <= MAX_TOKENS:
-            raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
-        words = {"words": words} if (words := words_of(plain(self.text_encoder))) else {}
-        tokens = self.tokenizer(prompts, max_length, **words)
-        return self._run_text_encoder(tokens.collapse() if self.savings.collapse_pads else tokens)
+    No negative prompt is the encoded empty one, or zeros if the checkpoint says
+    `force_zeros_for_empty_prompt`; a single one serves all prompts. Raises ValueError naming what was
+    given twice, not at all, or does not fit.
+    """
+    pipe._need_weights()
+    width = pipe.unet.config.text_dim
+    text = _given("", prompt_embeds, pooled_prompt_embeds, width)
+    negative = _given("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, width)
+    if (prompt is None) == (text is None):
+        raise ValueError("give either prompt or prompt_embeds, not both and not neither")
+    if text is not None and max_sequence_length != MAX_TOKENS:
+        raise ValueError("max_sequence_length has no effect on given prompt_embeds")
+    if negative_prompt is not None and negative is not None:
+        raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
+    if text is None:
+        text = _encode(pipe, "prompt", prompt, max_sequence_length)
+    if not is_guided:
+        return text, None
+    if negative is None and negative_prompt is None and pipe.force_zeros_for_empty_prompt:
+        zeros = torch.zeros_like(text.tokens), torch.zeros_like(text.pooled)
+        negative = TextEmbedding(*zeros, text.counts)
+    elif negative is None:
+        wanted = "" if negative_prompt is None else negative_prompt
+        negative = _encode(pipe, "negative_prompt", wanted, text.length)
+    return text, _matched(negative, text)
+
+
+def _encode(pipe: TextPrompting, name: str, prompt: Prompt | None, max_length: int) -> TextEmbedding:
+    if pipe.text_encoder is None or pipe.tokenizer is None:
+        raise ValueError("there is no text encoder or tokenizer: pass prompt_embeds in place of prompts")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"{name} must be a string or a list of at least one string, got {prompt!r}")
+    if not 2 < whole_number("max_sequence_length", max_length) <= MAX_TOKENS:
+        raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
+    words = {"words": words} if (words := words_of(plain(pipe.text_encoder))) else {}
+    tokens = pipe.tokenizer(prompts, max_length, **words)
+    return pipe._run_text_encoder(tokens.collapse() if pipe.savings.collapse_pads else tokens)
 
 
 def _given(prefix: str, tokens: Tensor | None, pooled: Tensor | None, width: int) -> TextEmbedding | None:

@@ -14,7 +14,7 @@ from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import Task
-from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
+from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts
 from kolors_core.sampling import Generators
 
 
@@ -86,8 +86,8 @@ class KolorsPipeline(Task):
         whole = self._schedule(inputs)
         schedule = whole if denoising_end is None else whole.until(denoising_end)
         size = self._size("height", height), self._size("width", width)
-        texts = self.embed(
-            prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
+        texts = embed_prompts(
+            self, prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
         )  # fmt: skip
         positive, negative = self._prepare_conditioning(inputs, size, *texts)
