@@ -17,6 +17,7 @@ from kolors_core.adapters import lora as loras
 from kolors_core.conditioning import Conditioning
 from kolors_core.config import KolorsConfig
 from kolors_core.guidance import guided
+from kolors_core.performance.compile import compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.pag import perturbed, perturbed_layers
@@ -330,8 +331,6 @@ def compiler() -> Iterator[None]:
 @torch.no_grad()
 def test_compiled_hooked_and_recorded_models(compiler: None) -> None:
     """Compiled by block, as a whole, behind a hook, and as recorded steps, which know the layers apart."""
-    from kolors_core.performance.compile import compile_blocks
-
     unet, positive, negative, x = halves()
     schedule = EulerDiscreteScheduler().schedule(3)
     sigma, recorder = schedule.sigmas[1].item(), Recorder()
