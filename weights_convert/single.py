@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weights_convert import TABLES
 from weights_convert.sgm import is_pointwise, public_to_sgm, sgm_to_public
-from weights_convert.source import Source, aligned
+from weights_convert.source import Source
 
 # The first of each is the one that is written. The names of THUDM's ChatGLM start with `transformer.`.
 PREFIXES: Mapping[str, tuple[str, ...]] = {
@@ -56,16 +56,11 @@ class Part(Source):
         if self.scales:
             self.bits = self._count_bits()
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self.scales:
-            scale = self.scale(name)[:, None]
-            return self.whole_numbers(name).to(scale.dtype) * scale  # [O, I]
-        return aligned(self.mapped(name))
-
     def mapped(self, name: str) -> Tensor:
         """See `Source`; of a quantized layer the product, which no file holds."""
         if name in self.scales:
-            return self[name]
+            scale = self.scale(name)[:, None]
+            return self.whole_numbers(name).to(scale.dtype) * scale  # [O, I]
         return self._whole.mapped(self._stored[name]).view(self.shape(name))
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -237,7 +237,7 @@ def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, st
     """
     with new_file(file) as scratch:
         save_file(tensors, scratch, metadata=metadata)
-        if metadata:
+        if metadata and len(metadata) > 1:
             _order_metadata(scratch, metadata)
 
 
@@ -249,8 +249,7 @@ def _order_metadata(file: Path, metadata: dict[str, str]) -> None:
     )
     with file.open("r+b") as stream:
         header = stream.read(8 + len(HEADER_START) + len(before))
-        assert header[8:] == HEADER_START + before, (
-            "the library writes the metadata first, and without spaces"
-        )
+        if header[8:] != HEADER_START + before:  # or the bytes of something else would be written over
+            raise RuntimeError(f"{file.name}: expected metadata at the start of what safetensors writes")
         stream.seek(-len(before), os.SEEK_CUR)
         stream.write(after)
