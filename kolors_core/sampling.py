@@ -98,9 +98,9 @@ def draw_noise(
 ) -> Tensor:
     """Standard normal noise [B, ...], drawn on the generator's own device (the CPU's if None), then moved.
 
-    generator: one for the whole batch, or one for each of its B pictures. In float16 and bfloat16 the
-    reference draws the same numbers rounded, so one seed gives one picture in every precision. ValueError for
-    another number of them.
+    generator: one for the whole batch, or one for each of its B pictures. From torch 2.13 on, float16 and
+    bfloat16 are the same numbers rounded, so that one seed gives one picture in every precision; torch 2.10
+    draws others. ValueError for another number of generators.
     """
     if isinstance(generator, torch.Generator) or generator is None:
         place = "cpu" if generator is None else generator.device

@@ -25,6 +25,7 @@ from tests.parity import pair
 from tests.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, steps_of, use_solver
 from tests.small import EXACT, FLOAT32, SHALLOW, relative_error
 from tests.test_unet import inputs
+from tests.versions import traces_whole
 
 
 class Doubling(UNet):
@@ -100,6 +101,7 @@ def test_equal_rows_are_read_once_and_latents_not_doubled() -> None:
         hook.remove()
 
 
+@traces_whole
 @torch.no_grad()
 def test_a_sampler_step_compiles_whole() -> None:
     """UNet, guidance and the solver's arithmetic of two steps are one graph."""

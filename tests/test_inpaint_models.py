@@ -27,6 +27,7 @@ from tests.reference_folder import reference_pipeline
 from tests.small import EXACT, SHALLOW, relative_error
 from tests.test_compiling import Recorder
 from tests.test_unet import inputs
+from tests.versions import traces_whole
 from weights_convert import TABLES
 from weights_convert.source import Tensors
 
@@ -132,6 +133,7 @@ def test_extra_stands_behind_the_scaled_latents(told: Any) -> None:
         guided(unet, schedule, halves[0], replace(halves[1], extra=None), 5.0)
 
 
+@traces_whole
 @torch.no_grad()
 def test_a_step_with_extra_compiles_whole(told: Any) -> None:
     unet, halves, x = told

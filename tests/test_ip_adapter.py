@@ -15,6 +15,7 @@ from tests.ip_adapters import Both, adapter_config, guided_steps, load_both
 from tests.parity import reference_unet
 from tests.small import EXACT, SMALL, SMALL_CLIP, randomise, relative_error
 from tests.test_unet import inputs
+from tests.versions import traces_whole
 from weights_convert import TABLES
 from weights_convert.__main__ import convert
 from weights_convert.rules import compare
@@ -49,6 +50,7 @@ def test_the_unet_with_two_adapters_equals_the_reference(both: Both, adapters: l
     assert relative_error(mine, other) < EXACT
 
 
+@traces_whole
 @torch.no_grad()
 def test_it_compiles_whole(both: Both, adapters: list[Path]) -> None:
     """No graph break with two adapters, masks, a scale for each picture and scales by block."""
