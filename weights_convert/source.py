@@ -108,15 +108,18 @@ def index_files(index: Path) -> dict[str, str]:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return a tensor as torch itself would allocate it: itself, or on a CPU a copy if it lies otherwise.
+    """Return a tensor from which a CPU computes what it would if torch had allocated it: itself or a copy.
 
-    A mapped file puts its tensors where its header happens to end. Matrix kernels add in another order at
-    another alignment or in other strides, so the same weights would compute other bits.
+    A mapped file puts its tensors where its header happens to end. Matrix kernels of float32 and float64 add
+    in another order at another alignment, so the same weights would compute other bits; those of half
+    precision pack or widen what they read, and are indifferent. All kernels may add otherwise in other
+    strides.
     """
     if tensor.device.type != "cpu":
         return tensor
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+    is_indifferent = tensor.itemsize < 4 or tensor.data_ptr() % ALIGNMENT == 0
+    return tensor if is_indifferent else tensor.clone()
 
 
 class Source(Mapping[str, Tensor]):
