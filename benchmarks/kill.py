@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from kolors_core.lines import fingerprint_of
+from kolors_core.batch.prompt_file import png_fingerprint
 
 NAMES = ("ladybug", "panda", "rocket", "sunflower", "banana", "frog", "fire truck", "snowman")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # as `torchrun` sets it, for equal bits
@@ -107,7 +107,7 @@ def compare(out: Path, expected: Path) -> dict[str, int]:
     return {
         "missing": len(wanted.keys() - mine.keys()) + len(wanted) - len(records),
         "doubled": len(mine.keys() - wanted.keys()) + sum(count > 1 for count in records.values()),
-        "truncated": sum(not fingerprint_of(file) for file in mine.values()),
+        "truncated": sum(not png_fingerprint(file) for file in mine.values()),
         "different": sum(mine[n].read_bytes() != wanted[n].read_bytes() for n in mine.keys() & wanted.keys()),
         "scratch_files_left": len([*out.glob(".*.partial")]),
     }
@@ -124,7 +124,7 @@ def main() -> int:
     options = top.parse_args()
     options.out.mkdir(parents=True)
     prompts, expected = options.out / "prompts.jsonl", options.out / "undisturbed"
-    write_prompts(prompts, options.lines, options.steps)
+    write_prompts(prompts, options.jobs, options.steps)
     begin = time.monotonic()
     with subprocess.Popen(command(prompts, expected), env=ENVIRONMENT) as run:
         while not count_records(expected) and run.poll() is None:
@@ -141,7 +141,7 @@ def main() -> int:
         killing.wait_for_orphans()
         wrong.update(compare(out, expected))
         batches += 1
-    told = {"batches": batches, "pictures": batches * options.lines, **killing.counts, **wrong}
+    told = {"batches": batches, "pictures": batches * options.jobs, **killing.counts, **wrong}
     told["seconds"] = round(time.monotonic() - begin)
     print(json.dumps(told, indent=1))
     (options.out / "kill.json").write_text(json.dumps(told, indent=1) + "\n")

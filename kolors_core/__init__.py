@@ -5,26 +5,63 @@
     pipe("一张瓢虫的照片").images[0].save("ladybug.png")
 
 Reading order: tokenizer, chatglm, unet, vae, schedule, sampling, guidance, pipeline.
+
+A name is imported when it is first asked for: `import kolors_core.unet` loads what the UNet needs, no more.
 """
 
-from kolors_core.attention_maps import record_attention
-from kolors_core.callback import SDXLCFGCutoffCallback
-from kolors_core.canny import canny
-from kolors_core.capturing import capture, inject
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from kolors_core.config import VERSION as __version__
-from kolors_core.control_image import KolorsControlNet
-from kolors_core.control_pipeline import (
-    KolorsControlNetImg2ImgPipeline,
-    KolorsControlNetInpaintPipeline,
-    KolorsControlNetPipeline,
-)
-from kolors_core.image import IPAdapterMaskProcessor, load_image
-from kolors_core.image_prompt import CLIPVisionModelWithProjection, load_image_embeds, save_image_embeds
-from kolors_core.inpaint import KolorsInpaintPipeline
-from kolors_core.pag_pipeline import KolorsPAGPipeline
-from kolors_core.pipeline import KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from kolors_core.task import KolorsPipelineOutput
+
+if TYPE_CHECKING:
+    from kolors_core.adapters.canny import canny
+    from kolors_core.adapters.controlnet_files import KolorsControlNet
+    from kolors_core.adapters.ip_adapter_files import (
+        CLIPVisionModelWithProjection,
+        load_image_embeds,
+        save_image_embeds,
+    )
+    from kolors_core.image import load_image
+    from kolors_core.inspection.attention_maps import record_attention
+    from kolors_core.inspection.features import capture, inject
+    from kolors_core.pipelines.controlnet import (
+        KolorsControlNetImg2ImgPipeline,
+        KolorsControlNetInpaintPipeline,
+        KolorsControlNetPipeline,
+    )
+    from kolors_core.pipelines.denoising_loop import SDXLCFGCutoffCallback
+    from kolors_core.pipelines.image_prompts import IPAdapterMaskProcessor
+    from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
+    from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
+    from kolors_core.pipelines.pag import KolorsPAGPipeline
+    from kolors_core.pipelines.request import KolorsPipelineOutput
+    from kolors_core.pipelines.text_to_image import KolorsPipeline
+    from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+_MODULE_OF = {
+    "CLIPVisionModelWithProjection": "adapters.ip_adapter_files",
+    "DPMSolverMultistepScheduler": "schedule",
+    "EulerDiscreteScheduler": "schedule",
+    "IPAdapterMaskProcessor": "pipelines.image_prompts",
+    "KolorsControlNet": "adapters.controlnet_files",
+    "KolorsControlNetImg2ImgPipeline": "pipelines.controlnet",
+    "KolorsControlNetInpaintPipeline": "pipelines.controlnet",
+    "KolorsControlNetPipeline": "pipelines.controlnet",
+    "KolorsImg2ImgPipeline": "pipelines.image_to_image",
+    "KolorsInpaintPipeline": "pipelines.inpainting",
+    "KolorsPAGPipeline": "pipelines.pag",
+    "KolorsPipeline": "pipelines.text_to_image",
+    "KolorsPipelineOutput": "pipelines.request",
+    "SDXLCFGCutoffCallback": "pipelines.denoising_loop",
+    "canny": "adapters.canny",
+    "capture": "inspection.features",
+    "inject": "inspection.features",
+    "load_image": "image",
+    "load_image_embeds": "adapters.ip_adapter_files",
+    "record_attention": "inspection.attention_maps",
+    "save_image_embeds": "adapters.ip_adapter_files",
+}
 
 __all__ = [
     "CLIPVisionModelWithProjection",
@@ -50,3 +87,15 @@ __all__ = [
     "record_attention",
     "save_image_embeds",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # the next access finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

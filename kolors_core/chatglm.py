@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.attention import attention, count_bias
+from kolors_core.attention import attention, log_multiplicity_bias
 from kolors_core.config import ChatGLMConfig
 from kolors_core.tokenizer import TokenBatch
 
@@ -119,6 +119,8 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """One pre-norm transformer layer."""
 
+    is_block = True
+
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -150,7 +152,7 @@ class ChatGLM(nn.Module):
         rotation = rotary(batch.positions, self.config.head_dim // 2, x.dtype)
         allowed = attention_mask(batch.mask)
         if batch.counts is not None:
-            allowed = torch.where(allowed, count_bias(batch.counts, x.dtype), -torch.inf)
+            allowed = torch.where(allowed, log_multiplicity_bias(batch.counts, x.dtype), -torch.inf)
         *layers, last = self.layers
         for layer in layers:
             x = layer(x, rotation, allowed)

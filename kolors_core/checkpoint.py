@@ -19,29 +19,25 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.clip_vision import CLIPVision
-from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
-from kolors_core.controlnet import ControlNet
+from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
+from kolors_core.devices import loading_device
 from kolors_core.hub import fetch
 from kolors_core.loading import Initialiser, LoadReport, check, fill, load
-from kolors_core.placement import loading_device
-from kolors_core.quantize import refuse_quantized
+from kolors_core.module import require_plain
 from kolors_core.schedule import SCHEDULERS, Scheduler
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES
-from weights_convert.reading import one_line, read_object
-from weights_convert.source import STEMS, Source, index_files, save_tensors, weight_files
-from weights_convert.writing import write_bytes
-
-Model = ChatGLM | UNet | VAE | CLIPVision | ControlNet
+from weights_convert.atomic_write import write_bytes
+from weights_convert.safetensors_files import STEMS, Source, index_files, save_tensors, weight_files
+from weights_convert.untrusted_files import one_line, read_object
 
 
 @dataclass(frozen=True)
 class Kind:
     """How one component is built: the class of its config, and what makes the model from one."""
 
-    config: type[ChatGLMConfig | UNetConfig | VAEConfig | CLIPVisionConfig]
+    config: Any
     build: Callable[[Any], nn.Module]
 
     def empty(self, config: Any) -> nn.Module:
@@ -54,12 +50,8 @@ KINDS = {
     "text_encoder": Kind(ChatGLMConfig, ChatGLM),
     "unet": Kind(UNetConfig, UNet),
     "vae": Kind(VAEConfig, VAE),
-    "image_encoder": Kind(CLIPVisionConfig, CLIPVision),
 }
 OPTIONAL = {"image_encoder"}  # what a checkpoint may lack
-
-# Where LoRAs (lora.py), IP-Adapters (ip_adapter.py) and words (textual_inversion.py) have their tensors.
-ADAPTERS = {"lora", "image_branches", "learned"}
 
 # The small Kolors that this package carries, and the name that `resolve` knows it by.
 EMBEDDED = Path(__file__).parent / "tiny"
@@ -306,18 +298,20 @@ def load_index(folder: Path) -> tuple[bool, set[str]]:
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own tensors, without those of attached adapters and learned words."""
-    state = model.state_dict()
-    return {name: state[name] for name in state if not ADAPTERS.intersection(name.split("."))}
+    """Return the model's own tensors, without those of attached adapters."""
+    adapters = tuple(
+        f"{path}." for path, module in model.named_modules() if getattr(module, "is_adapter", False)
+    )
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(adapters)}
 
 
 def check_savable(model: nn.Module, component: str) -> None:
     """ValueError for a quantised model: its tensors have no public names."""
-    refuse_quantized(model, f"save the {component} for the reference, which reads full weights only")
+    require_plain(model, f"save the {component} for the reference, which reads full weights only")
 
 
 def save_component(
-    model: Model,
+    model: nn.Module,
     folder: str | Path,
     component: str,
     *,
@@ -334,7 +328,8 @@ def save_component(
         raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
     place = Path(folder) / (component if subfolder is None else subfolder)
     place.mkdir(parents=True, exist_ok=True)
-    write_json(model.config.to_public(), place / "config.json")
+    config: Any = model.config
+    write_json(config.to_public(), place / "config.json")
     table, stem = TABLES[component], STEMS[component] + (f".{variant}" if variant else "")
     tensors = {table.to_public(own): tensor for own, tensor in base_state(model).items()}
     save_tensors(tensors, place / f"{stem}.safetensors")

@@ -1,30 +1,59 @@
-"""Conditions: what the UNet is told beside latents and time, and SDXL's sizes among it.
+"""Conditioning: all inputs of the UNet beside latents and time, SDXL's size ids among them.
 
-Shapes: B pictures, S text tokens.
+Shapes: B images, b latents, of which each serves B / b rows under guidance, S text tokens.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.context import ImagePrompt
-from kolors_core.controlnet import Control
 from kolors_core.image import Size
+from kolors_core.module import WrapStep
+from kolors_core.schedule import Schedule
+
+# (what conv_in reads [b, ...], timestep, sigma) -> a tensor for each skip and one for the middle, or none
+StepResiduals = Callable[[Tensor, float, float], list[Tensor]]
+
+
+class Residuals(Protocol):
+    """Networks that add to the UNet's skips and middle, such as ControlNets (adapters/controlnet.py)."""
+
+    def cat(self, *others: Any) -> "Residuals":
+        """Return the residuals of these batches, one after another."""
+        ...
+
+    def prepare(
+        self,
+        schedule: Schedule,
+        conditioning: "Conditioning",
+        repeats: int,
+        *,
+        precompute: bool,
+        wrap_step: WrapStep | None,
+    ) -> StepResiduals:
+        """Return the residuals as a function of a run's steps; called once a run.
+
+        conditioning: of B images. repeats: B / b. precompute, wrap_step: see `guidance.guided`.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told beside latents and time: a field here is an argument of `UNet.forward`.
+    """All inputs of the UNet beside latents and time: a field here is an argument of `UNet.forward`.
 
     text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32; text_counts None or
     [B, S]; image_prompts one for each attached IP-Adapter; perturbed none, or rows for each TransformerBlock,
-    which `cat` leaves out; see `UNet.forward`. controls: what each ControlNet sees, whose residuals are told.
-    extra [B, more, H/8, W/8]: what a UNet of more input channels reads behind the scaled latents, as
-    inpainting's its mask. added [B, time_dim]: see `UNet.forward`; a ControlNet is not told.
+    which `cat` leaves out; see `UNet.forward`. residuals: networks such as ControlNets, whose outputs are
+    `UNet.forward`'s argument of that name. extra [B, more, H/8, W/8]: what a UNet of more input channels
+    reads behind the scaled latents, such as the mask for inpainting. added [B, time_dim]: see `UNet.forward`;
+    ControlNets do not get it.
     """
 
     text_tokens: Tensor
@@ -33,44 +62,45 @@ class Conditioning:
     text_counts: Tensor | None = None
     image_prompts: tuple[ImagePrompt, ...] = ()
     perturbed: tuple[int, ...] = ()
-    controls: tuple[Control, ...] = ()
+    residuals: Residuals | None = None
     extra: Tensor | None = None
     added: Tensor | None = None
 
     @classmethod
     def cat(cls, *parts: "Conditioning") -> "Conditioning":
-        """Batches one after another; ValueError if only some have `extra`, or `added`."""
+        """Concatenate batches; ValueError if only some have `residuals`, `extra` or `added`."""
         text = TextEmbedding.cat([TextEmbedding(p.text_tokens, p.pooled_text, p.text_counts) for p in parts])
         images = tuple(
             ImagePrompt.cat(*images) for images in zip(*(p.image_prompts for p in parts), strict=True)
         )
-        controls = tuple(Control.cat(*them) for them in zip(*(p.controls for p in parts), strict=True))
         ids = torch.cat([p.size_ids for p in parts])
-        extra, added = (_all_or_none(name, parts) for name in ("extra", "added"))
-        return cls(text.tokens, text.pooled, ids, text.counts, images, (), controls, extra, added)
+        nets, *channels = (_all_or_none(name, parts) for name in ("residuals", "extra", "added"))
+        residuals = nets[0].cat(*nets[1:]) if nets else None
+        extra, added = (torch.cat(have) if have else None for have in channels)
+        return cls(text.tokens, text.pooled, ids, text.counts, images, (), residuals, extra, added)
 
-    def with_blank_extra(self, channels: int, latents: Sequence[int]) -> "Conditioning":
+    def with_zero_extra_channels(self, channels: int, latents: Sequence[int]) -> "Conditioning":
         """The same, with `extra` of zeros if a UNet of so many channels reads more than such latents."""
         more = channels - latents[1]
         zeros = self.text_tokens.new_zeros(self.text_tokens.shape[0], more, *latents[2:]) if more else None
         return replace(self, extra=zeros)
 
 
-def _all_or_none(name: str, parts: Sequence[Conditioning]) -> Tensor | None:
+def _all_or_none(name: str, parts: Sequence[Conditioning]) -> list[Any]:
     have = [value for part in parts if (value := getattr(part, name)) is not None]
     if len(have) not in (0, len(parts)):
         raise ValueError(f"{len(have)} of {len(parts)} conditions have `{name}`, wanted all or none")
-    return torch.cat(have) if have else None
+    return have
 
 
-def beside(latents: Tensor, extra: Tensor | None) -> Tensor:
+def concat_extra_channels(latents: Tensor, extra: Tensor | None) -> Tensor:
     """What the UNet's first layer reads: latents [b, 4, H/8, W/8]; with `extra`, repeated to its B rows,
     and that behind them.
     """
     if extra is None:
         return latents
-    copies = extra.shape[0] // latents.shape[0]
-    return torch.cat([latents.repeat(copies, 1, 1, 1), extra.to(latents)], dim=1)
+    repeats = extra.shape[0] // latents.shape[0]
+    return torch.cat([latents.repeat(repeats, 1, 1, 1), extra.to(latents)], dim=1)
 
 
 def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tensor:
@@ -91,12 +121,12 @@ def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tens
     return torch.tensor([[*original, *crop, *target]], dtype=torch.float32)  # [1, 6]
 
 
-def is_origin(crop: Size) -> bool:
+def is_default_crop(crop: Size) -> bool:
     """Whether a crop is the default, which says nothing."""
     return isinstance(crop, tuple | list) and tuple(crop) == (0, 0)
 
 
-def size_ids_of_both(
+def positive_and_negative_size_ids(
     picture: Size,
     original: Size | None,
     crop: Size,
@@ -113,7 +143,7 @@ def size_ids_of_both(
     original = picture if original is None else original
     target = picture if target is None else target
     ids = size_ids(original, crop, target)
-    if negative_original is None and negative_target is None and is_origin(negative_crop):
+    if negative_original is None and negative_target is None and is_default_crop(negative_crop):
         return ids, ids
     negative_original = original if negative_original is None else negative_original
     negative_target = target if negative_target is None else negative_target

@@ -10,8 +10,8 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kolors_core.fields import path_of
-from weights_convert.source import PICKLES, why_refused
+from kolors_core.validation import path_of
+from weights_convert.safetensors_files import PICKLES, why_refused
 
 Pick = Callable[[list[str]], list[str]]
 

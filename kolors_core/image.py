@@ -1,11 +1,10 @@
-"""Images between files, PIL and tensors: for the VAE, for CLIP, as masks; and what a PNG tells of its making.
+"""Images between files, PIL and tensors.
 
 Tensors are [B, 3, H, W]; [-1, 1] at the VAE, [0, 1] outside.
-Sources: `VaeImageProcessor`, `IPAdapterMaskProcessor` and `load_image` in diffusers, `CLIPImageProcessorPil`
-in transformers.
+Sources: `VaeImageProcessor` in diffusers' image_processor.py, `load_image` in its utils/loading_utils.py.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -17,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kolors_core.config import VERSION
-from kolors_core.fields import path_of, whole_number
-from weights_convert.writing import new_file
+from kolors_core.validation import whole_number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,10 +25,7 @@ Size = tuple[int, int]  # (height, width) in pixels
 OUTPUT_TYPES = ("pil", "np", "pt")
 DOWNLOAD_SECONDS = 30  # without an answer
 DOWNLOAD_BYTES = 256 * 2**20
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LARGEST_VALUE = 2.0  # a decoder overshoots [-1, 1] a little; [0, 255] in floats is another scale
-LARGEST_ASPECT = 100  # the longer side by the shorter, of a picture for CLIP
 
 
 def to_output(images: Tensor, output_type: str) -> Any:
@@ -51,9 +46,9 @@ def to_output(images: Tensor, output_type: str) -> Any:
 def load_image(
     image: "str | Path | Image", convert_method: "Callable[[Image], Image] | None" = None
 ) -> "Image":
-    """A picture from a file, an http(s) address or PIL, turned upright by its EXIF tag and made RGB.
+    """An image from a file, an http(s) address or PIL, turned upright by its EXIF tag and made RGB.
 
-    convert_method: called on the upright picture in place of the conversion to RGB.
+    convert_method: called on the upright image in place of the conversion to RGB.
     Raises, in one line, FileNotFoundError, OSError for an address that does not answer, ValueError for what
     is no image.
     """
@@ -64,7 +59,7 @@ def load_image(
     elif isinstance(image, str | Path):
         is_address = str(image).lower().startswith(("http://", "https://"))
         content = _download(str(image)) if is_address else image
-        with naming(image), Image.open(content) as opened:
+        with image_errors(image), Image.open(content) as opened:
             picture = ImageOps.exif_transpose(opened)
     else:
         raise TypeError(f"wanted a path, an http(s) address or a PIL image, got {type(image).__name__}")
@@ -91,7 +86,7 @@ def _download(address: str) -> BytesIO:
 
 
 @contextmanager
-def naming(file: str | Path) -> Iterator[None]:
+def image_errors(file: str | Path) -> Iterator[None]:
     """Turn what PIL raises into FileNotFoundError or ValueError that names the file."""
     from PIL import Image, UnidentifiedImageError
 
@@ -140,7 +135,7 @@ def _stacked(images: Any, height: int | None, width: int | None, multiple: int) 
     for name, side in (("height", height), ("width", width)):
         if side is not None:
             whole_number(name, side, multiple)
-    single = _listed(images)
+    single = as_list(images)
     if len(kinds := {str(getattr(image, "dtype", "PIL")) for image in single}) > 1:
         raise ValueError(f"images of different kinds, {', '.join(sorted(kinds))}: their ranges may differ")
     pictures = [_rgb_or_tensor(image) for image in single]
@@ -158,8 +153,8 @@ def _stacked(images: Any, height: int | None, width: int | None, multiple: int) 
     return torch.stack([_resized(picture, target) for picture in pictures])  # [B, 3, H, W]
 
 
-def _listed(images: Any) -> list[Any]:
-    """One image, a sequence, or arrays and tensors that stack several: as single images."""
+def as_list(images: Any) -> list[Any]:
+    """List the single images of one, of a sequence, or of arrays and tensors that stack several."""
     single = []
     for image in images if isinstance(images, list | tuple) else [images]:
         single += list(image) if getattr(image, "ndim", 0) == 4 else [image]
@@ -198,16 +193,16 @@ def _resized(picture: "Image | Tensor", target: Size) -> Tensor:
         return F.interpolate(picture[None], size=target)[0]
     from PIL.Image import Resampling
 
-    return _to_tensor(picture.resize((target[1], target[0]), Resampling.LANCZOS)).float() / 255
+    return pil_to_tensor(picture.resize((target[1], target[0]), Resampling.LANCZOS)).float() / 255
 
 
-def _to_tensor(picture: "Image") -> Tensor:
-    """The bytes of an RGB picture: uint8 [3, H, W]."""
+def pil_to_tensor(picture: "Image") -> Tensor:
+    """Convert an RGB image to its bytes: uint8 [3, H, W]."""
     return torch.from_numpy(np.array(picture)).movedim(-1, 0)  # [3, H, W]
 
 
-def grey_bytes(picture: "Image", size: Size) -> Tensor:
-    """A picture of any mode, resized with Lanczos, in grey: uint8 [H, W].
+def to_grayscale(picture: "Image", size: Size) -> Tensor:
+    """Resize an image of any mode with Lanczos, and convert it to gray: uint8 [H, W].
 
     Resized first, as in the reference, so that edges of a mask of one bit a pixel stay hard.
     """
@@ -216,104 +211,17 @@ def grey_bytes(picture: "Image", size: Size) -> Tensor:
     return torch.from_numpy(np.array(picture.resize((size[1], size[0]), Resampling.LANCZOS).convert("L")))
 
 
-class IPAdapterMaskProcessor:
-    """Makes masks that say where an IP-Adapter image counts, as diffusers' class of this name does."""
-
-    def preprocess(
-        self, image: "Image | Sequence[Image]", height: int | None = None, width: int | None = None
-    ) -> Tensor:
-        """One mask or several, of any mode: [n, 1, H, W], float32, 1 where brighter than middle grey, else 0.
-
-        Each is resized to height and width, or to the first one's size, both rounded down to multiples of 8.
-        """
-        from PIL import Image
-
-        masks = _listed(image)
-        for mask in masks:
-            if not isinstance(mask, Image.Image):
-                raise TypeError(f"wanted masks as PIL images, got {type(mask).__name__}")
-        h = masks[0].height if height is None else whole_number("height", height)
-        w = masks[0].width if width is None else whole_number("width", width)
-        if h < 8 or w < 8:
-            raise ValueError(f"the sides of a mask must be at least 8, got {h} x {w}")
-        size = h - h % 8, w - w % 8
-        return torch.stack([grey_bytes(mask, size) >= 128 for mask in masks]).float()[:, None]  # [n, 1, H, W]
-
-
-def clip_pixels(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", size: int = 336) -> Tensor:
-    """Images for CLIP: [B, 3, size, size] float32, the middle square, normalised by CLIP's mean and spread.
-
-    PIL images of any mode, what is transparent on white; arrays [H, W, 3] or [B, H, W, 3] of uint8 or in
-    [0, 1]; or a list of them, whose sizes may differ.
-    """
-    from PIL.Image import Resampling
-
-    squares = []
-    for image in _listed(images):
-        picture = _on_white(image)
-        short, long = sorted(picture.size)
-        if not 0 < long <= LARGEST_ASPECT * short:
-            wanted = f"a picture with sides of 1 to {LARGEST_ASPECT} times each other"
-            raise ValueError(f"wanted {wanted}, got {picture.height} x {picture.width}")
-        length = int(size * long / short)
-        target = (size, length) if picture.width <= picture.height else (length, size)
-        left, top = (target[0] - size) // 2, (target[1] - size) // 2
-        picture = picture.resize(target, Resampling.BICUBIC)
-        squares.append(_to_tensor(picture.crop((left, top, left + size, top + size))))
-    pixels = (torch.stack(squares).double() * (1 / 255)).float()  # [B, 3, size, size]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))  # [3, 1, 1]
-    return (pixels - mean) / std
-
-
-def _on_white(image: Any) -> "Image":
-    """An RGB picture of a PIL image or of an array [H, W, 3] of uint8 or in [0, 1]."""
+def flatten_alpha(image: "Image") -> "Image":
+    """Convert an image of any mode to RGB, what is transparent on white."""
     from PIL import Image
 
-    if isinstance(image, Image.Image):
-        if "A" not in image.getbands() and image.info.get("transparency") is None:
-            return image.convert("RGB")
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    if not isinstance(image, np.ndarray):
-        raise TypeError(f"wanted a PIL image or an array, got {type(image).__name__}")
-    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"wanted an array [H, W, 3] or [B, H, W, 3], got one of {list(image.shape)}")
-    if image.dtype != np.uint8:
-        if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
-            got = f"{image.dtype} up to {image.max():g}"
-            raise ValueError(f"wanted pixels of uint8, or floats in [0, 1], got {got}")
-        image = (image * 255).round().astype(np.uint8)
-    return Image.fromarray(image)
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def describe(image: "Image", facts: Mapping[str, Any]) -> None:
-    """Attach facts: `image.info` holds them, and `image.save("x.png")` writes them as text chunks."""
-    from PIL.PngImagePlugin import PngInfo
-
-    chunks = PngInfo()
-    for name, value in facts.items():
-        chunks.add_itxt(name, str(value))
-    image.info.update({name: str(value) for name, value in facts.items()})
-    image.encoderinfo = {"pnginfo": chunks}
-
-
-def save_png(image: "Image", path: str | Path) -> None:
-    """Write a PNG with its description, whole or not at all. OSError naming the file."""
-    path = path_of("path", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as scratch:
-        image.save(scratch, format="PNG")
-
-
-def read_description(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG. FileNotFoundError or ValueError naming the file if it is none."""
-    from PIL import Image
-
-    with naming(path), Image.open(path_of("path", path)) as image:
-        kind = image.format
-        if kind == "PNG":
-            image.load()
-    if kind != "PNG":
-        raise ValueError(f"{path}: wanted a PNG, got {kind}")
-    return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
+def center_crop(image: "Image", size: Size) -> tuple["Image", tuple[int, int]]:
+    """Cut the middle (height, width) out of an image; returns it and where it began, (top, left)."""
+    top, left = (image.height - size[0]) // 2, (image.width - size[1]) // 2
+    return image.crop((left, top, left + size[1], top + size[0])), (top, left)

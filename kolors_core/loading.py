@@ -12,10 +12,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from kolors_core.quantize import refuse_quantized
+from kolors_core.module import require_plain
 from weights_convert import TABLES, recognise
-from weights_convert.rules import UNUSED, compare, listed
-from weights_convert.source import Source, Tensors, aligned
+from weights_convert.key_mapping import UNUSED, compare, listed
+from weights_convert.safetensors_files import Source, Tensors, aligned
 
 RELEASE_AFTER = 2**26  # bytes that were copied out of a mapped file, whose pages are then let go
 
@@ -91,7 +91,7 @@ def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[st
     Raises ValueError as `load` does.
     """
     where = source.where
-    refuse_quantized(model, f"load {where} into it; load a plain model, then quantise")
+    require_plain(model, f"load {where} into it; load a plain model, then quantise")
     table, is_ours = recognise(source.keys(), where)
     if table.component != component:
         raise ValueError(f"{where}: wanted the {component} of a Kolors checkpoint, got a {table.component}")
@@ -135,7 +135,7 @@ def _load_what_fits(
     partial: Mapping[str, Initialiser],
 ) -> LoadReport:
     """See `load`. By name, `ours` is the model's for each of the file's, and `theirs` the other way round."""
-    refuse_quantized(model, f"load {source.where} into it; load a plain model, then quantise")
+    require_plain(model, f"load {source.where} into it; load a plain model, then quantise")
     target = {name: tensor.shape for name, tensor in model.state_dict().items()}
     ours = _names_by_hits(source, component, target)
     theirs = {own: name for name, own in ours.items()}

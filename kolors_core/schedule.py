@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.config import ConfigDict
-from kolors_core.fields import fraction_of, whole_number
+from kolors_core.validation import fraction_of, whole_number
 
 
 @dataclass(frozen=True)

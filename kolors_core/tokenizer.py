@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kolors_core.fields import path_of, whole_number
+from kolors_core.validation import path_of, whole_number
 
 logger = logging.getLogger("kolors_core")
 

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.attention import attention, count_bias, split_heads
+from kolors_core.attention import attention, log_multiplicity_bias, split_heads
 from kolors_core.config import UNetConfig
 from kolors_core.context import Context, ImagePrompt, Masks, Read, at_size
 
@@ -69,6 +69,8 @@ Contexts = Iterator[Context | Read]
 
 class ResBlock(nn.Module):
     """Two convolutions around the time embedding, with a shortcut."""
+
+    is_block = True
 
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
         super().__init__()
@@ -117,9 +119,8 @@ class Attention(nn.Module):
         return Read(k, v, context.bias, images, context.perturbed)
 
     def forward(self, x: Tensor, context: Context | Read, perturbed: int = 0) -> Tensor:
-        """x: [B, N, C]; context: what there is to read, or what has been read already. Returns [B, N, C].
-
-        perturbed: of how many of the last rows the attention map is the identity.
+        """x: [B, N, C]; context: tokens, or the keys and values that `read` made of them; perturbed: how many
+        of the last rows have the identity as attention map. Returns [B, N, C].
         """
         q = split_heads(self.to_q(x), self.heads)  # [B, heads, N, C/heads]
         read = self.read(context) if isinstance(context, Context) else context
@@ -149,6 +150,8 @@ class FeedForward(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to text and images, feed-forward; each on a norm, each added."""
+
+    is_block = True
 
     def __init__(self, width: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -244,6 +247,10 @@ class UpLevel(nn.Module):
         self.upsample = nn.Conv2d(width, width, 3, padding=1) if level > 0 else None
         self.freeu: Callable[[Tensor, Tensor], Tensor] | None = None  # another way to join, see freeu.py
 
+    def state_key(self) -> tuple[str, ...]:
+        """See kolors_core/module.py."""
+        return () if self.freeu is None else (repr(self.freeu),)
+
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
         """[B, C, H, W] and [B, C', H, W] -> [B, C + C', H, W]."""
         return torch.cat([x, skip], dim=1) if self.freeu is None else self.freeu(x, skip)
@@ -293,7 +300,7 @@ class Encoder(nn.Module):
         self, text_tokens: Tensor, text_counts: Tensor | None, image_prompts: Sequence[ImagePrompt]
     ) -> Context:
         """What all cross-attentions read; arguments as in `forward`."""
-        bias = None if text_counts is None else count_bias(text_counts, text_tokens.dtype)
+        bias = None if text_counts is None else log_multiplicity_bias(text_counts, text_tokens.dtype)
         images = tuple(
             image._replace(masks=Masks(image.masks)) if isinstance(image.masks, Tensor) else image
             for image in image_prompts
@@ -358,13 +365,10 @@ class UNet(Encoder):
         time = self.embed_time(timestep.expand(latents.shape[0]))  # [B, T]
         time = time + self.embed_condition(pooled_text, size_ids, added)  # [B, T]
         context = self.context(text_tokens, text_counts, image_prompts)
-        if not perturbed:
-            return self.denoise(latents, repeat(time), repeat(context), residuals=residuals)
         blocks = sum(isinstance(module, TransformerBlock) for module in self.modules())
-        if len(perturbed) != blocks:
-            wanted = f"{blocks} numbers, one for each transformer block"
-            raise ValueError(f"perturbed: expected {wanted}, got {len(perturbed)}")
-        contexts = [context._replace(perturbed=rows) for rows in perturbed]
+        if perturbed and len(perturbed) != blocks:
+            raise ValueError(f"perturbed: expected {blocks}, one a transformer block, got {len(perturbed)}")
+        contexts = [context._replace(perturbed=rows) for rows in perturbed] or repeat(context)
         return self.denoise(latents, repeat(time), contexts, residuals=residuals)
 
     def denoise(
@@ -389,9 +393,8 @@ class UNet(Encoder):
         skips, x = self.descend(x, times, contexts)
         if residuals:
             if len(residuals) != len(skips) + 1:
-                wanted = f"{len(skips) + 1}, one for each skip and the middle's"
-                raise ValueError(f"wanted {wanted}, got {len(residuals)} residuals")
-            *skips, x = (own + added for own, added in zip([*skips, x], residuals, strict=True))
+                raise ValueError(f"expected {len(skips) + 1} residuals, skips and mid, got {len(residuals)}")
+            *skips, x = map(torch.add, [*skips, x], residuals)
         for level in self.up:
             x = level(x, skips, times, contexts)
         return self.conv_out(F.silu(self.norm_out(x)))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import kolors_core.attention as room
-from kolors_core.attention import KERNELS, attention, attention_kernel, choose
-from tests.small import EXACT, relative_error
+from kolors_core.attention import KERNELS, attention, attention_kernel, select_kernel
+from tests.support.small import EXACT, relative_error
 
 pytestmark = pytest.mark.numerical
 
@@ -35,7 +35,7 @@ def test_kernels_agree(name: str, bias: int, monkeypatch: pytest.MonkeyPatch) ->
         room, "MPS_SCORE_ELEMENTS", 2 * 3 * 9 * 4
     )  # chunks of four queries, the last one shorter
     q, k, v = inputs()
-    with attention_kernel("written_out"):
+    with attention_kernel("matmul"):
         expected = attention(q, k, v, biases()[bias])
     with attention_kernel(name):
         assert relative_error(attention(q, k, v, biases()[bias]), expected) < EXACT
@@ -50,7 +50,7 @@ class Elsewhere:
 
 def chosen(tensor: Tensor, device: str) -> str:
     there = Elsewhere(tensor, device)
-    return choose(there, there)  # type: ignore[arg-type]
+    return select_kernel(there, there)  # type: ignore[arg-type]
 
 
 def test_the_kernel_is_chosen_by_device_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,12 +81,12 @@ def test_an_unknown_kernel_and_one_that_cannot_run_are_errors() -> None:
 @pytest.mark.parametrize(
     ("shape", "keys", "name"),
     [
-        ((2, 20, 256, 64), 256, "written_out"),  # a picture of 256 pixels
+        ((2, 20, 256, 64), 256, "matmul"),  # a picture of 256 pixels
         ((1, 16, 577, 64), 577, "sdpa"),
-        ((2, 20, 1024, 64), 77, "written_out"),
+        ((2, 20, 1024, 64), 77, "matmul"),
         ((2, 20, 1024, 64), 21, "sdpa"),  # the text, its pads collapsed
         ((2, 20, 1024, 64), 1024, "sdpa"),
-        ((1, 1, 4096, 512), 4096, "written_out"),  # the VAE at 512 pixels
+        ((1, 1, 4096, 512), 4096, "matmul"),  # the VAE at 512 pixels
         ((1, 1, 16384, 512), 16384, "sdpa"),  # at 1024 the scores would take a gigabyte
     ],
 )
@@ -97,12 +97,12 @@ def test_on_a_cpu_in_bfloat16_short_rows_and_wide_heads_are_written_out(
     k = torch.empty((*shape[:2], keys, shape[3]), dtype=torch.bfloat16, device="meta")
     there = [Elsewhere(tensor, "cpu") for tensor in (q, k)]
     with torch.no_grad():
-        assert choose(*there) == name  # type: ignore[arg-type]
-    assert choose(*there) == "sdpa"  # type: ignore[arg-type]
+        assert select_kernel(*there) == name  # type: ignore[arg-type]
+    assert select_kernel(*there) == "sdpa"  # type: ignore[arg-type]
     full = [Elsewhere(tensor.float(), "cpu") for tensor in (q, k)]
     with torch.no_grad():
-        assert choose(*full) == "sdpa"  # type: ignore[arg-type]
+        assert select_kernel(*full) == "sdpa"  # type: ignore[arg-type]
 
 
 def test_every_kernel_has_a_name() -> None:
-    assert {"sdpa", "flash", "cudnn", "efficient", "cudnn_first", "chunked", "written_out"} == set(KERNELS)
+    assert {"sdpa", "flash", "cudnn", "efficient", "cudnn_first", "chunked", "matmul"} == set(KERNELS)

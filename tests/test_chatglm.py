@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.tokenizer import TokenBatch
-from tests.parity import assert_parity, first_divergence, pair
-from tests.small import FLOAT32, relative_error
+from tests.support.parity import assert_parity, first_divergence, pair
+from tests.support.small import FLOAT32, relative_error
 
 pytestmark = pytest.mark.numerical
 

@@ -18,11 +18,11 @@ from kolors_core import KolorsPipeline
 from kolors_core.checkpoint import load_component, needed_files, resolve, save_component
 from kolors_core.loading import load
 from kolors_core.unet import UNet
-from tests.pipelines import NO_SAVINGS
-from tests.small import FLOAT32, SMALL, relative_error
+from tests.support.pipelines import NO_SAVINGS
+from tests.support.small import FLOAT32, SMALL, relative_error
 from weights_convert import TABLES
 from weights_convert.__main__ import convert
-from weights_convert.source import ALIGNMENT, Source
+from weights_convert.safetensors_files import ALIGNMENT, Source
 
 Spoil = Callable[[Path], None]
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from kolors_core.config import KOLORS, TINY, ChatGLMConfig, UNetConfig, VAEConfig
-from tests.parity import reference_chatglm, reference_unet, reference_vae
-from tests.published import TEXT_ENCODER, TEXT_ENCODER_CONFIG, configs
-from tests.small import SMALL
+from tests.support.parity import reference_chatglm, reference_unet, reference_vae
+from tests.support.published import TEXT_ENCODER, TEXT_ENCODER_CONFIG, configs
+from tests.support.small import SMALL
 
 
 @pytest.mark.parametrize("config", [KOLORS, TINY, SMALL], ids=["kolors", "tiny", "small"])

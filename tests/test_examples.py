@@ -22,13 +22,13 @@ from kolors_core.guidance import guided
 from kolors_core.loading import load, zeros
 from kolors_core.sampling import euler
 from kolors_core.schedule import DPMSolverMultistepScheduler
-from tests.parity import assert_parity
-from tests.small import FLOAT32, relative_error
+from tests.support.parity import assert_parity
+from tests.support.small import FLOAT32, relative_error
 from tests.test_readme import block_after
 from weights_convert import TABLES
 from weights_convert.__main__ import convert
-from weights_convert.source import Source, Tensors
-from weights_convert.writing import copy_file
+from weights_convert.atomic_write import copy_file
+from weights_convert.safetensors_files import Source, Tensors
 
 FOLDER = Path(__file__).parent / "examples"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))
@@ -234,7 +234,7 @@ def test_the_condition_changes_nothing_at_first_and_learns(run: Examples) -> Non
         high, low = (replace(names["positive"], added=scored(score)) for score in (8.0, 2.0))
         x, how = names["noise"], (names["unet"], names["schedule"])
         sigma = names["schedule"].sigmas[3].item()
-        once, always = (guided(*how, high, low, 5.0, read_once=way)(x, sigma) for way in (True, False))
+        once, always = (guided(*how, high, low, 5.0, precompute=way)(x, sigma) for way in (True, False))
         assert_parity(once, always, FLOAT32)
         assert relative_error(guided(*how, high)(x, sigma), guided(*how, low)(x, sigma)) > 1e-2
     with pytest.raises(ValueError, match="1 of 2 conditions have `added`, wanted all or none"):

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.torch_version import TorchVersion
 
+from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.adapters.controlnet import ControlNet, ControlNetConfig
 from kolors_core.attention import attention, attention_kernel
 from kolors_core.chatglm import ChatGLM
-from kolors_core.clip_vision import CLIPVision
-from kolors_core.controlnet import ControlNet, ControlNetConfig
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.small import EXACT, SHALLOW, SMALL, SMALL_CLIP, randomise, relative_error
+from tests.support.small import EXACT, SHALLOW, SMALL, SMALL_CLIP, randomise, relative_error
 
 # The least and the most of each size: batch, height and width of latents, tokens. torch takes lengths of 0
 # and 1 for constants, so the innermost feature map, a quarter of the latents, must be longer than 1.

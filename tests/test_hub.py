@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from kolors_core import EulerDiscreteScheduler, KolorsPipeline
 from kolors_core.chatglm import ChatGLM
-from kolors_core.checkpoint import KINDS
 from kolors_core.config import TINY
+from kolors_core.pipelines.base import MODELS
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.hub import Files, Hub, environment, files_of, serving
+from tests.support.hub import Files, Hub, environment, files_of, serving
 
 REPO, PULL_REQUEST = "someone/kolors", "refs/pr/4"
 FIRST = "pretrained_model_name_or_path"
@@ -99,7 +99,7 @@ def main(calls: list[dict[str, Any]]) -> None:
 def hashes(pipe: KolorsPipeline) -> dict[str, str]:
     """A hash of every tensor of each model that the pipeline has."""
     found = {}
-    for component in KINDS:
+    for component in MODELS:
         if (model := getattr(pipe, component)) is not None:
             digest = hashlib.sha1()
             for name, tensor in sorted(model.state_dict().items()):

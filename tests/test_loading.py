@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from kolors_core.config import UNetConfig
 from kolors_core.loading import Initialiser, LoadReport, load, padded, zeros
 from kolors_core.unet import UNet
-from tests.small import SMALL, randomise
+from tests.support.small import SMALL, randomise
 from weights_convert import TABLES
-from weights_convert.source import Source, Tensors, save_tensors
+from weights_convert.safetensors_files import Source, Tensors, save_tensors
 
 CONFIG = replace(SMALL.unet, channels=(32, 32), heads=(2, 2), depths=(0, 1), resnets_per_level=1)
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from benchmarks.parity.samplers import SHAPE, our_trajectory, reference_trajectory
 from kolors_core.sampling import dpmpp_2m, draw_noise, euler
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
-from tests.reference_folder import KOLORS_SCHEDULER
-from tests.small import FLOAT32, relative_error
+from tests.support.reference_folder import KOLORS_SCHEDULER
+from tests.support.small import FLOAT32, relative_error
 
 pytestmark = pytest.mark.numerical
 

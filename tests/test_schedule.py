@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler, timestep_of
-from tests.reference_folder import KOLORS_SCHEDULER
+from tests.support.reference_folder import KOLORS_SCHEDULER
 
 pytestmark = pytest.mark.numerical
 

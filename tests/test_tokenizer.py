@@ -8,7 +8,7 @@ from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 
 from benchmarks.parity.texts import TEXTS as PROMPTS
 from kolors_core.tokenizer import Tokenizer
-from tests.published import IDS, PREFIX, VOCABULARY, pieces
+from tests.support.published import IDS, PREFIX, VOCABULARY, pieces
 
 pytestmark = pytest.mark.numerical
 

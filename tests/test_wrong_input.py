@@ -25,15 +25,17 @@ from kolors_core import (
     load_image_embeds,
     save_image_embeds,
 )
+from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.config import UNetConfig
-from kolors_core.dataset import Batches, buckets, read_folder
-from kolors_core.fields import finite_number, fraction_of, whole_number
-from kolors_core.image import read_description, save_png, to_output
-from kolors_core.lora import attach, save_adapters
-from kolors_core.objective import TrainingConfig
-from kolors_core.reading import Savings
-from kolors_core.single_file import load_model
+from kolors_core.image import to_output
+from kolors_core.pipelines.memory_plan import plan
+from kolors_core.pipelines.png_metadata import read_metadata, save_png
+from kolors_core.pipelines.single_file import load_model
+from kolors_core.precompute import Savings
 from kolors_core.tokenizer import Tokenizer
+from kolors_core.training.data import Batches, buckets, read_folder
+from kolors_core.training.trainer import TrainingConfig
+from kolors_core.validation import finite_number, fraction_of, whole_number
 
 SHORT = {"prompt": "cat", "num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
 NAN, PICTURE, ZEROS = float("nan"), Image.new("RGB", (64, 64)), torch.zeros(1, 4, 8, 8)
@@ -92,7 +94,7 @@ CALLS: list[Wrong] = [
     (lambda pipe: pipe.to(3), ValueError, DEVICE),
     (lambda pipe: pipe.to(torch.float64, torch.int8), TypeError, "a floating torch.dtype, got torch.int8"),
     (lambda pipe: pipe.encode_prompt("cat", device="nope"), ValueError, f"{DEVICE}.*'nope'"),
-    (lambda pipe: pipe.plan(64, 64, device="cuda:x"), ValueError, "wanted a device such as .*'cuda:x'"),
+    (lambda pipe: plan(pipe, 64, 64, device="cuda:x"), ValueError, "wanted a device such as .*'cuda:x'"),
     (lambda pipe: pipe.load_ip_adapter(3), TypeError, "the IP-Adapter must be a path, got 3"),
     (lambda pipe: pipe.load_textual_inversion({"word": 3}), ValueError, "word is int, wanted a tensor"),
     (lambda pipe: pipe.load_textual_inversion([]), ValueError, "got no file"),
@@ -122,7 +124,7 @@ ALONE: list[Wrong] = [
     (lambda _: load_model("x.safetensors", "unet", device="nope"), ValueError, DEVICE),
     (lambda _: Tokenizer(ANY), TypeError, "the tokenizer must be a path, got None"),
     (lambda _: load_image_embeds(ANY), TypeError, "file must be a path, got None"),
-    (lambda _: read_description(ANY), TypeError, "path must be a path, got None"),
+    (lambda _: read_metadata(ANY), TypeError, "path must be a path, got None"),
     (lambda _: save_png(PICTURE, ANY), TypeError, "path must be a path, got None"),
     (lambda _: save_image_embeds([3], "x"), TypeError, "embeds must be a list of tensors"),  # pyright: ignore
     (lambda _: to_output(ZEROS, "jpg"), ValueError, "output_type must be one of pil, np, pt, got 'jpg'"),
@@ -134,7 +136,7 @@ ALONE: list[Wrong] = [
     (lambda _: Savings(cached_prompts=-1), ValueError, "cached_prompts must be .*got -1"),
     (lambda _: TrainingConfig(steps=ANY), ValueError, "steps must be a positive whole number, got None"),
     (lambda _: TrainingConfig(steps=1, learning_rate=NAN), ValueError, "learning_rate must be .*got nan"),
-    (lambda _: TrainingConfig(steps=1, ema=2), ValueError, "ema must be from 0 to 1, got 2"),
+    (lambda _: TrainingConfig(steps=1, ema_decay=2), ValueError, "ema_decay must be from 0 to 1, got 2"),
     (lambda _: buckets(512, 0), ValueError, "step must be a positive whole number, got 0"),
     (lambda _: Batches([], [(64, 64)], 1, 0), ValueError, "no pictures"),
     (lambda _: read_folder(ANY), TypeError, "folder must be a path, got None"),

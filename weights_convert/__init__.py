@@ -7,7 +7,7 @@ from weights_convert.clip_vision import CLIP_VISION
 from weights_convert.controlnet import CONTROLNET
 from weights_convert.face_id import FACE_ID
 from weights_convert.ip_adapter import IP_ADAPTER
-from weights_convert.rules import Table
+from weights_convert.key_mapping import Table
 from weights_convert.unet import UNET
 from weights_convert.vae import VAE
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from weights_convert import recognise
-from weights_convert.folding import is_single, report_line, to_folder, to_single
-from weights_convert.reading import one_line, read_object
-from weights_convert.rules import UNUSED, Table
-from weights_convert.source import (
+from weights_convert.atomic_write import copy_file, must_be_new, new_folder, write_bytes
+from weights_convert.folder_to_single_file import is_single, report_line, to_folder, to_single
+from weights_convert.key_mapping import UNUSED, Table
+from weights_convert.safetensors_files import (
     LONGEST_INDEX,
     PICKLES,
     Source,
@@ -38,7 +38,7 @@ from weights_convert.source import (
     why_refused,
     write_tensors,
 )
-from weights_convert.writing import copy_file, must_be_new, new_folder, write_bytes
+from weights_convert.untrusted_files import one_line, read_object
 
 
 def convert(source: Path, destination: Path, *, to_public: bool = False, prune: bool = False) -> list[str]:

@@ -1,6 +1,6 @@
 """ChatGLM3-6B, the text encoder: public checkpoint <-> `kolors_core.chatglm.ChatGLM` (200 tensors)."""
 
-from weights_convert.rules import Block, Table, both, weights
+from weights_convert.key_mapping import Block, Table, both, weights
 
 _LAYER = ("input_layernorm", "self_attention.dense", "post_attention_layernorm")
 _MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")

@@ -1,10 +1,10 @@
 """CLIP's image encoder: transformers' CLIPVisionModelWithProjection <-> ours (392 tensors).
 
-Ours is `kolors_core.clip_vision.CLIPVision`. The public name of the first norm is misspelt, `pre_layrnorm`,
-and always was. A whole CLIP has its text encoder beside it, which Kolors does not read.
+Ours is `kolors_core.adapters.clip_vision.CLIPVision`. The public name of the first norm is misspelt,
+`pre_layrnorm`, and always was. A whole CLIP has its text encoder beside it, which Kolors does not read.
 """
 
-from weights_convert.rules import Block, Table, both, weights
+from weights_convert.key_mapping import Block, Table, both, weights
 
 _ATTENTION = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
 

@@ -1,6 +1,6 @@
-"""ControlNet: diffusers' `ControlNetModel` with a text projection <-> `kolors_core.controlnet.ControlNet`."""
+"""ControlNet: diffusers' `ControlNetModel` with a text projection <-> `ControlNet` of kolors_core."""
 
-from weights_convert.rules import Block, Table, both
+from weights_convert.key_mapping import Block, Table, both
 from weights_convert.unet import EMBEDDINGS, RULES, encoder_blocks
 
 _LEVEL = r"(down_blocks\.\d+|mid_block)"

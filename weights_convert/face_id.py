@@ -1,4 +1,4 @@
-"""IP-Adapter-FaceID-Plus: public file <-> `kolors_core.face_id.FaceIDAdapter`.
+"""IP-Adapter-FaceID-Plus: public file <-> `kolors_core.adapters.face_id.FaceIDAdapter`.
 
 Kolors-IP-Adapter-FaceID-Plus is a pickle, `ipa-faceid-plus.bin`, of two dicts, "image_proj" and
 "adapter_modules"; `python -m weights_convert --pickle` joins their names by dots. The keys and values are
@@ -6,7 +6,7 @@ numbered as in IP-Adapter-Plus.
 """
 
 from weights_convert.ip_adapter import BRANCH, LAYER, LAYER_RULES
-from weights_convert.rules import Block, Table, both, weights
+from weights_convert.key_mapping import Block, Table, both, weights
 
 FACE_ID = Table(
     component="face_id",

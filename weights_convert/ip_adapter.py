@@ -1,9 +1,9 @@
-"""IP-Adapter-Plus: public file <-> `kolors_core.ip_adapter.IPAdapter` (a resampler, 70 keys and values).
+"""IP-Adapter-Plus: public file <-> `IPAdapter` of kolors_core (a resampler, 70 keys and values).
 
 The file numbers the UNet's cross-attentions 1, 3, 5, ... in the order down, up, mid; so do we.
 """
 
-from weights_convert.rules import Block, Table, both, weights
+from weights_convert.key_mapping import Block, Table, both, weights
 
 LAYER = (
     (r"layers\.\d+\.0", both("norm1", "norm2") + weights("to_q", "to_kv", "to_out")),

@@ -8,7 +8,7 @@ Source: Stability-AI/generative-models, sgm/modules/diffusionmodules/openaimodel
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from weights_convert.rules import inverse, rename
+from weights_convert.key_mapping import inverse, rename
 
 # SGM's names of what has a fixed place, and of a resnet's parts; `sgm_blocks` has the rest.
 SGM_TOP = {

@@ -1,6 +1,6 @@
 """The Kolors UNet: diffusers' `UNet2DConditionModel` <-> `kolors_core.unet.UNet` (1,682 tensors)."""
 
-from weights_convert.rules import Block, Table, both, weights
+from weights_convert.key_mapping import Block, Table, both, weights
 
 _LEVEL = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"
 _NORMS = ("norm1", "norm2", "norm3")

@@ -1,6 +1,6 @@
 """The VAE: diffusers' `AutoencoderKL` <-> `kolors_core.vae.VAE` (248 tensors)."""
 
-from weights_convert.rules import Block, Table, both
+from weights_convert.key_mapping import Block, Table, both
 
 _LEVEL = r"(encoder\.down_blocks\.\d+|decoder\.up_blocks\.\d+)"
 _MIDDLE = r"(encoder|decoder)\.mid_block"

@@ -35,8 +35,8 @@ from benchmarks.ablate.lesson import THINGS, Lesson, draw_pictures
 from benchmarks.ablate.report import write
 from benchmarks.ablate.study import side_by_side
 from benchmarks.side_by_side import environment
-from kolors_core.fields import whole_number
-from kolors_core.objective import TrainingConfig
+from kolors_core.training.trainer import TrainingConfig
+from kolors_core.validation import whole_number
 
 RECIPE = TrainingConfig(
     steps=1, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup=50, min_snr_gamma=1.0, max_tokens=64

@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.config import TINY, UNetConfig
-from kolors_core.fields import finite_number, whole_number
-from kolors_core.objective import Batch
+from kolors_core.training.data import Batch
 from kolors_core.unet import UNet
+from kolors_core.validation import finite_number, whole_number
 
 FIXED = ("sample_size", "in_channels", "out_channels", "text_dim")  # by TINY's encoders and the pictures
 WANTED = 'fields of the UNet\'s config such as "depths=(0, 0, 1)", or file.py:function'
@@ -116,7 +116,7 @@ def example(latents: int) -> Batch:
 
 
 def predict(net: nn.Module, batch: Batch) -> Any:
-    """What the module makes of a batch, called as `Objective` calls a UNet."""
+    """What the module makes of a batch, called as `DiffusionLoss` calls a UNet."""
     text, times = batch.text, batch.timesteps.float()
     assert isinstance(text, TextEmbedding)
     return net(batch.latents, times, text.tokens, text.pooled, batch.size_ids, text.counts, residuals=())

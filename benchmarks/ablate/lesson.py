@@ -17,11 +17,11 @@ from benchmarks.tiny.emoji import CONCEPTS, ENGLISH_NAMES, ENGLISH_UNSEEN, FONT,
 from benchmarks.tiny.quality import nearest
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import EMBEDDED
-from kolors_core.dataset import Batches, Example, load_pixels, read_folder
-from kolors_core.objective import Batch, Data, TrainingConfig
-from kolors_core.pipeline import KolorsPipeline
+from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.training.data import Batch, Batches, Example, LatentDataset, load_pixels, read_folder
+from kolors_core.training.trainer import TrainingConfig
 
 OTHERWISE = "🥝🍆🍕🏠🏰⭐🏀🥁💻💡"  # TINY knows these by other names than Unicode's
 THINGS = [character for character in CONCEPTS if character not in OTHERWISE]
@@ -60,7 +60,9 @@ class Lesson:
         assert pipe.tokenizer is not None and pipe.text_encoder is not None
         self.names, self.vae, self.sigmas = names, pipe.vae, pipe.scheduler.table()
         batches = Batches(examples, [(side, side)], config.batch_size, config.seed)
-        self.data = Data(examples, batches, pipe.vae, pipe.tokenizer, config, frozen_text=pipe.text_encoder)
+        self.data = LatentDataset(
+            examples, batches, pipe.vae, pipe.tokenizer, config, frozen_text=pipe.text_encoder
+        )
         self.known = torch.stack([load_pixels(each, (side, side))[0] for each in examples])  # [N, 3, H, W]
         self.prompts = [phrase.format(x=name) for phrase in ENGLISH_UNSEEN for name in names]
         count = len(self.prompts)
@@ -85,7 +87,7 @@ class Lesson:
         sizes = self.data.sizes[0].expand(len(rows), -1)
         return Batch(latents, text, sizes, times, latents if noise is None else noise)
 
-    def seeded(self, config: TrainingConfig) -> Data:
+    def seeded(self, config: TrainingConfig) -> LatentDataset:
         """The same pictures in the order and with the noise of the config's seed."""
         data, batches = copy.copy(self.data), copy.copy(self.data.batches)
         batches.seed = config.seed

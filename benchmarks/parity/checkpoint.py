@@ -16,14 +16,15 @@ from transformers import CLIPVisionModelWithProjection
 
 from benchmarks.pairs import randomise
 from kolors_core import KolorsControlNet
+from kolors_core.adapters.clip_vision import CLIPVisionConfig
+from kolors_core.adapters.controlnet import ControlNetConfig
+from kolors_core.adapters.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
 from kolors_core.checkpoint import load_component, load_index, load_scheduler, open_component
-from kolors_core.config import CLIPVisionConfig, IPAdapterConfig
-from kolors_core.controlnet import ControlNetConfig
-from kolors_core.ip_adapter import IPAdapter, cross_attentions
 from kolors_core.loading import load
+from kolors_core.pipelines.base import MODELS
 from kolors_core.tokenizer import Tokenizer
 from weights_convert import TABLES
-from weights_convert.source import Source, save_tensors, weight_files
+from weights_convert.safetensors_files import Source, save_tensors, weight_files
 
 REFERENCE: dict[str, Any] = {
     "text_encoder": ChatGLMModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL,
@@ -87,7 +88,9 @@ class Checkpoint:
         if component == "controlnet":
             return KolorsControlNet.from_pretrained(place, torch_dtype=dtype, device=self.device)
         if component != "ip_adapter":
-            return load_component(place, component, subfolder="", dtype=dtype, device=self.device)
+            return load_component(
+                place, component, subfolder="", dtype=dtype, device=self.device, kind=MODELS[component]
+            )
         with torch.device("meta"):
             adapter = IPAdapter(self.adapter_config())
         load(adapter, self.source(component), component, dtype=self.dtype("unet"), device=self.device)

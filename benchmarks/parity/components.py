@@ -14,11 +14,12 @@ from benchmarks.pairs import WeightsAs
 from benchmarks.parity.checkpoint import Checkpoint
 from benchmarks.parity.layers import modules_of_file, our_modules, their_modules
 from benchmarks.parity.measure import FLOAT32, TOLERANCES, Case, Side
+from kolors_core.adapters.clip_vision import clip_pixels
+from kolors_core.adapters.ip_adapter import attach
 from kolors_core.checkpoint import open_component
 from kolors_core.context import ImagePrompt
-from kolors_core.image import clip_pixels, vae_pixels
-from kolors_core.ip_adapter import attach
-from kolors_core.lora_loading import LoRALoading
+from kolors_core.image import vae_pixels
+from kolors_core.pipelines.lora_methods import LoRALoading
 from weights_convert import TABLES
 
 SEED = 20240706

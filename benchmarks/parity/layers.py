@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from weights_convert.rules import UNUSED, Table
+from weights_convert.key_mapping import UNUSED, Table
 
 Modules = dict[str, tuple[str, nn.Module]]  # our path -> the module's own path, and the module
 Outputs = list[tuple[str, Tensor]]  # our path -> what it put out, in order of execution

@@ -19,7 +19,7 @@ from benchmarks.parity.measure import DTYPES, FLOAT32, TOLERANCES, Measured, Res
 from benchmarks.parity.samplers import SOLVERS
 from kolors_core import KolorsImg2ImgPipeline, KolorsInpaintPipeline, KolorsPipeline
 from kolors_core.checkpoint import open_component
-from kolors_core.components import Components
+from kolors_core.pipelines.base import Components
 
 # The solver of each, and how much of the picture is made anew. Image to image is the last, since the
 # reference leaves its VAE in another dtype.

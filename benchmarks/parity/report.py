@@ -51,8 +51,9 @@ MEANT = """## Differences that are meant
 | the resampler's keys and values | two modules | one, as in the file | compared by what follows them |
 
 Where the reference fails, or ignores what it is told, there is nothing to compare. Ours does the right thing,
-and a test shows both: `tests/test_reference_defects.py`, `test_img2img.py`, `test_image_prompt.py`,
-`test_lora_defects.py`, `test_callback.py` and `test_placement.py`.
+and a test shows both: `tests/test_reference_defects.py`, `pipelines/test_image_to_image.py`,
+`pipelines/test_image_prompts.py`, `adapters/test_lora_defects.py`, `pipelines/test_denoising_loop.py`
+and `test_devices.py`.
 """
 
 

@@ -171,7 +171,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def write(concepts: list[Concept], folder: Path) -> None:
-    """A folder that `kolors_core.dataset.read_folder` reads: pictures and metadata.jsonl."""
+    """A folder that `kolors_core.training.data.read_folder` reads: pictures and metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, concept in enumerate(concepts):

@@ -22,13 +22,13 @@ from torch import Tensor
 from benchmarks.tiny.emoji import CHINESE_UNSEEN, ENGLISH_UNSEEN, Concept, read_concepts
 from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.config import VERSION
-from kolors_core.dataset import load_pixels, read_folder
+from kolors_core.devices import best_device
 from kolors_core.guidance import guided
 from kolors_core.image import to_output
-from kolors_core.pipeline import KolorsPipeline
-from kolors_core.placement import best_device
+from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.training.data import load_pixels, read_folder
 
 STEPS, BATCH, WANTED = 25, 97, 0.8
 SHOWN = (

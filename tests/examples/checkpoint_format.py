@@ -21,8 +21,8 @@ from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
 from kolors_core.tokenizer import Tokenizer
 from weights_convert import TABLES
-from weights_convert.rules import Table, inverse, rename
-from weights_convert.source import Source, save_tensors
+from weights_convert.key_mapping import Table, inverse, rename
+from weights_convert.safetensors_files import Source, save_tensors
 
 RENAMED = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 VAE = TABLES["vae"]

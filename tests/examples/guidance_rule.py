@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.conditioning import Conditioning, size_ids
-from kolors_core.guidance import combined, guided
+from kolors_core.guidance import guided, make_denoiser
 from kolors_core.image import to_output
 from kolors_core.sampling import Denoise, dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler, Schedule
@@ -34,7 +34,7 @@ def fitted(
         fit = (cond * uncond).sum((1, 2, 3), keepdim=True) / uncond.square().sum((1, 2, 3), keepdim=True)
         return fit * uncond + scale * (cond - fit * uncond)
 
-    return combined(unet, schedule, Conditioning.cat(negative, positive), 2, combine, **how)
+    return make_denoiser(unet, schedule, Conditioning.cat(negative, positive), 2, combine, **how)
 
 
 folder, height, width = EMBEDDED, 128, 128

@@ -1,0 +1,1 @@
+"""What is attached to a model and removed again: LoRA, IP-Adapter, FaceID, ControlNet, words, FreeU."""

@@ -1,0 +1,291 @@
+"""IP-Adapter-Plus (https://arxiv.org/abs/2308.06721): images guide the denoiser beside the text.
+
+A resampler makes 16 tokens of an image's CLIP states; in each cross-attention of the UNet a branch with keys
+and values of its own attends to them: attention(q, k, v) + scale * attention(q, k_image, v_image).
+`attach` hangs the branches into a UNet and returns a handle; after `.detach()` the UNet is what it was.
+Source: `IPAdapterPlusImageProjection` in diffusers' models/embeddings.py, `IPAdapterAttnProcessor2_0` in its
+models/attention_processor.py, and `Resampler` of the original repository.
+Shapes: B batch, I images an adapter, Q queries (16), C width, P patches of an image (577).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from kolors_core.adapters.block_scales import BlockScale, block_scales
+from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.attention import attention, split_heads
+from kolors_core.context import ImagePrompt, Masks, ReadImages
+from kolors_core.unet import Attention, UNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPAdapterConfig:
+    """Kolors-IP-Adapter-Plus. image_dim: width of CLIP's states. branch_widths: of the UNet's
+    cross-attentions, in the file's order."""
+
+    image_dim: int = 1024
+    width: int = 2048
+    queries: int = 16
+    heads: int = 12
+    head_dim: int = 64
+    feed_forward_size: int = 8192
+    layers: int = 4
+    context_dim: int = 2048
+    branch_widths: tuple[int, ...] = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> Self:
+        """Read off the tensors' shapes, by our names: the file has no config. ValueError for another kind."""
+        try:
+            queries, width = shapes["resampler.latents"][1:]
+            heads_times_dim = shapes["resampler.layers.0.attention.to_q.weight"][0]
+            branches = sorted(
+                (int(name.split(".")[1]), shape[0])
+                for name, shape in shapes.items()
+                if name.startswith("branches.") and name.endswith(".to_k.weight")
+            )
+            return cls(
+                image_dim=shapes["resampler.proj_in.weight"][1],
+                width=width,
+                queries=queries,
+                heads=heads_times_dim // cls.head_dim,
+                feed_forward_size=shapes["resampler.layers.0.feed_forward.proj_in.weight"][0],
+                layers=len({name.split(".")[2] for name in shapes if name.startswith("resampler.layers.")}),
+                context_dim=shapes["resampler.proj_out.weight"][0],
+                branch_widths=tuple(size for _, size in branches),
+            )
+        except (KeyError, ValueError, IndexError) as error:
+            raise ValueError(f"{where}: not the shapes of an IP-Adapter: {error}") from None
+
+
+class ResamplerAttention(nn.Module):
+    """From the queries to the image's states and the queries themselves; keys and values in one tensor."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.heads = config.heads
+        self.norm_image = nn.LayerNorm(config.width)
+        self.norm_latents = nn.LayerNorm(config.width)
+        self.to_q = nn.Linear(config.width, inner, bias=False)
+        self.to_kv = nn.Linear(config.width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, config.width, bias=False)
+
+    def forward(self, latents: Tensor, image: Tensor) -> Tensor:
+        """latents: [B, Q, C]; image: [B, P, C]. Returns [B, Q, C]."""
+        latents = self.norm_latents(latents)
+        context = torch.cat([self.norm_image(image), latents], dim=1)  # [B, P + Q, C]
+        k, v = self.to_kv(context).chunk(2, dim=-1)
+        q, k, v = (split_heads(t, self.heads) for t in (self.to_q(latents), k, v))  # [B, heads, .., head_dim]
+        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, Q, C]
+
+
+class ResamplerFeedForward(nn.Module):
+    """Norm, linear, gelu, linear."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width)
+        self.proj_in = nn.Linear(config.width, config.feed_forward_size, bias=False)
+        self.proj_out = nn.Linear(config.feed_forward_size, config.width, bias=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, Q, C] -> [B, Q, C]."""
+        return self.proj_out(nn.functional.gelu(self.proj_in(self.norm(latents))))
+
+
+class ResamplerLayer(nn.Module):
+    """Attention and feed-forward, each added."""
+
+    is_block = True
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        self.attention = ResamplerAttention(config)
+        self.feed_forward = ResamplerFeedForward(config)
+
+    def forward(self, latents: Tensor, image: Tensor) -> Tensor:
+        """latents: [B, Q, C]; image: [B, P, C]. Returns [B, Q, C]."""
+        latents = latents + self.attention(latents, image)
+        return latents + self.feed_forward(latents)
+
+
+class Resampler(nn.Module):
+    """An image's CLIP states -> a few tokens as wide as the UNet's text context."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(1, config.queries, config.width))
+        self.proj_in = nn.Linear(config.image_dim, config.width)
+        self.layers = nn.ModuleList([ResamplerLayer(config) for _ in range(config.layers)])
+        self.proj_out = nn.Linear(config.width, config.context_dim)
+        self.norm_out = nn.LayerNorm(config.context_dim)
+        nn.init.normal_(self.latents, std=config.width**-0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states: [B, P, image_dim], CLIP's last but one. Returns [B, Q, context_dim]."""
+        image = self.proj_in(states)  # [B, P, C]
+        latents = self.latents.expand(states.shape[0], -1, -1)  # [B, Q, C]
+        for layer in self.layers:
+            latents = layer(latents, image)
+        return self.norm_out(self.proj_out(latents))
+
+
+class ImageBranch(nn.Module):
+    """What one cross-attention sees of the images: keys and values of their own, added to the text's.
+
+    scale: a number for all images, or one for each; a list needs masks, which keep the images apart.
+    """
+
+    is_adapter = True
+
+    def __init__(self, width: int, context_dim: int) -> None:
+        super().__init__()
+        self.to_k = nn.Linear(context_dim, width, bias=False)
+        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.scale: float | Sequence[float] = 1.0
+        self.handle: Attached | None = None  # of the adapter that it belongs to, while attached
+
+    def state_key(self) -> tuple[str, ...]:
+        """See kolors_core/module.py."""
+        return (str(self.scale),)
+
+    def read(self, image: ImagePrompt, heads: int) -> ReadImages:
+        """image: tokens [B, I, Q, context_dim]. Without masks the images' keys stand side by side."""
+        tokens, masks = image
+        parts = [tokens.flatten(1, 2)] if masks is None else tokens.unbind(1)  # of [B, I * Q or Q, C]
+        pairs = ((self.to_k(part), self.to_v(part)) for part in parts)
+        return ReadImages(tuple((split_heads(k, heads), split_heads(v, heads)) for k, v in pairs), masks)
+
+    def forward(self, h: Tensor, q: Tensor, images: ReadImages) -> Tensor:
+        """h, q: [B, heads, N, C/heads], the text's result and the queries; masks of images: [1 or B, I, N].
+
+        Returns h with the images added; at scale 0, h itself.
+        """
+        count, masks, scale = len(images.keys_values), images.masks, self.scale
+        assert not isinstance(masks, Masks), "masks have the feature map's size by now"
+        if masks is None:
+            if not isinstance(scale, int | float):
+                raise ValueError(f"a scale for each picture, {list(scale)}, needs masks")
+            return h if scale == 0 else h + scale * attention(q, *images.keys_values[0])
+        scales = [scale] * count if isinstance(scale, int | float) else scale
+        if masks.shape[1] != count or len(scales) != count:
+            got = f"{masks.shape[1]} masks and {len(scales)} scales"
+            raise ValueError(f"wanted a mask and a scale for each of the {count} pictures, got {got}")
+        for i, (scale, (k, v)) in enumerate(zip(scales, images.keys_values, strict=True)):
+            if scale != 0:
+                where = masks[:, i, None, :, None].to(h.dtype)  # [1 or B, 1, N, 1]
+                h = h + scale * (attention(q, k, v) * where)
+        return h
+
+
+def cross_attentions(unet: UNet) -> dict[str, Attention]:
+    """The UNet's cross-attentions by their paths, in the order of the adapter's file: down, up, mid."""
+    levels = [(f"{way}.{i}", level) for way in ("down", "up") for i, level in enumerate(getattr(unet, way))]
+    return {
+        f"{place}.attentions.{i}.blocks.{j}.cross_attention": block.cross_attention
+        for place, level in [*levels, ("mid", unet.mid)]
+        for i, transformer in enumerate(level.attentions)
+        for j, block in enumerate(transformer.blocks)
+    }
+
+
+class ImageAdapter(nn.Module):
+    """A resampler that makes tokens, and the branches that read them, numbered as in the file: 1, 3, ..."""
+
+    def __init__(self, config: IPAdapterConfig, resampler: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.resampler = resampler
+        branches = [ImageBranch(width, config.context_dim) for width in config.branch_widths]
+        self.branches = nn.ModuleDict({str(2 * i + 1): branch for i, branch in enumerate(branches)})
+
+    def check_fits(self, unet: UNet) -> None:
+        """ValueError if it was made for a UNet of another shape."""
+        own, context = list(self.config.branch_widths), self.config.context_dim
+        widths = [place.to_q.in_features for place in cross_attentions(unet).values()]
+        if own != widths or context != unet.config.context_dim:
+            got = f"{len(own)} attentions {sorted(set(own))} wide, of context {context}"
+            have = f"{len(widths)}, {sorted(set(widths))} wide, of context {unet.config.context_dim}"
+            raise ValueError(f"the IP-Adapter is for {got}; the UNet has {have}")
+
+
+class IPAdapter(ImageAdapter):
+    """IP-Adapter-Plus."""
+
+    resampler: Resampler
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__(config, Resampler(config))
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """CLIP's states of images [B, I, P, image_dim] as what the branches read [B, I, Q, context_dim]."""
+        wanted = self.config.image_dim
+        if states.ndim != 4 or states.shape[-1] != wanted:
+            got = list(states.shape)
+            raise ValueError(f"wanted image embeddings [batch, images, patches, {wanted}], got {got}")
+        states = states.to(self.resampler.proj_in.weight.dtype)
+        return self.resampler(states.flatten(0, 1)).unflatten(0, states.shape[:2])  # [B, I, Q, context_dim]
+
+
+class Attached:
+    """The handle of an attached adapter: its branches by the path of the cross-attention they hang in.
+
+    encoder: the image encoder that came with it, which whoever uses the adapter may use, or None.
+    """
+
+    def __init__(
+        self, unet: UNet, adapter: ImageAdapter, branches: dict[str, ImageBranch], encoder: CLIPVision | None
+    ) -> None:
+        self.unet, self.adapter, self.branches, self.encoder = unet, adapter, branches, encoder
+        for branch in branches.values():
+            branch.handle = self
+
+    def follow_unet(self) -> None:
+        """Bring the resampler, which is no part of the UNet, to the device and dtype of its branches."""
+        self.adapter.resampler.to(next(iter(self.branches.values())).to_k.weight)
+
+    def set_scale(self, scale: BlockScale) -> None:
+        """A number, or a mapping by block as in `blocks.block_scales`, where a block left out gets 0."""
+        self.set_scales(self.scales(scale))
+
+    def scales(self, scale: BlockScale) -> dict[str, Any]:
+        """The scale of each branch by its path, checked but not set."""
+        scales = block_scales(scale, self.unet, default=0.0)
+        return {path: scales[path.partition(".blocks.")[0]] for path in self.branches}
+
+    def set_scales(self, scales: Mapping[str, Any]) -> None:
+        """Weigh each branch by itself."""
+        for path, branch in self.branches.items():
+            branch.scale = scales[path]
+
+    def detach(self) -> None:
+        """Take the branches out again; the UNet is what it was, bit for bit."""
+        for path, branch in self.branches.items():
+            place = cast(Attention, self.unet.get_submodule(path))
+            place.image_branches = nn.ModuleList(b for b in place.image_branches if b is not branch)
+            branch.handle = None
+        self.branches = {}
+
+
+def attached(unet: UNet) -> list[Attached]:
+    """The handles of the adapters that a UNet has, in the order in which it takes their images."""
+    first: Any = next(iter(cross_attentions(unet).values()), None)
+    return [] if first is None else [branch.handle for branch in first.image_branches]
+
+
+def attach(unet: UNet, adapter: ImageAdapter, encoder: CLIPVision | None = None) -> Attached:
+    """Hang an adapter's branches into a UNet, after those of adapters attached before.
+
+    ValueError if it does not fit; the UNet is then untouched.
+    """
+    adapter.check_fits(unet)
+    places = cross_attentions(unet)
+    branches = {path: cast(ImageBranch, b) for path, b in zip(places, adapter.branches.values(), strict=True)}
+    for path, branch in branches.items():
+        places[path].image_branches.append(branch)
+    return Attached(unet, adapter, branches, encoder)

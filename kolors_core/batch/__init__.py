@@ -1,0 +1,1 @@
+"""Many prompts on many processes, killed and resumed."""

@@ -1,0 +1,67 @@
+"""The command line for many prompts; see worker.py."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from kolors_core.batch.processes import join_processes
+from kolors_core.batch.split_guidance import PeerLost
+from kolors_core.batch.worker import Worker
+from kolors_core.checkpoint import logger
+from kolors_core.cli.options import add_guidance, add_model, add_sampler
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every flag."""
+    top = argparse.ArgumentParser(
+        prog="python -m kolors_core.batch",
+        description="Make a picture of each line of a file.",
+        epilog="On 8 GPUs: torchrun --nproc-per-node 8 -m kolors_core.batch prompts.jsonl OUT -w DIR. "
+        "Exit status: 1 if a line failed, 2 if none could be tried.",
+    )
+    top.add_argument(
+        "prompts", type=Path, help="JSON lines, or a .csv, with the fields prompt, negative_prompt, seed, "
+        "height, width, steps, guidance, lora (FROM[:SCALE], or a list of them)",
+    )  # fmt: skip
+    top.add_argument("out", type=Path, help="the folder of the pictures and their manifest.jsonl")
+    top.add_argument("--force", action="store_true", help="write over files in OUT that are of other lines")
+    top.add_argument(
+        "--seed", type=int, default=0, help="a line without a seed takes this plus its number (default: 0)"
+    )
+    top.add_argument(
+        "--split-guidance", action="store_true",
+        help="two processes draw each picture, one with the prompt and one with the negative prompt: sooner "
+        "done, not more of them",
+    )  # fmt: skip
+    add_model(top.add_argument_group("model"))
+    sampling = top.add_argument_group("sampling")
+    add_sampler(sampling)
+    add_guidance(sampling)
+    top.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 1 if a line failed, 2 if none could be tried."""
+    options, level = parser().parse_args(arguments), logger.level
+    worker = None
+    try:
+        worker = Worker(options, join_processes(options.device))
+        failed = worker.run()
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, TypeError, PeerLost, torch.OutOfMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        logger.setLevel(level)
+        if worker is not None:
+            worker.locks.close()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,193 @@
+"""A file of prompts -> jobs: JSON Lines or CSV, each line checked by itself and known by its content.
+
+A line's fields are `FIELDS`; only the prompt must be there. A CSV has their names in its first row, an empty
+cell is as if the field were not there, and several LoRAs in a cell have `;` between them. In JSON `lora` is a
+text or a list of them, each FROM[:SCALE] as on the command line.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kolors_core.validation import LARGEST_SEED, finite_number, whole_number
+from weights_convert.untrusted_files import once, one_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Settings of one image. lora: each FROM[:SCALE]."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int
+    height: int | None = None
+    width: int | None = None
+    steps: int
+    guidance: float = 5.0
+    lora: tuple[str, ...] = ()
+
+
+FIELDS = tuple(field.name for field in fields(JobSettings))
+FIELD_NAMES = ", ".join(FIELDS)
+FINGERPRINT_KEY = "batch_line"  # of the text chunk in an image that has its line's fingerprint
+IEND = b"\0\0\0\0IEND\xaeB`\x82"  # how a PNG ends
+RawRow = tuple[int, str, Any]  # number, text, and its fields, or the ValueError of a line that has none
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job: a line of the file by its number there, from 1.
+
+    settings: None for a bad line, of which `reason` says what, in one line. fingerprint: of what decides the
+    image, that is its fields and the model; not the number.
+    """
+
+    number: int
+    settings: JobSettings | None
+    reason: str | None
+    fingerprint: str
+
+    @property
+    def file(self) -> str | None:
+        """The name of its PNG: number and seed."""
+        return None if self.settings is None else f"{self.number:06d}-{self.settings.seed}.png"
+
+
+def read_jobs(file: Path, model: Mapping[str, object], seed: int, steps: int) -> list[Job]:
+    """Read the jobs of a file, one a line that is not empty.
+
+    model: what all images have in common, for the fingerprints. seed: a line without one has this plus its
+    number. steps: of a line that names none. Raises OSError for a file that cannot be read, ValueError for a
+    CSV whose first row is none of names, or for a file without lines.
+    """
+    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    rows = _csv(text, file) if file.suffix.lower() == ".csv" else _json_lines(text)
+    jobs = []
+    for number, raw, row in rows:
+        try:
+            settings, reason = _settings(row, seed + number, steps), None
+        except (ValueError, RecursionError) as error:
+            settings, reason = None, one_line(error)
+        content = raw if settings is None else json.dumps([vars(settings), model], sort_keys=True)
+        digest = hashlib.sha256(content.encode("utf-8", errors="surrogateescape")).hexdigest()[:32]
+        jobs.append(Job(number, settings, reason, digest))
+    if not jobs:
+        raise ValueError(f"{file}: no lines, wanted one a picture")
+    return jobs
+
+
+def png_fingerprint(file: Path) -> str | None:
+    """Read the fingerprint in a PNG; "" for a file that has none.
+
+    None if there is no file, or only the beginning of a batch's image.
+    """
+    from PIL import Image
+
+    if not file.exists():
+        return None
+    try:
+        with Image.open(file) as image:
+            found = image.info.get(FINGERPRINT_KEY, "")
+        with file.open("rb") as opened:
+            opened.seek(-len(IEND), os.SEEK_END)
+            is_whole = opened.read() == IEND
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""
+    return None if found and not is_whole else found
+
+
+def _json_lines(text: str) -> Iterator[RawRow]:
+    for number, raw in enumerate(text.split("\n"), 1):
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw, object_pairs_hook=once)
+        except json.JSONDecodeError as error:
+            row = ValueError(f"not JSON: {error}")
+        except (ValueError, RecursionError) as error:
+            row = ValueError(str(error))
+        yield number, raw, row
+
+
+def _csv(text: str, file: Path) -> Iterator[RawRow]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise ValueError(f"{file}: the first row is not CSV: {error}") from None
+    if unknown := [name for name in names if name not in FIELDS]:
+        raise ValueError(
+            f"{file}: the first row has the name {unknown[0][:100]!r}, wanted some of {FIELD_NAMES}"
+        )
+    if "prompt" not in names or len(set(names)) < len(names):
+        raise ValueError(f"{file}: the first row must name the columns, prompt among them, each once")
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, f"{number}", ValueError(f"not CSV: {error}")
+            continue
+        if any(cells):
+            yield number, json.dumps(cells), _of_cells(names, cells)
+
+
+def _of_cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | ValueError:
+    """Convert a row's cells to fields, numbers as numbers where they are any."""
+    if len(cells) > len(names):
+        return ValueError(f"{len(cells)} cells, and the first row names {len(names)}")
+    row: dict[str, Any] = {}
+    for name, cell in zip(names, cells, strict=False):
+        if not cell:
+            continue
+        row[name] = cell
+        try:
+            if name == "lora":
+                row[name] = [part.strip() for part in cell.split(";")]
+            elif name == "guidance":
+                row[name] = float(cell)
+            elif name in ("seed", "height", "width", "steps"):
+                row[name] = int(cell)
+        except ValueError:
+            pass  # `_settings` says what it must be
+    return row
+
+
+def _settings(row: Any, seed: int, steps: int) -> JobSettings:
+    """Check a row's fields. ValueError naming the field, what came and what was wanted."""
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError(f"wanted an object with the fields {FIELD_NAMES}, got {row!r}")
+    if unknown := sorted(set(row) - set(FIELDS)):
+        raise ValueError(f"unknown field {unknown[0]!r}, wanted some of {FIELD_NAMES}")
+    given = {name: value for name, value in row.items() if value is not None}
+    if "prompt" not in given:
+        raise ValueError("no prompt: say what to draw")
+    lora = given.get("lora", ())
+    lora = (lora,) if isinstance(lora, str) else lora
+    if not isinstance(lora, list | tuple) or not all(isinstance(text, str) and text for text in lora):
+        raise ValueError(f"lora must be FROM[:SCALE] or a list of them, got {given['lora']!r}")
+    texts = [(name, given[name]) for name in ("prompt", "negative_prompt") if name in given]
+    for name, text in [*texts, *(("lora", text) for text in lora)]:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be a text, got {text!r}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{name} is not UTF-8: {text!r}")
+    for name, multiple in (("height", 8), ("width", 8), ("steps", 1)):
+        if name in given:
+            whole_number(name, given[name], multiple)
+    return JobSettings(
+        prompt=given["prompt"], negative_prompt=given.get("negative_prompt"),
+        seed=whole_number("seed", given.get("seed", seed), least=0, most=LARGEST_SEED),
+        height=given.get("height"), width=given.get("width"), steps=given.get("steps", steps),
+        guidance=finite_number("guidance", given.get("guidance", 5.0)), lora=tuple(lora),
+    )  # fmt: skip

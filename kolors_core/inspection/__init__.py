@@ -1,0 +1,1 @@
+"""What happens inside a model: features, attention maps, the token report."""

@@ -1,0 +1,101 @@
+"""The prompt cache: embeddings of encoded prompts, in memory and, if asked, in a folder.
+
+The key of an embedding is its tokens and the encoder: every tensor's name, shape, dtype and a sample of its
+values, the embeddings of these very tokens, and the settings of adapters. So an embedding is found again
+after the encoder was moved, and not after it was trained, quantized or adapted.
+"""
+
+import hashlib
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from kolors_core.chatglm import ChatGLM, TextEmbedding
+from kolors_core.module import settings
+from kolors_core.tokenizer import TokenBatch
+from weights_convert.safetensors_files import Source, save_tensors
+
+SAMPLES = 64  # values of each tensor
+
+
+class Key(NamedTuple):
+    """The key of an embedding: `name` in a folder, and also `memory_key` in memory.
+
+    is_persistable: whether the name says all; not for an encoder with forward hooks or another forward. A
+    pre-hook is taken for one that only copies weights (offload.py).
+    """
+
+    name: str
+    memory_key: tuple[Any, ...]
+    is_persistable: bool
+
+    @classmethod
+    def of(cls, encoder: ChatGLM, tokens: TokenBatch) -> Self:
+        """Make the key of these tokens' embedding by this encoder."""
+        hooks = [
+            id(hook)
+            for module in encoder.modules()
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        ]
+        writes = tuple(parameter._version for parameter in encoder.parameters())
+        is_watched = any(module._forward_hooks for module in encoder.modules())
+        is_persistable = type(encoder) is ChatGLM and "forward" not in vars(encoder) and not is_watched
+        return cls(fingerprint(encoder, tokens), (type(encoder), writes, tuple(hooks)), is_persistable)
+
+
+class PromptCache:
+    """The embeddings used last, each on the device that it was computed on; several threads may use it."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[Key, TextEmbedding] = OrderedDict()
+        self._lock = Lock()
+
+    def clear(self) -> None:
+        """Remove all embeddings from memory."""
+        self.kept.clear()
+
+    def get(self, key: Key, folder: str | Path | None) -> TextEmbedding | None:
+        """Return the embedding of this key, or None. ValueError for a damaged file."""
+        if key in self.kept or folder is None or not key.is_persistable:
+            return self.kept.get(key)
+        file = Path(folder) / f"{key.name}.safetensors"
+        if not file.exists():
+            return None
+        source = Source([file])
+        if not {"tokens", "pooled"} <= set(source) <= {"tokens", "pooled", "counts"}:
+            raise ValueError(f"{file}: expected tensors tokens, pooled and counts, got {sorted(source)[:5]}")
+        return TextEmbedding(source["tokens"], source["pooled"], source.get("counts"))
+
+    def put(self, key: Key, text: TextEmbedding, maximum: int, folder: str | Path | None) -> None:
+        """Store an embedding; in memory the last `maximum` used are kept."""
+        with self._lock:
+            self.kept[key] = text
+            self.kept.move_to_end(key)
+            while len(self.kept) > maximum:
+                self.kept.popitem(last=False)
+        if folder is None or not key.is_persistable:
+            return
+        file = Path(folder) / f"{key.name}.safetensors"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {"tokens": text.tokens, "pooled": text.pooled, "counts": text.counts}
+            save_tensors({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+
+
+def fingerprint(encoder: ChatGLM, tokens: TokenBatch) -> str:
+    """Hash all that decides the embedding of these tokens, as 64 hexadecimal digits."""
+    state = encoder.state_dict()
+    description = [encoder.config, settings(encoder)]
+    description += [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]
+    parts = [tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)] for tensor in state.values()]
+    ids = tokens.ids.to(encoder.embedding.weight.device).unique()
+    parts.append(encoder.embedding.forward(ids))  # without hooks
+    values = torch.cat([part.detach().flatten().cpu().double() for part in parts])  # MPS has no float64
+    digest = hashlib.sha256(repr(description).encode())
+    digest.update(values.numpy().tobytes())
+    for tensor in (tokens.ids, tokens.mask, tokens.positions, tokens.counts):
+        digest.update(repr(None if tensor is None else tensor.tolist()).encode())
+    return digest.hexdigest()

@@ -1,0 +1,236 @@
+"""A checkpoint folder <-> one file that has all of it, byte for byte both ways.
+
+The file has the models by ComfyUI's names (SGM's blocks behind `model.diffusion_model.` and
+`first_stage_model.`; ChatGLM behind `text_encoder.`, for which no other program has a name), and each small
+file of the folder as a tensor of its bytes: `files.tokenizer/tokenizer.model`, as ComfyUI keeps tokenizers.
+`files.layout.json` says in which file of the folder each tensor was. A folder that was made from a file of
+another program has `single_file.json` instead, which says how that file was.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weights_convert import TABLES, recognise
+from weights_convert.atomic_write import must_be_new, new_folder, write_bytes
+from weights_convert.safetensors_files import (
+    FORMAT,
+    LONGEST_INDEX,
+    PICKLES,
+    STEMS,
+    Source,
+    walk,
+    weight_files,
+    why_refused,
+    write_tensors,
+)
+from weights_convert.single_file import FILES, NAMINGS, PREFIXES, Part, Spelling, as_stored, open_parts
+from weights_convert.untrusted_files import parse_object, read_object
+
+Metadata = dict[str, str] | None
+
+LAYOUT = FILES + "layout.json"
+HISTORY = "single_file.json"  # in a folder
+LONGEST_FILE = 2**28  # bytes
+
+
+def to_single(source: Path, destination: Path) -> list[str]:
+    """Write a checkpoint folder as one file; returns the report's lines.
+
+    Raises ValueError or FileNotFoundError naming the file; then `destination` does not exist.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such folder")
+    must_be_new(destination, ".safetensors")
+    tensors, layout, report = dict[str, Tensor](), dict[str, Any](), list[str]()
+    history = source / HISTORY
+    is_foreign = history.exists()
+    metadata, spellings = _history(history) if is_foreign else (FORMAT, {})
+    for folder, files in walk(source):
+        weights = [name for name in files if name.endswith(".safetensors")]
+        if weights:
+            component = str(folder.relative_to(source).as_posix())
+            part = _component_in(folder, component, weights)
+            naming = "sgm" if component in ("unet", "vae") else "public"
+            spelling = spellings.get(component, Spelling(PREFIXES[component][0], naming))
+            tensors |= as_stored(part, component, spelling)
+            for file in part.files:
+                names = sorted(part.names_in(file)) if len(part.files) > 1 else None
+                layout[f"{component}/{file.name}"] = {"metadata": part.metadata(file), "tensors": names}
+            report.append(report_line(component, part, part, source))
+        for name in sorted(set(files) - set(weights)):
+            file = folder / name
+            if name.endswith(PICKLES):
+                report.append(f"{file}: skipped, {why_refused(file)}")
+            elif not is_foreign:
+                path = _inside(file.relative_to(source).as_posix(), str(source))
+                tensors[f"{FILES}{path}"] = _bytes(file)
+            elif file != history and name != "config.json":
+                raise ValueError(f"{file}: the file that {HISTORY} tells of has no place for it")
+    if not layout:
+        raise FileNotFoundError(f"{source}: no safetensors weights in it")
+    if not is_foreign:
+        if LAYOUT in tensors:
+            raise ValueError(f"{source}/layout.json: its name is taken")
+        tensors[LAYOUT] = _as_tensor((json.dumps(dict(sorted(layout.items()))) + "\n").encode())
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(tensors, destination, metadata)
+    return report
+
+
+def to_folder(source: Path, destination: Path) -> list[str]:
+    """Write a file of one or several models as a folder by public names; returns the report's lines.
+
+    Whole numbers are multiplied out. Raises ValueError or FileNotFoundError naming the file and the tensor;
+    then `destination` does not exist.
+    """
+    parts, whole, small = open_parts(source)
+    for component, part in parts.items():
+        TABLES[component].refuse_faults({name: part.shape(name) for name in part}, part.where)
+    is_foreign, quantized = LAYOUT not in small, [part for part in parts.values() if part.scales]
+    layout: dict[str, tuple[Metadata, list[str] | None]]
+    if is_foreign:
+        layout = {f"{component}/{STEMS[component]}.safetensors": (FORMAT, None) for component in parts}
+    else:
+        layout = _layout(parts, whole, source)
+    with new_folder(destination) as made:
+        unpack(whole, small, made)
+        for place, (metadata, names) in layout.items():
+            part, file = parts[place.partition("/")[0]], made / place
+            file.parent.mkdir(exist_ok=True)
+            tensors = {name: part.mapped(name).contiguous() for name in (part if names is None else names)}
+            write_tensors(tensors, file, metadata)
+        if is_foreign and not quantized:
+            spellings = {component: [*part.spelling] for component, part in sorted(parts.items())}
+            told = {"metadata": whole.metadata(source), "models": spellings}
+            write_bytes((json.dumps(told, indent=2) + "\n").encode(), made / HISTORY)
+    report = [report_line(component, part, part, source) for component, part in parts.items()]
+    return report + [f"  its {part.bits}-bit layers are multiplied out" for part in quantized]
+
+
+def is_single(source: Path) -> bool:
+    """Whether it is a file to be made a folder of: any but one of our names alone, which stays a file."""
+    if not source.is_file():
+        return False
+    try:
+        return not recognise(Source([source]).keys(), str(source))[1]
+    except ValueError:
+        return True  # prefixes, SGM's names or several models, or `to_folder` says what is wrong
+
+
+def unpack(whole: Source, small: list[str], folder: Path) -> None:
+    """Write the small files that a file has as tensors. ValueError for a path that leads elsewhere."""
+    paths = {name: _inside(name.removeprefix(FILES), whole.where) for name in small if name != LAYOUT}
+    parents = {str(parent).lower() for path in paths.values() for parent in path.parents}
+    taken = {*parents, *PREFIXES, "scheduler"}
+    for name, path in paths.items():
+        if (lowered := str(path).lower()) in taken:  # not all disks tell small letters from large
+            raise ValueError(f"{whole.where}: {name}: a folder or another file has its path")
+        taken.add(lowered)
+    for name, path in paths.items():
+        if path.suffix == ".safetensors" or path.suffix in PICKLES:
+            raise ValueError(f"{whole.where}: {name}: weights are no small file")
+        (folder / path.parent).mkdir(parents=True, exist_ok=True)
+        write_bytes(_content(whole, name), folder / path)
+
+
+def report_line(component: str, source: Source, names: Collection[str], where: object) -> str:
+    """A line of a report: how many tensors and bytes were converted."""
+    return f"{component:13} {len(names):6,} tensors {sum(map(source.nbytes, names)):15,} bytes   {where}"
+
+
+def _component_in(folder: Path, component: str, weights: list[str]) -> Source:
+    """The one component of a folder with these weight files, by public names; ValueError for another."""
+    if component not in PREFIXES:
+        raise ValueError(f"{folder}: has weights, wanted them only in {', '.join(PREFIXES)}")
+    chosen = weight_files(weights, None, str(folder))
+    if others := sorted(set(weights) - set(chosen)):
+        raise ValueError(f"{folder}: several checkpoints side by side: {chosen[0]}, {others[0]}")
+    part = Source([folder / name for name in chosen])
+    table, is_ours = recognise(part.keys(), part.where)
+    if table.component != component:
+        raise ValueError(f"{part.where}: wanted a {component}, got a {table.component}")
+    if is_ours:
+        raise ValueError(f"{part.where}: has our names, wanted diffusers' (--to diffusers)")
+    table.refuse_faults({name: part.shape(name) for name in part}, part.where)
+    return part
+
+
+def _content(whole: Source, name: str, longest: int = LONGEST_FILE) -> bytes:
+    """The bytes of a small file. ValueError for what is none."""
+    shape, dtype = whole.shape(name), whole.dtype(name)
+    if dtype != torch.uint8 or len(shape) != 1 or shape[0] > longest:
+        wanted = f"at most {longest:,} bytes"
+        raise ValueError(f"{whole.where}: {name} is {dtype} {list(shape)}, wanted {wanted}")
+    return bytes(whole[name].numpy())
+
+
+def _layout(
+    parts: Mapping[str, Part], whole: Source, source: Path
+) -> dict[str, tuple[Metadata, list[str] | None]]:
+    """File of the folder -> its metadata and tensors, None for all of its component. Strictly checked."""
+    found, seen = {}, {component: list[str]() for component in parts}
+    for place, entry in parse_object(_content(whole, LAYOUT, LONGEST_INDEX), f"{source}: {LAYOUT}").items():
+        path = _inside(place, whole.where)
+        where = f"{source}: {LAYOUT}: {place[:100]!r}"
+        if len(path.parts) != 2 or path.parts[0] not in parts or path.suffix != ".safetensors":
+            raise ValueError(f"{where}: wanted a .safetensors file in the folder of a model that is here")
+        if not isinstance(entry, dict) or entry.keys() != {"metadata", "tensors"}:
+            raise ValueError(f"{where}: wanted metadata and tensors")
+        metadata, names = entry["metadata"], entry["tensors"]
+        if metadata is not None and not _is_text(metadata):
+            raise ValueError(f"{where}: metadata: wanted texts by name")
+        if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+            raise ValueError(f"{where}: tensors: wanted a list of names")
+        seen[path.parts[0]] += list(parts[path.parts[0]]) if names is None else names
+        found[place] = (metadata, names)
+    for component, part in parts.items():
+        if odd := sorted(set(seen[component]) ^ set(part)):
+            told = f"does not list the tensors of the {component}: {odd[0][:100]!r}"
+            raise ValueError(f"{source}: {LAYOUT}: {told}")
+        if len(seen[component]) > len(part):
+            raise ValueError(f"{source}: {LAYOUT}: lists a tensor of the {component} twice")
+    return found
+
+
+def _history(file: Path) -> tuple[Metadata, dict[str, Spelling]]:
+    """Metadata and spellings of the file that a folder was made from."""
+    told = read_object(file, LONGEST_INDEX)
+    metadata, models = told.get("metadata"), told.get("models")
+    if (metadata is not None and not _is_text(metadata)) or not isinstance(models, dict):
+        raise ValueError(f"{file}: wanted metadata, texts by name, and models")
+    spellings = {}
+    for component, way in models.items():
+        fits = isinstance(way, list) and len(way) == 2 and all(isinstance(part, str) for part in way)
+        if component not in PREFIXES or not fits or way[1] not in NAMINGS:
+            raise ValueError(f"{file}: {component[:100]!r}: wanted a prefix and one of {', '.join(NAMINGS)}")
+        spellings[component] = Spelling(*way)
+    return metadata, spellings
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _inside(path: str, where: str) -> PurePosixPath:
+    """A path below a folder; ValueError for one that may lead out of it, or that no disk or header takes."""
+    parts, is_plain = path.split("/"), path.isprintable() and not set(path) & set("\\:")
+    if not is_plain or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
+        raise ValueError(f"{where}: {path[:100]!r}: wanted a path inside the folder")
+    return PurePosixPath(path)
+
+
+def _bytes(file: Path) -> Tensor:
+    """A small file as a tensor."""
+    if (size := file.stat().st_size) > LONGEST_FILE:
+        raise ValueError(f"{file}: {size:,} bytes, wanted at most {LONGEST_FILE:,} of what is no weight")
+    return _as_tensor(file.read_bytes())
+
+
+def _as_tensor(content: bytes) -> Tensor:
+    dtype = torch.uint8
+    return torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
