@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kolors_core import KolorsControlNetPipeline, KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.batch import worker
+from kolors_core.batch import __main__ as batch
 from kolors_core.checkpoint import EMBEDDED
 from kolors_core.cli.explain import explain_parser
 from kolors_core.cli.generate import parser
@@ -201,7 +201,7 @@ def attributes() -> set[str]:
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "kolors_core": parser,
     "kolors_core explain": explain_parser,
-    "kolors_core.batch": worker.parser,
+    "kolors_core.batch": batch.parser,
 }
 
 

@@ -144,7 +144,9 @@ def _make_up(checkpoint: Checkpoint, unet: Any, scratch: Path) -> None:
     if "ip_adapter" in places:
         clip_config = replace(RANDOM_CLIP, hidden_size=checkpoint.adapter_config().image_dim)
     if "image_encoder" in places:
-        clip_config = open_component(checkpoint.folder, "image_encoder").model.config
+        clip_config = open_component(
+            checkpoint.folder, "image_encoder", kind=MODELS["image_encoder"]
+        ).model.config
     made: dict[str, Any] = {
         "image_encoder": lambda: CLIPVisionModelWithProjection(
             ReferenceCLIPVisionConfig(**clip_config.to_public())

@@ -19,6 +19,7 @@ from kolors_core.adapters.ip_adapter import attach
 from kolors_core.checkpoint import open_component
 from kolors_core.context import ImagePrompt
 from kolors_core.image import vae_pixels
+from kolors_core.pipelines.base import MODELS
 from kolors_core.pipelines.lora_methods import LoRALoading
 from weights_convert import TABLES
 
@@ -87,9 +88,10 @@ class Inputs:
     @cached_property
     def pixels(self) -> Tensors:
         """Two pictures for CLIP."""
-        size = open_component(self.checkpoint.places["image_encoder"], "image_encoder", subfolder="")
+        place, kind = self.checkpoint.places["image_encoder"], MODELS["image_encoder"]
+        encoder = open_component(place, "image_encoder", subfolder="", kind=kind).model
         pictures = [picture(80), picture(90).rotate(90)]
-        return {"pixels": clip_pixels(pictures, size.model.config.image_size).double()}
+        return {"pixels": clip_pixels(pictures, encoder.config.image_size).double()}
 
     @cached_property
     def states(self) -> Tensors:

@@ -7,6 +7,7 @@ after the encoder was moved, and not after it was trained, quantized or adapted.
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, Self
@@ -49,9 +50,13 @@ class Key(NamedTuple):
 class PromptCache:
     """The embeddings used last, each on the device that it was computed on; several threads may use it."""
 
-    def __init__(self) -> None:
-        self.kept: OrderedDict[Key, TextEmbedding] = OrderedDict()
+    def __init__(self, kept: Iterable[tuple[Key, TextEmbedding]] = ()) -> None:
+        self.kept = OrderedDict(kept)
         self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type["PromptCache"], tuple[list[tuple[Key, TextEmbedding]]]]:
+        """A copied or unpickled cache has its own lock: a lock itself can be neither copied nor pickled."""
+        return PromptCache, (list(self.kept.items()),)
 
     def clear(self) -> None:
         """Remove all embeddings from memory."""
