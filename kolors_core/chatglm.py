@@ -20,7 +20,7 @@ from kolors_core.tokenizer import TokenBatch
 class TextEmbedding:
     """tokens [B, L, C], pads included, for cross-attention; pooled [B, C], the last token's state.
 
-    counts: None, or [B, L], how many equal tokens each stands for (see `TokenBatch.collapse`); 0 is none.
+    counts: None, or [B, L], how often each token stands (see `TokenBatch.merge_padding`); 0 is never.
     """
 
     tokens: Tensor
@@ -47,7 +47,7 @@ class TextEmbedding:
         """Tokens of a prompt, counted as often as each stands."""
         return self.tokens.shape[1] if self.counts is None else int(self.counts[0].sum())
 
-    def expanded(self) -> "TextEmbedding":
+    def expand_padding(self) -> "TextEmbedding":
         """Each token as often as it stands, and no counts: [B, length, C]."""
         if self.counts is None:
             return self
@@ -79,7 +79,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.heads, self.groups, self.head_dim = config.heads, config.query_groups, config.head_dim
+        self.heads, self.groups, self.head_dim = config.heads, config.num_kv_heads, config.head_dim
         self.widths = [self.heads * self.head_dim, self.groups * self.head_dim, self.groups * self.head_dim]
         self.to_qkv = nn.Linear(config.hidden_size, sum(self.widths))
         self.to_out = nn.Linear(self.widths[0], config.hidden_size, bias=False)
@@ -92,8 +92,12 @@ class Attention(nn.Module):
         Returns [B, L, C], or with last_only what is at the last position, [B, 1, C].
         """
         q, k, v = self.to_qkv(x).split(self.widths, dim=-1)
-        q = rotate(q.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2), *rotation)  # [B, H, L, D]
-        k = rotate(k.unflatten(-1, (self.groups, self.head_dim)).transpose(1, 2), *rotation)  # [B, G, L, D]
+        q = apply_rotary(
+            q.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2), *rotation
+        )  # [B, H, L, D]
+        k = apply_rotary(
+            k.unflatten(-1, (self.groups, self.head_dim)).transpose(1, 2), *rotation
+        )  # [B, G, L, D]
         v = v.unflatten(-1, (self.groups, self.head_dim)).transpose(1, 2)  # [B, G, L, D]
         k = k.repeat_interleave(self.heads // self.groups, dim=1)  # [B, H, L, D]
         v = v.repeat_interleave(self.heads // self.groups, dim=1)  # [B, H, L, D]
@@ -116,7 +120,7 @@ class FeedForward(nn.Module):
         return self.proj_out(F.silu(gate) * value)
 
 
-class Layer(nn.Module):
+class ChatGLMLayer(nn.Module):
     """One pre-norm transformer layer."""
 
     is_block = True
@@ -144,12 +148,12 @@ class ChatGLM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Layer(config) for _ in range(config.layers)])
+        self.layers = nn.ModuleList([ChatGLMLayer(config) for _ in range(config.layers)])
 
     def forward(self, batch: TokenBatch) -> TextEmbedding:
         """tokens are the states before the last layer, pooled the last position's state after it."""
         x = self.embedding(batch.ids)  # [B, L, C]
-        rotation = rotary(batch.positions, self.config.head_dim // 2, x.dtype)
+        rotation = rotary_cos_sin(batch.positions, self.config.head_dim // 2, x.dtype)
         allowed = attention_mask(batch.mask)
         if batch.counts is not None:
             allowed = torch.where(allowed, log_multiplicity_bias(batch.counts, x.dtype), -torch.inf)
@@ -171,7 +175,9 @@ def attention_mask(mask: Tensor) -> Tensor:
     return ((causal & mask[:, None, :]) | ~mask[:, :, None])[:, None]  # [B, 1, L, L]
 
 
-def rotary(positions: Tensor, width: int, dtype: torch.dtype, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(
+    positions: Tensor, width: int, dtype: torch.dtype, base: float = 10000.0
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE (https://arxiv.org/abs/2104.09864, eq. 15), in float32, then cast.
 
     positions: [B, L]; width: R, how many of a head's dimensions turn. Returns two tensors [B, 1, L, R/2].
@@ -181,7 +187,7 @@ def rotary(positions: Tensor, width: int, dtype: torch.dtype, base: float = 1000
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the neighbouring pairs of the first R dimensions of x [B, H, L, D]; the others pass through."""
     turned, kept = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
     even, odd = turned[..., 0::2], turned[..., 1::2]  # [B, H, L, R/2]

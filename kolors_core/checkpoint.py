@@ -22,19 +22,25 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
 from kolors_core.devices import loading_device
 from kolors_core.hub import fetch
-from kolors_core.loading import Initialiser, LoadReport, check, fill, load
+from kolors_core.loading import Initializer, LoadReport, check, fill, load
 from kolors_core.module import require_plain
 from kolors_core.schedule import SCHEDULERS, Scheduler
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES
 from weights_convert.atomic_write import write_bytes
-from weights_convert.safetensors_files import STEMS, Source, index_files, save_tensors, weight_files
-from weights_convert.untrusted_files import one_line, read_object
+from weights_convert.safetensors_files import (
+    WEIGHT_FILE_STEMS,
+    Source,
+    read_shard_index,
+    save_tensors,
+    weight_files,
+)
+from weights_convert.untrusted_files import one_line, read_json_object
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModelSpec:
     """How one component is built: the class of its config, and what makes the model from one."""
 
     config: Any
@@ -42,16 +48,16 @@ class Kind:
 
     def empty(self, config: Any) -> nn.Module:
         """A model on the meta device, without values."""
-        with uncollected(), torch.device("meta"), Unfilled():
+        with gc_disabled(), torch.device("meta"), SkipInit():
             return self.build(config)
 
 
-KINDS = {
-    "text_encoder": Kind(ChatGLMConfig, ChatGLM),
-    "unet": Kind(UNetConfig, UNet),
-    "vae": Kind(VAEConfig, VAE),
+MODEL_SPECS = {
+    "text_encoder": ModelSpec(ChatGLMConfig, ChatGLM),
+    "unet": ModelSpec(UNetConfig, UNet),
+    "vae": ModelSpec(VAEConfig, VAE),
 }
-OPTIONAL = {"image_encoder"}  # what a checkpoint may lack
+OPTIONAL_COMPONENTS = {"image_encoder"}  # what a checkpoint may lack
 
 # The small Kolors that this package carries, and the name that `resolve` knows it by.
 EMBEDDED = Path(__file__).parent / "tiny"
@@ -61,7 +67,7 @@ EMBEDDED_NOTICE = (
     "Kwai-Kolors/Kolors-diffusers with the variant fp16"
 )
 
-LONGEST_CONFIG = 2**18  # bytes; real ones have less than 2**13
+MAX_CONFIG_BYTES = 2**18  # bytes; real ones have less than 2**13
 
 logger = logging.getLogger("kolors_core")
 
@@ -81,8 +87,8 @@ def resolve(
 
     def pick(listing: list[str]) -> list[str]:
         folders = {path.partition("/")[0] for path in listing}
-        wanted = [component for component in components if component not in OPTIONAL - folders]
-        return needed_files(listing, wanted, variant, str(name), has_weights)
+        wanted = [component for component in components if component not in OPTIONAL_COMPONENTS - folders]
+        return files_to_download(listing, wanted, variant, str(name), has_weights)
 
     folder = fetch(EMBEDDED if name == EMBEDDED_NAME else name, pick, **hub)
     if name == EMBEDDED_NAME:
@@ -90,7 +96,7 @@ def resolve(
     return folder
 
 
-def needed_files(
+def files_to_download(
     listing: Sequence[str],
     components: Iterable[str],
     variant: str | None,
@@ -146,13 +152,13 @@ def load_component(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    kind: Kind | None = None,
+    kind: ModelSpec | None = None,
     **hub: Any,
 ) -> Any:
     """One model from a checkpoint folder or hub repository, in public names or ours.
 
     subfolder: where in it; the component's name if None. device: on "meta" no weights are read. kind: of a
-    component that is not one of `KINDS`. hub: as for `resolve`.
+    component that is not one of `MODEL_SPECS`. hub: as for `resolve`.
 
     Raises FileNotFoundError or ValueError naming the file, field or tensor, before weights are read.
     """
@@ -165,7 +171,7 @@ def load_component(
     return opened.fill(dtype, device)
 
 
-class Opened(NamedTuple):
+class UnloadedModel(NamedTuple):
     """A model without weights, and the files that fit it; None if it gets none."""
 
     model: nn.Module
@@ -176,7 +182,7 @@ class Opened(NamedTuple):
         """The model with its weights."""
         if self.source is None:
             return self.model.to(dtype).eval()
-        with uncollected():
+        with gc_disabled():
             fill(self.model, self.source, self.names, dtype=dtype, device=device)
         return self.model.eval()
 
@@ -188,29 +194,29 @@ def open_component(
     subfolder: str | None = None,
     variant: str | None = None,
     has_weights: bool = True,
-    kind: Kind | None = None,
-) -> Opened:
+    kind: ModelSpec | None = None,
+) -> UnloadedModel:
     """Build one model and check that its files fit it, by config and headers; no weight is read.
 
     Arguments and errors are those of `load_component`.
     """
-    kind = KINDS[component] if kind is None else kind
+    kind = MODEL_SPECS[component] if kind is None else kind
     place = Path(folder) / (component if subfolder is None else subfolder)
     if not place.is_dir():
         raise FileNotFoundError(f"{place}: no such folder, wanted the {component} of a Kolors checkpoint")
     file = place / "config.json"
     model = kind.empty(kind.config.from_public(read_json(file), str(file)))
     if not has_weights:
-        return Opened(model, None, {})
+        return UnloadedModel(model, None, {})
     source = weights_in(place, variant)
-    return Opened(model, source, check(model, source, component))
+    return UnloadedModel(model, source, check(model, source, component))
 
 
 def load_changed(
     folder: str | Path,
     component: str,
     build: Callable[[Any], nn.Module],
-    partial: Mapping[str, Initialiser],
+    partial: Mapping[str, Initializer],
     *,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -222,7 +228,7 @@ def load_changed(
     `lambda config: UNet(replace(config, in_channels=9))`. partial, and the report: see `loading.load`. All
     others, and errors: as for `load_component`.
     """
-    kind = replace(KINDS[component], build=build)
+    kind = replace(MODEL_SPECS[component], build=build)
     model = open_component(folder, component, has_weights=False, kind=kind).model
     source, place = weights_in(Path(folder) / component, variant), loading_device(device)
     report = load(model, source, component, dtype=dtype, device=place, partial=partial)
@@ -234,12 +240,12 @@ def weights_in(place: Path, variant: str | None) -> Source:
     listing = sorted(file.name for file in place.iterdir())
     for name in listing:
         if ".safetensors.index." in name:
-            index_files(place / name)
+            read_shard_index(place / name)
     return Source([place / name for name in weight_files(listing, variant, str(place))])
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Within it Python looks for no garbage: among thousands of new modules it would do so again and again,
     for a third of the time that loading takes."""
     was_enabled = gc.isenabled()
@@ -251,7 +257,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-class Unfilled(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Within it new parameters get no initial values, which a model that is then loaded does not need.
 
     On the meta device they cost nothing but the import of torch's decompositions, half of the time to start.
@@ -294,7 +300,7 @@ def load_index(folder: Path) -> tuple[bool, set[str]]:
     if not isinstance(force_zeros, bool):
         raise ValueError(f"{file}: force_zeros_for_empty_prompt is {force_zeros!r}, wanted true or false")
     named = {name for name, entry in index.items() if isinstance(entry, list) and any(entry[:1])}  # not null
-    return force_zeros, OPTIONAL - named
+    return force_zeros, OPTIONAL_COMPONENTS - named
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -330,12 +336,12 @@ def save_component(
     place.mkdir(parents=True, exist_ok=True)
     config: Any = model.config
     write_json(config.to_public(), place / "config.json")
-    table, stem = TABLES[component], STEMS[component] + (f".{variant}" if variant else "")
+    table, stem = TABLES[component], WEIGHT_FILE_STEMS[component] + (f".{variant}" if variant else "")
     tensors = {table.to_public(own): tensor for own, tensor in base_state(model).items()}
     save_tensors(tensors, place / f"{stem}.safetensors")
 
 
-def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
+def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
     """Write what stands around the models: tokenizer, scheduler and `model_index.json`."""
     scheduler, tokenizer = components["scheduler"], components["tokenizer"]
     for name in ("tokenizer", "scheduler"):
@@ -361,7 +367,7 @@ def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; FileNotFoundError or ValueError naming the file."""
-    return read_object(file, LONGEST_CONFIG)
+    return read_json_object(file, MAX_CONFIG_BYTES)
 
 
 def write_json(content: dict[str, Any], file: Path) -> None:

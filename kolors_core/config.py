@@ -26,7 +26,7 @@ class ConfigDict(dict[str, Any]):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatGLMConfig:
-    """ChatGLM3-6B as a text encoder. `query_groups` is the number of K/V heads that the query heads share."""
+    """ChatGLM3-6B as a text encoder. `num_kv_heads` is the number of K/V heads that the query heads share."""
 
     vocab_size: int = 65024
     hidden_size: int = 4096
@@ -34,7 +34,7 @@ class ChatGLMConfig:
     layers: int = 28
     heads: int = 32
     head_dim: int = 128
-    query_groups: int = 2
+    num_kv_heads: int = 2
     norm_eps: float = 1e-5
 
     @classmethod
@@ -49,13 +49,13 @@ class ChatGLMConfig:
             layers=fields.integer("num_layers", most=1000),
             heads=fields.integer("num_attention_heads", most=4096),
             head_dim=fields.integer("kv_channels", most=4096),
-            query_groups=fields.integer("multi_query_group_num"),
+            num_kv_heads=fields.integer("multi_query_group_num"),
             norm_eps=fields.number("layernorm_epsilon"),
         )
         fields.reject_unknown(_CHATGLM_IGNORED_FIELDS)
-        if config.heads % config.query_groups:
+        if config.heads % config.num_kv_heads:
             wanted = f"a divisor of the {config.heads} heads"
-            fields.reject("multi_query_group_num", config.query_groups, wanted)
+            fields.reject("multi_query_group_num", config.num_kv_heads, wanted)
         if config.head_dim % 4:
             wanted = "a multiple of 4, since half of it is rotated in pairs"
             fields.reject("kv_channels", config.head_dim, wanted)
@@ -68,7 +68,7 @@ class ChatGLMConfig:
             "seq_length": 32768, "padded_vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
             "ffn_hidden_size": self.feed_forward_size, "num_layers": self.layers,
             "num_attention_heads": self.heads, "kv_channels": self.head_dim,
-            "multi_query_group_num": self.query_groups, "layernorm_epsilon": self.norm_eps,
+            "multi_query_group_num": self.num_kv_heads, "layernorm_epsilon": self.norm_eps,
         }  # fmt: skip
 
 
@@ -169,7 +169,7 @@ class VAEConfig:
     scaling_factor: float = 0.13025
 
     @property
-    def downscale(self) -> int:
+    def vae_scale_factor(self) -> int:
         """Pixels a latent stands for, along each side."""
         return 2 ** (len(self.channels) - 1)
 
@@ -225,7 +225,7 @@ KOLORS = KolorsConfig()
 TINY = KolorsConfig(
     text_encoder=ChatGLMConfig(
         vocab_size=2048, hidden_size=192, feed_forward_size=384, layers=3, heads=6, head_dim=32,
-        query_groups=2,
+        num_kv_heads=2,
     ),
     unet=UNetConfig(
         sample_size=16, channels=(64, 96, 160), heads=(2, 3, 5), depths=(0, 1, 1), resnets_per_level=1,

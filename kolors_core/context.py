@@ -44,7 +44,7 @@ class ImagePrompt(NamedTuple):
         return cls(torch.cat([part.tokens for part in parts]), masks[0] if masks else None)
 
 
-class ReadImages(NamedTuple):
+class ImageKeysValues(NamedTuple):
     """Keys and values of an IP-Adapter's pictures in one cross-attention, each [B, heads, tokens, C/heads].
 
     One pair for all pictures, or with masks one for each. masks: None, or any size; [1 or B, I, N] once the
@@ -55,7 +55,7 @@ class ReadImages(NamedTuple):
     masks: Masks | Tensor | None
 
 
-class Read(NamedTuple):
+class KeysValues(NamedTuple):
     """What a cross-attention has read: keys and values [B, heads, S, C/heads], a logit bias [B, 1, 1, S] or
     None, and what its image branches have. perturbed: as in `Context`.
     """
@@ -63,10 +63,10 @@ class Read(NamedTuple):
     k: Tensor
     v: Tensor
     bias: Tensor | None
-    images: tuple[ReadImages, ...]
+    images: tuple[ImageKeysValues, ...]
     perturbed: int = 0
 
-    def rows(self, where: Tensor) -> "Read":
+    def rows(self, where: Tensor) -> "KeysValues":
         """These rows [B] of it; masks are those of all B rows already."""
         if where.shape[0] == self.k.shape[0]:
             return self
@@ -75,7 +75,7 @@ class Read(NamedTuple):
             for image in self.images
         )
         bias = None if self.bias is None else self.bias[where]
-        return Read(self.k[where], self.v[where], bias, images, self.perturbed)
+        return KeysValues(self.k[where], self.v[where], bias, images, self.perturbed)
 
 
 class Context(NamedTuple):
@@ -108,8 +108,8 @@ class Context(NamedTuple):
         return told, torch.tensor(where, device=self.tokens.device)
 
 
-def at_size(context: Context | Read, height: int, width: int) -> Context | Read:
-    """A `Context` or `Read` whose masks, if there are any, have a feature map's size."""
+def resize_masks(context: Context | KeysValues, height: int, width: int) -> Context | KeysValues:
+    """A `Context` or `KeysValues` whose masks, if there are any, have a feature map's size."""
     images: Any = tuple(
         image._replace(masks=image.masks.at(height, width)) if isinstance(image.masks, Masks) else image
         for image in context.images

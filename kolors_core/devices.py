@@ -10,8 +10,8 @@ from torch import Tensor, nn
 Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
 
 # What helps against numbers that have become too large for a precision.
-HELP = {torch.float16: "try bfloat16 or float32", torch.bfloat16: "try float32"}
-AT_FAULT = "no precision helps, look at the weights, at adapters' scales and at what was given"
+OVERFLOW_HINT = {torch.float16: "try bfloat16 or float32", torch.bfloat16: "try float32"}
+NO_DTYPE_HELPS = "no precision helps, look at the weights, at adapters' scales and at what was given"
 
 
 def best_device() -> torch.device:
@@ -85,7 +85,7 @@ def dtype_of(component: str, torch_dtype: Dtypes) -> torch.dtype:
     return torch.float32 if component == "vae" and asked == torch.float16 else asked
 
 
-def one_dtype(torch_dtype: Dtypes, dtype: Dtypes) -> Dtypes:
+def merge_dtype_arguments(torch_dtype: Dtypes, dtype: Dtypes) -> Dtypes:
     """The argument `torch_dtype`, or by its newer name `dtype`; ValueError if both are given."""
     if torch_dtype is not None and dtype is not None:
         raise ValueError("torch_dtype and dtype are two names of one argument: give one")
@@ -98,7 +98,7 @@ def refuse_pickles(use_safetensors: bool | None) -> None:
         raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
 
 
-def refuse_second_copy(low_cpu_mem_usage: bool) -> None:
+def check_low_cpu_mem_usage(low_cpu_mem_usage: bool) -> None:
     """ValueError for the reference's way of loading by a second copy, which there is none of here."""
     if not low_cpu_mem_usage:
         raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
@@ -126,5 +126,7 @@ def finite(tensor: Tensor, what: str | Callable[[], str], dtype: torch.dtype) ->
     """The tensor, or FloatingPointError naming the stage and its precision instead of a black picture."""
     if not torch.isfinite(tensor).all():
         what = what if isinstance(what, str) else what()
-        raise FloatingPointError(f"{what} are not finite, computed in {dtype}: {HELP.get(dtype, AT_FAULT)}")
+        raise FloatingPointError(
+            f"{what} are not finite, computed in {dtype}: {OVERFLOW_HINT.get(dtype, NO_DTYPE_HELPS)}"
+        )
     return tensor

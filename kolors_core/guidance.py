@@ -16,7 +16,7 @@ from kolors_core.precompute import has_default_forward, predict_precomputed, pre
 from kolors_core.sampling import Denoise
 from kolors_core.schedule import Schedule
 from kolors_core.unet import UNet
-from kolors_core.validation import finite_number
+from kolors_core.validation import check_float
 
 
 class SigmaInterval(NamedTuple):
@@ -109,7 +109,7 @@ def cfg_rescale(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
     Guidance raises the standard deviation, which overexposes. factor: from 0 to 1; ValueError otherwise.
     Source: https://arxiv.org/abs/2305.08891, equations 15 and 16; `rescale_noise_cfg` in diffusers.
     """
-    finite_number("rescale", factor, 0, 1)
+    check_float("rescale", factor, 0, 1)
 
     def rescale(noise: Tensor, conditional: Tensor) -> Tensor:
         axes = tuple(range(1, noise.ndim))
@@ -148,7 +148,7 @@ def check_interval(interval: Interval) -> tuple[float, float]:
     """Return an interval's two numbers; ValueError for what is none."""
     if not isinstance(interval, tuple | list) or len(interval) != 2:
         raise ValueError(f"a guidance interval must be two numbers, got {interval!r}")
-    low, high = (finite_number("an end of the guidance interval", end) for end in interval)
+    low, high = (check_float("an end of the guidance interval", end) for end in interval)
     most = math.inf if isinstance(interval, SigmaInterval) else 1
     if not 0 <= low < high <= most:
         wanted = "rise from 0 or more" + ("" if isinstance(interval, SigmaInterval) else " to 1 at most")

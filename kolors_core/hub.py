@@ -10,8 +10,8 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kolors_core.validation import path_of
-from weights_convert.safetensors_files import PICKLES, why_refused
+from kolors_core.validation import as_path
+from weights_convert.safetensors_files import PICKLES, pickle_message
 
 Pick = Callable[[list[str]], list[str]]
 
@@ -95,13 +95,13 @@ def find_file(
     there is.
     """
     _must_be_text(weight_name=weight_name, subfolder=subfolder)
-    file = path_of("the source", source)
+    file = as_path("the source", source)
     if _is(file.is_file) or file.suffix in (".safetensors", *PICKLES):
         if any(given is not None for given in (weight_name, subfolder or None, hub.get("revision"))):
             raise ValueError(f"{source} is a file: weight_name, subfolder and revision have no effect on it")
         if file.suffix != ".safetensors":
             is_pickle = file.suffix in PICKLES
-            raise ValueError(f"{file}: {why_refused(file) if is_pickle else 'is not a .safetensors file'}")
+            raise ValueError(f"{file}: {pickle_message(file) if is_pickle else 'is not a .safetensors file'}")
         return file
     inside = PurePosixPath(subfolder or ".")
     if weight_name is not None:
@@ -129,12 +129,12 @@ def _choose(names: Sequence[str], weight_name: str | None, preferred: Sequence[s
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickle := next((name for name in pickles if name == weight_name or not found), None):
         file = f"{where}/{pickle}"
-        raise ValueError(f"{file}: {why_refused(file)}")
+        raise ValueError(f"{file}: {pickle_message(file)}")
     want = "one .safetensors file, or a weight_name" if weight_name is None else weight_name
     raise FileNotFoundError(f"{where}: wanted {want}, found {', '.join(found) or 'no .safetensors file'}")
 
 
-def refuse_unused(source: str, **given: Any) -> None:
+def reject_unused(source: str, **given: Any) -> None:
     """ValueError for an argument that says where files are, of a source that has no files."""
     if unused := [name for name, value in given.items() if value not in (None, "", False)]:
         raise ValueError(f"{unused[0]} has no effect on {source}")

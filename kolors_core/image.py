@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kolors_core.config import VERSION
-from kolors_core.validation import whole_number
+from kolors_core.validation import check_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,7 +99,7 @@ def image_errors(file: str | Path) -> Iterator[None]:
         raise ValueError(f"{file}: {reason}") from None
 
 
-def vae_pixels(
+def preprocess_vae(
     images: "Image | np.ndarray | Tensor | Sequence[Image | np.ndarray | Tensor]",
     height: int | None = None,
     width: int | None = None,
@@ -118,10 +118,10 @@ def vae_pixels(
     return batch if batch.min() < 0 else 2.0 * batch - 1.0
 
 
-def control_pixels(images: Any, height: int | None = None, width: int | None = None) -> Tensor:
+def preprocess_control(images: Any, height: int | None = None, width: int | None = None) -> Tensor:
     """Images for ControlNets: [B, 3, H, W] in [0, 1].
 
-    Images, sizes and errors as for `vae_pixels`, but that values below 0 are refused.
+    Images, sizes and errors as for `preprocess_vae`, but that values below 0 are refused.
     """
     batch = _stacked(images, height, width, 8)
     if not bool(((batch >= 0) & (batch <= 1)).all()):
@@ -134,7 +134,7 @@ def _stacked(images: Any, height: int | None, width: int | None, multiple: int) 
     """Images of one size [B, 3, H, W] in the range that they came in, [0, 1] for PIL."""
     for name, side in (("height", height), ("width", width)):
         if side is not None:
-            whole_number(name, side, multiple)
+            check_int(name, side, multiple)
     single = as_list(images)
     if len(kinds := {str(getattr(image, "dtype", "PIL")) for image in single}) > 1:
         raise ValueError(f"images of different kinds, {', '.join(sorted(kinds))}: their ranges may differ")

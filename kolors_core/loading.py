@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.module import require_plain
-from weights_convert import TABLES, recognise
+from weights_convert import TABLES, detect_component
 from weights_convert.key_mapping import UNUSED, compare, listed
 from weights_convert.safetensors_files import Source, Tensors, aligned
 
 RELEASE_AFTER = 2**26  # bytes that were copied out of a mapped file, whose pages are then let go
 
 # (shape that the model wants, the checkpoint's tensor of another shape or None) -> a tensor of that shape
-Initialiser = Callable[[torch.Size, Tensor | None], Tensor]
+Initializer = Callable[[torch.Size, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    partial: Mapping[str, Initialiser] | None = None,
+    partial: Mapping[str, Initializer] | None = None,
 ) -> LoadReport:
     """Fill a model from a checkpoint, strictly. The model may be on the meta device; nothing is left on it.
 
@@ -92,7 +92,7 @@ def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[st
     """
     where = source.where
     require_plain(model, f"load {where} into it; load a plain model, then quantise")
-    table, is_ours = recognise(source.keys(), where)
+    table, is_ours = detect_component(source.keys(), where)
     if table.component != component:
         raise ValueError(f"{where}: wanted the {component} of a Kolors checkpoint, got a {table.component}")
     ours = {name: name if is_ours else table.to_ours(name) for name in source}
@@ -100,7 +100,7 @@ def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[st
     if mismatch := compare(table, {ours[name]: source.shape(name) for name in source}, target):
         raise ValueError(f"{where}: {mismatch}")
     names = {name: own for name, own in ours.items() if not own.startswith(UNUSED)}
-    _refuse_twins(names, where)
+    _reject_duplicates(names, where)
     _refuse_whole_numbers(source, names)
     return names
 
@@ -132,12 +132,12 @@ def _load_what_fits(
     component: str,
     dtype: torch.dtype,
     device: torch.device | str,
-    partial: Mapping[str, Initialiser],
+    partial: Mapping[str, Initializer],
 ) -> LoadReport:
     """See `load`. By name, `ours` is the model's for each of the file's, and `theirs` the other way round."""
     require_plain(model, f"load {source.where} into it; load a plain model, then quantise")
     target = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    ours = _names_by_hits(source, component, target)
+    ours = _best_key_mapping(source, component, target)
     theirs = {own: name for name, own in ours.items()}
     fitting = {name: own for name, own in ours.items() if own in target and source.shape(name) == target[own]}
     missing = sorted(target.keys() - theirs.keys())
@@ -170,7 +170,9 @@ def _load_what_fits(
     return LoadReport(sorted(fitting.values()), missing, unexpected, misshapen)
 
 
-def _names_by_hits(source: Source | Tensors, component: str, target: Mapping[str, object]) -> dict[str, str]:
+def _best_key_mapping(
+    source: Source | Tensors, component: str, target: Mapping[str, object]
+) -> dict[str, str]:
     """Our name of each tensor, read as public or as ours, whichever the model knows more of."""
     tables = [table for table in TABLES.values() if table.component == component]
     ways = [{name: table.to_ours(name) for name in source} for table in tables]
@@ -178,11 +180,11 @@ def _names_by_hits(source: Source | Tensors, component: str, target: Mapping[str
     best = max(ways, key=lambda names: sum(own in target for own in names.values()))
     if not any(own in target for own in best.values()):
         raise ValueError(f"{source.where}: has no tensor of the model, a {component}")
-    _refuse_twins(best, source.where)
+    _reject_duplicates(best, source.where)
     return best
 
 
-def _refuse_twins(names: Mapping[str, str], where: str) -> None:
+def _reject_duplicates(names: Mapping[str, str], where: str) -> None:
     """ValueError for two tensors that have one name in the model."""
     seen = set[str]()
     for name, own in names.items():

@@ -20,7 +20,7 @@ def is_block(module: nn.Module) -> bool:
     return getattr(module, "is_block", False) is True
 
 
-class StandIn(nn.Module):
+class ReplacedModule(nn.Module):
     """A module in another's place, with its very parameters, sizes, mode and hooks; `plain` is that other."""
 
     def __init__(self, base: nn.Module) -> None:

@@ -17,32 +17,32 @@ from kolors_core.context import ImagePrompt
 from kolors_core.module import WrapStep
 from kolors_core.schedule import Schedule
 from kolors_core.unet import Encoder, ResBlock, Shift, UNet
-from kolors_core.validation import path_of, whole_number
+from kolors_core.validation import as_path, check_int
 
 # (what conv_in reads [b, ...], timestep, residuals as in `UNet.forward`) -> noise [B, ...]
-Predict = Callable[[Tensor, float, list[Tensor]], Tensor]
+PredictNoise = Callable[[Tensor, float, list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Savings:
     """What a pipeline saves without changing its result; each can be switched off, to compare.
 
-    collapse_pads: equal pads of a prompt are encoded and read as one that counts as many.
+    merge_padding: equal pads of a prompt are encoded and read as one that counts as many.
     precompute: see `guidance.guided`.
     cached_prompts: how many prompts, or lists of them, keep their embeddings in memory; 0 is none.
     prompt_folder: where they are kept as safetensors files too, for other processes and days; see
     kolors_core/performance/prompt_cache.py.
     """
 
-    collapse_pads: bool = True
+    merge_padding: bool = True
     precompute: bool = True
     cached_prompts: int = 32
     prompt_folder: str | Path | None = None
 
     def __post_init__(self) -> None:
-        whole_number("cached_prompts", self.cached_prompts, least=0)
+        check_int("cached_prompts", self.cached_prompts, least=0)
         if self.prompt_folder is not None:
-            path_of("prompt_folder", self.prompt_folder)
+            as_path("prompt_folder", self.prompt_folder)
 
 
 class PrecomputedInputs:
@@ -66,7 +66,7 @@ class PrecomputedInputs:
         if perturbed:
             pairs = zip(self.reads, perturbed, strict=True)
             self.reads = [read._replace(perturbed=count) for read, count in pairs]
-        self.condition = net.embed_condition(conditioning.pooled_text, conditioning.size_ids, added)  # [B, T]
+        self.condition = net.added_embedding(conditioning.pooled_text, conditioning.size_ids, added)  # [B, T]
         self.widths = [block.time_proj.out_features for block in net.modules() if isinstance(block, ResBlock)]
         timesteps = schedule.timesteps.tolist()
         self.known = dict(zip(timesteps, self._shifts(timesteps), strict=True))
@@ -91,7 +91,7 @@ def has_default_forward(net: Encoder, kind: type[Encoder]) -> bool:
     return not (is_another or net._compiled_call_impl or net._forward_hooks or net._forward_pre_hooks)
 
 
-def predict_uncached(unet: UNet, conditioning: Conditioning, repeats: int) -> Predict:
+def predict_uncached(unet: UNet, conditioning: Conditioning, repeats: int) -> PredictNoise:
     """Call `unet.forward` in every step. Optional inputs are passed only if set, so a custom forward need not
     accept them.
     """
@@ -110,7 +110,7 @@ def predict_uncached(unet: UNet, conditioning: Conditioning, repeats: int) -> Pr
 
 def predict_precomputed(
     unet: UNet, schedule: Schedule, conditioning: Conditioning, repeats: int, wrap_step: WrapStep | None
-) -> Predict:
+) -> PredictNoise:
     """Run the UNet without what is the same in every step."""
     images, perturbed = conditioning.image_prompts, conditioning.perturbed
     inputs = PrecomputedInputs(unet, schedule, conditioning, images, perturbed, conditioning.added)

@@ -62,14 +62,14 @@ def dpmpp_2m(
             x = x0
         else:
             h = math.log(sigma / next_sigma)
-            guess = x0
+            extrapolated_x0 = x0
             if last_x0 is not None and order == 2 and not (first_order_last and i == steps - 1):
-                guess = x0 + (x0 - last_x0) * (0.5 * h / last_h)
+                extrapolated_x0 = x0 + (x0 - last_x0) * (0.5 * h / last_h)
             if drawn is None:
-                x = (next_sigma / sigma) * x - math.expm1(-h) * guess
+                x = (next_sigma / sigma) * x - math.expm1(-h) * extrapolated_x0
             else:
                 gain = -math.expm1(-2 * h)
-                x = (next_sigma / sigma) * math.exp(-h) * x + gain * guess
+                x = (next_sigma / sigma) * math.exp(-h) * x + gain * extrapolated_x0
                 x = x + next_sigma * math.sqrt(gain) * drawn
             last_x0, last_h = x0, h
         if on_step is not None:
@@ -81,7 +81,7 @@ def _floats(sigmas: Sigmas) -> Sequence[float]:
     return sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas
 
 
-def sampler_of(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], Tensor]) -> Sampler:
+def make_sampler(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], Tensor]) -> Sampler:
     """The function that a scheduler stands for in a run: (denoise, x, sigmas, on_step) -> x."""
     if not isinstance(scheduler, DPMSolverMultistepScheduler):
         return euler
@@ -93,7 +93,7 @@ def sampler_of(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], Ten
     )
 
 
-def draw_noise(
+def randn_latents(
     shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Standard normal noise [B, ...], drawn on the generator's own device (the CPU's if None), then moved.
@@ -109,4 +109,4 @@ def draw_noise(
     if len(listed) != shape[0] or not all(isinstance(one, torch.Generator) for one in listed):
         wanted = f"one torch.Generator, or a list of {shape[0]}, one for each picture"
         raise ValueError(f"wanted {wanted}, got {generator!r}")
-    return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in listed])
+    return torch.cat([randn_latents((1, *shape[1:]), one, device, dtype) for one in listed])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.config import ConfigDict
-from kolors_core.validation import fraction_of, whole_number
+from kolors_core.validation import check_fraction, check_int
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Schedule:
     """The numbers of one run of n steps.
 
     sigmas: float64 [n + 1], falling; the last is where the run ends, usually 0. timesteps: float64 [n], what
-    the UNet is told at each sigma. start_scale: what standard normal noise is multiplied with to start.
+    the UNet is told at each sigma. init_noise_sigma: what standard normal noise is multiplied with to start.
     table: float32 [T], the sigma of each training timestep. whole_timesteps: whether the UNet is told rounded
     ones. first_order_last: whether the last step leaves out DPM-Solver++'s multistep term.
     """
 
     sigmas: Tensor
     timesteps: Tensor
-    start_scale: float
+    init_noise_sigma: float
     table: Tensor
     whole_timesteps: bool
     first_order_last: bool = False
@@ -44,14 +44,14 @@ class Schedule:
         for known, timestep in zip(self.sigmas.tolist(), self.timesteps.tolist(), strict=False):
             if known == sigma:
                 return timestep
-        found = timestep_of(sigma, self.table)
+        found = sigma_to_timestep(sigma, self.table)
         return float(round(found)) if self.whole_timesteps else found
 
     def until(self, fraction: float) -> Self:
         """The first part of the denoising, a `fraction` of the T training timesteps (`denoising_end`)."""
-        if fraction_of("denoising_end", fraction) == 1:
+        if check_fraction("denoising_end", fraction) == 1:
             return self
-        steps = int((self.timesteps >= self._cut(fraction)).sum())
+        steps = int((self.timesteps >= self._cutoff_timestep(fraction)).sum())
         if steps == 0:
             raise ValueError(f"denoising_end {fraction} leaves none of the {len(self.timesteps)} steps")
         kept = {"sigmas": self.sigmas[: steps + 1], "timesteps": self.timesteps[:steps]}
@@ -59,14 +59,16 @@ class Schedule:
 
     def since(self, fraction: float) -> Self:
         """What `until` with the same fraction leaves (`denoising_start`)."""
-        steps = int((self.timesteps < self._cut(fraction_of("denoising_start", fraction))).sum())
+        steps = int(
+            (self.timesteps < self._cutoff_timestep(check_fraction("denoising_start", fraction))).sum()
+        )
         if steps == 0:
             raise ValueError(f"denoising_start {fraction} leaves none of the {len(self.timesteps)} steps")
         return self._last(steps)
 
     def noised(self, strength: float) -> Self:
         """The steps that take noise of this strength off again: int(n * strength) of n, the last ones."""
-        steps = int(len(self.timesteps) * fraction_of("strength", strength))
+        steps = int(len(self.timesteps) * check_fraction("strength", strength))
         if steps == 0:
             wanted = f"strength times steps must be at least 1, got {strength} times {len(self.timesteps)}"
             raise ValueError(f"no step is left: {wanted}")
@@ -74,9 +76,9 @@ class Schedule:
 
     def _last(self, steps: int) -> Self:
         kept = {"sigmas": self.sigmas[-steps - 1 :], "timesteps": self.timesteps[-steps:]}
-        return replace(self, **kept, start_scale=math.sqrt(kept["sigmas"][0].item() ** 2 + 1))
+        return replace(self, **kept, init_noise_sigma=math.sqrt(kept["sigmas"][0].item() ** 2 + 1))
 
-    def _cut(self, fraction: float) -> int:
+    def _cutoff_timestep(self, fraction: float) -> int:
         total = len(self.table)
         return round(total - fraction * total)
 
@@ -95,8 +97,8 @@ class Scheduler(ABC):
     final_sigmas_type: str = "zero"
 
     def __post_init__(self) -> None:
-        whole_number("num_train_timesteps", self.num_train_timesteps, least=2, most=100_000)
-        whole_number("steps_offset", self.steps_offset, least=0, most=self.num_train_timesteps - 1)
+        check_int("num_train_timesteps", self.num_train_timesteps, least=2, most=100_000)
+        check_int("steps_offset", self.steps_offset, least=0, most=self.num_train_timesteps - 1)
         betas = (self.beta_start, self.beta_end)
         if not all(isinstance(beta, float) for beta in betas) or not 0 < betas[0] <= betas[1] < 1:
             raise ValueError(f"0 < beta_start <= beta_end < 1 does not hold for {betas[0]!r}, {betas[1]!r}")
@@ -167,19 +169,19 @@ class Scheduler(ABC):
             raise ValueError("timesteps cannot be given with use_karras_sigmas, which sets its own")
         table, most = self.table(), self.num_train_timesteps - 1
         if sigmas is not None:
-            sigmas = _falling("sigmas", sigmas, 0.0, math.inf)
+            sigmas = _check_descending("sigmas", sigmas, 0.0, math.inf)
             if len(sigmas) < 2:
                 raise ValueError(f"sigmas must be at least two, of which the last ends the run, got {sigmas}")
             own = np.array(sigmas, np.float32)  # whose logarithm the reference takes in float32
-            return self._finish(own, [timestep_of(sigma, table) for sigma in own[:-1]], table)
+            return self._finish(own, [sigma_to_timestep(sigma, table) for sigma in own[:-1]], table)
         if timesteps is not None:
-            times = _falling("timesteps", timesteps, 0.0, most)
+            times = _check_descending("timesteps", timesteps, 0.0, most)
         else:
-            times = self._spaced(whole_number("the number of steps", steps, most=most)).tolist()
+            times = self._spaced(check_int("the number of steps", steps, most=most)).tolist()
         run = np.interp(times, np.arange(len(table)), table).tolist()
         if self.use_karras_sigmas:
             run = karras(*self._karras_range(run, table), len(run))
-            times = [timestep_of(sigma, table) for sigma in run]
+            times = [sigma_to_timestep(sigma, table) for sigma in run]
         end = table[0].item() if self.final_sigmas_type == "sigma_min" else 0.0
         return self._finish(np.array([*run, end], np.float32), times, table)
 
@@ -244,7 +246,7 @@ class DPMSolverMultistepScheduler(Scheduler):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("algorithm_type", self.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
-        whole_number("solver_order", self.solver_order, most=2)
+        check_int("solver_order", self.solver_order, most=2)
         _one_of("lower_order_final", self.lower_order_final, (False, True))
         _one_of("euler_at_final", self.euler_at_final, (False, True))
 
@@ -292,7 +294,7 @@ def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> 
     return [(high + r * (low - high)) ** rho for r in ramp]
 
 
-def timestep_of(sigma: float | np.float32, table: Tensor) -> float:
+def sigma_to_timestep(sigma: float | np.float32, table: Tensor) -> float:
     """The fractional timestep of a sigma: linear in log sigma between neighbours in the table."""
     logs = np.log(table.numpy())  # float32, as in the reference: torch's float32 log rounds differently
     log_sigma = np.log(max(sigma, 1e-10))
@@ -301,7 +303,7 @@ def timestep_of(sigma: float | np.float32, table: Tensor) -> float:
     return float((1 - weight) * low + weight * (low + 1))
 
 
-def _falling(name: str, values: Sequence[float], least: float, most: float) -> list[float]:
+def _check_descending(name: str, values: Sequence[float], least: float, most: float) -> list[float]:
     try:
         numbers = [float(value) for value in values if not isinstance(value, str | bool)]
         if len(numbers) < len(values):

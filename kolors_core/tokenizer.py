@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kolors_core.validation import path_of, whole_number
+from kolors_core.validation import as_path, check_int
 
 logger = logging.getLogger("kolors_core")
 
@@ -33,7 +33,7 @@ class TokenBatch:
     positions: Tensor
     counts: Tensor | None = None
 
-    def collapse(self) -> "TokenBatch":
+    def merge_padding(self) -> "TokenBatch":
         """The same text in as few columns as its longest prompt and one pad need.
 
         All pads of a prompt are one token: equal, at position 0, seeing everything. So the first that is kept
@@ -63,7 +63,7 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        file = path_of("the tokenizer", path)
+        file = as_path("the tokenizer", path)
         self.file = file / "tokenizer.model" if file.is_dir() else file
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.file}: no such file, wanted ChatGLM's SentencePiece model")
@@ -97,7 +97,7 @@ class Tokenizer:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
             raise ValueError(f"wanted a list of at least one prompt, got {prompts!r}")
         prefix = [self.special["[gMASK]"], self.special["sop"]]
-        if whole_number("max_length", max_length) <= len(prefix):
+        if check_int("max_length", max_length) <= len(prefix):
             raise ValueError(f"max_length must be more than the prefix's {len(prefix)}, got {max_length}")
         ids = torch.full((len(prompts), max_length), self.pad_id, dtype=torch.int64)
         mask = torch.zeros((len(prompts), max_length), dtype=torch.bool)
@@ -111,7 +111,7 @@ class Tokenizer:
                 raise ValueError(f"prompt {row} is not valid Unicode text: {prompt[:40]!a}") from None
             if len(tokens) > max_length:
                 lost = [i for i in tokens[max_length:] if i < self.pieces.vocab_size()]
-                _tell_cut(len(tokens), max_length, self.pieces.decode(lost))
+                _warn_truncated(len(tokens), max_length, self.pieces.decode(lost))
                 tokens = tokens[:max_length]
             start = max_length - len(tokens)
             ids[row, start:] = torch.tensor(tokens)
@@ -121,7 +121,7 @@ class Tokenizer:
 
 
 @lru_cache(maxsize=256)
-def _tell_cut(count: int, most: int, lost: str) -> None:
+def _warn_truncated(count: int, most: int, lost: str) -> None:
     """Warn, once for each text that is lost."""
     shown = lost if len(lost) <= 120 else f"{lost[:120]}..."
     logger.warning("a prompt of %d tokens is cut to %d; what is lost: %r", count, most, shown)

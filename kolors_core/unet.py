@@ -10,7 +10,7 @@ Reads bottom up, parts before what they are parts of:
     ResBlock              [B, C, H, W] and the time -> [B, C', H, W]
     Attention             pixels [B, N, C] look at pixels, at the text [B, S, 2048] and at pictures
     TransformerBlock      Attention to pixels, Attention to text, FeedForward; a Transformer has some in a row
-    DownLevel, MidLevel, UpLevel   ResBlocks, each with its Transformer, and another size at the end
+    DownBlock, MidBlock, UpBlock   ResBlocks, each with its Transformer, and another size at the end
     Encoder, UNet         all levels, and what they read
 
 The released model at 1024x1024 (ResBlocks and transformer blocks of each level; skips go across):
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention, log_multiplicity_bias, split_heads
 from kolors_core.config import UNetConfig
-from kolors_core.context import Context, ImagePrompt, Masks, Read, at_size
+from kolors_core.context import Context, ImagePrompt, KeysValues, Masks, resize_masks
 
 
 def sinusoid(values: Tensor, width: int) -> Tensor:
@@ -64,7 +64,7 @@ class Shift(NamedTuple):
 
 
 Times = Iterator[Tensor | Shift]
-Contexts = Iterator[Context | Read]
+Contexts = Iterator[Context | KeysValues]
 
 
 class ResBlock(nn.Module):
@@ -106,9 +106,9 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, width, bias=False)
         self.to_out = nn.Linear(width, width)
         self.image_branches = nn.ModuleList()  # of attached IP-Adapters; none adds no key and no work
-        self.watchers: list[Callable[..., None]] = []  # see all that makes the map, see attention_maps.py
+        self.observers: list[Callable[..., None]] = []  # see all that makes the map, see attention_maps.py
 
-    def read(self, context: Context) -> Read:
+    def read(self, context: Context) -> KeysValues:
         """Keys and values, which depend neither on x nor on time: once a picture is enough."""
         if len(context.images) != len(self.image_branches):
             attached = f"{len(self.image_branches)} IP-Adapters are attached"
@@ -116,9 +116,9 @@ class Attention(nn.Module):
         branches = zip(cast("Iterable[Any]", self.image_branches), context.images, strict=True)
         images = tuple(branch.read(image, self.heads) for branch, image in branches)
         k, v = (split_heads(project(context.tokens), self.heads) for project in (self.to_k, self.to_v))
-        return Read(k, v, context.bias, images, context.perturbed)
+        return KeysValues(k, v, context.bias, images, context.perturbed)
 
-    def forward(self, x: Tensor, context: Context | Read, perturbed: int = 0) -> Tensor:
+    def forward(self, x: Tensor, context: Context | KeysValues, perturbed: int = 0) -> Tensor:
         """x: [B, N, C]; context: tokens, or the keys and values that `read` made of them; perturbed: how many
         of the last rows have the identity as attention map. Returns [B, N, C].
         """
@@ -129,7 +129,7 @@ class Attention(nn.Module):
             h = torch.cat([h[:-perturbed], read.v[-perturbed:]])
         for branch, images in zip(self.image_branches, read.images, strict=True):
             h = branch(h, q, images)
-        for watch in self.watchers:
+        for watch in self.observers:
             watch(q, read.k, read.bias, perturbed)
         return self.to_out(h.transpose(1, 2).flatten(2))  # [B, N, C]
 
@@ -162,7 +162,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Context | Read) -> Tensor:
+    def forward(self, x: Tensor, context: Context | KeysValues) -> Tensor:
         """x: [B, N, C]; context: what the cross-attention is to read, or has read already."""
         normed = self.norm1(x)
         x = x + self.self_attention(normed, Context(normed), context.perturbed)
@@ -188,12 +188,12 @@ class Transformer(nn.Module):
         for block in self.blocks:
             if (context := next(contexts, None)) is None:
                 raise ValueError("expected a context for each transformer block, got fewer")
-            h = block(h, at_size(context, *x.shape[-2:]))
+            h = block(h, resize_masks(context, *x.shape[-2:]))
         h = self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[-2:])  # [B, C, H, W]
         return x + h
 
 
-class DownLevel(nn.Module):
+class DownBlock(nn.Module):
     """Resnets, each with its transformer if the level has any, then a halving unless it is the innermost."""
 
     def __init__(self, in_channels: int, level: int, config: UNetConfig) -> None:
@@ -218,7 +218,7 @@ class DownLevel(nn.Module):
         return skips
 
 
-class MidLevel(nn.Module):
+class MidBlock(nn.Module):
     """Resnet, transformer, resnet at the innermost size."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -234,7 +234,7 @@ class MidLevel(nn.Module):
         return self.resnets[1](x, next(times))
 
 
-class UpLevel(nn.Module):
+class UpBlock(nn.Module):
     """Resnets, each reading a skip of the way down; then a doubling unless it is the outermost."""
 
     def __init__(self, in_channels: int, skip_channels: list[int], level: int, config: UNetConfig) -> None:
@@ -279,11 +279,11 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.down, self.skip_channels, width = nn.ModuleList(), [first], first
         for level, channels in enumerate(config.channels):
-            self.down.append(DownLevel(width, level, config))
+            self.down.append(DownBlock(width, level, config))
             is_last = level == len(config.channels) - 1
             self.skip_channels += [channels] * (config.resnets_per_level + (not is_last))
             width = channels
-        self.mid = MidLevel(config)
+        self.mid = MidBlock(config)
 
     def descend(self, x: Tensor, times: Times, contexts: Contexts) -> tuple[list[Tensor], Tensor]:
         """From [B, channels[0], H, W] the maps that the way up will read, and the middle's own."""
@@ -307,7 +307,7 @@ class Encoder(nn.Module):
         )
         return Context(self.text_proj(text_tokens), bias, images)
 
-    def read(self, context: Context) -> Iterator[Read]:
+    def read(self, context: Context) -> Iterator[KeysValues]:
         """Keys and values of every cross-attention, one by one in the order in which the blocks run."""
         blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
         return (block.cross_attention.read(context) for block in blocks)
@@ -317,7 +317,7 @@ class Encoder(nn.Module):
         weight = self.time_embedding.linear_1.weight
         return self.time_embedding(sinusoid(timestep, self.config.channels[0]).to(weight.dtype))
 
-    def embed_condition(self, pooled_text: Tensor, size_ids: Tensor, added: Tensor | None = None) -> Tensor:
+    def added_embedding(self, pooled_text: Tensor, size_ids: Tensor, added: Tensor | None = None) -> Tensor:
         """Pooled text, sizes and `added`, which are added to the time: [B, T]. The sinusoid is float32."""
         sizes = sinusoid(size_ids, self.config.size_dim).flatten(1).to(pooled_text.dtype)  # [B, 6 * size_dim]
         told = self.add_embedding(torch.cat([pooled_text, sizes], dim=-1))
@@ -333,7 +333,7 @@ class UNet(Encoder):
         self.up = nn.ModuleList()
         for level in reversed(range(len(config.channels))):
             taken = [skips.pop() for _ in range(config.resnets_per_level + 1)]
-            self.up.append(UpLevel(width, taken, level, config))
+            self.up.append(UpBlock(width, taken, level, config))
             width = config.channels[level]
         self.norm_out = nn.GroupNorm(config.norm_groups, first, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
@@ -363,7 +363,7 @@ class UNet(Encoder):
         time. Returns [B, out_channels, H, W].
         """
         time = self.embed_time(timestep.expand(latents.shape[0]))  # [B, T]
-        time = time + self.embed_condition(pooled_text, size_ids, added)  # [B, T]
+        time = time + self.added_embedding(pooled_text, size_ids, added)  # [B, T]
         context = self.context(text_tokens, text_counts, image_prompts)
         blocks = sum(isinstance(module, TransformerBlock) for module in self.modules())
         if perturbed and len(perturbed) != blocks:
@@ -375,14 +375,14 @@ class UNet(Encoder):
         self,
         latents: Tensor,
         times: Iterable[Tensor | Shift],
-        contexts: Iterable[Context | Read],
+        contexts: Iterable[Context | KeysValues],
         copies: int = 1,
         residuals: Sequence[Tensor] = (),
     ) -> Tensor:
         """`forward` on what a run computes once.
 
         latents: [b, in_channels, H, W]. times: for each ResBlock in the order in which they run (down, mid,
-        up) `embed_time` plus `embed_condition` [B, T], or what `shifts` made of it. contexts: likewise for
+        up) `embed_time` plus `added_embedding` [B, T], or what `shifts` made of it. contexts: likewise for
         each TransformerBlock a context, or what `read` made of it. copies: B / b, how often each latent
         serves; 2 under guidance. residuals: as in `forward`. Returns [B, out_channels, H, W].
         """

@@ -72,7 +72,7 @@ class Attention(nn.Module):
         return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])  # [B, C, H, W]
 
 
-class Middle(nn.Module):
+class MidBlock(nn.Module):
     """Resnet, attention, resnet at the smallest size."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -86,7 +86,7 @@ class Middle(nn.Module):
         return self.resnet_out(self.attention(self.resnet_in(x)))
 
 
-class DownLevel(nn.Module):
+class DownBlock(nn.Module):
     """Resnets, then a halving unless it is the innermost level."""
 
     def __init__(self, in_channels: int, channels: int, is_last: bool, config: VAEConfig) -> None:
@@ -105,7 +105,7 @@ class DownLevel(nn.Module):
         return x
 
 
-class UpLevel(nn.Module):
+class UpBlock(nn.Module):
     """Resnets, then a doubling unless it is the outermost level."""
 
     def __init__(self, in_channels: int, channels: int, is_last: bool, config: VAEConfig) -> None:
@@ -132,9 +132,9 @@ class Encoder(nn.Module):
         inputs, innermost = (first, *config.channels), len(config.channels) - 1
         self.conv_in = nn.Conv2d(config.image_channels, first, 3, padding=1)
         self.down = nn.ModuleList(
-            [DownLevel(inputs[i], width, i == innermost, config) for i, width in enumerate(config.channels)]
+            [DownBlock(inputs[i], width, i == innermost, config) for i, width in enumerate(config.channels)]
         )
-        self.mid = Middle(last, config.norm_groups)
+        self.mid = MidBlock(last, config.norm_groups)
         self.norm_out = nn.GroupNorm(config.norm_groups, last, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(last, 2 * config.latent_channels, 3, padding=1)
 
@@ -154,9 +154,9 @@ class Decoder(nn.Module):
         widths = config.channels[::-1]
         inputs, outermost = (widths[0], *widths), len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid = Middle(widths[0], config.norm_groups)
+        self.mid = MidBlock(widths[0], config.norm_groups)
         self.up = nn.ModuleList(
-            [UpLevel(inputs[i], width, i == outermost, config) for i, width in enumerate(widths)]
+            [UpBlock(inputs[i], width, i == outermost, config) for i, width in enumerate(widths)]
         )
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
@@ -206,7 +206,7 @@ class VAE(nn.Module):
 
     def encode(self, images: Tensor) -> LatentDistribution:
         """Encode images [B, 3, H, W] in [-1, 1], sides multiples of 8, as a distribution of latents."""
-        side, (height, width) = self.config.downscale, images.shape[-2:]
+        side, (height, width) = self.config.vae_scale_factor, images.shape[-2:]
         if height % side or width % side:
             raise ValueError(f"image sides must be multiples of {side}, got {height} x {width}")
         mean, log_variance = self.quant_conv(self._run(self.encoder, images)).chunk(2, dim=1)

@@ -25,7 +25,7 @@ def short_repr(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def whole_number(name: str, value: Any, multiple: int = 1, least: int = 1, most: int = MAX_COUNT) -> int:
+def check_int(name: str, value: Any, multiple: int = 1, least: int = 1, most: int = MAX_COUNT) -> int:
     """A whole number, of any integer type, in a range and a multiple; ValueError naming it otherwise."""
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
@@ -39,7 +39,7 @@ def whole_number(name: str, value: Any, multiple: int = 1, least: int = 1, most:
     return number
 
 
-def finite_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+def check_float(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
     """A finite number, of any real type, in a range; ValueError naming it otherwise."""
     try:
         number = float(value) if is_real(value) else math.nan
@@ -53,14 +53,14 @@ def finite_number(name: str, value: Any, least: float = -math.inf, most: float =
     return number
 
 
-def fraction_of(name: str, value: Any) -> float:
+def check_fraction(name: str, value: Any) -> float:
     """A part of a whole, above 0; ValueError naming it otherwise."""
     if not is_real(value) or not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {short_repr(value)}")
     return float(value)
 
 
-def path_of(name: str, value: Any) -> Path:
+def as_path(name: str, value: Any) -> Path:
     """A path; TypeError naming it for what is none, ValueError for an empty one."""
     if not isinstance(value, str | PathLike):
         raise TypeError(f"{name} must be a path, got {short_repr(value)}")
@@ -69,9 +69,9 @@ def path_of(name: str, value: Any) -> Path:
     return Path(value)
 
 
-def new_path(name: str, value: Any, overwrite: bool) -> Path:
+def as_new_path(name: str, value: Any, overwrite: bool) -> Path:
     """A path to write to; FileExistsError if something is there and is not to be overwritten."""
-    path = path_of(name, value)
+    path = as_path(name, value)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another file, or overwrite=True")
     return path

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kolors_core import KolorsPipeline
-from kolors_core.checkpoint import load_component, needed_files, resolve, save_component
+from kolors_core.checkpoint import files_to_download, load_component, resolve, save_component
 from kolors_core.loading import load
 from kolors_core.unet import UNet
 from tests.support.pipelines import NO_SAVINGS
@@ -235,12 +235,12 @@ def test_needed_files_of_the_published_layout() -> None:
     unwanted = {".gitattributes", "README.md", "imgs/picture.png", "tokenizer/vocab.txt",
                 "text_encoder/model.safetensors.index.fp16.json", "unet/diffusion_pytorch_model.safetensors",
                 "vae/diffusion_pytorch_model.bin"}  # fmt: skip
-    assert set(needed_files(listing, everything, "fp16", "hub")) == set(listing) - unwanted
-    configs = needed_files(listing, everything, "no such", "hub", has_weights=False)
+    assert set(files_to_download(listing, everything, "fp16", "hub")) == set(listing) - unwanted
+    configs = files_to_download(listing, everything, "no such", "hub", has_weights=False)
     assert all(file.endswith(".json") for file in configs) and "unet/config.json" in configs
-    assert needed_files(listing, ["unet"], None, "hub")[-1] == "unet/diffusion_pytorch_model.safetensors"
+    assert files_to_download(listing, ["unet"], None, "hub")[-1] == "unet/diffusion_pytorch_model.safetensors"
     with pytest.raises(FileNotFoundError, match="hub: has no image_encoder/ folder"):
-        needed_files(listing, ["image_encoder"], "fp16", "hub")
+        files_to_download(listing, ["image_encoder"], "fp16", "hub")
 
 
 def test_garbage_is_collected_again_after_loading(reference_folder: Path) -> None:

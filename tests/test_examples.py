@@ -167,7 +167,7 @@ def test_a_pipeline_takes_the_sampler(run: Examples) -> None:
 def test_the_guidance_rule_is_its_papers_equation(run: Examples) -> None:
     names = run("guidance_rule")
     unet, schedule, halves = names["unet"], names["schedule"], (names["negative"], names["positive"])
-    x, sigma = names["noise"] * schedule.start_scale, schedule.sigmas[0].item()
+    x, sigma = names["noise"] * schedule.init_noise_sigma, schedule.sigmas[0].item()
     uncond, cond = ((x - guided(unet, schedule, half)(x, sigma)) / sigma for half in halves)
     fit = torch.vdot(cond.flatten(), uncond.flatten()) / uncond.norm() ** 2
     noise = (1 - 10) * fit * uncond + 10 * cond

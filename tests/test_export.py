@@ -29,7 +29,7 @@ TRACED = {"B": 2, "H": 8, "W": 11, "S": 7}
 OTHERS = ({"B": 1, "H": 9, "W": 6, "S": 1}, {"B": 5, "H": 6, "W": 17, "S": 12})
 VAE_CONFIG = replace(SMALL.vae, resnets_per_level=1)
 UNET = replace(SHALLOW.unet, channels=(32, 64, 64), heads=(2, 4, 4), depths=(0, 1, 1))
-CONTROLNET = ControlNetConfig(**vars(UNET), image_widths=(8, 12, 16, 24))
+CONTROLNET = ControlNetConfig(**vars(UNET), conditioning_widths=(8, 12, 16, 24))
 
 
 class Called(nn.Module):

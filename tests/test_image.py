@@ -14,7 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from kolors_core import image as image_module
-from kolors_core.image import load_image, vae_pixels
+from kolors_core.image import load_image, preprocess_vae
 from tests.support.images import MODES, array, noise_image
 
 PROCESSOR = VaeImageProcessor(vae_scale_factor=8)
@@ -24,20 +24,20 @@ PROCESSOR = VaeImageProcessor(vae_scale_factor=8)
 @pytest.mark.parametrize("sides", [(None, None), (48, 24), (None, 16), (16, None)])
 def test_vae_pixels_are_the_references(mode: str, sides: tuple[int | None, int | None]) -> None:
     image = noise_image(mode)
-    ours = vae_pixels(image, *sides)
+    ours = preprocess_vae(image, *sides)
     assert ours.shape == (1, 3, sides[0] or 16, sides[1] or 32) and ours.dtype == torch.float32
     assert torch.equal(ours, PROCESSOR.preprocess(load_image(image), *sides))
 
 
 def test_vae_pixels_of_lists() -> None:
     alike = [noise_image(seed=1), noise_image(seed=2)]
-    assert torch.equal(vae_pixels(alike), PROCESSOR.preprocess(alike))
+    assert torch.equal(preprocess_vae(alike), PROCESSOR.preprocess(alike))
     mixed = [noise_image(), noise_image(width=64, height=40)]
-    assert torch.equal(vae_pixels(mixed, 24, 16), PROCESSOR.preprocess(mixed, 24, 16))
+    assert torch.equal(preprocess_vae(mixed, 24, 16), PROCESSOR.preprocess(mixed, 24, 16))
     with pytest.raises(ValueError, match="different sizes, 22 x 37, 40 x 64 .height x width.: give height"):
-        vae_pixels(mixed)
+        preprocess_vae(mixed)
     with pytest.raises(ValueError, match="different sizes"):
-        vae_pixels(mixed, height=24)
+        preprocess_vae(mixed, height=24)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
@@ -51,18 +51,18 @@ def test_vae_pixels_of_arrays_and_tensors(
     tensor = torch.from_numpy(floats).permute(0, 3, 1, 2)
     expected = PROCESSOR.preprocess(tensor, *sides)
     for images in (floats, list(floats), tensor, list(tensor), floats[:, :, ::-1][:, :, ::-1]):
-        ours = vae_pixels(images, *sides)
+        ours = preprocess_vae(images, *sides)
         assert ours.dtype == expected.dtype and torch.equal(ours, expected)
-    single = vae_pixels(tensor[0], *sides)
-    assert single.shape[0] == 1 and torch.equal(vae_pixels(floats[0], *sides), single)
+    single = preprocess_vae(tensor[0], *sides)
+    assert single.shape[0] == 1 and torch.equal(preprocess_vae(floats[0], *sides), single)
 
 
 def test_vae_pixels_of_bytes_are_those_of_the_picture() -> None:
     whole = array(40, 24)
-    expected = vae_pixels(Image.fromarray(whole))
-    assert torch.equal(vae_pixels(whole), expected)
-    assert torch.equal(vae_pixels(torch.from_numpy(whole).permute(2, 0, 1)), expected)
-    assert torch.equal(vae_pixels((whole / 255).astype(np.float32)), expected)
+    expected = preprocess_vae(Image.fromarray(whole))
+    assert torch.equal(preprocess_vae(whole), expected)
+    assert torch.equal(preprocess_vae(torch.from_numpy(whole).permute(2, 0, 1)), expected)
+    assert torch.equal(preprocess_vae((whole / 255).astype(np.float32)), expected)
     assert expected.min() >= -1 and expected.max() <= 1
 
 
@@ -91,7 +91,7 @@ def test_what_the_vae_cannot_take_is_named(
     images: object, sides: dict, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        vae_pixels(images, **sides)
+        preprocess_vae(images, **sides)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.config import UNetConfig
-from kolors_core.loading import Initialiser, LoadReport, load, padded, zeros
+from kolors_core.loading import Initializer, LoadReport, load, padded, zeros
 from kolors_core.unet import UNet
 from tests.support.small import SMALL, randomise
 from weights_convert import TABLES
@@ -62,7 +62,7 @@ def test_missing_by_pattern_unexpected_reported_and_the_first_pattern_counts(pub
     source = Source([published])
     stale = {name: source[name] for name in source if not name.startswith("encoder_hid_proj")}
     tensors = Tensors(stale | {"motion.weight": torch.ones(1)}, "a stale UNet")
-    ones: Initialiser = lambda shape, found: torch.ones(shape)  # noqa: E731
+    ones: Initializer = lambda shape, found: torch.ones(shape)  # noqa: E731
     model = empty()
     report = load(model, tensors, "unet", partial={"text_proj.bias": ones, "text_proj.*": zeros})
     assert report.missing == ["text_proj.bias", "text_proj.weight"]
@@ -108,7 +108,7 @@ def test_strangers_whole_numbers_and_what_cannot_be_padded(published: Path) -> N
 def test_what_an_initialiser_gives_is_not_shared_and_has_the_dtype(published: Path) -> None:
     mine = nn.Parameter(torch.ones(32, 9, 3, 3))
     model = empty(replace(CONFIG, in_channels=9))
-    give: Initialiser = lambda shape, found: mine  # noqa: E731
+    give: Initializer = lambda shape, found: mine  # noqa: E731
     load(model, Source([published]), "unet", partial={"conv_in.weight": give}, dtype=torch.bfloat16)
     weight: Tensor = model.conv_in.weight
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}

@@ -28,7 +28,7 @@ options = ["--steps", "1", "--seed", "3", "--device", "cpu", "-q"]
 assert main(["a cat", "-o", "cat.png", *options]) == 0
 assert main(["explain", "a cat", "-o", "told.png", *options]) == 0
 pipe = kolors_core.KolorsPipeline.from_pretrained("tiny")
-assert weights_convert.recognise(pipe.unet.state_dict(), "the UNet")[1]
+assert weights_convert.detect_component(pipe.unet.state_dict(), "the UNet")[1]
 kolors_core.KolorsControlNet.from_pretrained("tiny")
 """
 

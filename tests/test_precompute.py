@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save
 
 from kolors_core import KolorsPipeline
 from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision, CLIPVisionConfig
-from kolors_core.checkpoint import Unfilled, load_component, read_json, save_component
+from kolors_core.checkpoint import SkipInit, load_component, read_json, save_component
 from kolors_core.config import KOLORS, ChatGLMConfig, UNetConfig
 from kolors_core.pipelines.base import MODELS
 from tests.support.fuzz import CONFIGS, outcome
 from tests.support.small import SMALL_CLIP
 from weights_convert.__main__ import convert, main
-from weights_convert.safetensors_files import Source, index_files, save_tensors
-from weights_convert.untrusted_files import DTYPES, LONGEST_HEADER, MOST_TENSORS, read_object
+from weights_convert.safetensors_files import Source, read_shard_index, save_tensors
+from weights_convert.untrusted_files import DTYPES, LONGEST_HEADER, MAX_TENSORS, read_json_object
 
 few = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 WHOLE = save({"a": torch.ones(2, 3), "b.weight": torch.ones(4)})
@@ -68,7 +68,7 @@ BAD_WEIGHTS: dict[str, tuple[bytes, str]] = {
         with_header(json.dumps(entry() | B | B)[:-1].replace('"data_off', '"data\\u005foff', 1)
                     + ', "b": ' + json.dumps(B["b"]) + "}"), "its header: 'b' is given twice"),
     "too many": (with_header({f"files.{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
-                              for i in range(MOST_TENSORS + 1)}, b""), "16,385 tensors, wanted at most"),
+                              for i in range(MAX_TENSORS + 1)}, b""), "16,385 tensors, wanted at most"),
     "not an object": (with_header([1]), "its header is list, wanted an object"),
     "deep": (with_header("[" * 100_000), "its header: "),
     "not JSON": (with_header("{'a'"), "its header: "),
@@ -128,7 +128,7 @@ def test_an_index_names_files_beside_it_only(name: str, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"index.json: weight_map\['a'\] is .*wanted a file beside the index"
     ):
-        index_files(index(tmp_path, a=name))
+        read_shard_index(index(tmp_path, a=name))
 
 
 def test_an_index_follows_links_within_a_hub_cache_only(tmp_path: Path) -> None:
@@ -140,12 +140,12 @@ def test_an_index_follows_links_within_a_hub_cache_only(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
     (blobs / "5ec").write_bytes(WHOLE)
     (snapshot / "w.safetensors").symlink_to("../../../blobs/5ec")
-    assert index_files(index(snapshot, a="w.safetensors")) == {"a": "w.safetensors"}
+    assert read_shard_index(index(snapshot, a="w.safetensors")) == {"a": "w.safetensors"}
     (tmp_path / "secret").write_bytes(WHOLE)
     for folder in (snapshot, tmp_path / "plain"):
         (folder / "x.safetensors").symlink_to(tmp_path / "secret")
         with pytest.raises(ValueError, match="index.json: x.safetensors is a link to .*wanted a file beside"):
-            index_files(index(folder, a="x.safetensors"))
+            read_shard_index(index(folder, a="x.safetensors"))
 
 
 def test_a_component_is_not_loaded_past_such_an_index(reference_folder: Path, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_the_largest_sizes_that_a_config_may_name_can_be_built_without_memory(co
             except ValueError:
                 continue
             tried += 1
-            with torch.device("meta"), Unfilled():
+            with torch.device("meta"), SkipInit():
                 assert MODELS[component].build(config)
     assert tried > 3
 
@@ -365,4 +365,4 @@ def test_a_hostile_pickle_runs_nothing_and_writes_nothing(
 def test_an_object_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": 1, "a": 2}')
     with pytest.raises(ValueError, match="a.json: not JSON: 'a' is given twice"):
-        read_object(tmp_path / "a.json", 100)
+        read_json_object(tmp_path / "a.json", 100)

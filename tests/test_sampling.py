@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity.samplers import SHAPE, our_trajectory, reference_trajectory
-from kolors_core.sampling import dpmpp_2m, draw_noise, euler
+from kolors_core.sampling import dpmpp_2m, euler, randn_latents
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
 from tests.support.reference_folder import KOLORS_SCHEDULER
 from tests.support.small import FLOAT32, relative_error
@@ -70,15 +70,17 @@ def test_noise_is_the_same_in_every_precision_and_for_lists() -> None:
     cpu = torch.device("cpu")
 
     def draw(dtype: torch.dtype) -> Tensor:
-        return draw_noise(SHAPE, torch.Generator().manual_seed(3), cpu, dtype)
+        return randn_latents(SHAPE, torch.Generator().manual_seed(3), cpu, dtype)
 
     assert torch.equal(draw(torch.float32).to(torch.float16), draw(torch.float16))
     assert torch.equal(draw(torch.float32).to(torch.bfloat16), draw(torch.bfloat16))
-    listed = draw_noise(SHAPE, [torch.Generator().manual_seed(seed) for seed in (3, 4)], cpu, torch.float32)
-    alone = draw_noise((1, *SHAPE[1:]), torch.Generator().manual_seed(4), cpu, torch.float32)
+    listed = randn_latents(
+        SHAPE, [torch.Generator().manual_seed(seed) for seed in (3, 4)], cpu, torch.float32
+    )
+    alone = randn_latents((1, *SHAPE[1:]), torch.Generator().manual_seed(4), cpu, torch.float32)
     assert torch.equal(listed[1:], alone)
     with pytest.raises(ValueError, match="a list of 2, one for each picture"):
-        draw_noise(SHAPE, [torch.Generator()], cpu, torch.float32)
+        randn_latents(SHAPE, [torch.Generator()], cpu, torch.float32)
 
 
 def test_nothing_is_held_between_calls() -> None:

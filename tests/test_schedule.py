@@ -6,12 +6,17 @@ import diffusers
 import pytest
 import torch
 
-from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler, timestep_of
+from kolors_core.schedule import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    Scheduler,
+    sigma_to_timestep,
+)
 from tests.support.reference_folder import KOLORS_SCHEDULER
 
 pytestmark = pytest.mark.numerical
 
-KINDS = {
+MODEL_SPECS = {
     EulerDiscreteScheduler: diffusers.EulerDiscreteScheduler,
     DPMSolverMultistepScheduler: diffusers.DPMSolverMultistepScheduler,
 }
@@ -19,11 +24,11 @@ STEPS = (1, 2, 3, 4, 7, 10, 14, 15, 25, 30, 49, 50, 100, 137, 549)
 
 
 def both(kind: type[Scheduler], **changes: object) -> tuple[Scheduler, object]:
-    theirs = KINDS[kind](**(KOLORS_SCHEDULER | changes))
+    theirs = MODEL_SPECS[kind](**(KOLORS_SCHEDULER | changes))
     return kind.from_config(theirs.config), theirs
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODEL_SPECS)
 @pytest.mark.parametrize(
     ("spacing", "karras", "final", "betas"),
     list(
@@ -52,7 +57,7 @@ def test_every_number_is_the_references(
         assert torch.equal(schedule.sigmas, theirs.sigmas.double()), steps
         assert torch.equal(schedule.timesteps, theirs.timesteps.double()), steps
         if kind is EulerDiscreteScheduler:
-            assert schedule.start_scale == pytest.approx(float(theirs.init_noise_sigma), rel=1e-7)
+            assert schedule.init_noise_sigma == pytest.approx(float(theirs.init_noise_sigma), rel=1e-7)
     assert compared >= len(STEPS) - 2
 
 
@@ -63,12 +68,12 @@ def test_the_released_numbers() -> None:
         schedule = euler.schedule(steps)
         assert schedule.timesteps[0] == first
         assert schedule.sigmas[0] == pytest.approx(sigma, abs=1e-4)
-        assert schedule.start_scale == pytest.approx(scale, abs=1e-4)
+        assert schedule.init_noise_sigma == pytest.approx(scale, abs=1e-4)
     karras = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(25)
     assert karras.timesteps[:2].tolist() == [1099, 1072]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODEL_SPECS)
 def test_own_timesteps(kind: type[Scheduler]) -> None:
     ours, theirs = both(kind)
     own = [1099, 900, 700, 333, 12, 0]
@@ -96,9 +101,9 @@ def test_timestep_of_a_sigma() -> None:
     for sigma, timestep in zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False):
         assert schedule.timestep(sigma) == timestep
     table = scheduler.table()
-    assert timestep_of(table[700].item(), table) == pytest.approx(700, abs=1e-2)
+    assert sigma_to_timestep(table[700].item(), table) == pytest.approx(700, abs=1e-2)
     assert 699 < schedule.timestep((table[699] * table[700]).sqrt().item()) < 700
-    assert (timestep_of(1e-9, table), timestep_of(1e9, table)) == (0, 1099)
+    assert (sigma_to_timestep(1e-9, table), sigma_to_timestep(1e9, table)) == (0, 1099)
     whole = DPMSolverMultistepScheduler().schedule(10).timestep(table[700].item() * 1.0001)
     assert whole == 700
 
@@ -110,7 +115,7 @@ def test_until_keeps_the_first_part(end: float, kept: int) -> None:
     part = schedule.until(end)
     assert len(part.timesteps) == kept == int((schedule.timesteps >= round(1100 - end * 1100)).sum())
     assert torch.equal(part.sigmas, schedule.sigmas[: kept + 1])
-    assert part.start_scale == schedule.start_scale
+    assert part.init_noise_sigma == schedule.init_noise_sigma
 
 
 def test_from_config_takes_the_published_and_the_siblings_fields() -> None:

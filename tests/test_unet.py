@@ -148,7 +148,7 @@ def test_size_ids_keep_their_precision_in_bfloat16() -> None:
     given = inputs(1, 8, 8, torch.bfloat16)
     other = given | {"size_ids": torch.tensor([[1024.0, 1024.0, 0.0, 17.0, 512.0, 640.0]])}
     with torch.no_grad():
-        conditions = [ours.embed_condition(g["pooled_text"], g["size_ids"]) for g in (given, other)]
+        conditions = [ours.added_embedding(g["pooled_text"], g["size_ids"]) for g in (given, other)]
     assert not torch.equal(*conditions), "1023 and 1024 must not be one size"
 
 

@@ -35,7 +35,7 @@ from kolors_core.precompute import Savings
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import Batches, buckets, read_folder
 from kolors_core.training.trainer import TrainingConfig
-from kolors_core.validation import finite_number, fraction_of, whole_number
+from kolors_core.validation import check_float, check_fraction, check_int
 
 SHORT = {"prompt": "cat", "num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
 NAN, PICTURE, ZEROS = float("nan"), Image.new("RGB", (64, 64)), torch.zeros(1, 4, 8, 8)
@@ -159,7 +159,7 @@ def test_it_is_refused_in_one_line_and_nothing_changes(
 
 
 def test_numbers_of_any_library_are_numbers(pipe: Any) -> None:
-    assert (whole_number("n", np.int64(8), 8), finite_number("x", np.float32(0.5))) == (8, 0.5)
+    assert (check_int("n", np.int64(8), 8), check_float("x", np.float32(0.5))) == (8, 0.5)
     pipe.enable_freeu(np.float32(0.6), 0.4, 1, np.float64(1.2))
     pipe.disable_freeu()
     assert len(from_image(PICTURE, strength=np.float32(0.5), num_inference_steps=4)(pipe).images) == 1
@@ -168,7 +168,7 @@ def test_numbers_of_any_library_are_numbers(pipe: Any) -> None:
 @pytest.mark.parametrize("value", [10**400, -(10**400), np.float64("nan"), np.float32(0), True, 1j])
 def test_a_fraction_of_any_size_is_told_from_others(value: object) -> None:
     with pytest.raises(ValueError, match="part must be above 0 and at most 1, got"):
-        fraction_of("part", value)
+        check_fraction("part", value)
 
 
 def test_files_are_written_over_only_when_asked(pipe: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ TABLES: dict[str, Table] = {
 }
 
 
-def recognise(names: Collection[str], where: str) -> tuple[Table, bool]:
+def detect_component(names: Collection[str], where: str) -> tuple[Table, bool]:
     """The table that a set of tensor names belongs to, and whether they are ours already (else public).
 
     Raises ValueError naming `where` and what is missing if no table fits whole.

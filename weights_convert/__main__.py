@@ -23,22 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weights_convert import recognise
-from weights_convert.atomic_write import copy_file, must_be_new, new_folder, write_bytes
+from weights_convert import detect_component
+from weights_convert.atomic_write import atomic_folder, check_absent, copy_file, write_bytes
 from weights_convert.folder_to_single_file import is_single, report_line, to_folder, to_single
 from weights_convert.key_mapping import UNUSED, Table
 from weights_convert.safetensors_files import (
-    LONGEST_INDEX,
+    MAX_INDEX_BYTES,
     PICKLES,
     Source,
-    index_files,
+    pickle_message,
+    read_shard_index,
     save_tensors,
-    walk,
+    walk_files,
     weight_files,
-    why_refused,
     write_tensors,
 )
-from weights_convert.untrusted_files import one_line, read_object
+from weights_convert.untrusted_files import one_line, read_json_object
 
 
 def convert(source: Path, destination: Path, *, to_public: bool = False, prune: bool = False) -> list[str]:
@@ -49,13 +49,13 @@ def convert(source: Path, destination: Path, *, to_public: bool = False, prune: 
     """
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    must_be_new(destination)
+    check_absent(destination)
     if source.resolve() in destination.resolve().parents:
         raise ValueError(f"{destination}: lies inside {source}, which is to be converted")
     if source.is_file():
         destination.parent.mkdir(parents=True, exist_ok=True)
         return _convert_files([source], [destination], to_public, prune)
-    with new_folder(destination) as scratch:
+    with atomic_folder(destination) as scratch:
         report = _convert_folder(source, scratch, to_public, prune)
         if not report:
             raise FileNotFoundError(f"{source}: no safetensors weights in it")
@@ -73,7 +73,7 @@ def convert_pickle(source: Path, destination: Path) -> list[str]:
         raise FileNotFoundError(f"{source}: no such file")
     if source.suffix not in PICKLES:
         raise ValueError(f"{source}: wanted a pickle ({', '.join(PICKLES)}) with --pickle")
-    must_be_new(destination, ".safetensors")
+    check_absent(destination, ".safetensors")
     try:
         # On the CPU, whatever it was saved from.
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
@@ -114,7 +114,7 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 def _convert_folder(source: Path, destination: Path, to_public: bool, prune: bool) -> list[str]:
     """Convert the weights of a folder, and copy what else is in it; returns the report's lines."""
     report = []
-    for here, files in walk(source):
+    for here, files in walk_files(source):
         there = destination / here.relative_to(source)
         there.mkdir(exist_ok=True)
         weights = [name for name in files if name.endswith(".safetensors")]
@@ -123,7 +123,7 @@ def _convert_folder(source: Path, destination: Path, to_public: bool, prune: boo
             report += _convert_files(chosen, [there / file.name for file in chosen], to_public, prune)
         for name in sorted(set(files) - set(weights)):
             if name.endswith(PICKLES):
-                report.append(f"{here / name}: skipped, {why_refused(here / name)}")
+                report.append(f"{here / name}: skipped, {pickle_message(here / name)}")
             elif ".safetensors.index." in name:
                 _convert_index(here / name, there / name, to_public, prune)
             else:
@@ -135,11 +135,11 @@ def _convert_files(files: list[Path], destinations: list[Path], to_public: bool,
     """Write the files of one component with their tensors renamed; returns the report's lines."""
     source = Source(files)
     where = source.where
-    table, is_ours = recognise(source.keys(), where)
+    table, is_ours = detect_component(source.keys(), where)
     if is_ours is not to_public:
         raise ValueError(f"{where}: has {'our' if is_ours else 'public'} names already")
     public = {name: table.to_public(name) if to_public else name for name in source}
-    table.refuse_faults({public[name]: source.shape(name) for name in source}, where)
+    table.reject_faults({public[name]: source.shape(name) for name in source}, where)
     renamed = {name: public[name] if to_public else table.to_ours(name) for name in source}
     if collisions := [name for name in source if not to_public and table.to_public(renamed[name]) != name]:
         raise ValueError(f"{where}: {collisions[0]} cannot be renamed both ways")
@@ -159,13 +159,13 @@ def _convert_files(files: list[Path], destinations: list[Path], to_public: bool,
 
 def _convert_index(source: Path, destination: Path, to_public: bool, prune: bool) -> None:
     """Write an index of shards with its tensors renamed."""
-    weight_map = index_files(source)
-    index = read_object(source, LONGEST_INDEX)
+    weight_map = read_shard_index(source)
+    index = read_json_object(source, MAX_INDEX_BYTES)
     shards = Source([source.parent / file for file in sorted(set(weight_map.values()))])
     if set(weight_map) != set(shards):
         odd = sorted(set(weight_map) ^ set(shards))[0]
         raise ValueError(f"{source}: does not list the tensors of its shards: {odd}")
-    table, _ = recognise(weight_map, str(source))
+    table, _ = detect_component(weight_map, str(source))
     rename = table.to_public if to_public else table.to_ours
     renamed = {rename(name): file for name, file in weight_map.items()}
     if prune:

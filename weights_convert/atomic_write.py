@@ -24,37 +24,37 @@ except ImportError:  # Windows, where a file that is open cannot be taken away
 
 
 @contextmanager
-def new_file(file: Path) -> Iterator[Path]:
+def atomic_file(file: Path) -> Iterator[Path]:
     """A scratch path that takes the name `file` if the block ends well, in the place of one that is there.
 
     Raises OSError naming `file` for what cannot be written, such as on a full disk.
     """
-    with _naming(file), scratch_beside(file) as scratch:
+    with _naming(file), locked_scratch_dir(file) as scratch:
         whole = scratch / file.name  # alone in a folder: safetensors writes by a scratch of its own beside it
         yield whole
-        _to_disk(whole)
+        _fsync(whole)
         whole.replace(file)
-        _to_disk(file.parent)
+        _fsync(file.parent)
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A scratch folder that takes the name `folder` if the block ends well, and vanishes if not.
 
     Raises FileExistsError for a folder that has something in it, and is not overwritten.
     """
     if not folder.is_dir() or any(folder.iterdir()):
-        must_be_new(folder)
+        check_absent(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_beside(folder) as scratch:
+    with locked_scratch_dir(folder) as scratch:
         yield scratch
         for inside, _, _ in os.walk(scratch):
-            _to_disk(Path(inside))
+            _fsync(Path(inside))
         scratch.replace(folder)
-        _to_disk(folder.parent)
+        _fsync(folder.parent)
 
 
-def must_be_new(path: Path, suffix: str = "") -> None:
+def check_absent(path: Path, suffix: str = "") -> None:
     """ValueError for a path that does not end so, FileExistsError if something is there."""
     if not path.name.endswith(suffix):
         raise ValueError(f"{path}: must end in {suffix}")
@@ -64,41 +64,41 @@ def must_be_new(path: Path, suffix: str = "") -> None:
 
 def write_bytes(content: bytes, file: Path) -> None:
     """Write a small file."""
-    with new_file(file) as scratch:
+    with atomic_file(file) as scratch:
         scratch.write_bytes(content)
 
 
 def copy_file(source: Path, file: Path) -> None:
     """Write a copy of another file."""
-    with new_file(file) as scratch:
+    with atomic_file(file) as scratch:
         shutil.copyfile(source, scratch)
 
 
-def sweep(folder: Path, start: str = ".") -> None:
+def remove_stale_scratch(folder: Path, start: str = ".") -> None:
     """Take away what killed writers left in a folder, of names that start so."""
     left = re.compile(re.escape(start) + r".*[0-9a-f]{16}\.partial")
-    with suppress(NoLocks):
+    with suppress(LocksUnsupported):
         for name in filter(left.fullmatch, os.listdir(folder)):
             if (lock := _lock(folder / name)) is not None:
                 _remove(folder / name)
                 os.close(lock)
 
 
-class NoLocks(OSError):
+class LocksUnsupported(OSError):
     """The file system has none: scratches of living writers and of killed ones look alike."""
 
 
 @contextmanager
-def scratch_beside(target: Path) -> Iterator[Path]:
+def locked_scratch_dir(target: Path) -> Iterator[Path]:
     """A new folder beside the target, locked, and gone at the end; those of killed writers go too."""
     start = f".{target.name[:32]}."  # names of files end at 255 bytes
-    sweep(target.parent, start)
+    remove_stale_scratch(target.parent, start)
     while True:
         scratch = target.with_name(f"{start}{secrets.token_hex(8)}.partial")
         scratch.mkdir()
         try:
             lock = _lock(scratch)
-        except NoLocks:
+        except LocksUnsupported:
             lock = os.open(os.devnull, os.O_RDONLY)
         if lock is not None:
             break  # and no other writer took it away before it was locked
@@ -128,7 +128,7 @@ def _lock(path: Path) -> int | None:
         pass
     except OSError as error:
         os.close(opened)
-        raise NoLocks from error
+        raise LocksUnsupported from error
     os.close(opened)
     return None
 
@@ -139,7 +139,7 @@ def _remove(path: Path) -> None:
         path.unlink() if not path.is_dir() else shutil.rmtree(path)
 
 
-def _to_disk(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """Have a file's bytes, or a folder's names, survive a loss of power."""
     if fcntl is None and path.is_dir():
         return

@@ -15,21 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weights_convert import TABLES, recognise
-from weights_convert.atomic_write import must_be_new, new_folder, write_bytes
+from weights_convert import TABLES, detect_component
+from weights_convert.atomic_write import atomic_folder, check_absent, write_bytes
 from weights_convert.safetensors_files import (
     FORMAT,
-    LONGEST_INDEX,
+    MAX_INDEX_BYTES,
     PICKLES,
-    STEMS,
+    WEIGHT_FILE_STEMS,
     Source,
-    walk,
+    pickle_message,
+    walk_files,
     weight_files,
-    why_refused,
     write_tensors,
 )
-from weights_convert.single_file import FILES, NAMINGS, PREFIXES, Part, Spelling, as_stored, open_parts
-from weights_convert.untrusted_files import parse_object, read_object
+from weights_convert.single_file import (
+    FILES,
+    PREFIXES,
+    SCHEMES,
+    NamingScheme,
+    SubModel,
+    open_models,
+    to_stored_names,
+)
+from weights_convert.untrusted_files import parse_object, read_json_object
 
 Metadata = dict[str, str] | None
 
@@ -45,19 +53,19 @@ def to_single(source: Path, destination: Path) -> list[str]:
     """
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder")
-    must_be_new(destination, ".safetensors")
+    check_absent(destination, ".safetensors")
     tensors, layout, report = dict[str, Tensor](), dict[str, Any](), list[str]()
     history = source / HISTORY
     is_foreign = history.exists()
     metadata, spellings = _history(history) if is_foreign else (FORMAT, {})
-    for folder, files in walk(source):
+    for folder, files in walk_files(source):
         weights = [name for name in files if name.endswith(".safetensors")]
         if weights:
             component = str(folder.relative_to(source).as_posix())
             part = _component_in(folder, component, weights)
             naming = "sgm" if component in ("unet", "vae") else "public"
-            spelling = spellings.get(component, Spelling(PREFIXES[component][0], naming))
-            tensors |= as_stored(part, component, spelling)
+            spelling = spellings.get(component, NamingScheme(PREFIXES[component][0], naming))
+            tensors |= to_stored_names(part, component, spelling)
             for file in part.files:
                 names = sorted(part.names_in(file)) if len(part.files) > 1 else None
                 layout[f"{component}/{file.name}"] = {"metadata": part.metadata(file), "tensors": names}
@@ -65,7 +73,7 @@ def to_single(source: Path, destination: Path) -> list[str]:
         for name in sorted(set(files) - set(weights)):
             file = folder / name
             if name.endswith(PICKLES):
-                report.append(f"{file}: skipped, {why_refused(file)}")
+                report.append(f"{file}: skipped, {pickle_message(file)}")
             elif not is_foreign:
                 path = _inside(file.relative_to(source).as_posix(), str(source))
                 tensors[f"{FILES}{path}"] = _bytes(file)
@@ -88,16 +96,18 @@ def to_folder(source: Path, destination: Path) -> list[str]:
     Whole numbers are multiplied out. Raises ValueError or FileNotFoundError naming the file and the tensor;
     then `destination` does not exist.
     """
-    parts, whole, small = open_parts(source)
+    parts, whole, small = open_models(source)
     for component, part in parts.items():
-        TABLES[component].refuse_faults({name: part.shape(name) for name in part}, part.where)
+        TABLES[component].reject_faults({name: part.shape(name) for name in part}, part.where)
     is_foreign, quantized = LAYOUT not in small, [part for part in parts.values() if part.scales]
     layout: dict[str, tuple[Metadata, list[str] | None]]
     if is_foreign:
-        layout = {f"{component}/{STEMS[component]}.safetensors": (FORMAT, None) for component in parts}
+        layout = {
+            f"{component}/{WEIGHT_FILE_STEMS[component]}.safetensors": (FORMAT, None) for component in parts
+        }
     else:
         layout = _layout(parts, whole, source)
-    with new_folder(destination) as made:
+    with atomic_folder(destination) as made:
         unpack(whole, small, made)
         for place, (metadata, names) in layout.items():
             part, file = parts[place.partition("/")[0]], made / place
@@ -117,7 +127,7 @@ def is_single(source: Path) -> bool:
     if not source.is_file():
         return False
     try:
-        return not recognise(Source([source]).keys(), str(source))[1]
+        return not detect_component(Source([source]).keys(), str(source))[1]
     except ValueError:
         return True  # prefixes, SGM's names or several models, or `to_folder` says what is wrong
 
@@ -151,12 +161,12 @@ def _component_in(folder: Path, component: str, weights: list[str]) -> Source:
     if others := sorted(set(weights) - set(chosen)):
         raise ValueError(f"{folder}: several checkpoints side by side: {chosen[0]}, {others[0]}")
     part = Source([folder / name for name in chosen])
-    table, is_ours = recognise(part.keys(), part.where)
+    table, is_ours = detect_component(part.keys(), part.where)
     if table.component != component:
         raise ValueError(f"{part.where}: wanted a {component}, got a {table.component}")
     if is_ours:
         raise ValueError(f"{part.where}: has our names, wanted diffusers' (--to diffusers)")
-    table.refuse_faults({name: part.shape(name) for name in part}, part.where)
+    table.reject_faults({name: part.shape(name) for name in part}, part.where)
     return part
 
 
@@ -170,11 +180,11 @@ def _content(whole: Source, name: str, longest: int = LONGEST_FILE) -> bytes:
 
 
 def _layout(
-    parts: Mapping[str, Part], whole: Source, source: Path
+    parts: Mapping[str, SubModel], whole: Source, source: Path
 ) -> dict[str, tuple[Metadata, list[str] | None]]:
     """File of the folder -> its metadata and tensors, None for all of its component. Strictly checked."""
     found, seen = {}, {component: list[str]() for component in parts}
-    for place, entry in parse_object(_content(whole, LAYOUT, LONGEST_INDEX), f"{source}: {LAYOUT}").items():
+    for place, entry in parse_object(_content(whole, LAYOUT, MAX_INDEX_BYTES), f"{source}: {LAYOUT}").items():
         path = _inside(place, whole.where)
         where = f"{source}: {LAYOUT}: {place[:100]!r}"
         if len(path.parts) != 2 or path.parts[0] not in parts or path.suffix != ".safetensors":
@@ -197,18 +207,18 @@ def _layout(
     return found
 
 
-def _history(file: Path) -> tuple[Metadata, dict[str, Spelling]]:
+def _history(file: Path) -> tuple[Metadata, dict[str, NamingScheme]]:
     """Metadata and spellings of the file that a folder was made from."""
-    told = read_object(file, LONGEST_INDEX)
+    told = read_json_object(file, MAX_INDEX_BYTES)
     metadata, models = told.get("metadata"), told.get("models")
     if (metadata is not None and not _is_text(metadata)) or not isinstance(models, dict):
         raise ValueError(f"{file}: wanted metadata, texts by name, and models")
     spellings = {}
     for component, way in models.items():
         fits = isinstance(way, list) and len(way) == 2 and all(isinstance(part, str) for part in way)
-        if component not in PREFIXES or not fits or way[1] not in NAMINGS:
-            raise ValueError(f"{file}: {component[:100]!r}: wanted a prefix and one of {', '.join(NAMINGS)}")
-        spellings[component] = Spelling(*way)
+        if component not in PREFIXES or not fits or way[1] not in SCHEMES:
+            raise ValueError(f"{file}: {component[:100]!r}: wanted a prefix and one of {', '.join(SCHEMES)}")
+        spellings[component] = NamingScheme(*way)
     return metadata, spellings
 
 

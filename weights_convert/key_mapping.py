@@ -102,7 +102,7 @@ class Table:
             found += [f"{path}.{gap} is missing" for gap in islice(gaps, 1)]
         return found
 
-    def refuse_faults(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    def reject_faults(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
         """ValueError naming the first of the `faults`, if there are any."""
         if faults := self.faults(shapes):
             more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""

@@ -93,7 +93,7 @@ def spellings(modules: Mapping[str, Collection[str]]) -> dict[str, dict[str, str
     return found
 
 
-def normalise(
+def parse_keys(
     names: Iterable[str], modules: Mapping[str, Collection[str]]
 ) -> tuple[dict[Place, str], list[str]]:
     """The place of each name, and the names that have none. modules: our paths of the layers, by component.

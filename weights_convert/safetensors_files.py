@@ -18,16 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weights_convert.atomic_write import new_file
-from weights_convert.untrusted_files import DTYPES, metadata_of, open_weights, read_object
+from weights_convert.atomic_write import atomic_file
+from weights_convert.untrusted_files import DTYPES, metadata_of, open_safetensors, read_json_object
 
 # What the weight file of each component is called in a public folder, before variant and shard.
-STEMS = {
+WEIGHT_FILE_STEMS = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
     "controlnet": "diffusion_pytorch_model", "text_encoder": "model", "image_encoder": "model",
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-LONGEST_INDEX = 2**24  # bytes
+MAX_INDEX_BYTES = 2**24  # bytes
 ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 FORMAT = {"format": "pt"}  # the metadata without which transformers takes a file for another program's
 HEADER_START = b'{"__metadata__":'  # of a file with metadata, after the eight bytes of the header's length
@@ -36,7 +36,7 @@ _WEIGHT_FILE = re.compile(
 )
 
 
-def why_refused(pickle: str | Path) -> str:
+def pickle_message(pickle: str | Path) -> str:
     """What to say of a pickle."""
     return (
         "a pickle can run code and is never opened. Convert it where you trust it: "
@@ -57,7 +57,7 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
         found.setdefault(match["before"] or match["after"], []).append(match)
     if not found:
         pickles = [name for name in listing if name.endswith(PICKLES)]
-        hint = f"only pickles ({pickles[0]}): {why_refused(pickles[0])}" if pickles else "none"
+        hint = f"only pickles ({pickles[0]}): {pickle_message(pickles[0])}" if pickles else "none"
         raise FileNotFoundError(f"{where}: wanted .safetensors weights, found {hint}")
     if variant is None and None not in found and len(found) == 1:
         variant = next(iter(found))
@@ -75,7 +75,7 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
     return names
 
 
-def walk(source: Path) -> Iterator[tuple[Path, list[str]]]:
+def walk_files(source: Path) -> Iterator[tuple[Path, list[str]]]:
     """Each folder in a folder and its file names, links followed. ValueError for a folder met twice."""
     seen = set[Path]()
     for folder, _, files in os.walk(source, followlinks=True):
@@ -85,13 +85,13 @@ def walk(source: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(folder), files
 
 
-def index_files(index: Path) -> dict[str, str]:
+def read_shard_index(index: Path) -> dict[str, str]:
     """The `weight_map` of an index of shards: tensor name -> file name, all in the index's own folder.
 
     Raises ValueError for what is no index, and for a file elsewhere, be it by its name or by a link; links
     of a Hugging Face cache, from snapshots/ to blobs/, are followed.
     """
-    content = read_object(index, LONGEST_INDEX)
+    content = read_json_object(index, MAX_INDEX_BYTES)
     files = content.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index}: not an index of shards: weight_map is not a map from tensors to files")
@@ -129,7 +129,7 @@ class Source(Mapping[str, Tensor]):
         self.files = list(files)
         self._handles, self._file_of = dict[Path, Any](), dict[str, Path]()
         for file in self.files:
-            handle = self._handles[file] = open_weights(file)
+            handle = self._handles[file] = open_safetensors(file)
             for name in handle.keys():  # noqa: SIM118 (a handle is not a mapping)
                 if name in self._file_of:
                     raise ValueError(f"{file}: tensor {name} is in {self._file_of[name].name} already")
@@ -235,7 +235,7 @@ def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, st
     Equal tensors and metadata give equal bytes. The library alone draws the order of the metadata anew each
     time; all else of its file is kept.
     """
-    with new_file(file) as scratch:
+    with atomic_file(file) as scratch:
         save_file(tensors, scratch, metadata=metadata)
         if metadata and len(metadata) > 1:
             _order_metadata(scratch, metadata)

@@ -90,7 +90,7 @@ def public_to_sgm(component: str, names: Iterable[str]) -> dict[str, str]:
     """SGM's name of each public tensor of a UNet or VAE; other components have none, and keep theirs."""
     names = list(names)
     if component == "vae":
-        return {name: rename(turned, SGM_VAE) for name, turned in _turned(names, "up_blocks").items()}
+        return {name: rename(turned, SGM_VAE) for name, turned in _reverse_levels(names, "up_blocks").items()}
     if component != "unet":
         return {name: name for name in names}
     blocks = sgm_blocks(names)
@@ -101,7 +101,9 @@ def sgm_to_public(component: str, names: Iterable[str]) -> dict[str, str]:
     """The public name of each of SGM's, the inverse of `public_to_sgm`; what is not SGM's stays as it is."""
     names = list(names)
     if component == "vae":
-        return {name: rename(turned, inverse(SGM_VAE)) for name, turned in _turned(names, "up").items()}
+        return {
+            name: rename(turned, inverse(SGM_VAE)) for name, turned in _reverse_levels(names, "up").items()
+        }
     if component != "unet":
         return {name: name for name in names}
     blocks = {sgm: public for public, sgm in sgm_blocks(_possible_blocks(names)).items()}
@@ -141,13 +143,13 @@ def _possible_blocks(names: list[str]) -> list[str]:
     return blocks
 
 
-def _turned(names: list[str], way: str) -> dict[str, str]:
+def _reverse_levels(names: list[str], way: str) -> dict[str, str]:
     """Each name -> the same with the VAE decoder's level, behind `way`, counted from the other end."""
     levels = len({name.split(".")[2] for name in names if name.startswith(f"decoder.{way}.")})
     level = re.compile(rf"(?<=^decoder\.{way}\.)\d{{1,4}}(?=\..)")
     return {name: level.sub(lambda match: str(levels - 1 - int(match[0])), name) for name in names}
 
 
-def is_pointwise(public: str) -> bool:
+def is_1x1_conv(public: str) -> bool:
     """Whether this tensor of a VAE is [O, I] in the public format and [O, I, 1, 1] in SGM's."""
     return _POINTWISE.fullmatch(public) is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weights_convert import TABLES
 from weights_convert.safetensors_files import Source
-from weights_convert.sgm import is_pointwise, public_to_sgm, sgm_to_public
+from weights_convert.sgm import is_1x1_conv, public_to_sgm, sgm_to_public
 
 # The first of each is the one that is written. The names of THUDM's ChatGLM start with `transformer.`.
 PREFIXES: Mapping[str, tuple[str, ...]] = {
@@ -26,25 +26,27 @@ PREFIXES: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("text_encoder.", "cond_stage_model.", "transformer."),
     "image_encoder": ("image_encoder.", "clip_vision."),
 }
-NAMINGS = ("public", "sgm", "ours")
+SCHEMES = ("public", "sgm", "ours")
 FILES = "files."  # what stands in front of the path of a small file that is kept as a tensor of its bytes
 SCALE = "_scale"  # what follows the name of a weight of whole numbers, in that of its scales
 
 
-class Spelling(NamedTuple):
-    """How one model is named in a file: what each name starts with, and one of `NAMINGS`."""
+class NamingScheme(NamedTuple):
+    """How one model is named in a file: what each name starts with, and one of `SCHEMES`."""
 
     prefix: str
     naming: str
 
 
-class Part(Source):
+class SubModel(Source):
     """One model of a file, by its public names and in the public format's shapes.
 
     bits: of its linear layers, 8 or 4, or None. Read as usual, they are multiplied out.
     """
 
-    def __init__(self, whole: Source, component: str, spelling: Spelling, stored: Mapping[str, str]) -> None:
+    def __init__(
+        self, whole: Source, component: str, spelling: NamingScheme, stored: Mapping[str, str]
+    ) -> None:
         self.files, self._handles = whole.files, whole._handles
         self._whole, self._stored = whole, dict(stored)
         self.component, self.spelling, self.bits = component, spelling, None
@@ -68,7 +70,7 @@ class Part(Source):
         shape = self._whole.shape(self._stored[name])
         if name in self.scales and self.bits == 4:
             return *shape[:-1], 2 * shape[-1]
-        has_pixels = self.component == "vae" and is_pointwise(name) and shape[2:] == (1, 1)
+        has_pixels = self.component == "vae" and is_1x1_conv(name) and shape[2:] == (1, 1)
         return shape[:2] if has_pixels else shape
 
     def dtype(self, name: str) -> torch.dtype:
@@ -114,29 +116,29 @@ class Part(Source):
         return 8 if columns == width else 4
 
 
-def open_parts(file: Path) -> tuple[dict[str, Part], Source, list[str]]:
+def open_models(file: Path) -> tuple[dict[str, SubModel], Source, list[str]]:
     """The models of a file by component, the file, and the names of its tensors that are small files.
 
     No tensor is read. Raises ValueError naming the tensor that shows that it is not of Kolors, or not whole.
     """
     whole = Source([file])
     rest = {name for name in whole if not name.startswith(FILES)}
-    found = dict[str, Part]()
-    for spelling, component in _ways():
+    found = dict[str, SubModel]()
+    for spelling, component in _candidate_schemes():
         inside = [name for name in rest if name.startswith(spelling.prefix)]
         names = public_names(component, inside, spelling) if component not in found else {}
         if not names or any(name not in names for name in TABLES[component].required):
             continue
         if twice := sorted(set(inside) - set(names.values())):
             raise ValueError(f"{file}: {twice[0]} is there under two names")
-        found[component] = Part(whole, component, spelling, names)
+        found[component] = SubModel(whole, component, spelling, names)
         rest -= set(inside)
     if rest or not found:
         raise ValueError(f"{file}: not a file of Kolors: {_why(rest, found)}")
     return found, whole, [name for name in whole if name.startswith(FILES)]
 
 
-def public_names(component: str, stored: Collection[str], spelling: Spelling) -> dict[str, str]:
+def public_names(component: str, stored: Collection[str], spelling: NamingScheme) -> dict[str, str]:
     """The public name of each one in a file -> that."""
     bare = [name.removeprefix(spelling.prefix) for name in stored]
     if spelling.naming == "sgm":
@@ -148,7 +150,7 @@ def public_names(component: str, stored: Collection[str], spelling: Spelling) ->
     return dict(zip(public, stored, strict=True))
 
 
-def as_stored(source: Source, component: str, spelling: Spelling) -> dict[str, Tensor]:
+def to_stored_names(source: Source, component: str, spelling: NamingScheme) -> dict[str, Tensor]:
     """The tensors of a model in public names, as a file has them that spells them so: names and shapes."""
     names = {name: name for name in source}
     if spelling.naming == "sgm":
@@ -157,16 +159,16 @@ def as_stored(source: Source, component: str, spelling: Spelling) -> dict[str, T
         names = {name: TABLES[component].to_ours(name) for name in source}
     has_pixels = component == "vae" and spelling.naming == "sgm"
     return {
-        spelling.prefix + there: source.mapped(name)[:, :, None, None] if has_pixels and is_pointwise(name)
+        spelling.prefix + there: source.mapped(name)[:, :, None, None] if has_pixels and is_1x1_conv(name)
         else source.mapped(name) for name, there in names.items()
     }  # fmt: skip
 
 
-def _ways() -> list[tuple[Spelling, str]]:
+def _candidate_schemes() -> list[tuple[NamingScheme, str]]:
     """Every way in which every component may be named, those with a prefix first."""
     prefixes = [(prefix, component) for component, found in PREFIXES.items() for prefix in found]
     prefixes += [("", component) for component in PREFIXES]
-    return [(Spelling(prefix, naming), component) for prefix, component in prefixes for naming in NAMINGS]
+    return [(NamingScheme(prefix, naming), component) for prefix, component in prefixes for naming in SCHEMES]
 
 
 def _why(rest: Collection[str], found: Collection[str]) -> str:
@@ -174,7 +176,7 @@ def _why(rest: Collection[str], found: Collection[str]) -> str:
     if not rest:
         return "it has no tensors"
     best, why = 0, f"{min(rest)} is no tensor of a Kolors UNet, VAE, ChatGLM or CLIP"
-    for spelling, component in _ways():
+    for spelling, component in _candidate_schemes():
         inside, table = [name for name in rest if name.startswith(spelling.prefix)], TABLES[component]
         names = public_names(component, inside, spelling)
         absent = [name for name in table.required if name not in names]

@@ -23,11 +23,11 @@ DTYPES = {
 LONGEST_HEADER = 2**24
 LONGEST_EXPLAINED = 2**20  # of a header that is faulty
 LONGEST_NAME = 500  # characters
-MOST_TENSORS = 2**14  # of one file; the whole of Kolors has under 3,000
+MAX_TENSORS = 2**14  # of one file; the whole of Kolors has under 3,000
 _LIST = re.compile(rb'\w"\s*:\s*\[')  # a field that is one, however its name is spelled: not in a text
 
 
-def read_object(file: Path, longest: int) -> dict[str, Any]:
+def read_json_object(file: Path, longest: int) -> dict[str, Any]:
     """A JSON object of at most `longest` bytes. FileNotFoundError or ValueError naming the file."""
     size = _size(file)
     if size > longest:
@@ -50,7 +50,7 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     return found
 
 
-def open_weights(file: Path) -> Any:
+def open_safetensors(file: Path) -> Any:
     """A handle on a safetensors file, whose header was held against the file's length.
 
     Raises FileNotFoundError, or ValueError naming the file and the tensor or number that is wrong.
@@ -61,15 +61,15 @@ def open_weights(file: Path) -> Any:
             length = int.from_bytes(stream.read(8), "little")
             if fault := _length_fault(length, size):
                 stream.seek(0)
-                raise ValueError(_disguise(stream.read(64)) or fault)
+                raise ValueError(_sniff_other_format(stream.read(64)) or fault)
             header = stream.read(length)
         handle = safe_open(file, framework="pt")
         names = handle.keys()
         # Each tensor has two lists. The format's own reader takes the last of several tensors of one name.
         if sum(1 for _ in _LIST.finditer(header)) != 2 * len(names):
             raise ValueError(_header_fault(header, size) or "its header has other lists than it wants")
-        if len(names) > MOST_TENSORS:
-            raise ValueError(f"it has {len(names):,} tensors, wanted at most {MOST_TENSORS:,}")
+        if len(names) > MAX_TENSORS:
+            raise ValueError(f"it has {len(names):,} tensors, wanted at most {MAX_TENSORS:,}")
     except (SafetensorError, OSError, ValueError) as error:
         fault = _header_fault(header, size) if isinstance(error, SafetensorError) else None
         raise ValueError(f"{file}: not a whole safetensors file: {fault or one_line(error)}") from None
@@ -80,7 +80,7 @@ def open_weights(file: Path) -> Any:
 
 
 def metadata_of(file: Path) -> dict[str, str] | None:
-    """Read the text metadata of a safetensors file that `open_weights` took, in the order of its header.
+    """Read the text metadata of a safetensors file that `open_safetensors` took, in the order of its header.
 
     The format's own reader gives them in another order in every process.
     """
@@ -109,7 +109,7 @@ def _length_fault(length: int, size: int) -> str | None:
     return None
 
 
-def _disguise(start: bytes) -> str | None:
+def _sniff_other_format(start: bytes) -> str | None:
     """What else has this name, by its first bytes."""
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer to the file, which `git lfs pull` fetches"

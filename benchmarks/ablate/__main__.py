@@ -36,7 +36,7 @@ from benchmarks.ablate.report import write
 from benchmarks.ablate.study import side_by_side
 from benchmarks.side_by_side import environment
 from kolors_core.training.trainer import TrainingConfig
-from kolors_core.validation import whole_number
+from kolors_core.validation import check_int
 
 RECIPE = TrainingConfig(
     steps=1, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup=50, min_snr_gamma=1.0, max_tokens=64
@@ -65,10 +65,10 @@ def main(options: argparse.Namespace) -> None:
     """Check everything, then train and write."""
     if options.out.exists():
         raise FileExistsError(f"{options.out}: exists already, wanted a new folder")
-    whole_number("--seeds", options.seeds, least=FEWEST, most=MOST)
-    whole_number("--concepts", options.concepts, least=2, most=len(THINGS))
-    whole_number("--size", options.size, multiple=8)
-    config = replace(RECIPE, steps=whole_number("--steps", options.steps))
+    check_int("--seeds", options.seeds, least=FEWEST, most=MOST)
+    check_int("--concepts", options.concepts, least=2, most=len(THINGS))
+    check_int("--size", options.size, multiple=8)
+    config = replace(RECIPE, steps=check_int("--steps", options.steps))
     both = [read(text, options.size // 8) for text in (options.a, options.b)]
     probe = example(options.size // 8)
     idle = [check(each, probe) for each in both]

@@ -22,7 +22,7 @@ from kolors_core.chatglm import TextEmbedding
 from kolors_core.config import TINY, UNetConfig
 from kolors_core.training.data import Batch
 from kolors_core.unet import UNet
-from kolors_core.validation import finite_number, whole_number
+from kolors_core.validation import check_float, check_int
 
 FIXED = ("sample_size", "in_channels", "out_channels", "text_dim")  # by TINY's encoders and the pictures
 WANTED = 'fields of the UNet\'s config such as "depths=(0, 0, 1)", or file.py:function'
@@ -77,11 +77,11 @@ def _changed(config: UNetConfig, text: str) -> UNetConfig:
             raise ValueError(f"{name} {why}: the config's fields to change are {', '.join(free)}")
         if isinstance(getattr(config, name), tuple):
             for number in value if isinstance(value, tuple) else ():
-                whole_number(name, number, least=0 if name == "depths" else 1)
+                check_int(name, number, least=0 if name == "depths" else 1)
         elif name == "norm_eps":
-            finite_number(name, value, 0)
+            check_float(name, value, 0)
         else:
-            whole_number(name, value)
+            check_int(name, value)
     config = replace(config, **changes)
     levels = len(config.channels) if isinstance(config.channels, tuple) else 3
     for name in ("channels", "heads", "depths"):

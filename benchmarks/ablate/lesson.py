@@ -66,7 +66,7 @@ class Lesson:
         self.known = torch.stack([load_pixels(each, (side, side))[0] for each in examples])  # [N, 3, H, W]
         self.prompts = [phrase.format(x=name) for phrase in ENGLISH_UNSEEN for name in names]
         count = len(self.prompts)
-        tokens = pipe.tokenizer([""] * count + self.prompts, config.max_tokens).collapse()
+        tokens = pipe.tokenizer([""] * count + self.prompts, config.max_tokens).merge_padding()
         with torch.no_grad():
             self.text = pipe.text_encoder(tokens)  # [2P, ...], as guidance reads it: first the empty ones
 
@@ -108,9 +108,9 @@ class Lesson:
 
         shape = self.held_out[0].latents.shape
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        latents = dpmpp_2m(denoise, noise * schedule.start_scale, schedule.sigmas)
+        latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)
         return self.vae.decode(latents).clamp(-1, 1)
 
-    def recognise(self, images: Tensor) -> list[int]:
+    def detect_component(self, images: Tensor) -> list[int]:
         """Of each prompt's picture [P, 3, H, W] the thing whose training picture is nearest."""
         return nearest(images, self.known)

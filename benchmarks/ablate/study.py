@@ -81,7 +81,7 @@ class Side(Trainer):
         self.net.eval()
         self.seed()
         images, things = self.lesson.draw(self.net, self.config.seed), len(self.lesson.names)
-        self.run.nearest = self.lesson.recognise(images)
+        self.run.nearest = self.lesson.detect_component(images)
         right = [found == i % things for i, found in enumerate(self.run.nearest)]
         self.run.right = sum(right) / len(right)
         return images

@@ -152,7 +152,7 @@ def _make_up(checkpoint: Checkpoint, unet: Any, scratch: Path) -> None:
             ReferenceCLIPVisionConfig(**clip_config.to_public())
         ),
         "controlnet": lambda: ControlNetModel.from_config(
-            ControlNetConfig(**vars(unet.config), image_widths=(8, 12, 16, 24)).to_public()
+            ControlNetConfig(**vars(unet.config), conditioning_widths=(8, 12, 16, 24)).to_public()
         ),
         "ip_adapter": lambda: IPAdapter(_adapter_config(unet, clip_config.hidden_size)),
     }
@@ -172,5 +172,5 @@ def _adapter_config(unet: Any, image_dim: int) -> IPAdapterConfig:
     widths = tuple(place.to_q.in_features for place in cross_attentions(unet).values())
     return IPAdapterConfig(
         image_dim=image_dim, width=128, queries=8, heads=2, feed_forward_size=512, layers=4,
-        context_dim=unet.config.context_dim, branch_widths=widths,
+        context_dim=unet.config.context_dim, cross_attention_widths=widths,
     )  # fmt: skip

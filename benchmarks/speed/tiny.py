@@ -18,7 +18,7 @@ from kolors_core.checkpoint import EMBEDDED
 from kolors_core.precompute import Savings
 
 PROMPT = "一张瓢虫的照片"
-NOTHING = Savings(collapse_pads=False, precompute=False, cached_prompts=0)
+NOTHING = Savings(merge_padding=False, precompute=False, cached_prompts=0)
 
 
 def draw(pipe: Any) -> None:

@@ -31,7 +31,7 @@ from kolors_core import (
 )
 from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.attention import attention_kernel
-from kolors_core.image import vae_pixels
+from kolors_core.image import preprocess_vae
 from kolors_core.training.data import Batches, LatentDataset, read_folder
 from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.trainer import Trainer, TrainingConfig
@@ -137,7 +137,7 @@ def compare(pipe: KolorsControlNetPipeline, concepts: list[Concept], out: Path) 
         rows.append((edges, bare, steered.images[0]))
         shares["without"].append(followed(edges, bare))
         shares["with"].append(followed(edges, steered.images[0]))
-    pictures: Tensor = torch.cat([vae_pixels(list(column)) for column in zip(*rows, strict=True)])
+    pictures: Tensor = torch.cat([preprocess_vae(list(column)) for column in zip(*rows, strict=True)])
     page = sheet(pictures, [prompt for prompt, _ in asked] * 3, len(asked))
     page.save(out / "controlnet.png", optimize=True)
     parameters = sum(parameter.numel() for parameter in net.parameters())

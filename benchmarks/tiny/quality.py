@@ -44,8 +44,8 @@ def generate(pipe: KolorsPipeline, prompts: Sequence[str], scale: float, seed: i
     """One picture a prompt, at the model's own size: [B, 3, H, W] in [-1, 1]. Picture i has seed + i."""
     assert pipe.tokenizer is not None and pipe.text_encoder is not None
     side, count = pipe.unet.config.sample_size, len(prompts)
-    pixels = (side * pipe.vae.config.downscale,) * 2
-    text = pipe.text_encoder(pipe.tokenizer([*prompts, ""]).collapse().to(pipe.device))
+    pixels = (side * pipe.vae.config.vae_scale_factor,) * 2
+    text = pipe.text_encoder(pipe.tokenizer([*prompts, ""]).merge_padding().to(pipe.device))
     assert text.counts is not None
     ids = size_ids(pixels, (0, 0), pixels).to(pipe.device).expand(count, -1)
     positive = Conditioning(text.tokens[:-1], text.pooled[:-1], ids, text.counts[:-1])
@@ -57,7 +57,7 @@ def generate(pipe: KolorsPipeline, prompts: Sequence[str], scale: float, seed: i
     noise = [
         torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)
     ]
-    start = torch.stack(noise).to(pipe.device) * schedule.start_scale
+    start = torch.stack(noise).to(pipe.device) * schedule.init_noise_sigma
     latents = dpmpp_2m(guided(pipe.unet, schedule, positive, negative, scale), start, schedule.sigmas)
     return pipe.vae.decode(latents).clamp(-1, 1)
 
@@ -117,7 +117,7 @@ def main(data: Path, model: str, out: Path) -> int:
     device = best_device()
     pipe = KolorsPipeline.from_pretrained(model, device=device)
     concepts = read_concepts(data / "package")
-    size = (pipe.unet.config.sample_size * pipe.vae.config.downscale,) * 2
+    size = (pipe.unet.config.sample_size * pipe.vae.config.vae_scale_factor,) * 2
     known = torch.stack([load_pixels(example, size)[0] for example in read_folder(data / "pictures")])
     start, rows = time.monotonic(), []
     for language, phrases in (("english", ENGLISH_UNSEEN), ("chinese", CHINESE_UNSEEN)):

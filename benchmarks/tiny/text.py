@@ -68,7 +68,7 @@ class CaptionSource:
         for picture in pictures.tolist():
             captions = self.examples[picture].captions
             chosen.append(captions[int(torch.randint(len(captions), (), generator=draw))])
-        tokens = self.tokenizer(chosen[rows], self.config.max_tokens).collapse()
+        tokens = self.tokenizer(chosen[rows], self.config.max_tokens).merge_padding()
         return Captions(tokens.to(device), pictures[rows].to(device))
 
 

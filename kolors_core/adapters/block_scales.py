@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kolors_core.unet import Transformer, UNet
-from kolors_core.validation import finite_number
+from kolors_core.validation import check_float
 
 Value = float | Sequence[float]  # a list where there is a scale for each image of an IP-Adapter
 BlockScale = Value | Mapping[str, Any]
@@ -57,7 +57,7 @@ def _spread(where: str, value: Any, count: int) -> list[Any]:
         raise ValueError(f"{where} has {count} transformers and takes one scale or {count}, got {values}")
     for one in values:
         for number in one if isinstance(one, Sequence) and not isinstance(one, str) else [one]:
-            finite_number(f"{where}: a scale", number)
+            check_float(f"{where}: a scale", number)
     return values * count if len(values) == 1 else values
 
 

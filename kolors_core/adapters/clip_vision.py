@@ -1,6 +1,6 @@
 """CLIP's image encoder: pixels [B, 3, 336, 336] -> hidden states [B, 577, 1024], which the IP-Adapter reads.
 
-`clip_pixels` makes the pixels of images. The vision transformer of https://arxiv.org/abs/2103.00020.
+`preprocess_clip` makes the pixels of images. The vision transformer of https://arxiv.org/abs/2103.00020.
 Source: `CLIPVisionModelWithProjection` in transformers' models/clip/modeling_clip.py, `CLIPImageProcessorPil`
 in its models/clip/image_processing_pil_clip.py.
 Shapes: B images, S side in pixels, P patches, N = 1 + P tokens, C hidden width, H heads, D = C / H.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.attention import attention, split_heads
-from kolors_core.checkpoint import Kind
+from kolors_core.checkpoint import ModelSpec
 from kolors_core.config import TRANSFORMERS_IGNORED_FIELDS, ConfigReader, PublicConfig
 from kolors_core.image import as_list, center_crop, flatten_alpha, pil_to_tensor
 
@@ -153,7 +153,7 @@ class FeedForward(nn.Module):
         return self.proj_out(h * torch.sigmoid(1.702 * h))
 
 
-class Layer(nn.Module):
+class CLIPLayer(nn.Module):
     """One pre-norm transformer layer."""
 
     is_block = True
@@ -180,7 +180,7 @@ class CLIPVision(nn.Module):
         self.config = config
         self.embedding = Embedding(config)
         self.norm_in = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.layers = nn.ModuleList([Layer(config) for _ in range(config.layers)])
+        self.layers = nn.ModuleList([CLIPLayer(config) for _ in range(config.layers)])
         self.norm_out = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
@@ -213,7 +213,7 @@ class CLIPVision(nn.Module):
         return x
 
 
-def clip_pixels(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", size: int = 336) -> Tensor:
+def preprocess_clip(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", size: int = 336) -> Tensor:
     """Images for CLIP: [B, 3, size, size] float32, the middle square, normalized by CLIP's mean and spread.
 
     PIL images of any mode, what is transparent on white; arrays [H, W, 3] or [B, H, W, 3] of uint8 or in
@@ -256,4 +256,4 @@ def _rgb(image: Any) -> "Image":
 
 
 # How `checkpoint.load_component` builds an image encoder.
-IMAGE_ENCODER = Kind(CLIPVisionConfig, CLIPVision)
+IMAGE_ENCODER = ModelSpec(CLIPVisionConfig, CLIPVision)

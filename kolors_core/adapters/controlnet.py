@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from kolors_core.conditioning import Conditioning, StepResiduals
 from kolors_core.config import ConfigReader, PublicConfig, UNetConfig
-from kolors_core.context import Context, Read
+from kolors_core.context import Context, KeysValues
 from kolors_core.module import WrapStep
 from kolors_core.precompute import PrecomputedInputs, has_default_forward
 from kolors_core.schedule import Schedule
 from kolors_core.unet import Encoder, Shift, UNet
-from kolors_core.validation import finite_number
+from kolors_core.validation import check_float
 
 _FIXED: dict[str, Any] = {
     "_class_name": "ControlNetModel", "controlnet_conditioning_channel_order": "rgb",
@@ -44,10 +44,10 @@ _SHARED = {
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetConfig(UNetConfig):
-    """The UNet that it belongs to, and image_widths: of the maps that the control image becomes, each half as
+    """The UNet that it belongs to, and conditioning_widths: of the maps that the control image becomes, each half as
     large as the one before."""
 
-    image_widths: tuple[int, ...] = (16, 32, 96, 256)
+    conditioning_widths: tuple[int, ...] = (16, 32, 96, 256)
 
     @classmethod
     def from_public(cls, public: PublicConfig, where: str = "controlnet/config.json") -> Self:
@@ -61,12 +61,12 @@ class ControlNetConfig(UNetConfig):
         ups = [str(kind).replace("Down", "Up") for kind in reversed(rest.get("down_block_types") or ())]
         channels = rest.get("in_channels")
         rest |= {"up_block_types": ups, "out_channels": channels, "sample_size": cls.sample_size}
-        return cls(**asdict(UNetConfig.from_public(rest, where)), image_widths=widths)
+        return cls(**asdict(UNetConfig.from_public(rest, where)), conditioning_widths=widths)
 
     def to_public(self) -> dict[str, Any]:
         """The `config.json` that diffusers' ControlNetModel reads."""
         shared = {name: value for name, value in super().to_public().items() if name in _SHARED}
-        return shared | _FIXED | {"conditioning_embedding_out_channels": list(self.image_widths)}
+        return shared | _FIXED | {"conditioning_embedding_out_channels": list(self.conditioning_widths)}
 
 
 class ImageEmbedding(nn.Module):
@@ -74,7 +74,7 @@ class ImageEmbedding(nn.Module):
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__()
-        widths = config.image_widths
+        widths = config.conditioning_widths
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.convs = nn.ModuleList()
         for width, wider in zip(widths, widths[1:], strict=False):
@@ -105,13 +105,18 @@ class ControlNet(Encoder):
                 nn.init.zeros_(parameter)
 
     @classmethod
-    def from_unet(cls, unet: UNet, image_widths: Sequence[int] = ControlNetConfig.image_widths) -> Self:
+    def from_unet(
+        cls, unet: UNet, conditioning_widths: Sequence[int] = ControlNetConfig.conditioning_widths
+    ) -> Self:
         """One to be trained: the UNet's own weights, text projection included, and as yet no effect.
 
         Of an inpainting UNet it knows the latents alone. ValueError for a quantized UNet.
         """
         latents = unet.config.out_channels
-        config = asdict(unet.config) | {"in_channels": latents, "image_widths": tuple(image_widths)}
+        config = asdict(unet.config) | {
+            "in_channels": latents,
+            "conditioning_widths": tuple(conditioning_widths),
+        }
         net = cls(ControlNetConfig(**config)).to(unet.conv_in.weight)
         theirs, own = unet.state_dict(), ("image_embedding.", "to_skips.", "to_mid.")
         absent = (name for name in net.state_dict() if name not in theirs and not name.startswith(own))
@@ -137,7 +142,7 @@ class ControlNet(Encoder):
         image: the control image [1 or B, 3, P * H, P * W] in [0, 1]. All others: as for `UNet.forward`.
         """
         time = self.embed_time(timestep.expand(latents.shape[0]))  # [B, T]
-        time = time + self.embed_condition(pooled_text, size_ids)  # [B, T]
+        time = time + self.added_embedding(pooled_text, size_ids)  # [B, T]
         context = self.context(text_tokens, text_counts, ())
         return self.residuals(latents, self.image_embedding(image), repeat(time), repeat(context))
 
@@ -146,7 +151,7 @@ class ControlNet(Encoder):
         latents: Tensor,
         image: Tensor,
         times: Iterable[Tensor | Shift],
-        contexts: Iterable[Context | Read],
+        contexts: Iterable[Context | KeysValues],
         copies: int = 1,
     ) -> list[Tensor]:
         """`forward` on what a run computes once; arguments as for `UNet.denoise`.
@@ -177,7 +182,7 @@ class Control:
 
     def __post_init__(self) -> None:
         for name in ("scale", "start", "end"):
-            finite_number(f"a ControlNet's {name}", getattr(self, name))
+            check_float(f"a ControlNet's {name}", getattr(self, name))
         if self.scale == 0:
             raise ValueError("a ControlNet's scale must be a number that is not 0")
         if not 0 <= self.start < self.end <= 1:
@@ -299,13 +304,15 @@ def is_multi(controlnet: Any) -> bool:
     return isinstance(controlnet, list | tuple | nn.ModuleList)
 
 
-def check_fits(controlnet: Any, unet: UNet, downscale: int) -> None:
+def check_fits(controlnet: Any, unet: UNet, vae_scale_factor: int) -> None:
     """ValueError if a ControlNet was made for another UNet or another size of latents."""
     of_unet = vars(unet.config) | {"in_channels": unet.config.out_channels}
     for net in controlnets_of(controlnet):
-        own, pixels = vars(net.config), 2 ** (len(net.config.image_widths) - 1)
+        own, pixels = vars(net.config), 2 ** (len(net.config.conditioning_widths) - 1)
         for name in ("in_channels", "channels", "resnets_per_level", "text_dim", "size_dim"):
             if own[name] != of_unet[name]:
                 raise ValueError(f"the ControlNet's {name} is {own[name]}, and the UNet's {of_unet[name]}")
-        if pixels != downscale:
-            raise ValueError(f"the ControlNet makes {pixels} pixels one latent, and the VAE {downscale}")
+        if pixels != vae_scale_factor:
+            raise ValueError(
+                f"the ControlNet makes {pixels} pixels one latent, and the VAE {vae_scale_factor}"
+            )

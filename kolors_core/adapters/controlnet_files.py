@@ -9,7 +9,7 @@ from kolors_core.adapters.controlnet import ControlNet, ControlNetConfig
 from kolors_core.checkpoint import (
     EMBEDDED,
     EMBEDDED_NAME,
-    Kind,
+    ModelSpec,
     base_state,
     fetch_component,
     load_component,
@@ -17,12 +17,19 @@ from kolors_core.checkpoint import (
     save_component,
     weights_in,
 )
-from kolors_core.devices import Dtypes, dtype_of, one_dtype, plain, refuse_pickles, refuse_second_copy
+from kolors_core.devices import (
+    Dtypes,
+    check_low_cpu_mem_usage,
+    dtype_of,
+    merge_dtype_arguments,
+    plain,
+    refuse_pickles,
+)
 from kolors_core.loading import LoadReport, load
 from kolors_core.module import require_plain
 from kolors_core.unet import UNet
-from kolors_core.validation import path_of
-from weights_convert.atomic_write import new_folder
+from kolors_core.validation import as_path
+from weights_convert.atomic_write import atomic_folder
 from weights_convert.safetensors_files import Source, Tensors
 
 DEFAULT_SCALE = 0.8
@@ -56,19 +63,19 @@ class KolorsControlNet(ControlNet):
         field or tensor.
         """
         refuse_pickles(use_safetensors)
-        refuse_second_copy(low_cpu_mem_usage)
+        check_low_cpu_mem_usage(low_cpu_mem_usage)
         name = pretrained_model_name_or_path
         net = load_component(
             EMBEDDED / "controlnet" if name == EMBEDDED_NAME else name, "controlnet", subfolder=subfolder,
-            variant=variant, dtype=dtype_of("unet", one_dtype(torch_dtype, dtype)), device=device,
-            kind=Kind(ControlNetConfig, cls), revision=revision, cache_dir=cache_dir,
+            variant=variant, dtype=dtype_of("unet", merge_dtype_arguments(torch_dtype, dtype)), device=device,
+            kind=ModelSpec(ControlNetConfig, cls), revision=revision, cache_dir=cache_dir,
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
         assert isinstance(net, cls)
         return net
 
     @classmethod
-    def borrow(
+    def from_sdxl(
         cls,
         pretrained_model_name_or_path: str | Path,
         unet: UNet,
@@ -130,5 +137,5 @@ class KolorsControlNet(ControlNet):
         Raises FileExistsError if `folder` is there already and not empty, ValueError for a variant that is
         not letters, digits and underscores.
         """
-        with new_folder(path_of("folder", folder)) as place:
+        with atomic_folder(as_path("folder", folder)) as place:
             save_component(self, place, "controlnet", subfolder="", variant=variant)

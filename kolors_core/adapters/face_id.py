@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.adapters.ip_adapter import ImageAdapter, IPAdapterConfig, ResamplerLayer
+from kolors_core.adapters.ip_adapter import ImagePromptAdapter, IPAdapterConfig, ResamplerLayer
 from kolors_core.hub import find_file
 from kolors_core.unet import UNet
-from kolors_core.validation import path_of
+from kolors_core.validation import as_path
 from weights_convert.safetensors_files import Source
 from weights_convert.untrusted_files import one_line
 
@@ -75,7 +75,7 @@ class FaceResampler(nn.Module):
         return face + self.norm_out(self.proj_out(latents))
 
 
-class FaceIDAdapter(ImageAdapter):
+class FaceIDAdapter(ImagePromptAdapter):
     """IP-Adapter-FaceID-Plus; `ip_adapter.attach` hangs it into a UNet."""
 
     config: FaceIDConfig
@@ -105,7 +105,7 @@ def load_face_embeds(file: str | Path) -> Tensor:
 
     FileNotFoundError or ValueError naming the file if it holds something else.
     """
-    file = path_of("file", file)
+    file = as_path("file", file)
     if file.suffix == ".npy":
         import numpy as np
 

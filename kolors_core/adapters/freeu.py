@@ -10,8 +10,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from kolors_core.unet import UNet, UpLevel
-from kolors_core.validation import finite_number
+from kolors_core.unet import UNet
+from kolors_core.validation import check_float
 
 NAMES = ("s1", "s2", "b1", "b2")
 
@@ -35,7 +35,7 @@ class FreeU(NamedTuple):
         return torch.fft.ifft2(spectrum * low).real.to(skip.dtype)
 
 
-class FreeUSwitch:
+class FreeUMethods:
     """The reference's two methods, for a pipeline. Every pipeline that has this UNet sees the change."""
 
     unet: UNet
@@ -48,7 +48,7 @@ class FreeUSwitch:
         if len(self.unet.up) < 2:
             raise ValueError("FreeU changes two levels, and this UNet has one")
         for name, value in zip(NAMES, (s1, s2, b1, b2), strict=True):
-            finite_number(name, value, 0)
+            check_float(name, value, 0)
         self._join(FreeU(b1, s1), FreeU(b2, s2))
 
     def disable_freeu(self) -> None:
@@ -56,7 +56,7 @@ class FreeUSwitch:
         self._join(None, None)
 
     def _join(self, *ways: FreeU | None) -> None:
-        for level, way in zip(cast("Sequence[UpLevel]", self.unet.up), ways, strict=False):
+        for level, way in zip(cast("Sequence[UpBlock]", self.unet.up), ways, strict=False):
             level.freeu = way
 
     @property

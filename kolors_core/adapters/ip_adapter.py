@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from kolors_core.adapters.block_scales import BlockScale, block_scales
 from kolors_core.adapters.clip_vision import CLIPVision
 from kolors_core.attention import attention, split_heads
-from kolors_core.context import ImagePrompt, Masks, ReadImages
+from kolors_core.context import ImageKeysValues, ImagePrompt, Masks
 from kolors_core.unet import Attention, UNet
 
 
 @dataclass(frozen=True, kw_only=True)
 class IPAdapterConfig:
-    """Kolors-IP-Adapter-Plus. image_dim: width of CLIP's states. branch_widths: of the UNet's
+    """Kolors-IP-Adapter-Plus. image_dim: width of CLIP's states. cross_attention_widths: of the UNet's
     cross-attentions, in the file's order."""
 
     image_dim: int = 1024
@@ -35,7 +35,9 @@ class IPAdapterConfig:
     feed_forward_size: int = 8192
     layers: int = 4
     context_dim: int = 2048
-    branch_widths: tuple[int, ...] = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
+    cross_attention_widths: tuple[int, ...] = (
+        (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
+    )
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> Self:
@@ -56,7 +58,7 @@ class IPAdapterConfig:
                 feed_forward_size=shapes["resampler.layers.0.feed_forward.proj_in.weight"][0],
                 layers=len({name.split(".")[2] for name in shapes if name.startswith("resampler.layers.")}),
                 context_dim=shapes["resampler.proj_out.weight"][0],
-                branch_widths=tuple(size for _, size in branches),
+                cross_attention_widths=tuple(size for _, size in branches),
             )
         except (KeyError, ValueError, IndexError) as error:
             raise ValueError(f"{where}: not the shapes of an IP-Adapter: {error}") from None
@@ -135,7 +137,7 @@ class Resampler(nn.Module):
         return self.norm_out(self.proj_out(latents))
 
 
-class ImageBranch(nn.Module):
+class ImageCrossAttention(nn.Module):
     """What one cross-attention sees of the images: keys and values of their own, added to the text's.
 
     scale: a number for all images, or one for each; a list needs masks, which keep the images apart.
@@ -154,14 +156,14 @@ class ImageBranch(nn.Module):
         """See kolors_core/module.py."""
         return (str(self.scale),)
 
-    def read(self, image: ImagePrompt, heads: int) -> ReadImages:
+    def read(self, image: ImagePrompt, heads: int) -> ImageKeysValues:
         """image: tokens [B, I, Q, context_dim]. Without masks the images' keys stand side by side."""
         tokens, masks = image
         parts = [tokens.flatten(1, 2)] if masks is None else tokens.unbind(1)  # of [B, I * Q or Q, C]
         pairs = ((self.to_k(part), self.to_v(part)) for part in parts)
-        return ReadImages(tuple((split_heads(k, heads), split_heads(v, heads)) for k, v in pairs), masks)
+        return ImageKeysValues(tuple((split_heads(k, heads), split_heads(v, heads)) for k, v in pairs), masks)
 
-    def forward(self, h: Tensor, q: Tensor, images: ReadImages) -> Tensor:
+    def forward(self, h: Tensor, q: Tensor, images: ImageKeysValues) -> Tensor:
         """h, q: [B, heads, N, C/heads], the text's result and the queries; masks of images: [1 or B, I, N].
 
         Returns h with the images added; at scale 0, h itself.
@@ -194,19 +196,19 @@ def cross_attentions(unet: UNet) -> dict[str, Attention]:
     }
 
 
-class ImageAdapter(nn.Module):
+class ImagePromptAdapter(nn.Module):
     """A resampler that makes tokens, and the branches that read them, numbered as in the file: 1, 3, ..."""
 
     def __init__(self, config: IPAdapterConfig, resampler: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.resampler = resampler
-        branches = [ImageBranch(width, config.context_dim) for width in config.branch_widths]
+        branches = [ImageCrossAttention(width, config.context_dim) for width in config.cross_attention_widths]
         self.branches = nn.ModuleDict({str(2 * i + 1): branch for i, branch in enumerate(branches)})
 
     def check_fits(self, unet: UNet) -> None:
         """ValueError if it was made for a UNet of another shape."""
-        own, context = list(self.config.branch_widths), self.config.context_dim
+        own, context = list(self.config.cross_attention_widths), self.config.context_dim
         widths = [place.to_q.in_features for place in cross_attentions(unet).values()]
         if own != widths or context != unet.config.context_dim:
             got = f"{len(own)} attentions {sorted(set(own))} wide, of context {context}"
@@ -214,7 +216,7 @@ class ImageAdapter(nn.Module):
             raise ValueError(f"the IP-Adapter is for {got}; the UNet has {have}")
 
 
-class IPAdapter(ImageAdapter):
+class IPAdapter(ImagePromptAdapter):
     """IP-Adapter-Plus."""
 
     resampler: Resampler
@@ -239,13 +241,17 @@ class Attached:
     """
 
     def __init__(
-        self, unet: UNet, adapter: ImageAdapter, branches: dict[str, ImageBranch], encoder: CLIPVision | None
+        self,
+        unet: UNet,
+        adapter: ImagePromptAdapter,
+        branches: dict[str, ImageCrossAttention],
+        encoder: CLIPVision | None,
     ) -> None:
         self.unet, self.adapter, self.branches, self.encoder = unet, adapter, branches, encoder
         for branch in branches.values():
             branch.handle = self
 
-    def follow_unet(self) -> None:
+    def to_unet_device(self) -> None:
         """Bring the resampler, which is no part of the UNet, to the device and dtype of its branches."""
         self.adapter.resampler.to(next(iter(self.branches.values())).to_k.weight)
 
@@ -278,14 +284,16 @@ def attached(unet: UNet) -> list[Attached]:
     return [] if first is None else [branch.handle for branch in first.image_branches]
 
 
-def attach(unet: UNet, adapter: ImageAdapter, encoder: CLIPVision | None = None) -> Attached:
+def attach(unet: UNet, adapter: ImagePromptAdapter, encoder: CLIPVision | None = None) -> Attached:
     """Hang an adapter's branches into a UNet, after those of adapters attached before.
 
     ValueError if it does not fit; the UNet is then untouched.
     """
     adapter.check_fits(unet)
     places = cross_attentions(unet)
-    branches = {path: cast(ImageBranch, b) for path, b in zip(places, adapter.branches.values(), strict=True)}
+    branches = {
+        path: cast(ImageCrossAttention, b) for path, b in zip(places, adapter.branches.values(), strict=True)
+    }
     for path, branch in branches.items():
         places[path].image_branches.append(branch)
     return Attached(unet, adapter, branches, encoder)

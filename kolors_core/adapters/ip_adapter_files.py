@@ -12,17 +12,17 @@ from torch import Tensor
 
 from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
 from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
-from kolors_core.adapters.ip_adapter import ImageAdapter, IPAdapter, IPAdapterConfig
+from kolors_core.adapters.ip_adapter import ImagePromptAdapter, IPAdapter, IPAdapterConfig
 from kolors_core.checkpoint import load_component
-from kolors_core.devices import dtype_of, one_dtype, refuse_second_copy
-from kolors_core.hub import find_file, refuse_unused
+from kolors_core.devices import check_low_cpu_mem_usage, dtype_of, merge_dtype_arguments
+from kolors_core.hub import find_file, reject_unused
 from kolors_core.loading import load
 from kolors_core.unet import UNet
-from kolors_core.validation import new_path, path_of
-from weights_convert import recognise
+from kolors_core.validation import as_new_path, as_path
+from weights_convert import detect_component
 from weights_convert.safetensors_files import Source, Tensors, save_tensors
 
-ADAPTER_CLASSES: dict[str, tuple[Callable[..., ImageAdapter], type[IPAdapterConfig]]] = {
+ADAPTER_CLASSES: dict[str, tuple[Callable[..., ImagePromptAdapter], type[IPAdapterConfig]]] = {
     "ip_adapter": (IPAdapter, IPAdapterConfig),
     "face_id": (FaceIDAdapter, FaceIDConfig),
 }
@@ -52,11 +52,11 @@ class CLIPVisionModelWithProjection:
         torch_dtype, or by its newer name dtype: float32 if None. low_cpu_mem_usage: True is how weights are
         loaded here. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
-        refuse_second_copy(low_cpu_mem_usage)
+        check_low_cpu_mem_usage(low_cpu_mem_usage)
         return load_component(
             pretrained_model_name_or_path, "image_encoder", kind=IMAGE_ENCODER, subfolder=subfolder,
             variant=variant,
-            dtype=dtype_of("image_encoder", one_dtype(torch_dtype, dtype)), device=device,
+            dtype=dtype_of("image_encoder", merge_dtype_arguments(torch_dtype, dtype)), device=device,
             revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip
 
@@ -70,10 +70,10 @@ def load_adapter(
     encoder: CLIPVision | None,
     encoder_folder: str | None,
     hub: dict[str, Any],
-) -> tuple[ImageAdapter, CLIPVision | None]:
+) -> tuple[ImagePromptAdapter, CLIPVision | None]:
     """Load an adapter of a component that fits the UNet, and the image encoder unless one is given."""
     weight = unet.conv_in.weight
-    if not isinstance(source, Mapping) and path_of("the IP-Adapter", source).is_file():
+    if not isinstance(source, Mapping) and as_path("the IP-Adapter", source).is_file():
         if subfolder or weight_name is not None:
             raise ValueError(f"{source} is a file: subfolder and weight_name have no effect on it")
         source, weight_name = Path(source).parent, Path(source).name
@@ -110,7 +110,7 @@ def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> 
     """Open an adapter's tensors; of a dict also nested, {"image_proj": {...}, "ip_adapter": {...}}."""
     if not isinstance(source, Mapping):
         return Source([find_file(source, weight_name, subfolder, **hub)])
-    refuse_unused("a dict of tensors", subfolder=subfolder, weight_name=weight_name, **hub)
+    reject_unused("a dict of tensors", subfolder=subfolder, weight_name=weight_name, **hub)
     flat: dict[str, Any] = {}
     for name, value in source.items():
         if isinstance(value, Mapping):
@@ -120,9 +120,9 @@ def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> 
     return Tensors(flat, "the dict of tensors")
 
 
-def _build(component: str, source: Source | Tensors, like: Tensor) -> ImageAdapter:
+def _build(component: str, source: Source | Tensors, like: Tensor) -> ImagePromptAdapter:
     """Build an adapter of the shape that its tensors have, in the dtype and on the device of `like`."""
-    table, is_ours = recognise(source.keys(), source.where)
+    table, is_ours = detect_component(source.keys(), source.where)
     if table.component != component:
         hint = ": load_ip_adapter_face_id loads it" if table.component == "face_id" else ""
         raise ValueError(f"{source.where}: wanted tensors of {component}, got {table.component}{hint}")
@@ -141,13 +141,13 @@ def save_image_embeds(embeds: Sequence[Tensor], file: str | Path, *, overwrite: 
     """
     if not isinstance(embeds, list | tuple) or not all(isinstance(embed, Tensor) for embed in embeds):
         raise TypeError(f"embeds must be a list of tensors, got {type(embeds).__name__}")
-    file = new_path("file", file, overwrite)
+    file = as_new_path("file", file, overwrite)
     save_tensors({f"ip_adapter.{i}": embed for i, embed in enumerate(embeds)}, file)
 
 
 def load_image_embeds(file: str | Path) -> list[Tensor]:
     """Read a file of `save_image_embeds`. FileNotFoundError or ValueError if it is none."""
-    source = Source([path_of("file", file)])
+    source = Source([as_path("file", file)])
     names = [f"ip_adapter.{i}" for i in range(len(source))]
     if not names or set(names) != set(source):
         raise ValueError(f"{file}: no image embeddings, wanted tensors ip_adapter.0 and so on")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.adapters.block_scales import BlockScale, block_scales
-from kolors_core.adapters.lora_layers import LoRALayer, Part, lora_class
+from kolors_core.adapters.lora_layers import LoRALayer, LoRAWeights, lora_class
 from kolors_core.unet import UNet
-from kolors_core.validation import finite_number, new_path, whole_number
+from kolors_core.validation import as_new_path, check_float, check_int
 from weights_convert import TABLES
 from weights_convert.safetensors_files import save_tensors
 
@@ -32,7 +32,7 @@ class Adapter:
     def __init__(self, model: nn.Module, name: str, layers: dict[str, LoRALayer]) -> None:
         self.model, self.name, self.layers = model, name, layers
 
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, LoRAWeights]:
         """Its share of each layer, by the layer's path."""
         return {path: layer.parts()[self.name] for path, layer in self.layers.items()}
 
@@ -53,12 +53,12 @@ class Adapter:
 
     def set_active(self, is_active: bool) -> None:
         """Switch it on or off; its scale stays. ValueError while adapters are fused."""
-        refuse_fused(self.model, f"switch adapter {self.name!r}")
+        check_not_fused(self.model, f"switch adapter {self.name!r}")
         for part in self.parts().values():
             part.is_active = is_active
 
     def set_scale(self, scale: BlockScale) -> None:
-        """Weigh the adapter: 1 is as trained, 0 is as if there were none (but for DoRA, see `Part.change`).
+        """Scale the adapter: 1 is as trained, 0 is as if there were none (except DoRA, see `LoRAWeights`).
 
         On a UNet also by blocks, see `blocks.block_scales`. ValueError for another kind of scale, or while
         adapters are fused.
@@ -78,11 +78,11 @@ class Adapter:
                 raise ValueError(f"a {kind} has no blocks: its scale is a number, got {scale}")
             by_transformer = block_scales(scale, self.model, default=1.0)
             scales = {path: _of_layer(path, by_transformer) for path in self.layers}
-        return {path: finite_number("the scale of an adapter", value) for path, value in scales.items()}
+        return {path: check_float("the scale of an adapter", value) for path, value in scales.items()}
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
         """Weigh each layer by itself. ValueError while adapters are fused."""
-        refuse_fused(self.model, f"scale adapter {self.name!r}")
+        check_not_fused(self.model, f"scale adapter {self.name!r}")
         for path, part in self.parts().items():
             part.strength = scales[path]
 
@@ -91,7 +91,7 @@ class Adapter:
 
         ValueError while adapters are fused.
         """
-        refuse_fused(self.model, f"detach adapter {self.name!r}")
+        check_not_fused(self.model, f"detach adapter {self.name!r}")
         for path, layer in self.layers.items():
             if self.name not in layer.lora:
                 continue  # the model has been unloaded since
@@ -137,8 +137,8 @@ def attach(
     alpha is the rank if None. Its factors are float32, to be trained. Raises ValueError for a rank below 1,
     where no layer matches, or for a name that is in use or no name.
     """
-    rank = whole_number("rank", rank)
-    scale = 1.0 if alpha is None else finite_number("alpha", alpha) / rank
+    rank = check_int("rank", rank)
+    scale = 1.0 if alpha is None else check_float("alpha", alpha) / rank
     if isinstance(targets, str) or not isinstance(targets, Sequence):
         raise TypeError(f"targets must be a list of layers' last names, got {targets!r}")
     parts = {}
@@ -148,13 +148,13 @@ def attach(
             down = torch.empty(rank, layer.in_features, **place)  # [R, I]
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
             up = torch.zeros(layer.out_features, rank, **place)  # [O, R]
-            parts[path] = Part({"down": down, "up": up}, scale)
+            parts[path] = LoRAWeights({"down": down, "up": up}, scale)
     if not parts:
         raise ValueError(f"no linear layer of this {type(model).__name__} is named {' or '.join(targets)}")
     return install(model, name, parts)
 
 
-def install(model: nn.Module, name: str, parts: Mapping[str, Part]) -> Adapter:
+def install(model: nn.Module, name: str, parts: Mapping[str, LoRAWeights]) -> Adapter:
     """Put an adapter's parts on the layers of these paths. ValueError as in `attach`, or if one is fused."""
     check_name(model, name)
     layers, present = {}, attached_layers(model).values()
@@ -174,7 +174,7 @@ def install(model: nn.Module, name: str, parts: Mapping[str, Part]) -> Adapter:
 
 def check_name(model: nn.Module, name: str) -> None:
     """ValueError unless an adapter of this name can be attached now."""
-    refuse_fused(model, f"attach adapter {name!r}")
+    check_not_fused(model, f"attach adapter {name!r}")
     if not isinstance(name, str) or re.fullmatch(r"[\w-]+", name) is None or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"an adapter's name is letters, digits, _ and -, and no word of torch, got {name!r}")
     if name in adapters(model):
@@ -212,7 +212,7 @@ def fused_names(model: nn.Module) -> tuple[str, ...]:
     return next((layer.fused for layer in attached_layers(model).values()), ())
 
 
-def refuse_fused(model: nn.Module, wish: str) -> None:
+def check_not_fused(model: nn.Module, wish: str) -> None:
     """ValueError if adapters are fused: their scales and neighbours are fixed until they are unfused."""
     if names := fused_names(model):
         raise ValueError(f"cannot {wish} while {', '.join(names)} is fused: unfuse first")
@@ -224,7 +224,7 @@ def fuse(model: nn.Module, names: Sequence[str], share: float = 1.0) -> None:
     Until `unfuse` the model is this sum and nothing else: adapters that are not named do nothing. ValueError
     if a weight is then not finite; nothing is fused in that case.
     """
-    refuse_fused(model, f"fuse {', '.join(names)}")
+    check_not_fused(model, f"fuse {', '.join(names)}")
     layers = attached_layers(model)
     try:
         for path, layer in layers.items():
@@ -244,7 +244,7 @@ def unfuse(model: nn.Module) -> None:
 
 def enable(model: nn.Module, is_enabled: bool) -> None:
     """Switch all adapters on or off at once; which of them are active stays as it is."""
-    refuse_fused(model, "switch adapters")
+    check_not_fused(model, "switch adapters")
     for layer in attached_layers(model).values():
         layer.is_enabled = is_enabled
 
@@ -261,7 +261,7 @@ def save_adapters(of: Mapping[str, Adapter], file: str | Path, *, overwrite: boo
 
     Raises FileExistsError for a file that is there, unless `overwrite`.
     """
-    state, file = {}, new_path("file", file, overwrite)
+    state, file = {}, as_new_path("file", file, overwrite)
     for component, adapter in of.items():
         state |= adapter.public_state(component)
     save_tensors(state, file)

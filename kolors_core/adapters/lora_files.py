@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.adapters.lora import linear_and_conv
-from kolors_core.adapters.lora_layers import Part
+from kolors_core.adapters.lora_layers import LoRAWeights
 from weights_convert import TABLES
-from weights_convert.lora import KNOWN, normalise
+from weights_convert.lora import KNOWN, parse_keys
 from weights_convert.safetensors_files import Source, Tensors
 
 METADATA = "lora_adapter_metadata"  # the reference's name of its configs in a file's own metadata
 Roles = Mapping[str, Tensor]
-Made = tuple[dict[str, Tensor], int | None]  # tensors of a `Part`, and their rank if they have one
+Made = tuple[dict[str, Tensor], int | None]  # tensors of a `LoRAWeights`, and their rank if they have one
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read(
     models: Mapping[str, nn.Module],
     adapter: str,
     allow_partial: bool,
-) -> tuple[dict[str, dict[str, Part]], LoRAReport]:
+) -> tuple[dict[str, dict[str, LoRAWeights]], LoRAReport]:
     """An adapter's parts by component and layer path, in the layers' dtype and place, and the report.
 
     configs: PEFT's, by component, see `configs_of`. models: by component. Raises ValueError where nothing
@@ -73,13 +73,13 @@ def read(
     """
     layers = {component: linear_and_conv(model) for component, model in models.items()}
     try:
-        places, unmatched = normalise(source, layers)
+        places, unmatched = parse_keys(source, layers)
     except ValueError as error:
         raise ValueError(f"{source.where}: {error}") from None
     grouped: dict[tuple[str, str], dict[str, str]] = {}
     for place, name in places.items():
         grouped.setdefault((place.component, place.module), {})[place.role] = name
-    parts: dict[str, dict[str, Part]] = {}
+    parts: dict[str, dict[str, LoRAWeights]] = {}
     matched, misshapen = [], []
     for (component, path), names in grouped.items():
         layer, config = layers[component][path], configs.get(component)
@@ -137,7 +137,7 @@ def configs_of(source: Source | Tensors) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _part(roles: Roles, layer: nn.Module, public: str, config: Mapping[str, Any] | None) -> Part:
+def _part(roles: Roles, layer: nn.Module, public: str, config: Mapping[str, Any] | None) -> LoRAWeights:
     """One layer's share, of the tensors that the file has for it. Misfit if they do not fit the layer."""
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
@@ -169,7 +169,7 @@ def _part(roles: Roles, layer: nn.Module, public: str, config: Mapping[str, Any]
             have = "none" if bias is None else list(bias.shape)
             raise Misfit(f"its bias is {list(added.shape)}, the layer has {have}")
         tensors["bias"] = added
-    part = Part({name: tensor.to(weight, copy=True) for name, tensor in tensors.items()}, scale)
+    part = LoRAWeights({name: tensor.to(weight, copy=True) for name, tensor in tensors.items()}, scale)
     return part.requires_grad_(False)
 
 

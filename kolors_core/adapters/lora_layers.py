@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.module import StandIn
+from kolors_core.module import ReplacedModule
 
 
-class Part(nn.Module):
+class LoRAWeights(nn.Module):
     """One adapter's share of one layer: two factors, or a delta of the weight's shape.
 
     down: [R, I, *K]; up: [O, R], of a convolution [O, R, 1, 1]. delta: [O, I, *K], which files of other forms
@@ -39,12 +39,12 @@ class Part(nn.Module):
             tensor = tensors.get(name)
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
         self.scale, self.strength, self.is_active, self.order = scale, 1.0, True, 0
-        self.run_scale = 1.0  # a further factor, during one run
+        self.call_scale = 1.0  # a further factor, during one run
 
     @property
     def wanted(self) -> float:
         """How much of the adapter is wanted now, before its own scale."""
-        return self.strength * self.run_scale
+        return self.strength * self.call_scale
 
     def change(self, weight: Tensor, share: float = 1.0) -> Tensor:
         """What `share` of the adapter adds to a layer's weight, of the weight's shape and dtype.
@@ -67,7 +67,7 @@ class Part(nn.Module):
         return magnitude / norm * turned - weight
 
 
-class LoRALayer(StandIn, ABC):
+class LoRALayer(ReplacedModule, ABC):
     """What linear layers and convolutions with adapters share."""
 
     weight: Tensor
@@ -85,9 +85,9 @@ class LoRALayer(StandIn, ABC):
         parts = tuple((part.scale, part.wanted, part.is_active) for part in self.parts().values())
         return parts, self.is_enabled, self.fused
 
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, LoRAWeights]:
         """The adapters of this layer, by name."""
-        return cast("dict[str, Part]", dict(self.lora.items()))
+        return cast("dict[str, LoRAWeights]", dict(self.lora.items()))
 
     def forward(self, input: Tensor) -> Tensor:
         """As the layer without adapters, plus what the active ones add. Fused adapters cost nothing."""

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.devices import plain
-from kolors_core.hub import find_file, refuse_unused
-from kolors_core.module import StandIn
-from kolors_core.validation import new_path
+from kolors_core.hub import find_file, reject_unused
+from kolors_core.module import ReplacedModule
+from kolors_core.validation import as_new_path
 from weights_convert.safetensors_files import Source, Tensors, save_tensors
 
 WEIGHT_NAME = "learned_embeds.safetensors"
@@ -32,7 +32,7 @@ class LearnedVectors(nn.ParameterList):
     is_adapter = True
 
 
-class WordEmbedding(StandIn, nn.Embedding):
+class WordEmbedding(ReplacedModule, nn.Embedding):
     """An embedding table and learned vectors behind it: those of `words`, one word after another.
 
     The table keeps its name; the vectors add keys, `learned.<i>` [n, C].
@@ -140,7 +140,7 @@ def save_words(encoder: ChatGLM, file: str | Path, *, overwrite: bool = False) -
     """
     if not (vectors := vectors_of(encoder)):
         raise ValueError(f"{file}: the text encoder has no learned words to be written")
-    save_tensors(vectors, new_path("file", file, overwrite))
+    save_tensors(vectors, as_new_path("file", file, overwrite))
 
 
 class TextualInversion:
@@ -183,7 +183,7 @@ class TextualInversion:
                 source = {NAMELESS: source}
             if isinstance(source, Mapping):
                 unused = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
-                refuse_unused("given vectors", **unused)
+                reject_unused("given vectors", **unused)
                 found = Tensors(source, "the given vectors")
             else:
                 file = find_file(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kolors_core.validation import LARGEST_SEED, finite_number, whole_number
+from kolors_core.validation import LARGEST_SEED, check_float, check_int
 from weights_convert.untrusted_files import once, one_line
 
 
@@ -184,10 +184,10 @@ def _settings(row: Any, seed: int, steps: int) -> JobSettings:
             raise ValueError(f"{name} is not UTF-8: {text!r}")
     for name, multiple in (("height", 8), ("width", 8), ("steps", 1)):
         if name in given:
-            whole_number(name, given[name], multiple)
+            check_int(name, given[name], multiple)
     return JobSettings(
         prompt=given["prompt"], negative_prompt=given.get("negative_prompt"),
-        seed=whole_number("seed", given.get("seed", seed), least=0, most=LARGEST_SEED),
+        seed=check_int("seed", given.get("seed", seed), least=0, most=LARGEST_SEED),
         height=given.get("height"), width=given.get("width"), steps=given.get("steps", steps),
-        guidance=finite_number("guidance", given.get("guidance", 5.0)), lora=tuple(lora),
+        guidance=check_float("guidance", given.get("guidance", 5.0)), lora=tuple(lora),
     )  # fmt: skip

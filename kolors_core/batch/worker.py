@@ -33,22 +33,22 @@ from kolors_core.batch.prompt_file import FINGERPRINT_KEY, Job, JobSettings, png
 from kolors_core.batch.split_guidance import GuidancePair, PeerLost
 from kolors_core.checkpoint import logger
 from kolors_core.cli.options import (
-    bits_of,
     default_steps,
     files_of,
     guidance_of,
     guide,
     load_loras,
     load_pipeline,
+    parse_source_scale,
     precision,
+    quantization_bits,
     quantize,
-    weigh_loras,
-    with_scale,
+    set_lora_scales,
 )
 from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.validation import LARGEST_SEED, whole_number
-from weights_convert.atomic_write import sweep
+from kolors_core.validation import LARGEST_SEED, check_int
+from weights_convert.atomic_write import remove_stale_scratch
 from weights_convert.untrusted_files import one_line
 
 PAUSE = 0.2  # seconds between looks at lines that others draw
@@ -69,12 +69,14 @@ class Worker:
         if options.quiet:
             logger.setLevel(logging.ERROR)
         model = {name: getattr(options, name) for name in ("weights", "variant", "revision", "sampler")}
-        model |= {"dtype": str(precision(options, device)), "bits": bits_of(options)} | files_of(options)
+        model |= {"dtype": str(precision(options, device)), "bits": quantization_bits(options)} | files_of(
+            options
+        )
         if (keywords := guidance_of(options)) and options.split_guidance:
             raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
         # Of what is not asked for, a fingerprint has nothing: older images keep theirs.
         model |= {name: value for name, value in {"rule": keywords, "freeu": options.freeu}.items() if value}
-        seed = whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
+        seed = check_int("--seed", options.seed, least=0, most=LARGEST_SEED)
         self.jobs = read_jobs(options.prompts, model, seed, default_steps(options.sampler))
         self.run_name = self._synchronize_jobs()
         self.pair = GuidancePair() if options.split_guidance else None
@@ -237,7 +239,7 @@ class Worker:
         sources = _sources(loras)
         try:
             if sources == self.loras:
-                weigh_loras(pipe, loras)
+                set_lora_scales(pipe, loras)
             else:
                 pipe.unload_lora_weights()
                 load_loras(pipe, loras, self.options.local_files_only, is_quiet=True)
@@ -306,7 +308,7 @@ class Worker:
                     records[job.number] = self._as_record(job, None, None, None)
 
         self.manifest.compact(complete)
-        sweep(self.folder)
+        remove_stale_scratch(self.folder)
         if self.is_quiet:
             return
         names = {job.file for job in self.jobs}
@@ -324,4 +326,4 @@ class Worker:
 
 def _sources(loras: Sequence[str]) -> tuple[str, ...]:
     """LoRAs without their scales."""
-    return tuple(with_scale(text)[0] for text in loras)
+    return tuple(parse_source_scale(text)[0] for text in loras)

@@ -11,7 +11,7 @@ from kolors_core.adapters.textual_inversion import words_of
 from kolors_core.cli.options import (
     add_model,
     add_sampler,
-    check_outs,
+    check_output_paths,
     default_steps,
     files_of,
     load_pipeline,
@@ -21,8 +21,8 @@ from kolors_core.devices import named_device, plain
 from kolors_core.inspection.attention_report import Explanation, page, sheet
 from kolors_core.inspection.token_attention import explain_prompt
 from kolors_core.pipelines.png_metadata import attach_metadata
-from kolors_core.validation import LARGEST_SEED, whole_number
-from weights_convert.atomic_write import new_file
+from kolors_core.validation import LARGEST_SEED, check_int
+from weights_convert.atomic_write import atomic_file
 
 
 def explain_parser() -> argparse.ArgumentParser:
@@ -56,13 +56,13 @@ def explain(options: argparse.Namespace) -> None:
     """Do what the flags ask for; ValueError or OSError for what cannot be done."""
     name = options.out.with_suffix("") if options.out.suffix in (".png", ".html") else options.out
     outs = [name.with_name(f"{name.name}.{kind}") for kind in ("png", "html")]
-    check_outs(outs, options.force)
+    check_output_paths(outs, options.force)
     for side in ("height", "width"):
         if getattr(options, side) is not None:
-            whole_number(side, getattr(options, side), 8)
+            check_int(side, getattr(options, side), 8)
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-    whole_number("--seed", seed, least=0, most=LARGEST_SEED)
-    steps = default_steps(options.sampler) if options.steps is None else whole_number("steps", options.steps)
+    check_int("--seed", seed, least=0, most=LARGEST_SEED)
+    steps = default_steps(options.sampler) if options.steps is None else check_int("steps", options.steps)
     name.parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(options, named_device(options.device))
     quantized = quantize(pipe, options)
@@ -84,6 +84,6 @@ def write(made: Explanation, png: Path, html: Path) -> None:
     """Write the sheet and the page, both or none. OSError naming the file."""
     drawn, text = sheet(made), page(made).encode()
     attach_metadata(drawn, {"prompt": made.prompt} | made.facts)
-    with new_file(png) as scratch, new_file(html) as page_scratch:
+    with atomic_file(png) as scratch, atomic_file(html) as page_scratch:
         drawn.save(scratch, "PNG", compress_level=3)  # a third of the time, a tenth more bytes
         page_scratch.write_bytes(text)

@@ -17,9 +17,8 @@ from kolors_core.cli.options import (
     add_guidance,
     add_model,
     add_sampler,
-    bits_of,
     check_control,
-    check_outs,
+    check_output_paths,
     control_arguments,
     default_steps,
     guidance_of,
@@ -27,7 +26,8 @@ from kolors_core.cli.options import (
     load_controls,
     load_loras,
     load_pipeline,
-    load_words,
+    load_textual_inversions,
+    quantization_bits,
     quantize,
     with_revision,
 )
@@ -42,7 +42,7 @@ from kolors_core.pipelines.memory_plan import plan as plan_memory
 from kolors_core.pipelines.png_metadata import attach_metadata, read_metadata, save_png
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.validation import LARGEST_SEED, whole_number
+from kolors_core.validation import LARGEST_SEED, check_int
 
 
 def parser() -> argparse.ArgumentParser:
@@ -196,10 +196,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def draw(options: argparse.Namespace) -> None:
     """Make and write the pictures that the options ask for."""
-    outs, arguments = checked(options), arguments_of(options)  # pictures are read before weights
+    outs, arguments = checked(options), pipeline_kwargs(options)  # pictures are read before weights
     device = named_device(options.device)
     outs[0].parent.mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline(options, device, task=task_of(options))
+    pipe = load_pipeline(options, device, task=pipeline_class(options))
     quantized = quantize(pipe, options)
     load_adapters(pipe, options)
     guide(pipe, options)
@@ -218,7 +218,7 @@ def draw(options: argparse.Namespace) -> None:
             print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)
 
 
-def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
+def pipeline_kwargs(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the task that the options ask for; its pictures are read."""
     steps = default_steps(options.sampler) if options.steps is None else options.steps
     if options.timesteps or options.sigmas:
@@ -258,8 +258,8 @@ def plan(options: argparse.Namespace) -> None:
     """Print what the pictures that the options ask for would need; the device need not be there."""
     checked(options)
     device = planned_device(options.device)
-    pipe = load_pipeline(options, device, is_planned=True, task=task_of(options))
-    for name, bits in bits_of(options).items():
+    pipe = load_pipeline(options, device, is_planned=True, task=pipeline_class(options))
+    for name, bits in quantization_bits(options).items():
         quantize_model(getattr(pipe, name), bits)
     load_adapters(pipe, options)
     guide(pipe, options)
@@ -283,12 +283,12 @@ def checked(options: argparse.Namespace) -> list[Path]:
     outs = [options.out]
     if options.images > 1:
         outs = [options.out.with_stem(f"{options.out.stem}-{i + 1}") for i in range(options.images)]
-    check_outs(outs, options.force or options.plan)
+    check_output_paths(outs, options.force or options.plan)
     if options.seed is not None:
-        whole_number("--seed", options.seed, least=0, most=LARGEST_SEED)
+        check_int("--seed", options.seed, least=0, most=LARGEST_SEED)
     for name, multiple in {"images": 1, "steps": 1, "height": 8, "width": 8}.items():
         if (value := getattr(options, name)) is not None:
-            whole_number(f"--{name}", value, multiple)
+            check_int(f"--{name}", value, multiple)
     for kind, names in {"ip": ("adapter", "image"), "face": ("adapter", "image", "embeds")}.items():
         *given, is_scaled = (getattr(options, f"{kind}_{name}") is not None for name in (*names, "scale"))
         if (any(given) or is_scaled) and not all(given):
@@ -310,7 +310,7 @@ def checked(options: argparse.Namespace) -> list[Path]:
     return outs
 
 
-def task_of(options: argparse.Namespace) -> type[Task]:
+def pipeline_class(options: argparse.Namespace) -> type[Task]:
     """What the weights are loaded for. Inpainting may have a UNet of its own."""
     if options.image is None:
         return KolorsControlNetPipeline if options.control else KolorsPipeline
@@ -320,7 +320,7 @@ def task_of(options: argparse.Namespace) -> type[Task]:
 def load_adapters(pipe: Task, options: argparse.Namespace) -> None:
     """Load the LoRAs, the learned words and the IP-Adapters that the options ask for."""
     load_loras(pipe, options.lora, options.local_files_only, options.quiet)
-    load_words(pipe, options.textual_inversion, options.local_files_only)
+    load_textual_inversions(pipe, options.textual_inversion, options.local_files_only)
     if options.ip_adapter is not None:
         name, revision = with_revision(options.ip_adapter)
         pipe.load_ip_adapter(name, revision=revision, local_files_only=options.local_files_only)

@@ -123,7 +123,7 @@ def add_control(images: argparse._ArgumentGroup) -> None:
     )
 
 
-def check_outs(outs: Sequence[Path], is_forced: bool) -> None:
+def check_output_paths(outs: Sequence[Path], is_forced: bool) -> None:
     """FileExistsError or IsADirectoryError for what may not be written over."""
     if existing := [out for out in outs if out.exists() and not is_forced]:
         raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
@@ -146,7 +146,7 @@ def files_of(options: argparse.Namespace) -> dict[str, str]:
     return {name: file for name in MODELS if (file := getattr(options, name)) is not None}
 
 
-def bits_of(options: argparse.Namespace) -> dict[str, int]:
+def quantization_bits(options: argparse.Namespace) -> dict[str, int]:
     """In how many bits the models are to be held that are to be quantised."""
     bits = {"text_encoder": options.text_encoder_bits, "unet": options.unet_bits}
     return {name: count for name, count in bits.items() if count is not None}
@@ -216,7 +216,7 @@ def load_pipeline(
 
 def quantize(pipe: Task, options: argparse.Namespace) -> QuantizationReport | None:
     """Quantise what the options ask for; None if nothing."""
-    if not (bits := bits_of(options)):
+    if not (bits := quantization_bits(options)):
         return None
     report = quantize_pipeline(pipe, **bits)
     if not options.quiet:
@@ -237,23 +237,25 @@ def guide(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
 def load_loras(pipe: Task, loras: Sequence[str], is_local: bool, is_quiet: bool) -> None:
     """Load LoRAs, each written FROM[:SCALE], and weigh them; the pipeline has none yet."""
     for i, text in enumerate(loras):
-        source, _ = with_scale(text)
+        source, _ = parse_source_scale(text)
         name, revision = with_revision(source)
         report = pipe.load_lora_weights(
             name, adapter_name=f"lora{i}", revision=revision, local_files_only=is_local
         )
         if not is_quiet:
             print(f"{source}: {report}", file=sys.stderr)
-    weigh_loras(pipe, loras)
+    set_lora_scales(pipe, loras)
 
 
-def weigh_loras(pipe: Task, loras: Sequence[str]) -> None:
+def set_lora_scales(pipe: Task, loras: Sequence[str]) -> None:
     """Give the loaded LoRAs the scales that are written here."""
     if loras:
-        pipe.set_adapters([f"lora{i}" for i in range(len(loras))], [with_scale(text)[1] for text in loras])
+        pipe.set_adapters(
+            [f"lora{i}" for i in range(len(loras))], [parse_source_scale(text)[1] for text in loras]
+        )
 
 
-def load_words(pipe: Task, files: Sequence[str], is_local: bool) -> None:
+def load_textual_inversions(pipe: Task, files: Sequence[str], is_local: bool) -> None:
     """Load learned words, each written FROM[:WORD]; its name in the file if there is no WORD."""
     for text in files:
         source, word = with_word(text)
@@ -267,7 +269,7 @@ def load_controls(
     """Give the pipeline the ControlNets that the options name."""
     nets = []
     for text in options.control or ():
-        source, _ = with_scale(text, DEFAULT_SCALE)
+        source, _ = parse_source_scale(text, DEFAULT_SCALE)
         name, revision = with_revision(CONTROLNETS.get(source, source))
         nets.append(
             KolorsControlNet.from_pretrained(
@@ -286,12 +288,12 @@ def control_arguments(options: argparse.Namespace) -> dict[str, Any]:
     images = [load_image(file) for file in options.control_image or ()]
     if options.canny is not None:
         images.append(canny(load_image(options.canny)))
-    scales = [with_scale(text, DEFAULT_SCALE)[1] for text in options.control]
+    scales = [parse_source_scale(text, DEFAULT_SCALE)[1] for text in options.control]
     end = {} if options.control_end is None else {"control_guidance_end": options.control_end}
     return {"control_image": images, "controlnet_conditioning_scale": scales} | end
 
 
-def with_scale(text: str, default: float = 1.0) -> tuple[str, float]:
+def parse_source_scale(text: str, default: float = 1.0) -> tuple[str, float]:
     """FROM[:SCALE], where FROM may have colons of its own."""
     source, colon, scale = text.rpartition(":")
     try:

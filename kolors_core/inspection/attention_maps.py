@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kolors_core.context import ReadImages
+from kolors_core.context import ImageKeysValues
 from kolors_core.devices import plain
-from kolors_core.inspection.features import Calls, Patterns, Steps, checked_steps, matching
+from kolors_core.inspection.features import CallCounter, Patterns, Steps, checked_steps, match_modules
 from kolors_core.unet import Attention, Encoder
 
 
@@ -26,7 +26,7 @@ class MapRecorder:
     """The maps of one attention."""
 
     def __init__(self, name: str, steps: Steps, whole: bool) -> None:
-        self.calls, self.whole = Calls(name, steps), whole
+        self.calls, self.whole = CallCounter(name, steps), whole
         self.size = 0, 0  # h, w
         self.maps: list[Tensor] = []  # of each step, or their mean alone
         self.kept = 0  # steps
@@ -40,7 +40,7 @@ class MapRecorder:
         self.accumulate(q, [k], bias, perturbed)
 
     def observe_images(
-        self, _branch: nn.Module, inputs: tuple[Tensor, Tensor, ReadImages], _out: Tensor
+        self, _branch: nn.Module, inputs: tuple[Tensor, Tensor, ImageKeysValues], _out: Tensor
     ) -> None:
         """The hook of an image branch: with masks, each image has a softmax of its own."""
         _, q, images = inputs
@@ -131,15 +131,15 @@ def record_attention(
         if isinstance(module, Attention):
             modules[name] = module
             modules |= {f"{name}.image_branches.{i}": b for i, b in enumerate(module.image_branches)}
-    found = matching(net, modules, patterns)
+    found = match_modules(net, modules, patterns)
     layers = {name: MapRecorder(name, checked_steps(steps), whole) for name in found}
     with ExitStack() as stack:
         for name, module in found.items():
             layer, transformer = layers[name], net.get_submodule(name.partition(".blocks.")[0])
             stack.callback(transformer.register_forward_pre_hook(layer.record_size).remove)
             if isinstance(module, Attention):
-                module.watchers.append(layer.observe)
-                stack.callback(partial(module.watchers.remove, layer.observe))
+                module.observers.append(layer.observe)
+                stack.callback(partial(module.observers.remove, layer.observe))
             else:
                 stack.callback(module.register_forward_hook(layer.observe_images).remove)
         yield AttentionMaps(layers)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from kolors_core.devices import plain
-from kolors_core.validation import whole_number
+from kolors_core.validation import check_int
 
 Patterns = str | Sequence[str]
 Steps = Collection[int] | None
@@ -40,7 +40,9 @@ Expected = Collection[int]
 Visit = Callable[[str, Any, int], Any]
 
 
-def matching(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Patterns) -> dict[str, nn.Module]:
+def match_modules(
+    model: nn.Module, modules: Mapping[str, nn.Module], patterns: Patterns
+) -> dict[str, nn.Module]:
     """Those of a model's modules that one of the patterns means, in their order.
 
     ValueError for a pattern that means none, and for a module that no hook reaches, since what it is part of
@@ -72,11 +74,11 @@ def checked_steps(steps: Steps) -> Steps:
         if not isinstance(steps, Collection) or isinstance(steps, str | Mapping) or not len(steps):
             raise TypeError(f"steps must be some whole numbers, such as range(5), or None, got {steps!r}")
         for step in steps:
-            whole_number("a step", step, least=0)
+            check_int("a step", step, least=0)
     return steps
 
 
-class Calls:
+class CallCounter:
     """Counts a module's calls and says which of them are meant: `steps`, or all. expected: what must come."""
 
     def __init__(self, name: str, steps: Steps, expected: Expected = (0,)) -> None:
@@ -158,7 +160,9 @@ def _found(model: nn.Module, patterns: Patterns) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"wanted a model, such as pipe.unet, got {type(model).__name__}")
     every = plain(model).named_modules()
-    return matching(model, {n: m for n, m in every if type(m).forward is not nn.Module.forward}, patterns)
+    return match_modules(
+        model, {n: m for n, m in every if type(m).forward is not nn.Module.forward}, patterns
+    )
 
 
 def _changed(name: str, features: Any, step: int, *, change: Any, ordered: list[int]) -> Any:
@@ -187,7 +191,7 @@ def _visited(
     """Let `visit(name, features, step)` see the features, and change them if it returns others than None."""
     if what not in ("in", "out"):
         raise ValueError(f'what must be "in" or "out", got {what!r}')
-    calls = {name: Calls(name, steps, expected) for name in modules}
+    calls = {name: CallCounter(name, steps, expected) for name in modules}
 
     def before(name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if (step := calls[name].next()) is None:

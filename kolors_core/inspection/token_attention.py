@@ -46,7 +46,7 @@ def explain_prompt(
     if pipe.tokenizer is None:
         raise ValueError("this pipeline has no tokenizer, and its tokens no names")
     batch = pipe.tokenizer([prompt], words=words)
-    batch = batch.collapse() if pipe.savings.collapse_pads else batch
+    batch = batch.merge_padding() if pipe.savings.merge_padding else batch
     tokens = display_tokens(pipe.tokenizer, batch, words)
     edges = [round(third * steps / 3) for third in range(4)] if steps >= 3 else [0, steps]
     spans = [range(first, stop) for first, stop in zip(edges, edges[1:], strict=False)]

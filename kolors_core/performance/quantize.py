@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.chatglm import Layer
+from kolors_core.chatglm import ChatGLMLayer
 from kolors_core.module import require_plain
 from kolors_core.unet import Transformer
 
 BITS = (4, 8)
 GROUP = 64  # int4 weights that share a scale; 32 gain 0.001 of cosine for a half bit a weight
-WHOLE_ROWS = 0  # a group that is a whole row, as in files of THUDM's ChatGLM
+PER_ROW = 0  # a group that is a whole row, as in files of THUDM's ChatGLM
 
 
 class QuantizedLinear(nn.Linear):
@@ -30,7 +30,7 @@ class QuantizedLinear(nn.Linear):
     8 bits: q * scale, with quantized int8 [O, I] from -127 to 127 and scale [O, 1], of each row.
     4 bits: q * scale + lowest, with q from 0 to 15, scale and lowest [O, I/g, 1] of each group, and quantized
     uint8 [O, I/g, g/2]: a group's first half in the low four bits, its second half in the high ones. g is 64,
-    or for other widths the largest power of two below that divides I; with `WHOLE_ROWS` it is I.
+    or for other widths the largest power of two below that divides I; with `PER_ROW` it is I.
     All are buffers. scale and lowest have the model's dtype, and so the weight; they are rounded to the
     8 bits of bfloat16 before they are used, so that a later change of dtype does not change them.
     The weight cannot be written or trained; inputs and the bias have gradients. A backward pass keeps each
@@ -74,16 +74,16 @@ def quantize(model: nn.Module, bits: int, group: int = GROUP) -> None:
 
     Layer by layer, so that both whole models are never in memory at once. There is no way back but to load
     the model again. A model on the meta device gets the shapes, for a quantised state dict to be assigned to.
-    group: with 4 bits, how many weights share a scale; `WHOLE_ROWS` for all of a row.
-    ValueError, before anything is changed, for what `quantizable` refuses.
+    group: with 4 bits, how many weights share a scale; `PER_ROW` for all of a row.
+    ValueError, before anything is changed, for what `quantizable_layers` refuses.
     """
-    for path in quantizable(model, bits):
+    for path in quantizable_layers(model, bits):
         parent, _, name = path.rpartition(".")
         layer = QuantizedLinear(cast(nn.Linear, model.get_submodule(path)), bits, group)
         setattr(model.get_submodule(parent), name, layer)
 
 
-def quantizable(model: nn.Module, bits: int) -> list[str]:
+def quantizable_layers(model: nn.Module, bits: int) -> list[str]:
     """The paths of the layers that `quantize` replaces; an IP-Adapter's branches are not among them.
 
     ValueError for bits other than 4 and 8, a model that is quantised already or has no such layers, and a
@@ -96,7 +96,7 @@ def quantizable(model: nn.Module, bits: int) -> list[str]:
     paths = [
         f"{place}.{path}"
         for place, block in model.named_modules()
-        if isinstance(block, Layer | Transformer)
+        if isinstance(block, ChatGLMLayer | Transformer)
         for path, layer in block.named_modules()
         if isinstance(layer, nn.Linear) and ".image_branches." not in path
     ]
@@ -126,7 +126,7 @@ def weight_bytes(model: nn.Module) -> int:
 def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, None]:
     """The buffers of a weight [O, I]."""
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    scale = _short(w.abs().amax(dim=1, keepdim=True) / 127, weight.dtype)  # [O, 1]
+    scale = _round_scale(w.abs().amax(dim=1, keepdim=True) / 127, weight.dtype)  # [O, 1]
     q = (w / scale).round_().clamp_(-127, 127).to(torch.int8)  # [O, I]
     return q, scale, None
 
@@ -137,13 +137,13 @@ def _in_4_bits(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     w = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, group))  # [O, I/g, g]
     lowest, highest = w.amin(dim=-1, keepdim=True), w.amax(dim=-1, keepdim=True)  # [O, I/g, 1]
     lowest = lowest.to(torch.bfloat16).to(weight.dtype)
-    scale = _short((highest - lowest) / 15, weight.dtype)
+    scale = _round_scale((highest - lowest) / 15, weight.dtype)
     q = ((w - lowest) / scale).round_().clamp_(0, 15).to(torch.uint8)
     first, second = q.chunk(2, dim=-1)
     return first | second << 4, scale, lowest
 
 
-def _short(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales in 8 significant bits, which every dtype has; 1 in place of 0, where all weights are equal."""
     scale = scale.to(torch.bfloat16).to(dtype)
     return torch.where(scale == 0, 1, scale)

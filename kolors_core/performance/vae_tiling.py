@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.vae import VAE, Decoder, DownLevel, Encoder, Middle, ResBlock, UpLevel, call
+from kolors_core.vae import VAE, Decoder, DownBlock, Encoder, MidBlock, ResBlock, UpBlock, call
 
 MIN_TILE_ROWS = 8  # below it, recomputing the rows that tiles share dominates
 MIN_TILE_SIDE = 32
 Pointwise = Callable[[Tensor], Tensor]
 
 # The forwards that this file repeats for tiles. Attention's is not one: it reads the whole of a small map.
-SUPPORTED_FORWARDS = [kind.forward for kind in (Encoder, Decoder, Middle, DownLevel, UpLevel, ResBlock)]
+SUPPORTED_FORWARDS = [kind.forward for kind in (Encoder, Decoder, MidBlock, DownBlock, UpBlock, ResBlock)]
 GEOMETRY = {"downsample": ((3, 3), (2, 2), (0, 0)), "shortcut": ((1, 1), (1, 1), (0, 0))}
 SAME_SIZE = ((3, 3), (1, 1), (1, 1))  # kernel, stride, padding of all other convolutions
 
@@ -257,7 +257,7 @@ class _TiledRun:
         return self.head(coder, x)
 
     def middle(self, block: Any, x: _Map) -> MaterializedMap:
-        """Repeat `Middle.forward`."""
+        """Repeat `MidBlock.forward`."""
         x = self.residual(block.resnet_in, x)
         x = MaterializedMap([block.attention(x.read(0, x.height))])
         return self.residual(block.resnet_out, x)

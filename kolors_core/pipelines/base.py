@@ -13,26 +13,26 @@ from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.checkpoint import (
     EMBEDDED_NAME,
-    KINDS,
-    Opened,
+    MODEL_SPECS,
+    UnloadedModel,
     check_savable,
     load_index,
     load_scheduler,
     open_component,
     resolve,
     save_component,
-    save_frame,
+    save_metadata,
 )
 from kolors_core.devices import (
     Dtypes,
+    check_low_cpu_mem_usage,
     dtype_of,
     loading_device,
+    merge_dtype_arguments,
     move,
     named_device,
-    one_dtype,
     plain,
     refuse_pickles,
-    refuse_second_copy,
 )
 from kolors_core.guidance import guided
 from kolors_core.pipelines.runs import Interrupt, Runs
@@ -42,17 +42,19 @@ from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from kolors_core.validation import path_of
-from weights_convert.atomic_write import new_folder
+from kolors_core.validation import as_path
+from weights_convert.atomic_write import atomic_folder
 
-MODELS = KINDS | {"image_encoder": IMAGE_ENCODER}  # all models of a pipeline's checkpoint
+MODELS = MODEL_SPECS | {"image_encoder": IMAGE_ENCODER}  # all models of a pipeline's checkpoint
 _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; None is a component left out
 
 
 class Components:
     """The models of a pipeline. Each is a plain attribute and may be replaced."""
 
-    repaints: ClassVar[bool] = False  # whether the UNet may read a mask and the masked picture's latents too
+    accepts_mask_channels: ClassVar[bool] = (
+        False  # whether the UNet may read a mask and the masked picture's latents too
+    )
 
     def __init__(
         self,
@@ -76,8 +78,8 @@ class Components:
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.feature_extractor = scheduler, feature_extractor
         self.image_encoder = image_encoder
-        check_dimensions(vae, text_encoder, tokenizer, unet, self.repaints)
-        check_fits(controlnet, plain(unet), plain(vae).config.downscale)
+        check_dimensions(vae, text_encoder, tokenizer, unet, self.accepts_mask_channels)
+        check_fits(controlnet, plain(unet), plain(vae).config.vae_scale_factor)
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.savings = Savings()
         self.guided: Callable[..., Denoise] = guided  # another rule of its signature may stand here
@@ -126,8 +128,8 @@ class Components:
         files are not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         refuse_pickles(use_safetensors)
-        refuse_second_copy(low_cpu_mem_usage)
-        asked = one_dtype(torch_dtype, dtype)
+        check_low_cpu_mem_usage(low_cpu_mem_usage)
+        asked = merge_dtype_arguments(torch_dtype, dtype)
         parts = {
             "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae,
             "scheduler": scheduler, "image_encoder": image_encoder,
@@ -153,7 +155,7 @@ class Components:
                     folder, component, variant=variant, has_weights=has_weights, kind=MODELS[component]
                 )
         for component, part in parts.items():  # all fit: only now are weights read
-            if isinstance(part, Opened):
+            if isinstance(part, UnloadedModel):
                 parts[component] = part.fill(dtypes[component], device)
         return cls(
             **parts, feature_extractor=feature_extractor, controlnet=controlnet,
@@ -190,11 +192,11 @@ class Components:
         models = {name: plain(model) for name, model in self._own_models().items()}
         for component, model in models.items():
             check_savable(model, component)
-        with new_folder(path_of("folder", folder)) as place:
+        with atomic_folder(as_path("folder", folder)) as place:
             for component, model in models.items():
                 save_component(model, place, component, variant=variant)
             task = type(self).__name__.replace("ControlNet", "")  # which the reference has a name for
-            save_frame(place, task, self.components)
+            save_metadata(place, task, self.components)
 
     def to(
         self,
@@ -216,7 +218,7 @@ class Components:
                 asked.append(named_device(str(target)))
         for target in asked:
             if isinstance(target, torch.device):
-                self._need_weights()
+                self._check_loaded()
             self._before_move(target)
             move(
                 (model, dtype_of(name, target) if isinstance(target, torch.dtype) else target)
@@ -235,34 +237,34 @@ class Components:
         models = {name: [model] for name, model in self._own_models().items()}
         return models | {"unet": [self.unet, *adapters, *controlnets_of(self.controlnet)]}
 
-    def _on_device(self, stage: str | None = None) -> None:
+    def _enter_stage(self, stage: str | None = None) -> None:
         """Prepare the models of the stage that runs now, by its component; None at the end of a run.
 
         Here all models stay where they are; under offload (performance_methods.py) they come and go.
         """
-        self._need_weights()
+        self._check_loaded()
 
     def _before_move(self, target: torch.device | torch.dtype) -> None:
         """Prepare for models that move to a device or dtype; nothing to do here."""
 
-    def _need_weights(self) -> None:
+    def _check_loaded(self) -> None:
         """Raise ValueError on the meta device."""
         if self.unet.conv_in.weight.is_meta:
             raise ValueError("this pipeline's weights are not loaded (device='meta'): it can only be planned")
 
-    def _works_on(self, weight: Tensor) -> torch.device:
+    def _compute_device(self, weight: Tensor) -> torch.device:
         """Return the device on which the model with this weight runs."""
         return weight.device
 
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         """Encode tokens where the text encoder runs."""
         encoder: Any = self.text_encoder
-        self._on_device("text_encoder")
-        return encoder(tokens.to(self._works_on(plain(encoder).embedding.weight)))
+        self._enter_stage("text_encoder")
+        return encoder(tokens.to(self._compute_device(plain(encoder).embedding.weight)))
 
-    def _input_for(self, weight: Tensor, tensor: Tensor) -> Tensor:
+    def _to_model(self, weight: Tensor, tensor: Tensor) -> Tensor:
         """A tensor where the model with this weight works, in its precision."""
-        return tensor.to(self._works_on(weight), weight.dtype)
+        return tensor.to(self._compute_device(weight), weight.dtype)
 
     @property
     def image_encoder(self) -> CLIPVision | None:
@@ -277,7 +279,7 @@ class Components:
     @property
     def device(self) -> torch.device:
         """Where the UNet works."""
-        return self._works_on(self.unet.conv_in.weight)
+        return self._compute_device(self.unet.conv_in.weight)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -374,7 +376,11 @@ def check_component_type(name: str, value: Any) -> None:
 
 
 def check_dimensions(
-    vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet, repaints: bool
+    vae: VAE,
+    text_encoder: ChatGLM | None,
+    tokenizer: Tokenizer | None,
+    unet: UNet,
+    accepts_mask_channels: bool,
 ) -> None:
     """ValueError naming two models that do not meet at the same width.
 
@@ -382,9 +388,16 @@ def check_dimensions(
     """
     latents, ins = vae.config.latent_channels, unet.config.in_channels
     masked = 2 * latents + 1  # the latents, the mask, and the masked picture's latents
-    if ins not in ((latents, masked) if repaints else (latents,)) or unet.config.out_channels != latents:
-        wanted = f"the VAE's {latents} for both" + (f", or {masked} in" if repaints else "")
-        hint = ": one with a mask is for KolorsInpaintPipeline" if ins == masked and not repaints else ""
+    if (
+        ins not in ((latents, masked) if accepts_mask_channels else (latents,))
+        or unet.config.out_channels != latents
+    ):
+        wanted = f"the VAE's {latents} for both" + (f", or {masked} in" if accepts_mask_channels else "")
+        hint = (
+            ": one with a mask is for KolorsInpaintPipeline"
+            if ins == masked and not accepts_mask_channels
+            else ""
+        )
         got = f"{ins} in and {unet.config.out_channels} out"
         raise ValueError(f"the UNet has {got} channels, wanted {wanted}{hint}")
     if text_encoder is None:

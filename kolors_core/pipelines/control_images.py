@@ -13,11 +13,11 @@ from torch import Tensor
 
 from kolors_core.adapters.controlnet import Control, ControlResiduals, controlnets_of, is_multi
 from kolors_core.adapters.controlnet_files import DEFAULT_SCALE
-from kolors_core.image import control_pixels
+from kolors_core.image import preprocess_control
 from kolors_core.pipelines.base import Components
 
 
-class Controlling(Components):
+class ControlNetMethods(Components):
     """A pipeline that ControlNets can steer."""
 
     def _controls(
@@ -63,8 +63,8 @@ class Controlling(Components):
                 got = f"the ControlNet is {own.dtype} on {own.device}"
                 wanted = f"the UNet {weight.dtype} on {weight.device}"
                 raise ValueError(f"{got}, {wanted}: pipe.to(...) moves both")
-            pixels = _rows(control_pixels(one, *size), count, images_per_prompt)
-            controls.append(Control(net, self._input_for(own, pixels), *numbers_of))
+            pixels = _rows(preprocess_control(one, *size), count, images_per_prompt)
+            controls.append(Control(net, self._to_model(own, pixels), *numbers_of))
         return ControlResiduals(tuple(controls))
 
 

@@ -8,7 +8,7 @@ community's pipeline_controlnet_xl_kolors.py.
 from typing import Any
 
 from kolors_core.adapters.controlnet import is_multi
-from kolors_core.image import control_pixels
+from kolors_core.image import preprocess_control
 from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
 from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
 from kolors_core.pipelines.request import KolorsPipelineOutput
@@ -37,7 +37,7 @@ class KolorsControlNetPipeline(KolorsPipeline):
             raise ValueError("no image: wanted the control image, or one for each of several ControlNets")
         if height is None or width is None:
             several = isinstance(image, list | tuple) and image and is_multi(self.controlnet)
-            height, width = control_pixels(image[0] if several else image, height, width).shape[-2:]
+            height, width = preprocess_control(image[0] if several else image, height, width).shape[-2:]
         return super().__call__(prompt, height, width, control_image=image, **arguments)
 
 

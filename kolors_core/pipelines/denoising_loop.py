@@ -21,14 +21,14 @@ from kolors_core.precompute import Savings
 from kolors_core.sampling import Denoise, Sampler
 from kolors_core.schedule import Schedule, Scheduler
 from kolors_core.unet import UNet
-from kolors_core.validation import finite_number, whole_number
+from kolors_core.validation import check_float, check_int
 
 # The reference's names of a `Conditioning`'s fields: of both halves, and of the negative half alone.
 FIELDS = ("text_tokens", "pooled_text", "size_ids")
-TOLD = ("prompt_embeds", "add_text_embeds", "add_time_ids")
-NEGATIVE = ("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_add_time_ids")
-NAMES = ("latents", *TOLD, *NEGATIVE)
-RETURNED = "callback_on_step_end returned"
+POSITIVE_TENSORS = ("prompt_embeds", "add_text_embeds", "add_time_ids")
+NEGATIVE_TENSORS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_add_time_ids")
+NAMES = ("latents", *POSITIVE_TENSORS, *NEGATIVE_TENSORS)
+CALLBACK_TENSORS = "callback_on_step_end returned"
 
 StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
@@ -79,7 +79,7 @@ class DenoisingLoop:
         run.guidance_scale, run.num_timesteps = scale, len(schedule.timesteps)
         both = positive if negative is None else Conditioning.cat(negative, positive)
         self.tensors: dict[str, Any] = {}
-        for name, of_negative, field in zip(TOLD, NEGATIVE, FIELDS, strict=True):
+        for name, of_negative, field in zip(POSITIVE_TENSORS, NEGATIVE_TENSORS, FIELDS, strict=True):
             self.tensors |= {name: getattr(both, field), of_negative: getattr(negative, field, None)}
         self.halves = (positive, positive if negative is None else negative)
         self.finite: list[Tensor] = []  # whether all latents were, after each step
@@ -105,9 +105,9 @@ class DenoisingLoop:
             x = x / self._scale(len(self.schedule.timesteps))
         except _Interrupted as stopped:
             x = stopped.x
-        return finite(x, self._spoiled, self.pipe.unet.conv_in.weight.dtype)
+        return finite(x, self._first_nonfinite_step, self.pipe.unet.conv_in.weight.dtype)
 
-    def _spoiled(self) -> str:
+    def _first_nonfinite_step(self) -> str:
         first = next((i for i, is_finite in enumerate(self.finite, 1) if not is_finite), len(self.finite))
         return f"the latents after step {first} of {len(self.finite)}"
 
@@ -116,12 +116,12 @@ class DenoisingLoop:
         self.progress()
         self.finite.append(torch.isfinite(x).all())
         if self.callback is not None:
-            x = self._called_back(self.callback, i, x)
+            x = self._apply_callback(self.callback, i, x)
         if self.run.is_interrupted:
             raise _Interrupted(x / self._scale(i + 1))
         return x
 
-    def _called_back(self, callback: StepCallback, i: int, x: Tensor) -> Tensor:
+    def _apply_callback(self, callback: StepCallback, i: int, x: Tensor) -> Tensor:
         latents = (x / self._scale(i + 1)).to(self.pipe.unet.conv_in.weight.dtype)
         seen = {name: latents if name == "latents" else self.tensors[name] for name in self.names}
         scale = self.run.guidance_scale
@@ -132,14 +132,18 @@ class DenoisingLoop:
         returned = dict(answer)
         for name, value in returned.items():
             if not isinstance(value, Tensor) and value is not self.tensors.get(name):
-                raise TypeError(f"{RETURNED} {name} as {type(value).__name__}, wanted a tensor")
+                raise TypeError(f"{CALLBACK_TENSORS} {name} as {type(value).__name__}, wanted a tensor")
         if strangers := sorted(returned.keys() - set(NAMES)):
-            raise ValueError(f"{RETURNED} {strangers[0]!r}; wanted some of {', '.join(NAMES)}")
+            raise ValueError(f"{CALLBACK_TENSORS} {strangers[0]!r}; wanted some of {', '.join(NAMES)}")
         if (after := returned.pop("latents", None)) is not None:
             if after.shape != x.shape:
-                raise ValueError(f"{RETURNED} latents {list(after.shape)}, wanted {list(x.shape)}")
+                raise ValueError(f"{CALLBACK_TENSORS} latents {list(after.shape)}, wanted {list(x.shape)}")
             x = after.to(x) * self._scale(i + 1)
-        changed = {name for name in TOLD if returned.get(name, self.tensors[name]) is not self.tensors[name]}
+        changed = {
+            name
+            for name in POSITIVE_TENSORS
+            if returned.get(name, self.tensors[name]) is not self.tensors[name]
+        }
         for name in changed:
             _refuse_misfit(name, returned[name], self.tensors[name])
         self.tensors |= returned
@@ -157,14 +161,16 @@ class DenoisingLoop:
         """Conditions from the tensors; once guidance has ended, the positive rows are enough."""
         is_guided = self.run.guidance_scale > 1
         allowed = (2 * self.batch,) if is_guided else (self.batch, 2 * self.batch)
-        for name in TOLD:
+        for name in POSITIVE_TENSORS:
             if (rows := len(self.tensors[name])) not in allowed:
                 wanted = f"{' or '.join(map(str, allowed))} for {self.batch} pictures"
-                raise ValueError(f"{RETURNED} {name} of {rows} rows, wanted {wanted}")
+                raise ValueError(f"{CALLBACK_TENSORS} {name} of {rows} rows, wanted {wanted}")
 
         def told(half: Conditioning, part: slice) -> Conditioning:
             counts = None if self.counts is None else self.counts[part]
-            tensors = {field: self.tensors[name][part] for name, field in zip(TOLD, FIELDS, strict=True)}
+            tensors = {
+                field: self.tensors[name][part] for name, field in zip(POSITIVE_TENSORS, FIELDS, strict=True)
+            }
             return replace(half, **tensors, text_counts=counts)
 
         positive, negative = self.halves
@@ -177,7 +183,7 @@ def _refuse_misfit(name: str, after: Tensor, before: Tensor) -> None:
     fits = after.ndim == before.ndim and after.shape[-1] == before.shape[-1]
     if not fits or not after.is_floating_point():
         wanted = "floats [" + "any, " * (before.ndim - 1) + f"{before.shape[-1]}]"
-        raise ValueError(f"{RETURNED} {name} {list(after.shape)} of {after.dtype}, wanted {wanted}")
+        raise ValueError(f"{CALLBACK_TENSORS} {name} {list(after.shape)} of {after.dtype}, wanted {wanted}")
 
 
 class SDXLCFGCutoffCallback:
@@ -186,13 +192,13 @@ class SDXLCFGCutoffCallback:
     The reference's own keeps only the last row and so fails for two pictures; this keeps every positive row.
     """
 
-    tensor_inputs = TOLD
+    tensor_inputs = POSITIVE_TENSORS
 
     def __init__(self, cutoff_step_ratio: float | None = 0.8, cutoff_step_index: int | None = None) -> None:
         if cutoff_step_index is None:
-            finite_number("cutoff_step_ratio", cutoff_step_ratio, 0, 1)
+            check_float("cutoff_step_ratio", cutoff_step_ratio, 0, 1)
         else:
-            whole_number("cutoff_step_index", cutoff_step_index, least=0)
+            check_int("cutoff_step_index", cutoff_step_index, least=0)
         self.ratio, self.index = cutoff_step_ratio, cutoff_step_index
 
     def __call__(self, pipe: Any, i: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:

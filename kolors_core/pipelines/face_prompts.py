@@ -14,13 +14,13 @@ from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.face_id import FaceIDAdapter
 from kolors_core.adapters.ip_adapter import Attached, attach, attached
 from kolors_core.adapters.ip_adapter_files import load_adapter
-from kolors_core.devices import finite, plain, refuse_second_copy
-from kolors_core.pipelines.image_prompts import Guides, ImagePrompting, guide
+from kolors_core.devices import check_low_cpu_mem_usage, finite, plain
+from kolors_core.pipelines.image_prompts import ImagePromptPairs, IPAdapterMethods, guide
 
 PATCHES = 577  # of an image that guides, where no image encoder tells
 
 
-class FacePrompting(ImagePrompting):
+class FaceIDMethods(IPAdapterMethods):
     """A pipeline that a face can guide."""
 
     def load_ip_adapter_face_id(
@@ -41,7 +41,7 @@ class FacePrompting(ImagePrompting):
         Beside IP-Adapters of images and LoRAs. Arguments and errors are those of `load_ip_adapter`. The
         published file is a pickle: `python -m weights_convert --pickle` makes the safetensors file of it.
         """
-        refuse_second_copy(low_cpu_mem_usage)
+        check_low_cpu_mem_usage(low_cpu_mem_usage)
         hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         adapter, encoder = load_adapter(
             plain(self.unet), "face_id", pretrained_model_name_or_path_or_dict, subfolder, weight_name,
@@ -72,7 +72,7 @@ class FacePrompting(ImagePrompting):
             raise ValueError("no face adapter is loaded: load_ip_adapter_face_id first")
         return handle
 
-    def _face_prompts(self, image: Any, embeds: Any, batch: int, is_guided: bool) -> Guides:
+    def _face_prompts(self, image: Any, embeds: Any, batch: int, is_guided: bool) -> ImagePromptPairs:
         """What the UNet is told of the face in each of its B rows, and in each negative one."""
         if image is None and embeds is None:
             if self._face is None:
@@ -90,20 +90,20 @@ class FacePrompting(ImagePrompting):
         if any(n not in (1, count) for n in (len(ids), len(states))) or batch % count:
             got = f"{len(ids)} face_embeds and {len(states)} face_image"
             raise ValueError(f"wanted one face, or one for each of {batch} pictures or prompts, got {got}")
-        self._on_device("unet")
-        handle.follow_unet()
+        self._enter_stage("unet")
+        handle.to_unet_device()
         weight, unet = adapter.resampler.proj_in.weight, plain(self.unet)
-        ids = self._input_for(weight, ids).expand(count, -1)  # [n, id_dim]
-        states = self._input_for(weight, states).expand(count, -1, -1)  # [n, P, D]
+        ids = self._to_model(weight, ids).expand(count, -1)  # [n, id_dim]
+        states = self._to_model(weight, states).expand(count, -1, -1)  # [n, P, D]
         positive, negative = guide(adapter.tokens(unet, ids, states), batch), None
         if is_guided:
             nobody = torch.zeros_like(ids[:1]), torch.zeros_like(states[:1])
             negative = guide(adapter.tokens(unet, *nobody), batch)
         return {handle: (positive, negative)}
 
-    def stand_ins(self, device: torch.device, is_guided: bool) -> dict[str, Any]:
+    def placeholder_inputs(self, device: torch.device, is_guided: bool) -> dict[str, Any]:
         """Arguments without values: for each loaded adapter one image, or without CLIP its states."""
-        handles, face, encoder = self._picture_adapters, self._face, self.image_encoder
+        handles, face, encoder = self._ip_adapters, self._face, self.image_encoder
         given: dict[str, Any] = {}
 
         def picture(handle: Attached, *rows: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kolors_core.adapters.clip_vision import CLIPVision, clip_pixels
+from kolors_core.adapters.clip_vision import CLIPVision, preprocess_clip
 from kolors_core.adapters.ip_adapter import (
     Attached,
     IPAdapter,
@@ -22,24 +22,24 @@ from kolors_core.adapters.ip_adapter import (
 from kolors_core.adapters.ip_adapter_files import adapter_sources, load_adapter
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import (
+    check_low_cpu_mem_usage,
     finite,
     named_device,
     plain,
-    refuse_second_copy,
 )
 from kolors_core.image import as_list, to_grayscale
 from kolors_core.pipelines.base import Components
-from kolors_core.validation import whole_number
+from kolors_core.validation import check_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What each attached adapter has its branches read, and in the negative half, if there is one.
-Guides = dict[Attached, tuple[ImagePrompt, ImagePrompt | None]]
+ImagePromptPairs = dict[Attached, tuple[ImagePrompt, ImagePrompt | None]]
 Images = Any  # a PIL image, or an array or tensor of one, or a list of them for each adapter
 
 
-class ImagePrompting(Components):
+class IPAdapterMethods(Components):
     """A pipeline that images can guide."""
 
     def load_ip_adapter(
@@ -63,7 +63,7 @@ class ImagePrompting(Components):
         a slash; None loads none, for pipelines that are given their `image_encoder` or image embeddings.
         Raises FileNotFoundError or ValueError naming the file or tensor; nothing is changed then.
         """
-        refuse_second_copy(low_cpu_mem_usage)
+        check_low_cpu_mem_usage(low_cpu_mem_usage)
         hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         encoder = own = self._image_encoder
         adapters = []
@@ -93,7 +93,7 @@ class ImagePrompting(Components):
 
     def unload_ip_adapter(self) -> None:
         """Take the adapters out, and CLIP if it came with one; the UNet is as before, bit for bit."""
-        for handle in self._picture_adapters:
+        for handle in self._ip_adapters:
             handle.detach()
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ class ImagePrompting(Components):
         negative rows (of an image that is all mean color) before.
         """
         device = self.device if device is None else named_device(str(device))
-        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
+        num_images_per_prompt = check_int("num_images_per_prompt", num_images_per_prompt)
         pairs = self._image_states(ip_adapter_image, ip_adapter_image_embeds, do_classifier_free_guidance)
         halves = [[states] if negative is None else [negative, states] for states, negative in pairs]
         return [
@@ -149,7 +149,7 @@ class ImagePrompting(Components):
         """CLIP, brought to where it works; without one its states may be given, as the argument `instead`."""
         if (encoder := self.image_encoder) is None:
             raise ValueError(f"this pipeline has no image encoder: give CLIP's states as {instead}")
-        self._on_device("image_encoder")
+        self._enter_stage("image_encoder")
         return encoder
 
     def _pixels(self, pictures: Any, encoder: CLIPVision) -> Tensor:
@@ -161,14 +161,14 @@ class ImagePrompting(Components):
         elif self.feature_extractor is not None:
             pixels = self.feature_extractor(pictures, return_tensors="pt").pixel_values
         else:
-            pixels = clip_pixels(pictures, encoder.config.image_size)
-        return self._input_for(encoder.projection.weight, pixels)
+            pixels = preprocess_clip(pictures, encoder.config.image_size)
+        return self._to_model(encoder.projection.weight, pixels)
 
     def _image_prompts(
         self, image: Images, embeds: Sequence[Tensor] | None, masks: Any, batch: int, is_guided: bool
-    ) -> Guides:
+    ) -> ImagePromptPairs:
         """What the UNet is told of the images in each of its B rows, and in each negative one."""
-        if not self._picture_adapters and image is None and embeds is None and masks is None:
+        if not self._ip_adapters and image is None and embeds is None and masks is None:
             return {}
         handles = self._need_adapters()
         if image is None and embeds is None:
@@ -176,13 +176,13 @@ class ImagePrompting(Components):
                 "an IP-Adapter is loaded and no ip_adapter_image given: unload_ip_adapter() first"
             )
         pairs = self._image_states(image, embeds, is_guided)
-        self._on_device("unet")
-        guides: Guides = {}
+        self._enter_stage("unet")
+        guides: ImagePromptPairs = {}
         listed = _masks_of(masks, len(handles), batch)
         for handle, pair, mask in zip(handles, pairs, listed, strict=True):
             if batch % (rows := len(pair[0])):
                 raise ValueError(f"ip_adapter_image_embeds has {rows} rows, for {batch} pictures")
-            handle.follow_unet()
+            handle.to_unet_device()
             adapter, mask = handle.adapter, None if mask is None else mask.to(self.device)
             assert isinstance(adapter, IPAdapter)
             tokens = (adapter.tokens(states.to(self.device)) for states in pair if states is not None)
@@ -191,12 +191,12 @@ class ImagePrompting(Components):
         return guides
 
     @property
-    def _picture_adapters(self) -> list[Attached]:
+    def _ip_adapters(self) -> list[Attached]:
         """The adapters that images guide, but not a face's."""
         return [handle for handle in attached(self.unet) if isinstance(handle.adapter, IPAdapter)]
 
     def _need_adapters(self) -> list[Attached]:
-        if not (handles := self._picture_adapters):
+        if not (handles := self._ip_adapters):
             raise ValueError("no IP-Adapter is loaded: load_ip_adapter first")
         return handles
 
@@ -258,8 +258,8 @@ class IPAdapterMaskProcessor:
         for mask in masks:
             if not isinstance(mask, Image.Image):
                 raise TypeError(f"wanted masks as PIL images, got {type(mask).__name__}")
-        h = masks[0].height if height is None else whole_number("height", height)
-        w = masks[0].width if width is None else whole_number("width", width)
+        h = masks[0].height if height is None else check_int("height", height)
+        w = masks[0].width if width is None else check_int("width", width)
         if h < 8 or w < 8:
             raise ValueError(f"the sides of a mask must be at least 8, got {h} x {w}")
         size = h - h % 8, w - w % 8

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from kolors_core.devices import finite
-from kolors_core.image import Size, vae_pixels
+from kolors_core.image import Size, preprocess_vae
 from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.masks import grey, size_of
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts
-from kolors_core.sampling import Denoise, Generators, OnStep, Sampler, Sigmas, draw_noise
+from kolors_core.sampling import Denoise, Generators, OnStep, Sampler, Sigmas, randn_latents
 from kolors_core.schedule import Schedule
-from kolors_core.validation import fraction_of
+from kolors_core.validation import check_fraction
 
 
 class FromPicture(Task):
@@ -35,7 +35,9 @@ class FromPicture(Task):
             schedule = whole.noised(strength)
         elif strength != self.default_strength:
             raise ValueError(f"strength has no effect beside denoising_start, got {strength} and {start}")
-        elif end is not None and fraction_of("denoising_start", start) >= fraction_of("denoising_end", end):
+        elif end is not None and check_fraction("denoising_start", start) >= check_fraction(
+            "denoising_end", end
+        ):
             raise ValueError(f"denoising_start must be before denoising_end, got {start} and {end}")
         else:
             schedule = whole.since(start)
@@ -51,15 +53,15 @@ class FromPicture(Task):
             raise ValueError("no image: wanted the picture to start from, or its latents")
         if (latents := self._as_latents(image, height, width)) is not None:
             return latents, None
-        pixels = vae_pixels(image, height, width, self.vae.config.downscale)  # [b, 3, H, W]
+        pixels = preprocess_vae(image, height, width, self.vae.config.vae_scale_factor)  # [b, 3, H, W]
         if is_only_size:
             height, width = pixels.shape[-2:]
             return torch.empty(self._latent_shape(len(pixels), (height, width)), device="meta"), None
-        return self._moments(pixels)
+        return self.encode_mean_std(pixels)
 
     def _as_latents(self, image: Any, height: int | None, width: int | None) -> Tensor | None:
         """Latents [b, 4, H/8, W/8] if that is what is given; ValueError if they are not of this size."""
-        scale = self.vae.config.downscale
+        scale = self.vae.config.vae_scale_factor
         if (latents := as_latents(image, self.vae.config.latent_channels)) is None:
             return None
         for name, side, own in (("height", height, latents.shape[2]), ("width", width, latents.shape[3])):
@@ -67,23 +69,23 @@ class FromPicture(Task):
                 raise ValueError(f"{name} of given latents is {own * scale}, and cannot become {side}")
         return latents.to(self.device, self.precision)
 
-    def _moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_mean_std(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Images [b, 3, H, W] as the VAE's mean and standard deviation."""
-        self._on_device("vae")
+        self._enter_stage("vae")
         weight = self._vae_weight
         # One after another, so that a batch needs no more memory.
-        found = [self.vae.encode(self._input_for(weight, picture[None])) for picture in pixels]
+        found = [self.vae.encode(self._to_model(weight, picture[None])) for picture in pixels]
         mean, std = (torch.cat([getattr(one, part) for one in found]) for part in ("mean", "std"))
         return finite(mean, "the given image's latents", weight.dtype), std
 
-    def _sampled(
+    def sample_latents(
         self, mean: Tensor, std: Tensor | None, count: int, images_per_prompt: int, generator: Generators
     ) -> Tensor:
         """Clean latents for B pictures. One generator draws for each image, a list for each picture."""
         if std is not None:
             if not isinstance(generator, torch.Generator | None):
                 mean, std = (for_each(part, count, images_per_prompt) for part in (mean, std))
-            noise = draw_noise(tuple(mean.shape), generator, mean.device, torch.float32)
+            noise = randn_latents(tuple(mean.shape), generator, mean.device, torch.float32)
             mean = mean + std * noise.to(std)
         return for_each(mean, count, images_per_prompt).to(self.device, self.precision)
 
@@ -168,7 +170,10 @@ class KolorsImg2ImgPipeline(FromPicture):
         whole = self._schedule(inputs)
         schedule = self._part(whole, strength, denoising_start, denoising_end)
         mean, std = self._encoded(image, height, width, is_only_size=latents is not None)  # [b, 4, H/8, W/8]
-        size = mean.shape[-2] * self.vae.config.downscale, mean.shape[-1] * self.vae.config.downscale
+        size = (
+            mean.shape[-2] * self.vae.config.vae_scale_factor,
+            mean.shape[-1] * self.vae.config.vae_scale_factor,
+        )
         texts = embed_prompts(
             self, prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
@@ -181,7 +186,7 @@ class KolorsImg2ImgPipeline(FromPicture):
             x = self._given_latents(latents, self._latent_shape(count, size))
             x = x * self.scheduler.latent_scale(sigma)
         else:
-            clean = self._sampled(mean, std, count, num_images_per_prompt, generator)
+            clean = self.sample_latents(mean, std, count, num_images_per_prompt, generator)
             if denoising_start is not None:
                 x = clean * self.scheduler.latent_scale(sigma)
             else:

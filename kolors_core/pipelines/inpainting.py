@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from kolors_core.image import Size, vae_pixels
+from kolors_core.image import Size, preprocess_vae
 from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.image_to_image import FromPicture, for_each, preserve_masked_latents
 from kolors_core.pipelines.masks import Box, crop_region, fitted, grey, put_back, repainted, size_of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Work:
+class InpaintInputs:
     """What the model works on, and what makes the final pictures of its own; None leaves them as they are."""
 
     picture: Tensor  # [b, 3, H, W] in [-1, 1], or latents [b, 4, H/8, W/8]
@@ -39,7 +39,7 @@ class Work:
 class KolorsInpaintPipeline(FromPicture):
     """Inpainting, with Kolors-Inpainting's UNet of 9 channels or any of 4."""
 
-    repaints: ClassVar[bool] = True
+    accepts_mask_channels: ClassVar[bool] = True
     default_strength = 0.9999  # the reference's, which leaves out the first of 50 steps
 
     @inference_call
@@ -123,8 +123,8 @@ class KolorsInpaintPipeline(FromPicture):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length, **extras,
         )  # fmt: skip
-        reads_mask = self.unet.config.in_channels > self.vae.config.latent_channels
-        _refuse_useless(reads_mask, masked_image_latents, denoising_start, latents)
+        has_mask_channels = self.unet.config.in_channels > self.vae.config.latent_channels
+        _refuse_useless(has_mask_channels, masked_image_latents, denoising_start, latents)
         if output_type == "latent" and (paste_back or padding_mask_crop is not None):
             raise ValueError("paste_back and padding_mask_crop need pictures, and output_type is 'latent'")
         whole = self._schedule(inputs)
@@ -135,22 +135,22 @@ class KolorsInpaintPipeline(FromPicture):
         if work.box is not None and inputs.control_image is not None:
             seen = _control_region(inputs.control_image, image, size, work.box)
             inputs = replace(inputs, control_image=seen)
-        scale = self.vae.config.downscale
+        scale = self.vae.config.vae_scale_factor
         mask, small = repainted(work.mask, (size[0] // scale, size[1] // scale))
         start = None  # in pure noise the picture itself is not seen
-        if not reads_mask or strength < 1 or denoising_start is not None:
+        if not has_mask_channels or strength < 1 or denoising_start is not None:
             start = self._mean_and_std(work.picture)
-        masked = self._masked(work.picture, mask, masked_image_latents) if reads_mask else None
+        masked = self._masked(work.picture, mask, masked_image_latents) if has_mask_channels else None
         texts = embed_prompts(
             self, prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
         )  # fmt: skip
         positive, negative = self._prepare_conditioning(inputs, size, *texts)
         shape = self._latent_shape(len(positive.size_ids), size)
-        clean = None if start is None else self._sampled(*start, shape[0], copies, generator)
+        clean = None if start is None else self.sample_latents(*start, shape[0], copies, generator)
         noise = self._draw(shape, generator) if latents is None else self._given_latents(latents, shape)
         if clean is None or (strength == 1 and denoising_start is None):
-            x = noise * schedule.start_scale
+            x = noise * schedule.init_noise_sigma
         elif denoising_start is not None:
             x = clean * self.scheduler.latent_scale(schedule.sigmas[0].item())
         else:
@@ -158,7 +158,7 @@ class KolorsInpaintPipeline(FromPicture):
         small = for_each(small, shape[0], copies, "masks").to(x)  # [B, 1, H/8, W/8]
         wrap_sampler = None
         if masked is not None:
-            seen = self._sampled(*masked, shape[0], copies, generator)
+            seen = self.sample_latents(*masked, shape[0], copies, generator)
             extra = torch.cat([small, seen], dim=1)
             positive = replace(positive, extra=extra)
             negative = None if negative is None else replace(negative, extra=extra)
@@ -177,7 +177,7 @@ class KolorsInpaintPipeline(FromPicture):
         padding: int | None,
         paste_back: bool | None,
         images_per_prompt: int,
-    ) -> Work:
+    ) -> InpaintInputs:
         """What the model works on; arguments as in the call."""
         for name, value in (("image", image), ("mask_image", mask_image)):
             if value is None:
@@ -186,7 +186,7 @@ class KolorsInpaintPipeline(FromPicture):
         if padding is not None:
             size = self._size("height", height), self._size("width", width)
             picture, mask, box = _region(image, mask_image, size, padding)
-            given = vae_pixels(image, multiple=1)
+            given = preprocess_vae(image, multiple=1)
             marked = grey(mask_image, size_of(given), (size_of(given),))
             if paste_back is False:
                 marked = torch.zeros_like(marked)
@@ -197,31 +197,31 @@ class KolorsInpaintPipeline(FromPicture):
                 size = self._pixel_size(latents)
                 if paste_back:
                     raise ValueError("paste_back needs a picture to paste into, and image is latents")
-                return Work(latents, grey(mask_image, size, (size,)), None)
-            picture = given = vae_pixels(image, height, width, self.vae.config.downscale)
+                return InpaintInputs(latents, grey(mask_image, size, (size,)), None)
+            picture = given = preprocess_vae(image, height, width, self.vae.config.vae_scale_factor)
             shapes = size_of(image), size_of(picture)
             mask = marked = grey(mask_image, size_of(picture), shapes)
             if paste_back is False:
-                return Work(picture, mask, None)
+                return InpaintInputs(picture, mask, None)
             if height is None and width is None:
-                given = vae_pixels(image, multiple=1)
+                given = preprocess_vae(image, multiple=1)
                 marked = grey(mask_image, size_of(given), shapes)
 
         def finish(made: Tensor) -> Tensor:
             whole, mask = (for_each(part, len(made), images_per_prompt) for part in (given, marked))
             return put_back(made, whole, mask, box)
 
-        return Work(picture, mask, finish, box)
+        return InpaintInputs(picture, mask, finish, box)
 
     def _pixel_size(self, picture: Tensor) -> Size:
         """(height, width) in pixels of images or latents."""
-        scale = self.vae.config.downscale if picture.shape[1] == self.vae.config.latent_channels else 1
+        scale = self.vae.config.vae_scale_factor if picture.shape[1] == self.vae.config.latent_channels else 1
         return picture.shape[-2] * scale, picture.shape[-1] * scale
 
     def _mean_and_std(self, picture: Tensor) -> tuple[Tensor, Tensor | None]:
         """The VAE's of images; latents have no deviation."""
         is_latents = picture.shape[1] == self.vae.config.latent_channels
-        return (picture, None) if is_latents else self._moments(picture)
+        return (picture, None) if is_latents else self.encode_mean_std(picture)
 
     def _masked(self, picture: Tensor, mask: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Mean and deviation of the latents that show what stays: those given, or the picture with the mask's
@@ -237,7 +237,7 @@ class KolorsInpaintPipeline(FromPicture):
             raise ValueError("image is latents, which no mask can be laid on: give masked_image_latents too")
         if 1 not in (len(picture), len(mask)) and len(picture) != len(mask):
             raise ValueError(f"wanted one mask or one for each of {len(picture)} pictures, got {len(mask)}")
-        return self._moments(picture * (mask < 0.5))
+        return self.encode_mean_std(picture * (mask < 0.5))
 
 
 def _region(image: Any, mask: Any, size: Size, padding: int) -> tuple[Tensor, Tensor, Box]:
@@ -247,7 +247,7 @@ def _region(image: Any, mask: Any, size: Size, padding: int) -> tuple[Tensor, Te
     if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
         raise ValueError(f"padding_mask_crop must be a whole number of pixels from 0, got {padding!r}")
     box = crop_region(mask, size, padding)
-    picture = vae_pixels(fitted(image.convert("RGB").crop(box), size), multiple=1)
+    picture = preprocess_vae(fitted(image.convert("RGB").crop(box), size), multiple=1)
     return picture, grey(fitted(mask.convert("L").crop(box), size), size, (size,)), box
 
 
@@ -270,11 +270,13 @@ def _need_pil(name: str, value: Any, image: "Image") -> None:
         raise ValueError(f"padding_mask_crop needs {name} and image of one size (height x width), got {got}")
 
 
-def _refuse_useless(reads_mask: bool, masked: Any, denoising_start: float | None, latents: Any) -> None:
+def _refuse_useless(
+    has_mask_channels: bool, masked: Any, denoising_start: float | None, latents: Any
+) -> None:
     """ValueError for what has no effect together."""
-    if masked is not None and not reads_mask:
+    if masked is not None and not has_mask_channels:
         raise ValueError("masked_image_latents has no effect: this UNet reads no mask, it has 4 channels")
-    if denoising_start is not None and not reads_mask:
+    if denoising_start is not None and not has_mask_channels:
         raise ValueError("denoising_start needs a UNet that reads the mask: what stays could not be held")
     if denoising_start is not None and latents is not None:
         raise ValueError("latents, the noise to start with, has no effect beside denoising_start")

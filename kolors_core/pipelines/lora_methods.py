@@ -17,21 +17,21 @@ from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.lora import (
     adapters,
     check_name,
+    check_not_fused,
     enable,
     fuse,
     fused_names,
     install,
-    refuse_fused,
     unfuse,
     unload,
 )
 from kolors_core.adapters.lora_files import METADATA, LoRAReport, configs_of, read
 from kolors_core.chatglm import ChatGLM
-from kolors_core.devices import plain, refuse_second_copy
-from kolors_core.hub import find_file, refuse_unused
+from kolors_core.devices import check_low_cpu_mem_usage, plain
+from kolors_core.hub import find_file, reject_unused
 from kolors_core.module import require_plain
 from kolors_core.unet import UNet
-from kolors_core.validation import finite_number, path_of
+from kolors_core.validation import as_path, check_float
 from weights_convert.safetensors_files import PICKLES, Source, Tensors, save_tensors
 
 COMPONENTS = ("unet", "text_encoder")
@@ -42,7 +42,7 @@ find_lora = partial(
 )
 
 
-class _OnClassToo:
+class ClassAndInstanceMethod:
     """A method that may also be called on the class, as the reference's; `self` is then None."""
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -52,7 +52,7 @@ class _OnClassToo:
         return partial(self.function, instance)
 
 
-class LoRALoading:
+class LoRAMethods:
     """LoRA methods for a pipeline that has a `unet` and a `text_encoder`, which may be None."""
 
     unet: UNet
@@ -81,7 +81,7 @@ class LoRALoading:
         where a name is in use, nothing matches, or, unless `allow_partial`, something does not; the report
         says what.
         """
-        refuse_second_copy(low_cpu_mem_usage)
+        check_low_cpu_mem_usage(low_cpu_mem_usage)
         models, taken = self._lora_models(), self._attached_names()
         free = (f"default_{i}" for i in count(len(taken)))
         name = next(own for own in free if own not in taken) if adapter_name is None else adapter_name
@@ -90,7 +90,7 @@ class LoRALoading:
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, Mapping):
             unused = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
-            refuse_unused("a dict of tensors", **unused)
+            reject_unused("a dict of tensors", **unused)
             tensors = Tensors(source, "the given LoRA")
         else:
             hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -120,7 +120,7 @@ class LoRALoading:
         if len(set(names)) < len(names):
             raise ValueError(f"an adapter has one weight, got {', '.join(names)}")
         for model in models.values():
-            refuse_fused(model, f"set {', '.join(names)}")
+            check_not_fused(model, f"set {', '.join(names)}")
         weights: list[Any] = [adapter_weights] * len(names)
         if isinstance(adapter_weights, Sequence) and not isinstance(adapter_weights, str):
             weights = list(adapter_weights)
@@ -166,7 +166,7 @@ class LoRALoading:
     def _switch_lora(self, is_enabled: bool) -> None:
         models = self._lora_models().values()
         for model in models:
-            refuse_fused(model, "switch adapters")
+            check_not_fused(model, "switch adapters")
         for model in models:
             enable(model, is_enabled)
 
@@ -177,19 +177,19 @@ class LoRALoading:
         What a call's `cross_attention_kwargs={"scale": factor}` asks for. Raises ValueError where it would do
         nothing: no adapter is active, or one is fused.
         """
-        factor, unet = finite_number("the scale of LoRAs", factor), plain(self.unet)
-        refuse_fused(unet, "scale adapters")
+        factor, unet = check_float("the scale of LoRAs", factor), plain(self.unet)
+        check_not_fused(unet, "scale adapters")
         attached = adapters(unet).values()
         if not any(adapter.is_active and adapter.is_enabled for adapter in attached):
             raise ValueError("no LoRA is active on the UNet, so that a scale has no effect")
         parts = [part for adapter in attached for part in adapter.parts().values()]
         try:
             for part in parts:
-                part.run_scale = factor
+                part.call_scale = factor
             yield
         finally:
             for part in parts:
-                part.run_scale = 1.0
+                part.call_scale = 1.0
 
     def fuse_lora(
         self,
@@ -208,10 +208,10 @@ class LoRALoading:
         """
         names = self.get_active_adapters() if adapter_names is None else _names(adapter_names)
         self._refuse_unknown(names)
-        lora_scale, told = finite_number("lora_scale", lora_scale), ", ".join(names) or "adapters"
+        lora_scale, told = check_float("lora_scale", lora_scale), ", ".join(names) or "adapters"
         models = self._lora_models(components)
         for model in models.values():
-            refuse_fused(model, f"fuse {told}")
+            check_not_fused(model, f"fuse {told}")
         own = [(model, [name for name in names if name in adapters(model)]) for model in models.values()]
         found = [(model, names) for model, names in own if names]
         if not found:
@@ -245,7 +245,7 @@ class LoRALoading:
         names, models = _names(adapter_names), self._lora_models().values()
         self._refuse_unknown(names)
         for model in models:
-            refuse_fused(model, f"delete {', '.join(names)}")
+            check_not_fused(model, f"delete {', '.join(names)}")
         for model in models:
             for name, adapter in adapters(model).items():
                 if name in names:
@@ -259,9 +259,9 @@ class LoRALoading:
         for model in self._lora_models().values():
             unload(model)
 
-    @_OnClassToo
+    @ClassAndInstanceMethod
     def save_lora_weights(
-        self: "LoRALoading | None",
+        self: "LoRAMethods | None",
         save_directory: str | Path,
         unet_lora_layers: Mapping[str, Tensor] | None = None,
         text_encoder_lora_layers: Mapping[str, Tensor] | None = None,
@@ -303,7 +303,7 @@ class LoRALoading:
         else:
             state, settings = self._state_of(adapter_name), {}
         text = json.dumps(settings, sort_keys=True, default=sorted)  # PEFT's settings have sets
-        folder = path_of("save_directory", save_directory)
+        folder = as_path("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(state, folder / weight_name, {METADATA: text} if settings else None)
 

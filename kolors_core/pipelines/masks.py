@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_core.image import Size, to_grayscale, to_output, vae_pixels
+from kolors_core.image import Size, preprocess_vae, to_grayscale, to_output
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -164,7 +164,7 @@ def put_back(made: Tensor, given: Tensor, mask: Tensor, box: Box | None = None) 
     size = bottom - top, right - left
     if made.shape[-2:] != size:
         images = to_output(made, "pil")
-        made = vae_pixels([fitted(image, size, covers=True) for image in images], multiple=1)
+        made = preprocess_vae([fitted(image, size, covers=True) for image in images], multiple=1)
     page = given.clone()
     page[..., top:bottom, left:right] = made.to(given)
     return given * (1 - mask) + page * mask

@@ -33,7 +33,7 @@ from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, embed_prompts
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.vae import run_channels_last
-from kolors_core.validation import whole_number
+from kolors_core.validation import check_int
 
 STEPS = 2  # of the denoiser: in the second the next block is known, and the sampler has a past
 MODES = {"resident": "all resident", "by_model": "model by model", "by_block": "block by block"}
@@ -105,9 +105,9 @@ def plan(
     Raises ValueError or TypeError as the pipeline does.
     """
     size = pipe._size("height", height), pipe._size("width", width)
-    prompts = whole_number("batch", batch)
-    copies = whole_number("num_images_per_prompt", num_images_per_prompt)
-    length = whole_number("max_sequence_length", max_sequence_length, least=3, most=MAX_TOKENS)
+    prompts = check_int("batch", batch)
+    copies = check_int("num_images_per_prompt", num_images_per_prompt)
+    length = check_int("max_sequence_length", max_sequence_length, least=3, most=MAX_TOKENS)
     inputs = PipelineInputs(
         guidance_scale=guidance_scale, num_images_per_prompt=copies, output_type="pt",
         generator=torch.Generator(), callback_on_step_end=_stop, guidance_rule=_rule(pipe, pag_scale),
@@ -189,7 +189,7 @@ def _run(twin: Task, inputs: PipelineInputs, size: tuple[int, int], prompts: int
     if inputs.is_guided:
         negative = _encoded(twin, 1, length)
         given |= {"negative_prompt_embeds": negative.tokens, "negative_pooled_prompt_embeds": negative.pooled}
-    given |= twin.stand_ins(META, inputs.is_guided)
+    given |= twin.placeholder_inputs(META, inputs.is_guided)
     if nets := controlnets_of(twin.controlnet):
         given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
     inputs = PipelineInputs(**vars(inputs) | given)
@@ -206,7 +206,7 @@ def _run(twin: Task, inputs: PipelineInputs, size: tuple[int, int], prompts: int
         latents = twin._denoise(inputs, twin.scheduler.schedule(50), x, positive, negative)
         del x  # as in a pipeline's call
         twin._output(inputs, latents, positive, {})
-        twin._on_device()
+        twin._enter_stage()
 
 
 def _encoded(twin: Task, prompts: int, length: int) -> TextEmbedding:
@@ -216,8 +216,8 @@ def _encoded(twin: Task, prompts: int, length: int) -> TextEmbedding:
         width, place = twin.unet.config.text_dim, {"device": META, "dtype": twin.dtype}
         return TextEmbedding(torch.empty(*shape, width, **place), torch.empty(prompts, width, **place))
     ids, mask = (torch.empty(shape, dtype=dtype, device=META) for dtype in (torch.long, torch.bool))
-    counts = torch.empty(shape, device=META) if twin.savings.collapse_pads else None
-    twin._on_device("text_encoder")
+    counts = torch.empty(shape, device=META) if twin.savings.merge_padding else None
+    twin._enter_stage("text_encoder")
     return twin.text_encoder(TokenBatch(ids, mask, ids, counts))
 
 

@@ -36,7 +36,7 @@ from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import Denoise, Generators
 from kolors_core.schedule import Schedule
 from kolors_core.unet import TransformerBlock, UNet
-from kolors_core.validation import finite_number
+from kolors_core.validation import check_float
 from weights_convert import TABLES
 
 Layers = str | Sequence[str]
@@ -86,9 +86,9 @@ def perturbed(
 
 def check_scales(pag_scale: float, pag_adaptive_scale: float) -> None:
     """ValueError for what `perturbed` cannot take."""
-    if finite_number("pag_scale", pag_scale) <= 0:
+    if check_float("pag_scale", pag_scale) <= 0:
         raise ValueError(f"pag_scale must be above 0, got {pag_scale}: without it, use `guided`")
-    finite_number("pag_adaptive_scale", pag_adaptive_scale, 0)
+    check_float("pag_adaptive_scale", pag_adaptive_scale, 0)
 
 
 def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
@@ -231,7 +231,7 @@ class KolorsPAGPipeline(KolorsPipeline):
 
         Raises ValueError for another rule at `pipe.guided`, and for scales without effect.
         """
-        if finite_number("pag_scale", pag_scale) == 0:
+        if check_float("pag_scale", pag_scale) == 0:
             if pag_adaptive_scale != 0:
                 got = f"got {pag_adaptive_scale}"
                 raise ValueError(f"pag_adaptive_scale has no effect with pag_scale 0, {got}")

@@ -115,10 +115,10 @@ class PerformanceMethods(Components):
         self.to("cpu")
         if place.type != "cpu":
             self.offload.start(place, by_block)
-            self._on_device()
+            self._enter_stage()
 
-    def _on_device(self, stage: str | None = None) -> None:
-        super()._on_device(stage)
+    def _enter_stage(self, stage: str | None = None) -> None:
+        super()._enter_stage(stage)
         self.offload.enter(stage, self._models())
 
     def _before_move(self, target: torch.device | torch.dtype) -> None:
@@ -126,12 +126,12 @@ class PerformanceMethods(Components):
             self.offload.end()
         self.offload.release()
 
-    def _need_weights(self) -> None:
+    def _check_loaded(self) -> None:
         if self.offload.device is None:  # a plan offloads to the meta device
-            super()._need_weights()
+            super()._check_loaded()
 
-    def _works_on(self, weight: torch.Tensor) -> torch.device:
-        return super()._works_on(weight) if self.offload.device is None else self.offload.device
+    def _compute_device(self, weight: torch.Tensor) -> torch.device:
+        return super()._compute_device(weight) if self.offload.device is None else self.offload.device
 
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         """Return the cached embedding of these tokens, or encode and cache it."""

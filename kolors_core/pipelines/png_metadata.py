@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kolors_core.image import image_errors
-from kolors_core.validation import path_of
-from weights_convert.atomic_write import new_file
+from kolors_core.validation import as_path
+from weights_convert.atomic_write import atomic_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,9 +25,9 @@ def attach_metadata(image: "Image", metadata: Mapping[str, Any]) -> None:
 
 def save_png(image: "Image", path: str | Path) -> None:
     """Write a PNG with its metadata, whole or not at all. OSError naming the file."""
-    path = path_of("path", path)
+    path = as_path("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as scratch:
+    with atomic_file(path) as scratch:
         image.save(scratch, format="PNG")
 
 
@@ -35,7 +35,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """Read the text chunks of a PNG. FileNotFoundError or ValueError naming the file if it is none."""
     from PIL import Image
 
-    with image_errors(path), Image.open(path_of("path", path)) as image:
+    with image_errors(path), Image.open(as_path("path", path)) as image:
         kind = image.format
         if kind == "PNG":
             image.load()

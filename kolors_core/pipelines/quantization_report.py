@@ -18,10 +18,10 @@ from kolors_core.conditioning import Conditioning, concat_extra_channels, size_i
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import plain
 from kolors_core.guidance import guided
-from kolors_core.performance.quantize import quantizable, weight_bytes
+from kolors_core.performance.quantize import quantizable_layers, weight_bytes
 from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.pipelines.stages import Task
-from kolors_core.sampling import draw_noise, sampler_of
+from kolors_core.sampling import make_sampler, randn_latents
 
 # Encoded before and after. The first is drawn, guided away from the last, the usual negative prompt.
 CALIBRATION_PROMPTS = (
@@ -102,7 +102,7 @@ def quantize(pipe: Task, *, text_encoder: int | None = None, unet: int | None = 
     `performance.quantize.quantize` of a model alone runs nothing. To go back, load again. LoRAs are loaded
     after it. An IP-Adapter may be loaded already; it is measured with image tokens of zeros.
     Raises ValueError, before anything is changed, if no bits are given, if there is no text encoder, and for
-    what `quantizable` refuses.
+    what `quantizable_layers` refuses.
     """
     asked = {"text_encoder": text_encoder, "unet": unet}
     bits = {name: value for name, value in asked.items() if value is not None}
@@ -112,12 +112,12 @@ def quantize(pipe: Task, *, text_encoder: int | None = None, unet: int | None = 
         raise ValueError("this pipeline has no text encoder or tokenizer to measure quantizing with")
     models = {name: plain(getattr(pipe, name)) for name in bits}
     for name, model in models.items():
-        quantizable(model, bits[name])
+        quantizable_layers(model, bits[name])
     texts = _encode(pipe)
     noise, latents = _predict(pipe, texts[0]), _denoise(pipe, texts)
     quantized = {}
     for name, model in models.items():
-        pipe._on_device(name)
+        pipe._enter_stage(name)
         before = weight_bytes(model)
         quantize_model(model, bits[name])
         quantized[name] = QuantizedComponent(bits[name], before, weight_bytes(model))
@@ -132,24 +132,25 @@ def quantize(pipe: Task, *, text_encoder: int | None = None, unet: int | None = 
         noise=compare([new_noise], [noise]),
         latents=compare([_denoise(pipe, new_texts)], [latents]),
     )
-    pipe._on_device()
+    pipe._enter_stage()
     return report
 
 
 def _encode(pipe: Task) -> list[TextEmbedding]:
     """Encode the calibration prompts without the prompt cache."""
     assert pipe.text_encoder is not None and pipe.tokenizer is not None
-    pipe._on_device("text_encoder")
-    place = pipe._works_on(plain(pipe.text_encoder).embedding.weight)
+    pipe._enter_stage("text_encoder")
+    place = pipe._compute_device(plain(pipe.text_encoder).embedding.weight)
     return [
-        pipe.text_encoder(pipe.tokenizer([prompt]).collapse().to(place)) for prompt in CALIBRATION_PROMPTS
+        pipe.text_encoder(pipe.tokenizer([prompt]).merge_padding().to(place))
+        for prompt in CALIBRATION_PROMPTS
     ]
 
 
 def _condition(pipe: Task, text: TextEmbedding) -> Conditioning:
     """Return the UNet's conditioning on a text at its own size, with image tokens of zeros."""
     place = {"device": pipe.device, "dtype": pipe.dtype}
-    side = pipe.unet.config.sample_size * pipe.vae.config.downscale
+    side = pipe.unet.config.sample_size * pipe.vae.config.vae_scale_factor
     ids = size_ids((side, side), (0, 0), (side, side)).to(pipe.device)
     counts = None if text.counts is None else text.counts.to(pipe.device)
     zeros = ImagePrompt(torch.zeros(1, 1, 1, pipe.unet.config.context_dim, **place))
@@ -162,12 +163,12 @@ def _noise(pipe: Task) -> Tensor:
     """Draw standard normal noise [1, 4, H/8, W/8] at the UNet's own size, the same every time."""
     config = pipe.unet.config
     shape = (1, config.out_channels, config.sample_size, config.sample_size)
-    return draw_noise(shape, torch.Generator().manual_seed(0), pipe.device, torch.float32)
+    return randn_latents(shape, torch.Generator().manual_seed(0), pipe.device, torch.float32)
 
 
 def _predict(pipe: Task, text: TextEmbedding) -> Tensor:
     """Predict the UNet's noise for one text, in the middle of the schedule, flat."""
-    pipe._on_device("unet")
+    pipe._enter_stage("unet")
     timestep = torch.tensor(pipe.scheduler.num_train_timesteps // 2, device=pipe.device)
     conditioning = _condition(pipe, text)
     latents = concat_extra_channels(_noise(pipe).to(pipe.dtype), conditioning.extra)
@@ -180,12 +181,12 @@ def _predict(pipe: Task, text: TextEmbedding) -> Tensor:
 
 def _denoise(pipe: Task, texts: Sequence[TextEmbedding]) -> Tensor:
     """Return the latents of a short guided run on the first text, flat."""
-    pipe._on_device("unet")
+    pipe._enter_stage("unet")
     positive, negative = (_condition(pipe, text) for text in (texts[0], texts[-1]))
     schedule, generator = pipe.scheduler.schedule(STEPS), torch.Generator().manual_seed(1)
-    x = _noise(pipe) * schedule.start_scale
-    sampler = sampler_of(
-        pipe.scheduler, schedule, lambda: draw_noise(tuple(x.shape), generator, pipe.device, torch.float32)
+    x = _noise(pipe) * schedule.init_noise_sigma
+    sampler = make_sampler(
+        pipe.scheduler, schedule, lambda: randn_latents(tuple(x.shape), generator, pipe.device, torch.float32)
     )
     denoise = guided(pipe.unet, schedule, positive, negative, GUIDANCE)
     return sampler(denoise, x, schedule.sigmas).flatten()

@@ -111,7 +111,7 @@ def inference_call(call: Callable[Concatenate[Any, P], R]) -> Callable[Concatena
                 traceback.clear_frames(error.__traceback__)  # an interactive session would keep all tensors
                 raise
             finally:
-                self._on_device()
+                self._enter_stage()
 
     return guarded
 

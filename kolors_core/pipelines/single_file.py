@@ -15,18 +15,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kolors_core.checkpoint import Opened, read_json, resolve, write_json
+from kolors_core.checkpoint import UnloadedModel, read_json, resolve, write_json
 from kolors_core.config import UNetConfig
 from kolors_core.devices import loading_device
 from kolors_core.hub import find_file
 from kolors_core.loading import check
-from kolors_core.performance.quantize import WHOLE_ROWS, quantize
+from kolors_core.performance.quantize import PER_ROW, quantize
 from kolors_core.pipelines.base import MODELS, Components
-from kolors_core.validation import path_of
-from weights_convert.atomic_write import scratch_beside
+from kolors_core.validation import as_path
+from weights_convert.atomic_write import locked_scratch_dir
 from weights_convert.folder_to_single_file import to_single, unpack
 from weights_convert.safetensors_files import Source
-from weights_convert.single_file import Part, open_parts
+from weights_convert.single_file import SubModel, open_models
 
 # What stands around Kolors' models where no file says it.
 SCHEDULER = {
@@ -40,13 +40,13 @@ _LINK = re.compile(
 )
 
 
-class OpenedQuantized(Opened):
+class OpenedQuantized(UnloadedModel):
     """A ChatGLM of whole numbers, which it keeps: its linear layers are quantised ones."""
 
     def fill(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         """The model with its weights; scales get the dtype."""
         part, state = self.source, dict[str, Tensor]()
-        assert isinstance(part, Part)
+        assert isinstance(part, SubModel)
         for public, own in self.names.items():
             found = _buffers(part, public, own) if public in part.scales else {own: part[public]}
             for name, tensor in found.items():
@@ -77,10 +77,10 @@ def load_model(
 
 def open_model(
     file: str | Path, component: str, *, config: str | Path | None = None, has_weights: bool = True
-) -> Opened:
+) -> UnloadedModel:
     """Build one model of a file and check that its tensors fit; arguments and errors as in `load_model`."""
     file = _file(file)
-    parts, whole, small = open_parts(file)
+    parts, whole, small = open_models(file)
     if component not in parts:
         raise ValueError(f"{file}: wanted the {component}, got the {' and the '.join(parts)}")
     with _unpacked(file, whole, small) as own:
@@ -88,7 +88,7 @@ def open_model(
         return _open(parts[component], place, has_weights)
 
 
-class SingleFile(Components):
+class SingleFileMethods(Components):
     """Loading a pipeline from a single file, and saving it as one."""
 
     @classmethod
@@ -115,7 +115,7 @@ class SingleFile(Components):
         hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
         file = _file(pretrained_model_link_or_path, **hub)
         has_weights = loading_device(device).type != "meta"
-        parts, whole, small = open_parts(file)
+        parts, whole, small = open_models(file)
         wanted = [component for component in parts if component not in arguments]
         with _unpacked(file, whole, small) as own:
             is_whole = (own / "model_index.json").exists()
@@ -143,11 +143,11 @@ class SingleFile(Components):
         variant: what the weight files of a folder made of it are called by. The folder that `save_pretrained`
         makes is written beside it first, so that the disk needs twice the room. Raises as `save_pretrained`.
         """
-        file = path_of("file", file)
+        file = as_path("file", file)
         if file.exists() or file.suffix != ".safetensors":
             raise ValueError(f"{file}: wanted a new .safetensors file")
         file.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_beside(file) as scratch:
+        with locked_scratch_dir(file) as scratch:
             self.save_pretrained(scratch / "folder", variant=variant)
             to_single(scratch / "folder", file)
 
@@ -166,7 +166,7 @@ def _unpacked(file: Path, whole: Source, small: list[str]) -> Iterator[Path]:
             raise kind(str(error).replace(scratch, str(file))) from None
 
 
-def _open(part: Part, place: Path, has_weights: bool) -> Opened:
+def _open(part: SubModel, place: Path, has_weights: bool) -> UnloadedModel:
     """Build the model by the config in its folder of `place`, or of Kolors' sizes, and check the tensors."""
     kind, file = MODELS[part.component], place / part.component / "config.json"
     is_own = file.exists()
@@ -182,13 +182,13 @@ def _open(part: Part, place: Path, has_weights: bool) -> Opened:
         raise ValueError(f"{error}{hint}") from None
     if part.bits is not None:
         _check_quantized(model, part, names)
-        quantize(model, part.bits, WHOLE_ROWS)
+        quantize(model, part.bits, PER_ROW)
     if not has_weights:
-        return Opened(model, None, {})
-    return (Opened if part.bits is None else OpenedQuantized)(model, part, names)
+        return UnloadedModel(model, None, {})
+    return (UnloadedModel if part.bits is None else OpenedQuantized)(model, part, names)
 
 
-def _check_quantized(model: nn.Module, part: Part, names: dict[str, str]) -> None:
+def _check_quantized(model: nn.Module, part: SubModel, names: dict[str, str]) -> None:
     """ValueError unless just the layers that can be quantised are."""
     scaled = {names[name].removesuffix(".weight") for name in part.scales}
     layers = {path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
@@ -197,7 +197,7 @@ def _check_quantized(model: nn.Module, part: Part, names: dict[str, str]) -> Non
         raise ValueError(f"{part.where}: {odd[0]} {has} a weight_scale, wanted one for each linear layer")
 
 
-def _buffers(part: Part, public: str, own: str) -> dict[str, Tensor]:
+def _buffers(part: SubModel, public: str, own: str) -> dict[str, Tensor]:
     """What a `QuantizedLinear` holds in place of the weight `own`: the very same numbers."""
     layer = own.removesuffix("weight")
     q, scale = part.whole_numbers(public), part.scale(public)  # [O, I], [O]

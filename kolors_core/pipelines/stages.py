@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kolors_core.adapters.controlnet import ControlResiduals
 from kolors_core.adapters.face_id import FaceIDAdapter
-from kolors_core.adapters.freeu import FreeUSwitch
+from kolors_core.adapters.freeu import FreeUMethods
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.adapters.textual_inversion import words_of
 from kolors_core.chatglm import TextEmbedding
@@ -23,22 +23,28 @@ from kolors_core.config import VERSION
 from kolors_core.devices import finite, plain
 from kolors_core.guidance import GuidanceRule
 from kolors_core.image import Size, to_output
-from kolors_core.pipelines.control_images import Controlling
+from kolors_core.pipelines.control_images import ControlNetMethods
 from kolors_core.pipelines.denoising_loop import DenoisingLoop
-from kolors_core.pipelines.face_prompts import FacePrompting
-from kolors_core.pipelines.lora_methods import LoRALoading
+from kolors_core.pipelines.face_prompts import FaceIDMethods
+from kolors_core.pipelines.lora_methods import LoRAMethods
 from kolors_core.pipelines.performance_methods import PerformanceMethods
 from kolors_core.pipelines.png_metadata import attach_metadata
 from kolors_core.pipelines.request import KolorsPipelineOutput, PipelineInputs
-from kolors_core.pipelines.single_file import SingleFile
-from kolors_core.pipelines.text_prompts import TextPrompting
-from kolors_core.sampling import Generators, Sampler, draw_noise, sampler_of
+from kolors_core.pipelines.single_file import SingleFileMethods
+from kolors_core.pipelines.text_prompts import PromptMethods
+from kolors_core.sampling import Generators, Sampler, make_sampler, randn_latents
 from kolors_core.schedule import Schedule
-from kolors_core.validation import whole_number
+from kolors_core.validation import check_int
 
 
 class Task(
-    PerformanceMethods, TextPrompting, FacePrompting, Controlling, LoRALoading, FreeUSwitch, SingleFile
+    PerformanceMethods,
+    PromptMethods,
+    FaceIDMethods,
+    ControlNetMethods,
+    LoRAMethods,
+    FreeUMethods,
+    SingleFileMethods,
 ):
     """The steps that tasks are composed of."""
 
@@ -52,8 +58,8 @@ class Task(
 
     def _size(self, name: str, value: int | None) -> int:
         """A side in pixels, a multiple of 8; the UNet's own (1024) if None."""
-        scale = self.vae.config.downscale
-        return whole_number(name, self.unet.config.sample_size * scale if value is None else value, scale)
+        scale = self.vae.config.vae_scale_factor
+        return check_int(name, self.unet.config.sample_size * scale if value is None else value, scale)
 
     def _prepare_conditioning(
         self, inputs: PipelineInputs, size: Size, text: TextEmbedding, negative_text: TextEmbedding | None
@@ -62,7 +68,7 @@ class Task(
 
         Returns the positive conditioning, and the negative one unless negative_text is None.
         """
-        copies = whole_number("num_images_per_prompt", inputs.num_images_per_prompt)
+        copies = check_int("num_images_per_prompt", inputs.num_images_per_prompt)
         ids, negative_ids = positive_and_negative_size_ids(
             size, inputs.original_size, inputs.crops_coords_top_left, inputs.target_size,
             inputs.negative_original_size, inputs.negative_crops_coords_top_left,
@@ -86,7 +92,7 @@ class Task(
 
         def told(text: TextEmbedding, ids: Tensor, images: Any) -> Conditioning:
             finite(text.tokens, "the prompt's embeddings", text.tokens.dtype)
-            text = text.expanded() if sees_tokens else text  # a callback knows no counts
+            text = text.expand_padding() if sees_tokens else text  # a callback knows no counts
             tokens, pooled = (
                 part.to(self.device, self.dtype).repeat_interleave(copies, dim=0)
                 for part in (text.tokens, text.pooled)
@@ -112,7 +118,7 @@ class Task(
         return self.lora_scaled(factor)
 
     def _latent_shape(self, count: int, size: Size) -> tuple[int, ...]:
-        scale = self.vae.config.downscale
+        scale = self.vae.config.vae_scale_factor
         return count, self.vae.config.latent_channels, size[0] // scale, size[1] // scale
 
     def _given_latents(self, latents: Any, shape: tuple[int, ...]) -> Tensor:
@@ -126,7 +132,7 @@ class Task(
 
     def _draw(self, shape: Sequence[int], generator: Generators) -> Tensor:
         """Standard normal noise in the UNet's precision, but at least float32."""
-        return draw_noise(tuple(shape), generator, self.device, self.precision)
+        return randn_latents(tuple(shape), generator, self.device, self.precision)
 
     @property
     def precision(self) -> torch.dtype:
@@ -149,11 +155,11 @@ class Task(
         sampler = self.sampler
         if sampler is None:
             shape, generator = tuple(x.shape), inputs.generator
-            draw = partial(draw_noise, shape, generator, self.device, torch.float32)
-            sampler = sampler_of(self.scheduler, schedule, draw)
+            draw = partial(randn_latents, shape, generator, self.device, torch.float32)
+            sampler = make_sampler(self.scheduler, schedule, draw)
         if wrap_sampler is not None:
             sampler = wrap_sampler(sampler)
-        self._on_device("unet")
+        self._enter_stage("unet")
         with self._lora_factor(inputs), self._progress_bar(len(schedule.timesteps)) as bar:
             loop = DenoisingLoop(
                 self, self.runs.current(), schedule, positive, negative,
@@ -186,9 +192,9 @@ class Task(
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, H/8, W/8] to images [B, 3, H, W] in the VAE's own precision."""
-        self._on_device("vae")
+        self._enter_stage("vae")
         weight = self._vae_weight
-        return finite(self.vae.decode(self._input_for(weight, latents)), "the VAE's image", weight.dtype)
+        return finite(self.vae.decode(self._to_model(weight, latents)), "the VAE's image", weight.dtype)
 
     @property
     def _vae_weight(self) -> Tensor:

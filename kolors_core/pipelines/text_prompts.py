@@ -13,14 +13,14 @@ from kolors_core.adapters.textual_inversion import TextualInversion, words_of
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import named_device, plain
 from kolors_core.pipelines.base import Components
-from kolors_core.validation import whole_number
+from kolors_core.validation import check_int
 
 Prompt = str | Sequence[str]
 
 MAX_TOKENS = 256
 
 
-class TextPrompting(Components, TextualInversion):
+class PromptMethods(Components, TextualInversion):
     """A pipeline that reads prompts."""
 
     @torch.no_grad()
@@ -46,9 +46,9 @@ class TextPrompting(Components, TextualInversion):
             self, prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds, pooled_prompt_embeds,
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
         )  # fmt: skip
-        text, negative = text.expanded(), None if negative is None else negative.expanded()
+        text, negative = text.expand_padding(), None if negative is None else negative.expand_padding()
         device = self.device if device is None else named_device(str(device))
-        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
+        num_images_per_prompt = check_int("num_images_per_prompt", num_images_per_prompt)
 
         def repeated(tensor: Tensor) -> Tensor:
             return tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)
@@ -60,7 +60,7 @@ class TextPrompting(Components, TextualInversion):
 
 
 def embed_prompts(
-    pipe: TextPrompting,
+    pipe: PromptMethods,
     prompt: Prompt | None,
     is_guided: bool,
     negative_prompt: Prompt | None,
@@ -76,7 +76,7 @@ def embed_prompts(
     `force_zeros_for_empty_prompt`; a single one serves all prompts. Raises ValueError naming what was
     given twice, not at all, or does not fit.
     """
-    pipe._need_weights()
+    pipe._check_loaded()
     width = pipe.unet.config.text_dim
     text = _given("", prompt_embeds, pooled_prompt_embeds, width)
     negative = _given("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, width)
@@ -99,17 +99,17 @@ def embed_prompts(
     return text, _matched(negative, text)
 
 
-def _encode(pipe: TextPrompting, name: str, prompt: Prompt | None, max_length: int) -> TextEmbedding:
+def _encode(pipe: PromptMethods, name: str, prompt: Prompt | None, max_length: int) -> TextEmbedding:
     if pipe.text_encoder is None or pipe.tokenizer is None:
         raise ValueError("there is no text encoder or tokenizer: pass prompt_embeds in place of prompts")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"{name} must be a string or a list of at least one string, got {prompt!r}")
-    if not 2 < whole_number("max_sequence_length", max_length) <= MAX_TOKENS:
+    if not 2 < check_int("max_sequence_length", max_length) <= MAX_TOKENS:
         raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
     words = {"words": words} if (words := words_of(plain(pipe.text_encoder))) else {}
     tokens = pipe.tokenizer(prompts, max_length, **words)
-    return pipe._run_text_encoder(tokens.collapse() if pipe.savings.collapse_pads else tokens)
+    return pipe._run_text_encoder(tokens.merge_padding() if pipe.savings.merge_padding else tokens)
 
 
 def _given(prefix: str, tokens: Tensor | None, pooled: Tensor | None, width: int) -> TextEmbedding | None:

@@ -93,5 +93,5 @@ class KolorsPipeline(Task):
         positive, negative = self._prepare_conditioning(inputs, size, *texts)
         shape = self._latent_shape(len(positive.size_ids), size)
         noise = self._draw(shape, generator) if latents is None else self._given_latents(latents, shape)
-        denoised = self._denoise(inputs, schedule, noise * schedule.start_scale, positive, negative)
+        denoised = self._denoise(inputs, schedule, noise * schedule.init_noise_sigma, positive, negative)
         return self._output(inputs, denoised, positive, {"steps": len(whole.timesteps)})

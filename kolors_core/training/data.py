@@ -23,17 +23,17 @@ from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import size_ids
 from kolors_core.image import (
     center_crop,
-    control_pixels,
     flatten_alpha,
     image_errors,
     load_image,
     pil_to_tensor,
+    preprocess_control,
     to_output,
 )
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.training.trainer import TrainingConfig
 from kolors_core.vae import VAE
-from kolors_core.validation import LARGEST_SEED, finite_number, path_of, whole_number
+from kolors_core.validation import LARGEST_SEED, as_path, check_float, check_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,7 +78,7 @@ def read_folder(folder: str | Path) -> list[Example]:
     """Every captioned image of a folder; errors name the file and line at fault."""
     from PIL import ExifTags, Image
 
-    folder = path_of("folder", folder)
+    folder = as_path("folder", folder)
     captioned = _from_metadata(folder) if (folder / "metadata.jsonl").exists() else _from_text_files(folder)
     if not captioned:
         raise FileNotFoundError(
@@ -135,8 +135,8 @@ def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
 
 def buckets(resolution: int, step: int = 64) -> list[tuple[int, int]]:
     """Sizes (height, width), multiples of `step`, of about resolution^2 pixels, from 1:2 to 2:1."""
-    whole_number("resolution", resolution)
-    whole_number("step", step)
+    check_int("resolution", resolution)
+    check_int("step", step)
     sizes = {(resolution, resolution)}
     for side in range(step, resolution + 1, step):
         other = resolution * resolution // side // step * step
@@ -184,9 +184,9 @@ class Batches:
     ) -> None:
         if not examples:
             raise ValueError("no pictures to make batches of")
-        whole_number("batch_size", batch_size)
-        whole_number("seed", seed, least=0, most=LARGEST_SEED)
-        finite_number("caption_dropout", caption_dropout, 0, 1)
+        check_int("batch_size", batch_size)
+        check_int("seed", seed, least=0, most=LARGEST_SEED)
+        check_float("caption_dropout", caption_dropout, 0, 1)
         self.examples, self.batch_size, self.seed, self.dropout = examples, batch_size, seed, caption_dropout
         self.members: dict[tuple[int, int], list[int]] = {}
         for i, example in enumerate(examples):
@@ -247,7 +247,7 @@ class LatentDataset:
                     found = vae.encode(pixels[None].to(vae.post_quant_conv.weight))
                 if control is not None:
                     picture = to_output(pixels[None], "pil")[0]
-                    self.controls[i] = (255 * control_pixels(control(picture))[0]).round().byte()
+                    self.controls[i] = (255 * preprocess_control(control(picture))[0]).round().byte()
                 self.latents[i] = (found.mean[0].float().cpu(), found.std[0].float().cpu())
                 self.sizes[i] = size_ids((examples[i].height, examples[i].width), crop, size)
         self.text: dict[str, TextEmbedding] = {}
@@ -277,7 +277,7 @@ class LatentDataset:
         return Batch(latents, text.to(device), ids, timesteps, noise, control)
 
     def _tokens(self, captions: Sequence[str]) -> TokenBatch:
-        return self.tokenizer(captions).collapse()
+        return self.tokenizer(captions).merge_padding()
 
 
 class MaskedLatentDataset(LatentDataset):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kolors_core.module import is_block
-from kolors_core.validation import LARGEST_SEED, finite_number, whole_number
+from kolors_core.validation import LARGEST_SEED, check_float, check_int
 from weights_convert.safetensors_files import Source, save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
@@ -59,13 +59,13 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "save_every", "max_tokens"):
-            whole_number(name, getattr(self, name))
-        whole_number("warmup", self.warmup, least=0)
-        whole_number("seed", self.seed, least=0, most=LARGEST_SEED)
+            check_int(name, getattr(self, name))
+        check_int("warmup", self.warmup, least=0)
+        check_int("seed", self.seed, least=0, most=LARGEST_SEED)
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "noise_offset"):
-            finite_number(name, getattr(self, name), 0)
-        finite_number("ema_decay", self.ema_decay, 0, 1)
-        if self.min_snr_gamma is not None and finite_number("min_snr_gamma", self.min_snr_gamma) <= 0:
+            check_float(name, getattr(self, name), 0)
+        check_float("ema_decay", self.ema_decay, 0, 1)
+        if self.min_snr_gamma is not None and check_float("min_snr_gamma", self.min_snr_gamma) <= 0:
             raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")

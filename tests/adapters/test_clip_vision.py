@@ -16,7 +16,7 @@ from kolors_core.adapters.clip_vision import CLIPVision, CLIPVisionConfig
 from tests.support.parity import assert_parity, first_divergence, pair, reference_clip, transfer
 from tests.support.published import IMAGE_ENCODER, IMAGE_ENCODER_CONFIG, configs
 from tests.support.small import EXACT, FLOAT32, SMALL_CLIP, randomise, relative_error
-from weights_convert import TABLES, recognise
+from weights_convert import TABLES, detect_component
 from weights_convert.__main__ import convert
 
 pytestmark = pytest.mark.numerical
@@ -137,7 +137,7 @@ def test_what_the_reference_saves_is_read(tmp_path: Path) -> None:
     full = json.loads(theirs.config.to_json_string(use_diff=False))
     assert CLIPVisionConfig.from_public(full) == SMALL_CLIP
     weights = load_file(tmp_path / "model.safetensors")
-    assert recognise(weights, "here") == (TABLES["image_encoder"], False)
+    assert detect_component(weights, "here") == (TABLES["image_encoder"], False)
     ours = CLIPVision(SMALL_CLIP)
     transfer(theirs, ours, "image_encoder")
     table = TABLES["image_encoder"]
@@ -203,7 +203,7 @@ def test_of_a_whole_clip_the_image_encoder_is_read(tmp_path: Path) -> None:
 def test_one_without_projection_is_named() -> None:
     names = [name for name in reference_clip(SMALL_CLIP).state_dict() if name.startswith("vision_model.")]
     with pytest.raises(ValueError, match="visual_projection.weight is missing .it makes image_embeds"):
-        recognise(names, "here")
+        detect_component(names, "here")
 
 
 def test_position_numbers_of_older_files_are_dropped_with_a_reason() -> None:

@@ -32,7 +32,7 @@ from tests.support.controlnets import (
 from tests.support.parity import assert_parity, first_divergence, pair
 from tests.support.small import EXACT, SMALL, randomise, relative_error
 from tests.test_unet import inputs
-from weights_convert import TABLES, recognise
+from weights_convert import TABLES, detect_component
 from weights_convert.key_mapping import compare
 
 pytestmark = pytest.mark.numerical
@@ -61,8 +61,8 @@ def test_the_table_is_closed_both_ways_at_full_size() -> None:
     assert [table.to_public(table.to_ours(name)) for name in found] == list(found)
     assert table.unused_rules(found) == []
     assert table.faults(found) == []
-    assert recognise(found, "x") == (table, False)
-    assert recognise(target, "x") == (table, True)
+    assert detect_component(found, "x") == (table, False)
+    assert detect_component(target, "x") == (table, True)
     lost = dict(found)
     del lost["controlnet_down_blocks.3.bias"]
     assert table.faults(lost) == ["controlnet_down_blocks.3.bias is missing"]
@@ -75,7 +75,7 @@ def test_the_config_is_read_back_as_it_is_written_by_the_reference(tmp_path: Pat
     assert ControlNetConfig.from_public(public) == replace(NET, sample_size=128)
     released = ControlNetConfig()
     assert ControlNetConfig.from_public(released.to_public()) == released
-    assert vars(released) == vars(KOLORS.unet) | {"image_widths": (16, 32, 96, 256)}
+    assert vars(released) == vars(KOLORS.unet) | {"conditioning_widths": (16, 32, 96, 256)}
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_the_unet_takes_residuals_as_the_reference_does() -> None:
 
 def test_a_new_one_of_a_unet_has_its_weights_and_no_effect_yet() -> None:
     unet, _ = pair("unet", torch.float64)
-    net = KolorsControlNet.from_unet(unet, NET.image_widths)
+    net = KolorsControlNet.from_unet(unet, NET.conditioning_widths)
     given, image = inputs(1, 8, 8), control_image(1, 8, 8)
     with torch.no_grad():
         residuals = net(**given, image=image)
@@ -173,9 +173,9 @@ def test_a_new_one_of_a_unet_has_its_weights_and_no_effect_yet() -> None:
     )
     assert all(torch.equal(net.state_dict()[name], state[name]) for name in shared)
     with pytest.raises(ValueError, match="no plain down.1.attentions.0.proj_in.weight to start from"):
-        KolorsControlNet.from_unet(_quantized(), NET.image_widths)
+        KolorsControlNet.from_unet(_quantized(), NET.conditioning_widths)
     wide = UNet(replace(SMALL.unet, in_channels=9)).double()
-    of_wide = KolorsControlNet.from_unet(wide, NET.image_widths)
+    of_wide = KolorsControlNet.from_unet(wide, NET.conditioning_widths)
     assert torch.equal(of_wide.conv_in.weight, wide.conv_in.weight[:, :4])
     with torch.no_grad():
         of_wide(**given, image=image)
@@ -231,7 +231,7 @@ def test_an_sdxl_controlnet_loads_only_when_borrowed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="encoder_hid_dim_type is None"):
         KolorsControlNet.from_pretrained(tmp_path / "sdxl")
     unet, _ = pair("unet", torch.float64)
-    net, report = KolorsControlNet.borrow(tmp_path / "sdxl", unet)
+    net, report = KolorsControlNet.from_sdxl(tmp_path / "sdxl", unet)
     layers = [f"add_embedding.linear_{i}.{kind}" for i in (1, 2) for kind in ("bias", "weight")]
     assert report.missing == [*layers, "text_proj.bias", "text_proj.weight"]
     assert (report.unexpected, report.misshapen) == ([], [])
@@ -246,18 +246,18 @@ def test_an_sdxl_controlnet_loads_only_when_borrowed(tmp_path: Path) -> None:
         assert relative_error(unet(**given, residuals=net(**given, image=image)), unet(**given)) > 1e-3
     check_fits(net, unet, 8)
     with pytest.raises(ValueError, match="borrow from a plain UNet"):
-        KolorsControlNet.borrow(tmp_path / "sdxl", _quantized())
+        KolorsControlNet.from_sdxl(tmp_path / "sdxl", _quantized())
 
 
 def test_borrowing_keeps_an_added_condition_that_fits_and_refuses_what_needs_none(tmp_path: Path) -> None:
     unet, _ = pair("unet", torch.float64)
     width = NET.text_dim + 6 * NET.size_dim
     write_sdxl(tmp_path / "fits", projection_class_embeddings_input_dim=width)
-    _, report = KolorsControlNet.borrow(tmp_path / "fits", unet)
+    _, report = KolorsControlNet.from_sdxl(tmp_path / "fits", unet)
     assert report.missing == ["text_proj.bias", "text_proj.weight"]
     write_controlnet(tmp_path / "own", 0)
     with pytest.raises(ValueError, match="has a text projection: load it by from_pretrained"):
-        KolorsControlNet.borrow(tmp_path / "own", unet)
+        KolorsControlNet.from_sdxl(tmp_path / "own", unet)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +300,6 @@ def test_a_controlnet_for_another_unet_is_refused() -> None:
     with pytest.raises(ValueError, match=r"channels is \(32, 64, 96\), and the UNet's \(32, 64, 128\)"):
         check_fits(ControlNet(replace(NET, channels=(32, 64, 96), heads=(2, 4, 6))), unet, 8)
     with pytest.raises(ValueError, match="makes 4 pixels one latent, and the VAE 8"):
-        check_fits(ControlNet(replace(NET, image_widths=(8, 8, 8))), unet, 8)
+        check_fits(ControlNet(replace(NET, conditioning_widths=(8, 8, 8))), unet, 8)
     with pytest.raises(TypeError, match="got diffusers.models.controlnets"):
         check_fits(reference_controlnet(), unet, 8)

@@ -11,7 +11,7 @@ import torch
 from diffusers.utils.torch_utils import apply_freeu, fourier_filter
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPAGPipeline, KolorsPipeline
-from kolors_core.adapters.freeu import FreeU, FreeUSwitch
+from kolors_core.adapters.freeu import FreeU, FreeUMethods
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.pipelines.memory_plan import plan
 from kolors_core.unet import UNet
@@ -36,7 +36,7 @@ SDXL = {"s1": 0.6, "s2": 0.4, "b1": 1.1, "b2": 1.2}  # what its authors recommen
 SIZES = [(16, 16), (9, 13), (2, 2), (1, 5), (3, 1), (1, 1), (24, 40)]
 
 
-class OfUNet(FreeUSwitch):
+class OfUNet(FreeUMethods):
     """What the switch needs of a pipeline."""
 
     def __init__(self, unet: UNet) -> None:

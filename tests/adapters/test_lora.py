@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from kolors_core.adapters.block_scales import BlockScale, block_scales
-from kolors_core.adapters.ip_adapter import ImageBranch
+from kolors_core.adapters.ip_adapter import ImageCrossAttention
 from kolors_core.adapters.lora import (
     TEXT_TARGETS,
     Adapter,
@@ -24,7 +24,7 @@ from kolors_core.adapters.lora import (
     unfuse,
     unload,
 )
-from kolors_core.adapters.lora_layers import LoRAConv2d, LoRALinear, Part
+from kolors_core.adapters.lora_layers import LoRAConv2d, LoRALinear, LoRAWeights
 from kolors_core.context import Context
 from kolors_core.unet import UNet
 from tests.support.parity import pair, reference_unet
@@ -63,7 +63,7 @@ def run(unet: UNet) -> Tensor:
     return unet(**inputs(1, 8, 8, unet.conv_in.weight.dtype))
 
 
-def part(layer: nn.Module, magnitude: tuple[int, ...] | None = None, scale: float = 2.0) -> Part:
+def part(layer: nn.Module, magnitude: tuple[int, ...] | None = None, scale: float = 2.0) -> LoRAWeights:
     """Random factors of rank 2 for a linear layer or a convolution, and DoRA's magnitude of this shape."""
     generator = torch.Generator().manual_seed(9)
     out, *rest = layer.weight.shape
@@ -73,7 +73,7 @@ def part(layer: nn.Module, magnitude: tuple[int, ...] | None = None, scale: floa
     tensors = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()
     }
-    return Part(tensors, scale)
+    return LoRAWeights(tensors, scale)
 
 
 LAYERS = {
@@ -106,8 +106,8 @@ def test_a_layer_is_the_written_out_formula(kind: str) -> None:
 def test_a_bias_is_fused_as_the_weight_is_also_within_a_scaled_run() -> None:
     base = copy.deepcopy(LAYERS["linear"][0]).double()
     layer, x = LoRALinear(base), torch.ones(3, 7, dtype=torch.float64)
-    layer.lora["one"] = Part({"bias": torch.ones(5).double(), "delta": torch.ones(5, 7).double()}, 1.0)
-    layer.parts()["one"].run_scale = 0.25
+    layer.lora["one"] = LoRAWeights({"bias": torch.ones(5).double(), "delta": torch.ones(5, 7).double()}, 1.0)
+    layer.parts()["one"].call_scale = 0.25
     expected = layer(x)
     layer.fuse(["one"], 1.0)
     assert relative_error(layer(x), expected) < EXACT
@@ -307,7 +307,7 @@ def test_adapted_layers_keep_hooks_mode_and_new_weights(unet: UNet) -> None:
 
 
 def test_an_ip_adapter_s_branches_are_not_adapted(unet: UNet) -> None:
-    unet.mid.attentions[0].blocks[0].cross_attention.image_branches.append(ImageBranch(128, 48))
+    unet.mid.attentions[0].blocks[0].cross_attention.image_branches.append(ImageCrossAttention(128, 48))
     adapter = attach(unet, rank=1)
     assert len(adapter.layers) == 17 * 2 * 4
     assert not any("image_branches" in path for path in linear_and_conv(unet))

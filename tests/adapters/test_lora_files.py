@@ -44,7 +44,7 @@ from tests.support.loras import (
 from tests.support.parity import pair, reference_unet
 from tests.support.small import EXACT, SMALL
 from weights_convert import TABLES
-from weights_convert.lora import normalise, spellings
+from weights_convert.lora import parse_keys, spellings
 from weights_convert.sgm import sgm_blocks, to_sgm
 
 
@@ -92,7 +92,7 @@ def test_every_module_of_full_size_is_named_one_to_one(modules: dict[str, list[s
     for way in ways:
         names = {f"{way(name)}.lora_up.weight": path for path, name in public.items()}
         assert len(names) == 795
-        places, unmatched = normalise(names, modules)
+        places, unmatched = parse_keys(names, modules)
         assert not unmatched and all(names[name] == place.module for place, name in places.items())
     for way in ("text_encoder.", "base_model.model.transformer.", "lora_te_"):
         join = "_" if way.endswith("_") else "."
@@ -100,7 +100,7 @@ def test_every_module_of_full_size_is_named_one_to_one(modules: dict[str, list[s
             f"{way}{TABLES['text_encoder'].to_public(path).replace('.', join)}.lora_up.weight": path
             for path in modules["text_encoder"]
         }
-        places, unmatched = normalise(names, modules)
+        places, unmatched = parse_keys(names, modules)
         assert len(names) == 112 and not unmatched
         assert all(names[name] == place.module for place, name in places.items())
 
@@ -130,7 +130,7 @@ def test_no_two_modules_share_a_spelling(modules: dict[str, list[str]]) -> None:
 def test_two_spellings_in_one_file_are_an_error(modules: dict[str, list[str]]) -> None:
     names = [f"unet.{BLOCK}.attn1.to_q.lora_A.weight", f"{BLOCK}.attn1.to_q.lora_down.weight"]
     with pytest.raises(ValueError, match="are two spellings of the same tensor"):
-        normalise(names, modules)
+        parse_keys(names, modules)
 
 
 # The spellings, written out here by hand; each reads as `W + scale * up @ down`.

@@ -154,7 +154,7 @@ def test_held_out_prompts_cover_the_schedule_and_are_not_trained_on(lesson: Less
     assert times[0] < 100 and times[-1] >= 1000 and len(set(times.tolist())) == len(times)
     assert points(240) == [30, 60, 90, 120, 150, 180, 210, 240] and points(3) == [1, 2, 3]
     known = lesson.known.repeat(3, 1, 1, 1)
-    assert lesson.recognise(known) == 3 * [0, 1, 2]
+    assert lesson.detect_component(known) == 3 * [0, 1, 2]
 
 
 def test_a_seed_is_an_order_of_pictures_and_a_noise(lesson: Lesson) -> None:

@@ -21,7 +21,7 @@ from kolors_core import (
 )
 from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.cli.generate import main
-from kolors_core.cli.options import SAMPLERS, with_revision, with_scale
+from kolors_core.cli.options import SAMPLERS, parse_source_scale, with_revision
 from kolors_core.pipelines.pag import perturbed
 from kolors_core.pipelines.png_metadata import read_metadata
 from tests.support.controlnets import write_controlnet
@@ -192,7 +192,7 @@ def test_a_lora_tells_what_it_matched(
     ],
 )
 def test_a_scale_stands_behind_the_last_colon(text: str, found: tuple[str, float]) -> None:
-    assert with_scale(text) == found
+    assert parse_source_scale(text) == found
 
 
 def test_a_revision_stands_behind_an_at(tmp_path: Path) -> None:

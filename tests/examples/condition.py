@@ -3,7 +3,7 @@
 Told as SDXL tells sizes (https://arxiv.org/abs/2307.01952, section 2.2): a sinusoid and a perceptron, added
 to the time. Its last layer is zero at first, so that nothing changes.
 In the library: whatever is added to the time is `added`, a field of `Conditioning`, an argument of
-`UNet.forward` and one line in `embed_condition`. What has a place in the picture is `extra`; what comes as
+`UNet.forward` and one line in `added_embedding`. What has a place in the picture is `extra`; what comes as
 tokens goes behind the text's.
 Look at: plain.py's picture, bit for bit, until it is trained.
 """
@@ -42,5 +42,5 @@ with torch.no_grad():
     schedule = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(8)
     denoise = guided(unet, schedule, positive, negative, scale=5.0)  # (x, sigma) -> x0
     noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
-    latents = dpmpp_2m(denoise, noise * schedule.start_scale, schedule.sigmas)  # [1, 4, H/8, W/8]
+    latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)  # [1, 4, H/8, W/8]
     to_output(vae.decode(latents), "pil")[0].save("ladybug.png")

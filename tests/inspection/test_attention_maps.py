@@ -90,7 +90,7 @@ def rows_of(maps: Tensor) -> Tensor:
 def assert_nothing_stays(unet: nn.Module) -> None:
     for module in unet.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
-        assert not isinstance(module, Attention) or not module.watchers
+        assert not isinstance(module, Attention) or not module.observers
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(2, 9, 13), (1, 5, 16)])

@@ -166,7 +166,7 @@ def test_every_model_can_be_looked_into(pipes: Pair) -> None:
     with capture(net, ["", "to_mid"]) as kept:
         residuals = net(**given)
     assert same(kept[""][0], residuals) and torch.equal(kept["to_mid"][0], residuals[-1])
-    batch = ours.tokenizer(["cat"]).collapse()
+    batch = ours.tokenizer(["cat"]).merge_padding()
     with (
         capture(ours.text_encoder, ["", "layers.[12]"]) as kept,
         capture(ours.text_encoder, "", "in") as into,

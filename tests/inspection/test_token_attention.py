@@ -33,7 +33,7 @@ def drawn(tiny: KolorsPipeline) -> Explanation:
 def labels(tokenizer: Tokenizer, prompt: str, length: int = 64) -> list[str]:
     """Those of all tokens of a prompt, which are checked to be each one's once, in their order."""
     whole = tokenizer([prompt], length)
-    batch = whole.collapse()
+    batch = whole.merge_padding()
     tokens = display_tokens(tokenizer, batch)
     assert [token.label for token in display_tokens(tokenizer, whole)] == [token.label for token in tokens]
     columns = range(batch.ids.shape[1])

@@ -61,7 +61,9 @@ def test_text_encoder_and_vae_have_no_graph_break() -> None:
     chatglm, vae = (pair(name, torch.float64)[0] for name in ("text_encoder", "vae"))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 600, (2, 9), generator=generator)
-    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(9).expand(2, -1)).collapse()
+    batch = TokenBatch(
+        ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(9).expand(2, -1)
+    ).merge_padding()
     assert torch.equal(whole(chatglm)(batch).pooled, chatglm(batch).pooled)
     latents = torch.randn(1, 4, 4, 5, generator=generator, dtype=torch.float64)
     decode = torch.compile(vae.decode, backend="eager", fullgraph=True)
@@ -122,7 +124,7 @@ def test_each_model_says_what_its_blocks_are() -> None:
         )  # fmt: skip
     kinds = [{type(module).__name__ for module in model.modules() if is_block(module)} for model in models]
     assert kinds == [
-        {"ResBlock", "TransformerBlock"}, {"Layer"}, {"ResBlock", "Attention"}, {"Layer"}, {"ResamplerLayer"},
+        {"ResBlock", "TransformerBlock"}, {"ChatGLMLayer"}, {"ResBlock", "Attention"}, {"CLIPLayer"}, {"ResamplerLayer"},
     ]  # fmt: skip
     assert is_block(Mine()) and not is_block(nn.Linear(1, 1))
 

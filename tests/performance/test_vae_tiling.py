@@ -289,10 +289,10 @@ def test_offload_brings_what_works(by_block: bool, pipes: Pair) -> None:
     pipe.enable_vae_tiling(tile_sample_min_size=SIDE)
     plain = both_ways(pipe.vae, *given)
     with offloaded(pipe, by_block) as offload, all_away(pipe) as worked:
-        pipe._on_device("vae")
+        pipe._enter_stage("vae")
         away = both_ways(pipe.vae, *given)
         assert {"vae.decoder.up.3.resnets.2.norm1", "vae.decoder.norm_out"} <= worked
-        pipe._on_device()
+        pipe._enter_stage()
         size = bytes_of(((pipe.vae, ""),))
         assert offload.peak_bytes < size / 3 if by_block else offload.peak_bytes == size
     assert all(torch.equal(a, b) for a, b in zip(away, plain, strict=True))

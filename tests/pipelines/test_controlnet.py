@@ -25,7 +25,7 @@ from kolors_core import (
 from kolors_core.adapters.controlnet import Control, ControlResiduals
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
-from kolors_core.image import control_pixels
+from kolors_core.image import preprocess_control
 from kolors_core.pipelines.memory_plan import plan
 from tests.support.controlnets import NET, write_controlnet
 from tests.support.ip_adapters import Both, load_both
@@ -130,7 +130,7 @@ def test_every_step_of_text_to_image_equals_the_reference(pipes: Pair, folders: 
     other = loop(pipes[1], theirs, IMAGES, PROMPTS, None, 1.0)
     found = steps_of(pipe, **given)
     assert_same(found, other)
-    pipe.savings = replace(pipe.savings, precompute=False, collapse_pads=False)
+    pipe.savings = replace(pipe.savings, precompute=False, merge_padding=False)
     assert_same(steps_of(pipe, **given), other)
     mine[1].to_skips[3].bias.data += 0.01
     with pytest.raises(AssertionError):
@@ -206,7 +206,9 @@ def test_images_for_each_prompt_and_for_each_picture(pipes: Pair, folders: list[
     with pytest.raises(ValueError, match=r"2 \(one a prompt\) or 4 \(one a picture\) control images, got 3"):
         steps_of(pipe, image=[a, b, a], **given)
     one = {"prompt": "cat", "num_inference_steps": 1, "height": None, "width": None}
-    assert same(steps_of(pipe, image=control_pixels(a), **one), steps_of(pipe, image=a, **one)), "a tensor"
+    assert same(steps_of(pipe, image=preprocess_control(a), **one), steps_of(pipe, image=a, **one)), (
+        "a tensor"
+    )
 
 
 def test_what_is_given_and_not_used_is_an_error(

@@ -183,7 +183,7 @@ def test_weights_set_within_a_run_stay(both: Both) -> None:
     given = {"cross_attention_kwargs": {"scale": 0.5}, "callback_on_step_end": change}
     ours("cat", height=64, width=64, num_inference_steps=1, **given)
     part = next(iter(lora.parts().values()))
-    assert (part.strength, part.run_scale) == (0.25, 1.0)
+    assert (part.strength, part.call_scale) == (0.25, 1.0)
     for scale in (float("nan"), float("inf"), "1", None, [1.0]):
         with pytest.raises(ValueError, match="lora_scale must be a number, got"):
             ours.fuse_lora(lora_scale=scale)

@@ -78,12 +78,12 @@ def inpaint_loop(
     """The reference's inpainting, written out: latents after each step, then the picture in [0, 1]."""
     run = Reference(theirs, unet, steps, strength, scale)
     run.control = control
-    reads_mask = unet.config.in_channels == 9
+    has_mask_channels = unet.config.in_channels == 9
     pixels = VaeImageProcessor(vae_scale_factor=8).preprocess(picture())
     mask_processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
     mask = mask_processor.preprocess(mask_of())
     clean = torch.zeros(1)
-    if strength < 1 or not reads_mask:
+    if strength < 1 or not has_mask_channels:
         clean = run.encode(pixels)
     noise = torch.randn(1, 4, 8, 9, generator=run.draw, dtype=torch.float64)
     if strength < 1:
@@ -91,11 +91,11 @@ def inpaint_loop(
     else:
         latents = noise * run.scheduler.init_noise_sigma
     small = torch.nn.functional.interpolate(mask, size=(8, 9)).double()
-    more = [small, run.encode(pixels * (mask < 0.5))] if reads_mask else []
+    more = [small, run.encode(pixels * (mask < 0.5))] if has_mask_channels else []
     found = []
     for i, time in enumerate(run.times):
         latents = run.step(latents, time, more)
-        if not reads_mask:
+        if not has_mask_channels:
             kept = clean if i == len(run.times) - 1 else run.noised(clean, noise, run.times[i + 1])
             latents = (1 - small) * kept + small * latents
         found.append(latents)

@@ -6,7 +6,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from kolors_core.image import to_output, vae_pixels
+from kolors_core.image import preprocess_vae, to_output
 from kolors_core.pipelines.masks import crop_region, fitted, grey, put_back, repainted, size_of
 from tests.support.pipelines import picture
 
@@ -64,8 +64,8 @@ def test_the_overlay_is_the_references(is_cropped: bool) -> None:
             region = crop_region(mask, (64, 64), 5) if is_cropped else None
             one = made if is_cropped else made.resize((90, 70))
             theirs = np.asarray(PROCESSOR.apply_overlay(mask, given, one, region)).astype(int)
-            whole = vae_pixels(given, multiple=1)
-            back = put_back(vae_pixels(one, multiple=1), whole, grey(mask, (70, 90), ((70, 90),)), region)
+            whole = preprocess_vae(given, multiple=1)
+            back = put_back(preprocess_vae(one, multiple=1), whole, grey(mask, (70, 90), ((70, 90),)), region)
             mine = np.asarray(to_output(back, "pil")[0]).astype(int)
             assert abs(mine - theirs).max() <= allowed
             outside = np.asarray(mask) == 0

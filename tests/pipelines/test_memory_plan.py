@@ -15,7 +15,7 @@ from kolors_core.adapters.ip_adapter import IPAdapter, attach
 from kolors_core.adapters.lora import attach as attach_lora
 from kolors_core.attention import attention, attention_kernel
 from kolors_core.chatglm import ChatGLM
-from kolors_core.checkpoint import Unfilled
+from kolors_core.checkpoint import SkipInit
 from kolors_core.cli.generate import main
 from kolors_core.config import KOLORS, ChatGLMConfig, KolorsConfig, UNetConfig, VAEConfig
 from kolors_core.performance.memory_tracker import MemoryTracker
@@ -33,7 +33,7 @@ GIB = 2**30
 # Wide enough that a convolution's workspace and the weights of a block are of the size that they have in use.
 MEDIUM = KolorsConfig(
     text_encoder=ChatGLMConfig(
-        vocab_size=640, hidden_size=64, feed_forward_size=96, layers=3, heads=4, head_dim=16, query_groups=2
+        vocab_size=640, hidden_size=64, feed_forward_size=96, layers=3, heads=4, head_dim=16, num_kv_heads=2
     ),
     unet=UNetConfig(
         sample_size=16, channels=(64, 128, 192), heads=(1, 2, 3), depths=(0, 1, 1), resnets_per_level=1,
@@ -70,7 +70,7 @@ def make(dtype: torch.dtype = torch.float32, config: KolorsConfig = MEDIUM, **mo
 
 def full_size() -> KolorsPipeline:
     """The released Kolors in float16, without weights."""
-    with torch.device("meta"), Unfilled():
+    with torch.device("meta"), SkipInit():
         pipe = make(torch.float16, KOLORS)
     pipe.vae.float()
     return pipe
@@ -91,19 +91,19 @@ def draw(pipe: KolorsPipeline, prompts: int = 1, **arguments: Any) -> Callable[[
 
 def measure(pipe: KolorsPipeline, run: Callable[[], Any]) -> dict[str, float]:
     """GiB of the most that is allocated in each stage, and under "all" in the run, beside what was before."""
-    begin = pipe._on_device
+    begin = pipe._enter_stage
 
     def begin_and_tell(stage: str | None = None) -> None:
         with record_function(f"stage {stage}"):
             pass
         begin(stage)
 
-    pipe._on_device = begin_and_tell
+    pipe._enter_stage = begin_and_tell
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
             run()
     finally:
-        del pipe.__dict__["_on_device"]
+        del pipe.__dict__["_enter_stage"]
     now, stage, most = 0, "None", dict[str, int]()
     result: Any = watched.profiler
     for event in sorted(result.kineto_results.events(), key=lambda event: event.start_ns()):

@@ -266,7 +266,7 @@ def test_image_to_image_takes_the_rule(pipes: Pair) -> None:
     sigma = schedule.sigmas[0].item()
     mine = steps_of(
         ours, prompt="cat", image=torch.zeros(1, 4, 8, 9), strength=1.0,
-        latents=noise * schedule.start_scale / (sigma**2 + 1) ** (0.5 if _preserves(ours) else 0),
+        latents=noise * schedule.init_noise_sigma / (sigma**2 + 1) ** (0.5 if _preserves(ours) else 0),
     )  # fmt: skip
     text = KolorsPAGPipeline.from_pipe(pipes[0], pag_applied_layers=["up.block_0"])
     expected = steps_of(text, prompt="cat", latents=noise, pag_scale=2.0)

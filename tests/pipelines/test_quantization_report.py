@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kolors_core import KolorsPipeline
-from kolors_core.adapters.ip_adapter import ImageBranch
+from kolors_core.adapters.ip_adapter import ImageCrossAttention
 from kolors_core.cli.generate import main
 from kolors_core.performance.quantize import is_quantized, weight_bytes
 from kolors_core.performance.quantize import quantize as quantize_model
@@ -94,10 +94,10 @@ def test_with_an_ip_adapter_before_or_after(both: Both, adapters: list[Path]) ->
     assert 0 < report.noise.error < 0.05
     first, second = (guided_steps(pipe) for pipe in ours)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    branches = [module for module in ours[1].unet.modules() if isinstance(module, ImageBranch)]
+    branches = [module for module in ours[1].unet.modules() if isinstance(module, ImageCrossAttention)]
     assert branches and not any(is_quantized(branch) for branch in branches)
     ours[1].unload_ip_adapter()
-    assert not any(isinstance(module, ImageBranch) for module in ours[1].unet.modules())
+    assert not any(isinstance(module, ImageCrossAttention) for module in ours[1].unet.modules())
 
 
 def test_under_offload_one_model_is_at_work(both: Both, adapters: list[Path]) -> None:

@@ -29,7 +29,7 @@ from weights_convert import TABLES
 from weights_convert.__main__ import convert, main
 from weights_convert.folder_to_single_file import to_folder
 from weights_convert.sgm import public_to_sgm
-from weights_convert.single_file import open_parts
+from weights_convert.single_file import open_models
 
 
 def draw(pipe: KolorsPipeline, seed: int = 0) -> Tensor:
@@ -51,7 +51,7 @@ def test_files_of_other_programs(kind: str, whole_folder: Path, drawn: Tensor, t
     save_file(FOREIGN[kind](whole_folder), file, metadata={"format": "pt"})
     assert torch.equal(draw(KolorsPipeline.from_single_file(file, config=whole_folder)), drawn)
     assert main([str(file), str(tmp_path / "made"), "--to", "diffusers"]) == 0
-    parts, _, _ = open_parts(file)
+    parts, _, _ = open_models(file)
     for component in parts:
         shutil.copy(whole_folder / component / "config.json", tmp_path / "made" / component)
         model, other = (

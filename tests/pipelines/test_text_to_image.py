@@ -60,7 +60,7 @@ def test_every_step_equals_the_reference(
         )
 
 
-@pytest.mark.parametrize("left_out", ["collapse_pads", "precompute"])
+@pytest.mark.parametrize("left_out", ["merge_padding", "precompute"])
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_savings_change_nothing(pipes: Pair, left_out: str, guidance_scale: float) -> None:
     """Each is switched off in turn: latents stay what they are to the last bits of float64."""

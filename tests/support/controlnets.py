@@ -12,7 +12,7 @@ from kolors_core.adapters.controlnet import ControlNetConfig
 from tests.support.parity import transfer
 from tests.support.small import SMALL, randomise
 
-NET = ControlNetConfig(**vars(SMALL.unet), image_widths=(8, 12, 16, 24))
+NET = ControlNetConfig(**vars(SMALL.unet), conditioning_widths=(8, 12, 16, 24))
 
 
 def reference_controlnet(config: ControlNetConfig = NET) -> ControlNetModel:

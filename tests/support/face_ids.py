@@ -29,7 +29,8 @@ def face_config(unet: UNetConfig = SMALL.unet) -> FaceIDConfig:
     plus = adapter_config(unet)
     return FaceIDConfig(
         id_dim=12, image_dim=plus.image_dim, width=unet.text_dim, queries=TOKENS, heads=2,
-        feed_forward_size=4 * unet.text_dim, context_dim=unet.context_dim, branch_widths=plus.branch_widths,
+        feed_forward_size=4 * unet.text_dim, context_dim=unet.context_dim,
+        cross_attention_widths=plus.cross_attention_widths,
     )  # fmt: skip
 
 

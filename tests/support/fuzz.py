@@ -31,8 +31,8 @@ from kolors_core.checkpoint import load_index, load_scheduler, read_json
 from kolors_core.config import KOLORS
 from kolors_core.pipelines.base import MODELS
 from kolors_core.schedule import EulerDiscreteScheduler
-from weights_convert import recognise
-from weights_convert.safetensors_files import Source, index_files
+from weights_convert import detect_component
+from weights_convert.safetensors_files import Source, read_shard_index
 
 DOCUMENTED = (ValueError, FileNotFoundError)
 SECONDS = 5.0  # of one case, which takes less than a millisecond
@@ -145,7 +145,7 @@ def read_weights(file: Path) -> None:
     for name in source:
         source.shape(name), source.dtype(name), source.nbytes(name)
         source[name].numel()
-    recognise(source.keys(), str(file))
+    detect_component(source.keys(), str(file))
 
 
 def read_config(component: str) -> Callable[[Path], None]:
@@ -158,7 +158,7 @@ def read_config(component: str) -> Callable[[Path], None]:
 # kind -> how to make a file of it, its place, and how it is read
 CASES: dict[str, tuple[Callable[[random.Random], bytes], str, Callable[[Path], object]]] = {
     "weights": (weights, "w.safetensors", read_weights),
-    "index": (lambda rng: config(SHARDS, rng), "w.safetensors.index.json", index_files),
+    "index": (lambda rng: config(SHARDS, rng), "w.safetensors.index.json", read_shard_index),
     "pipeline": (lambda rng: config(PIPELINE, rng), "model_index.json", lambda file: load_index(file.parent)),
     "scheduler": (lambda rng: config(EulerDiscreteScheduler().to_public(), rng),
                   "scheduler/scheduler_config.json", lambda file: load_scheduler(file.parent.parent)),

@@ -29,7 +29,8 @@ def adapter_config(unet: UNetConfig = SMALL.unet, image_dim: int = SMALL_CLIP.hi
         places = cross_attentions(UNet(unet)).values()
     return IPAdapterConfig(
         image_dim=image_dim, width=96, queries=5, heads=2, feed_forward_size=384, layers=4,
-        context_dim=unet.context_dim, branch_widths=tuple(place.to_q.in_features for place in places),
+        context_dim=unet.context_dim,
+        cross_attention_widths=tuple(place.to_q.in_features for place in places),
     )  # fmt: skip
 
 

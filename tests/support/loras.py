@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kolors_core.adapters.lora import linear_and_conv
 from kolors_core.chatglm import ChatGLM
-from kolors_core.pipelines.lora_methods import LoRALoading
+from kolors_core.pipelines.lora_methods import LoRAMethods
 from kolors_core.unet import UNet
 from tests.support.small import relative_error
 from weights_convert import TABLES
@@ -30,7 +30,7 @@ CONV = ("conv_in", "conv_out", "down_blocks.0.downsamplers.0.conv", "up_blocks.1
 TEXT = ("encoder.layers.0.self_attention.query_key_value", "encoder.layers.2.mlp.dense_h_to_4h")
 
 
-class Models(LoRALoading):
+class Models(LoRAMethods):
     """What LoRA needs of a pipeline."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module | None = None) -> None:

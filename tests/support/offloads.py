@@ -38,7 +38,7 @@ def offloaded(pipe: Task, by_block: bool = False) -> Iterator[Offload]:
     transfers = LateTransfers()
     pipe.offload.start(ACCELERATOR, by_block)
     pipe.offload.transfers = transfers
-    pipe._on_device()
+    pipe._enter_stage()
     try:
         yield pipe.offload
     finally:

@@ -35,7 +35,7 @@ SOLVERS: list[tuple[str, dict[str, Any]]] = [
     ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}),
 ]
-NO_SAVINGS = Savings(collapse_pads=False, precompute=False, cached_prompts=0)
+NO_SAVINGS = Savings(merge_padding=False, precompute=False, cached_prompts=0)
 WEAK = 2.0  # guidance that hardly amplifies what float32 rounds
 SMALL_PICTURE = {"height": 64, "width": 72, "num_inference_steps": 4}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kolors_core.config import KOLORS
 from tests.support.parity import reference_unet
 from weights_convert.safetensors_files import Source
-from weights_convert.sgm import is_pointwise, public_to_sgm
+from weights_convert.sgm import is_1x1_conv, public_to_sgm
 
 State = dict[str, Tensor]
 LINEAR = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
@@ -26,7 +26,7 @@ def in_sgm(component: str, state: State) -> State:
     """As ComfyUI and SGM have them, the VAE's attention as convolutions."""
     names = public_to_sgm(component, state)
     return {
-        names[name]: tensor[:, :, None, None] if component == "vae" and is_pointwise(name) else tensor
+        names[name]: tensor[:, :, None, None] if component == "vae" and is_1x1_conv(name) else tensor
         for name, tensor in state.items()
     }
 

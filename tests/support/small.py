@@ -15,7 +15,7 @@ FLOAT32 = 5e-6  # relative, where the reference computes a part in float32: the 
 # The smallest Kolors with every part of the large one: attention at two of three levels, two resnets a level.
 SMALL = KolorsConfig(
     text_encoder=ChatGLMConfig(
-        vocab_size=640, hidden_size=64, feed_forward_size=96, layers=3, heads=4, head_dim=16, query_groups=2
+        vocab_size=640, hidden_size=64, feed_forward_size=96, layers=3, heads=4, head_dim=16, num_kv_heads=2
     ),
     unet=UNetConfig(
         sample_size=16, channels=(32, 64, 128), heads=(2, 4, 8), depths=(0, 1, 2),

@@ -85,7 +85,7 @@ def make(folder: Path, pictures: Path, tokenizer: Path, config: TrainingConfig =
         randomise(model, seed)
     unet.requires_grad_(False)
     torch.manual_seed(0)
-    net = KolorsControlNet.from_unet(unet, NET.image_widths)
+    net = KolorsControlNet.from_unet(unet, NET.conditioning_widths)
     examples = read_folder(pictures)
     batches = Batches(examples, [(64, 64)], config.batch_size, config.seed)
     data = LatentDataset(examples, batches, vae, Tokenizer(tokenizer), config, text, control=canny)

@@ -90,7 +90,7 @@ def test_the_objective_reads_extra_behind_the_noisy_latents(tmp_path: Path, smal
     batch = make_data(MaskedLatentDataset, tmp_path / "p", small_tokenizer).batch(0, slice(0, 4), CPU)
     ours, theirs = pair("unet", torch.float64, replace(SMALL, unet=replace(SMALL.unet, in_channels=9)))
     assert batch.extra is not None and isinstance(batch.text, TextEmbedding)
-    text = batch.text.expanded()
+    text = batch.text.expand_padding()
     text = TextEmbedding(text.tokens.double(), text.pooled.double())
     batch = replace(batch, text=text, latents=batch.latents.double(), noise=batch.noise.double())
     sigma = TABLE.double()[batch.timesteps][:, None, None, None]

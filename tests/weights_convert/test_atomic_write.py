@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from weights_convert.atomic_write import copy_file, new_file, new_folder, write_bytes
+from weights_convert.atomic_write import atomic_file, atomic_folder, copy_file, write_bytes
 from weights_convert.safetensors_files import Source, save_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from kolors_core.pipelines.png_metadata import save_png
 from weights_convert.safetensors_files import save_tensors
-from weights_convert.atomic_write import new_folder, write_bytes
+from weights_convert.atomic_write import atomic_folder, write_bytes
 
 torch.set_num_threads(1)
 folder, rng = Path(sys.argv[1]), random.Random(0)
@@ -69,12 +69,12 @@ for start in range(1, 25_001, 1000):
 
 child = os.fork()
 if child == 0:
-    with new_folder(folder / "whole") as scratch:
+    with atomic_folder(folder / "whole") as scratch:
         write_bytes(b"half", scratch / "config.json")
         os.kill(os.getpid(), signal.SIGKILL)
 os.waitpid(child, 0)
 assert not (folder / "whole").exists() and any(path.is_dir() for path in folder.iterdir())
-with new_folder(folder / "whole") as scratch:
+with atomic_folder(folder / "whole") as scratch:
     write_bytes(b"all", scratch / "config.json")
 assert [path.name for path in folder.iterdir() if path.is_dir()] == ["whole"]
 print(left)
@@ -136,13 +136,13 @@ def test_a_disk_that_is_full_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
     write_bytes(b"old", tmp_path / "a")
-    with pytest.raises(KeyError), new_file(tmp_path / "a") as scratch:
+    with pytest.raises(KeyError), atomic_file(tmp_path / "a") as scratch:
         scratch.write_bytes(b"half")
         raise KeyError
-    with pytest.raises(KeyError), new_folder(tmp_path / "b") as scratch:
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "b") as scratch:
         write_bytes(b"half", scratch / "a")
         raise KeyError
-    with pytest.raises(FileExistsError, match="exists already"), new_folder(tmp_path):
+    with pytest.raises(FileExistsError, match="exists already"), atomic_folder(tmp_path):
         pass
     with pytest.raises(FileNotFoundError, match="cannot be written: No such file or directory: .*none/a'"):
         write_bytes(b"", tmp_path / "none" / "a")
@@ -151,7 +151,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_two_writers_of_one_file_do_not_take_each_others_scratch(tmp_path: Path) -> None:
     file = tmp_path / "a"
-    with new_file(file) as first, new_file(file) as second:
+    with atomic_file(file) as first, atomic_file(file) as second:
         assert first != second and first.parent.exists()
         first.write_bytes(b"first")
         second.write_bytes(b"second")
@@ -224,12 +224,12 @@ def test_equal_tensors_and_metadata_give_equal_bytes_in_every_process(tmp_path: 
 
 
 def test_all_files_are_written_in_one_place() -> None:
-    """Whoever writes by another way is found here; `training` and the rest go through writing.py."""
+    """Whoever writes by another way is found here; `training` and the rest go through atomic_write.py."""
     writes = {"write_text", "write_bytes", "save_file", "mkstemp", "copyfile", "copy2"}
     found = []
-    for file in [*(ROOT / "kolors_core").glob("*.py"), *(ROOT / "weights_convert").glob("*.py")]:
+    for file in [*(ROOT / "kolors_core").rglob("*.py"), *(ROOT / "weights_convert").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and file.name != "writing.py":
+            if isinstance(node, ast.Call) and file.name != "atomic_write.py":
                 name = (
                     node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
                 )

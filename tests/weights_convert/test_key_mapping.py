@@ -17,7 +17,7 @@ from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.support.parity import reference_chatglm, reference_clip, reference_unet, reference_vae
 from tests.support.small import SMALL
-from weights_convert import TABLES, recognise
+from weights_convert import TABLES, detect_component
 from weights_convert.__main__ import convert, main
 from weights_convert.key_mapping import UNUSED, Table, compare
 from weights_convert.safetensors_files import Source, weight_files
@@ -267,10 +267,10 @@ def test_weight_files_that_do_not_fit_are_named(
 
 def test_recognise_tells_ours_from_public_and_names_what_is_missing(full_size: dict) -> None:
     for component, (theirs, ours) in full_size.items():
-        assert recognise(theirs.keys(), "here") == (TABLES[component], False)
-        assert recognise(ours.keys(), "here") == (TABLES[component], True)
+        assert detect_component(theirs.keys(), "here") == (TABLES[component], False)
+        assert detect_component(ours.keys(), "here") == (TABLES[component], True)
     sdxl = [name for name in full_size["unet"][0] if not name.startswith("encoder_hid_proj")]
     with pytest.raises(ValueError, match=r"here: .*encoder_hid_proj.weight is missing \(.*SDXL"):
-        recognise(sdxl, "here")
+        detect_component(sdxl, "here")
     with pytest.raises(ValueError, match="none of the tensors"):
-        recognise(["a.weight"], "here")
+        detect_component(["a.weight"], "here")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from kolors_core.adapters.clip_vision import clip_pixels
+from kolors_core.adapters.clip_vision import preprocess_clip
 from tests.support.images import MODES, array, noise_image
 
 
@@ -20,7 +20,7 @@ def reference_clip_pixels(images: object, size: int) -> Tensor:
 )
 def test_clip_pixels_are_the_references_at_any_size(width: int, height: int) -> None:
     image = noise_image(width=width, height=height)
-    ours = clip_pixels(image)
+    ours = preprocess_clip(image)
     assert ours.shape == (1, 3, 336, 336) and ours.dtype == torch.float32
     assert torch.equal(ours, reference_clip_pixels(image, 336))
 
@@ -28,27 +28,29 @@ def test_clip_pixels_are_the_references_at_any_size(width: int, height: int) -> 
 @pytest.mark.parametrize("mode", MODES)
 def test_clip_pixels_are_the_references_in_any_mode(mode: str) -> None:
     image = noise_image(mode)
-    assert torch.equal(clip_pixels(image, 29), reference_clip_pixels(image, 29))
+    assert torch.equal(preprocess_clip(image, 29), reference_clip_pixels(image, 29))
 
 
 def test_clip_pixels_can_differ() -> None:
     image = noise_image("RGBA")
     expected = reference_clip_pixels(image, 29)
-    assert not torch.equal(clip_pixels(image.convert("RGB"), 29), expected), "transparent is not black"
-    assert not torch.equal(clip_pixels(image.resize((49, 29)), 29), expected), "the size rounds down: 48 x 29"
+    assert not torch.equal(preprocess_clip(image.convert("RGB"), 29), expected), "transparent is not black"
+    assert not torch.equal(preprocess_clip(image.resize((49, 29)), 29), expected), (
+        "the size rounds down: 48 x 29"
+    )
 
 
 def test_clip_pixels_of_lists_and_arrays() -> None:
     pictures = [noise_image(width=40, height=31, seed=1), noise_image("L", 20, 90, seed=2)]
-    assert torch.equal(clip_pixels(pictures, 16), reference_clip_pixels(pictures, 16))
+    assert torch.equal(preprocess_clip(pictures, 16), reference_clip_pixels(pictures, 16))
     batch = np.stack([array(40, 31, seed=1), array(40, 31, seed=2)])
     expected = reference_clip_pixels(list(batch), 16)
-    assert torch.equal(clip_pixels(batch, 16), expected)
-    assert torch.equal(clip_pixels(list(batch), 16), expected)
+    assert torch.equal(preprocess_clip(batch, 16), expected)
+    assert torch.equal(preprocess_clip(list(batch), 16), expected)
     floats = (batch / 255).astype(np.float32)
-    assert torch.equal(clip_pixels(floats, 16), expected)
+    assert torch.equal(preprocess_clip(floats, 16), expected)
     between = (floats - 0.3 / 255).clip(0, 1)
-    assert torch.equal(clip_pixels(between, 16), expected), "the nearest byte, not the one below"
+    assert torch.equal(preprocess_clip(between, 16), expected), "the nearest byte, not the one below"
     # The reference divides floats in [0, 1] by 255 once more, so that every picture is nearly black there.
     darkened = reference_clip_pixels(list(floats), 16)
     assert darkened.max() < -1.4 < expected.max()
@@ -69,4 +71,4 @@ def test_clip_pixels_of_lists_and_arrays() -> None:
 )
 def test_what_clip_cannot_take_is_named(images: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        clip_pixels(images)
+        preprocess_clip(images)
