@@ -5,7 +5,7 @@
 One batch is drawn undisturbed. Others are started again and again with the same command, and each time one of
 the three processes (`torchrun` itself, or a worker) is killed, until a batch is done; then the next batch. A
 `torchrun` that is killed leaves its workers behind, which go on beside those of the next start. Each batch is
-compared with the undisturbed one, byte for byte. Prints numbers as JSON; exits with 1 if a picture is
+compared with the undisturbed one, byte for byte. Prints numbers as JSON; exits with 1 if an image is
 missing, doubled, truncated or different.
 """
 
@@ -64,7 +64,7 @@ class Killing:
     """Starts a batch and kills it; counts."""
 
     def __init__(self, prompts: Path, seed: int, start: float, kills: int) -> None:
-        """start: seconds from the command to its first picture."""
+        """start: seconds from the command to its first image."""
         self.prompts, self.random, self.start, self.kills = prompts, random.Random(seed), start, kills
         self.counts: Counter[str] = Counter()
         self.orphans: list[int] = []
@@ -118,7 +118,7 @@ def main() -> int:
     top = argparse.ArgumentParser(prog="python -m benchmarks.kill", description=__doc__)
     top.add_argument("out", type=Path)
     top.add_argument("--kills", type=int, default=50)
-    top.add_argument("--lines", type=int, default=120, help="pictures of a batch (default: 120)")
+    top.add_argument("--lines", type=int, default=120, help="images of a batch (default: 120)")
     top.add_argument("--steps", type=int, default=10)
     top.add_argument("--seed", type=int, default=0)
     options = top.parse_args()

@@ -1,4 +1,4 @@
-"""Kolors from scratch: Chinese or English text to pictures, readable, and equal to the reference.
+"""Kolors from scratch: Chinese or English text to images, readable, and equal to the reference.
 
     from kolors_core import KolorsPipeline
     pipe = KolorsPipeline.from_pretrained("tiny")  # or "Kwai-Kolors/Kolors-diffusers", variant="fp16"

@@ -203,7 +203,7 @@ def open_component(
     kind = MODEL_SPECS[component] if kind is None else kind
     place = Path(folder) / (component if subfolder is None else subfolder)
     if not place.is_dir():
-        raise FileNotFoundError(f"{place}: no such folder, wanted the {component} of a Kolors checkpoint")
+        raise FileNotFoundError(f"{place}: no such folder, expected the {component} of a Kolors checkpoint")
     file = place / "config.json"
     model = kind.empty(kind.config.from_public(read_json(file), str(file)))
     if not has_weights:
@@ -278,7 +278,7 @@ def load_scheduler(folder: str | Path) -> Scheduler:
     config = read_json(file)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
-        raise ValueError(f"{file}: _class_name is {name!r}, wanted one of {', '.join(SCHEDULERS)}")
+        raise ValueError(f"{file}: _class_name is {name!r}, expected one of {', '.join(SCHEDULERS)}")
     # The reference's own defaults for these are not Kolors', so that leaving one out would mean two things.
     for field in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing"):
         if field not in config:
@@ -295,10 +295,10 @@ def load_index(folder: Path) -> tuple[bool, set[str]]:
     file = folder / "model_index.json"
     index = read_json(file)
     if not str(index.get("_class_name")).startswith("Kolors"):
-        raise ValueError(f"{file}: _class_name is {index.get('_class_name')!r}, wanted Kolors")
+        raise ValueError(f"{file}: _class_name is {index.get('_class_name')!r}, expected Kolors")
     force_zeros = index.get("force_zeros_for_empty_prompt", False)
     if not isinstance(force_zeros, bool):
-        raise ValueError(f"{file}: force_zeros_for_empty_prompt is {force_zeros!r}, wanted true or false")
+        raise ValueError(f"{file}: force_zeros_for_empty_prompt is {force_zeros!r}, expected true or false")
     named = {name for name, entry in index.items() if isinstance(entry, list) and any(entry[:1])}  # not null
     return force_zeros, OPTIONAL_COMPONENTS - named
 

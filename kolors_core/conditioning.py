@@ -89,7 +89,7 @@ class Conditioning:
 def _all_or_none(name: str, parts: Sequence[Conditioning]) -> list[Any]:
     have = [value for part in parts if (value := getattr(part, name)) is not None]
     if len(have) not in (0, len(parts)):
-        raise ValueError(f"{len(have)} of {len(parts)} conditions have `{name}`, wanted all or none")
+        raise ValueError(f"{len(have)} of {len(parts)} conditions have `{name}`, expected all or none")
     return have
 
 
@@ -137,7 +137,7 @@ def positive_and_negative_size_ids(
 ) -> tuple[Tensor, Tensor]:
     """Positive and negative size ids [1, 6].
 
-    What is not given is the picture's own size, for the negative what the positive has. A negative crop of
+    What is not given is the image's own size, for the negative what the positive has. A negative crop of
     (0, 0) is the default and alone says nothing: the positive crop then serves both.
     """
     original = picture if original is None else original

@@ -240,13 +240,13 @@ class ConfigReader:
 
     def __init__(self, public: PublicConfig, where: str) -> None:
         if not isinstance(public, Mapping):
-            raise TypeError(f"{where}: wanted the fields of a config, got {short_repr(public)}")
+            raise TypeError(f"{where}: expected the fields of a config, got {short_repr(public)}")
         self.public, self.where, self.read_names = public, where, set[str]()
 
     def reject(self, name: str, got: Any, wanted: str) -> None:
-        """ValueError that says which field of which config is what, and what was wanted."""
+        """ValueError that says which field of which config is what, and what was expected."""
         field = name if name.isprintable() and len(name) <= 100 else repr(name[:100])
-        raise ValueError(f"{self.where}: {field} is {short_repr(got)}, wanted {wanted}")
+        raise ValueError(f"{self.where}: {field} is {short_repr(got)}, expected {wanted}")
 
     def integer(self, name: str, most: int = MAX_COUNT) -> int:
         """A positive whole number; `most` bounds it before a model of that many parts is built."""

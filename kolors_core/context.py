@@ -1,6 +1,6 @@
 """What the UNet is told beside latents and time: what its cross-attentions are to read, or have read.
 
-Shapes: B batch, C channels, N pixels of a feature map, S text tokens, I pictures that guide, Q tokens each.
+Shapes: B batch, C channels, N pixels of a feature map, S text tokens, I images that guide, Q tokens each.
 """
 
 from typing import Any, NamedTuple
@@ -26,10 +26,10 @@ class Masks:
 
 
 class ImagePrompt(NamedTuple):
-    """The pictures that one attached IP-Adapter (ip_adapter.py) reads.
+    """The images that one attached IP-Adapter (ip_adapter.py) reads.
 
     tokens: [B, I, Q, context_dim]. masks: None, or [1 or B, I, any height, any width], from 0 to 1: where in
-    the picture each of them acts.
+    the image each of them acts.
     """
 
     tokens: Tensor
@@ -45,9 +45,9 @@ class ImagePrompt(NamedTuple):
 
 
 class ImageKeysValues(NamedTuple):
-    """Keys and values of an IP-Adapter's pictures in one cross-attention, each [B, heads, tokens, C/heads].
+    """Keys and values of an IP-Adapter's images in one cross-attention, each [B, heads, tokens, C/heads].
 
-    One pair for all pictures, or with masks one for each. masks: None, or any size; [1 or B, I, N] once the
+    One pair for all images, or with masks one for each. masks: None, or any size; [1 or B, I, N] once the
     feature map's size is known.
     """
 
@@ -80,7 +80,7 @@ class KeysValues(NamedTuple):
 
 class Context(NamedTuple):
     """What an attention is to read: tokens [B, S, context_dim], None or a logit bias [B, 1, 1, S] on them,
-    and for each attached IP-Adapter its pictures.
+    and for each attached IP-Adapter its images.
 
     perturbed: of how many of the last rows the block's self-attention returns the values as they are.
     """
@@ -93,7 +93,7 @@ class Context(NamedTuple):
     def distinct(self) -> tuple["Context", Tensor]:
         """The rows that differ, and for each of the B rows which of them it is: [B].
 
-        Several pictures of one prompt, and one negative prompt for several, need be read only once.
+        Several images of one prompt, and one negative prompt for several, need be read only once.
         """
         parts = [self.tokens, *(image.tokens for image in self.images)]
         parts += [] if self.bias is None else [self.bias]

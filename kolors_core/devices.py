@@ -31,7 +31,7 @@ def named_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise ValueError(
-            f"wanted a device of this machine, such as cpu, cuda:0 or mps, got {name!r}"
+            f"expected a device of this machine, such as cpu, cuda:0 or mps, got {name!r}"
         ) from None
 
 
@@ -46,7 +46,7 @@ def planned_device(name: torch.device | str | None) -> torch.device:
         try:
             return torch.device(name)
         except RuntimeError:
-            raise ValueError(f"wanted a device such as cpu, cuda:0 or mps, got {str(name)!r}") from None
+            raise ValueError(f"expected a device such as cpu, cuda:0 or mps, got {str(name)!r}") from None
     return named_device(None if name is None else str(name))
 
 
@@ -76,7 +76,7 @@ def dtype_of(component: str, torch_dtype: Dtypes) -> torch.dtype:
     if isinstance(torch_dtype, Mapping):
         known = ("text_encoder", "unet", "vae", "image_encoder", "default")
         if strangers := sorted(set(torch_dtype) - set(known)):
-            raise ValueError(f"torch_dtype names {strangers[0]!r}; wanted {', '.join(known)}")
+            raise ValueError(f"torch_dtype names {strangers[0]!r}; expected {', '.join(known)}")
         asked = torch_dtype.get(component, torch_dtype.get("default"))
     if asked is None:
         return torch.float32
@@ -123,7 +123,7 @@ def move(models: Iterable[tuple[nn.Module, torch.device | torch.dtype]]) -> None
 
 
 def finite(tensor: Tensor, what: str | Callable[[], str], dtype: torch.dtype) -> Tensor:
-    """The tensor, or FloatingPointError naming the stage and its precision instead of a black picture."""
+    """The tensor, or FloatingPointError naming the stage and its precision instead of a black image."""
     if not torch.isfinite(tensor).all():
         what = what if isinstance(what, str) else what()
         raise FloatingPointError(

@@ -32,7 +32,7 @@ def fetch(
     Raises FileNotFoundError, in one line, naming what was looked for.
     """
     if not isinstance(name, str | Path) or not str(name):
-        raise TypeError(f"wanted a checkpoint folder or hub repository, got {name!r}")
+        raise TypeError(f"expected a checkpoint folder or hub repository, got {name!r}")
     if not isinstance(token, str | bool | None):
         raise TypeError(f"token must be a string, True, False or None, got {type(token).__name__}")
     if isinstance(token, str) and re.fullmatch(r"[!-~]*", token) is None:  # or errors of the client show it
@@ -131,7 +131,7 @@ def _choose(names: Sequence[str], weight_name: str | None, preferred: Sequence[s
         file = f"{where}/{pickle}"
         raise ValueError(f"{file}: {pickle_message(file)}")
     want = "one .safetensors file, or a weight_name" if weight_name is None else weight_name
-    raise FileNotFoundError(f"{where}: wanted {want}, found {', '.join(found) or 'no .safetensors file'}")
+    raise FileNotFoundError(f"{where}: expected {want}, found {', '.join(found) or 'no .safetensors file'}")
 
 
 def reject_unused(source: str, **given: Any) -> None:

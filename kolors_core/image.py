@@ -62,7 +62,7 @@ def load_image(
         with image_errors(image), Image.open(content) as opened:
             picture = ImageOps.exif_transpose(opened)
     else:
-        raise TypeError(f"wanted a path, an http(s) address or a PIL image, got {type(image).__name__}")
+        raise TypeError(f"expected a path, an http(s) address or a PIL image, got {type(image).__name__}")
     return picture.convert("RGB") if convert_method is None else convert_method(picture)
 
 
@@ -159,7 +159,7 @@ def as_list(images: Any) -> list[Any]:
     for image in images if isinstance(images, list | tuple) else [images]:
         single += list(image) if getattr(image, "ndim", 0) == 4 else [image]
     if not single:
-        raise ValueError("wanted at least one image, got none")
+        raise ValueError("expected at least one image, got none")
     return single
 
 
@@ -171,19 +171,19 @@ def _rgb_or_tensor(image: Any) -> "Image | Tensor":
         return image.convert("RGB")
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "fu" or not image.dtype.isnative:
-            raise ValueError(f"wanted pixels of uint8 or floats, got {image.dtype}")
+            raise ValueError(f"expected pixels of uint8 or floats, got {image.dtype}")
         wanted = "an array [H, W, 3] or [B, H, W, 3]"
         pixels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)  # [3, H, W]
     elif isinstance(image, Tensor):
         wanted, pixels = "a tensor [3, H, W] or [B, 3, H, W]", image
     else:
-        raise TypeError(f"wanted a PIL image, an array or a tensor, got {type(image).__name__}")
+        raise TypeError(f"expected a PIL image, an array or a tensor, got {type(image).__name__}")
     if pixels.ndim != 3 or pixels.shape[0] != 3:
-        raise ValueError(f"wanted {wanted}, got one of {list(image.shape)}")
+        raise ValueError(f"expected {wanted}, got one of {list(image.shape)}")
     if pixels.dtype == torch.uint8:
         return pixels.float() / 255
     if not pixels.is_floating_point():
-        raise ValueError(f"wanted pixels of uint8 or floats, got {image.dtype}")
+        raise ValueError(f"expected pixels of uint8 or floats, got {image.dtype}")
     return pixels
 
 

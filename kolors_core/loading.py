@@ -53,7 +53,7 @@ def padded(shape: torch.Size, found: Tensor | None) -> Tensor:
     """
     if found is None or found.ndim != len(shape) or any(map(int.__gt__, found.shape, shape)):
         got = "none" if found is None else f"one of {list(found.shape)}"
-        raise ValueError(f"cannot pad to {list(shape)}: wanted a tensor no larger, got {got}")
+        raise ValueError(f"cannot pad to {list(shape)}: expected a tensor no larger, got {got}")
     whole = torch.zeros(shape, dtype=found.dtype)
     whole[tuple(slice(size) for size in found.shape)] = found
     return whole
@@ -94,7 +94,7 @@ def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[st
     require_plain(model, f"load {where} into it; load a plain model, then quantise")
     table, is_ours = detect_component(source.keys(), where)
     if table.component != component:
-        raise ValueError(f"{where}: wanted the {component} of a Kolors checkpoint, got a {table.component}")
+        raise ValueError(f"{where}: expected the {component} of a Kolors checkpoint, got a {table.component}")
     ours = {name: name if is_ours else table.to_ours(name) for name in source}
     target = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if mismatch := compare(table, {ours[name]: source.shape(name) for name in source}, target):
@@ -196,4 +196,4 @@ def _reject_duplicates(names: Mapping[str, str], where: str) -> None:
 def _refuse_whole_numbers(source: Source | Tensors, names: Iterable[str]) -> None:
     for name in names:
         if not (dtype := source.dtype(name)).is_floating_point:
-            raise ValueError(f"{source.where}: {name} holds {dtype}, wanted floating-point weights")
+            raise ValueError(f"{source.where}: {name} holds {dtype}, expected floating-point weights")

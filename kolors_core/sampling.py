@@ -98,8 +98,8 @@ def randn_latents(
 ) -> Tensor:
     """Standard normal noise [B, ...], drawn on the generator's own device (the CPU's if None), then moved.
 
-    generator: one for the whole batch, or one for each of its B pictures. In float16 and bfloat16 the
-    reference draws the same numbers rounded, so one seed gives one picture in every precision. ValueError for
+    generator: one for the whole batch, or one for each of its B images. In float16 and bfloat16 the
+    reference draws the same numbers rounded, so one seed gives one image in every precision. ValueError for
     another number of them.
     """
     if isinstance(generator, torch.Generator) or generator is None:
@@ -107,6 +107,6 @@ def randn_latents(
         return torch.randn(shape, generator=generator, device=place, dtype=dtype).to(device)
     listed = list(generator) if isinstance(generator, Sequence) else []
     if len(listed) != shape[0] or not all(isinstance(one, torch.Generator) for one in listed):
-        wanted = f"one torch.Generator, or a list of {shape[0]}, one for each picture"
-        raise ValueError(f"wanted {wanted}, got {generator!r}")
+        wanted = f"one torch.Generator, or a list of {shape[0]}, one for each image"
+        raise ValueError(f"expected {wanted}, got {generator!r}")
     return torch.cat([randn_latents((1, *shape[1:]), one, device, dtype) for one in listed])

@@ -127,7 +127,9 @@ class Scheduler(ABC):
         result and is not supported, and for a change that this scheduler has no field for.
         """
         if not isinstance(config, Mapping):
-            raise TypeError(f"wanted a scheduler's config, such as pipe.scheduler.config, got {config!r:.99}")
+            raise TypeError(
+                f"expected a scheduler's config, such as pipe.scheduler.config, got {config!r:.99}"
+            )
         own = {field.name for field in fields(cls)}
         if strangers := sorted(changes.keys() - own):
             raise ValueError(f"{cls.__name__} has no field {strangers[0]!r}; it has {', '.join(sorted(own))}")
@@ -137,7 +139,7 @@ class Scheduler(ABC):
                 continue
             if name not in _ONLY or value != _ONLY[name]:
                 wanted = repr(_ONLY[name]) if name in _ONLY else "no such field"
-                raise ValueError(f"scheduler config: {name} is {value!r}, wanted {wanted}")
+                raise ValueError(f"scheduler config: {name} is {value!r}, expected {wanted}")
         return cls(**{name: value for name, value in config.items() if name in own} | changes)
 
     def to_public(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Tokenizer:
         file = as_path("the tokenizer", path)
         self.file = file / "tokenizer.model" if file.is_dir() else file
         if not self.file.is_file():
-            raise FileNotFoundError(f"{self.file}: no such file, wanted ChatGLM's SentencePiece model")
+            raise FileNotFoundError(f"{self.file}: no such file, expected ChatGLM's SentencePiece model")
         try:
             self.content = self.file.read_bytes()  # kept: the file may be a passing one
             self.pieces = SentencePieceProcessor(model_proto=self.content)
@@ -95,7 +95,7 @@ class Tokenizer:
         non-string.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-            raise ValueError(f"wanted a list of at least one prompt, got {prompts!r}")
+            raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
         prefix = [self.special["[gMASK]"], self.special["sop"]]
         if check_int("max_length", max_length) <= len(prefix):
             raise ValueError(f"max_length must be more than the prefix's {len(prefix)}, got {max_length}")

@@ -8,7 +8,7 @@ Reads bottom up, parts before what they are parts of:
 
     sinusoid, Embedding   timestep; sizes and pooled text -> two vectors [B, T], whose sum is the time
     ResBlock              [B, C, H, W] and the time -> [B, C', H, W]
-    Attention             pixels [B, N, C] look at pixels, at the text [B, S, 2048] and at pictures
+    Attention             pixels [B, N, C] look at pixels, at the text [B, S, 2048] and at images
     TransformerBlock      Attention to pixels, Attention to text, FeedForward; a Transformer has some in a row
     DownBlock, MidBlock, UpBlock   ResBlocks, each with its Transformer, and another size at the end
     Encoder, UNet         all levels, and what they read
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self.observers: list[Callable[..., None]] = []  # see all that makes the map, see attention_maps.py
 
     def read(self, context: Context) -> KeysValues:
-        """Keys and values, which depend neither on x nor on time: once a picture is enough."""
+        """Keys and values, which depend neither on x nor on time: once an image is enough."""
         if len(context.images) != len(self.image_branches):
             attached = f"{len(self.image_branches)} IP-Adapters are attached"
             raise ValueError(f"got image prompts for {len(context.images)} IP-Adapters, and {attached}")

@@ -1,4 +1,4 @@
-"""Checks of arguments, numbers and paths, whose errors name the argument, what came and what was wanted."""
+"""Checks of arguments, numbers and paths, whose errors name the argument, what came and what was expected."""
 
 import math
 import operator

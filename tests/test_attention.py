@@ -81,7 +81,7 @@ def test_an_unknown_kernel_and_one_that_cannot_run_are_errors() -> None:
 @pytest.mark.parametrize(
     ("shape", "keys", "name"),
     [
-        ((2, 20, 256, 64), 256, "matmul"),  # a picture of 256 pixels
+        ((2, 20, 256, 64), 256, "matmul"),  # an image of 256 pixels
         ((1, 16, 577, 64), 577, "sdpa"),
         ((2, 20, 1024, 64), 77, "matmul"),
         ((2, 20, 1024, 64), 21, "sdpa"),  # the text, its pads collapsed

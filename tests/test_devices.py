@@ -1,4 +1,4 @@
-"""Where models are: only what is at work on the accelerator, in every task, and the same pictures."""
+"""Where models are: only what is at work on the accelerator, in every task, and the same images."""
 
 import pickle
 from collections.abc import Callable, Iterator
@@ -292,7 +292,7 @@ def test_offload_on_a_machine_without_an_accelerator_changes_nothing(pipes: Pair
     for enable in (pipe.enable_model_cpu_offload, pipe.enable_sequential_cpu_offload):
         enable()
         assert pipe.device == torch.device("cpu") and pipe.offload.device is None
-        with pytest.raises(ValueError, match="wanted a device of this machine, .* got 'cuda:3'"):
+        with pytest.raises(ValueError, match="expected a device of this machine, .* got 'cuda:3'"):
             enable(gpu_id=3)
         with pytest.raises(ValueError, match="give either gpu_id or device"):
             enable(gpu_id=0, device="cpu")

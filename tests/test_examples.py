@@ -77,7 +77,7 @@ def pipeline(names: dict[str, Any]) -> KolorsPipeline:
 
 
 def drawn(pipe: KolorsPipeline, kind: str, steps: int = 8, **arguments: Any) -> Any:
-    """What a pipeline makes with the noise of the scripts: latents, or a picture."""
+    """What a pipeline makes with the noise of the scripts: latents, or an image."""
     seed = torch.Generator().manual_seed(7)
     made = pipe(num_inference_steps=steps, generator=seed, output_type=kind, **arguments).images
     return made if kind == "latent" else made[0]
@@ -138,7 +138,7 @@ def test_the_kernel_is_exact_and_draws_the_same(run: Examples) -> None:
 
 
 def test_the_sampler_is_of_second_order(run: Examples) -> None:
-    """On pictures that are normal with variance 4, of which the solution is known."""
+    """On images that are normal with variance 4, of which the solution is known."""
     heun, x = run("sampler")["heun"], torch.ones(1, 4, 2, 2, dtype=torch.float64)
     wanted = x * ((4 + 0.1**2) / (4 + 10.0**2)) ** 0.5
     errors = {}
@@ -202,7 +202,7 @@ def test_the_block_keeps_the_old_weights_and_learns_and_is_saved(run: Examples, 
         load_component(tmp_path, "unet")
     with pytest.raises(ValueError, match=r"blocks.0.feed_forward.beta is missing.* give an initialiser"):
         load_changed(EMBEDDED, "unet", names["build"], {"*.gamma": zeros})
-    with pytest.raises(FileNotFoundError, match="no such folder, wanted the unet"):
+    with pytest.raises(FileNotFoundError, match="no such folder, expected the unet"):
         load_changed(tmp_path / "none", "unet", names["build"], {})
 
 
@@ -237,7 +237,7 @@ def test_the_condition_changes_nothing_at_first_and_learns(run: Examples) -> Non
         once, always = (guided(*how, high, low, 5.0, precompute=way)(x, sigma) for way in (True, False))
         assert_parity(once, always, FLOAT32)
         assert relative_error(guided(*how, high)(x, sigma), guided(*how, low)(x, sigma)) > 1e-2
-    with pytest.raises(ValueError, match="1 of 2 conditions have `added`, wanted all or none"):
+    with pytest.raises(ValueError, match="1 of 2 conditions have `added`, expected all or none"):
         Conditioning.cat(high, run("plain")["negative"])
 
 

@@ -73,7 +73,7 @@ def test_a_changed_unet_is_called_as_a_whole(change: Callable[[UNet], UNet]) -> 
 @pytest.mark.numerical
 @torch.no_grad()
 def test_equal_rows_are_read_once_and_latents_not_doubled() -> None:
-    """Two pictures of each of two prompts with one negative prompt: three texts, four latents, eight rows."""
+    """Two images of each of two prompts with one negative prompt: three texts, four latents, eight rows."""
     unet, _ = pair("unet", torch.float64)
     assert isinstance(unet, UNet)
     given = inputs(3, 8, 8, torch.float64)

@@ -72,10 +72,10 @@ def test_vae_pixels_of_bytes_are_those_of_the_picture() -> None:
         (noise_image(), {"height": 20}, ValueError, "height must be a positive multiple of 8, got 20"),
         (noise_image(), {"width": 0}, ValueError, "width must be a positive multiple of 8, got 0"),
         (noise_image(width=7), {}, ValueError, "image sides must be at least 8, got 22 x 7"),
-        ([], {}, ValueError, "wanted at least one image"),
-        ("a.png", {}, TypeError, "wanted a PIL image, an array or a tensor, got str"),
-        (torch.zeros(1, 4, 8, 8), {}, ValueError, r"wanted a tensor \[3, H, W\] .* got one of \[4, 8, 8\]"),
-        (np.zeros((8, 8)), {}, ValueError, r"wanted an array \[H, W, 3\] .* got one of \[8, 8\]"),
+        ([], {}, ValueError, "expected at least one image"),
+        ("a.png", {}, TypeError, "expected a PIL image, an array or a tensor, got str"),
+        (torch.zeros(1, 4, 8, 8), {}, ValueError, r"expected a tensor \[3, H, W\] .* got one of \[4, 8, 8\]"),
+        (np.zeros((8, 8)), {}, ValueError, r"expected an array \[H, W, 3\] .* got one of \[8, 8\]"),
         (
             torch.full((3, 8, 8), 255.0),
             {},
@@ -119,7 +119,7 @@ def test_a_picture_of_any_mode_is_loaded_as_the_reference_does(mode: str) -> Non
 
 def test_what_is_no_picture_is_named_in_one_line(tmp_path: Path) -> None:
     text, cut = tmp_path / "text.png", tmp_path / "cut.png"
-    text.write_text("not a picture")
+    text.write_text("not an image")
     noise_image().save(cut)
     cut.write_bytes(cut.read_bytes()[:1000])
     for source, error, message in (
@@ -127,7 +127,7 @@ def test_what_is_no_picture_is_named_in_one_line(tmp_path: Path) -> None:
         (text, ValueError, "text.png: not an image"),
         (str(cut), ValueError, "cut.png: .*truncated"),
         (tmp_path, ValueError, f"{tmp_path}: .*directory"),
-        (3, TypeError, "wanted a path, an http.s. address or a PIL image, got int"),
+        (3, TypeError, "expected a path, an http.s. address or a PIL image, got int"),
     ):
         with pytest.raises(error, match=message) as raised:
             load_image(source)

@@ -95,10 +95,10 @@ def test_strangers_whole_numbers_and_what_cannot_be_padded(published: Path) -> N
         load(empty(), Tensors({"a": torch.ones(1)}, "here"), "unet", partial={"*": zeros})
     source = Source([published])
     whole = Tensors({name: source[name] for name in source} | {"conv_in.weight": torch.ones(2).int()}, "here")
-    with pytest.raises(ValueError, match=r"conv_in.weight holds torch.int32, wanted floating-point"):
+    with pytest.raises(ValueError, match=r"conv_in.weight holds torch.int32, expected floating-point"):
         load(empty(), whole, "unet", partial={"conv_in.weight": zeros})
     for found in (None, torch.ones(3), torch.ones(2, 5)):
-        with pytest.raises(ValueError, match=r"cannot pad to \[2, 4\]: wanted a tensor no larger"):
+        with pytest.raises(ValueError, match=r"cannot pad to \[2, 4\]: expected a tensor no larger"):
             padded(torch.Size((2, 4)), found)
     with pytest.raises(ValueError, match="here: conv_in.weight: cannot pad to"):
         less = {name: source[name] for name in source if name != "conv_in.weight"}

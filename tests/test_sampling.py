@@ -79,7 +79,7 @@ def test_noise_is_the_same_in_every_precision_and_for_lists() -> None:
     )
     alone = randn_latents((1, *SHAPE[1:]), torch.Generator().manual_seed(4), cpu, torch.float32)
     assert torch.equal(listed[1:], alone)
-    with pytest.raises(ValueError, match="a list of 2, one for each picture"):
+    with pytest.raises(ValueError, match="a list of 2, one for each image"):
         randn_latents(SHAPE, [torch.Generator()], cpu, torch.float32)
 
 

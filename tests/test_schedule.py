@@ -139,7 +139,7 @@ def test_from_config_takes_the_published_and_the_siblings_fields() -> None:
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ({"prediction_type": "v_prediction"}, {}, "prediction_type is 'v_prediction', wanted 'epsilon'"),
+        ({"prediction_type": "v_prediction"}, {}, "prediction_type is 'v_prediction', expected 'epsilon'"),
         ({"use_beta_sigmas": True}, {}, "use_beta_sigmas is True"),
         ({"solver_order": 3}, {}, "solver_order must be a whole number from 1 to 2, got 3"),
         ({}, {"karras": True}, "has no field 'karras'"),

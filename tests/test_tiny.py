@@ -16,7 +16,7 @@ from kolors_core.checkpoint import EMBEDDED, EMBEDDED_NOTICE, resolve
 from kolors_core.cli.generate import main
 from kolors_core.pipelines.png_metadata import read_metadata
 
-# A strip of eight training pictures, 32 pixels each, in the order of these names.
+# A strip of eight training images, 32 pixels each, in the order of these names.
 STRIP = Path(__file__).parent / "support" / "emoji.png"
 NAMES = {
     "ladybug": "瓢虫", "panda": "熊猫", "rocket": "火箭", "sunflower": "向日葵", "banana": "香蕉",
@@ -36,7 +36,7 @@ def generators(count: int, seed: int) -> list[torch.Generator]:
 
 
 def known() -> torch.Tensor:
-    """The eight pictures: [8, 3, 32, 32] in [0, 1]."""
+    """The eight images: [8, 3, 32, 32] in [0, 1]."""
     strip = torch.from_numpy(np.array(Image.open(STRIP).convert("RGB"))).permute(2, 0, 1) / 255
     return torch.stack(strip.split(32, dim=2))
 

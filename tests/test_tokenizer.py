@@ -55,7 +55,7 @@ def test_bad_input_is_named(small_tokenizer: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(small_tokenizer.parent)
     with pytest.raises(ValueError, match="at least one prompt"):
         tokenizer([])
-    with pytest.raises(ValueError, match="wanted a list"):
+    with pytest.raises(ValueError, match="expected a list"):
         tokenizer("not a list")
     with pytest.raises(TypeError, match="prompt 1 must be a string, got int"):
         tokenizer(["a", 2])  # type: ignore[list-item]

@@ -72,7 +72,7 @@ def convert_pickle(source: Path, destination: Path) -> list[str]:
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file")
     if source.suffix not in PICKLES:
-        raise ValueError(f"{source}: wanted a pickle ({', '.join(PICKLES)}) with --pickle")
+        raise ValueError(f"{source}: expected a pickle ({', '.join(PICKLES)}) with --pickle")
     check_absent(destination, ".safetensors")
     try:
         # On the CPU, whatever it was saved from.
@@ -88,7 +88,7 @@ def convert_pickle(source: Path, destination: Path) -> list[str]:
     for name, value in _flat(content, ""):
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             got = f"{name or 'all of it'} is {type(value).__name__}"
-            raise ValueError(f"{source}: {got}, wanted a plain tensor")
+            raise ValueError(f"{source}: {got}, expected a plain tensor")
         if value.nbytes > size:
             raise ValueError(f"{source}: {name} would be {value.nbytes:,} bytes, of a file of {size:,}")
         if name in tensors:

@@ -45,7 +45,7 @@ CLIP_VISION = Table(
         "vision_model.embeddings.position_ids": "the numbers 0, 1, 2, ..., which older files store",
         "text_model.": "CLIP's text encoder: Kolors reads prompts with ChatGLM",
         "text_projection.": "CLIP's text encoder: Kolors reads prompts with ChatGLM",
-        "logit_scale": "how CLIP compares pictures with texts, which Kolors does not",
+        "logit_scale": "how CLIP compares images with texts, which Kolors does not",
     },
     required={
         "vision_model.embeddings.patch_embedding.weight": "it is the embedding of CLIP's image patches",

@@ -156,16 +156,16 @@ def report_line(component: str, source: Source, names: Collection[str], where: o
 def _component_in(folder: Path, component: str, weights: list[str]) -> Source:
     """The one component of a folder with these weight files, by public names; ValueError for another."""
     if component not in PREFIXES:
-        raise ValueError(f"{folder}: has weights, wanted them only in {', '.join(PREFIXES)}")
+        raise ValueError(f"{folder}: has weights, expected them only in {', '.join(PREFIXES)}")
     chosen = weight_files(weights, None, str(folder))
     if others := sorted(set(weights) - set(chosen)):
         raise ValueError(f"{folder}: several checkpoints side by side: {chosen[0]}, {others[0]}")
     part = Source([folder / name for name in chosen])
     table, is_ours = detect_component(part.keys(), part.where)
     if table.component != component:
-        raise ValueError(f"{part.where}: wanted a {component}, got a {table.component}")
+        raise ValueError(f"{part.where}: expected a {component}, got a {table.component}")
     if is_ours:
-        raise ValueError(f"{part.where}: has our names, wanted diffusers' (--to diffusers)")
+        raise ValueError(f"{part.where}: has our names, expected diffusers' (--to diffusers)")
     table.reject_faults({name: part.shape(name) for name in part}, part.where)
     return part
 
@@ -175,7 +175,7 @@ def _content(whole: Source, name: str, longest: int = LONGEST_FILE) -> bytes:
     shape, dtype = whole.shape(name), whole.dtype(name)
     if dtype != torch.uint8 or len(shape) != 1 or shape[0] > longest:
         wanted = f"at most {longest:,} bytes"
-        raise ValueError(f"{whole.where}: {name} is {dtype} {list(shape)}, wanted {wanted}")
+        raise ValueError(f"{whole.where}: {name} is {dtype} {list(shape)}, expected {wanted}")
     return bytes(whole[name].numpy())
 
 
@@ -188,14 +188,14 @@ def _layout(
         path = _inside(place, whole.where)
         where = f"{source}: {LAYOUT}: {place[:100]!r}"
         if len(path.parts) != 2 or path.parts[0] not in parts or path.suffix != ".safetensors":
-            raise ValueError(f"{where}: wanted a .safetensors file in the folder of a model that is here")
+            raise ValueError(f"{where}: expected a .safetensors file in the folder of a model that is here")
         if not isinstance(entry, dict) or entry.keys() != {"metadata", "tensors"}:
-            raise ValueError(f"{where}: wanted metadata and tensors")
+            raise ValueError(f"{where}: expected metadata and tensors")
         metadata, names = entry["metadata"], entry["tensors"]
         if metadata is not None and not _is_text(metadata):
-            raise ValueError(f"{where}: metadata: wanted texts by name")
+            raise ValueError(f"{where}: metadata: expected texts by name")
         if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
-            raise ValueError(f"{where}: tensors: wanted a list of names")
+            raise ValueError(f"{where}: tensors: expected a list of names")
         seen[path.parts[0]] += list(parts[path.parts[0]]) if names is None else names
         found[place] = (metadata, names)
     for component, part in parts.items():
@@ -212,12 +212,14 @@ def _history(file: Path) -> tuple[Metadata, dict[str, NamingScheme]]:
     told = read_json_object(file, MAX_INDEX_BYTES)
     metadata, models = told.get("metadata"), told.get("models")
     if (metadata is not None and not _is_text(metadata)) or not isinstance(models, dict):
-        raise ValueError(f"{file}: wanted metadata, texts by name, and models")
+        raise ValueError(f"{file}: expected metadata, texts by name, and models")
     spellings = {}
     for component, way in models.items():
         fits = isinstance(way, list) and len(way) == 2 and all(isinstance(part, str) for part in way)
         if component not in PREFIXES or not fits or way[1] not in SCHEMES:
-            raise ValueError(f"{file}: {component[:100]!r}: wanted a prefix and one of {', '.join(SCHEMES)}")
+            raise ValueError(
+                f"{file}: {component[:100]!r}: expected a prefix and one of {', '.join(SCHEMES)}"
+            )
         spellings[component] = NamingScheme(*way)
     return metadata, spellings
 
@@ -230,14 +232,14 @@ def _inside(path: str, where: str) -> PurePosixPath:
     """A path below a folder; ValueError for one that may lead out of it, or that no disk or header takes."""
     parts, is_plain = path.split("/"), path.isprintable() and not set(path) & set("\\:")
     if not is_plain or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
-        raise ValueError(f"{where}: {path[:100]!r}: wanted a path inside the folder")
+        raise ValueError(f"{where}: {path[:100]!r}: expected a path inside the folder")
     return PurePosixPath(path)
 
 
 def _bytes(file: Path) -> Tensor:
     """A small file as a tensor."""
     if (size := file.stat().st_size) > LONGEST_FILE:
-        raise ValueError(f"{file}: {size:,} bytes, wanted at most {LONGEST_FILE:,} of what is no weight")
+        raise ValueError(f"{file}: {size:,} bytes, expected at most {LONGEST_FILE:,} of what is no weight")
     return _as_tensor(file.read_bytes())
 
 

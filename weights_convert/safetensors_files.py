@@ -58,12 +58,12 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
     if not found:
         pickles = [name for name in listing if name.endswith(PICKLES)]
         hint = f"only pickles ({pickles[0]}): {pickle_message(pickles[0])}" if pickles else "none"
-        raise FileNotFoundError(f"{where}: wanted .safetensors weights, found {hint}")
+        raise FileNotFoundError(f"{where}: expected .safetensors weights, found {hint}")
     if variant is None and None not in found and len(found) == 1:
         variant = next(iter(found))
     if variant not in found:
         have = ", ".join(repr(name) if name else "no variant" for name in sorted(found, key=str))
-        raise FileNotFoundError(f"{where}: wanted weights of variant {variant!r}, found {have}")
+        raise FileNotFoundError(f"{where}: expected weights of variant {variant!r}, found {have}")
     chosen = found[variant]
     names, parts = [match[0] for match in chosen], chosen[0]["parts"]
     if len({(match["stem"], match["parts"]) for match in chosen}) > 1 or (parts is None and len(names) > 1):
@@ -100,10 +100,10 @@ def read_shard_index(index: Path) -> dict[str, str]:
     for name, file in files.items():
         if file in ("", ".", "..") or not file.isprintable() or set(file) & set("/\\"):
             told = f"weight_map[{name[:100]!r}] is {file[:100]!r}"
-            raise ValueError(f"{index}: {told}, wanted a file beside the index")
+            raise ValueError(f"{index}: {told}, expected a file beside the index")
     for file in sorted(set(files.values())):
         if (place := (home / file).resolve().parent) not in places:
-            raise ValueError(f"{index}: {file} is a link to {place}, wanted a file beside the index")
+            raise ValueError(f"{index}: {file} is a link to {place}, expected a file beside the index")
     return files
 
 
@@ -196,9 +196,9 @@ class Tensors(dict[str, Tensor]):
         self.where = where
         for name, tensor in tensors.items():
             if not isinstance(name, str):
-                raise ValueError(f"{where}: wanted names as keys, got {name!r}")
+                raise ValueError(f"{where}: expected names as keys, got {name!r}")
             if not isinstance(tensor, Tensor):
-                raise ValueError(f"{where}: {name} is {type(tensor).__name__}, wanted a tensor")
+                raise ValueError(f"{where}: {name} is {type(tensor).__name__}, expected a tensor")
 
     def __getitem__(self, name: str) -> Tensor:
         return aligned(self.mapped(name))

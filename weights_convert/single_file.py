@@ -106,13 +106,13 @@ class SubModel(Source):
                 raise ValueError(f"{self.where}: {name + SCALE} is there, and {name} is not")
             shape, dtype = self._whole.shape(self._stored[name]), self._whole.dtype(self._stored[name])
             if dtype not in (torch.int8, torch.uint8) or len(shape) != 2:
-                raise ValueError(f"{self.where}: {name} is {dtype} {list(shape)}, wanted int8 [O, I]")
+                raise ValueError(f"{self.where}: {name} is {dtype} {list(shape)}, expected int8 [O, I]")
             if (got := self._whole.shape(scale)) != shape[:1]:
-                raise ValueError(f"{self.where}: {name + SCALE} is {list(got)}, wanted {list(shape[:1])}")
+                raise ValueError(f"{self.where}: {name + SCALE} is {list(got)}, expected {list(shape[:1])}")
         columns = self._whole.shape(self._stored[first])[-1:]
         if width not in (columns, tuple(2 * count for count in columns)):
             wanted = f"{list(width)} (8 bits) or half of it (4 bits)"
-            raise ValueError(f"{self.where}: {first} has {list(columns)} columns, wanted {wanted}")
+            raise ValueError(f"{self.where}: {first} has {list(columns)} columns, expected {wanted}")
         return 8 if columns == width else 4
 
 

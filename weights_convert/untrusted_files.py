@@ -31,7 +31,7 @@ def read_json_object(file: Path, longest: int) -> dict[str, Any]:
     """A JSON object of at most `longest` bytes. FileNotFoundError or ValueError naming the file."""
     size = _size(file)
     if size > longest:
-        raise ValueError(f"{file}: {size:,} bytes, wanted at most {longest:,}")
+        raise ValueError(f"{file}: {size:,} bytes, expected at most {longest:,}")
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -46,7 +46,7 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {one_line(error)}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{where}: wanted a JSON object, got {type(found).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, got {type(found).__name__}")
     return found
 
 
@@ -69,13 +69,13 @@ def open_safetensors(file: Path) -> Any:
         if sum(1 for _ in _LIST.finditer(header)) != 2 * len(names):
             raise ValueError(_header_fault(header, size) or "its header has other lists than it wants")
         if len(names) > MAX_TENSORS:
-            raise ValueError(f"it has {len(names):,} tensors, wanted at most {MAX_TENSORS:,}")
+            raise ValueError(f"it has {len(names):,} tensors, expected at most {MAX_TENSORS:,}")
     except (SafetensorError, OSError, ValueError) as error:
         fault = _header_fault(header, size) if isinstance(error, SafetensorError) else None
         raise ValueError(f"{file}: not a whole safetensors file: {fault or one_line(error)}") from None
     for name in names:
         if len(name) > LONGEST_NAME or not name.isprintable():
-            raise ValueError(f"{file}: a tensor has the name {name[:100]!r}, wanted a short, printable one")
+            raise ValueError(f"{file}: a tensor has the name {name[:100]!r}, expected a short, printable one")
     return handle
 
 
@@ -105,7 +105,7 @@ def _length_fault(length: int, size: int) -> str | None:
     if length > size - 8:
         return f"its header is {length:,} bytes by the first eight, and {size - 8:,} follow"
     if length > LONGEST_HEADER:
-        return f"its header is {length:,} bytes, wanted at most {LONGEST_HEADER:,}"
+        return f"its header is {length:,} bytes, expected at most {LONGEST_HEADER:,}"
     return None
 
 
@@ -127,30 +127,32 @@ def _header_fault(header: bytes, size: int) -> str | None:
     except (ValueError, RecursionError) as error:
         return f"its header: {one_line(error)}"
     if not isinstance(entries, dict):
-        return f"its header is {type(entries).__name__}, wanted an object"
+        return f"its header is {type(entries).__name__}, expected an object"
     entries.pop("__metadata__", None)
     spans = []
     for name, entry in entries.items():
         name = repr(name[:100])
         if not isinstance(entry, dict):
-            return f"tensor {name} is {type(entry).__name__}, wanted dtype, shape and data_offsets"
+            return f"tensor {name} is {type(entry).__name__}, expected dtype, shape and data_offsets"
         for field in ("dtype", "shape", "data_offsets"):
             if field not in entry:
                 return f"tensor {name}: {field} is missing"
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str):
-            return f"tensor {name}: dtype is {type(dtype).__name__}, wanted a name"
+            return f"tensor {name}: dtype is {type(dtype).__name__}, expected a name"
         if not _are_sizes(shape):
-            return f"tensor {name}: shape is {repr(shape)[:100]}, wanted sizes"
+            return f"tensor {name}: shape is {repr(shape)[:100]}, expected sizes"
         if not _are_sizes(offsets) or len(offsets) != 2:
-            return f"tensor {name}: data_offsets is {repr(offsets)[:100]}, wanted two places in the file"
+            return f"tensor {name}: data_offsets is {repr(offsets)[:100]}, expected two places in the file"
         if dtype in DTYPES and offsets[1] - offsets[0] != (need := prod(shape) * DTYPES[dtype].itemsize):
             return f"tensor {name}: data_offsets {offsets} do not span the {need:,} bytes of {dtype} {shape}"
         spans.append((*offsets, name))
     at = 0
     for start, end, name in sorted(spans):
         if start != at:
-            return f"tensor {name}: data_offsets start at {start:,}, wanted {at:,}, where the one before ends"
+            return (
+                f"tensor {name}: data_offsets start at {start:,}, expected {at:,}, where the one before ends"
+            )
         at = end
     if at != size - 8 - len(header):
         return f"its tensors end at {at:,}, and the data are {size - 8 - len(header):,} bytes"

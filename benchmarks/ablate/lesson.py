@@ -1,7 +1,7 @@
-"""What both architectures learn and are asked: the embedded model's pictures, a part of them, and small.
+"""What both architectures learn and are asked: the embedded model's images, a part of them, and small.
 
 What its frozen autoencoder and text encoder make is made once.
-Shapes: N things, P prompts (each thing in each unseen phrasing), B pictures, h and w latents of a side.
+Shapes: N things, P prompts (each thing in each unseen phrasing), B images, h and w latents of a side.
 """
 
 import copy
@@ -36,7 +36,7 @@ def draw_pictures(count: int, folder: Path) -> tuple[list[Example], list[str]]:
     """
     if not FONT.exists():
         how = "`apt-get install fonts-noto-color-emoji`, or https://github.com/googlefonts/noto-emoji"
-        raise FileNotFoundError(f"{FONT}: no such file, wanted the font Noto Color Emoji: {how}")
+        raise FileNotFoundError(f"{FONT}: no such file, expected the font Noto Color Emoji: {how}")
     concepts = []
     for i in range(count):
         thing = THINGS[i * len(THINGS) // count]
@@ -47,10 +47,10 @@ def draw_pictures(count: int, folder: Path) -> tuple[list[Example], list[str]]:
 
 
 class Lesson:
-    """examples and names: of N things, pictures with captions. side: of the pictures in pixels.
+    """examples and names: of N things, images with captions. side: of the images in pixels.
 
-    known: the pictures. prompts: P that are not trained on. held_out: TIMES batches of them, with noise and
-    timesteps that are the same for all. step: what a guided step of one picture reads.
+    known: the images. prompts: P that are not trained on. held_out: TIMES batches of them, with noise and
+    timesteps that are the same for all. step: what a guided step of one image reads.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Lesson:
         return Batch(latents, text, sizes, times, latents if noise is None else noise)
 
     def seeded(self, config: TrainingConfig) -> LatentDataset:
-        """The same pictures in the order and with the noise of the config's seed."""
+        """The same images in the order and with the noise of the config's seed."""
         data, batches = copy.copy(self.data), copy.copy(self.data.batches)
         batches.seed = config.seed
         data.config, data.batches = config, batches
@@ -112,5 +112,5 @@ class Lesson:
         return self.vae.decode(latents).clamp(-1, 1)
 
     def detect_component(self, images: Tensor) -> list[int]:
-        """Of each prompt's picture [P, 3, H, W] the thing whose training picture is nearest."""
+        """Of each prompt's image [P, 3, H, W] the thing whose training image is nearest."""
         return nearest(images, self.known)

@@ -19,7 +19,7 @@ WINDOWS = 20  # parts of the training, over each of which the training loss is a
 
 
 def plot(pairs: Sequence[Pair], costs: Sequence[Cost], texts: Sequence[str], file: Path) -> None:
-    """Write the picture. texts: what A and B are."""
+    """Write the image. texts: what A and B are."""
     figure, grid = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
     losses, change, quality, price = grid.flat
     held, _, right, *times = rows_of(pairs)

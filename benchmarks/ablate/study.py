@@ -26,9 +26,9 @@ ROUNDS = 40  # of denoising steps, A B B A
 class Run:
     """What was measured of one architecture with one seed.
 
-    losses: of each training step. held_out: the loss at each of `points`. nearest: of each prompt's picture
+    losses: of each training step. held_out: the loss at each of `points`. nearest: of each prompt's image
     the thing that it looks like most; right: the share of those that were asked for. train_ms, denoise_ms: of
-    each training step, and of some guided steps of one picture.
+    each training step, and of some guided steps of one image.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Side(Trainer):
         self.net.train()
 
     def draw(self) -> Tensor:
-        """Draw all prompts and see what they look like; the pictures [P, 3, H, W]."""
+        """Draw all prompts and see what they look like; the images [P, 3, H, W]."""
         self.net.eval()
         self.seed()
         images, things = self.lesson.draw(self.net, self.config.seed), len(self.lesson.names)
@@ -88,7 +88,7 @@ class Side(Trainer):
 
     @torch.no_grad()
     def denoise_ms(self) -> dict[str, float]:
-        """How long a guided step of one picture takes."""
+        """How long a guided step of one image takes."""
         start = time.perf_counter()
         predict(self.net, self.lesson.step)
         return {"ms": 1000 * (time.perf_counter() - start)}

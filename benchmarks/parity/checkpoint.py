@@ -74,7 +74,7 @@ class Checkpoint:
 
     @property
     def is_large(self) -> bool:
-        """Whether what all modules put out fits in memory for a small picture and a short text only."""
+        """Whether what all modules put out fits in memory for a small image and a short text only."""
         return self.parameters("unet") > LARGE
 
     @property
@@ -126,7 +126,9 @@ def opened(folder: Path, device: torch.device) -> Iterator[Checkpoint]:
     places = {name: folder / name for name in ("text_encoder", "unet", "vae")}
     unet = {name: open_component(folder, name).model for name in places}["unet"]
     if len(adapters := sorted(folder.glob("ip_adapter*.safetensors"))) > 1:
-        raise ValueError(f"{folder}: wanted one IP-Adapter, found {adapters[0].name} and {adapters[1].name}")
+        raise ValueError(
+            f"{folder}: expected one IP-Adapter, found {adapters[0].name} and {adapters[1].name}"
+        )
     if adapters:
         places["ip_adapter"] = adapters[0]
     places |= {name: folder / name for name in ("image_encoder", "controlnet") if (folder / name).exists()}

@@ -36,7 +36,7 @@ def picture(side: int) -> Image.Image:
 
 
 class Inputs:
-    """What the models are run on: each is given what the one before makes of two prompts or a picture."""
+    """What the models are run on: each is given what the one before makes of two prompts or an image."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -76,18 +76,18 @@ class Inputs:
 
     @cached_property
     def image(self) -> Tensors:
-        """A picture for the VAE, in [-1, 1]."""
+        """An image for the VAE, in [-1, 1]."""
         height, width = (8 * side for side in self.size)
         return {"images": preprocess_vae([picture(max(height, width))], height, width).double()}
 
     @cached_property
     def latents(self) -> Tensors:
-        """Of that picture."""
+        """Of that image."""
         return {"latents": self.exactly("vae", encode, self.image)["mean"]}
 
     @cached_property
     def pixels(self) -> Tensors:
-        """Two pictures for CLIP."""
+        """Two images for CLIP."""
         place, kind = self.checkpoint.places["image_encoder"], MODELS["image_encoder"]
         encoder = open_component(place, "image_encoder", subfolder="", kind=kind).model
         pictures = [picture(80), picture(90).rotate(90)]

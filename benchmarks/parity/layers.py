@@ -122,7 +122,7 @@ def like(other: Tensor, output: Tensor) -> Tensor:
     if output.ndim == other.ndim == 3 and output.shape[1] == 1 < len(other):
         return other.transpose(0, 1)[:, -1:]  # of its last layer ours computes the last position only
     if other.numel() == output.numel():
-        return other.reshape(output.shape)  # height and width as one, or pictures and their tokens
+        return other.reshape(output.shape)  # height and width as one, or images and their tokens
     return other
 
 

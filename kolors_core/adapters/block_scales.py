@@ -20,7 +20,7 @@ def block_scales(scale: BlockScale, unet: UNet, default: float) -> dict[str, Any
     scale: a value for all, or by "down", "mid" and "up" a value or, for "down" and "up", a mapping from
     "block_<level>" to a value or a list with one for each transformer; in a mapping, a list of one is for all
     of a block. What a mapping leaves out gets `default`. Raises ValueError naming the blocks there are, the
-    length wanted, or what is no number.
+    length expected, or what is no number.
     """
     blocks = _transformers(unet)
     if not isinstance(scale, Mapping):

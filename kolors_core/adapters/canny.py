@@ -24,9 +24,9 @@ def canny(image: "Image", low: float = 100, high: float = 200) -> "Image":
     from PIL import Image
 
     if not isinstance(image, Image.Image):
-        raise TypeError(f"wanted a PIL image, got {type(image).__name__}")
+        raise TypeError(f"expected a PIL image, got {type(image).__name__}")
     if not 0 <= low <= high:
-        raise ValueError(f"wanted 0 <= low <= high, got low {low} and high {high}")
+        raise ValueError(f"expected 0 <= low <= high, got low {low} and high {high}")
     size, dx, dy = _gradient(np.asarray(image.convert("RGB")))
     thin = _thinned(size, dx, dy, low)
     edges = _connected(thin, thin & (size > high))

@@ -58,7 +58,7 @@ class CLIPVisionConfig:
         if public.get("model_type") == "clip":
             public, where = public.get("vision_config") or {}, f"{where}: vision_config"
         if not isinstance(public, Mapping):
-            raise ValueError(f"{where} is {public!r}, wanted the fields of the image encoder")
+            raise ValueError(f"{where} is {public!r}, expected the fields of the image encoder")
         fields = ConfigReader(public, where)
         fields.require_fixed(_REQUIRED_VALUES)
         image_size = fields.integer("image_size", most=4096)
@@ -226,8 +226,8 @@ def preprocess_clip(images: "Image | np.ndarray | Sequence[Image | np.ndarray]",
         picture = _rgb(image)
         short, long = sorted(picture.size)
         if not 0 < long <= LARGEST_ASPECT * short:
-            wanted = f"a picture with sides of 1 to {LARGEST_ASPECT} times each other"
-            raise ValueError(f"wanted {wanted}, got {picture.height} x {picture.width}")
+            wanted = f"an image with sides of 1 to {LARGEST_ASPECT} times each other"
+            raise ValueError(f"expected {wanted}, got {picture.height} x {picture.width}")
         length = int(size * long / short)
         target = (size, length) if picture.width <= picture.height else (length, size)
         square, _ = center_crop(picture.resize(target, Resampling.BICUBIC), (size, size))
@@ -244,13 +244,13 @@ def _rgb(image: Any) -> "Image":
     if isinstance(image, Image.Image):
         return flatten_alpha(image)
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"wanted a PIL image or an array, got {type(image).__name__}")
+        raise TypeError(f"expected a PIL image or an array, got {type(image).__name__}")
     if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"wanted an array [H, W, 3] or [B, H, W, 3], got one of {list(image.shape)}")
+        raise ValueError(f"expected an array [H, W, 3] or [B, H, W, 3], got one of {list(image.shape)}")
     if image.dtype != np.uint8:
         if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
             got = f"{image.dtype} up to {image.max():g}"
-            raise ValueError(f"wanted pixels of uint8, or floats in [0, 1], got {got}")
+            raise ValueError(f"expected pixels of uint8, or floats in [0, 1], got {got}")
         image = (image * 255).round().astype(np.uint8)
     return Image.fromarray(image)
 

@@ -44,8 +44,9 @@ _SHARED = {
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetConfig(UNetConfig):
-    """The UNet that it belongs to, and conditioning_widths: of the maps that the control image becomes, each half as
-    large as the one before."""
+    """Sizes of a ControlNet: those of its UNet, and conditioning_widths, the channels of the image embedding,
+    whose maps halve from one to the next.
+    """
 
     conditioning_widths: tuple[int, ...] = (16, 32, 96, 256)
 

@@ -58,7 +58,7 @@ class KolorsControlNet(ControlNet):
         """Load a folder or hub repository, strictly; only its own files are fetched. "tiny" is the embedded
         model's, of Canny's edges.
 
-        torch_dtype, or by its newer name dtype: float32 if None, and wanted as the UNet's. variant: such as
+        torch_dtype, or by its newer name dtype: float32 if None, and expected as the UNet's. variant: such as
         "fp16"; None takes the only one there is. Raises FileNotFoundError or ValueError naming the file,
         field or tensor.
         """

@@ -116,8 +116,8 @@ def load_face_embeds(file: str | Path) -> Tensor:
     else:
         source = Source([find_file(file)])
         if len(source) != 1:
-            raise ValueError(f"{file}: wanted one tensor, a face's id vector, got {len(source)}")
+            raise ValueError(f"{file}: expected one tensor, a face's id vector, got {len(source)}")
         vector = next(iter(source.values()))
     if vector.numel() != vector.shape[-1:].numel() or vector.ndim not in (1, 2):
-        raise ValueError(f"{file}: wanted one id vector, got {list(vector.shape)}")
+        raise ValueError(f"{file}: expected one id vector, got {list(vector.shape)}")
     return vector.reshape(1, -1)

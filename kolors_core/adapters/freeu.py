@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from kolors_core.unet import UNet
+from kolors_core.unet import UNet, UpBlock
 from kolors_core.validation import check_float
 
 NAMES = ("s1", "s2", "b1", "b2")

@@ -172,12 +172,12 @@ class ImageCrossAttention(nn.Module):
         assert not isinstance(masks, Masks), "masks have the feature map's size by now"
         if masks is None:
             if not isinstance(scale, int | float):
-                raise ValueError(f"a scale for each picture, {list(scale)}, needs masks")
+                raise ValueError(f"a scale for each image, {list(scale)}, needs masks")
             return h if scale == 0 else h + scale * attention(q, *images.keys_values[0])
         scales = [scale] * count if isinstance(scale, int | float) else scale
         if masks.shape[1] != count or len(scales) != count:
             got = f"{masks.shape[1]} masks and {len(scales)} scales"
-            raise ValueError(f"wanted a mask and a scale for each of the {count} pictures, got {got}")
+            raise ValueError(f"expected a mask and a scale for each of the {count} images, got {got}")
         for i, (scale, (k, v)) in enumerate(zip(scales, images.keys_values, strict=True)):
             if scale != 0:
                 where = masks[:, i, None, :, None].to(h.dtype)  # [1 or B, 1, N, 1]
@@ -229,7 +229,7 @@ class IPAdapter(ImagePromptAdapter):
         wanted = self.config.image_dim
         if states.ndim != 4 or states.shape[-1] != wanted:
             got = list(states.shape)
-            raise ValueError(f"wanted image embeddings [batch, images, patches, {wanted}], got {got}")
+            raise ValueError(f"expected image embeddings [batch, images, patches, {wanted}], got {got}")
         states = states.to(self.resampler.proj_in.weight.dtype)
         return self.resampler(states.flatten(0, 1)).unflatten(0, states.shape[:2])  # [B, I, Q, context_dim]
 

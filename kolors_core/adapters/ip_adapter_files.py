@@ -102,7 +102,7 @@ def adapter_sources(
     count = max(map(len, lists.values()))
     for name, values in lists.items():
         if len(values) not in (1, count):
-            raise ValueError(f"wanted as many {name} as IP-Adapters ({count}) or one, got {len(values)}")
+            raise ValueError(f"expected as many {name} as IP-Adapters ({count}) or one, got {len(values)}")
     return list(zip(*(v * count if len(v) == 1 else v for v in lists.values()), strict=True))
 
 
@@ -125,7 +125,7 @@ def _build(component: str, source: Source | Tensors, like: Tensor) -> ImagePromp
     table, is_ours = detect_component(source.keys(), source.where)
     if table.component != component:
         hint = ": load_ip_adapter_face_id loads it" if table.component == "face_id" else ""
-        raise ValueError(f"{source.where}: wanted tensors of {component}, got {table.component}{hint}")
+        raise ValueError(f"{source.where}: expected tensors of {component}, got {table.component}{hint}")
     kind, config = ADAPTER_CLASSES[component]
     shapes = {name if is_ours else table.to_ours(name): source.shape(name) for name in source}
     with torch.device("meta"):
@@ -150,5 +150,5 @@ def load_image_embeds(file: str | Path) -> list[Tensor]:
     source = Source([as_path("file", file)])
     names = [f"ip_adapter.{i}" for i in range(len(source))]
     if not names or set(names) != set(source):
-        raise ValueError(f"{file}: no image embeddings, wanted tensors ip_adapter.0 and so on")
+        raise ValueError(f"{file}: no image embeddings, expected tensors ip_adapter.0 and so on")
     return [source[name] for name in names]

@@ -104,7 +104,7 @@ class Adapter:
         """The adapter under diffusers' PEFT names: `unet.<path>.lora_A.weight` [R, I] and `lora_B` [O, R].
 
         alpha is folded into B, since files of this spelling carry none and readers take alpha = rank; how
-        much of the adapter is wanted is not. Raises ValueError for what these names cannot say: deltas, and
+        much of the adapter is expected is not. Raises ValueError for what these names cannot say: deltas, and
         magnitudes of columns.
         """
         table, state = TABLES[component], {}

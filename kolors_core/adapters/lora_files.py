@@ -86,7 +86,7 @@ def read(
         try:
             for role, name in names.items():
                 if role != "alpha" and not source.dtype(name).is_floating_point:
-                    raise Misfit(f"it holds {source.dtype(name)}, wanted floating-point numbers")
+                    raise Misfit(f"it holds {source.dtype(name)}, expected floating-point numbers")
             tensors = {role: source[name] for role, name in names.items()}
             part = _part(tensors, layer, TABLES[component].to_public(path), config)
         except Misfit as error:
@@ -127,7 +127,7 @@ def configs_of(source: Source | Tensors) -> dict[str, Mapping[str, Any]]:
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{where}: wanted a JSON object, got {type(config).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, got {type(config).__name__}")
     # The reference writes `unet.lora_alpha`; PEFT, for one model, `lora_alpha`.
     found: dict[str, Mapping[str, Any]] = {}
     for component in ("unet", "text_encoder"):
@@ -150,7 +150,7 @@ def _part(roles: Roles, layer: nn.Module, public: str, config: Mapping[str, Any]
     if absent := FORMS[form][0] - rest.keys():
         raise Misfit(f"its layer's {', '.join(sorted(absent))} is missing")
     if flat := [role for role, tensor in rest.items() if tensor.ndim < 2]:
-        raise Misfit(f"{flat[0]} is {list(rest[flat[0]].shape)}, wanted at least two axes")
+        raise Misfit(f"{flat[0]} is {list(rest[flat[0]].shape)}, expected at least two axes")
     if broken := [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]:
         raise Misfit(f"{broken[0]} has numbers that are not finite")
     wide = {role: t if t.dtype == torch.float64 else t.float() for role, t in rest.items()}
@@ -254,7 +254,7 @@ def _scale(alpha: Tensor | None, rank: int | None, public: str, config: Mapping[
     """alpha / rank: alpha from the file, or else from PEFT's config, or else the rank."""
     if alpha is not None:
         if alpha.numel() != 1:
-            raise Misfit(f"alpha is {list(alpha.shape)}, wanted one number")
+            raise Misfit(f"alpha is {list(alpha.shape)}, expected one number")
         return alpha.item() / rank if rank is not None else 1.0
     if not config:
         return 1.0
@@ -276,7 +276,7 @@ def _setting(config: Mapping[str, Any], pattern: str, public: str, default: Any)
     except (AttributeError, re.error) as error:
         raise ValueError(f"the adapter's config has {values!r} for {pattern}: {error}") from None
     if default is not None and (isinstance(default, bool) or not isinstance(default, int | float)):
-        raise ValueError(f"the adapter's config has {default!r} for {public}, wanted a number")
+        raise ValueError(f"the adapter's config has {default!r} for {public}, expected a number")
     return default
 
 

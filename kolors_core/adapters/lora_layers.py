@@ -23,7 +23,7 @@ class LoRAWeights(nn.Module):
     down: [R, I, *K]; up: [O, R], of a convolution [O, R, 1, 1]. delta: [O, I, *K], which files of other forms
     are turned into (LoHa, LoKr). magnitude: DoRA's (https://arxiv.org/abs/2402.09353), [O, 1, ...], or
     [1, I, ...] in files that divide by the norms of columns. bias: [O]. scale: alpha / rank. strength:
-    how much of it is wanted. order: a number that is larger for adapters that came later.
+    how much of it is expected. order: a number that is larger for adapters that came later.
     """
 
     is_adapter = True
@@ -43,7 +43,7 @@ class LoRAWeights(nn.Module):
 
     @property
     def wanted(self) -> float:
-        """How much of the adapter is wanted now, before its own scale."""
+        """How much of the adapter is expected now, before its own scale."""
         return self.strength * self.call_scale
 
     def change(self, weight: Tensor, share: float = 1.0) -> Tensor:

@@ -84,12 +84,12 @@ def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
         if word in have:
             raise ValueError(f"{word} is a learned word already: unload_textual_inversion({word!r}) first")
         if not isinstance(given, Tensor):
-            raise TypeError(f"{word}: wanted vectors as a tensor, got {type(given).__name__}")
+            raise TypeError(f"{word}: expected vectors as a tensor, got {type(given).__name__}")
         found = given[None] if given.ndim == 1 else given
         if found.ndim != 2 or not len(found) or found.shape[1] != table.shape[1]:
-            raise ValueError(f"{word}: wanted vectors [n, {table.shape[1]}], got {list(given.shape)}")
+            raise ValueError(f"{word}: expected vectors [n, {table.shape[1]}], got {list(given.shape)}")
         if not found.is_floating_point() or not torch.isfinite(found).all():
-            raise ValueError(f"{word}: wanted finite floating-point vectors, got {found.dtype}")
+            raise ValueError(f"{word}: expected finite floating-point vectors, got {found.dtype}")
         checked[word] = nn.Parameter(found.detach().to(table, copy=True))
     if checked:
         embedding = encoder.embedding
@@ -172,11 +172,11 @@ class TextualInversion:
         sources = list(sources) if isinstance(sources, list | tuple) else [sources]
         if not sources or not isinstance(token, str | Sequence | None):
             got = "no file" if not sources else f"the token {token!r}"
-            raise ValueError(f"wanted files of learned words, and for each a word or None, got {got}")
+            raise ValueError(f"expected files of learned words, and for each a word or None, got {got}")
         tokens = [token] if isinstance(token, str) else token
         tokens = [None] * len(sources) if tokens is None else list(tokens)
         if len(tokens) != len(sources):
-            raise ValueError(f"wanted a token for each of {len(sources)} files, got {len(tokens)}")
+            raise ValueError(f"expected a token for each of {len(sources)} files, got {len(tokens)}")
         vectors = dict[str, Tensor]()
         for source, word in zip(sources, tokens, strict=True):
             if isinstance(source, Tensor):

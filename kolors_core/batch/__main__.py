@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     """Every flag."""
     top = argparse.ArgumentParser(
         prog="python -m kolors_core.batch",
-        description="Make a picture of each line of a file.",
+        description="Make an image of each line of a file.",
         epilog="On 8 GPUs: torchrun --nproc-per-node 8 -m kolors_core.batch prompts.jsonl OUT -w DIR. "
         "Exit status: 1 if a line failed, 2 if none could be tried.",
     )
@@ -25,14 +25,14 @@ def parser() -> argparse.ArgumentParser:
         "prompts", type=Path, help="JSON lines, or a .csv, with the fields prompt, negative_prompt, seed, "
         "height, width, steps, guidance, lora (FROM[:SCALE], or a list of them)",
     )  # fmt: skip
-    top.add_argument("out", type=Path, help="the folder of the pictures and their manifest.jsonl")
+    top.add_argument("out", type=Path, help="the folder of the images and their manifest.jsonl")
     top.add_argument("--force", action="store_true", help="write over files in OUT that are of other lines")
     top.add_argument(
         "--seed", type=int, default=0, help="a line without a seed takes this plus its number (default: 0)"
     )
     top.add_argument(
         "--split-guidance", action="store_true",
-        help="two processes draw each picture, one with the prompt and one with the negative prompt: sooner "
+        help="two processes draw each image, one with the prompt and one with the negative prompt: sooner "
         "done, not more of them",
     )  # fmt: skip
     add_model(top.add_argument_group("model"))

@@ -33,7 +33,7 @@ class JobLocks:
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:
-            raise OSError(f"{self.file}: wanted a folder with file locks, got {error}") from None
+            raise OSError(f"{self.file}: expected a folder with file locks, got {error}") from None
         return True
 
     def mark_running(self, number: int, is_running: bool) -> None:

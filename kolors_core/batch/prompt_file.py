@@ -78,7 +78,7 @@ def read_jobs(file: Path, model: Mapping[str, object], seed: int, steps: int) ->
         digest = hashlib.sha256(content.encode("utf-8", errors="surrogateescape")).hexdigest()[:32]
         jobs.append(Job(number, settings, reason, digest))
     if not jobs:
-        raise ValueError(f"{file}: no lines, wanted one a picture")
+        raise ValueError(f"{file}: no lines, expected one an image")
     return jobs
 
 
@@ -123,7 +123,7 @@ def _csv(text: str, file: Path) -> Iterator[RawRow]:
         raise ValueError(f"{file}: the first row is not CSV: {error}") from None
     if unknown := [name for name in names if name not in FIELDS]:
         raise ValueError(
-            f"{file}: the first row has the name {unknown[0][:100]!r}, wanted some of {FIELD_NAMES}"
+            f"{file}: the first row has the name {unknown[0][:100]!r}, expected some of {FIELD_NAMES}"
         )
     if "prompt" not in names or len(set(names)) < len(names):
         raise ValueError(f"{file}: the first row must name the columns, prompt among them, each once")
@@ -162,13 +162,13 @@ def _of_cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | Va
 
 
 def _settings(row: Any, seed: int, steps: int) -> JobSettings:
-    """Check a row's fields. ValueError naming the field, what came and what was wanted."""
+    """Check a row's fields. ValueError naming the field, what came and what was expected."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
-        raise ValueError(f"wanted an object with the fields {FIELD_NAMES}, got {row!r}")
+        raise ValueError(f"expected an object with the fields {FIELD_NAMES}, got {row!r}")
     if unknown := sorted(set(row) - set(FIELDS)):
-        raise ValueError(f"unknown field {unknown[0]!r}, wanted some of {FIELD_NAMES}")
+        raise ValueError(f"unknown field {unknown[0]!r}, expected some of {FIELD_NAMES}")
     given = {name: value for name, value in row.items() if value is not None}
     if "prompt" not in given:
         raise ValueError("no prompt: say what to draw")

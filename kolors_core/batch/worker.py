@@ -104,10 +104,10 @@ class Worker:
         except RuntimeError as error:
             raise PeerLost(f"another process of this run is gone: {one_line(error)}") from error
         if others := [rank for rank, (_, lines, _) in enumerate(told) if lines != told[0][1]]:
-            wanted = "wanted one file, the same options and one precision for all"
+            wanted = "expected one file, the same options and one precision for all"
             raise ValueError(f"process {others[0]} has other lines than process 0: {wanted}")
         if len(engines := {engine for *_, engine in told}) > 1:
-            logger.warning("who draws a picture decides how it is rounded: %s", "; ".join(sorted(engines)))
+            logger.warning("who draws an image decides how it is rounded: %s", "; ".join(sorted(engines)))
         return told[0][0]
 
     def run(self) -> list[Job]:
@@ -315,7 +315,7 @@ class Worker:
         found = [name for name in os.listdir(self.folder) if re.fullmatch(r"\d{6,}-\d+\.png", name)]
         others = [name for name in found if name not in names]
         drawn = len(self.jobs) - len(failed)
-        report = [f"{drawn} of {len(self.jobs)} pictures are in {self.folder}"]
+        report = [f"{drawn} of {len(self.jobs)} images are in {self.folder}"]
         if others:
             report.append(f"{len(others)} more are of no line of this file, such as {others[0]}")
         for job in failed:

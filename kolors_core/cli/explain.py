@@ -29,7 +29,7 @@ def explain_parser() -> argparse.ArgumentParser:
     """The flags."""
     top = argparse.ArgumentParser(
         prog="python -m kolors_core explain",
-        description="Draw a picture, and for each token of the prompt where the picture looked at it.",
+        description="Draw an image, and for each token of the prompt where the image looked at it.",
     )
     top.add_argument("prompt", help="what to draw, in Chinese or English")
     top.add_argument(

@@ -49,22 +49,22 @@ def parser() -> argparse.ArgumentParser:
     """Every flag, in groups."""
     top = argparse.ArgumentParser(
         prog="python -m kolors_core",
-        description="Make pictures with Kolors from a Chinese or English prompt.",
+        description="Make images with Kolors from a Chinese or English prompt.",
         epilog='Example: python -m kolors_core "一张瓢虫的照片" -w Kwai-Kolors/Kolors-diffusers -o out.png. '
-        'And python -m kolors_core explain "PROMPT" shows where in a picture each token acted.',
+        'And python -m kolors_core explain "PROMPT" shows where in an image each token acted.',
     )
     top.add_argument("prompt", nargs="?", help="what to draw, in Chinese or English")
     top.add_argument(
         "-o", "--out", type=Path, default=Path("kolors.png"), metavar="PNG",
-        help="the picture to write; with --images 3 it is numbered: out-1.png (default: %(default)s)",
+        help="the image to write; with --images 3 it is numbered: out-1.png (default: %(default)s)",
     )  # fmt: skip
     top.add_argument("--force", action="store_true", help="write over a file that exists")
     top.add_argument(
-        "--info", type=Path, metavar="PNG", help="print how a picture was made, and do nothing else"
+        "--info", type=Path, metavar="PNG", help="print how an image was made, and do nothing else"
     )
     top.add_argument(
         "--plan", action="store_true",
-        help="print the memory that each stage will need, load no weights and make no picture",
+        help="print the memory that each stage will need, load no weights and make no image",
     )  # fmt: skip
     top.add_argument("--version", action="version", version=f"kolors_core {VERSION}")
 
@@ -87,24 +87,24 @@ def parser() -> argparse.ArgumentParser:
         help="pixels, a multiple of 8 (default: the model's own, or --image's, or the control image's)",
     )  # fmt: skip
     picture.add_argument("--width", type=int, help="pixels, likewise; --image is resized to both")
-    picture.add_argument("--images", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
+    picture.add_argument("--images", type=int, default=1, metavar="N", help="how many images (default: 1)")
     picture.add_argument(
-        "--seed", type=int, help="of the noise; picture i of several takes seed + i (default: random)"
+        "--seed", type=int, help="of the noise; image i of several takes seed + i (default: random)"
     )
 
-    images = top.add_argument_group("from pictures")
-    images.add_argument("--image", metavar="FILE", help="start from this picture; or its http(s) address")
+    images = top.add_argument_group("from images")
+    images.add_argument("--image", metavar="FILE", help="start from this image; or its http(s) address")
     images.add_argument(
         "--strength", type=float,
         help="how much of it is made anew, above 0, at most 1 (default: 0.3, with --mask 0.9999)",
     )  # fmt: skip
     images.add_argument(
         "--strength-map", metavar="FILE",
-        help="a grey picture of how much each place of --image may change: white as --strength says",
+        help="a grey image of how much each place of --image may change: white as --strength says",
     )  # fmt: skip
     images.add_argument(
         "--mask", metavar="FILE",
-        help="make anew only what is white in this picture, and leave all else of --image as it is",
+        help="make anew only what is white in this image, and leave all else of --image as it is",
     )  # fmt: skip
     images.add_argument(
         "--padding-mask-crop", type=int, metavar="N",
@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     images.add_argument(
         "--no-paste-back", action="store_true",
-        help="with --mask: leave the picture as the model decodes it, a little changed outside the mask too",
+        help="with --mask: leave the image as the model decodes it, a little changed outside the mask too",
     )  # fmt: skip
     images.add_argument(
         "--ip-adapter", metavar="FROM",
@@ -120,14 +120,14 @@ def parser() -> argparse.ArgumentParser:
         "Kwai-Kolors/Kolors-IP-Adapter-Plus@refs/pr/4",
     )  # fmt: skip
     images.add_argument(
-        "--ip-image", action="append", metavar="FILE", help="be guided by this picture (may be repeated)"
+        "--ip-image", action="append", metavar="FILE", help="be guided by this image (may be repeated)"
     )
     images.add_argument("--ip-scale", type=float, help="how much (default: 1)")
     images.add_argument(
         "--face-adapter", metavar="FROM",
         help="IP-Adapter-FaceID-Plus as safetensors, with CLIP beside it or from --ip-adapter",
     )  # fmt: skip
-    images.add_argument("--face-image", metavar="FILE", help="a square picture of the face")
+    images.add_argument("--face-image", metavar="FILE", help="a square image of the face")
     images.add_argument(
         "--face-embeds", metavar="FILE", help="its id vector by insightface, as .npy or .safetensors"
     )
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
             explain(options)
         elif options.info is not None:
             if options.prompt is not None or options.weights != EMBEDDED_NAME:
-                raise ValueError("--info stands alone: it prints how a picture was made, and draws none")
+                raise ValueError("--info stands alone: it prints how an image was made, and draws none")
             for name, value in read_metadata(options.info).items():
                 print(f"{name}: {value}")
         elif options.plan:
@@ -195,8 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def draw(options: argparse.Namespace) -> None:
-    """Make and write the pictures that the options ask for."""
-    outs, arguments = checked(options), pipeline_kwargs(options)  # pictures are read before weights
+    """Make and write the images that the options ask for."""
+    outs, arguments = checked(options), pipeline_kwargs(options)  # images are read before weights
     device = named_device(options.device)
     outs[0].parent.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(options, device, task=pipeline_class(options))
@@ -219,7 +219,7 @@ def draw(options: argparse.Namespace) -> None:
 
 
 def pipeline_kwargs(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of the task that the options ask for; its pictures are read."""
+    """The arguments of the task that the options ask for; its images are read."""
     steps = default_steps(options.sampler) if options.steps is None else options.steps
     if options.timesteps or options.sigmas:
         steps = 50  # the pipeline's own default, which says nothing
@@ -255,7 +255,7 @@ def pipeline_kwargs(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan(options: argparse.Namespace) -> None:
-    """Print what the pictures that the options ask for would need; the device need not be there."""
+    """Print what the images that the options ask for would need; the device need not be there."""
     checked(options)
     device = planned_device(options.device)
     pipe = load_pipeline(options, device, is_planned=True, task=pipeline_class(options))

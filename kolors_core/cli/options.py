@@ -1,4 +1,4 @@
-"""Flags of the command lines for one picture and for many: model, sampler, ControlNets; what they load."""
+"""Flags of the command lines for one image and for many: model, sampler, ControlNets; what they load."""
 
 import argparse
 import sys
@@ -116,7 +116,7 @@ def add_control(images: argparse._ArgumentGroup) -> None:
         help="what it sees, as it is: edges, depth or a pose; may be repeated, one for each --control",
     )  # fmt: skip
     images.add_argument(
-        "--canny", metavar="FILE", help="in place of one --control-image: the edges of this picture"
+        "--canny", metavar="FILE", help="in place of one --control-image: the edges of this image"
     )
     images.add_argument(
         "--control-end", type=float, metavar="PART", help="end its say after this part of the steps"
@@ -175,7 +175,7 @@ def check_control(options: argparse.Namespace) -> None:
     nets, images = options.control or [], len(options.control_image or ()) + (options.canny is not None)
     if len(nets) != images:
         got = f"{len(nets)} --control and {images} of --control-image and --canny"
-        raise ValueError(f"wanted an image for each ControlNet, got {got}")
+        raise ValueError(f"expected an image for each ControlNet, got {got}")
     if options.control_end is not None and not nets:
         raise ValueError("--control-end has no effect without --control")
 

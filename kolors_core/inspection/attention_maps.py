@@ -125,7 +125,7 @@ def record_attention(
     and, on leaving, for steps that never came.
     """
     if not isinstance(plain(net), Encoder):
-        raise TypeError(f"wanted a UNet or a ControlNet, such as pipe.unet, got {type(net).__name__}")
+        raise TypeError(f"expected a UNet or a ControlNet, such as pipe.unet, got {type(net).__name__}")
     modules: dict[str, nn.Module] = {}
     for name, module in plain(net).named_modules():
         if isinstance(module, Attention):

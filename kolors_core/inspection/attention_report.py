@@ -118,7 +118,7 @@ def sheet(made: Explanation) -> "Image":
     sides = made.picture.size
     w, h = (max(1, round(side * TILE / max(sides))) for side in sides)
     picture = made.picture.convert("RGB").resize((w, h), Image.Resampling.LANCZOS)
-    grey, tiles = picture.convert("L").convert("RGB"), [(picture, "the picture", "")]
+    grey, tiles = picture.convert("L").convert("RGB"), [(picture, "the image", "")]
     for token, share in zip(made.tokens, made.views["all", "all"], strict=True):
         over = heat(unit(share)).convert("RGB").resize((w, h), Image.Resampling.BICUBIC)
         tiles.append((Image.blend(grey, over, STRENGTH), token.label, f"{share.mean():.1%}"))

@@ -50,7 +50,7 @@ def match_modules(
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"wanted a pattern of modules' names or several, got {patterns!r}")
+        raise TypeError(f"expected a pattern of modules' names or several, got {patterns!r}")
     found = set[str]()
     for pattern in patterns:
         hits = {name for name in modules if (fnmatchcase(name, pattern) if name else pattern == "")}
@@ -138,7 +138,7 @@ def inject(
     module that never came.
     """
     if not isinstance(changes, Mapping) or not changes:
-        raise TypeError(f"wanted changes by pattern, such as {{'mid': tensor}}, got {changes!r}")
+        raise TypeError(f"expected changes by pattern, such as {{'mid': tensor}}, got {changes!r}")
     ordered = sorted(checked_steps(steps) or ())
     with ExitStack() as stack:
         for pattern, change in changes.items():
@@ -147,10 +147,10 @@ def inject(
                 expected = range(len(change))
                 if not change or (steps is not None and len(change) != len(ordered)):
                     wanted = "at least one" if steps is None else len(ordered)
-                    raise ValueError(f"{pattern!r}: wanted features of {wanted} steps, got {len(change)}")
+                    raise ValueError(f"{pattern!r}: expected features of {wanted} steps, got {len(change)}")
             elif not isinstance(change, Tensor) and not callable(change):
                 got = type(change).__name__
-                raise TypeError(f"{pattern!r}: wanted a tensor, a list of them or a function, got {got}")
+                raise TypeError(f"{pattern!r}: expected a tensor, a list of them or a function, got {got}")
             visit = partial(_changed, change=change, ordered=ordered)
             stack.enter_context(_visited(_found(model, pattern), what, steps, visit, expected))
         yield
@@ -158,7 +158,7 @@ def inject(
 
 def _found(model: nn.Module, patterns: Patterns) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"wanted a model, such as pipe.unet, got {type(model).__name__}")
+        raise TypeError(f"expected a model, such as pipe.unet, got {type(model).__name__}")
     every = plain(model).named_modules()
     return match_modules(
         model, {n: m for n, m in every if type(m).forward is not nn.Module.forward}, patterns
@@ -176,7 +176,7 @@ def _changed(name: str, features: Any, step: int, *, change: Any, ordered: list[
         new = change if isinstance(change, Tensor) else change(features, step)
     wanted, got = (str(tree_map(_kind, tree)) for tree in (features, new))
     if wanted != got:
-        raise ValueError(f"{where}: wanted {wanted} to put in, got {got}")
+        raise ValueError(f"{where}: expected {wanted} to put in, got {got}")
     return new
 
 

@@ -101,14 +101,14 @@ def quantizable_layers(model: nn.Module, bits: int) -> list[str]:
         if isinstance(layer, nn.Linear) and ".image_branches." not in path
     ]
     if not paths:
-        raise ValueError(f"wanted a ChatGLM or a UNet, got a {kind}: it has no transformers to quantise")
+        raise ValueError(f"expected a ChatGLM or a UNet, got a {kind}: it has no transformers to quantise")
     for path in paths:
         layer = model.get_submodule(path)
         if type(layer) is not nn.Linear:
             wanted = "a plain nn.Linear: LoRAs are attached after quantising"
-            raise ValueError(f"{path} is a {type(layer).__name__}, wanted {wanted}")
+            raise ValueError(f"{path} is a {type(layer).__name__}, expected {wanted}")
         if bits == 4 and layer.in_features % 2:
-            raise ValueError(f"{path} is {layer.in_features} wide, wanted an even width for 4 bits")
+            raise ValueError(f"{path} is {layer.in_features} wide, expected an even width for 4 bits")
     return paths
 
 

@@ -35,6 +35,7 @@ from kolors_core.devices import (
     refuse_pickles,
 )
 from kolors_core.guidance import guided
+from kolors_core.pipelines.component_checks import check_component_type, check_dimensions
 from kolors_core.pipelines.runs import Interrupt, Runs
 from kolors_core.precompute import Savings
 from kolors_core.sampling import Denoise, Sampler
@@ -52,9 +53,7 @@ _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; N
 class Components:
     """The models of a pipeline. Each is a plain attribute and may be replaced."""
 
-    accepts_mask_channels: ClassVar[bool] = (
-        False  # whether the UNet may read a mask and the masked picture's latents too
-    )
+    accepts_mask_channels: ClassVar[bool] = False  # whether the UNet may read a mask and masked latents too
 
     def __init__(
         self,
@@ -169,9 +168,9 @@ class Components:
         Loading or unloading an adapter in one of them is seen by both.
         """
         if not isinstance(pipeline, Components):
-            raise TypeError(f"wanted a pipeline of kolors_core, got {type(pipeline).__name__}")
+            raise TypeError(f"expected a pipeline of kolors_core, got {type(pipeline).__name__}")
         if strangers := sorted(changes.keys() - pipeline.components.keys()):
-            raise TypeError(f"{strangers[0]!r} is no component; wanted {', '.join(pipeline.components)}")
+            raise TypeError(f"{strangers[0]!r} is no component; expected {', '.join(pipeline.components)}")
         changes = {"image_encoder": pipeline._image_encoder} | changes  # not one that an IP-Adapter brought
         made = cls(**pipeline.components | changes)
         made.runs, made._progress, made.savings = pipeline.runs, pipeline._progress, pipeline.savings
@@ -342,68 +341,3 @@ class Components:
     def _needs_alone(self) -> str | None:
         """Return what a call uses that calls in other threads must not use meanwhile; None if nothing."""
         return None
-
-
-# What a pipeline's attributes must be, told by a function of a model that is not wrapped, and in words.
-COMPONENT_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "unet": (lambda part: isinstance(part, UNet), "kolors_core's UNet"),
-    "vae": (lambda part: isinstance(part, VAE), "kolors_core's VAE"),
-    "scheduler": (lambda part: isinstance(part, Scheduler), "kolors_core's Scheduler"),
-    "image_encoder": (lambda part: isinstance(part, CLIPVision | None), "kolors_core's CLIPVision or None"),
-    "text_encoder": (
-        lambda part: part is None or (isinstance(part, nn.Module) and hasattr(part, "config")),
-        "a module like kolors_core's ChatGLM or None",
-    ),
-    "tokenizer": (
-        lambda part: part is None or (callable(part) and hasattr(part, "size")),
-        "like kolors_core's Tokenizer or None",
-    ),
-    "feature_extractor": (lambda part: part is None or callable(part), "a function or None"),
-    "force_zeros_for_empty_prompt": (lambda part: isinstance(part, bool), "True or False"),
-    "guided": (callable, "a function like guidance.guided"),
-    "sampler": (lambda part: part is None or callable(part), "a function like sampling.euler or None"),
-    "savings": (lambda part: isinstance(part, Savings), "a reading.Savings"),
-}
-
-
-def check_component_type(name: str, value: Any) -> None:
-    """TypeError naming what came, for a pipeline's attribute of another kind."""
-    is_kind, wanted = COMPONENT_TYPES.get(name, (lambda _: True, ""))
-    if not is_kind(plain(value)):
-        kind = type(value)
-        got = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-        raise TypeError(f"{name} must be {wanted}, got {got}")
-
-
-def check_dimensions(
-    vae: VAE,
-    text_encoder: ChatGLM | None,
-    tokenizer: Tokenizer | None,
-    unet: UNet,
-    accepts_mask_channels: bool,
-) -> None:
-    """ValueError naming two models that do not meet at the same width.
-
-    repaints: whether the UNet may read a mask and the masked picture's latents too.
-    """
-    latents, ins = vae.config.latent_channels, unet.config.in_channels
-    masked = 2 * latents + 1  # the latents, the mask, and the masked picture's latents
-    if (
-        ins not in ((latents, masked) if accepts_mask_channels else (latents,))
-        or unet.config.out_channels != latents
-    ):
-        wanted = f"the VAE's {latents} for both" + (f", or {masked} in" if accepts_mask_channels else "")
-        hint = (
-            ": one with a mask is for KolorsInpaintPipeline"
-            if ins == masked and not accepts_mask_channels
-            else ""
-        )
-        got = f"{ins} in and {unet.config.out_channels} out"
-        raise ValueError(f"the UNet has {got} channels, wanted {wanted}{hint}")
-    if text_encoder is None:
-        return
-    read, width = unet.config.text_dim, text_encoder.config.hidden_size
-    if width != read:
-        raise ValueError(f"the text encoder is {width} wide, and the UNet reads {read}")
-    if tokenizer is not None and tokenizer.size > (words := text_encoder.config.vocab_size):
-        raise ValueError(f"the tokenizer has {tokenizer.size} tokens, and the text encoder only {words}")

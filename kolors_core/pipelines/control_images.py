@@ -72,7 +72,7 @@ def _of_each(name: str, values: Any, count: int) -> list[Any]:
     """A list with one for each ControlNet."""
     if not isinstance(values, list | tuple) or len(values) != count:
         got = f"{len(values)}" if isinstance(values, list | tuple) else type(values).__name__
-        raise ValueError(f"{name}: wanted a list with one for each of the {count} ControlNets, got {got}")
+        raise ValueError(f"{name}: expected a list with one for each of the {count} ControlNets, got {got}")
     return list(values)
 
 
@@ -81,6 +81,6 @@ def _rows(pixels: Tensor, count: int, images_per_prompt: int) -> Tensor:
     if len(pixels) in (1, count):
         return pixels
     if len(pixels) * images_per_prompt != count:
-        wanted = f"one, {count // images_per_prompt} (one a prompt) or {count} (one a picture)"
-        raise ValueError(f"wanted {wanted} control images, got {len(pixels)}")
+        wanted = f"one, {count // images_per_prompt} (one a prompt) or {count} (one an image)"
+        raise ValueError(f"expected {wanted} control images, got {len(pixels)}")
     return pixels.repeat_interleave(images_per_prompt, dim=0)

@@ -27,14 +27,14 @@ class KolorsControlNetPipeline(KolorsPipeline):
         width: int | None = None,
         **arguments: Any,
     ) -> KolorsPipelineOutput | tuple[Any]:
-        """Make pictures from prompts and control images.
+        """Make images from prompts and control images.
 
         image: the control image; with a list of ControlNets, a list with one for each. height, width: pixels,
         multiples of 8; the first control image's own, rounded down, if None. arguments: as for
         `KolorsPipeline`.
         """
         if image is None:
-            raise ValueError("no image: wanted the control image, or one for each of several ControlNets")
+            raise ValueError("no image: expected the control image, or one for each of several ControlNets")
         if height is None or width is None:
             several = isinstance(image, list | tuple) and image and is_multi(self.controlnet)
             height, width = preprocess_control(image[0] if several else image, height, width).shape[-2:]
@@ -56,13 +56,13 @@ class KolorsControlNetImg2ImgPipeline(KolorsImg2ImgPipeline):
         strength: float = default_strength,
         **arguments: Any,
     ) -> KolorsPipelineOutput | tuple[Any]:
-        """Make pictures from pictures, prompts and control images.
+        """Make images from images, prompts and control images.
 
         control_image: the control image; with a list of ControlNets, a list with one for each. All others:
         as for `KolorsImg2ImgPipeline`.
         """
         if control_image is None:
-            raise ValueError("no control_image: wanted one, or one for each of several ControlNets")
+            raise ValueError("no control_image: expected one, or one for each of several ControlNets")
         return super().__call__(
             prompt, image, strength, height, width, control_image=control_image, **arguments
         )
@@ -85,7 +85,7 @@ class KolorsControlNetInpaintPipeline(KolorsInpaintPipeline):
         for `KolorsInpaintPipeline`.
         """
         if control_image is None:
-            raise ValueError("no control_image: wanted one, or one for each of several ControlNets")
+            raise ValueError("no control_image: expected one, or one for each of several ControlNets")
         return super().__call__(
             prompt, image=image, mask_image=mask_image, control_image=control_image, **arguments
         )

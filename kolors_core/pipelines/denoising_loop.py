@@ -2,7 +2,7 @@
 
 The protocol is the reference's: `callback(pipe, i, timestep, tensors) -> tensors`, `pipe._guidance_scale` and
 `pipe._interrupt`. Source: the denoising loop of diffusers' pipelines/kolors/pipeline_kolors.py.
-Shapes: B pictures; under guidance the tensors of `NAMES` that are not negative have 2B rows, negatives first.
+Shapes: B images; under guidance the tensors of `NAMES` that are not negative have 2B rows, negatives first.
 """
 
 from collections.abc import Callable, Sequence
@@ -132,12 +132,12 @@ class DenoisingLoop:
         returned = dict(answer)
         for name, value in returned.items():
             if not isinstance(value, Tensor) and value is not self.tensors.get(name):
-                raise TypeError(f"{CALLBACK_TENSORS} {name} as {type(value).__name__}, wanted a tensor")
+                raise TypeError(f"{CALLBACK_TENSORS} {name} as {type(value).__name__}, expected a tensor")
         if strangers := sorted(returned.keys() - set(NAMES)):
-            raise ValueError(f"{CALLBACK_TENSORS} {strangers[0]!r}; wanted some of {', '.join(NAMES)}")
+            raise ValueError(f"{CALLBACK_TENSORS} {strangers[0]!r}; expected some of {', '.join(NAMES)}")
         if (after := returned.pop("latents", None)) is not None:
             if after.shape != x.shape:
-                raise ValueError(f"{CALLBACK_TENSORS} latents {list(after.shape)}, wanted {list(x.shape)}")
+                raise ValueError(f"{CALLBACK_TENSORS} latents {list(after.shape)}, expected {list(x.shape)}")
             x = after.to(x) * self._scale(i + 1)
         changed = {
             name
@@ -163,8 +163,8 @@ class DenoisingLoop:
         allowed = (2 * self.batch,) if is_guided else (self.batch, 2 * self.batch)
         for name in POSITIVE_TENSORS:
             if (rows := len(self.tensors[name])) not in allowed:
-                wanted = f"{' or '.join(map(str, allowed))} for {self.batch} pictures"
-                raise ValueError(f"{CALLBACK_TENSORS} {name} of {rows} rows, wanted {wanted}")
+                wanted = f"{' or '.join(map(str, allowed))} for {self.batch} images"
+                raise ValueError(f"{CALLBACK_TENSORS} {name} of {rows} rows, expected {wanted}")
 
         def told(half: Conditioning, part: slice) -> Conditioning:
             counts = None if self.counts is None else self.counts[part]
@@ -183,13 +183,13 @@ def _refuse_misfit(name: str, after: Tensor, before: Tensor) -> None:
     fits = after.ndim == before.ndim and after.shape[-1] == before.shape[-1]
     if not fits or not after.is_floating_point():
         wanted = "floats [" + "any, " * (before.ndim - 1) + f"{before.shape[-1]}]"
-        raise ValueError(f"{CALLBACK_TENSORS} {name} {list(after.shape)} of {after.dtype}, wanted {wanted}")
+        raise ValueError(f"{CALLBACK_TENSORS} {name} {list(after.shape)} of {after.dtype}, expected {wanted}")
 
 
 class SDXLCFGCutoffCallback:
     """End guidance after a step, or after a part of the steps: a callback of the reference's name.
 
-    The reference's own keeps only the last row and so fails for two pictures; this keeps every positive row.
+    The reference's own keeps only the last row and so fails for two images; this keeps every positive row.
     """
 
     tensor_inputs = POSITIVE_TENSORS

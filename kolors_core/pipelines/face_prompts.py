@@ -89,7 +89,7 @@ class FaceIDMethods(IPAdapterMethods):
         count = max(len(ids), len(states))
         if any(n not in (1, count) for n in (len(ids), len(states))) or batch % count:
             got = f"{len(ids)} face_embeds and {len(states)} face_image"
-            raise ValueError(f"wanted one face, or one for each of {batch} pictures or prompts, got {got}")
+            raise ValueError(f"expected one face, or one for each of {batch} images or prompts, got {got}")
         self._enter_stage("unet")
         handle.to_unet_device()
         weight, unet = adapter.resampler.proj_in.weight, plain(self.unet)
@@ -127,7 +127,7 @@ class FaceIDMethods(IPAdapterMethods):
         if isinstance(image, Tensor) and image.ndim == 3:
             if image.shape[-1] != width or not image.numel() or not image.is_floating_point():
                 got = f"{list(image.shape)} of {image.dtype}"
-                raise ValueError(f"face_image must be pictures or CLIP's states [n, P, {width}], got {got}")
+                raise ValueError(f"face_image must be images or CLIP's states [n, P, {width}], got {got}")
             return image
         encoder = self._need_encoder("face_image")
         return encoder.penultimate(self._pixels(image, encoder))

@@ -86,7 +86,7 @@ class IPAdapterMethods(Components):
         handles = self._need_adapters()
         given = list(scale) if isinstance(scale, list | tuple) else [scale] * len(handles)
         if len(given) != len(handles):
-            raise ValueError(f"wanted a scale for each of the {len(handles)} IP-Adapters, got {scale!r}")
+            raise ValueError(f"expected a scale for each of the {len(handles)} IP-Adapters, got {scale!r}")
         checked = [handle.scales(one) for handle, one in zip(handles, given, strict=True)]
         for handle, scales in zip(handles, checked, strict=True):
             handle.set_scales(scales)
@@ -125,7 +125,9 @@ class IPAdapterMethods(Components):
         """For each adapter the states of its images, and the negative ones under guidance: [n, I, P, D]."""
         handles = self._need_adapters()
         if (image is None) == (embeds is None):
-            raise ValueError("wanted either ip_adapter_image or ip_adapter_image_embeds, got both or neither")
+            raise ValueError(
+                "expected either ip_adapter_image or ip_adapter_image_embeds, got both or neither"
+            )
         given = embeds if image is None else image
         given = list(given) if isinstance(given, list | tuple) else [given]
         if len(given) != len(handles):
@@ -181,7 +183,7 @@ class IPAdapterMethods(Components):
         listed = _masks_of(masks, len(handles), batch)
         for handle, pair, mask in zip(handles, pairs, listed, strict=True):
             if batch % (rows := len(pair[0])):
-                raise ValueError(f"ip_adapter_image_embeds has {rows} rows, for {batch} pictures")
+                raise ValueError(f"ip_adapter_image_embeds has {rows} rows, for {batch} images")
             handle.to_unet_device()
             adapter, mask = handle.adapter, None if mask is None else mask.to(self.device)
             assert isinstance(adapter, IPAdapter)
@@ -204,7 +206,7 @@ class IPAdapterMethods(Components):
 def guide(tokens: Tensor, batch: int, mask: Tensor | None = None) -> ImagePrompt:
     """What an adapter's branches read in each of B (`batch`) rows, of tokens [n, I, Q, context_dim], n a
     divisor of B. FloatingPointError unless they are finite."""
-    finite(tokens, "the tokens of a picture or face", tokens.dtype)
+    finite(tokens, "the tokens of an image or face", tokens.dtype)
     return ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0), mask)
 
 
@@ -257,7 +259,7 @@ class IPAdapterMaskProcessor:
         masks = as_list(image)
         for mask in masks:
             if not isinstance(mask, Image.Image):
-                raise TypeError(f"wanted masks as PIL images, got {type(mask).__name__}")
+                raise TypeError(f"expected masks as PIL images, got {type(mask).__name__}")
         h = masks[0].height if height is None else check_int("height", height)
         w = masks[0].width if width is None else check_int("width", width)
         if h < 8 or w < 8:

@@ -25,7 +25,7 @@ from kolors_core.validation import check_fraction
 
 
 class FromPicture(Task):
-    """A task that starts from a picture."""
+    """A task that starts from an image."""
 
     default_strength: ClassVar[float]  # says nothing, and so may stand beside denoising_start
 
@@ -50,7 +50,7 @@ class FromPicture(Task):
         deviation. is_only_size: the shape is all that is asked for, nothing is encoded.
         """
         if image is None:
-            raise ValueError("no image: wanted the picture to start from, or its latents")
+            raise ValueError("no image: expected the image to start from, or its latents")
         if (latents := self._as_latents(image, height, width)) is not None:
             return latents, None
         pixels = preprocess_vae(image, height, width, self.vae.config.vae_scale_factor)  # [b, 3, H, W]
@@ -81,7 +81,7 @@ class FromPicture(Task):
     def sample_latents(
         self, mean: Tensor, std: Tensor | None, count: int, images_per_prompt: int, generator: Generators
     ) -> Tensor:
-        """Clean latents for B pictures. One generator draws for each image, a list for each picture."""
+        """Clean latents for B images. One generator draws for each image, a list for each image."""
         if std is not None:
             if not isinstance(generator, torch.Generator | None):
                 mean, std = (for_each(part, count, images_per_prompt) for part in (mean, std))
@@ -91,7 +91,7 @@ class FromPicture(Task):
 
 
 class KolorsImg2ImgPipeline(FromPicture):
-    """Image to image: noise is added to a picture, and taken off again under the prompt."""
+    """Image to image: noise is added to an image, and taken off again under the prompt."""
 
     default_strength = 0.3
 
@@ -135,20 +135,20 @@ class KolorsImg2ImgPipeline(FromPicture):
         strength_map: Any = None,
         **extras: Unpack[Extras],
     ) -> KolorsPipelineOutput | tuple[Any]:
-        """Make pictures from pictures and prompts.
+        """Make images from images and prompts.
 
         image: a PIL image, an array [H, W, 3], a tensor [3, H, W] in [0, 1] or [-1, 1], or latents [4, H/8,
-        W/8]; or a batch or list of them, one for all, for each prompt or for each of the B pictures.
+        W/8]; or a batch or list of them, one for all, for each prompt or for each of the B images.
         strength: above 0 and at most 1; int(steps * strength) steps are done, from that much noise.
         height, width: pixels, multiples of 8, to which the image is resized; its own if None.
-        strength_map: a grey picture of how much each place may change (https://arxiv.org/abs/2306.00950): as
+        strength_map: a grey image of how much each place may change (https://arxiv.org/abs/2306.00950): as
         at `strength` where it is white, less where it is darker, not at all where it is black. See
-        `masks.grey` for its forms; one for all, for each prompt or for each picture. (The community's
+        `masks.grey` for its forms; one for all, for each prompt or for each image. (The community's
         differential pipeline has it the other way round, as `map`.)
         denoising_start: take the image as one on which `denoising_end` has left off, and add no noise.
         latents: [B, 4, H/8, W/8], noisy already, in place of the image's: `callback_on_step_end` sees such.
         All others, and `Extras`, are described at `kolors_core.pipelines.request.PipelineInputs`.
-        Raises ValueError or TypeError naming the argument, what came and what was wanted.
+        Raises ValueError or TypeError naming the argument, what came and what was expected.
         """
         check_extras(extras)
         inputs = PipelineInputs(
@@ -226,12 +226,12 @@ def preserve_masked_latents(sampler: Sampler, *, clean: Tensor, noise: Tensor, s
 
 
 def for_each(clean: Tensor, count: int, images_per_prompt: int, name: str = "images") -> Tensor:
-    """Images for B pictures: one for all, one for each prompt, or one for each picture."""
+    """Images for B images: one for all, one for each prompt, or one for each image."""
     if len(clean) == count // images_per_prompt:
         return clean.repeat_interleave(images_per_prompt, dim=0)
     if count % len(clean):
-        wanted = f"one, {count // images_per_prompt} (one a prompt) or {count} (one a picture)"
-        raise ValueError(f"wanted {wanted} {name}, got {len(clean)}")
+        wanted = f"one, {count // images_per_prompt} (one a prompt) or {count} (one an image)"
+        raise ValueError(f"expected {wanted} {name}, got {len(clean)}")
     return clean.repeat(count // len(clean), 1, 1, 1)
 
 

@@ -2,7 +2,7 @@
 
 Source: diffusers' pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl_inpaint.py, and for Kolors
 examples/community/pipeline_kolors_inpainting.py.
-Shapes: B pictures (prompts times images per prompt), b pictures and m masks given.
+Shapes: B images (prompts times images per prompt), b images and m masks given.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InpaintInputs:
-    """What the model works on, and what makes the final pictures of its own; None leaves them as they are."""
+    """What the model works on, and what makes the final images of its own; None leaves them as they are."""
 
     picture: Tensor  # [b, 3, H, W] in [-1, 1], or latents [b, 4, H/8, W/8]
     mask: Tensor  # [m, 1, H, W] in [0, 1]
     finish: Callable[[Tensor], Tensor] | None
-    box: Box | None = None  # the region, if the picture is one of a larger picture
+    box: Box | None = None  # the region, if the image is one of a larger image
 
 
 class KolorsInpaintPipeline(FromPicture):
@@ -88,7 +88,7 @@ class KolorsInpaintPipeline(FromPicture):
         """Make anew what is white in a mask.
 
         image: as in `KolorsImg2ImgPipeline`. mask_image: see `masks.grey` for its forms; what is at least
-        half white is repainted; one for all, for each prompt or for each of the B pictures.
+        half white is repainted; one for all, for each prompt or for each of the B images.
         masked_image_latents: [b, 4, H/8, W/8], for a UNet of 9 channels, in place of those of the image with
         the mask's places grey.
         height, width: pixels, multiples of 8, to which the image is resized; its own if None.
@@ -99,12 +99,12 @@ class KolorsInpaintPipeline(FromPicture):
         makers use 0.999, and a guidance_scale of 6.
         denoising_start: take the image as one on which `denoising_end` has left off; for 9 channels only.
         latents: [B, 4, H/8, W/8] standard normal noise in place of drawn noise.
-        paste_back: put only what the mask marks into the given picture, of its own size unless height or
+        paste_back: put only what the mask marks into the given image, of its own size unless height or
         width is given: where the mask is black the pixels stay, bit for bit; where it is grey both are mixed.
-        The VAE would change them all a little. The default, wherever there is a picture; False gives what the
-        VAE decodes, put in the picture's place or the region's.
+        The VAE would change them all a little. The default, wherever there is an image; False gives what the
+        VAE decodes, put in the image's place or the region's.
         All others, and `Extras`, are described at `kolors_core.pipelines.request.PipelineInputs`.
-        Raises ValueError or TypeError naming the argument, what came and what was wanted.
+        Raises ValueError or TypeError naming the argument, what came and what was expected.
         """
         check_extras(extras)
         inputs = PipelineInputs(
@@ -126,7 +126,7 @@ class KolorsInpaintPipeline(FromPicture):
         has_mask_channels = self.unet.config.in_channels > self.vae.config.latent_channels
         _refuse_useless(has_mask_channels, masked_image_latents, denoising_start, latents)
         if output_type == "latent" and (paste_back or padding_mask_crop is not None):
-            raise ValueError("paste_back and padding_mask_crop need pictures, and output_type is 'latent'")
+            raise ValueError("paste_back and padding_mask_crop need images, and output_type is 'latent'")
         whole = self._schedule(inputs)
         schedule = self._part(whole, strength, denoising_start, denoising_end)
         copies = num_images_per_prompt
@@ -137,7 +137,7 @@ class KolorsInpaintPipeline(FromPicture):
             inputs = replace(inputs, control_image=seen)
         scale = self.vae.config.vae_scale_factor
         mask, small = repainted(work.mask, (size[0] // scale, size[1] // scale))
-        start = None  # in pure noise the picture itself is not seen
+        start = None  # in pure noise the image itself is not seen
         if not has_mask_channels or strength < 1 or denoising_start is not None:
             start = self._mean_and_std(work.picture)
         masked = self._masked(work.picture, mask, masked_image_latents) if has_mask_channels else None
@@ -181,7 +181,7 @@ class KolorsInpaintPipeline(FromPicture):
         """What the model works on; arguments as in the call."""
         for name, value in (("image", image), ("mask_image", mask_image)):
             if value is None:
-                raise ValueError(f"no {name}: wanted a picture and a mask of what to make anew in it")
+                raise ValueError(f"no {name}: expected an image and a mask of what to make anew in it")
         box = None
         if padding is not None:
             size = self._size("height", height), self._size("width", width)
@@ -196,7 +196,7 @@ class KolorsInpaintPipeline(FromPicture):
             if latents is not None:
                 size = self._pixel_size(latents)
                 if paste_back:
-                    raise ValueError("paste_back needs a picture to paste into, and image is latents")
+                    raise ValueError("paste_back needs an image to paste into, and image is latents")
                 return InpaintInputs(latents, grey(mask_image, size, (size,)), None)
             picture = given = preprocess_vae(image, height, width, self.vae.config.vae_scale_factor)
             shapes = size_of(image), size_of(picture)
@@ -224,7 +224,7 @@ class KolorsInpaintPipeline(FromPicture):
         return (picture, None) if is_latents else self.encode_mean_std(picture)
 
     def _masked(self, picture: Tensor, mask: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Mean and deviation of the latents that show what stays: those given, or the picture with the mask's
+        """Mean and deviation of the latents that show what stays: those given, or the image with the mask's
         places grey.
         """
         size = self._pixel_size(picture)
@@ -236,12 +236,12 @@ class KolorsInpaintPipeline(FromPicture):
         if picture.shape[1] == self.vae.config.latent_channels:
             raise ValueError("image is latents, which no mask can be laid on: give masked_image_latents too")
         if 1 not in (len(picture), len(mask)) and len(picture) != len(mask):
-            raise ValueError(f"wanted one mask or one for each of {len(picture)} pictures, got {len(mask)}")
+            raise ValueError(f"expected one mask or one for each of {len(picture)} images, got {len(mask)}")
         return self.encode_mean_std(picture * (mask < 0.5))
 
 
 def _region(image: Any, mask: Any, size: Size, padding: int) -> tuple[Tensor, Tensor, Box]:
-    """A picture's and its mask's region, at the size, and where it was."""
+    """An image's and its mask's region, at the size, and where it was."""
     for name, value in (("image", image), ("mask_image", mask)):
         _need_pil(name, value, image)
     if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:

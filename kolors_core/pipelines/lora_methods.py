@@ -125,7 +125,7 @@ class LoRAMethods:
         if isinstance(adapter_weights, Sequence) and not isinstance(adapter_weights, str):
             weights = list(adapter_weights)
         if len(weights) != len(names):
-            raise ValueError(f"wanted a weight for each of {len(names)} adapters, got {len(weights)}")
+            raise ValueError(f"expected a weight for each of {len(names)} adapters, got {len(weights)}")
         chosen = dict(zip(names, weights, strict=True))
         for name, weight in chosen.items():
             if isinstance(weight, Mapping):
@@ -339,5 +339,5 @@ class LoRAMethods:
 def _names(names: str | Sequence[str]) -> list[str]:
     listed = [names] if isinstance(names, str) else names
     if not isinstance(listed, Sequence) or not all(isinstance(name, str) for name in listed):
-        raise TypeError(f"wanted a name, or a list of names, got {names!r}")
+        raise TypeError(f"expected a name, or a list of names, got {names!r}")
     return list(listed)

@@ -1,4 +1,4 @@
-"""Where a picture is made anew: masks read, a region around one cut out, what was made put back.
+"""Where an image is made anew: masks read, a region around one cut out, what was made put back.
 
 Masks are [m, 1, H, W] from 0 (stays) to 1 (is made anew).
 Source: `VaeImageProcessor` in diffusers' image_processor.py, with its binarising, "fill" and "crop".
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
-SHAPE_TOLERANCE = 0.02  # by which a mask's aspect may differ from its picture's
+SHAPE_TOLERANCE = 0.02  # by which a mask's aspect may differ from its image's
 NO_WHITE = "white is repainted, and there is none"
 
 
 def size_of(image: Any) -> Size:
-    """Of a picture, or the first of several: PIL images, arrays [..., H, W, 3], tensors [..., H, W]."""
+    """Of an image, or the first of several: PIL images, arrays [..., H, W, 3], tensors [..., H, W]."""
     from PIL import Image
 
     one: Any = image[0] if isinstance(image, list | tuple) and image else image
     if isinstance(one, Image.Image):
         return one.height, one.width
     if getattr(one, "ndim", 0) < 3:
-        raise TypeError(f"wanted a PIL image, an array or a tensor, got {type(one).__name__}")
+        raise TypeError(f"expected a PIL image, an array or a tensor, got {type(one).__name__}")
     height, width = one.shape[-2:] if isinstance(one, Tensor) else one.shape[-3:-1]
     return height, width
 
 
 def grey(masks: Any, size: Size, pictures: Sequence[Size], name: str = "mask_image") -> Tensor:
-    """Grey pictures as float32 [m, 1, H, W] in [0, 1] of this size.
+    """Grey images as float32 [m, 1, H, W] in [0, 1] of this size.
 
     masks: PIL images of any mode, resized with Lanczos; arrays [H, W], [H, W, 1] or [m, H, W], and tensors
     [H, W], [m, H, W] or [m, 1, H, W], of bool, uint8 or in [0, 1], resized to the nearest pixel; or a list.
-    pictures: the sizes of what they belong to, one of whose aspects each must have.
-    Raises ValueError or TypeError naming the argument, what came and what was wanted.
+    images: the sizes of what they belong to, one of whose aspects each must have.
+    Raises ValueError or TypeError naming the argument, what came and what was expected.
     """
     from PIL import Image
 
@@ -51,8 +51,8 @@ def grey(masks: Any, size: Size, pictures: Sequence[Size], name: str = "mask_ima
             h, w = (plane.height, plane.width) if isinstance(plane, Image.Image) else plane.shape
             if all(abs(h * p[1] - w * p[0]) > SHAPE_TOLERANCE * h * p[1] for p in pictures):
                 shapes = " or ".join(dict.fromkeys(f"{p[0]} x {p[1]}" for p in pictures))
-                wanted = f"its picture's shape, {shapes}"
-                raise ValueError(f"{name} is {h} x {w} (height x width), wanted {wanted}")
+                wanted = f"its image's shape, {shapes}"
+                raise ValueError(f"{name} is {h} x {w} (height x width), expected {wanted}")
             planes.append(_resized(plane, size))
     if not planes:
         raise ValueError(f"{name} is an empty list")
@@ -83,7 +83,7 @@ def _planes(mask: Any, name: str) -> Iterator[Tensor]:
 
 
 def _resized(plane: "Image | Tensor", size: Size) -> Tensor:
-    """A grey picture as [H, W] in [0, 1]."""
+    """A grey image as [H, W] in [0, 1]."""
     if isinstance(plane, Tensor):
         return F.interpolate(plane[None, None], size=size)[0, 0]
     return to_grayscale(plane, size).float() / 255
@@ -104,7 +104,7 @@ def repainted(mask: Tensor, size: Size, name: str = "mask_image") -> tuple[Tenso
 
 def crop_region(mask: "Image", size: Size, padding: int) -> Box:
     """What is not black in a mask, with `padding` pixels around, grown to the aspect of `size` where the
-    picture has room. ValueError for a mask that is all black.
+    image has room. ValueError for a mask that is all black.
     """
     found = mask.convert("L").getbbox()
     if found is None:
@@ -129,7 +129,7 @@ def _grown(start: int, end: int, more: int, limit: int) -> tuple[int, int]:
 
 
 def fitted(image: "Image", size: Size, covers: bool = False) -> "Image":
-    """A picture scaled to fit into a size, its edges drawn out into what is left; or to cover it, cut."""
+    """An image scaled to fit into a size, its edges drawn out into what is left; or to cover it, cut."""
     from PIL import Image
 
     height, width = size
@@ -153,9 +153,9 @@ def fitted(image: "Image", size: Size, covers: bool = False) -> "Image":
 
 
 def put_back(made: Tensor, given: Tensor, mask: Tensor, box: Box | None = None) -> Tensor:
-    """Made pictures in the given ones' place: only they where the mask is 1, only the given where it is 0.
+    """Made images in the given ones' place: only they where the mask is 1, only the given where it is 0.
 
-    made: [B, 3, h, w] in [-1, 1], scaled to the box, which is the whole picture if None. given: [B, 3, H, W];
+    made: [B, 3, h, w] in [-1, 1], scaled to the box, which is the whole image if None. given: [B, 3, H, W];
     mask: [B, 1, H, W]. Returns [B, 3, H, W] in float32 or better.
     """
     given = given.to(made.device, torch.promote_types(made.dtype, torch.float32))

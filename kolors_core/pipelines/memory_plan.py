@@ -125,7 +125,7 @@ def plan(
     by_model = _peak_weights_by_stage(list(tracker.activations), twin._models(), tracker)
     models = pipe._models()
     weights = {stage: bytes_of(as_unit(listed)) for stage, listed in models.items()}
-    images = "1 picture" if prompts * copies == 1 else f"{prompts * copies} pictures"
+    images = "1 image" if prompts * copies == 1 else f"{prompts * copies} images"
     result = Plan(
         stages={
             stage: Stage(weights=_gib(weights[stage]), work=_gib(work), by_block=_gib(tracker.peak[stage]))

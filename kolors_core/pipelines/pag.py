@@ -107,7 +107,7 @@ def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
     if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
         raise TypeError(f"the layers to perturb must be a name or several, got {names!r}")
     if not names:
-        raise ValueError("no layers to perturb: wanted names such as 'mid'")
+        raise ValueError("no layers to perturb: expected names such as 'mid'")
     found = [False] * len(layers)
     for name in names:
         try:
@@ -201,7 +201,7 @@ class KolorsPAGPipeline(KolorsPipeline):
         max_sequence_length: int = MAX_TOKENS,
         **extras: Unpack[Extras],
     ) -> KolorsPipelineOutput | tuple[Any]:
-        """Make pictures from prompts.
+        """Make images from prompts.
 
         pag_scale: how strongly; 0 is `KolorsPipeline`. pag_adaptive_scale: see `perturbed`.
         All others are as for `KolorsPipeline`. A callback sees the rows that it sees there.

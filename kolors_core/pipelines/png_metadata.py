@@ -40,5 +40,5 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         if kind == "PNG":
             image.load()
     if kind != "PNG":
-        raise ValueError(f"{path}: wanted a PNG, got {kind}")
+        raise ValueError(f"{path}: expected a PNG, got {kind}")
     return {str(name): value for name, value in image.info.items() if isinstance(value, str)}

@@ -50,21 +50,21 @@ class PipelineInputs:
     `encode_prompt`.
     num_inference_steps: or else `timesteps`, or `sigmas` with the last one where the run ends.
     guidance_scale: 1 or less runs without guidance; whatever is negative is then an error.
-    generator: one for all pictures, or one for each; noise is drawn on its device, the CPU's if None.
-    ip_adapter_image: for each loaded IP-Adapter a picture, or a list of them; or ip_adapter_image_embeds
+    generator: one for all images, or one for each; noise is drawn on its device, the CPU's if None.
+    ip_adapter_image: for each loaded IP-Adapter an image, or a list of them; or ip_adapter_image_embeds
     from `prepare_ip_adapter_image_embeds`.
     face_embeds, face_image: for a loaded face adapter the id vector of the face, [1 or more, 512] as
-    insightface's antelopev2 gives it (`embedding`, not normed), and a square picture of it, or CLIP's states
-    of that [1 or more, 577, 1024]; one for all, or one for each prompt or picture.
+    insightface's antelopev2 gives it (`embedding`, not normed), and a square image of it, or CLIP's states
+    of that [1 or more, 577, 1024]; one for all, or one for each prompt or image.
     output_type: "pil", "np", "pt", or "latent" for what the VAE would decode.
-    cross_attention_kwargs: {"ip_adapter_masks": masks} of where pictures act, and {"scale": a factor on
+    cross_attention_kwargs: {"ip_adapter_masks": masks} of where images act, and {"scale": a factor on
     every loaded LoRA}.
     original_size, crops_coords_top_left, target_size: SDXL's size conditions, (height, width) in pixels;
     what is not given for the negative prompt is as for the prompt.
     callback_on_step_end: see kolors_core/pipelines/denoising_loop.py; it gets the tensors that
     `callback_on_step_end_tensor_inputs` names.
-    control_image: what the ControlNet sees, resized to the picture: one for all, for each prompt or for each
-    picture; of a list of ControlNets a list of these. controlnet_conditioning_scale, control_guidance_start,
+    control_image: what the ControlNet sees, resized to the image: one for all, for each prompt or for each
+    image; of a list of ControlNets a list of these. controlnet_conditioning_scale, control_guidance_start,
     control_guidance_end: how much it says, and the part of the run's steps in which it does, from 0 to 1; a
     number for all ControlNets or a list with one for each.
     guidance_rule: a function of `guidance.guided`'s signature for this call; the pipeline's `guided` if None.

@@ -82,7 +82,7 @@ def open_model(
     file = _file(file)
     parts, whole, small = open_models(file)
     if component not in parts:
-        raise ValueError(f"{file}: wanted the {component}, got the {' and the '.join(parts)}")
+        raise ValueError(f"{file}: expected the {component}, got the {' and the '.join(parts)}")
     with _unpacked(file, whole, small) as own:
         place = own if (own / component / "config.json").exists() or config is None else Path(config)
         return _open(parts[component], place, has_weights)
@@ -145,7 +145,7 @@ class SingleFileMethods(Components):
         """
         file = as_path("file", file)
         if file.exists() or file.suffix != ".safetensors":
-            raise ValueError(f"{file}: wanted a new .safetensors file")
+            raise ValueError(f"{file}: expected a new .safetensors file")
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked_scratch_dir(file) as scratch:
             self.save_pretrained(scratch / "folder", variant=variant)
@@ -194,7 +194,7 @@ def _check_quantized(model: nn.Module, part: SubModel, names: dict[str, str]) ->
     layers = {path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     if odd := sorted(scaled ^ layers):
         has = "has" if odd[0] in scaled else "lacks"
-        raise ValueError(f"{part.where}: {odd[0]} {has} a weight_scale, wanted one for each linear layer")
+        raise ValueError(f"{part.where}: {odd[0]} {has} a weight_scale, expected one for each linear layer")
 
 
 def _buffers(part: SubModel, public: str, own: str) -> dict[str, Tensor]:

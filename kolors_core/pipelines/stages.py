@@ -1,7 +1,7 @@
-"""What every task does between its arguments and its pictures: check, condition, denoise, decode, describe.
+"""What every task does between its arguments and its images: check, condition, denoise, decode, describe.
 
 Source: the `__call__` of diffusers' pipelines/kolors/pipeline_kolors.py and pipeline_kolors_img2img.py.
-Shapes: B pictures (prompts times images per prompt).
+Shapes: B images (prompts times images per prompt).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -205,7 +205,7 @@ class Task(
         return weight
 
     def _describe(self, images: Any, inputs: PipelineInputs, told: Mapping[str, Any]) -> None:
-        """Attach to each picture how it was made."""
+        """Attach to each image how it was made."""
         generator, sampler = inputs.generator, self.scheduler.describe()
         if self.sampler is not None:
             sampler = f"{_named(self.sampler)} with {sampler}"
@@ -228,7 +228,7 @@ class Task(
             attach_metadata(image, facts)
 
     def _adapter_facts(self, rule: GuidanceRule) -> dict[str, Any]:
-        """What the pictures' description says of the guidance rule, FreeU, LoRAs, words and IP-Adapters."""
+        """What the images' description says of the guidance rule, FreeU, LoRAs, words and IP-Adapters."""
         facts = {}
         if (name := _named(rule)) != "guided":
             facts["guidance"] = name
@@ -254,7 +254,7 @@ def _named(function: Callable[..., Any]) -> str:
 
 
 def _control_facts(residuals: Residuals | None) -> dict[str, Any]:
-    """What the pictures' description says of ControlNets."""
+    """What the images' description says of ControlNets."""
     if not isinstance(residuals, ControlResiduals):
         return {}
     controls = residuals.controls

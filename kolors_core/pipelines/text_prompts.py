@@ -1,7 +1,7 @@
 """Prompts as conditions: encoded, or given as embeddings; and the negative ones that guidance needs.
 
 Source: `encode_prompt` of diffusers' pipelines/kolors/pipeline_kolors.py.
-Shapes: B pictures (prompts times images per prompt), S text tokens.
+Shapes: B images (prompts times images per prompt), S text tokens.
 """
 
 from collections.abc import Sequence
@@ -140,5 +140,5 @@ def _matched(negative: TextEmbedding, positive: TextEmbedding) -> TextEmbedding:
     width = positive.tokens.shape[-1]
     got, wanted = ([len(text.tokens), text.length, width] for text in (negative, positive))
     if got != wanted:
-        raise ValueError(f"the negative prompts must match the prompts: wanted {wanted}, got {got}")
+        raise ValueError(f"the negative prompts must match the prompts: expected {wanted}, got {got}")
     return negative

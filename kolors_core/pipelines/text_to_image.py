@@ -1,7 +1,7 @@
 """Text to image, with the reference's argument names, composed of the steps in stages.py.
 
 Source: diffusers' pipelines/kolors/pipeline_kolors.py.
-Shapes: B pictures (prompts times images per prompt).
+Shapes: B images (prompts times images per prompt).
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,14 +57,14 @@ class KolorsPipeline(Task):
         max_sequence_length: int = MAX_TOKENS,
         **extras: Unpack[Extras],
     ) -> KolorsPipelineOutput | tuple[Any]:
-        """Make pictures from prompts.
+        """Make images from prompts.
 
         height, width: pixels, multiples of 8; the UNet's own size (1024) if None.
         denoising_end: stop after this part of the noise schedule, above 0 and at most 1, for a second model
         to go on.
         latents: [B, 4, height/8, width/8] standard normal noise in place of drawn noise.
         All others, and `Extras`, are described at `kolors_core.pipelines.request.PipelineInputs`.
-        Raises ValueError or TypeError naming the argument, what came and what was wanted.
+        Raises ValueError or TypeError naming the argument, what came and what was expected.
         """
         check_extras(extras)
         inputs = PipelineInputs(

@@ -81,9 +81,7 @@ def read_folder(folder: str | Path) -> list[Example]:
     folder = as_path("folder", folder)
     captioned = _from_metadata(folder) if (folder / "metadata.jsonl").exists() else _from_text_files(folder)
     if not captioned:
-        raise FileNotFoundError(
-            f"{folder}: no pictures with captions (name.png + name.txt, or metadata.jsonl)"
-        )
+        raise FileNotFoundError(f"{folder}: no images with captions (name.png + name.txt, or metadata.jsonl)")
     examples = []
     for file, captions in captioned:
         with image_errors(file), Image.open(file) as image:
@@ -101,7 +99,7 @@ def _from_text_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
         if file.suffix.lower() in IMAGES:
             text = file.with_suffix(".txt")
             if not text.exists():
-                raise FileNotFoundError(f"{text}: no such file, wanted the captions of {file.name}")
+                raise FileNotFoundError(f"{text}: no such file, expected the captions of {file.name}")
             with image_errors(text):
                 whole = text.read_text(encoding="utf-8-sig")
             lines = tuple(line.strip() for line in whole.splitlines() if line.strip())
@@ -121,7 +119,7 @@ def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
             row = json.loads(line)
             name, text = row["file_name"], row["text"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where}: wanted a JSON object with file_name and text: {error}") from None
+            raise ValueError(f"{where}: expected a JSON object with file_name and text: {error}") from None
         if not isinstance(name, str):
             raise ValueError(f"{where}: file_name must be a string, got {name!r}")
         captions = tuple(text) if isinstance(text, list) else (text,)
@@ -183,7 +181,7 @@ class Batches:
         caption_dropout: float = 0.1,
     ) -> None:
         if not examples:
-            raise ValueError("no pictures to make batches of")
+            raise ValueError("no images to make batches of")
         check_int("batch_size", batch_size)
         check_int("seed", seed, least=0, most=LARGEST_SEED)
         check_float("caption_dropout", caption_dropout, 0, 1)

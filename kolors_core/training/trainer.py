@@ -216,9 +216,9 @@ class Trainer:
             if name not in source:
                 raise ValueError(f"{file}: is of another run: it has no {name}")
             if (got := source.shape(name)) != (wanted := tuple(tensor.shape)):
-                raise ValueError(f"{file}: is of another run: {name} is {list(got)}, wanted {list(wanted)}")
+                raise ValueError(f"{file}: is of another run: {name} is {list(got)}, expected {list(wanted)}")
         if not step.isdecimal():
-            raise ValueError(f"{file}: its metadata give step {step[:100]!r}, wanted a whole number")
+            raise ValueError(f"{file}: its metadata give step {step[:100]!r}, expected a whole number")
         self.step = int(step)
         tensors = load_file(file, device=str(self.device))
         for name, tensor in state.items():

@@ -95,7 +95,7 @@ def test_it_is_deterministic_and_takes_any_mode_and_size() -> None:
 
 
 def test_what_it_cannot_take_is_refused() -> None:
-    with pytest.raises(TypeError, match="wanted a PIL image, got ndarray"):
+    with pytest.raises(TypeError, match="expected a PIL image, got ndarray"):
         canny(np.zeros((4, 4, 3)))  # type: ignore[arg-type]
     for low, high in ((200, 100), (-1, 5)):
         with pytest.raises(ValueError, match=f"got low {low} and high {high}"):

@@ -303,7 +303,7 @@ def test_other_files_are_refused_and_nothing_changes(
     both: Both, adapters: list[Path], face_file: Path, tmp_path: Path
 ) -> None:
     ours = both[0]
-    with pytest.raises(ValueError, match="wanted tensors of face_id, got ip_adapter"):
+    with pytest.raises(ValueError, match="expected tensors of face_id, got ip_adapter"):
         ours.load_ip_adapter_face_id(adapters[0])
     with pytest.raises(ValueError, match="got face_id: load_ip_adapter_face_id loads it"):
         ours.load_ip_adapter(face_file)
@@ -326,7 +326,7 @@ def test_other_files_are_refused_and_nothing_changes(
         ({"face_image": None}, "face_embeds and face_image need each other"),
         ({"face_embeds": torch.zeros(12)}, r"must be floats \[1 or more, 12\], got \[12\] of torch.float32"),
         ({"face_embeds": torch.zeros(1, 12, dtype=torch.long)}, "of torch.int64"),
-        ({"face_embeds": torch.zeros(2, 12)}, "for each of 1 pictures or prompts, got 2 face_embeds and 1"),
+        ({"face_embeds": torch.zeros(2, 12)}, "for each of 1 images or prompts, got 2 face_embeds and 1"),
         ({"face_image": torch.zeros(1, 17, 60)}, r"states \[n, P, 64\], got \[1, 17, 60\]"),
         ({"face_image": "face.png"}, "got .*str"),
         ({"ip_adapter_image": picture(1)}, "no IP-Adapter is loaded"),
@@ -360,11 +360,11 @@ def test_files_of_id_vectors(tmp_path: Path) -> None:
     save_file({"a": vector, "b": -vector}, tmp_path / "two.safetensors")
     (tmp_path / "text.npy").write_text("no array")
     for name, message in {
-        "two.npy": r"two.npy: wanted one id vector, got \[2, 4\]",
+        "two.npy": r"two.npy: expected one id vector, got \[2, 4\]",
         "object.npy": "object.npy: not an array of numbers",
-        "scalar.npy": r"scalar.npy: wanted one id vector, got \[\]",
+        "scalar.npy": r"scalar.npy: expected one id vector, got \[\]",
         "text.npy": "text.npy: not an array of numbers",
-        "two.safetensors": "two.safetensors: wanted one tensor, a face's id vector, got 2",
+        "two.safetensors": "two.safetensors: expected one tensor, a face's id vector, got 2",
         "none.npy": "none.npy",
         "face.bin": "face.bin: a pickle",
     }.items():

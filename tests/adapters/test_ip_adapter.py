@@ -51,7 +51,7 @@ def test_the_unet_with_two_adapters_equals_the_reference(both: Both, adapters: l
 
 @torch.no_grad()
 def test_it_compiles_whole(both: Both, adapters: list[Path]) -> None:
-    """No graph break with two adapters, masks, a scale for each picture and scales by block."""
+    """No graph break with two adapters, masks, a scale for each image and scales by block."""
     ours, _ = both
     load_both((ours,), *adapters)
     generator = torch.Generator().manual_seed(2)

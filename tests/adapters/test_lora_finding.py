@@ -42,7 +42,7 @@ def test_the_file_of_a_folder(names: list[str], asked: dict[str, str], found: st
 
 @pytest.mark.parametrize(("names", "asked", "fault"), [
     (["a.safetensors", "b.safetensors"], {}, "or a weight_name, found a.safetensors, b.safetensors"),
-    (["a.safetensors"], {"weight_name": "c.safetensors"}, "wanted c.safetensors, found a.safetensors"),
+    (["a.safetensors"], {"weight_name": "c.safetensors"}, "expected c.safetensors, found a.safetensors"),
     (["a.safetensors"], {"subfolder": "late"}, "late: no such folder"),
     (["README.md"], {}, "found no .safetensors file"),
     (["pytorch_lora_weights.bin"], {}, "pytorch_lora_weights.bin: a pickle can run code and is never opened. "
@@ -78,8 +78,9 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     state = peft_names("unet", factors(models.unet, "unet", ATTENTION))
     (tmp_path / "a.safetensors").unlink()
     save_file(state, tmp_path / PEFT)
-    for text, fault in (("[1]", "wanted a JSON object, got list"), ("{", "adapter_config.json: not JSON"),
-                        ('{"lora_alpha": "two", "r": 2}', "has 'two' for .*, wanted a number")):  # fmt: skip
+    for text, fault in (("[1]", "expected a JSON object, got list"),
+                        ("{", "adapter_config.json: not JSON"),
+                        ('{"lora_alpha": "two", "r": 2}', "'two' for .*, expected a number")):  # fmt: skip
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=fault):
             models.load_lora_weights(tmp_path)
@@ -105,6 +106,7 @@ def test_of_a_hub_repository_only_the_lora_is_fetched(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [
-            PEFT, "someone/style: wanted one .safetensors file, or a weight_name, found no .safetensors file",
+            PEFT,
+            "someone/style: expected one .safetensors file, or a weight_name, found no .safetensors file",
         ]  # fmt: skip
         assert sorted(set(hub.fetched("someone/style"))) == ["late/adapter_config.json", f"late/{PEFT}"]

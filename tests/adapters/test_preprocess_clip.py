@@ -51,7 +51,7 @@ def test_clip_pixels_of_lists_and_arrays() -> None:
     assert torch.equal(preprocess_clip(floats, 16), expected)
     between = (floats - 0.3 / 255).clip(0, 1)
     assert torch.equal(preprocess_clip(between, 16), expected), "the nearest byte, not the one below"
-    # The reference divides floats in [0, 1] by 255 once more, so that every picture is nearly black there.
+    # The reference divides floats in [0, 1] by 255 once more, so that every image is nearly black there.
     darkened = reference_clip_pixels(list(floats), 16)
     assert darkened.max() < -1.4 < expected.max()
 
@@ -59,10 +59,10 @@ def test_clip_pixels_of_lists_and_arrays() -> None:
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        ([], ValueError, "wanted at least one image, got none"),
-        ("a.png", TypeError, "wanted a PIL image or an array, got str"),
+        ([], ValueError, "expected at least one image, got none"),
+        ("a.png", TypeError, "expected a PIL image or an array, got str"),
         (torch.zeros(3, 8, 8), TypeError, "got Tensor"),
-        (np.zeros((8, 8), np.uint8), ValueError, r"wanted an array \[H, W, 3\] .* got one of \[8, 8\]"),
+        (np.zeros((8, 8), np.uint8), ValueError, r"expected an array \[H, W, 3\] .* got one of \[8, 8\]"),
         (np.zeros((3, 8, 8), np.uint8), ValueError, r"got one of \[3, 8, 8\]"),
         (np.full((8, 8, 3), 255.0), ValueError, r"floats in \[0, 1\], got float64 up to 255"),
         (np.full((8, 8, 3), np.nan), ValueError, "up to nan"),

@@ -1,4 +1,4 @@
-"""Many pictures: alone, in company or killed, each line's picture is the same bits; bad lines fail alone."""
+"""Many images: alone, in company or killed, each line's image is the same bits; bad lines fail alone."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def write(file: Path, lines: Sequence[Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pictures of one process that nobody kills."""
+    """The images of one process that nobody kills."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     assert main([str(prompts), str(out), "--device", "cpu", "-q"]) == 0
     return out
@@ -102,7 +102,7 @@ def test_names_manifest_and_fingerprints(
     assert all(png_fingerprint(undisturbed / record["file"]) == record["fingerprint"] for record in told)
     before = {file: file.stat().st_mtime_ns for file in undisturbed.glob("*.png")}
     assert main([str(prompts), str(undisturbed), "--device", "cpu"]) == 0
-    assert f"{COUNT} of {COUNT} pictures are in" in capsys.readouterr().err
+    assert f"{COUNT} of {COUNT} images are in" in capsys.readouterr().err
     assert before == {file: file.stat().st_mtime_ns for file in undisturbed.glob("*.png")}
     assert records(undisturbed) == told, "nothing is drawn again or forgotten"
 
@@ -134,7 +134,7 @@ def test_who_is_killed_is_replaced_by_the_other(prompts: Path, undisturbed: Path
             assert processes[victim].exitcode == -signal.SIGKILL
     processes[1].join(60)
     assert processes[1].exitcode == 0, log.read_text()
-    assert f"{COUNT} of {COUNT} pictures" in log.read_text()
+    assert f"{COUNT} of {COUNT} images" in log.read_text()
     assert_same(out, undisturbed)
 
 
@@ -196,8 +196,8 @@ def test_processes_that_are_told_different_things(prompts: Path, undisturbed: Pa
 
 BAD = [
     ("{", "not JSON: Expecting property name"),
-    ("5", "wanted an object with the fields prompt, negative_prompt, seed"),
-    ('{"prompt": "cat", "stepz": 3}', "unknown field 'stepz', wanted some of prompt"),
+    ("5", "expected an object with the fields prompt, negative_prompt, seed"),
+    ('{"prompt": "cat", "stepz": 3}', "unknown field 'stepz', expected some of prompt"),
     ('{"prompt": 5}', "prompt must be a text, got 5"),
     ('{"seed": 5}', "no prompt: say what to draw"),
     ('{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
@@ -239,7 +239,7 @@ def test_a_bad_line_fails_alone_and_is_tried_again(
         "later.safetensors" in told[0]["reason"] and "2000" in told[3]["reason"] and told[0]["file"] is None
     )
     said = capsys.readouterr().err
-    assert "line 2 failed: prompt must be a text, got 5" in said and "1 of 4 pictures" in said
+    assert "line 2 failed: prompt must be a text, got 5" in said and "1 of 4 images" in said
     (tmp_path / "later.safetensors").write_bytes(lora.read_bytes())
     assert main([*command, "-q"]) == 1
     assert [record["status"] for record in records(tmp_path / "out")] == ["done", "failed", "done", "failed"]
@@ -258,7 +258,7 @@ def test_a_changed_line_is_refused_or_drawn_under_its_own_name(
     first, second = ((out / f"{name}-3.png").read_bytes() for name in ("000001", "000002"))
     assert run("cat", "frog") == 1 and "line 2 failed: 000002-3.png is there" in capsys.readouterr().err
     assert (out / "000002-3.png").read_bytes() == second
-    assert run("cat", "dog", more=["--sampler", "euler"]) == 1, "other options are other pictures"
+    assert run("cat", "dog", more=["--sampler", "euler"]) == 1, "other options are other images"
     assert run("cat", "frog", more=["--force"]) == 0
     assert (out / "000001-3.png").read_bytes() == first and (out / "000002-3.png").read_bytes() != second
     assert run("cat", "frog", seed=4) == 0 and (out / "000002-4.png").exists()
@@ -284,7 +284,7 @@ def test_what_another_run_says_of_its_own_line_is_not_believed(
     worker._finish(worker.jobs)
     worker.locks.close()
     said = capsys.readouterr().err
-    assert "0 of 1 pictures" in said and "line 1 failed: another run on this OUT has a line" in said
+    assert "0 of 1 images" in said and "line 1 failed: another run on this OUT has a line" in said
 
 
 def test_csv_says_the_same(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
         (["bad.csv", "out"], "the first row has the name 'promt'"),
         (["torn.csv", "out"], "torn.csv: the first row is not CSV: unexpected end of data"),
         (["good.jsonl", "out", "-w", "/no/such/folder"], "/no/such/folder: no such folder"),
-        (["good.jsonl", "out", "--device", "toaster"], "wanted a device of this machine"),
+        (["good.jsonl", "out", "--device", "toaster"], "expected a device of this machine"),
         (["good.jsonl", "out", "--seed", "-1"], "--seed must be a whole number from 0"),
         (
             ["good.jsonl", "out", "--split-guidance"],
@@ -348,7 +348,7 @@ def test_a_process_whose_torchrun_is_gone_does_not_wait(
 
 
 def test_guidance_rules_and_freeu_are_every_lines(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A picture is the command line's with the same flags; another rule is another fingerprint."""
+    """An image is the command line's with the same flags; another rule is another fingerprint."""
     file = write(tmp_path / "p.jsonl", [SMALL | {"prompt": "apples", "seed": 7, "steps": 2}])
     more = ["--pag", "2", "--guidance-interval", "0", "0.5", "--freeu", "0.6", "0.4", "1.1", "1.2"]
     assert main([str(file), str(tmp_path / "out"), "--device", "cpu", "-q", *more]) == 0
@@ -358,7 +358,7 @@ def test_guidance_rules_and_freeu_are_every_lines(tmp_path: Path, capsys: pytest
     assert np.array_equal(np.asarray(batch), np.asarray(one))
     for name in ("guidance", "freeu"):
         assert batch.info[name] == one.info[name]
-    assert main([str(file), str(tmp_path / "out"), "--device", "cpu", "-q"]) == 1, "a picture of others"
+    assert main([str(file), str(tmp_path / "out"), "--device", "cpu", "-q"]) == 1, "an image of others"
     capsys.readouterr()
     split = [str(file), str(tmp_path / "new"), "--device", "cpu", "--split-guidance"]
     assert main([*split, "--guidance-rescale", "0.5"]) == 2

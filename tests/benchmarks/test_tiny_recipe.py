@@ -86,7 +86,7 @@ def test_pictures_and_captions_make_a_training_folder(names: Path, tmp_path: Pat
     examples = read_folder(tmp_path)
     assert [(e.height, e.width) for e in examples] == [(128, 128)] * 3
     assert examples[0].captions == tuple(concepts[0].captions())
-    with pytest.raises(ValueError, match="has no picture of"):
+    with pytest.raises(ValueError, match="has no image of"):
         draw(" ")
 
 

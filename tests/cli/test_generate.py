@@ -1,4 +1,4 @@
-"""The command line: the reference's picture from a folder, its description, and one-line errors."""
+"""The command line: the reference's image from a folder, its description, and one-line errors."""
 
 import subprocess
 import sys
@@ -119,7 +119,7 @@ def test_size_conditions_and_own_steps(reference_folder: Path, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def guides(reference_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a picture, an IP-Adapter with its image encoder, and a LoRA."""
+    """A folder with an image, an IP-Adapter with its image encoder, and a LoRA."""
     folder = tmp_path_factory.mktemp("guides")
     picture().save(folder / "cat.png")
     write_adapter(folder / "plus" / "ip_adapter.safetensors")
@@ -202,7 +202,7 @@ def test_a_revision_stands_behind_an_at(tmp_path: Path) -> None:
 
 
 def test_guidance_rules_and_freeu(reference_folder: Path, tmp_path: Path) -> None:
-    """The picture of a pipeline that was told the same, and a description that tells it again."""
+    """The image of a pipeline that was told the same, and a description that tells it again."""
     rule = ["--pag", "2", "--pag-layers", "mid", "up_blocks.1", "--pag-adaptive", "0.001",
             "--guidance-rescale", "0.5", "--guidance-interval", "0", "0.5"]  # fmt: skip
     freeu = ["--freeu", "0.6", "0.4", "1.1", "1.2"]
@@ -251,7 +251,7 @@ def test_a_plan_counts_every_row(reference_folder: Path, capsys: pytest.CaptureF
         (["cat", "-w", "FOLDER", "--steps", "5", "--sigmas", "1,0"], "--steps has no effect beside"),
         (["cat", "-w", "FOLDER", "-o", "x.jpg"], "--out must end in .png, got x.jpg"),
         (["cat", "-w", "FOLDER", "-o", "EXISTS.png"], "exists: choose another --out, or --force"),
-        (["cat", "-w", "FOLDER", "--device", "toaster"], "wanted a device of this machine"),
+        (["cat", "-w", "FOLDER", "--device", "toaster"], "expected a device of this machine"),
         (["cat", "-w", "no such folder", "--images", "0"], "--images must be a positive whole number"),
         (["cat", "-w", "no such folder", "--steps", "-1"], "--steps must be a positive whole number"),
         (["cat", "-w", "FOLDER", "--strength", "0.5"], "--strength has no effect without --image"),

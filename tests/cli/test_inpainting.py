@@ -1,4 +1,4 @@
-"""Inpainting and strength maps on the command line: the pipeline's pictures, and one-line errors."""
+"""Inpainting and strength maps on the command line: the pipeline's images, and one-line errors."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tests.support.reference_folder import reference_pipeline
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Path) -> Path:
-    """A picture, its mask, and a checkpoint with a UNet of 9 channels."""
+    """An image, its mask, and a checkpoint with a UNet of 9 channels."""
     folder = tmp_path_factory.mktemp("files")
     picture().save(folder / "cat.png")
     mask_of().convert("RGB").save(folder / "mask.png")

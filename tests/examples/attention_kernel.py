@@ -3,7 +3,7 @@
 Algorithm 1 of https://arxiv.org/abs/2205.14135: keys come block by block, no row of scores is ever whole.
 In the library: one function and its entry in `KERNELS`, kolors_core/attention.py. Every attention of ChatGLM,
 UNet and VAE then goes through it, a pipeline's too: `with attention_kernel("online"): pipe(...)`.
-Look at: the picture is plain.py's.
+Look at: the image is plain.py's.
 """
 
 import torch

@@ -1,10 +1,10 @@
 """Another block: global response normalisation in every feed-forward of the UNet, beside its old weights.
 
 Equations 1 to 3 of https://arxiv.org/abs/2301.00808 (ConvNeXt V2): channels compete by their norms over the
-picture.
+image.
 In the library: one class and one line in the constructor of `TransformerBlock`, kolors_core/unet.py, and a
 field of `UNetConfig` to choose by. What fits is kept; what is new needs an initialiser, here `zeros`.
-Look at: the list of what is new; and plain.py's picture, bit for bit, until it is trained.
+Look at: the list of what is new; and plain.py's image, bit for bit, until it is trained.
 """
 
 import torch

@@ -4,7 +4,7 @@ Many published ones have `query`, `key`, `value` and `proj_attn` in the middle's
 models/modeling_utils.py, `_fix_state_dict_keys_on_load`).
 In the library: one table in weights_convert/ and its entry in `TABLES`; every loader of folders and
 `python -m weights_convert` then read the format. A tensor without a place, or missing, is named by an error.
-Look at: plain.py's picture, bit for bit.
+Look at: plain.py's image, bit for bit.
 """
 
 from dataclasses import replace

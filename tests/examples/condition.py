@@ -1,11 +1,11 @@
-"""A new condition: how good the picture is to look, as a score of LAION's aesthetic predictor.
+"""A new condition: how good the image is to look, as a score of LAION's aesthetic predictor.
 
 Told as SDXL tells sizes (https://arxiv.org/abs/2307.01952, section 2.2): a sinusoid and a perceptron, added
 to the time. Its last layer is zero at first, so that nothing changes.
 In the library: whatever is added to the time is `added`, a field of `Conditioning`, an argument of
-`UNet.forward` and one line in `added_embedding`. What has a place in the picture is `extra`; what comes as
+`UNet.forward` and one line in `added_embedding`. What has a place in the image is `extra`; what comes as
 tokens goes behind the text's.
-Look at: plain.py's picture, bit for bit, until it is trained.
+Look at: plain.py's image, bit for bit, until it is trained.
 """
 
 import torch

@@ -3,7 +3,7 @@
 Algorithm 1 of https://arxiv.org/abs/2206.00364, without churn: of second order, with two calls of the UNet a
 step.
 In the library: one function, kolors_core/sampling.py. A pipeline takes it as `pipe.sampler = heun`.
-Look at: with fewer steps than Euler's method needs, the same picture.
+Look at: with fewer steps than Euler's method needs, the same image.
 """
 
 from itertools import pairwise

@@ -3,7 +3,7 @@
 At first nothing changes, as in Net2Net (https://arxiv.org/abs/1511.05641): new rows of the text projection
 are copies of old ones, and the columns that read them zeros. Were both zero, neither would ever learn.
 In the library: one field of `UNetConfig`, here another value of one that is there.
-Look at: the list of what had another shape; and plain.py's picture, until it is trained.
+Look at: the list of what had another shape; and plain.py's image, until it is trained.
 """
 
 from dataclasses import replace

@@ -50,7 +50,7 @@ def unets() -> tuple[UNet, Any]:
 @contextmanager
 def reference_maps(unet: Any) -> Iterator[dict[str, list[Tensor]]]:
     """Within it the reference's attentions keep probabilities [B, heads, N, S] by our names, those of an
-    IP-Adapter's first pictures under image_branches.0."""
+    IP-Adapter's first images under image_branches.0."""
     before, kept = dict(unet.attn_processors), dict[str, list[Tensor]]()
 
     class Keeping:
@@ -229,7 +229,7 @@ def test_a_run_that_a_picture_guides_has_the_references_maps(loaded: Both) -> No
     assert len(maps) == 4
     for name, mine in maps.items():
         other = torch.stack(wanted[name])  # [steps, B, heads, N, S]
-        columns = slice(None if "image" in name else -1, None)  # all pictures' tokens; the text's last
+        columns = slice(None if "image" in name else -1, None)  # all images' tokens; the text's last
         assert relative_error(rows_of(mine)[..., columns], other[..., columns]) < FLOAT32, name
 
 
@@ -328,10 +328,10 @@ def test_what_cannot_be_recorded_is_named(unets: tuple[UNet, Any]) -> None:
     refused(
         r"no module is named 'mid\*attn2'; there are .*mid.attentions.\*.blocks.\*.cross_att", "mid*attn2"
     )
-    refused("wanted a pattern of modules' names or several, got 3", 3, kind=TypeError)
-    refused(r"wanted a pattern of modules' names or several, got \[\]", [], kind=TypeError)
+    refused("expected a pattern of modules' names or several, got 3", 3, kind=TypeError)
+    refused(r"expected a pattern of modules' names or several, got \[\]", [], kind=TypeError)
     refused(
-        "wanted a UNet or a ControlNet, such as pipe.unet, got Linear",
+        "expected a UNet or a ControlNet, such as pipe.unet, got Linear",
         "*",
         net=nn.Linear(1, 1),
         kind=TypeError,

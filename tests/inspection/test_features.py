@@ -80,7 +80,7 @@ def test_features_equal_the_reference(unets: tuple[UNet, Any]) -> None:
 
 
 def test_one_runs_features_make_another_run_it(pipes: Pair) -> None:
-    """What comes out of the UNet's last layer is the picture; of a layer further in, half of it."""
+    """What comes out of the UNet's last layer is the image; of a layer further in, half of it."""
     ours = pipes[0]
     cat, dog = steps_of(ours, **CAT), steps_of(ours, **DOG)
     with capture(ours.unet, ["conv_out", "mid"]) as kept:
@@ -153,7 +153,7 @@ def test_a_level_gives_a_list_of_skips(unets: tuple[UNet, Any]) -> None:
         assert torch.equal(ours(**given), plain)
     with inject(ours, {"down.0": lambda skips, _step: [skips[0], *(0 * skip for skip in skips[1:])]}):
         assert relative_error(ours(**given), plain) > 1e-3
-    wanted = r"^down.0, step 0: wanted \['torch.float64 \[1, 32.*got \['torch"
+    wanted = r"^down.0, step 0: expected \['torch.float64 \[1, 32.*got \['torch"
     with pytest.raises(ValueError, match=wanted), inject(ours, {"down.0": lambda skips, _step: skips[:2]}):
         ours(**given)
 
@@ -251,14 +251,14 @@ BAD: list[tuple[Callable[[UNet], Any], type[Exception], str]] = [
     (lambda u: capture(u, "mid_block"), ValueError, r"no module is named 'mid_block'; there are .*mid\."),
     (lambda u: capture(u, "down"), ValueError, "no module is named 'down'"),
     (lambda u: capture(u, "mid", "both"), ValueError, '^what must be "in" or "out", got .both.'),  # type: ignore
-    (lambda u: capture(object(), "mid"), TypeError, "wanted a model, such as pipe.unet, got object"),  # type: ignore
+    (lambda u: capture(object(), "mid"), TypeError, "expected a model, such as pipe.unet, got object"),  # type: ignore
     (lambda u: capture(u, "mid", steps=[0, 2, 5]), ValueError, "^mid ran 1 times: step 2, 5 never came"),
     (lambda u: capture(u, "up.0", steps="12"), TypeError, "steps must be some whole numbers"),  # type: ignore
-    (lambda u: inject(u, {}), TypeError, "wanted changes by pattern, such as {'mid': tensor}, got {}"),
-    (lambda u: inject(u, {"mid": 3}), TypeError, "'mid': wanted a tensor, a list of them or a func"),
-    (lambda u: inject(u, {"mid": []}), ValueError, "'mid': wanted features of at least one steps, got 0"),
-    (lambda u: inject(u, {"mid": [1, 2]}, steps=[3]), ValueError, "'mid': wanted features of 1 steps, got 2"),
-    (lambda u: inject(u, {"mid": torch.zeros(1, 128, 1, 1)}), ValueError, r"^mid, step 0: wanted torch.flo"
+    (lambda u: inject(u, {}), TypeError, "expected changes by pattern, such as {'mid': tensor}, got {}"),
+    (lambda u: inject(u, {"mid": 3}), TypeError, "'mid': expected a tensor, a list of them or a func"),
+    (lambda u: inject(u, {"mid": []}), ValueError, "'mid': expected features of at least one steps, got 0"),
+    (lambda u: inject(u, {"mid": [1, 2]}, steps=[3]), ValueError, "expected features of 1 steps, got 2"),
+    (lambda u: inject(u, {"mid": torch.zeros(1, 128, 1, 1)}), ValueError, r"^mid, step 0: expected torch.flo"
      r"at64 \[1, 128, 1, 1\] on cpu to put in, got torch.float32 \[1, 128, 1, 1\] on cpu"),
     (lambda u: inject(u, {"mid": lambda x, _step: x[:, :3]}), ValueError, r"float64 \[1, 3, 1, 1\]"),
     (lambda u: inject(u, {"mid": lambda x, _step: None}), ValueError, "got <class 'NoneType'>"),

@@ -26,7 +26,7 @@ def tiny() -> KolorsPipeline:
 
 @pytest.fixture(scope="module")
 def drawn(tiny: KolorsPipeline) -> Explanation:
-    """Four steps, so that their thirds are of 1, 2 and 1; of a picture that is wider than high."""
+    """Four steps, so that their thirds are of 1, 2 and 1; of an image that is wider than high."""
     return explain_prompt(tiny, PROMPT, 4, height=64, width=96, generator=torch.Generator().manual_seed(0))
 
 

@@ -82,7 +82,7 @@ def test_blocks_are_compiled_once_a_kind_and_serve_other_sizes_and_adapters() ->
     assert kinds == 8 < sum(is_block(module) for module in unet.modules())
 
     def same(model: nn.Module, height: int, width: int) -> int:
-        """Compilations that this picture size needs; the result is the plain model's."""
+        """Compilations that this image size needs; the result is the plain model's."""
         before, given = compilations(), inputs(2, height, width, torch.float64)
         assert torch.equal(model(**given), plain(**given))
         return compilations() - before
@@ -124,7 +124,8 @@ def test_each_model_says_what_its_blocks_are() -> None:
         )  # fmt: skip
     kinds = [{type(module).__name__ for module in model.modules() if is_block(module)} for model in models]
     assert kinds == [
-        {"ResBlock", "TransformerBlock"}, {"ChatGLMLayer"}, {"ResBlock", "Attention"}, {"CLIPLayer"}, {"ResamplerLayer"},
+        {"ResBlock", "TransformerBlock"}, {"ChatGLMLayer"}, {"ResBlock", "Attention"}, {"CLIPLayer"},
+        {"ResamplerLayer"},
     ]  # fmt: skip
     assert is_block(Mine()) and not is_block(nn.Linear(1, 1))
 

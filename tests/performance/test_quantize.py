@@ -244,14 +244,14 @@ def test_what_cannot_be_quantised_is_refused_and_untouched() -> None:
             quantize(unet, bits)  # type: ignore[arg-type]
     adapter = attach(unet, rank=2, targets=("to_v",))
     with pytest.raises(
-        ValueError, match="to_v is a LoRALinear, wanted a plain nn.Linear: LoRAs are attached"
+        ValueError, match="to_v is a LoRALinear, expected a plain nn.Linear: LoRAs are attached"
     ):
         quantize(unet, 8)
     adapter.detach()
     unet.mid.attentions[0].proj_out = nn.Linear(129, 128)
-    with pytest.raises(ValueError, match="mid.attentions.0.proj_out is 129 wide, wanted an even width"):
+    with pytest.raises(ValueError, match="mid.attentions.0.proj_out is 129 wide, expected an even width"):
         quantize(unet, 4)
-    with pytest.raises(ValueError, match="wanted a ChatGLM or a UNet, got a Linear"):
+    with pytest.raises(ValueError, match="expected a ChatGLM or a UNet, got a Linear"):
         quantize(linear(), 8)
     assert not is_quantized(unet)
     quantize(unet, 8)

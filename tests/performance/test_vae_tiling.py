@@ -1,4 +1,4 @@
-"""The autoencoder in pieces: the same pictures as whole, in less memory, and beside the reference's tiles."""
+"""The autoencoder in pieces: the same images as whole, in less memory, and beside the reference's tiles."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ from tests.test_devices import all_away
 
 pytestmark = pytest.mark.numerical
 
-SIDE = 32  # pixels: of SMALL_PICTURE and of most pictures here it makes several pieces
+SIDE = 32  # pixels: of SMALL_PICTURE and of most images here it makes several pieces
 
 
 def small(dtype: torch.dtype = torch.float64) -> VAE:
@@ -53,7 +53,7 @@ def both_ways(vae: VAE, latents: Tensor, images: Tensor) -> list[Tensor]:
 
 
 def errors(vae: VAE, batch: int, height: int, width: int, side: int = SIDE) -> list[float]:
-    """Of tiles against the whole: the picture, then mean and deviation. Sides in latents."""
+    """Of tiles against the whole: the image, then mean and deviation. Sides in latents."""
     dtype = vae.decoder.conv_in.weight.dtype
     given = noise(batch, 4, height, width, dtype=dtype), noise(batch, 3, 8 * height, 8 * width, dtype=dtype)
     with torch.inference_mode():

@@ -109,7 +109,7 @@ def loop(
 
 
 def assert_same(mine: list[Tensor], other: list[Tensor]) -> None:
-    assert len(mine) - 1 == len(other) > 1, "ours has the pictures too"
+    assert len(mine) - 1 == len(other) > 1, "ours has the images too"
     for i, (a, b) in enumerate(zip(mine, other, strict=False)):
         assert relative_error(a, b) < FLOAT32, i
 
@@ -140,7 +140,7 @@ def test_every_step_of_text_to_image_equals_the_reference(pipes: Pair, folders: 
 def test_every_step_with_adapters_and_from_a_picture_equals_the_reference(
     both: Both, folders: list[Path], adapters: list[Path]
 ) -> None:
-    """Two ControlNets, an IP-Adapter and a LoRA in one pass, from text and from a picture."""
+    """Two ControlNets, an IP-Adapter and a LoRA in one pass, from text and from an image."""
     load_both(both, adapters[0])
     state = peft_names("unet", factors(both[0].unet, "unet", ATTENTION), "unet.")
     for pipe in both:
@@ -187,7 +187,7 @@ def test_one_controlnet_takes_plain_arguments_and_every_form_of_image(
     assert not same(steps_of(pipe, image=picture(12), **given), plain, 1e-3)
     assert not same(steps_of(pipe, image=image, controlnet_conditioning_scale=0.2, **given), plain, 1e-3)
     assert same(steps_of(KolorsPipeline.from_pipe(pipe), control_image=image, **given), plain)
-    # The picture is as large as the control image, if nothing is said.
+    # The image is as large as the control image, if nothing is said.
     made = pipe("cat", picture(11, 61, 45), num_inference_steps=1, output_type="pt").images
     assert made.shape == (1, 3, 56, 40)
     pipe.controlnet = [net]
@@ -203,7 +203,7 @@ def test_images_for_each_prompt_and_for_each_picture(pipes: Pair, folders: list[
     of_prompts = steps_of(pipe, image=[a, b], **given)
     assert same(steps_of(pipe, image=[a, a, b, b], **given), of_prompts)
     assert not same(steps_of(pipe, image=[a, b, a, b], **given), of_prompts, 1e-6)
-    with pytest.raises(ValueError, match=r"2 \(one a prompt\) or 4 \(one a picture\) control images, got 3"):
+    with pytest.raises(ValueError, match=r"2 \(one a prompt\) or 4 \(one an image\) control images, got 3"):
         steps_of(pipe, image=[a, b, a], **given)
     one = {"prompt": "cat", "num_inference_steps": 1, "height": None, "width": None}
     assert same(steps_of(pipe, image=preprocess_control(a), **one), steps_of(pipe, image=a, **one)), (
@@ -220,11 +220,11 @@ def test_what_is_given_and_not_used_is_an_error(
         (ours, {"controlnet_conditioning_scale": 0.5}, "controlnet_conditioning_scale has no effect without"),
         (ours, {"control_guidance_end": 0.5}, "control_guidance_end has no effect without"),
         (KolorsPipeline.from_pipe(steered), {}, "2 ControlNets and no control image: give one, or set"),
-        (steered, {"image": None}, "no image: wanted the control image"),
+        (steered, {"image": None}, "no image: expected the control image"),
         (steered, {"image": [image]}, "one for each of the 2 ControlNets, got 1"),
-        (steered, {"image": image}, "control images: wanted a list"),
+        (steered, {"image": image}, "control images: expected a list"),
         (steered, {"controlnet_conditioning_scale": 0.0}, "not 0"),
-        (steered, {"controlnet_conditioning_scale": [0.5]}, "scale: wanted a list .* got 1"),
+        (steered, {"controlnet_conditioning_scale": [0.5]}, "scale: expected a list .* got 1"),
         (steered, {"control_guidance_start": 0.9, "control_guidance_end": 0.95}, "none of the 5 steps"),
         (steered, {"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "0.5 and 0.5"),
         (steered, {"image": [image, torch.full((3, 64, 72), 1.5)]}, r"must lie in \[0, 1\], got 1.5"),

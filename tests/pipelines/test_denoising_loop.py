@@ -123,11 +123,11 @@ def test_an_interrupted_run_ends_after_its_step(pipes: Pair, solver: str, change
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ({"noise": torch.zeros(1)}, "returned 'noise'; wanted some of latents"),
-        ({"latents": torch.zeros(1, 4, 2, 2)}, r"returned latents \[1, 4, 2, 2\], wanted \[1, 4, 8, 9\]"),
+        ({"noise": torch.zeros(1)}, "returned 'noise'; expected some of latents"),
+        ({"latents": torch.zeros(1, 4, 2, 2)}, r"returned latents \[1, 4, 2, 2\], expected \[1, 4, 8, 9\]"),
         (
             {"prompt_embeds": torch.zeros(3, 256, 64)},
-            "returned prompt_embeds of 3 rows, wanted 2 for 1 pictures",
+            "returned prompt_embeds of 3 rows, expected 2 for 1 images",
         ),
     ],
 )

@@ -214,8 +214,8 @@ def test_a_file_that_does_not_fit_changes_nothing(both: Both, adapters: list[Pat
         "plain.safetensors": r"image_proj.latents is missing \(they are the resampler's queries; a plain",
         "wide.safetensors": "the image encoder is 64 wide, and the IP-Adapter reads 60",
         "plus.bin": "plus.bin: a pickle can run code and is never opened. Convert it where you trust it",
-        "none.safetensors": "wanted none.safetensors, found less.safetensors, narrow.safetensors, plain",
-        None: "wanted one .safetensors file, or a weight_name, found less.safetensors, narrow.safetensors",
+        "none.safetensors": "expected none.safetensors, found less.safetensors, narrow.safetensors, plain",
+        None: "expected one .safetensors file, or a weight_name, found less.safetensors, narrow.safetensors",
     }.items():  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             ours.load_ip_adapter(tmp_path, weight_name=name, image_encoder_folder=None)
@@ -223,7 +223,7 @@ def test_a_file_that_does_not_fit_changes_nothing(both: Both, adapters: list[Pat
         ours.load_ip_adapter(tmp_path, subfolder="sub", image_encoder_folder=None)
     with pytest.raises(ValueError, match="is a file: subfolder and weight_name have no effect on it"):
         ours.load_ip_adapter(adapters[0], weight_name="x.safetensors", image_encoder_folder=None)
-    with pytest.raises(ValueError, match="wanted as many weight_name as IP-Adapters"):
+    with pytest.raises(ValueError, match="expected as many weight_name as IP-Adapters"):
         ours.load_ip_adapter([tmp_path] * 3, weight_name=["a", "b"], image_encoder_folder=None)
     with pytest.raises(ValueError, match="reads 60|the UNet has"):
         two = {"weight_name": ["ip_adapter.safetensors", "wide.safetensors"], "image_encoder_folder": None}

@@ -1,4 +1,4 @@
-"""Pictures as prompts against the reference, latents step by step; adapters that come and leave."""
+"""Images as prompts against the reference, latents step by step; adapters that come and leave."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_a_mask_of_another_shape_lies_where_it_should(both: Both, adapters: list
     load_both(both, adapters[0])
     square = torch.zeros(1, 1, 64, 64)
     square[..., :32] = 1.0
-    fitting = square.repeat_interleave(2, dim=-1)  # for a picture of 64 x 128
+    fitting = square.repeat_interleave(2, dim=-1)  # for an image of 64 x 128
 
     def drawn(pipe: Any, mask: Tensor) -> Tensor:
         return guided_steps(pipe, width=128, cross_attention_kwargs={"ip_adapter_masks": [mask]})[0]
@@ -143,7 +143,7 @@ def test_embeddings_equal_the_reference_and_stand_in_for_pictures(loaded: Both, 
     assert_same(loaded, ip_adapter_image=None, ip_adapter_image_embeds=alone, guidance_scale=1.0)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(
-        ValueError, match=r"other.safetensors: no image embeddings, wanted tensors ip_adapter.0"
+        ValueError, match=r"other.safetensors: no image embeddings, expected tensors ip_adapter.0"
     ):
         load_image_embeds(tmp_path / "other.safetensors")
 
@@ -215,9 +215,9 @@ def mask_of(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         (embeds(1, 1, 17, 64), "twice the batch"),
         (embeds(2, 17, 64), r"got \[2, 17, 64\]"),
         (embeds(2, 1, 17, 60), r"64\], got \[1, 1, 17, 60\]"),
-        (embeds(6, 1, 17, 64), "has 3 rows, for 1 pictures"),
+        (embeds(6, 1, 17, 64), "has 3 rows, for 1 images"),
         ({"ip_adapter_image": "cat.png"}, "image .* got .*str"),
-        (mask_of(1, 2, 8, 8), "each of the 1 pictures"),
+        (mask_of(1, 2, 8, 8), "each of the 1 images"),
         (mask_of(8, 8), r"\[1, images, height, width\]"),
         (mask_of(1, 1, 8, 8, dtype=torch.complex64), r"\[1, 1, 8, 8\] of torch.complex64"),
         ({"cross_attention_kwargs": {"ip_adapter_masks": []}}, "one tensor for each of 1 IP-Adapters"),
@@ -234,7 +234,7 @@ def test_bad_arguments_are_named(loaded: Both, arguments: dict, message: str) ->
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        ([1.0, 2.0], "wanted a scale for each of the 1 IP-Adapters"),
+        ([1.0, 2.0], "expected a scale for each of the 1 IP-Adapters"),
         ({"down": {"block_0": 1.0}}, "the UNet has no transformers in down.block_0"),
         ({"up": {"block_0": [1.0, 2.0]}}, "takes one scale or 3"),
         ("strong", "a scale must be a number, got 'strong'"),
@@ -248,7 +248,7 @@ def test_bad_scales_are_named(loaded: Both, scale: Any, message: str) -> None:
 def test_a_scale_for_each_picture_needs_masks(both: Both, adapters: list[Path]) -> None:
     load_both(both, adapters[0])
     both[0].set_ip_adapter_scale([[0.5, 0.4]])
-    with pytest.raises(ValueError, match=r"a scale for each picture, \[0.5, 0.4\], needs masks"):
+    with pytest.raises(ValueError, match=r"a scale for each image, \[0.5, 0.4\], needs masks"):
         guided_steps(both[0], ip_adapter_image=[[picture(0), picture(1)]])
 
 
@@ -278,7 +278,7 @@ def test_masks_take_the_first_ones_size_and_split_at_middle_grey() -> None:
     ours = IPAdapterMaskProcessor().preprocess(masks)
     assert torch.equal(ours, ReferenceMaskProcessor().preprocess(masks))
     assert ours.shape == (2, 1, 16, 24) and ours[0].max() == 0 and ours[1].min() == 1
-    with pytest.raises(TypeError, match="wanted masks as PIL images, got ndarray"):
+    with pytest.raises(TypeError, match="expected masks as PIL images, got ndarray"):
         IPAdapterMaskProcessor().preprocess(np.zeros((8, 8)))
     with pytest.raises(ValueError, match="at least 8, got 16 x 5"):
         IPAdapterMaskProcessor().preprocess(masks, width=5)

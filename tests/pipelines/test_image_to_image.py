@@ -34,7 +34,7 @@ def image_pair(pair: Pair) -> tuple[KolorsImg2ImgPipeline, Any]:
 
 
 def image_steps(pipe: Any, seeds: tuple[int, ...] = (), **arguments: Any) -> list[Tensor]:
-    """Latents after each step, then the pictures; seeds: one generator for each picture."""
+    """Latents after each step, then the images; seeds: one generator for each image."""
     given = {"prompt": "cat", "image": picture(), "strength": 0.6, "num_inference_steps": 7}
     if seeds:
         given["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -42,9 +42,9 @@ def image_steps(pipe: Any, seeds: tuple[int, ...] = (), **arguments: Any) -> lis
 
 
 def assert_same(pair: Pair, **arguments: Any) -> int:
-    """Compare every step's latents and the decoded pictures; returns the number of steps.
+    """Compare every step's latents and the decoded images; returns the number of steps.
 
-    The reference's VAE always runs in float32, which makes 9e-6 in pictures of 4e-6 in latents.
+    The reference's VAE always runs in float32, which makes 9e-6 in images of 4e-6 in latents.
     """
     mine, other = (image_steps(pipe, **arguments) for pipe in image_pair(pair))
     assert len(mine) == len(other) > 1
@@ -131,9 +131,9 @@ def test_from_pipe_shares_every_module(pipes: Pair) -> None:
     scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
     changed = KolorsPipeline.from_pipe(made, scheduler=scheduler)
     assert changed.scheduler is scheduler and changed.unet is ours.unet and made.scheduler is ours.scheduler
-    with pytest.raises(TypeError, match="wanted a pipeline of kolors_core, got int"):
+    with pytest.raises(TypeError, match="expected a pipeline of kolors_core, got int"):
         KolorsPipeline.from_pipe(3)
-    with pytest.raises(TypeError, match="'safety_checker' is no component; wanted text_encoder, "):
+    with pytest.raises(TypeError, match="'safety_checker' is no component; expected text_encoder, "):
         KolorsPipeline.from_pipe(ours, safety_checker=None)
 
 
@@ -161,7 +161,7 @@ def test_height_and_width_resize_the_picture(pipes: Pair) -> None:
 
 
 def test_size_conditions_are_those_of_the_picture(pipes: Pair) -> None:
-    """Without height and width the reference says that every picture is of the UNet's own size."""
+    """Without height and width the reference says that every image is of the UNet's own size."""
     mine, other = image_pair(pipes)
     none = {"height": None, "width": None}
     a = image_steps(mine, **none)[-1]
@@ -227,7 +227,7 @@ def test_given_embeddings_work(pipes: Pair) -> None:
 
 
 def test_each_prompt_keeps_its_picture(pipes: Pair) -> None:
-    """With two prompts, pictures and images a prompt, the reference gives each prompt both pictures."""
+    """With two prompts, images and images a prompt, the reference gives each prompt both images."""
     mine, other = image_pair(pipes)
     pair_of = {"prompt": ["cat", "red"], "image": [picture(0), picture(1)], "num_images_per_prompt": 2}
     a = image_steps(mine, **pair_of, seeds=(1, 2, 3, 4))[-1]
@@ -242,7 +242,7 @@ def test_each_prompt_keeps_its_picture(pipes: Pair) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image": None}, "no image: wanted the picture to start from, or its latents"),
+        ({"image": None}, "no image: expected the image to start from, or its latents"),
         ({"image": "cat.png"}, "image.* got .*str"),
         ({"strength": 1.5}, "strength must be above 0 and at most 1, got 1.5"),
         ({"strength": 0}, "strength must be above 0 and at most 1, got 0"),
@@ -253,7 +253,7 @@ def test_each_prompt_keeps_its_picture(pipes: Pair) -> None:
         ({"denoising_start": 0.6, "denoising_end": 0.5, "strength": 0.3}, "must be before denoising_end"),
         ({"height": 60}, "height must be a positive multiple of 8, got 60"),
         ({"image": [picture(0), picture(1), picture(2)], "num_images_per_prompt": 2}, "got 3"),
-        ({"image": [picture(0), picture(1)]}, "wanted .* images, got 2"),
+        ({"image": [picture(0), picture(1)]}, "expected .* images, got 2"),
         ({"image": [picture(0), picture(1, 32, 32)], "height": None}, "images of different sizes"),
         ({"image": torch.zeros(1, 4, 8, 8)}, "width of given latents is 64, and cannot become 72"),
         ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents must be a tensor \[1, 4, 8, 9\], got \[1"),

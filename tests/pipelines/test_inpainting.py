@@ -75,7 +75,7 @@ class Reference:
 def inpaint_loop(
     theirs: Any, unet: Any, steps: int, strength: float, scale: float = 7.5, control: Any = None
 ) -> list[Tensor]:
-    """The reference's inpainting, written out: latents after each step, then the picture in [0, 1]."""
+    """The reference's inpainting, written out: latents after each step, then the image in [0, 1]."""
     run = Reference(theirs, unet, steps, strength, scale)
     run.control = control
     has_mask_channels = unet.config.in_channels == 9
@@ -148,7 +148,7 @@ def test_every_step_under_a_controlnet_equals_the_reference(pipes: Pair, nine: N
         assert relative_error(a, b) < FLOAT32, i
     plain = inpaint_loop(pipes[1], unet, 5, 0.6)
     assert relative_error(mine[0], plain[0]) > 100 * FLOAT32, "the ControlNet acts"
-    with pytest.raises(ValueError, match="no control_image: wanted one"):
+    with pytest.raises(ValueError, match="no control_image: expected one"):
         inpaint_steps(ours)
 
 
@@ -176,7 +176,7 @@ def test_arguments_mean_what_they_mean_elsewhere(pipes: Pair, nine: Nine) -> Non
 
 
 def test_each_prompt_keeps_its_picture_and_its_mask(pipes: Pair, nine: Nine) -> None:
-    """Two prompts, pictures and masks with two images a prompt; then one picture with two masks."""
+    """Two prompts, images and masks with two images a prompt; then one image with two masks."""
     images, masks = [picture(0), picture(1)], [mask_of(), mask_of().rotate(180)]
     for ours in (four(pipes), nine[0]):
         ours.scheduler = pipes[0].scheduler
@@ -193,7 +193,7 @@ def test_each_prompt_keeps_its_picture_and_its_mask(pipes: Pair, nine: Nine) -> 
             assert relative_error(both[-1][row : row + 1], alone[-1]) < FLOAT32
     found = inpaint_steps(nine[0], prompt=["cat", "red"], mask_image=masks, paste_back=None)
     assert found[-1].shape == (2, 3, 64, 72)
-    with pytest.raises(ValueError, match="wanted one mask or one for each of 3 pictures, got 2"):
+    with pytest.raises(ValueError, match="expected one mask or one for each of 3 images, got 2"):
         inpaint_steps(nine[0], image=[*images, picture(2)], mask_image=masks)
 
 
@@ -261,7 +261,7 @@ def test_arrays_and_tensors_are_pasted_too(pipes: Pair) -> None:
 
 @torch.no_grad()
 def differential_loop(theirs: Any, keep: Tensor, steps: int) -> list[Tensor]:
-    """The community's loop, written out: before each step, what its map keeps is the noised picture again."""
+    """The community's loop, written out: before each step, what its map keeps is the noised image again."""
     run = Reference(theirs, theirs.unet, steps, 1.0, 5.0)
     clean = run.encode(VaeImageProcessor(vae_scale_factor=8).preprocess(picture()))
     noise = torch.randn(clean.shape, generator=run.draw, dtype=torch.float64)
@@ -336,11 +336,11 @@ def test_a_map_for_each_prompt(pipes: Pair) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image": None}, "no image: wanted a picture and a mask"),
-        ({"mask_image": None}, "no mask_image: wanted a picture and a mask"),
+        ({"image": None}, "no image: expected an image and a mask"),
+        ({"mask_image": None}, "no mask_image: expected an image and a mask"),
         ({"mask_image": Image.new("L", (72, 64))}, "mask_image leaves nothing to repaint: white is"),
-        ({"mask_image": Image.new("L", (64, 72))}, r"mask_image is 72 x 64 .* wanted its picture's shape"),
-        ({"mask_image": [mask_of()] * 3}, "wanted one, 1 .* masks, got 3"),
+        ({"mask_image": Image.new("L", (64, 72))}, r"mask_image is 72 x 64 .* expected its image's shape"),
+        ({"mask_image": [mask_of()] * 3}, "expected one, 1 .* masks, got 3"),
         ({"mask_image": torch.full((64, 72), 2.0)}, "mask_image must be from 0 to 1, got 2 to 2"),
         ({"height": 60}, "height must be a positive multiple of 8, got 60"),
         ({"strength": 0}, "strength must be above 0 and at most 1, got 0"),
@@ -351,9 +351,9 @@ def test_a_map_for_each_prompt(pipes: Pair) -> None:
         ({"padding_mask_crop": 2, "image": torch.zeros(3, 64, 72)}, "needs image as one PIL image"),
         ({"padding_mask_crop": 2, "mask_image": mask_of(32, 36)}, "mask_image and image of one size"),
         ({"padding_mask_crop": 2, "mask_image": Image.new("L", (72, 64))}, "leaves nothing to repaint"),
-        ({"padding_mask_crop": 2, "output_type": "latent"}, "need pictures, and output_type is 'latent'"),
-        ({"paste_back": True, "output_type": "latent"}, "need pictures, and output_type is 'latent'"),
-        ({"paste_back": True, "image": torch.zeros(1, 4, 8, 9)}, "paste_back needs a picture to paste into"),
+        ({"padding_mask_crop": 2, "output_type": "latent"}, "need images, and output_type is 'latent'"),
+        ({"paste_back": True, "output_type": "latent"}, "need images, and output_type is 'latent'"),
+        ({"paste_back": True, "image": torch.zeros(1, 4, 8, 9)}, "paste_back needs an image to paste into"),
         ({"eta": 0.5}, "eta is 0.5"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
@@ -383,9 +383,9 @@ def test_bad_arguments_of_nine_channels_are_named(nine: Nine, arguments: dict, m
     [
         ({"latents": torch.zeros(1, 4, 8, 9)}, "strength_map needs noise that is drawn here"),
         ({"denoising_start": 0.5, "strength": 0.3}, "strength_map needs noise that is drawn here"),
-        ({"strength_map": np.ones((64, 64))}, r"strength_map is 64 x 64 .* wanted .* 64 x 72"),
+        ({"strength_map": np.ones((64, 64))}, r"strength_map is 64 x 64 .* expected .* 64 x 72"),
         ({"strength_map": np.full((64, 72), 1.5)}, "strength_map must be from 0 to 1"),
-        ({"strength_map": [np.ones((64, 72))] * 2}, "wanted one, 1 .* strength maps, got 2"),
+        ({"strength_map": [np.ones((64, 72))] * 2}, "expected one, 1 .* strength maps, got 2"),
     ],
 )  # fmt: skip
 def test_bad_maps_are_named(pipes: Pair, arguments: dict, message: str) -> None:

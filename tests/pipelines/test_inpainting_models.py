@@ -69,7 +69,7 @@ def test_only_inpainting_takes_nine_channels(folder: Path, pipes: Pair, nine: Ni
             kind.from_pipe(nine[0])
     made = KolorsInpaintPipeline.from_pipe(pipes[0])
     assert made.unet is pipes[0].unet and KolorsPipeline.from_pipe(made).unet is made.unet
-    with pytest.raises(ValueError, match="8 in and 4 out channels, wanted the VAE's 4 for both, or 9 in"):
+    with pytest.raises(ValueError, match="8 in and 4 out channels, expected the VAE's 4 for both, or 9 in"):
         KolorsInpaintPipeline.from_pipe(pipes[0], unet=UNet(replace(NINE.unet, in_channels=8)))
 
 
@@ -92,7 +92,7 @@ def test_at_full_size_only_the_first_layer_differs() -> None:
 
 @pytest.fixture
 def told() -> tuple[UNet, tuple[Conditioning, Conditioning], Tensor]:
-    """A UNet of 9 channels, conditions of two pictures, the halves' extra not the same, and latents."""
+    """A UNet of 9 channels, conditions of two images, the halves' extra not the same, and latents."""
     unet, _ = pair("unet", torch.float64, replace(SHALLOW, unet=replace(SHALLOW.unet, in_channels=9)))
     assert isinstance(unet, UNet)
     given = inputs(4, 8, 8, torch.float64)
@@ -130,7 +130,7 @@ def test_extra_stands_behind_the_scaled_latents(told: Any) -> None:
     assert relative_error(apart[1] + 5.0 * (apart[0] - apart[1]), expected) < EXACT, "split guidance"
     other = [halves[0], replace(halves[1], extra=halves[0].extra)]
     assert relative_error(guided(unet, schedule, *other, 5.0)(x, sigma), expected) > 1e-3
-    with pytest.raises(ValueError, match="1 of 2 conditions have `extra`, wanted all or none"):
+    with pytest.raises(ValueError, match="1 of 2 conditions have `extra`, expected all or none"):
         guided(unet, schedule, halves[0], replace(halves[1], extra=None), 5.0)
 
 

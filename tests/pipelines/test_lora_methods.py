@@ -347,14 +347,14 @@ def test_the_report_of_what_does_not_fit(models: Models) -> None:
     (lambda s: {"a.b": torch.zeros(1)}, r"for example a.b. Known spellings: unet.<module>.lora_A.weight"),
     (lambda s: dict(list(s.items())[1:]), r"its layer's down is missing"),
     (lambda s: s | {list(s)[0].replace("lora_A", "lora_C"): torch.zeros(1)}, "1 unmatched"),
-    (lambda s: {k: v.to(torch.int8) for k, v in s.items()}, "it holds torch.int8, wanted floating-point"),
+    (lambda s: {k: v.to(torch.int8) for k, v in s.items()}, "it holds torch.int8, expected floating-point"),
     (lambda s: s | {"unet.conv_in.hada_w1_a": torch.zeros(1, 1)}, "hada_w1_b, hada_w2_a, hada_w2_b is"),
     (lambda s: s | {"unet.conv_in.alpha": torch.zeros(1)}, "alpha make no form of adapter that is known"),
     (lambda s: s | {"unet.conv_in.diff": torch.zeros(3, 3)}, "makes a change of"),
     (lambda s: s | {list(s)[0].replace("lora_A.weight", "lora_B.bias"): torch.zeros(9)}, "layer has none"),
     (lambda s: s | {list(s)[0].replace("lora_A.weight", "dora_scale"): torch.zeros(3)}, "magnitudes are"),
     (lambda s: {k: v[:0] if "lora_A" in k else v[:, :0] for k, v in s.items()}, "its rank is 0"),
-    (lambda s: s | {"x": "y"}, "x is str, wanted a tensor"),
+    (lambda s: s | {"x": "y"}, "x is str, expected a tensor"),
 ])  # fmt: skip
 def test_what_is_no_lora_is_an_error(change: Any, fault: str, models: Models) -> None:
     with pytest.raises(ValueError, match=fault):
@@ -368,7 +368,7 @@ def test_names_and_switches_that_are_not_there(models: Models) -> None:
         (lambda: models.load_lora_weights(lora(models), adapter_name="one"), "'one' is attached already"),
         (lambda: models.load_lora_weights(lora(models), adapter_name="a.b"), "an adapter's name is letters"),
         (lambda: models.set_adapters(["one", "two"]), "no adapter is named 'two'; attached: one"),
-        (lambda: models.set_adapters("one", [1.0, 2.0]), "wanted a weight for each of 1 adapters, got 2"),
+        (lambda: models.set_adapters("one", [1.0, 2.0]), "expected a weight for each of 1 adapters, got 2"),
         (lambda: models.set_adapters("one", {"down": 1.0}), "nothing in 'down', it has parts in unet"),
         (lambda: models.set_adapters("one", {"unet": {"left": 1.0}}), "no transformers in left"),
         (lambda: models.delete_adapters("two"), "no adapter is named 'two'"),

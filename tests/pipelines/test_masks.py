@@ -14,7 +14,7 @@ PROCESSOR = VaeImageProcessor(vae_scale_factor=8)
 
 
 def spot(width: int, height: int, box: tuple[int, int, int, int], value: int = 255) -> Image.Image:
-    """A black picture with one box."""
+    """A black image with one box."""
     mask = Image.new("L", (width, height))
     mask.paste(value, box)
     return mask
@@ -54,7 +54,7 @@ def test_pictures_are_fitted_as_the_reference_does(size: tuple[int, int], covers
 @pytest.mark.parametrize("is_cropped", [False, True])
 def test_the_overlay_is_the_references(is_cropped: bool) -> None:
     """With black and white every pixel is equal. Where a mask is grey, the reference rounds the premultiplied
-    colours to whole numbers first, which costs it up to 3 of 255 where little is left of the picture."""
+    colours to whole numbers first, which costs it up to 3 of 255 where little is left of the image."""
     given, made = picture(1, 70, 90), picture(2, 64, 64)
     for box in boxes(12):
         binary = spot(90, 70, box)
@@ -101,7 +101,7 @@ def test_masks_of_every_form_are_the_references() -> None:
         (torch.full((64, 72), float("nan")), "mask_image must be from 0 to 1, got nan to nan"),
         (
             Image.new("L", (64, 72)),
-            r"mask_image is 72 x 64 \(height x width\), wanted .*, 64 x 72",
+            r"mask_image is 72 x 64 \(height x width\), expected .*, 64 x 72",
         ),
     ],
 )
@@ -122,5 +122,5 @@ def test_a_mask_that_marks_nothing_is_named() -> None:
 def test_sizes_of_pictures() -> None:
     assert size_of(picture()) == size_of([picture()]) == size_of(np.zeros((64, 72, 3))) == (64, 72)
     assert size_of(torch.zeros(2, 3, 64, 72)) == size_of(torch.zeros(4, 64, 72)) == (64, 72)
-    with pytest.raises(TypeError, match="wanted a PIL image, an array or a tensor, got int"):
+    with pytest.raises(TypeError, match="expected a PIL image, an array or a tensor, got int"):
         size_of(3)

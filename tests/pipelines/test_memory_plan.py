@@ -77,7 +77,7 @@ def full_size() -> KolorsPipeline:
 
 
 def draw(pipe: KolorsPipeline, prompts: int = 1, **arguments: Any) -> Callable[[], Any]:
-    """Three of fifty steps, and the picture."""
+    """Three of fifty steps, and the image."""
 
     def stop(pipe: Any, i: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         pipe._interrupt = i == 2
@@ -264,7 +264,7 @@ def test_the_released_model_is_planned_without_weights() -> None:
     """The figures of float16 with the VAE in float32; 17 GB that are not there."""
     pipe = full_size()
     made = plan(pipe, device="cuda")
-    assert made.mode is None and made.run == "1 picture of 1024x1024 with guidance on cuda"
+    assert made.mode is None and made.run == "1 image of 1024x1024 with guidance on cuda"
     got = {name: (round(stage.weights, 2), round(stage.work, 2)) for name, stage in made.stages.items()}
     assert got == {"text_encoder": (11.13, 0.04), "unet": (4.8, 0.47), "vae": (0.31, 3.01)}
     ways = (made.resident, made.by_model, made.by_block)
@@ -314,7 +314,7 @@ def test_a_pipeline_without_text_encoder_has_no_such_stage(float32: KolorsPipeli
         ({"num_images_per_prompt": 1.5}, "num_images_per_prompt must be a positive whole number, got 1.5"),
         ({"max_sequence_length": 300}, "max_sequence_length must be a whole number from 3 to 256, got 300"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
-        ({"device": "toaster"}, "wanted a device of this machine"),
+        ({"device": "toaster"}, "expected a device of this machine"),
     ],
 )
 def test_errors_are_the_pipelines(float32: KolorsPipeline, arguments: dict[str, Any], message: str) -> None:
@@ -332,7 +332,7 @@ def test_the_command_line_prints_the_plan_and_makes_no_picture(
     pipe = KolorsPipeline.from_pretrained(reference_folder, torch_dtype=torch.float16, device="meta")
     quantize(pipe.unet, 4)
     made = plan(pipe, 64, num_images_per_prompt=2, guidance_scale=1.0, device="cuda")
-    assert printed == f"{made}\n" and made.run == "2 pictures of 128x64 without guidance on cuda"
+    assert printed == f"{made}\n" and made.run == "2 images of 128x64 without guidance on cuda"
     assert main([*command, "--height", "100"]) == 2
     assert not list(tmp_path.iterdir())
 

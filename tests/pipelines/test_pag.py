@@ -282,7 +282,7 @@ def _preserves(pipe: Any) -> bool:
 @pytest.mark.numerical
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["cfg", "alone"])
 def test_with_an_ip_adapter(loaded: Both, guidance_scale: float) -> None:
-    """The reference takes no picture here, but the embeddings of one without the axis of several."""
+    """The reference takes no image here, but the embeddings of one without the axis of several."""
     ours, theirs = pag_pair(loaded, ["mid", "up_blocks.1"])
     given: dict[str, Any] = {"prompt": "cat", "guidance_scale": guidance_scale}
     with pytest.raises(TypeError):

@@ -19,9 +19,9 @@ def test_metadata_come_back_from_the_file(tmp_path: Path) -> None:
 
 def test_what_is_no_png_is_named_in_one_line(tmp_path: Path) -> None:
     text = tmp_path / "text.png"
-    text.write_text("not a picture")
+    text.write_text("not an image")
     with pytest.raises(ValueError, match="text.png: not an image"):
         read_metadata(text)
     noise_image().save(tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match="a.jpg: wanted a PNG, got JPEG"):
+    with pytest.raises(ValueError, match="a.jpg: expected a PNG, got JPEG"):
         read_metadata(tmp_path / "a.jpg")

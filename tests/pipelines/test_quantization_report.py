@@ -85,7 +85,7 @@ def test_arguments_are_checked_before_anything_changes() -> None:
 
 
 def test_with_an_ip_adapter_before_or_after(both: Both, adapters: list[Path]) -> None:
-    """Its branches stay whole, and the pictures are the same; the adapter leaves again."""
+    """Its branches stay whole, and the images are the same; the adapter leaves again."""
     ours = [KolorsPipeline.from_pipe(both[0], unet=copy.deepcopy(both[0].unet)) for _ in range(2)]
     quantize_model(ours[0].unet, 8)
     load_both((ours[0],), adapters[0])

@@ -46,7 +46,7 @@ def drawn(whole_folder: Path) -> Tensor:
 @pytest.mark.numerical
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_files_of_other_programs(kind: str, whole_folder: Path, drawn: Tensor, tmp_path: Path) -> None:
-    """Each gives the folder's picture bit for bit, and comes back byte for byte from a folder made of it."""
+    """Each gives the folder's image bit for bit, and comes back byte for byte from a folder made of it."""
     file = tmp_path / "whatever.safetensors"
     save_file(FOREIGN[kind](whole_folder), file, metadata={"format": "pt"})
     assert torch.equal(draw(KolorsPipeline.from_single_file(file, config=whole_folder)), drawn)
@@ -94,7 +94,7 @@ def test_a_whole_file_needs_nothing_else(whole_file: Path, drawn: Tensor, tmp_pa
     to_folder(tmp_path / "saved.safetensors", tmp_path / "folder")
     theirs = diffusers.KolorsPipeline.from_pretrained(tmp_path / "folder")
     assert torch.equal(theirs.unet.conv_in.weight, pipe.unet.conv_in.weight)
-    with pytest.raises(ValueError, match="wanted a new .safetensors file"):
+    with pytest.raises(ValueError, match="expected a new .safetensors file"):
         pipe.save_single_file(tmp_path / "saved.safetensors")
 
 
@@ -126,7 +126,7 @@ def test_what_is_missing_is_named_or_given(whole_folder: Path, drawn: Tensor, tm
     assert torch.equal(draw(pipe), drawn), "the scheduler is Kolors' own"
     with pytest.raises(ValueError, match="variant and revision have no effect"):
         KolorsPipeline.from_single_file(file, variant="fp16")
-    with pytest.raises(ValueError, match="wanted the text_encoder, got the unet and the vae"):
+    with pytest.raises(ValueError, match="expected the text_encoder, got the unet and the vae"):
         load_model(file, "text_encoder")
     with pytest.raises(ValueError, match="never opened"):
         load_model(tmp_path / "unet.ckpt", "unet")
@@ -205,9 +205,9 @@ def test_a_pipeline_with_a_chatglm_in_whole_numbers(whole_folder: Path, tmp_path
          "layers.1.attention.to_out lacks a weight_scale"),
         (lambda s: s.update({f"encoder.layers.0.{LINEAR[1]}.weight_scale": torch.ones(3)}), r"is \[3\], wan"),
         (lambda s: s.update({f"encoder.layers.0.{LINEAR[0]}.weight": torch.zeros(128, 7, dtype=torch.int8)}),
-         r"has \[7\] columns, wanted \[64\]"),
+         r"has \[7\] columns, expected \[64\]"),
         (lambda s: s.pop(f"encoder.layers.1.{LINEAR[2]}.weight"), "weight_scale is there, and"),
-        (lambda s: s.update({f"encoder.layers.0.{LINEAR[3]}.weight": torch.zeros(64, 96)}), "wanted int8"),
+        (lambda s: s.update({f"encoder.layers.0.{LINEAR[3]}.weight": torch.zeros(64, 96)}), "expected int8"),
     ],
 )  # fmt: skip
 def test_whole_numbers_that_do_not_fit_are_named(

@@ -52,7 +52,7 @@ def test_every_step_equals_the_reference(
     use_solver(pair, solver, changes)
     prompts = ["一张瓢虫的照片", "a photo of the red cat"]
     # In float64 both differ by what the reference's schedulers cast to float32; in float32 the VAE makes
-    # 9e-6 in the pictures of 4e-6 in the latents: a four-hundredth of one of 255 steps.
+    # 9e-6 in the images of 4e-6 in the latents: a four-hundredth of one of 255 steps.
     pictures = FLOAT32 if precision == "float64" else 4 * FLOAT32
     with saving(pair[0], Savings() if precision == "float64" else NO_SAVINGS):
         assert_same_steps(
@@ -235,7 +235,7 @@ def test_the_signature_is_the_references() -> None:
         ({"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}, "negative prompts must match"),
         ({"max_sequence_length": 257}, "max_sequence_length must be from 3 to 256, got 257"),
         ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents must be a tensor \[1, 4, 8, 9\], got \[1"),
-        ({"generator": [torch.Generator()] * 3}, "a list of 1, one for each picture"),
+        ({"generator": [torch.Generator()] * 3}, "a list of 1, one for each image"),
         ({"original_size": (64,)}, "^original_size must be two whole numbers"),
         ({"negative_target_size": (64, 1.5)}, "negative_target_size must be two whole numbers"),
         ({"denoising_end": 2.0}, "denoising_end must be above 0 and at most 1, got 2.0"),
@@ -247,7 +247,7 @@ def test_the_signature_is_the_references() -> None:
         ({"original_size": 64}, "^original_size must be two whole numbers of pixels, height first, got 64"),
         ({"crops_coords_top_left": (-1, 0)}, r"^crops_coords_top_left must be .* got \(-1, 0\)"),
         ({"denoising_end": "0.5"}, "denoising_end must be above 0 and at most 1, got '0.5'"),
-        ({"generator": 7}, "wanted one torch.Generator, or a list of 1"),
+        ({"generator": 7}, "expected one torch.Generator, or a list of 1"),
         ({"sigmas": 5.0, "num_inference_steps": 50}, "sigmas must be a list of numbers, got 5.0"),
         ({"prompt": "\ud800"}, r"prompt 0 is not valid Unicode text"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "has no effect without callback_on"),
@@ -277,7 +277,10 @@ def test_bad_arguments_are_named(pipes: Pair, arguments: dict, message: str) -> 
         ({"guidance_scale": "5"}, "guidance_scale must be a number, got '5'"),
         ({"callback_on_step_end": 5}, "callback_on_step_end must be a function, got int"),
         ({"callback_on_step_end": lambda *_: None}, "must return a dict of tensors, got NoneType"),
-        ({"callback_on_step_end": lambda *_: {"latents": [1]}}, "returned latents as list, wanted a tensor"),
+        (
+            {"callback_on_step_end": lambda *_: {"latents": [1]}},
+            "returned latents as list, expected a tensor",
+        ),
         (
             {"prompt": None, "prompt_embeds": [1], "pooled_prompt_embeds": [1]},
             "prompt_embeds must be a torch.Tensor",
@@ -327,7 +330,7 @@ def test_models_that_do_not_fit_together_are_named(pipes: Pair) -> None:
     other_text = ChatGLM(replace(SMALL.text_encoder, hidden_size=32))
     few_words = ChatGLM(replace(SMALL.text_encoder, vocab_size=100))
     for change, message in (
-        ({"unet": inpainting}, "the UNet has 9 in and 4 out channels, wanted the VAE's 4 for both"),
+        ({"unet": inpainting}, "the UNet has 9 in and 4 out channels, expected the VAE's 4 for both"),
         ({"text_encoder": other_text}, "the text encoder is 32 wide, and the UNet reads 64"),
         ({"text_encoder": few_words}, "tokens, and the text encoder only 100"),
     ):
@@ -346,7 +349,7 @@ def test_without_a_text_encoder_embeddings_are_asked_for(reference_folder: Path,
     assert pictures[0].size == (72, 64)
 
 
-# The reference's page, and the picture's own description.
+# The reference's page, and the image's own description.
 
 
 def test_the_pages_first_example_runs_with_its_import_line_changed(

@@ -211,7 +211,7 @@ def general(told: str) -> str:
     """An error's message without what differs from case to case."""
     told = told.split(": ", 1)[-1]
     told = re.sub(r"'.*?'|\".*?\"|\[.*\]|\{.*\}", "_", told)
-    told = re.sub(r"\b[\w.]+ is .*, wanted", "FIELD is _, wanted", told)
+    told = re.sub(r"\b[\w.]+ is .*, expected", "FIELD is _, expected", told)
     return re.sub(r"-?\d[\d,.e+]*", "N", told)[:70]
 
 

@@ -68,6 +68,6 @@ def load_both(pipes: tuple[Any, Any], *files: Path) -> None:
 
 
 def guided_steps(pipe: Any, **arguments: Any) -> list[Tensor]:
-    """Latents after each step, then the pictures, of a run that a picture guides."""
+    """Latents after each step, then the images, of a run that an image guides."""
     given = {"prompt": "cat", "ip_adapter_image": picture(3), "num_inference_steps": 2}
     return steps_of(pipe, **given | arguments)

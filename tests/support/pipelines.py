@@ -69,7 +69,7 @@ def picture(seed: int = 0, height: int = 64, width: int = 72) -> Image.Image:
 
 
 def steps_of(pipe: Any, seed: int = 0, **arguments: Any) -> list[Tensor]:
-    """Latents after each step, then the decoded pictures."""
+    """Latents after each step, then the decoded images."""
     latents = []
 
     def keep(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

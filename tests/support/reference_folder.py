@@ -1,7 +1,7 @@
 """Write a small, random Kolors checkpoint with the reference's own `save_pretrained`.
 
 `python -m tests.support.reference_folder DIR` makes a folder that both libraries load, without any download:
-its pictures are coloured noise, but every file, name and format is the real one.
+its images are coloured noise, but every file, name and format is the real one.
 """
 
 import argparse

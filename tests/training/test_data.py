@@ -20,7 +20,7 @@ from kolors_core.training.data import (
 
 
 def write_pictures(folder: Path) -> Path:
-    """Six captioned pictures in two shapes, by metadata.jsonl."""
+    """Six captioned images in two shapes, by metadata.jsonl."""
     rows = []
     for i in range(6):
         size = (64, 64) if i % 2 else (128, 64)
@@ -46,8 +46,8 @@ def test_both_layouts_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "metadata.jsonl, line 2: wanted a JSON object"),
-        ("{}", "metadata.jsonl, line 2: wanted a JSON object with file_name and text"),
+        ("{", "metadata.jsonl, line 2: expected a JSON object"),
+        ("{}", "metadata.jsonl, line 2: expected a JSON object with file_name and text"),
         ('{"file_name": "0.png", "text": []}', "line 2: text must be a caption or a list of them"),
         ('{"file_name": "9.png", "text": "x"}', "line 2: .*9.png does not exist"),
     ],
@@ -71,12 +71,12 @@ def test_captions_of_metadata_may_hold_what_else_ends_a_line(tmp_path: Path) -> 
 
 
 def test_missing_captions_and_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no pictures with captions"):
+    with pytest.raises(FileNotFoundError, match="no images with captions"):
         read_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_folder(tmp_path / "nothing")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(FileNotFoundError, match="a.txt: no such file, wanted the captions of a.png"):
+    with pytest.raises(FileNotFoundError, match="a.txt: no such file, expected the captions of a.png"):
         read_folder(tmp_path)
 
 
@@ -132,7 +132,7 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
         assert len({sample.example_index for sample in samples}) == 3
     captions = [sample.caption for _, samples in drawn for sample in samples]
     assert 0.15 < captions.count("") / len(captions) < 0.35
-    assert len(set(captions)) == 13, "every caption of every picture, and the empty one"
+    assert len(set(captions)) == 13, "every caption of every image, and the empty one"
     assert len(batches(0, 7).samples(0)[1]) == 7, "a batch larger than its bucket goes round again"
     with pytest.raises(ValueError, match="batch_size must be a positive whole number"):
         batches(0, 0)

@@ -34,7 +34,7 @@ TABLE = EulerDiscreteScheduler().table()
 
 
 def make_data(kind: type[LatentDataset], folder: Path, tokenizer: Path) -> LatentDataset:
-    """Data of a few pictures; weights are the same for every call."""
+    """Data of a few images; weights are the same for every call."""
     if not folder.exists():
         folder.mkdir()
         write_pictures(folder)
@@ -82,7 +82,7 @@ def test_the_unet_sees_what_the_mask_leaves(
     for pixels, sample, mask in zip(seen[0], samples, extra[:, :1], strict=True):
         given = load_pixels(data.examples[sample.example_index], size)[0]
         stays = (pixels == given).all(0)
-        assert ((pixels == 0).all(0) | stays).all(), "the picture, or grey"
+        assert ((pixels == 0).all(0) | stays).all(), "the image, or grey"
         assert torch.equal(F.interpolate((~stays).float()[None, None], size=mask.shape[-2:])[0], mask)
 
 

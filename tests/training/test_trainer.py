@@ -111,13 +111,13 @@ def test_a_damaged_state_is_refused_by_name(pictures: Path, tmp_path: Path, smal
     whole, state = file.read_bytes(), load_file(file)
     save_tensors(state, file)
     with pytest.raises(
-        ValueError, match="state.safetensors: its metadata give step '', wanted a whole number"
+        ValueError, match="state.safetensors: its metadata give step '', expected a whole number"
     ):
         make_trainer(tmp_path, pictures, small_tokenizer).fit()
     name = "exp_avg.unet.conv_in.weight"
     cut = state | {name: state[name][:1].clone()}
     save_tensors(cut, file, {"step": "1"})
-    with pytest.raises(ValueError, match=r"another run: exp_avg.unet.conv_in.weight is \[1, .* wanted \["):
+    with pytest.raises(ValueError, match=r"another run: exp_avg.unet.conv_in.weight is \[1, .* expected \["):
         make_trainer(tmp_path, pictures, small_tokenizer).fit()
     save_tensors({name: tensor for name, tensor in state.items() if "ema." not in name}, file, {"step": "1"})
     with pytest.raises(ValueError, match="state.safetensors: is of another run: it has no ema.unet"):

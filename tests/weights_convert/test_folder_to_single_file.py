@@ -119,29 +119,29 @@ VAE_FILE = "vae/diffusion_pytorch_model.fp16-00001-of-00003.safetensors"
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda s: s.update({"files.../x.json": BYTES}), "'../x.json': wanted a path inside the folder"),
-        (lambda s: s.update({"files./etc/x.json": BYTES}), "wanted a path inside the folder"),
-        (lambda s: s.update({"files.vae\\x": BYTES}), "wanted a path inside the folder"),
+        (lambda s: s.update({"files.../x.json": BYTES}), "'../x.json': expected a path inside the folder"),
+        (lambda s: s.update({"files./etc/x.json": BYTES}), "expected a path inside the folder"),
+        (lambda s: s.update({"files.vae\\x": BYTES}), "expected a path inside the folder"),
         (lambda s: s.update({"files.model_index.json/x": BYTES}), "a folder or another file has its path"),
         (lambda s: s.update({"files.Model_Index.json": BYTES}), "a folder or another file has its path"),
         (lambda s: s.update({"files.unet": BYTES}), "a folder or another file has its path"),
-        (lambda s: s.update({"files." + "x" * 300: BYTES}), "wanted a path inside the folder"),
-        (lambda s: s.update({LAYOUT: torch.zeros(2**24 + 1).byte()}), "wanted at most 16,777,216"),
+        (lambda s: s.update({"files." + "x" * 300: BYTES}), "expected a path inside the folder"),
+        (lambda s: s.update({LAYOUT: torch.zeros(2**24 + 1).byte()}), "expected at most 16,777,216"),
         (lambda s: s.update({"files.vae/x.bin": BYTES}), "weights are no small file"),
         (lambda s: s.update({"files.vae/x.json": torch.ones(3)}), "x.json is torch.float32"),
         (lambda s: s.update({"stranger.weight": torch.ones(3)}), "stranger.weight is no tensor"),
         (lambda s: s.pop("first_stage_model.quant_conv.bias"), "quant_conv.bias is missing"),
-        (with_layout(lambda found: found.update({"../x.safetensors": {}})), "wanted a path inside"),
-        (with_layout(lambda found: found.update({"vae/x.json": {}})), "wanted a .safetensors file in"),
-        (with_layout(lambda found: found.update({"vae/x.safetensors": {}})), "wanted metadata and tensors"),
+        (with_layout(lambda found: found.update({"../x.safetensors": {}})), "expected a path inside"),
+        (with_layout(lambda found: found.update({"vae/x.json": {}})), "expected a .safetensors file in"),
+        (with_layout(lambda found: found.update({"vae/x.safetensors": {}})), "expected metadata and tensors"),
         (with_layout(lambda found: found.pop(min(f for f in found if f.startswith("vae")))), "not list the"),
         (with_layout(lambda found: found.update(
             {"vae/x.safetensors": {"metadata": None, "tensors": ["quant_conv.bias"]}})), "twice"),
         (with_layout(lambda found: found[min(found)].update({"tensors": []})), "does not list the tensors"),
         (with_layout(lambda found: found.update(
-            {"vae/x.safetensors": {"metadata": 3, "tensors": None}})), "metadata: wanted texts"),
+            {"vae/x.safetensors": {"metadata": 3, "tensors": None}})), "metadata: expected texts"),
         (with_layout(lambda found: found.update(
-            {"vae/x.safetensors": {"metadata": None, "tensors": 3}})), "wanted a list of names"),
+            {"vae/x.safetensors": {"metadata": None, "tensors": 3}})), "expected a list of names"),
     ],
 )  # fmt: skip
 def test_a_spoiled_file_makes_no_folder(
@@ -164,7 +164,7 @@ def test_folders_that_make_no_file_are_named(whole_folder: Path, tmp_path: Path)
     place = tmp_path / "folder"
     shutil.copytree(whole_folder, place)
     (place / "a:b").write_bytes(b"")
-    with pytest.raises(ValueError, match="'a:b': wanted a path inside the folder"):
+    with pytest.raises(ValueError, match="'a:b': expected a path inside the folder"):
         to_single(place, tmp_path / "one.safetensors")
     (place / "a:b").unlink()
     (place / "vae" / "extra.bin").write_bytes(b"pickle")
@@ -180,7 +180,7 @@ def test_folders_that_make_no_file_are_named(whole_folder: Path, tmp_path: Path)
     (place / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     (place / "safety").mkdir()
     save_file({"a": torch.ones(1)}, place / "safety" / "model.safetensors")
-    with pytest.raises(ValueError, match="has weights, wanted them only in"):
+    with pytest.raises(ValueError, match="has weights, expected them only in"):
         to_single(place, tmp_path / "two.safetensors")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         to_single(tmp_path / "nothing", tmp_path / "two.safetensors")

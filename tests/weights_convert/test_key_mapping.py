@@ -250,9 +250,9 @@ def test_weight_files_are_found_whatever_their_name(
 @pytest.mark.parametrize(
     ("listing", "variant", "message"),
     [
-        (["model.bin"], None, r"here: wanted .safetensors weights, found only pickles \(model.bin\)"),
+        (["model.bin"], None, r"here: expected .safetensors weights, found only pickles \(model.bin\)"),
         ([], None, "found none"),
-        (["model.safetensors"], "fp16", "wanted weights of variant 'fp16', found no variant"),
+        (["model.safetensors"], "fp16", "expected weights of variant 'fp16', found no variant"),
         (["model.a.safetensors", "model.b.safetensors"], None, "found 'a', 'b'"),
         (["model-00001-of-00002.safetensors"], None, "shard 2 of 2 is missing"),
         (["model.safetensors", "other.safetensors"], None, "several checkpoints side by side"),

@@ -51,16 +51,16 @@ BAD_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "a byte too many": (WHOLE + b"x", "its tensors end at 40, and the data are 41 bytes"),
     "huge header": (struct.pack("<Q", 2**63) + WHOLE[8:], "its header is 9,223,372,036,854,775,808 bytes by"),
     "overlap": (with_header(entry() | {"b": B["b"] | {"data_offsets": [20, 36]}}, bytes(36)),
-                "tensor 'b': data_offsets start at 20, wanted 24"),
+                "tensor 'b': data_offsets start at 20, expected 24"),
     "hole": (with_header(entry() | {"b": B["b"] | {"data_offsets": [32, 48]}}, bytes(48)),
-             "tensor 'b': data_offsets start at 32, wanted 24"),
+             "tensor 'b': data_offsets start at 32, expected 24"),
     "no such dtype": (with_header(entry(dtype="F33") | B), "F33"),
     "wrong dtype": (with_header(entry(dtype="F16") | B),
                     "tensor 'a': data_offsets [0, 24] do not span the 12 bytes of F16 [2, 3]"),
     "huge shape": (with_header(entry(shape=[2**40, 2**40]) | B), "data_offsets [0, 24] do not span the 4,"),
-    "negative shape": (with_header(entry(shape=[-2, -3]) | B), "tensor 'a': shape is [-2, -3], wanted sizes"),
-    "offsets beyond": (with_header(entry(data_offsets=[2**62, 2**62 + 24]) | B), "wanted 0, where the one"),
-    "three offsets": (with_header(entry(data_offsets=[0, 24, 24]) | B), "is [0, 24, 24], wanted two"),
+    "negative shape": (with_header(entry(shape=[-2, -3]) | B), "shape is [-2, -3], expected sizes"),
+    "offsets beyond": (with_header(entry(data_offsets=[2**62, 2**62 + 24]) | B), "expected 0, where the one"),
+    "three offsets": (with_header(entry(data_offsets=[0, 24, 24]) | B), "is [0, 24, 24], expected two"),
     "field missing": (with_header({"a": {"dtype": "F32", "shape": [2, 3]}}), "'a': data_offsets is missing"),
     "name twice": (with_header(json.dumps(entry() | B)[:-1] + ', "b": ' + json.dumps(B["b"]) + "}"),
                    "its header: 'b' is given twice"),
@@ -68,8 +68,8 @@ BAD_WEIGHTS: dict[str, tuple[bytes, str]] = {
         with_header(json.dumps(entry() | B | B)[:-1].replace('"data_off', '"data\\u005foff', 1)
                     + ', "b": ' + json.dumps(B["b"]) + "}"), "its header: 'b' is given twice"),
     "too many": (with_header({f"files.{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
-                              for i in range(MAX_TENSORS + 1)}, b""), "16,385 tensors, wanted at most"),
-    "not an object": (with_header([1]), "its header is list, wanted an object"),
+                              for i in range(MAX_TENSORS + 1)}, b""), "16,385 tensors, expected at most"),
+    "not an object": (with_header([1]), "its header is list, expected an object"),
     "deep": (with_header("[" * 100_000), "its header: "),
     "not JSON": (with_header("{'a'"), "its header: "),
     "a line break in a name": (with_header({"a\nb": entry()["a"]} | B), "a tensor has the name 'a\\nb'"),
@@ -95,13 +95,13 @@ def test_a_long_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
         stream.write(struct.pack("<Q", LONGEST_HEADER + 1))
         stream.truncate(LONGEST_HEADER * 2)  # a hole, which takes no room on the disk
     tracemalloc.start()
-    with pytest.raises(ValueError, match="its header is 16,777,217 bytes, wanted at most 16,777,216"):
+    with pytest.raises(ValueError, match="its header is 16,777,217 bytes, expected at most 16,777,216"):
         Source([file])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20
     (tmp_path / "config.json").write_bytes(b" " * (2**18 + 1))
-    with pytest.raises(ValueError, match="config.json: 262,145 bytes, wanted at most 262,144"):
+    with pytest.raises(ValueError, match="config.json: 262,145 bytes, expected at most 262,144"):
         read_json(tmp_path / "config.json")
 
 
@@ -126,7 +126,7 @@ def index(folder: Path, **files: str) -> Path:
 )
 def test_an_index_names_files_beside_it_only(name: str, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"index.json: weight_map\['a'\] is .*wanted a file beside the index"
+        ValueError, match=r"index.json: weight_map\['a'\] is .*expected a file beside the index"
     ):
         read_shard_index(index(tmp_path, a=name))
 
@@ -144,7 +144,9 @@ def test_an_index_follows_links_within_a_hub_cache_only(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(WHOLE)
     for folder in (snapshot, tmp_path / "plain"):
         (folder / "x.safetensors").symlink_to(tmp_path / "secret")
-        with pytest.raises(ValueError, match="index.json: x.safetensors is a link to .*wanted a file beside"):
+        with pytest.raises(
+            ValueError, match="index.json: x.safetensors is a link to .*expected a file beside"
+        ):
             read_shard_index(index(folder, a="x.safetensors"))
 
 
@@ -183,20 +185,20 @@ def test_no_weight_is_read_of_a_folder_of_which_a_part_does_not_fit(
 def test_other_models_are_named_by_a_field() -> None:
     small_clip = CLIPVisionConfig(image_size=224).to_public()
     with pytest.raises(
-        ValueError, match="image_size is 224, wanted 336: Kolors' adapters read CLIP ViT-L/14"
+        ValueError, match="image_size is 224, expected 336: Kolors' adapters read CLIP ViT-L/14"
     ):
         CLIPVisionConfig.from_public(small_clip)
-    with pytest.raises(ValueError, match="model_type is 'clip_text_model', wanted 'chatglm'"):
+    with pytest.raises(ValueError, match="model_type is 'clip_text_model', expected 'chatglm'"):
         ChatGLMConfig.from_public({"model_type": "clip_text_model", "hidden_size": 768})
     sdxl = KOLORS.unet.to_public() | {"encoder_hid_dim": None, "encoder_hid_dim_type": None}
-    with pytest.raises(ValueError, match="encoder_hid_dim_type is None, wanted 'text_proj'"):
+    with pytest.raises(ValueError, match="encoder_hid_dim_type is None, expected 'text_proj'"):
         UNetConfig.from_public(sdxl)
     many = {"transformer_layers_per_block": [100] * 3, "layers_per_block": 100}
     with pytest.raises(ValueError, match="transformer_layers_per_block .* up to 1,000 in all, not 40,200"):
         UNetConfig.from_public(KOLORS.unet.to_public() | many)
-    with pytest.raises(ValueError, match="norm_eps is 1000.*wanted a positive number up to 1e.06"):
+    with pytest.raises(ValueError, match="norm_eps is 1000.*expected a positive number up to 1e.06"):
         UNetConfig.from_public(KOLORS.unet.to_public() | {"norm_eps": 10**400})
-    with pytest.raises(ValueError, match="^unet/config.json: 'new.nline' is 3, wanted no such field"):
+    with pytest.raises(ValueError, match="^unet/config.json: 'new.nline' is 3, expected no such field"):
         UNetConfig.from_public(KOLORS.unet.to_public() | {"new\nline": 3})
 
 
@@ -351,7 +353,8 @@ def test_a_hostile_pickle_runs_nothing_and_writes_nothing(
     torch.save({}, tmp_path / "e.bin")
     for name, message in (
         ("a", "a.bin: not a whole pickle of tensors alone"), ("b", "b.bin: a would be 4,398,046,511,104 by"),
-        ("c", "c.bin: a is str, wanted a plain tensor"), ("d", "d.bin: not a whole pickle of tensors alone"),
+        ("c", "c.bin: a is str, expected a plain tensor"),
+        ("d", "d.bin: not a whole pickle of tensors alone"),
         ("e", "e.bin: has no tensors"), ("f", "f.bin: no such file"),
     ):  # fmt: skip
         assert main(["--pickle", str(tmp_path / f"{name}.bin"), str(tmp_path / "out.safetensors")]) == 2
