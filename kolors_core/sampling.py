@@ -96,11 +96,11 @@ def make_sampler(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], T
 def randn_latents(
     shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Standard normal noise [B, ...], drawn on the generator's own device (the CPU's if None), then moved.
+    """Draw standard normal noise [B, ...] on the generator's own device (the CPU if None), then move it.
 
-    generator: one for the whole batch, or one for each of its B images. In float16 and bfloat16 the
-    reference draws the same numbers rounded, so one seed gives one image in every precision. ValueError for
-    another number of them.
+    generator: one for the whole batch, or one for each of its B images. From torch 2.13 on, float16 and
+    bfloat16 are the same numbers rounded, so that one seed gives one image in every precision; torch 2.10
+    draws others. ValueError for another number of generators.
     """
     if isinstance(generator, torch.Generator) or generator is None:
         place = "cpu" if generator is None else generator.device

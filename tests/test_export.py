@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
-from torch.torch_version import TorchVersion
 
 from kolors_core.adapters.clip_vision import CLIPVision
 from kolors_core.adapters.controlnet import ControlNet, ControlNetConfig
@@ -21,6 +20,7 @@ from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.support.small import EXACT, SHALLOW, SMALL, SMALL_CLIP, randomise, relative_error
+from tests.support.versions import TORCH
 
 # The least and the most of each size: batch, height and width of latents, tokens. torch takes lengths of 0
 # and 1 for constants, so the innermost feature map, a quarter of the latents, must be longer than 1.
@@ -71,7 +71,6 @@ class Case(NamedTuple):
 
 
 TEXT = (("B", "S", UNET.text_dim), ("B", UNET.text_dim), ("B", 6))
-TORCH = TorchVersion(torch.__version__)
 # Before 2.10 torch's group_norm cannot leave open a size that was odd and halved.
 FEWEST, PIXELS = ("", "8") if TORCH >= (2, 10) else ("4", "32")
 LATENTS, IMAGE = ("B", 4, f"{FEWEST}H", f"{FEWEST}W"), ("B", 3, f"{PIXELS}H", f"{PIXELS}W")

@@ -23,6 +23,7 @@ from kolors_core.unet import UNet
 from tests.support.parity import pair
 from tests.support.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, steps_of, use_solver
 from tests.support.small import EXACT, FLOAT32, SHALLOW, relative_error
+from tests.support.versions import traces_whole
 from tests.test_unet import inputs
 
 
@@ -99,6 +100,7 @@ def test_equal_rows_are_read_once_and_latents_not_doubled() -> None:
         hook.remove()
 
 
+@traces_whole
 @torch.no_grad()
 def test_a_sampler_step_compiles_whole() -> None:
     """UNet, guidance and the solver's arithmetic of two steps are one graph."""

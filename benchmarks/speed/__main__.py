@@ -8,7 +8,15 @@ import sys
 
 from benchmarks.speed import arguments
 
-GROUPS = {"encode": True, "unet_step": True, "tiny": False, "load": True, "start": False, "gpu": False}
+GROUPS = {
+    "encode": True,
+    "unet_step": True,
+    "tiny": False,
+    "load": True,
+    "alignment": True,
+    "start": False,
+    "gpu": False,
+}
 
 
 def main() -> None:

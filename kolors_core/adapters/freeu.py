@@ -5,7 +5,8 @@ factor for a whole map. Shapes: B batch, C channels, H height, W width (in laten
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from kolors_core.validation import check_float
 NAMES = ("s1", "s2", "b1", "b2")
 
 
-class FreeU(NamedTuple):
+@dataclass(frozen=True)
+class FreeU:
     """How one level joins what comes from below with a skip. backbone, skip: the paper's b and s."""
 
     backbone: float

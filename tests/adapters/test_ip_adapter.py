@@ -14,6 +14,7 @@ from kolors_core.unet import UNet
 from tests.support.ip_adapters import Both, adapter_config, guided_steps, load_both
 from tests.support.parity import reference_unet
 from tests.support.small import EXACT, SMALL, SMALL_CLIP, randomise, relative_error
+from tests.support.versions import traces_whole
 from tests.test_unet import inputs
 from weights_convert import TABLES
 from weights_convert.__main__ import convert
@@ -49,6 +50,7 @@ def test_the_unet_with_two_adapters_equals_the_reference(both: Both, adapters: l
     assert relative_error(mine, other) < EXACT
 
 
+@traces_whole
 @torch.no_grad()
 def test_it_compiles_whole(both: Both, adapters: list[Path]) -> None:
     """No graph break with two adapters, masks, a scale for each image and scales by block."""

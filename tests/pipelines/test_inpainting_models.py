@@ -28,6 +28,7 @@ from tests.support.parity import pair
 from tests.support.pipelines import NO_SAVINGS, Pair, picture, saving, steps_of
 from tests.support.reference_folder import reference_pipeline
 from tests.support.small import EXACT, SHALLOW, relative_error
+from tests.support.versions import traces_whole
 from tests.test_unet import inputs
 from weights_convert import TABLES
 from weights_convert.safetensors_files import Tensors
@@ -134,6 +135,7 @@ def test_extra_stands_behind_the_scaled_latents(told: Any) -> None:
         guided(unet, schedule, halves[0], replace(halves[1], extra=None), 5.0)
 
 
+@traces_whole
 @torch.no_grad()
 def test_a_step_with_extra_compiles_whole(told: Any) -> None:
     unet, halves, x = told

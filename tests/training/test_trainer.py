@@ -20,6 +20,7 @@ from tests.support.reference_folder import KOLORS_SCHEDULER
 from tests.support.small import EXACT, SMALL, relative_error
 from tests.support.train_worker import CONFIG, Killed, kill, make_trainer, train_killed_and_resumed
 from tests.support.two_processes import start_two
+from tests.support.versions import shards_on_cpu
 from tests.training.test_data import write_pictures
 from weights_convert.safetensors_files import save_tensors
 
@@ -170,7 +171,7 @@ def test_the_text_encoder_can_be_trained_too(pictures: Path, tmp_path: Path, sma
     assert not torch.equal(trainer.named["text_encoder.embedding.weight"], before)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=shards_on_cpu)])
 def test_two_processes_train_as_one_does(
     way: str, pictures: Path, tmp_path: Path, small_tokenizer: Path
 ) -> None:
