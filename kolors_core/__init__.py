@@ -6,7 +6,7 @@
 
 Reading order: tokenizer, chatglm, unet, vae, schedule, sampling, guidance, pipeline.
 
-A name is imported when it is first asked for: `import kolors_core.unet` loads what the UNet needs, no more.
+Names are imported on first use: `import kolors_core.unet` loads only what the UNet needs.
 """
 
 from importlib import import_module
@@ -39,61 +39,42 @@ if TYPE_CHECKING:
     from kolors_core.pipelines.text_to_image import KolorsPipeline
     from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-_MODULE_OF = {
-    "CLIPVisionModelWithProjection": "adapters.ip_adapter_files",
-    "DPMSolverMultistepScheduler": "schedule",
-    "EulerDiscreteScheduler": "schedule",
-    "IPAdapterMaskProcessor": "pipelines.image_prompts",
-    "KolorsControlNet": "adapters.controlnet_files",
-    "KolorsControlNetImg2ImgPipeline": "pipelines.controlnet",
-    "KolorsControlNetInpaintPipeline": "pipelines.controlnet",
-    "KolorsControlNetPipeline": "pipelines.controlnet",
-    "KolorsImg2ImgPipeline": "pipelines.image_to_image",
-    "KolorsInpaintPipeline": "pipelines.inpainting",
-    "KolorsPAGPipeline": "pipelines.pag",
-    "KolorsPipeline": "pipelines.text_to_image",
-    "KolorsPipelineOutput": "pipelines.request",
-    "SDXLCFGCutoffCallback": "pipelines.denoising_loop",
-    "canny": "adapters.canny",
-    "capture": "inspection.features",
-    "inject": "inspection.features",
-    "load_image": "image",
-    "load_image_embeds": "adapters.ip_adapter_files",
-    "record_attention": "inspection.attention_maps",
-    "save_image_embeds": "adapters.ip_adapter_files",
-}
+_NAMES_IN = {
+    "adapters.canny": ("canny",),
+    "adapters.controlnet_files": ("KolorsControlNet",),
+    "adapters.ip_adapter_files": ("CLIPVisionModelWithProjection", "load_image_embeds", "save_image_embeds"),
+    "image": ("load_image",),
+    "inspection.attention_maps": ("record_attention",),
+    "inspection.features": ("capture", "inject"),
+    "pipelines.controlnet": (
+        "KolorsControlNetImg2ImgPipeline", "KolorsControlNetInpaintPipeline", "KolorsControlNetPipeline",
+    ),
+    "pipelines.denoising_loop": ("SDXLCFGCutoffCallback",),
+    "pipelines.image_prompts": ("IPAdapterMaskProcessor",),
+    "pipelines.image_to_image": ("KolorsImg2ImgPipeline",),
+    "pipelines.inpainting": ("KolorsInpaintPipeline",),
+    "pipelines.pag": ("KolorsPAGPipeline",),
+    "pipelines.request": ("KolorsPipelineOutput",),
+    "pipelines.text_to_image": ("KolorsPipeline",),
+    "schedule": ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
 __all__ = [
-    "CLIPVisionModelWithProjection",
-    "DPMSolverMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "IPAdapterMaskProcessor",
-    "KolorsControlNet",
-    "KolorsControlNetImg2ImgPipeline",
-    "KolorsControlNetInpaintPipeline",
-    "KolorsControlNetPipeline",
-    "KolorsImg2ImgPipeline",
-    "KolorsInpaintPipeline",
-    "KolorsPAGPipeline",
-    "KolorsPipeline",
-    "KolorsPipelineOutput",
-    "SDXLCFGCutoffCallback",
-    "__version__",
-    "canny",
-    "capture",
-    "inject",
-    "load_image",
-    "load_image_embeds",
-    "record_attention",
-    "save_image_embeds",
-]
+    "CLIPVisionModelWithProjection", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler",
+    "IPAdapterMaskProcessor", "KolorsControlNet", "KolorsControlNetImg2ImgPipeline",
+    "KolorsControlNetInpaintPipeline", "KolorsControlNetPipeline", "KolorsImg2ImgPipeline",
+    "KolorsInpaintPipeline", "KolorsPAGPipeline", "KolorsPipeline", "KolorsPipelineOutput",
+    "SDXLCFGCutoffCallback", "__version__", "canny", "capture", "inject", "load_image", "load_image_embeds",
+    "record_attention", "save_image_embeds",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value  # the next access finds it without this function
+    globals()[name] = value  # the next access does not call this function
     return value
 
 

@@ -1,4 +1,4 @@
-"""The only attention call of the library, and the choice of its kernel at run time.
+"""Attention: the only call in the library, and the choice of its kernel at run time.
 
 Shapes: B batch, H heads, L queries, S keys, D width of a head.
 """
@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# On a CPU the "matmul" kernel is chosen where it is faster than torch's flash kernel:
-CPU_MAX_SCORES = 2**18  # for at most this many scores of a head, which stay in its cache,
-CPU_MIN_KEYS = 64  # and at least this many keys;
-CPU_WIDE_HEAD_MAX_SCORES = 2**24  # or, in heads wider than 128, for at most this many scores
+# On a CPU the "matmul" kernel is faster than torch's flash kernel within these limits:
+CPU_MAX_SCORES = 2**18  # scores of a head that stay in the cache, with
+CPU_MIN_KEYS = 64  # at least this many keys;
+CPU_WIDE_HEAD_MAX_SCORES = 2**24  # scores of a head wider than 128, with any number of keys
 
-# On MPS a score matrix of more elements than this is computed in chunks of queries, to fit in memory.
+# On MPS a larger score matrix is computed in chunks of queries, to fit in memory.
 MPS_SCORE_ELEMENTS = 2**28
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute softmax(q k^T / sqrt(D) + bias) v by the forced kernel, or else the one `select_kernel` names.
+    """Compute softmax(q k^T / sqrt(D) + bias) v with the forced kernel, or else `select_kernel`'s.
 
     q: [B, H, L, D]; k, v: [B, H, S, D]; bias: None, or broadcastable to [B, H, L, S]: bool (True attends) or
     floats added to the logits. Returns [B, H, L, D]. RuntimeError if a forced kernel cannot run these inputs.
@@ -35,8 +35,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
         if _forced is None:
             raise
         with_bias = "with" if bias is not None else "without"
-        what = f"q {list(q.shape)}, k {list(k.shape)}, {q.dtype} on {q.device}, {with_bias} bias"
-        raise RuntimeError(f"the forced attention kernel {name!r} cannot run {what}: {error}") from error
+        inputs = f"q {list(q.shape)}, k {list(k.shape)}, {q.dtype} on {q.device}, {with_bias} bias"
+        raise RuntimeError(f"the forced attention kernel {name!r} cannot run {inputs}: {error}") from error
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -45,17 +45,17 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def log_multiplicity_bias(counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the logit bias [B, 1, 1, S] of keys that each stand for `counts` [B, S] equal keys."""
+    """Return the logit bias [B, 1, 1, S] that weighs each key as `counts` [B, S] equal keys."""
     return counts.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)[:, None, None]
 
 
 def select_kernel(q: Tensor, k: Tensor, device_type: str | None = None) -> str:
-    """Return the name of the kernel for these inputs on a type of device, their own if None.
+    """Select a kernel by name for these inputs on a type of device, their own if None.
 
-    CUDA: what shapes, precision and bias allow; cuDNN's before flash on Hopper, where alone it is the faster
-    (six GPUs in https://github.com/huggingface/transformers/pull/48163). MPS: query chunks where the scores
-    are many. CPU: in bfloat16, without gradients, matrix products and a softmax where these are faster:
-    1.6 times on short rows and 1.7 on the VAE's wide head (benchmarks/NOTES.md). Else torch's own.
+    Hopper GPUs: cuDNN before flash, which is faster there only (six GPUs in
+    https://github.com/huggingface/transformers/pull/48163). MPS: chunks of queries if there are many scores.
+    CPU in bfloat16 without gradients: matrix products and a softmax where they are faster, by 1.6 on short
+    rows and 1.7 on the VAE's wide head (benchmarks/NOTES.md). Otherwise: torch's choice.
     """
     device = q.device.type if device_type is None else device_type
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
@@ -93,7 +93,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _with_backends(*backends: SDPBackend) -> Kernel:
-    """Return a kernel that runs the first of torch's backends that accepts its inputs."""
+    """Return a kernel that runs the first of torch's backends to accept its inputs."""
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         with sdpa_kernel(list(backends), set_priority=True):
@@ -103,7 +103,7 @@ def _with_backends(*backends: SDPBackend) -> Kernel:
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute some queries at a time: rows of a softmax are independent, so the result is the same."""
+    """Compute a chunk of queries at a time: a softmax's rows are independent, so the result is the same."""
     queries = max(1, MPS_SCORE_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
     if bias is not None:
         bias = bias.expand(*bias.shape[:-2], q.shape[2], k.shape[2])  # [.., L, S]
@@ -127,12 +127,10 @@ KERNELS: dict[str, Kernel] = {
     "cudnn": _with_backends(SDPBackend.CUDNN_ATTENTION),
     "efficient": _with_backends(SDPBackend.EFFICIENT_ATTENTION),
     "cudnn_first": _with_backends(
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
+        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
     ),
     "chunked": _chunked,
     "matmul": _matmul,
-}
+}  # fmt: skip
 _forced: str | None = None

@@ -1,7 +1,7 @@
-"""Checkpoints: which files of a folder or hub repository, models built and filled from them, saving.
+"""Checkpoints: selecting the files of a folder or hub repository, loading models from them, saving.
 
 A model is built on the meta device, checked name by name and shape by shape against the file headers, and
-only then filled (loading.py). Only safetensors are read.
+only then loaded (loading.py). Only safetensors are read.
 """
 
 import gc
@@ -22,7 +22,7 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
 from kolors_core.devices import loading_device
 from kolors_core.hub import fetch
-from kolors_core.loading import Initializer, LoadReport, check, fill, load
+from kolors_core.loading import Initializer, LoadReport, assign_weights, check, load
 from kolors_core.module import require_plain
 from kolors_core.schedule import SCHEDULERS, Scheduler
 from kolors_core.unet import UNet
@@ -41,13 +41,13 @@ from weights_convert.untrusted_files import one_line, read_json_object
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How one component is built: the class of its config, and what makes the model from one."""
+    """Specification of a component: the class of its config, and the function that builds it from one."""
 
     config: Any
     build: Callable[[Any], nn.Module]
 
     def empty(self, config: Any) -> nn.Module:
-        """A model on the meta device, without values."""
+        """Build a model on the meta device, without values."""
         with gc_disabled(), torch.device("meta"), SkipInit():
             return self.build(config)
 
@@ -57,9 +57,9 @@ MODEL_SPECS = {
     "unet": ModelSpec(UNetConfig, UNet),
     "vae": ModelSpec(VAEConfig, VAE),
 }
-OPTIONAL_COMPONENTS = {"image_encoder"}  # what a checkpoint may lack
+OPTIONAL_COMPONENTS = {"image_encoder"}  # a checkpoint may lack them
 
-# The small Kolors that this package carries, and the name that `resolve` knows it by.
+# The small Kolors in this package, and its name for `resolve`.
 EMBEDDED = Path(__file__).parent / "tiny"
 EMBEDDED_NAME = "tiny"
 EMBEDDED_NOTICE = (
@@ -67,7 +67,7 @@ EMBEDDED_NOTICE = (
     "Kwai-Kolors/Kolors-diffusers with the variant fp16"
 )
 
-MAX_CONFIG_BYTES = 2**18  # bytes; real ones have less than 2**13
+MAX_CONFIG_BYTES = 2**18  # real ones have less than 2**13
 
 logger = logging.getLogger("kolors_core")
 
@@ -79,31 +79,27 @@ def resolve(
     has_weights: bool = True,
     **hub: Any,
 ) -> Path:
-    """The local folder of a checkpoint; of a hub repository only the components' files are fetched.
+    """Return the local folder of a checkpoint; fetch only the components' files of a hub repository.
 
-    "tiny" is the embedded model, which a log line says; a folder of that name is "./tiny". has_weights: False
-    for configs alone. hub: as for `kolors_core.hub.fetch`, which raises the errors.
+    "tiny" is the embedded model, and a log line says so; a folder of that name is "./tiny". has_weights:
+    False for configs alone. hub: as for `kolors_core.hub.fetch`, which raises the errors.
     """
 
-    def pick(listing: list[str]) -> list[str]:
+    def select(listing: list[str]) -> list[str]:
         folders = {path.partition("/")[0] for path in listing}
-        wanted = [component for component in components if component not in OPTIONAL_COMPONENTS - folders]
-        return files_to_download(listing, wanted, variant, str(name), has_weights)
+        present = [component for component in components if component not in OPTIONAL_COMPONENTS - folders]
+        return files_to_download(listing, present, variant, str(name), has_weights)
 
-    folder = fetch(EMBEDDED if name == EMBEDDED_NAME else name, pick, **hub)
+    folder = fetch(EMBEDDED if name == EMBEDDED_NAME else name, select, **hub)
     if name == EMBEDDED_NAME:
         logger.warning(EMBEDDED_NOTICE)
     return folder
 
 
 def files_to_download(
-    listing: Sequence[str],
-    components: Iterable[str],
-    variant: str | None,
-    where: str,
-    has_weights: bool = True,
+    listing: list[str], components: Iterable[str], variant: str | None, where: str, has_weights: bool = True
 ) -> list[str]:
-    """Of a repository's files, those that the components load: configs, and tokenizer and chosen weights."""
+    """Select the files of a repository that the components load: configs, tokenizer and chosen weights."""
     needed = [path for path in listing if path == "model_index.json"]
     for component in components:
         needed += component_files(listing, component, component, variant, where, has_weights)
@@ -111,14 +107,9 @@ def files_to_download(
 
 
 def component_files(
-    listing: Iterable[str],
-    component: str,
-    subfolder: str,
-    variant: str | None,
-    where: str,
-    has_weights: bool = True,
+    listing: list[str], component: str, subfolder: str, variant: str | None, where: str, has_weights: bool
 ) -> list[str]:
-    """Of a repository's files, those that one component in a subfolder loads."""
+    """Select the files of a repository that one component in a subfolder loads."""
     paths = [path for path in map(PurePosixPath, listing) if path.parent == PurePosixPath(subfolder)]
     if not paths:
         raise FileNotFoundError(f"{where}: has no {subfolder}/ folder")
@@ -133,15 +124,15 @@ def component_files(
 def fetch_component(
     name: str | Path, component: str, subfolder: str, variant: str | None, has_weights: bool, **hub: Any
 ) -> Path:
-    """The local folder of a checkpoint whose `subfolder` is one component; fetched is nothing else.
+    """Return the local folder of a checkpoint; fetch only the component in its `subfolder`.
 
     has_weights, hub: as for `resolve`.
     """
 
-    def pick(listing: list[str]) -> list[str]:
+    def select(listing: list[str]) -> list[str]:
         return component_files(listing, component, subfolder or ".", variant, str(name), has_weights)
 
-    return fetch(name, pick, **hub)
+    return fetch(name, select, **hub)
 
 
 def load_component(
@@ -155,10 +146,10 @@ def load_component(
     kind: ModelSpec | None = None,
     **hub: Any,
 ) -> Any:
-    """One model from a checkpoint folder or hub repository, in public names or ours.
+    """Load one model from a checkpoint folder or hub repository, in public names or ours.
 
-    subfolder: where in it; the component's name if None. device: on "meta" no weights are read. kind: of a
-    component that is not one of `MODEL_SPECS`. hub: as for `resolve`.
+    subfolder: the component's folder; its name if None. device: on "meta" no weights are read. kind: of a
+    component that is not in `MODEL_SPECS`. hub: as for `resolve`.
 
     Raises FileNotFoundError or ValueError naming the file, field or tensor, before weights are read.
     """
@@ -172,18 +163,18 @@ def load_component(
 
 
 class UnloadedModel(NamedTuple):
-    """A model without weights, and the files that fit it; None if it gets none."""
+    """Model without weights, and the files that fit it; None for a model on the meta device."""
 
     model: nn.Module
     source: Source | None
-    names: dict[str, str]  # of the file -> of the model
+    names: dict[str, str]  # checkpoint name -> model name
 
     def fill(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The model with its weights."""
+        """Load the weights and return the model."""
         if self.source is None:
             return self.model.to(dtype).eval()
         with gc_disabled():
-            fill(self.model, self.source, self.names, dtype=dtype, device=device)
+            assign_weights(self.model, self.source, self.names, dtype=dtype, device=device)
         return self.model.eval()
 
 
@@ -201,18 +192,18 @@ def open_component(
     Arguments and errors are those of `load_component`.
     """
     kind = MODEL_SPECS[component] if kind is None else kind
-    place = Path(folder) / (component if subfolder is None else subfolder)
-    if not place.is_dir():
-        raise FileNotFoundError(f"{place}: no such folder, expected the {component} of a Kolors checkpoint")
-    file = place / "config.json"
+    path = Path(folder) / (component if subfolder is None else subfolder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
+    file = path / "config.json"
     model = kind.empty(kind.config.from_public(read_json(file), str(file)))
     if not has_weights:
         return UnloadedModel(model, None, {})
-    source = weights_in(place, variant)
+    source = open_weights(path, variant)
     return UnloadedModel(model, source, check(model, source, component))
 
 
-def load_changed(
+def load_modified(
     folder: str | Path,
     component: str,
     build: Callable[[Any], nn.Module],
@@ -222,32 +213,33 @@ def load_changed(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Any, LoadReport]:
-    """A model with new or other parts, and the weights of a checkpoint without them where these fit.
+    """Load a checkpoint's fitting weights into a modified model; return the model and a report.
 
-    build: makes the model, without values, from the checkpoint's config: a subclass of `UNet`, or
-    `lambda config: UNet(replace(config, in_channels=9))`. partial, and the report: see `loading.load`. All
-    others, and errors: as for `load_component`.
+    build: builds the model, without values, from the checkpoint's config: a subclass of `UNet`, or
+    `lambda config: UNet(replace(config, in_channels=9))`. partial, and the report: see `loading.load`. Other
+    arguments, and errors: as for `load_component`.
     """
     kind = replace(MODEL_SPECS[component], build=build)
     model = open_component(folder, component, has_weights=False, kind=kind).model
-    source, place = weights_in(Path(folder) / component, variant), loading_device(device)
-    report = load(model, source, component, dtype=dtype, device=place, partial=partial)
+    source = open_weights(Path(folder) / component, variant)
+    report = load(model, source, component, dtype=dtype, device=loading_device(device), partial=partial)
     return model.eval(), report
 
 
-def weights_in(place: Path, variant: str | None) -> Source:
-    """The weights of a folder; ValueError for an index that is damaged."""
-    listing = sorted(file.name for file in place.iterdir())
+def open_weights(folder: Path, variant: str | None) -> Source:
+    """Open the weights of a folder; ValueError for a damaged index."""
+    listing = sorted(file.name for file in folder.iterdir())
     for name in listing:
         if ".safetensors.index." in name:
-            read_shard_index(place / name)
-    return Source([place / name for name in weight_files(listing, variant, str(place))])
+            read_shard_index(folder / name)
+    return Source([folder / name for name in weight_files(listing, variant, str(folder))])
 
 
 @contextmanager
 def gc_disabled() -> Iterator[None]:
-    """Within it Python looks for no garbage: among thousands of new modules it would do so again and again,
-    for a third of the time that loading takes."""
+    """Disable garbage collection: building thousands of modules triggers it repeatedly, for a third of the
+    time that loading takes.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -258,28 +250,29 @@ def gc_disabled() -> Iterator[None]:
 
 
 class SkipInit(TorchFunctionMode):
-    """Within it new parameters get no initial values, which a model that is then loaded does not need.
+    """Mode in which new parameters stay uninitialized, for models whose weights are loaded.
 
-    On the meta device they cost nothing but the import of torch's decompositions, half of the time to start.
+    On the meta device initialization costs nothing but the import of torch's decompositions, half of the time
+    to start.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """A function of `nn.init` returns its tensor as it is; all others run."""
+        """Return the tensor of an `nn.init` function unchanged; run all other functions."""
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
 
 def load_scheduler(folder: str | Path) -> Scheduler:
-    """The scheduler of a checkpoint folder, by the class that its config names."""
+    """Load the scheduler of a checkpoint folder, of the class named in its config."""
     file = Path(folder) / "scheduler" / "scheduler_config.json"
     config = read_json(file)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(f"{file}: _class_name is {name!r}, expected one of {', '.join(SCHEDULERS)}")
-    # The reference's own defaults for these are not Kolors', so that leaving one out would mean two things.
+    # The reference's defaults for these are not Kolors', so a missing field would be ambiguous.
     for field in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing"):
         if field not in config:
             raise ValueError(f"{file}: the field {field} is missing")
@@ -290,8 +283,9 @@ def load_scheduler(folder: str | Path) -> Scheduler:
 
 
 def load_index(folder: Path) -> tuple[bool, set[str]]:
-    """Of a Kolors pipeline's `model_index.json`: force_zeros_for_empty_prompt, and the OPTIONAL components
-    that it lacks. ValueError for another pipeline, by its class."""
+    """Read a Kolors pipeline's `model_index.json`: force_zeros_for_empty_prompt, and the optional components
+    that it lacks. Raises ValueError for another pipeline class.
+    """
     file = folder / "model_index.json"
     index = read_json(file)
     if not str(index.get("_class_name")).startswith("Kolors"):
@@ -305,14 +299,13 @@ def load_index(folder: Path) -> tuple[bool, set[str]]:
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's own tensors, without those of attached adapters."""
-    adapters = tuple(
-        f"{path}." for path, module in model.named_modules() if getattr(module, "is_adapter", False)
-    )
+    modules = model.named_modules()
+    adapters = tuple(f"{path}." for path, module in modules if getattr(module, "is_adapter", False))
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(adapters)}
 
 
 def check_savable(model: nn.Module, component: str) -> None:
-    """ValueError for a quantised model: its tensors have no public names."""
+    """Raise ValueError for a quantized model: its tensors have no public names."""
     require_plain(model, f"save the {component} for the reference, which reads full weights only")
 
 
@@ -326,27 +319,27 @@ def save_component(
 ) -> None:
     """Write a model's config and weights under public names, as the reference reads it, without adapters.
 
-    subfolder: where in the folder; the component's name if None. Raises ValueError for a quantised model,
-    which the reference has no names for, and a variant that is not letters, digits and underscores.
+    subfolder: the component's folder; its name if None. Raises ValueError for a quantized model, which the
+    reference has no names for, and a variant that is not letters, digits and underscores.
     """
     check_savable(model, component)
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
         raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
-    place = Path(folder) / (component if subfolder is None else subfolder)
-    place.mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / (component if subfolder is None else subfolder)
+    path.mkdir(parents=True, exist_ok=True)
     config: Any = model.config
-    write_json(config.to_public(), place / "config.json")
-    table, stem = TABLES[component], WEIGHT_FILE_STEMS[component] + (f".{variant}" if variant else "")
-    tensors = {table.to_public(own): tensor for own, tensor in base_state(model).items()}
-    save_tensors(tensors, place / f"{stem}.safetensors")
+    write_json(config.to_public(), path / "config.json")
+    stem = WEIGHT_FILE_STEMS[component] + (f".{variant}" if variant else "")
+    tensors = {TABLES[component].to_public(name): tensor for name, tensor in base_state(model).items()}
+    save_tensors(tensors, path / f"{stem}.safetensors")
 
 
 def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
-    """Write what stands around the models: tokenizer, scheduler and `model_index.json`."""
+    """Write a pipeline's files other than its models: tokenizer, scheduler and `model_index.json`."""
     scheduler, tokenizer = components["scheduler"], components["tokenizer"]
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_bytes(tokenizer.content, folder / "tokenizer" / "tokenizer.model")
+    write_bytes(tokenizer.model_bytes, folder / "tokenizer" / "tokenizer.model")
     config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
     write_json(config, folder / "tokenizer" / "tokenizer_config.json")
     write_json(scheduler.to_public(), folder / "scheduler" / "scheduler_config.json")
@@ -366,10 +359,10 @@ def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> No
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; FileNotFoundError or ValueError naming the file."""
+    """Read a JSON object; FileNotFoundError or ValueError naming the file."""
     return read_json_object(file, MAX_CONFIG_BYTES)
 
 
 def write_json(content: dict[str, Any], file: Path) -> None:
-    """Write as the reference does: two spaces, sorted."""
+    """Write JSON as the reference does: indented by two spaces, sorted."""
     write_bytes((json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), file)

@@ -1,6 +1,6 @@
-"""The shape of every model, as frozen dataclasses; the defaults are the released Kolors.
+"""Configs of all models, as frozen dataclasses; the defaults are the released Kolors.
 
-`from_public` reads the `config.json` of a public checkpoint and refuses what we would compute differently;
+`from_public` reads the `config.json` of a public checkpoint and rejects what we would compute differently;
 `to_public` writes one that the reference reads.
 """
 
@@ -15,7 +15,7 @@ PublicConfig = Mapping[str, Any]  # the content of a public `config.json`
 
 
 class ConfigDict(dict[str, Any]):
-    """A dict whose items are attributes too, as scripts for the reference expect of a `.config`."""
+    """Dict whose items are attributes too, as scripts written for the reference expect of a `.config`."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -26,7 +26,7 @@ class ConfigDict(dict[str, Any]):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatGLMConfig:
-    """ChatGLM3-6B as a text encoder. `num_kv_heads` is the number of K/V heads that the query heads share."""
+    """Config of ChatGLM3-6B as a text encoder. num_kv_heads: K/V heads, each shared by a group of heads."""
 
     vocab_size: int = 65024
     hidden_size: int = 4096
@@ -39,30 +39,28 @@ class ChatGLMConfig:
 
     @classmethod
     def from_public(cls, public: PublicConfig, where: str = "text_encoder/config.json") -> Self:
-        """Read the `config.json` of ChatGLM3 or of `transformers`' saved ChatGLMModel."""
+        """Read the `config.json` of ChatGLM3, or of a ChatGLMModel saved by transformers."""
         fields = ConfigReader(public, where)
         fields.require_fixed(_CHATGLM_REQUIRED_VALUES)
         config = cls(
-            vocab_size=fields.integer("padded_vocab_size"),
-            hidden_size=fields.integer("hidden_size"),
+            vocab_size=fields.integer("padded_vocab_size"), hidden_size=fields.integer("hidden_size"),
             feed_forward_size=fields.integer("ffn_hidden_size"),
             layers=fields.integer("num_layers", most=1000),
             heads=fields.integer("num_attention_heads", most=4096),
             head_dim=fields.integer("kv_channels", most=4096),
-            num_kv_heads=fields.integer("multi_query_group_num"),
-            norm_eps=fields.number("layernorm_epsilon"),
-        )
+            num_kv_heads=fields.integer("multi_query_group_num"), norm_eps=fields.number("layernorm_epsilon"),
+        )  # fmt: skip
         fields.reject_unknown(_CHATGLM_IGNORED_FIELDS)
         if config.heads % config.num_kv_heads:
-            wanted = f"a divisor of the {config.heads} heads"
-            fields.reject("multi_query_group_num", config.num_kv_heads, wanted)
+            expected = f"a divisor of the {config.heads} heads"
+            fields.reject("multi_query_group_num", config.num_kv_heads, expected)
         if config.head_dim % 4:
-            wanted = "a multiple of 4, since half of it is rotated in pairs"
-            fields.reject("kv_channels", config.head_dim, wanted)
+            expected = "a multiple of 4, since half of it is rotated in pairs"
+            fields.reject("kv_channels", config.head_dim, expected)
         return config
 
     def to_public(self) -> dict[str, Any]:
-        """The `config.json` that the reference's ChatGLMModel reads."""
+        """Return the `config.json` that the reference's ChatGLMModel reads."""
         return {
             **_CHATGLM_REQUIRED_VALUES, "architectures": ["ChatGLMModel"],
             "seq_length": 32768, "padded_vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
@@ -74,9 +72,9 @@ class ChatGLMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """The denoiser. One entry a level, outermost first; a depth of 0 is a level without attention.
+    """Config of the denoiser. Tuples have one entry a level, outermost first; depth 0 means no attention.
 
-    text_dim: width of a text token and of the pooled text. context_dim: width that the cross-attentions read.
+    text_dim: width of a text token and of the pooled text. context_dim: width that cross-attentions read.
     size_dim: sinusoid width of each of the six size ids.
     """
 
@@ -95,12 +93,12 @@ class UNetConfig:
 
     @property
     def time_dim(self) -> int:
-        """Width of the time embedding: four times the outermost level."""
+        """Width of the time embedding: four times the outermost level's."""
         return 4 * self.channels[0]
 
     @classmethod
     def from_public(cls, public: PublicConfig, where: str = "unet/config.json") -> Self:
-        """Read diffusers' `UNet2DConditionModel` config; SDXL's or Stable Diffusion's is refused."""
+        """Read diffusers' `UNet2DConditionModel` config; ValueError for SDXL's or Stable Diffusion's."""
         fields = ConfigReader(public, where)
         fields.require_fixed(_UNET_REQUIRED_VALUES)
         channels = fields.integers("block_out_channels")
@@ -111,36 +109,33 @@ class UNetConfig:
         if not has_attention[-1]:
             fields.reject("down_block_types", public["down_block_types"], "attention at the innermost level")
         depths = fields.integers("transformer_layers_per_block", levels, most=100)
-        # diffusers' UNet configs call the number of heads attention_head_dim, by an old mistake.
+        # diffusers' UNet configs misname the number of heads: attention_head_dim.
         is_named = public.get("num_attention_heads") is not None
         heads = fields.integers("num_attention_heads" if is_named else "attention_head_dim", levels)
         text_dim, size_dim = fields.integer("encoder_hid_dim"), fields.integer("addition_time_embed_dim")
         fields.require_equal("projection_class_embeddings_input_dim", text_dim + 6 * size_dim)
         config = cls(
-            sample_size=fields.integer("sample_size"),
-            in_channels=fields.integer("in_channels"),
-            out_channels=fields.integer("out_channels"),
-            channels=channels,
-            heads=heads,
+            sample_size=fields.integer("sample_size"), in_channels=fields.integer("in_channels"),
+            out_channels=fields.integer("out_channels"), channels=channels, heads=heads,
             depths=tuple(depth if on else 0 for depth, on in zip(depths, has_attention, strict=True)),
             resnets_per_level=fields.single_integer("layers_per_block", levels, most=100),
-            text_dim=text_dim,
-            context_dim=fields.single_integer("cross_attention_dim", levels),
-            size_dim=size_dim,
-            norm_groups=fields.integer("norm_num_groups"),
+            text_dim=text_dim, context_dim=fields.single_integer("cross_attention_dim", levels),
+            size_dim=size_dim, norm_groups=fields.integer("norm_num_groups"),
             norm_eps=fields.number("norm_eps"),
-        )
+        )  # fmt: skip
         fields.reject_unknown(_UNET_IGNORED_FIELDS)
         if (blocks := sum(config.depths) * (2 * config.resnets_per_level + 1)) > 1000:
             fields.reject("transformer_layers_per_block", list(depths), f"up to 1,000 in all, not {blocks:,}")
         for width, heads in zip(config.channels, config.heads, strict=True):
             if width % config.norm_groups or width % heads:
-                wanted = f"multiples of the {config.norm_groups} norm groups and of the heads {config.heads}"
-                fields.reject("block_out_channels", list(channels), wanted)
+                expected = (
+                    f"multiples of the {config.norm_groups} norm groups and of the heads {config.heads}"
+                )
+                fields.reject("block_out_channels", list(channels), expected)
         return config
 
     def to_public(self) -> dict[str, Any]:
-        """The `config.json` that diffusers' UNet2DConditionModel reads."""
+        """Return the `config.json` that diffusers' UNet2DConditionModel reads."""
         attends = [depth > 0 for depth in self.depths]
         return {
             **_UNET_REQUIRED_VALUES, "sample_size": self.sample_size,
@@ -158,7 +153,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """SDXL's autoencoder. `scaling_factor` brings the latents to unit variance."""
+    """Config of SDXL's autoencoder. scaling_factor: scales the latents to unit variance."""
 
     sample_size: int = 1024
     image_channels: int = 3
@@ -170,7 +165,7 @@ class VAEConfig:
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels a latent stands for, along each side."""
+        """Number of pixels per latent, along each side."""
         return 2 ** (len(self.channels) - 1)
 
     @classmethod
@@ -183,38 +178,33 @@ class VAEConfig:
         fields.require_equal("up_block_types", ["UpDecoderBlock2D"] * len(channels))
         fields.require_equal("out_channels", fields.integer("in_channels"))
         config = cls(
-            sample_size=fields.integer("sample_size"),
-            image_channels=fields.integer("in_channels"),
-            latent_channels=fields.integer("latent_channels"),
-            channels=channels,
+            sample_size=fields.integer("sample_size"), image_channels=fields.integer("in_channels"),
+            latent_channels=fields.integer("latent_channels"), channels=channels,
             resnets_per_level=fields.integer("layers_per_block", most=100),
-            norm_groups=fields.integer("norm_num_groups"),
-            scaling_factor=fields.number("scaling_factor"),
-        )
+            norm_groups=fields.integer("norm_num_groups"), scaling_factor=fields.number("scaling_factor"),
+        )  # fmt: skip
         fields.reject_unknown(_VAE_IGNORED_FIELDS)
         if any(width % config.norm_groups for width in channels):
-            wanted = f"multiples of the {config.norm_groups} norm groups"
-            fields.reject("block_out_channels", list(channels), wanted)
+            expected = f"multiples of the {config.norm_groups} norm groups"
+            fields.reject("block_out_channels", list(channels), expected)
         return config
 
     def to_public(self) -> dict[str, Any]:
-        """The `config.json` that diffusers' AutoencoderKL reads."""
+        """Return the `config.json` that diffusers' AutoencoderKL reads."""
         levels = len(self.channels)
         return {
-            **_VAE_REQUIRED_VALUES, "force_upcast": True,
-            "sample_size": self.sample_size,
+            **_VAE_REQUIRED_VALUES, "force_upcast": True, "sample_size": self.sample_size,
             "in_channels": self.image_channels, "out_channels": self.image_channels,
             "latent_channels": self.latent_channels, "block_out_channels": list(self.channels),
             "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "layers_per_block": self.resnets_per_level, "norm_num_groups": self.norm_groups,
-            "scaling_factor": self.scaling_factor,
+            "up_block_types": ["UpDecoderBlock2D"] * levels, "layers_per_block": self.resnets_per_level,
+            "norm_num_groups": self.norm_groups, "scaling_factor": self.scaling_factor,
         }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class KolorsConfig:
-    """The three models of one Kolors, whose widths fit together."""
+    """Configs of the three models of one Kolors, whose widths match."""
 
     text_encoder: ChatGLMConfig = ChatGLMConfig()
     unet: UNetConfig = UNetConfig()
@@ -236,78 +226,77 @@ TINY = KolorsConfig(
 
 
 class ConfigReader:
-    """Reads a public config field by field, remembers which were read, and refuses the rest."""
+    """Reader of a public config: checks each field, remembers which were read, and rejects the others."""
 
     def __init__(self, public: PublicConfig, where: str) -> None:
         if not isinstance(public, Mapping):
             raise TypeError(f"{where}: expected the fields of a config, got {short_repr(public)}")
         self.public, self.where, self.read_names = public, where, set[str]()
 
-    def reject(self, name: str, got: Any, wanted: str) -> None:
-        """ValueError that says which field of which config is what, and what was expected."""
+    def reject(self, name: str, got: Any, expected: str) -> None:
+        """Raise the ValueError that names the config and the field, its value and the expected one."""
         field = name if name.isprintable() and len(name) <= 100 else repr(name[:100])
-        raise ValueError(f"{self.where}: {field} is {short_repr(got)}, expected {wanted}")
+        raise ValueError(f"{self.where}: {field} is {short_repr(got)}, expected {expected}")
 
     def integer(self, name: str, most: int = MAX_COUNT) -> int:
-        """A positive whole number; `most` bounds it before a model of that many parts is built."""
+        """Read a positive integer; `most` bounds it before a model with that many modules is built."""
         value = self._get(name)
         if not _is_count(value, most):
             self.reject(name, value, f"a positive whole number up to {most:,}")
         return value
 
     def integers(self, name: str, length: int | None = None, most: int = MAX_COUNT) -> tuple[int, ...]:
-        """A list of positive whole numbers; where `length` is known, a single number stands for all."""
+        """Read a list of positive integers; where `length` is known, a single number stands for all."""
         value = self._get(name)
         values = [value] * length if length is not None and isinstance(value, int) else value
-        fits = isinstance(values, list | tuple) and len(values) in (
-            range(1, 16) if length is None else (length,)
-        )
+        lengths = range(1, 16) if length is None else (length,)
+        fits = isinstance(values, list | tuple) and len(values) in lengths
         if not fits or not all(_is_count(number, most) for number in values):
             self.reject(name, value, f"{length or 'some'} positive whole numbers")
         return tuple(values)
 
     def single_integer(self, name: str, length: int, most: int = MAX_COUNT) -> int:
-        """A positive whole number, that the reference may also write once for each level."""
+        """Read a positive integer, which the reference may also write once for each level."""
         values = self.integers(name, length, most)
         if len(set(values)) > 1:
             self.reject(name, list(values), "one number for all levels")
         return values[0]
 
     def number(self, name: str, most: float = 1e6) -> float:
-        """A positive number."""
+        """Read a positive number."""
         value = self._get(name)
         if not is_real(value) or not 0 < value <= most:
             self.reject(name, value, f"a positive number up to {most:g}")
         return float(value)
 
-    def attention_per_level(self, way: str, length: int) -> list[bool]:
-        """For each level on the way Down or Up, whether its blocks have attention."""
-        name, with_attention = f"{way.lower()}_block_types", f"CrossAttn{way}Block2D"
-        value, allowed = self._get(name), (f"{way}Block2D", with_attention)
+    def attention_per_level(self, path: str, length: int) -> list[bool]:
+        """Read, for each level of the "Down" or "Up" path, whether its blocks have attention."""
+        name, with_attention = f"{path.lower()}_block_types", f"CrossAttn{path}Block2D"
+        value, allowed = self._get(name), (f"{path}Block2D", with_attention)
         fits = isinstance(value, list | tuple) and len(value) == length
         if not fits or any(kind not in allowed for kind in value):
             self.reject(name, value, f"{length} of {' and '.join(allowed)}")
         return [kind == with_attention for kind in value]
 
-    def require_equal(self, name: str, wanted: Any) -> None:
-        """ValueError if the field is another value than this one."""
+    def require_equal(self, name: str, expected: Any) -> None:
+        """Raise ValueError if the field has another value."""
         value = self._get(name)
-        if (list(value) if isinstance(value, tuple) else value) != wanted:
-            self.reject(name, value, repr(wanted))
+        if (list(value) if isinstance(value, tuple) else value) != expected:
+            self.reject(name, value, repr(expected))
 
     def require_fixed(self, fixed: PublicConfig) -> None:
-        """ValueError if a field that may be absent is there with another value than this one."""
-        for name, wanted in fixed.items():
+        """Raise ValueError if one of these fields, which may be absent, has another value."""
+        for name, expected in fixed.items():
             self.read_names.add(name)
-            value = self.public.get(name, wanted)
+            value = self.public.get(name, expected)
             is_off = value is None or value is False or value == [False] * 3  # once, or for each level
-            if value != wanted and not (is_off and (wanted is None or wanted is False)):
-                self.reject(name, value, repr(wanted))
+            if value != expected and not (is_off and (expected is None or expected is False)):
+                self.reject(name, value, repr(expected))
 
-    def reject_unknown(self, inert: set[str]) -> None:
-        """An unknown field that is switched on would change the model; one that is off changes nothing."""
+    def reject_unknown(self, ignored: set[str]) -> None:
+        """Raise ValueError for an unknown field that is switched on: it would change the model."""
         for name, value in self.public.items():
-            known = name in self.read_names or name in inert or name.startswith("_")
+            known = name in self.read_names or name in ignored or name.startswith("_")
             if not known and value is not None and value is not False:
                 self.reject(name, value, "no such field, or null: its meaning is not known here")
 
@@ -322,14 +311,14 @@ def _is_count(value: Any, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
-# What the code computes. A public config may leave a field out, but not set it to anything else.
+# The values that the code implements. A public config may leave a field out, but not set another value.
 _CHATGLM_REQUIRED_VALUES: dict[str, Any] = {
     "model_type": "chatglm",
     "add_bias_linear": False, "add_qkv_bias": True, "apply_residual_connection_post_layernorm": False,
     "fp32_residual_connection": False, "multi_query_attention": True, "original_rope": True,
     "post_layer_norm": True, "rmsnorm": True, "quantization_bit": 0, "rope_ratio": 1, "pre_seq_len": None,
 }  # fmt: skip
-# What transformers writes of any model, and what only training or the generation of text reads.
+# Fields that transformers writes for any model, or that only training and text generation read.
 TRANSFORMERS_IGNORED_FIELDS = {
     "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "tie_word_embeddings",
     "attention_dropout", "return_dict", "output_hidden_states", "output_attentions",

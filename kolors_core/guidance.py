@@ -1,4 +1,4 @@
-"""Guidance: wraps the UNet and a schedule into `denoise(x, sigma) -> x0`, which is all that a sampler knows.
+"""Guidance: wraps the UNet and a schedule into `denoise(x, sigma) -> x0`, the only input of a sampler.
 
 Shapes: B images, S text tokens; latents are [B, 4, H/8, W/8].
 """
@@ -13,21 +13,21 @@ from torch import Tensor
 from kolors_core.conditioning import Conditioning, concat_extra_channels
 from kolors_core.module import WrapStep
 from kolors_core.precompute import has_default_forward, predict_precomputed, predict_uncached
-from kolors_core.sampling import Denoise
+from kolors_core.sampling import Denoiser
 from kolors_core.schedule import Schedule
 from kolors_core.unet import UNet
 from kolors_core.validation import check_float
 
 
 class SigmaInterval(NamedTuple):
-    """An interval of noise levels: above `low`, up to `high`."""
+    """Interval of noise levels: above `low`, up to `high`."""
 
     low: float
     high: float
 
 
-Interval = tuple[float, float]  # parts of a run's steps, from 0 to 1; or `SigmaInterval`
-GuidanceRule = Callable[..., Denoise]  # of `guided`'s signature
+Interval = tuple[float, float]  # fractions of a run's steps, from 0 to 1; or `SigmaInterval`
+GuidanceRule = Callable[..., Denoiser]  # of `guided`'s signature
 
 
 def guided(
@@ -41,17 +41,17 @@ def guided(
     interval: Interval | None = None,
     precompute: bool = True,
     wrap_step: WrapStep | None = None,
-) -> Denoise:
+) -> Denoiser:
     """Apply classifier-free guidance: eps = uncond + scale * (cond - uncond) (https://arxiv.org/abs/2207.12598).
 
-    Without a negative, with a scale of at most 1, or outside of the interval, the UNet runs on the positive
-    alone. It reads x / sqrt(1 + sigma^2), and `extra` behind it, in its own dtype; x and x0 keep theirs.
+    Without a negative, with a scale of at most 1, or outside the interval, the UNet runs on the positive
+    alone. Its input is x / sqrt(1 + sigma^2), followed by `extra`, in its own dtype; x and x0 keep theirs.
 
     rescale: see `cfg_rescale`. interval: see `use_inside_interval`. precompute: compute what does not depend
-    on x (keys and values of text and images, each block's projection of all steps' times) once and not in
-    every step; the result is the same. A UNet that is compiled as a whole, has hooks itself, or has another
-    forward is called as a whole in every step. wrap_step: another way to run a step, such as CUDA graphs; not
-    used where image prompts have masks, or nothing is precomputed.
+    on x (keys and values of text and images, each block's projection of all timesteps) once instead of in
+    every step; the result is the same. A UNet that is compiled as a whole, has hooks itself, or overrides
+    forward is called as a whole in every step. wrap_step: another way to run a step, such as CUDA graphs;
+    not used if image prompts have masks or nothing is precomputed.
     """
     rescaled = cfg_rescale(rescale)
 
@@ -75,17 +75,19 @@ def make_denoiser(
     *,
     precompute: bool = True,
     wrap_step: WrapStep | None = None,
-) -> Denoise:
-    """Make `denoise(x, sigma) -> x0 = x - sigma * combine(timestep, noise)`, with the noise of all rows.
+) -> Denoiser:
+    """Return `denoise(x, sigma) -> x0 = x - sigma * combine(timestep, noise)`, with the noise of all rows.
 
-    conditioning: of B images, `repeats` times. precompute, wrap_step: see `guided`.
+    conditioning: rows of B images, `repeats` for each latent. precompute, wrap_step: see `guided`.
     """
     dtype = unet.conv_in.weight.dtype
-    extra = conditioning.extra  # so that `denoise` keeps this alone, and not the whole conditioning, alive
+    extra = conditioning.extra  # a local, so that `denoise` does not keep the whole conditioning alive
     repeats = repeats if extra is None else 1  # with it, `concat_extra_channels` has repeated the latents
-    how = {"precompute": precompute, "wrap_step": wrap_step}
-    residuals = conditioning.residuals
-    step_residuals = None if residuals is None else residuals.prepare(schedule, conditioning, repeats, **how)
+    step_residuals = None
+    if (residuals := conditioning.residuals) is not None:
+        step_residuals = residuals.prepare(
+            schedule, conditioning, repeats, precompute=precompute, wrap_step=wrap_step
+        )
     if precompute and has_default_forward(unet, UNet):
         predict = predict_precomputed(unet, schedule, conditioning, repeats, wrap_step)
     else:
@@ -103,8 +105,8 @@ def make_denoiser(
 
 
 def cfg_rescale(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make a function of guided and conditional noise [B, ...] that moves the guided one's standard deviation
-    in each image towards the other's, by `factor` of the way.
+    """Return a function of guided and conditional noise [B, ...] that interpolates the guided noise's
+    standard deviation in each image towards the conditional one's, by `factor`.
 
     Guidance raises the standard deviation, which overexposes. factor: from 0 to 1; ValueError otherwise.
     Source: https://arxiv.org/abs/2305.08891, equations 15 and 16; `rescale_noise_cfg` in diffusers.
@@ -119,10 +121,12 @@ def cfg_rescale(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
     return rescale if factor else lambda noise, _conditional: noise
 
 
-def use_inside_interval(interval: Interval, schedule: Schedule, inside: Denoise, outside: Denoise) -> Denoise:
+def use_inside_interval(
+    interval: Interval, schedule: Schedule, inside: Denoiser, outside: Denoiser
+) -> Denoiser:
     """Use `inside` where sigma is in the interval, `outside` elsewhere.
 
-    Guidance harms at high noise levels and is wasted at low ones. Errors as in `interval_sigmas`.
+    Guidance harms at high noise levels and has little effect at low ones. Errors as in `interval_sigmas`.
     Source: https://arxiv.org/abs/2404.07724, equation 6.
     """
     low, high = interval_sigmas(interval, schedule)
@@ -132,7 +136,7 @@ def use_inside_interval(interval: Interval, schedule: Schedule, inside: Denoise,
 def interval_sigmas(interval: Interval, schedule: Schedule) -> SigmaInterval:
     """Convert an interval to noise levels; (start, stop) means steps round(start * n) to round(stop * n) - 1.
 
-    Raises ValueError for what is no interval, and for one without any of the schedule's steps.
+    Raises ValueError for an invalid interval, and for one that contains none of the schedule's steps.
     """
     low, high = check_interval(interval)
     *sigmas, end = schedule.sigmas.tolist()
@@ -145,12 +149,12 @@ def interval_sigmas(interval: Interval, schedule: Schedule) -> SigmaInterval:
 
 
 def check_interval(interval: Interval) -> tuple[float, float]:
-    """Return an interval's two numbers; ValueError for what is none."""
+    """Return an interval's two numbers; ValueError if it is not one."""
     if not isinstance(interval, tuple | list) or len(interval) != 2:
         raise ValueError(f"a guidance interval must be two numbers, got {interval!r}")
     low, high = (check_float("an end of the guidance interval", end) for end in interval)
-    most = math.inf if isinstance(interval, SigmaInterval) else 1
-    if not 0 <= low < high <= most:
-        wanted = "rise from 0 or more" + ("" if isinstance(interval, SigmaInterval) else " to 1 at most")
-        raise ValueError(f"a guidance interval must {wanted}, got {low} to {high}")
+    is_sigma = isinstance(interval, SigmaInterval)
+    if not 0 <= low < high <= (math.inf if is_sigma else 1):
+        expected = "rise from 0 or more" + ("" if is_sigma else " to 1 at most")
+        raise ValueError(f"a guidance interval must {expected}, got {low} to {high}")
     return low, high

@@ -1,4 +1,4 @@
-"""Images between files, PIL and tensors.
+"""Image conversion between files, PIL and tensors.
 
 Tensors are [B, 3, H, W]; [-1, 1] at the VAE, [0, 1] outside.
 Sources: `VaeImageProcessor` in diffusers' image_processor.py, `load_image` in its utils/loading_utils.py.
@@ -28,8 +28,8 @@ DOWNLOAD_BYTES = 256 * 2**20
 LARGEST_VALUE = 2.0  # a decoder overshoots [-1, 1] a little; [0, 255] in floats is another scale
 
 
-def to_output(images: Tensor, output_type: str) -> Any:
-    """Images [B, 3, H, W] in [-1, 1] as a "pil" list, or in [0, 1] as "np" [B, H, W, 3] float32 or "pt"."""
+def to_images(images: Tensor, output_type: str) -> Any:
+    """Convert images [B, 3, H, W] in [-1, 1] to "pil", or to [0, 1] as "np" [B, H, W, 3] float32 or "pt"."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     images = (images * 0.5 + 0.5).clamp(0, 1)
@@ -40,30 +40,30 @@ def to_output(images: Tensor, output_type: str) -> Any:
         return pixels
     from PIL import Image
 
-    return [Image.fromarray(picture) for picture in (pixels * 255).round().astype("uint8")]
+    return [Image.fromarray(array) for array in (pixels * 255).round().astype("uint8")]
 
 
 def load_image(
     image: "str | Path | Image", convert_method: "Callable[[Image], Image] | None" = None
 ) -> "Image":
-    """An image from a file, an http(s) address or PIL, turned upright by its EXIF tag and made RGB.
+    """Load an image from a file, an http(s) URL or PIL, rotated upright by its EXIF tag, as RGB.
 
-    convert_method: called on the upright image in place of the conversion to RGB.
-    Raises, in one line, FileNotFoundError, OSError for an address that does not answer, ValueError for what
-    is no image.
+    convert_method: called on the upright image instead of the conversion to RGB.
+    Raises, in one line, FileNotFoundError, OSError for a URL that does not answer, ValueError for a file
+    that is not an image.
     """
     from PIL import Image, ImageOps
 
     if isinstance(image, Image.Image):
-        picture = ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
     elif isinstance(image, str | Path):
         is_address = str(image).lower().startswith(("http://", "https://"))
         content = _download(str(image)) if is_address else image
         with image_errors(image), Image.open(content) as opened:
-            picture = ImageOps.exif_transpose(opened)
+            upright = ImageOps.exif_transpose(opened)
     else:
         raise TypeError(f"expected a path, an http(s) address or a PIL image, got {type(image).__name__}")
-    return picture.convert("RGB") if convert_method is None else convert_method(picture)
+    return upright.convert("RGB") if convert_method is None else convert_method(upright)
 
 
 def _download(address: str) -> BytesIO:
@@ -72,11 +72,11 @@ def _download(address: str) -> BytesIO:
     from urllib.request import Request, urlopen
 
     try:
-        # Some servers refuse the name that Python gives itself; urllib takes no spaces or Chinese characters.
+        # Some servers refuse Python's own user agent; urllib takes no spaces or Chinese characters.
         quoted = quote(address, safe="!#$%&'()*+,/:;=?@[]~")
         request = Request(quoted, headers={"User-Agent": f"kolors_core/{VERSION}"})
-        with urlopen(request, timeout=DOWNLOAD_SECONDS) as answer:
-            content = answer.read(DOWNLOAD_BYTES + 1)
+        with urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
+            content = response.read(DOWNLOAD_BYTES + 1)
     except (OSError, HTTPException, ValueError) as error:
         reason = " ".join(str(error).split())
         raise OSError(f"{address}: cannot be fetched: {reason[:200]}") from None
@@ -87,7 +87,7 @@ def _download(address: str) -> BytesIO:
 
 @contextmanager
 def image_errors(file: str | Path) -> Iterator[None]:
-    """Turn what PIL raises into FileNotFoundError or ValueError that names the file."""
+    """Convert PIL's errors to FileNotFoundError or ValueError that names the file."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -105,41 +105,41 @@ def preprocess_vae(
     width: int | None = None,
     multiple: int = 8,
 ) -> Tensor:
-    """Images for the VAE: [B, 3, H, W] in [-1, 1], float32 unless a tensor or array has other floats.
+    """Convert images for the VAE: [B, 3, H, W] in [-1, 1], float32 unless given as other floats.
 
     PIL images of any mode; arrays [H, W, 3] or [B, H, W, 3] and tensors [3, H, W] or [B, 3, H, W], of uint8
     or in [0, 1], or in [-1, 1] if any value is negative; or a list of them. Without `height` or `width` an
     image's own side is rounded down to the multiple. PIL images are resized with Lanczos, arrays and tensors
-    to the nearest pixel. Raises ValueError for sizes that differ, sides that are no multiple, values beyond.
+    to the nearest pixel. Raises ValueError for different sizes, sides not a multiple, values out of range.
     """
-    batch = _stacked(images, height, width, multiple)  # [B, 3, H, W]
+    batch = _to_batch(images, height, width, multiple)  # [B, 3, H, W]
     if not (largest := batch.abs().max().item()) <= LARGEST_VALUE:
         raise ValueError(f"image values must lie in [0, 1] or [-1, 1], got one of size {largest:g}")
     return batch if batch.min() < 0 else 2.0 * batch - 1.0
 
 
 def preprocess_control(images: Any, height: int | None = None, width: int | None = None) -> Tensor:
-    """Images for ControlNets: [B, 3, H, W] in [0, 1].
+    """Convert images for ControlNets: [B, 3, H, W] in [0, 1].
 
-    Images, sizes and errors as for `preprocess_vae`, but that values below 0 are refused.
+    Images, sizes and errors as for `preprocess_vae`; negative values are refused too.
     """
-    batch = _stacked(images, height, width, 8)
+    batch = _to_batch(images, height, width, 8)
     if not bool(((batch >= 0) & (batch <= 1)).all()):
         got = f"{batch.min().item():g} to {batch.max().item():g}"
         raise ValueError(f"a control image's values must lie in [0, 1], got {got}")
     return batch
 
 
-def _stacked(images: Any, height: int | None, width: int | None, multiple: int) -> Tensor:
-    """Images of one size [B, 3, H, W] in the range that they came in, [0, 1] for PIL."""
+def _to_batch(images: Any, height: int | None, width: int | None, multiple: int) -> Tensor:
+    """Resize and stack images: [B, 3, H, W] in the range that they came in, [0, 1] for PIL."""
     for name, side in (("height", height), ("width", width)):
         if side is not None:
             check_int(name, side, multiple)
     single = as_list(images)
     if len(kinds := {str(getattr(image, "dtype", "PIL")) for image in single}) > 1:
         raise ValueError(f"images of different kinds, {', '.join(sorted(kinds))}: their ranges may differ")
-    pictures = [_rgb_or_tensor(image) for image in single]
-    sizes = [p.shape[-2:] if isinstance(p, Tensor) else (p.height, p.width) for p in pictures]
+    converted = [_rgb_or_tensor(image) for image in single]
+    sizes = [c.shape[-2:] if isinstance(c, Tensor) else (c.height, c.width) for c in converted]
     targets = {
         (h - h % multiple if height is None else height, w - w % multiple if width is None else width)
         for h, w in sizes
@@ -150,11 +150,11 @@ def _stacked(images: Any, height: int | None, width: int | None, multiple: int) 
     target = targets.pop()
     if 0 in target or any(0 in size for size in sizes):
         raise ValueError(f"image sides must be at least {multiple}, got {sizes[0][0]} x {sizes[0][1]}")
-    return torch.stack([_resized(picture, target) for picture in pictures])  # [B, 3, H, W]
+    return torch.stack([_resize(image, target) for image in converted])  # [B, 3, H, W]
 
 
 def as_list(images: Any) -> list[Any]:
-    """List the single images of one, of a sequence, or of arrays and tensors that stack several."""
+    """List the single images of an image, a sequence, or arrays and tensors that stack several."""
     single = []
     for image in images if isinstance(images, list | tuple) else [images]:
         single += list(image) if getattr(image, "ndim", 0) == 4 else [image]
@@ -164,7 +164,7 @@ def as_list(images: Any) -> list[Any]:
 
 
 def _rgb_or_tensor(image: Any) -> "Image | Tensor":
-    """A PIL image as RGB; an array or tensor as a floating tensor [3, H, W]."""
+    """Convert a PIL image to RGB; an array or tensor to a floating-point tensor [3, H, W]."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -172,14 +172,14 @@ def _rgb_or_tensor(image: Any) -> "Image | Tensor":
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "fu" or not image.dtype.isnative:
             raise ValueError(f"expected pixels of uint8 or floats, got {image.dtype}")
-        wanted = "an array [H, W, 3] or [B, H, W, 3]"
+        expected = "an array [H, W, 3] or [B, H, W, 3]"
         pixels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)  # [3, H, W]
     elif isinstance(image, Tensor):
-        wanted, pixels = "a tensor [3, H, W] or [B, 3, H, W]", image
+        expected, pixels = "a tensor [3, H, W] or [B, 3, H, W]", image
     else:
         raise TypeError(f"expected a PIL image, an array or a tensor, got {type(image).__name__}")
     if pixels.ndim != 3 or pixels.shape[0] != 3:
-        raise ValueError(f"expected {wanted}, got one of {list(image.shape)}")
+        raise ValueError(f"expected {expected}, got one of {list(image.shape)}")
     if pixels.dtype == torch.uint8:
         return pixels.float() / 255
     if not pixels.is_floating_point():
@@ -187,32 +187,32 @@ def _rgb_or_tensor(image: Any) -> "Image | Tensor":
     return pixels
 
 
-def _resized(picture: "Image | Tensor", target: Size) -> Tensor:
-    """[3, H, W] of the target's height and width, in the range that it came in, [0, 1] for PIL."""
-    if isinstance(picture, Tensor):
-        return F.interpolate(picture[None], size=target)[0]
+def _resize(image: "Image | Tensor", target: Size) -> Tensor:
+    """Resize an image to (height, width): [3, H, W] in the range that it came in, [0, 1] for PIL."""
+    if isinstance(image, Tensor):
+        return F.interpolate(image[None], size=target)[0]
     from PIL.Image import Resampling
 
-    return pil_to_tensor(picture.resize((target[1], target[0]), Resampling.LANCZOS)).float() / 255
+    return pil_to_tensor(image.resize((target[1], target[0]), Resampling.LANCZOS)).float() / 255
 
 
-def pil_to_tensor(picture: "Image") -> Tensor:
+def pil_to_tensor(image: "Image") -> Tensor:
     """Convert an RGB image to its bytes: uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(picture)).movedim(-1, 0)  # [3, H, W]
+    return torch.from_numpy(np.array(image)).movedim(-1, 0)  # [3, H, W]
 
 
-def to_grayscale(picture: "Image", size: Size) -> Tensor:
+def to_grayscale(image: "Image", size: Size) -> Tensor:
     """Resize an image of any mode with Lanczos, and convert it to gray: uint8 [H, W].
 
-    Resized first, as in the reference, so that edges of a mask of one bit a pixel stay hard.
+    Resized first, as in the reference, so that edges of a mask with one bit a pixel stay hard.
     """
     from PIL.Image import Resampling
 
-    return torch.from_numpy(np.array(picture.resize((size[1], size[0]), Resampling.LANCZOS).convert("L")))
+    return torch.from_numpy(np.array(image.resize((size[1], size[0]), Resampling.LANCZOS).convert("L")))
 
 
 def flatten_alpha(image: "Image") -> "Image":
-    """Convert an image of any mode to RGB, what is transparent on white."""
+    """Convert an image of any mode to RGB, composited on white."""
     from PIL import Image
 
     if "A" not in image.getbands() and image.info.get("transparency") is None:
@@ -222,6 +222,6 @@ def flatten_alpha(image: "Image") -> "Image":
 
 
 def center_crop(image: "Image", size: Size) -> tuple["Image", tuple[int, int]]:
-    """Cut the middle (height, width) out of an image; returns it and where it began, (top, left)."""
+    """Crop the center (height, width) of an image; returns it and its offset, (top, left)."""
     top, left = (image.height - size[0]) // 2, (image.width - size[1]) // 2
     return image.crop((left, top, left + size[1], top + size[0])), (top, left)

@@ -1,12 +1,11 @@
-"""Optional attributes by which a module, which is torch's own, tells the library what it is.
+"""Optional attributes of an `nn.Module` that describe it to caches, compilers and checkpoints.
 
     is_block      True: repeated in a model, and compiled, offloaded, checkpointed and sharded as one
-    is_adapter    True: attached to a model, and no part of the model's own checkpoint
-    state_key()   settings, beside weights and inputs, that decide what this module itself computes
+    is_adapter    True: attached to a model, and not part of the model's own checkpoint
+    state_key()   settings, besides weights and inputs, that change what this module itself computes
     not_plain     why weights cannot be loaded, saved or changed as those of a plain module can
 
-A feature that changes a model sets them on its own classes; a cache, a compiler or a checkpoint asks for them
-and need not know the feature.
+A feature sets them on its own classes; the core reads them without knowing the feature.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -21,55 +20,49 @@ def is_block(module: nn.Module) -> bool:
 
 
 class ReplacedModule(nn.Module):
-    """A module in another's place, with its very parameters, sizes, mode and hooks; `plain` is that other."""
+    """Module that replaces another, with the same parameters, sizes, mode and hooks; `plain` restores it."""
 
     def __init__(self, base: nn.Module) -> None:
         nn.Module.__init__(self)
-        vars(self).update(vars(base))  # the parameters are taken over, none is made
+        vars(self).update(vars(base))  # the parameters are shared, not copied
         self._parameters, self._modules = dict(base._parameters), {}
-        self.base = (base,)  # in a tuple, since it is no submodule
+        self.base = (base,)  # in a tuple, so that it is not a submodule
 
     def plain(self) -> nn.Module:
-        """The very module that this one replaced, with the present parameters."""
+        """Return the replaced module itself, with the present parameters."""
         base = self.base[0]
         base._parameters.update(self._parameters)
         return base.train(self.training)
 
 
 def settings(model: nn.Module) -> tuple[Any, ...]:
-    """Return what decides a model's output beside weights and inputs: (path, state key) of its modules."""
+    """Return the settings that change a model's output: (path, state key) of its modules."""
     keys = ((path, getattr(module, "state_key", tuple)()) for path, module in model.named_modules())
     return tuple((path, key) for path, key in keys if key)
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """Return what changes when a weight of the model is written or replaced, or a setting changes.
-
-    A write through `.data` goes unnoticed.
-    """
+    """Return a key that changes with a setting or a weight, unless that is written through `.data`."""
     weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
     return weights, settings(model)
 
 
-def require_plain(model: nn.Module, wish: str) -> None:
-    """Raise ValueError if a module of the model cannot be read, written or changed as the plain one could.
-
-    Such a module, a quantized layer for example, says in `not_plain` what it is.
-    """
+def require_plain(model: nn.Module, action: str) -> None:
+    """Raise ValueError if a module, such as a quantized layer, has `not_plain` set: cannot do `action`."""
     why = next((found for module in model.modules() if (found := getattr(module, "not_plain", None))), None)
     if why is not None:
-        raise ValueError(f"this {type(model).__name__} is {why}: cannot {wish}")
+        raise ValueError(f"this {type(model).__name__} is {why}: cannot {action}")
 
 
 class WrapStep(Protocol):
-    """Another way to run a step of a denoising run, such as performance/cuda_graphs.py's.
+    """Function that replaces a run's step by another, such as performance/cuda_graphs.py's.
 
-    Called once a run with `step(constant, *changing)`, whose `constant` tensors, nested as they like, stay
-    the same within the run; the modules that the step calls; and a key of all else that is baked into it.
+    Called once a run with `step(constant, *changing)`, whose `constant` tensors, in any nesting, stay the
+    same within the run; the modules that the step calls; and a key of all else that the step depends on.
     """
 
     def __call__(
         self, step: Callable[..., Any], constant: Any, nets: Sequence[nn.Module], key: Hashable = ()
     ) -> Callable[..., Any]:
-        """Return the step as a function of `changing`, which are tensors."""
+        """Return the step as a function of the tensors `changing`."""
         ...

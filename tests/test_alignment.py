@@ -1,5 +1,6 @@
 """The same weights draw the same bits, whichever file, shard or alignment they came from."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -119,6 +120,27 @@ def test_a_dict_of_views(offset: int, pipe: KolorsPipeline, drawn: Tensor) -> No
         setattr(loaded, name, fresh)
     assert all(tensor.is_contiguous() for tensor in tensors_of(loaded))
     assert torch.equal(draw(loaded), drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_where_it_lies(dtype: torch.dtype, pipe: KolorsPipeline) -> None:
+    """At alignments of every multiple of 2, where nothing is copied; the VAE stays in float32."""
+    halves = {name: copy.deepcopy(getattr(pipe, name)).to(dtype) for name in ("text_encoder", "unet")}
+    expected = draw(KolorsPipeline(**pipe.components | halves))
+    for offset in range(1, 32, 5):
+        views = dict[str, nn.Module]()
+        for name, model in halves.items():
+            state, start = {}, 0
+            buffer = torch.empty(sum(tensor.numel() + 63 for tensor in model.parameters()), dtype=dtype)
+            for key, tensor in model.state_dict().items():
+                start += -(buffer.data_ptr() // 2 + start) % 32 + offset
+                state[key] = buffer[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
+                start += tensor.numel()
+            views[name] = type(model)(model.config).eval()
+            load(views[name], Tensors(state, "a dict"), name, dtype=dtype)
+            pointers = [parameter.data_ptr() for parameter in views[name].parameters()]
+            assert all(pointer % ALIGNMENT == 2 * offset for pointer in pointers)
+        assert torch.equal(draw(KolorsPipeline(**pipe.components | views)), expected), offset
 
 
 def loaded(folder: Path, place: Path) -> KolorsPipeline:

@@ -24,7 +24,7 @@ def token_batch(lengths: list[int], width: int, vocabulary: int = 640) -> TokenB
 
 
 def run_reference(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """tokens [B, L, C] and pooled [B, C], taken as the reference's pipeline takes them."""
+    """Select tokens [B, L, C] and pooled [B, C] as the reference's pipeline does."""
     states = model(
         input_ids=batch.ids,
         attention_mask=batch.mask.long(),

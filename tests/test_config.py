@@ -1,4 +1,4 @@
-"""Configs: what the reference writes is read; what would be computed otherwise is refused."""
+"""Configs: those the reference writes are read; those of another computation are rejected."""
 
 import json
 from typing import Any

@@ -1,5 +1,6 @@
 """A room can be deleted, and what is left works: the package is copied without it, and draws."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,28 @@ pipe("a ladybug", num_inference_steps=2, generator=generator).images[0].save("la
 WRITTEN_OUT = (ROOT / "tests" / "examples" / "plain.py").read_text().replace("schedule(8)", "schedule(2)")
 
 
+# With a folder of features go its methods in pipelines/: a base of `Task` in stages.py, and these files.
+METHODS = {
+    "adapters": ("AdapterMethods", [
+        "adapter_methods", "control_images", "controlnet", "face_prompts", "image_prompts", "lora_methods",
+        "memory_plan", "quantization_report",
+    ]),
+    "performance": ("PerformanceMethods", ["performance_methods", "memory_plan", "quantization_report"]),
+}  # fmt: skip
+
+
+def delete_methods(pipelines: Path, folder: str) -> None:
+    """Delete the methods of a folder of features from a copy of pipelines/."""
+    base, files = METHODS[folder]
+    for name in files:
+        (pipelines / f"{name}.py").unlink(missing_ok=True)
+    text = (pipelines / "stages.py").read_text()
+    text, imports = re.subn(rf"^from .* import {base}\n", "", text, flags=re.MULTILINE)
+    text, bases = re.subn(rf"\b{base}, ", "", text)
+    assert imports == bases == 1
+    (pipelines / "stages.py").write_text(text)
+
+
 def draw(place: Path, without: tuple[str, ...], program: str) -> bytes:
     """Run a program on a copy of the package without these folders; returns the image that it writes."""
     left_out = shutil.ignore_patterns("__pycache__", "tiny")
@@ -26,6 +49,8 @@ def draw(place: Path, without: tuple[str, ...], program: str) -> bytes:
         shutil.copytree(ROOT / package, place / package, ignore=left_out)
     for folder in without:
         shutil.rmtree(place / "kolors_core" / folder)
+        if folder in METHODS and "pipelines" not in without:
+            delete_methods(place / "kolors_core" / "pipelines", folder)
     (place / "kolors_core" / "tiny").symlink_to(ROOT / "kolors_core" / "tiny")
     check = f"import kolors_core; assert kolors_core.__file__.startswith({str(place)!r})"
     command = [sys.executable, "-c", f"{check}\n{program}"]
@@ -41,7 +66,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.mark.parametrize(
     "without",
-    [("inspection",), ("training",), ("cli",), ("batch",), ("inspection", "training", "cli", "batch")],
+    [
+        ("inspection",),
+        ("training",),
+        ("cli",),
+        ("batch",),
+        ("inspection", "training", "cli", "batch"),
+        ("adapters",),
+        ("performance",),
+        ("adapters", "performance", "inspection", "training", "cli", "batch"),
+    ],  # fmt: skip
     ids="+".join,
 )
 def test_the_pipeline_draws_without(without: tuple[str, ...], whole: bytes, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where models are: only what is at work on the accelerator, in every task, and the same images."""
+"""Offload in every task: only the running models are on the accelerator, and images are the same."""
 
 import pickle
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ Pipeline = KolorsPipeline | KolorsImg2ImgPipeline
 
 @contextmanager
 def watched(pipe: Pipeline) -> Iterator[list[set[str]]]:
-    """Notes, whenever a part of a model works, which models are not at home."""
+    """Record, at each forward of a module, which models are on the accelerator."""
     names = ("text_encoder", "image_encoder", "unet", "vae")
     models: dict[str, nn.Module] = {name: getattr(pipe, name) for name in names}
     homes = {name: [p.data_ptr() for p in model.parameters()] for name, model in models.items()}
@@ -53,7 +53,7 @@ def watched(pipe: Pipeline) -> Iterator[list[set[str]]]:
 
 @contextmanager
 def all_away(pipe: Pipeline) -> Iterator[set[str]]:
-    """Fails if a module works with parameters of its own that are at home; notes which have worked."""
+    """Fail if a module runs with its own parameters offloaded; record which have run."""
     worked = set[str]()
     with ExitStack() as stack:
 
@@ -86,7 +86,7 @@ def lora(pipe: Pipeline) -> dict[str, Tensor]:
 
 @pytest.fixture
 def ready(both: Both, adapters: list[Path]) -> KolorsPipeline:
-    """A pipeline with CLIP and an IP-Adapter, and models of its own."""
+    """A pipeline with CLIP and an IP-Adapter, which shares no model."""
     ours, _ = both
     load_both((ours,), adapters[0])
     ours.set_progress_bar_config(disable=True)
@@ -100,13 +100,13 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("kind", [KolorsPipeline, KolorsImg2ImgPipeline])
 def test_only_the_model_at_work_is_on_the_accelerator(kind: type, ready: KolorsPipeline) -> None:
-    """The reference keeps the text encoder there beside the UNet in image to image."""
+    """In image to image, the reference keeps the text encoder on the accelerator during the UNet's steps."""
     pipe, more = (
         kind.from_pipe(ready),
         {} if kind is KolorsPipeline else {"image": picture(), "strength": 1.0},
     )
     before = guided_steps(pipe, **more)
-    pipe.prompt_cache.clear()  # a known prompt would leave the text encoder where it is
+    pipe.prompt_cache.clear()  # a cached prompt would not load the text encoder
     with offloaded(pipe) as offload, watched(pipe) as seen:
         after = guided_steps(pipe, **more)
         assert pipe.device == ACCELERATOR and offload.bytes_on_device == 0
@@ -121,7 +121,7 @@ def test_only_the_model_at_work_is_on_the_accelerator(kind: type, ready: KolorsP
 
 @pytest.mark.parametrize("kind", [KolorsPipeline, KolorsImg2ImgPipeline])
 def test_blocks_come_and_go(kind: type, ready: KolorsPipeline) -> None:
-    """In a second run, when the order is known, too; of all weights never more than two blocks."""
+    """At most two blocks are on the accelerator, also in a second run, when their order is known."""
     pipe, more = (
         kind.from_pipe(ready),
         {} if kind is KolorsPipeline else {"image": picture(), "strength": 1.0},
@@ -139,7 +139,7 @@ def test_blocks_come_and_go(kind: type, ready: KolorsPipeline) -> None:
 
 @MODES
 def test_adapters_that_come_within_a_run(by_block: bool, ready: KolorsPipeline) -> None:
-    """Attached before step 1, fused before step 3: written on the accelerator, and the writing is kept."""
+    """Attached before step 1, fused before step 3: weights written on the accelerator are kept."""
     pipe, own = ready, weights(ready.unet)
 
     def run() -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -176,7 +176,7 @@ def test_adapters_that_come_within_a_run(by_block: bool, ready: KolorsPipeline) 
 
 @MODES
 def test_adapters_that_come_between_runs(by_block: bool, ready: KolorsPipeline) -> None:
-    """A LoRA on both models; then none, and no IP-Adapter."""
+    """With a LoRA on both models, then without LoRA and IP-Adapter."""
     pipe, made = ready, lora(ready)
 
     def runs(pipe: KolorsPipeline) -> list[Tensor]:
@@ -199,7 +199,7 @@ def test_adapters_that_come_between_runs(by_block: bool, ready: KolorsPipeline) 
 
 @MODES
 def test_a_model_that_is_replaced(by_block: bool, pipes: Pair) -> None:
-    """And models that another pipeline has beside the shared ones."""
+    """Also with models of another pipeline that are not shared."""
     pipe = KolorsPipeline.from_pipe(pipes[0])
     other = KolorsPipeline.from_pipe(pipe, unet=deepcopy(pipe.unet))
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_what_is_copied_or_pickled_has_the_mode_and_its_own_weights(by_block: bo
             assert equal(before, steps_of(copied, prompt="cat"))
             assert copied.offload.peak_bytes > 0 == copied.offload.bytes_on_device == offload.bytes_on_device
             unet = copied.unet
-            del copied  # without its pipeline a model is one as any other
+            del copied  # without its pipeline, the model is not offloaded
             calls: list[int] = []
             unet.conv_in.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
             unet.conv_in(torch.zeros(1, 4, 8, 8, dtype=torch.float64))
@@ -246,7 +246,7 @@ ENDINGS: dict[str, Callable[[Any], Any]] = {
 @MODES
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_mode_ends_without_a_trace(ending: str, by_block: bool, pipes: Pair) -> None:
-    """Though weights are on the accelerator: prompts were encoded, and nothing was drawn with them."""
+    """Also with weights on the accelerator, after prompts were encoded but no image generated."""
     pipe = KolorsPipeline.from_pipe(pipes[0])
     before = steps_of(pipe, prompt="cat")
     models = {name: listed[0] for name, listed in pipe._models().items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.attention import KERNELS
-from kolors_core.checkpoint import EMBEDDED, load_changed, load_component, save_component
+from kolors_core.checkpoint import EMBEDDED, load_component, load_modified, save_component
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
 from kolors_core.loading import load, zeros
@@ -86,7 +86,8 @@ def drawn(pipe: KolorsPipeline, kind: str, steps: int = 8, **arguments: Any) -> 
 def loss_of(names: dict[str, Any], added: Tensor | None = None) -> Tensor:
     """DDPM's training loss (eq. 14) of a script's UNet on what the script made, at four times."""
     at, draw = torch.arange(100, 900, 200), torch.Generator().manual_seed(0)
-    noise, sigma = torch.randn(4, 4, 16, 16, generator=draw), names["schedule"].table[at][:, None, None, None]
+    sigma = names["schedule"].training_sigmas[at][:, None, None, None]
+    noise = torch.randn(4, 4, 16, 16, generator=draw)
     latents = (names["latents"] + sigma * noise) / (1 + sigma**2).sqrt()
     told = (names["text"].tokens[:1].detach(), names["text"].pooled[:1].detach(), names["sizes"])
     every = (each.expand(4, *each.shape[1:]) for each in told)
@@ -196,14 +197,14 @@ def test_the_block_keeps_the_old_weights_and_learns_and_is_saved(run: Examples, 
     assert (run.picture("block") == run.picture("plain")).all()
     learns(lambda: loss_of(names), [unet.get_parameter(name) for name in report.missing])
     save_component(unet, tmp_path, "unet")
-    again, all_there = load_changed(tmp_path, "unet", names["build"], {})
+    again, all_there = load_modified(tmp_path, "unet", names["build"], {})
     assert not all_there.missing and again.state_dict()["mid.attentions.0.blocks.0.feed_forward.gamma"].any()
     with pytest.raises(ValueError, match=r"unexpected: .*feed_forward\.beta"):
         load_component(tmp_path, "unet")
-    with pytest.raises(ValueError, match=r"blocks.0.feed_forward.beta is missing.* give an initialiser"):
-        load_changed(EMBEDDED, "unet", names["build"], {"*.gamma": zeros})
+    with pytest.raises(ValueError, match=r"blocks.0.feed_forward.beta is missing.* give an initializer"):
+        load_modified(EMBEDDED, "unet", names["build"], {"*.gamma": zeros})
     with pytest.raises(FileNotFoundError, match="no such folder, expected the unet"):
-        load_changed(tmp_path / "none", "unet", names["build"], {})
+        load_modified(tmp_path / "none", "unet", names["build"], {})
 
 
 def test_the_width_changes_nothing_at_first_and_learns(run: Examples) -> None:

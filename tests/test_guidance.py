@@ -205,7 +205,7 @@ def test_a_step_is_inside_by_its_part_or_its_sigma() -> None:
     assert interval_sigmas((0.57, 0.98), schedule) == (0.0, sigmas[6]), "the nearest steps"
     assert interval_sigmas([0.5, 1], schedule) == (0.0, sigmas[5])  # type: ignore[arg-type]
     assert interval_sigmas(SigmaInterval(0.28, 5.42), schedule) == (0.28, 5.42)
-    part = schedule.noised(0.5)
+    part = schedule.last_steps(0.5)
     assert interval_sigmas((0.0, 0.4), part) == (sigmas[7], sigmas[5]), "of the steps that are done"
 
 

@@ -141,3 +141,15 @@ def test_files_are_read_in_one_sitting() -> None:
     path = ("tokenizer", "chatglm", "unet", "vae", "schedule", "sampling", "guidance")
     lines = sum(len((ROOT / "kolors_core" / f"{name}.py").read_text().splitlines()) for name in path)
     assert lines < 1550, "the text-to-image path grows too long to read"
+
+
+@pytest.mark.parametrize("file", [*FILES, *CONVERTERS], ids=name_of)
+def test_functions_and_ancestors_stay_few(file: Path) -> None:
+    """A function body has at most 60 lines, its docstring aside, and a class at most three bases."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = node.end_lineno - body[0].lineno + 1 if body and node.end_lineno else 0
+            assert lines <= 60, f"{node.name} has {lines} lines"
+        elif isinstance(node, ast.ClassDef):
+            assert len(node.bases) <= 3, f"{node.name} has {len(node.bases)} bases"

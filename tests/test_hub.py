@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from kolors_core import EulerDiscreteScheduler, KolorsPipeline
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import TINY
-from kolors_core.pipelines.base import MODELS
+from kolors_core.pipelines.adapter_methods import MODELS
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE

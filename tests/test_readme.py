@@ -45,7 +45,7 @@ NOT_RUN = {
 }
 RUN = {
     FRONT: ["Tokenizer(folder"],
-    "kolors_core/README.md": ["load_changed("],
+    "kolors_core/README.md": ["load_modified("],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/performance/README.md": ["quantize(pipe", "plan(pipe"],
     "kolors_core/inspection/README.md": ["record_attention("],
@@ -155,7 +155,7 @@ def test_the_example_of_a_plan_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_example_of_loading_in_part_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = "kolors_core/README.md"
-    run(block_with("load_changed(", page).replace('"kolors"', repr(str(EMBEDDED))), page)
+    run(block_with("load_modified(", page).replace('"kolors"', repr(str(EMBEDDED))), page)
     assert capsys.readouterr().out.rstrip().endswith(" loaded; 1 misshapen: conv_in.weight")
 
 

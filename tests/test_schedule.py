@@ -1,4 +1,4 @@
-"""Schedules: every number is the reference's to the last bit, for all spacings and step counts."""
+"""Schedules: equal to the reference's to the last bit, for all spacings and step counts."""
 
 from itertools import product
 
@@ -63,7 +63,7 @@ def test_every_number_is_the_references(
 
 def test_the_released_numbers() -> None:
     euler = EulerDiscreteScheduler()
-    assert euler.table()[[0, -1]].tolist() == pytest.approx([0.02917, 29.061], rel=1e-3)
+    assert euler.training_sigmas()[[0, -1]].tolist() == pytest.approx([0.02917, 29.061], rel=1e-3)
     for steps, first, sigma, scale in ((50, 1079, 25.2814, 25.3011), (25, 1057, 21.7838, 21.8068)):
         schedule = euler.schedule(steps)
         assert schedule.timesteps[0] == first
@@ -100,7 +100,7 @@ def test_timestep_of_a_sigma() -> None:
     schedule = scheduler.schedule(10)
     for sigma, timestep in zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False):
         assert schedule.timestep(sigma) == timestep
-    table = scheduler.table()
+    table = scheduler.training_sigmas()
     assert sigma_to_timestep(table[700].item(), table) == pytest.approx(700, abs=1e-2)
     assert 699 < schedule.timestep((table[699] * table[700]).sqrt().item()) < 700
     assert (sigma_to_timestep(1e-9, table), sigma_to_timestep(1e9, table)) == (0, 1099)
@@ -112,7 +112,7 @@ def test_timestep_of_a_sigma() -> None:
 def test_until_keeps_the_first_part(end: float, kept: int) -> None:
     """As the reference: timesteps at or above round(1100 - end * 1100)."""
     schedule = EulerDiscreteScheduler().schedule(50)
-    part = schedule.until(end)
+    part = schedule.before(end)
     assert len(part.timesteps) == kept == int((schedule.timesteps >= round(1100 - end * 1100)).sum())
     assert torch.equal(part.sigmas, schedule.sigmas[: kept + 1])
     assert part.init_noise_sigma == schedule.init_noise_sigma
@@ -178,6 +178,6 @@ def test_karras_sets_its_own_timesteps() -> None:
     with pytest.raises(ValueError, match="use_karras_sigmas"):
         EulerDiscreteScheduler(use_karras_sigmas=True).schedule(timesteps=[5, 3])
     with pytest.raises(ValueError, match="leaves none"):
-        EulerDiscreteScheduler().schedule(5).until(0.001)
+        EulerDiscreteScheduler().schedule(5).before(0.001)
     with pytest.raises(ValueError, match="above 0 and at most 1, got 1.5"):
-        EulerDiscreteScheduler().schedule(5).until(1.5)
+        EulerDiscreteScheduler().schedule(5).before(1.5)

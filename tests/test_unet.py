@@ -1,4 +1,4 @@
-"""The UNet against the reference: outputs, gradients, odd sizes, and mistakes that must show."""
+"""UNet against the reference: outputs, gradients, odd sizes, and mutations that must be detected."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -168,7 +168,7 @@ def test_a_forced_attention_kernel_reaches_the_unet() -> None:
 
 
 def test_counted_tokens_stand_for_repeated_ones() -> None:
-    """Twelve tokens of which one stands for seven, and one for none, against all written out."""
+    """Twelve tokens with multiplicities seven and zero among them, against repeated tokens."""
     ours, _ = pair("unet", torch.float64)
     given = inputs(2, 8, 8)
     tokens = given["text_tokens"]
@@ -183,7 +183,7 @@ def test_counted_tokens_stand_for_repeated_ones() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_perturbed_rows_must_be_given_for_every_transformer_block(count: int) -> None:
-    """Fewer numbers than blocks once left the last blocks out of the forward without a word."""
+    """Regression: fewer numbers than blocks silently skipped the last blocks."""
     ours, _ = pair("unet", torch.float64, SHALLOW)
     blocks = sum(isinstance(module, TransformerBlock) for module in ours.modules())
     given = inputs(2, 8, 8)
@@ -195,11 +195,11 @@ def test_perturbed_rows_must_be_given_for_every_transformer_block(count: int) ->
         contexts = [ours.context(given["text_tokens"], None, ())] * (blocks - 1)
         time = ours.embed_time(given["timestep"].expand(2))
         with pytest.raises(ValueError, match="expected a context for each transformer block, got fewer"):
-            ours.denoise(given["latents"], [time] * 99, contexts)
+            ours.forward_precomputed(given["latents"], [time] * 99, contexts)
 
 
 def test_a_unet_takes_a_second_base() -> None:
-    """An interface, a protocol or a generic type beside it: a metaclass of our own would forbid two."""
+    """An interface, a protocol or a generic type as second base: a metaclass would forbid two of them."""
 
     class Named(Protocol):
         def name(self) -> str: ...

@@ -1,4 +1,4 @@
-"""The autoencoder against the reference, both ways."""
+"""VAE: encoder and decoder against the reference."""
 
 import pytest
 import torch

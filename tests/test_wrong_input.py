@@ -27,7 +27,7 @@ from kolors_core import (
 )
 from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.config import UNetConfig
-from kolors_core.image import to_output
+from kolors_core.image import to_images
 from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.png_metadata import read_metadata, save_png
 from kolors_core.pipelines.single_file import load_model
@@ -127,7 +127,7 @@ ALONE: list[Wrong] = [
     (lambda _: read_metadata(ANY), TypeError, "path must be a path, got None"),
     (lambda _: save_png(PICTURE, ANY), TypeError, "path must be a path, got None"),
     (lambda _: save_image_embeds([3], "x"), TypeError, "embeds must be a list of tensors"),  # pyright: ignore
-    (lambda _: to_output(ZEROS, "jpg"), ValueError, "output_type must be one of pil, np, pt, got 'jpg'"),
+    (lambda _: to_images(ZEROS, "jpg"), ValueError, "output_type must be one of pil, np, pt, got 'jpg'"),
     (lambda _: IPAdapterMaskProcessor().preprocess(PICTURE, 64, ANY or 6.5), ValueError, "width must be"),
     (lambda _: EulerDiscreteScheduler.from_config(ANY), TypeError, "expected a scheduler's config"),
     (lambda _: UNetConfig.from_public(ANY), TypeError, "expected the fields of a config, got None"),

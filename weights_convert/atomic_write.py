@@ -1,8 +1,8 @@
-"""The one place where files are written: each appears under its name whole, or not at all.
+"""Atomic writes, the one place where files are written: each appears whole under its name, or not at all.
 
-What is written goes to a scratch file beside its target, then to the disk (fsync), and only then takes the
-target's name, in one step. A full disk, an error or a killed process leaves what was there before. A writer
-holds a lock on its scratch; what a killed one left has none, and the next write of that name takes it away.
+Content is written to a scratch folder next to its target, flushed (fsync), and then renamed to the target in
+one step. A full disk, an error or a killed process leaves the old file. A writer holds a lock on its scratch
+folder; that of a killed one is unlocked, and the next write of that name removes it.
 """
 
 import os
@@ -19,43 +19,43 @@ from weights_convert.untrusted_files import one_line
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open cannot be taken away
+except ImportError:  # Windows, where an open file cannot be removed
     fcntl = None
 
 
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
-    """A scratch path that takes the name `file` if the block ends well, in the place of one that is there.
+    """Yield a scratch path that is renamed to `file`, replacing it, if the block succeeds.
 
-    Raises OSError naming `file` for what cannot be written, such as on a full disk.
+    Raises OSError naming `file` if it cannot be written, such as on a full disk.
     """
     with _naming(file), locked_scratch_dir(file) as scratch:
-        whole = scratch / file.name  # alone in a folder: safetensors writes by a scratch of its own beside it
-        yield whole
-        _fsync(whole)
-        whole.replace(file)
+        path = scratch / file.name  # in a folder: safetensors writes a scratch file of its own next to it
+        yield path
+        _fsync(path)
+        path.replace(file)
         _fsync(file.parent)
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes the name `folder` if the block ends well, and vanishes if not.
+    """Yield a scratch folder that is renamed to `folder` if the block succeeds, and removed if not.
 
-    Raises FileExistsError for a folder that has something in it, and is not overwritten.
+    Raises FileExistsError for an existing folder that is not empty.
     """
     if not folder.is_dir() or any(folder.iterdir()):
         check_absent(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked_scratch_dir(folder) as scratch:
         yield scratch
-        for inside, _, _ in os.walk(scratch):
-            _fsync(Path(inside))
+        for path, _, _ in os.walk(scratch):
+            _fsync(Path(path))
         scratch.replace(folder)
         _fsync(folder.parent)
 
 
 def check_absent(path: Path, suffix: str = "") -> None:
-    """ValueError for a path that does not end so, FileExistsError if something is there."""
+    """Raise ValueError for a path without the suffix, FileExistsError for one that exists."""
     if not path.name.endswith(suffix):
         raise ValueError(f"{path}: must end in {suffix}")
     if path.exists():
@@ -63,35 +63,35 @@ def check_absent(path: Path, suffix: str = "") -> None:
 
 
 def write_bytes(content: bytes, file: Path) -> None:
-    """Write a small file."""
+    """Write bytes to a file."""
     with atomic_file(file) as scratch:
         scratch.write_bytes(content)
 
 
 def copy_file(source: Path, file: Path) -> None:
-    """Write a copy of another file."""
+    """Copy a file."""
     with atomic_file(file) as scratch:
         shutil.copyfile(source, scratch)
 
 
 def remove_stale_scratch(folder: Path, start: str = ".") -> None:
-    """Take away what killed writers left in a folder, of names that start so."""
-    left = re.compile(re.escape(start) + r".*[0-9a-f]{16}\.partial")
+    """Remove the scratch folders of killed writers from a folder, of names with this start."""
+    stale = re.compile(re.escape(start) + r".*[0-9a-f]{16}\.partial")
     with suppress(LocksUnsupported):
-        for name in filter(left.fullmatch, os.listdir(folder)):
+        for name in filter(stale.fullmatch, os.listdir(folder)):
             if (lock := _lock(folder / name)) is not None:
                 _remove(folder / name)
                 os.close(lock)
 
 
 class LocksUnsupported(OSError):
-    """The file system has none: scratches of living writers and of killed ones look alike."""
+    """Error of a file system without locks: scratch folders of living and killed writers look alike."""
 
 
 @contextmanager
 def locked_scratch_dir(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, locked, and gone at the end; those of killed writers go too."""
-    start = f".{target.name[:32]}."  # names of files end at 255 bytes
+    """Yield a new locked folder next to the target, removed at the end; remove those of killed writers."""
+    start = f".{target.name[:32]}."  # file names have at most 255 bytes
     remove_stale_scratch(target.parent, start)
     while True:
         scratch = target.with_name(f"{start}{secrets.token_hex(8)}.partial")
@@ -101,7 +101,7 @@ def locked_scratch_dir(target: Path) -> Iterator[Path]:
         except LocksUnsupported:
             lock = os.open(os.devnull, os.O_RDONLY)
         if lock is not None:
-            break  # and no other writer took it away before it was locked
+            break  # else another writer removed it before it was locked
     try:
         yield scratch
     finally:
@@ -110,49 +110,49 @@ def locked_scratch_dir(target: Path) -> Iterator[Path]:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the path's lock; None if another writer has it or took the path away.
+    """Lock a path: return a descriptor that holds the lock; None if another writer holds it or removed it.
 
-    Raises NoLocks where nobody can lock.
+    Raises LocksUnsupported if the file system has no locks.
     """
     if fcntl is None:
         return os.open(os.devnull, os.O_RDONLY)
     try:
-        opened = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except (FileNotFoundError, PermissionError):
         return None
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.stat(path), os.fstat(opened)):
-            return opened
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            return descriptor
     except (BlockingIOError, PermissionError, FileNotFoundError):
         pass
     except OSError as error:
-        os.close(opened)
+        os.close(descriptor)
         raise LocksUnsupported from error
-    os.close(opened)
+    os.close(descriptor)
     return None
 
 
 def _remove(path: Path) -> None:
-    """Take a file or folder away, if it is there and may be taken."""
+    """Remove a file or folder if it exists and may be removed."""
     with suppress(OSError):
         path.unlink() if not path.is_dir() else shutil.rmtree(path)
 
 
 def _fsync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, survive a loss of power."""
+    """Flush a file's bytes, or a folder's names, to the disk."""
     if fcntl is None and path.is_dir():
         return
-    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Turn what cannot be written into OSError that names the file, and not the scratch."""
+    """Convert write errors to OSError that names the file, not its scratch path."""
     try:
         yield
     except SafetensorError as error:

@@ -1,10 +1,10 @@
-"""A checkpoint folder <-> one file that has all of it, byte for byte both ways.
+"""Conversion of a checkpoint folder <-> one file, byte for byte both ways.
 
-The file has the models by ComfyUI's names (SGM's blocks behind `model.diffusion_model.` and
-`first_stage_model.`; ChatGLM behind `text_encoder.`, for which no other program has a name), and each small
-file of the folder as a tensor of its bytes: `files.tokenizer/tokenizer.model`, as ComfyUI keeps tokenizers.
-`files.layout.json` says in which file of the folder each tensor was. A folder that was made from a file of
-another program has `single_file.json` instead, which says how that file was.
+The file has the models by ComfyUI's names (SGM's blocks with the prefixes `model.diffusion_model.` and
+`first_stage_model.`; ChatGLM with `text_encoder.`, as no other program names it), and each small file of the
+folder as a tensor of its bytes: `files.tokenizer/tokenizer.model`, as ComfyUI stores tokenizers.
+`files.layout.json` records the folder's file of each tensor. A folder converted from a file of another
+program has `single_file.json` instead, which records that file's naming and metadata.
 """
 
 import json
@@ -40,10 +40,12 @@ from weights_convert.single_file import (
 from weights_convert.untrusted_files import parse_object, read_json_object
 
 Metadata = dict[str, str] | None
+# File of the folder -> its metadata and tensors; None for all tensors of its component.
+Layout = dict[str, tuple[Metadata, list[str] | None]]
 
-LAYOUT = FILES + "layout.json"
-HISTORY = "single_file.json"  # in a folder
-LONGEST_FILE = 2**28  # bytes
+LAYOUT_KEY = FILES + "layout.json"
+PROVENANCE_FILE = "single_file.json"  # in a folder
+MAX_FILE_BYTES = 2**28
 
 
 def to_single(source: Path, destination: Path) -> list[str]:
@@ -55,9 +57,9 @@ def to_single(source: Path, destination: Path) -> list[str]:
         raise FileNotFoundError(f"{source}: no such folder")
     check_absent(destination, ".safetensors")
     tensors, layout, report = dict[str, Tensor](), dict[str, Any](), list[str]()
-    history = source / HISTORY
-    is_foreign = history.exists()
-    metadata, spellings = _history(history) if is_foreign else (FORMAT, {})
+    provenance = source / PROVENANCE_FILE
+    is_foreign = provenance.exists()
+    metadata, spellings = _read_provenance(provenance) if is_foreign else (FORMAT, {})
     for folder, files in walk_files(source):
         weights = [name for name in files if name.endswith(".safetensors")]
         if weights:
@@ -75,16 +77,16 @@ def to_single(source: Path, destination: Path) -> list[str]:
             if name.endswith(PICKLES):
                 report.append(f"{file}: skipped, {pickle_message(file)}")
             elif not is_foreign:
-                path = _inside(file.relative_to(source).as_posix(), str(source))
-                tensors[f"{FILES}{path}"] = _bytes(file)
-            elif file != history and name != "config.json":
-                raise ValueError(f"{file}: the file that {HISTORY} tells of has no place for it")
+                path = _relative_path(file.relative_to(source).as_posix(), str(source))
+                tensors[f"{FILES}{path}"] = _read_tensor(file)
+            elif file != provenance and name != "config.json":
+                raise ValueError(f"{file}: the file that {PROVENANCE_FILE} describes has no place for it")
     if not layout:
         raise FileNotFoundError(f"{source}: no safetensors weights in it")
     if not is_foreign:
-        if LAYOUT in tensors:
+        if LAYOUT_KEY in tensors:
             raise ValueError(f"{source}/layout.json: its name is taken")
-        tensors[LAYOUT] = _as_tensor((json.dumps(dict(sorted(layout.items()))) + "\n").encode())
+        tensors[LAYOUT_KEY] = _as_tensor((json.dumps(dict(sorted(layout.items()))) + "\n").encode())
     destination.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, destination, metadata)
     return report
@@ -93,37 +95,35 @@ def to_single(source: Path, destination: Path) -> list[str]:
 def to_folder(source: Path, destination: Path) -> list[str]:
     """Write a file of one or several models as a folder by public names; returns the report's lines.
 
-    Whole numbers are multiplied out. Raises ValueError or FileNotFoundError naming the file and the tensor;
+    Quantized layers are dequantized. Raises ValueError or FileNotFoundError naming the file and the tensor;
     then `destination` does not exist.
     """
     parts, whole, small = open_models(source)
     for component, part in parts.items():
         TABLES[component].reject_faults({name: part.shape(name) for name in part}, part.where)
-    is_foreign, quantized = LAYOUT not in small, [part for part in parts.values() if part.scales]
-    layout: dict[str, tuple[Metadata, list[str] | None]]
+    is_foreign, quantized = LAYOUT_KEY not in small, [part for part in parts.values() if part.scales]
+    layout: Layout
     if is_foreign:
-        layout = {
-            f"{component}/{WEIGHT_FILE_STEMS[component]}.safetensors": (FORMAT, None) for component in parts
-        }
+        layout = {f"{name}/{WEIGHT_FILE_STEMS[name]}.safetensors": (FORMAT, None) for name in parts}
     else:
-        layout = _layout(parts, whole, source)
-    with atomic_folder(destination) as made:
-        unpack(whole, small, made)
-        for place, (metadata, names) in layout.items():
-            part, file = parts[place.partition("/")[0]], made / place
+        layout = _read_layout(parts, whole, source)
+    with atomic_folder(destination) as scratch:
+        extract_files(whole, small, scratch)
+        for path, (metadata, names) in layout.items():
+            part, file = parts[path.partition("/")[0]], scratch / path
             file.parent.mkdir(exist_ok=True)
             tensors = {name: part.mapped(name).contiguous() for name in (part if names is None else names)}
             write_tensors(tensors, file, metadata)
         if is_foreign and not quantized:
             spellings = {component: [*part.spelling] for component, part in sorted(parts.items())}
-            told = {"metadata": whole.metadata(source), "models": spellings}
-            write_bytes((json.dumps(told, indent=2) + "\n").encode(), made / HISTORY)
+            provenance = {"metadata": whole.metadata(source), "models": spellings}
+            write_bytes((json.dumps(provenance, indent=2) + "\n").encode(), scratch / PROVENANCE_FILE)
     report = [report_line(component, part, part, source) for component, part in parts.items()]
     return report + [f"  its {part.bits}-bit layers are multiplied out" for part in quantized]
 
 
 def is_single(source: Path) -> bool:
-    """Whether it is a file to be made a folder of: any but one of our names alone, which stays a file."""
+    """Return whether a file converts to a folder: any but one with our names alone, which stays a file."""
     if not source.is_file():
         return False
     try:
@@ -132,13 +132,15 @@ def is_single(source: Path) -> bool:
         return True  # prefixes, SGM's names or several models, or `to_folder` says what is wrong
 
 
-def unpack(whole: Source, small: list[str], folder: Path) -> None:
-    """Write the small files that a file has as tensors. ValueError for a path that leads elsewhere."""
-    paths = {name: _inside(name.removeprefix(FILES), whole.where) for name in small if name != LAYOUT}
+def extract_files(whole: Source, small: list[str], folder: Path) -> None:
+    """Write the small files stored as tensors to a folder. ValueError for a path outside of it."""
+    paths = {
+        name: _relative_path(name.removeprefix(FILES), whole.where) for name in small if name != LAYOUT_KEY
+    }
     parents = {str(parent).lower() for path in paths.values() for parent in path.parents}
     taken = {*parents, *PREFIXES, "scheduler"}
     for name, path in paths.items():
-        if (lowered := str(path).lower()) in taken:  # not all disks tell small letters from large
+        if (lowered := str(path).lower()) in taken:  # some file systems ignore case
             raise ValueError(f"{whole.where}: {name}: a folder or another file has its path")
         taken.add(lowered)
     for name, path in paths.items():
@@ -149,12 +151,12 @@ def unpack(whole: Source, small: list[str], folder: Path) -> None:
 
 
 def report_line(component: str, source: Source, names: Collection[str], where: object) -> str:
-    """A line of a report: how many tensors and bytes were converted."""
+    """Format a line of a report: the number of tensors and bytes converted."""
     return f"{component:13} {len(names):6,} tensors {sum(map(source.nbytes, names)):15,} bytes   {where}"
 
 
 def _component_in(folder: Path, component: str, weights: list[str]) -> Source:
-    """The one component of a folder with these weight files, by public names; ValueError for another."""
+    """Open the component of a folder with these weight files, by public names; ValueError for another one."""
     if component not in PREFIXES:
         raise ValueError(f"{folder}: has weights, expected them only in {', '.join(PREFIXES)}")
     chosen = weight_files(weights, None, str(folder))
@@ -170,23 +172,22 @@ def _component_in(folder: Path, component: str, weights: list[str]) -> Source:
     return part
 
 
-def _content(whole: Source, name: str, longest: int = LONGEST_FILE) -> bytes:
-    """The bytes of a small file. ValueError for what is none."""
+def _content(whole: Source, name: str, longest: int = MAX_FILE_BYTES) -> bytes:
+    """Return the bytes of a small file stored as a tensor. ValueError for another tensor."""
     shape, dtype = whole.shape(name), whole.dtype(name)
     if dtype != torch.uint8 or len(shape) != 1 or shape[0] > longest:
-        wanted = f"at most {longest:,} bytes"
-        raise ValueError(f"{whole.where}: {name} is {dtype} {list(shape)}, expected {wanted}")
+        expected = f"at most {longest:,} bytes"
+        raise ValueError(f"{whole.where}: {name} is {dtype} {list(shape)}, expected {expected}")
     return bytes(whole[name].numpy())
 
 
-def _layout(
-    parts: Mapping[str, SubModel], whole: Source, source: Path
-) -> dict[str, tuple[Metadata, list[str] | None]]:
-    """File of the folder -> its metadata and tensors, None for all of its component. Strictly checked."""
-    found, seen = {}, {component: list[str]() for component in parts}
-    for place, entry in parse_object(_content(whole, LAYOUT, MAX_INDEX_BYTES), f"{source}: {LAYOUT}").items():
-        path = _inside(place, whole.where)
-        where = f"{source}: {LAYOUT}: {place[:100]!r}"
+def _read_layout(parts: Mapping[str, SubModel], whole: Source, source: Path) -> Layout:
+    """Read and check the layout."""
+    layout, seen = {}, {component: list[str]() for component in parts}
+    content = _content(whole, LAYOUT_KEY, MAX_INDEX_BYTES)
+    for file, entry in parse_object(content, f"{source}: {LAYOUT_KEY}").items():
+        path = _relative_path(file, whole.where)
+        where = f"{source}: {LAYOUT_KEY}: {file[:100]!r}"
         if len(path.parts) != 2 or path.parts[0] not in parts or path.suffix != ".safetensors":
             raise ValueError(f"{where}: expected a .safetensors file in the folder of a model that is here")
         if not isinstance(entry, dict) or entry.keys() != {"metadata", "tensors"}:
@@ -197,30 +198,28 @@ def _layout(
         if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
             raise ValueError(f"{where}: tensors: expected a list of names")
         seen[path.parts[0]] += list(parts[path.parts[0]]) if names is None else names
-        found[place] = (metadata, names)
+        layout[file] = (metadata, names)
     for component, part in parts.items():
-        if odd := sorted(set(seen[component]) ^ set(part)):
-            told = f"does not list the tensors of the {component}: {odd[0][:100]!r}"
-            raise ValueError(f"{source}: {LAYOUT}: {told}")
+        if differing := sorted(set(seen[component]) ^ set(part)):
+            fault = f"does not list the tensors of the {component}: {differing[0][:100]!r}"
+            raise ValueError(f"{source}: {LAYOUT_KEY}: {fault}")
         if len(seen[component]) > len(part):
-            raise ValueError(f"{source}: {LAYOUT}: lists a tensor of the {component} twice")
-    return found
+            raise ValueError(f"{source}: {LAYOUT_KEY}: lists a tensor of the {component} twice")
+    return layout
 
 
-def _history(file: Path) -> tuple[Metadata, dict[str, NamingScheme]]:
-    """Metadata and spellings of the file that a folder was made from."""
-    told = read_json_object(file, MAX_INDEX_BYTES)
-    metadata, models = told.get("metadata"), told.get("models")
+def _read_provenance(file: Path) -> tuple[Metadata, dict[str, NamingScheme]]:
+    """Read the metadata and naming of the file that a folder was converted from."""
+    content = read_json_object(file, MAX_INDEX_BYTES)
+    metadata, models = content.get("metadata"), content.get("models")
     if (metadata is not None and not _is_text(metadata)) or not isinstance(models, dict):
         raise ValueError(f"{file}: expected metadata, texts by name, and models")
     spellings = {}
-    for component, way in models.items():
-        fits = isinstance(way, list) and len(way) == 2 and all(isinstance(part, str) for part in way)
-        if component not in PREFIXES or not fits or way[1] not in SCHEMES:
-            raise ValueError(
-                f"{file}: {component[:100]!r}: expected a prefix and one of {', '.join(SCHEMES)}"
-            )
-        spellings[component] = NamingScheme(*way)
+    for name, pair in models.items():
+        fits = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        if name not in PREFIXES or not fits or pair[1] not in SCHEMES:
+            raise ValueError(f"{file}: {name[:100]!r}: expected a prefix and one of {', '.join(SCHEMES)}")
+        spellings[name] = NamingScheme(*pair)
     return metadata, spellings
 
 
@@ -228,18 +227,18 @@ def _is_text(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-def _inside(path: str, where: str) -> PurePosixPath:
-    """A path below a folder; ValueError for one that may lead out of it, or that no disk or header takes."""
+def _relative_path(path: str, where: str) -> PurePosixPath:
+    """Check a path below a folder; ValueError for one outside of it, or invalid on a disk or in a header."""
     parts, is_plain = path.split("/"), path.isprintable() and not set(path) & set("\\:")
     if not is_plain or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
         raise ValueError(f"{where}: {path[:100]!r}: expected a path inside the folder")
     return PurePosixPath(path)
 
 
-def _bytes(file: Path) -> Tensor:
-    """A small file as a tensor."""
-    if (size := file.stat().st_size) > LONGEST_FILE:
-        raise ValueError(f"{file}: {size:,} bytes, expected at most {LONGEST_FILE:,} of what is no weight")
+def _read_tensor(file: Path) -> Tensor:
+    """Read a small file as a tensor of its bytes."""
+    if (size := file.stat().st_size) > MAX_FILE_BYTES:
+        raise ValueError(f"{file}: {size:,} bytes, expected at most {MAX_FILE_BYTES:,} of what is no weight")
     return _as_tensor(file.read_bytes())
 
 

@@ -1,6 +1,6 @@
-"""One checkpoint as a lazy map from tensor name to tensor, read from memory-mapped safetensors files only.
+"""Checkpoint as a lazy map from tensor name to tensor, read from memory-mapped safetensors files only.
 
-Files are found in a listing, never guessed by one fixed name: `diffusion_pytorch_model.safetensors`,
+Files are found in a listing, not by one fixed name: `diffusion_pytorch_model.safetensors`,
 `diffusion_pytorch_model.fp16.safetensors`, `model.fp16-00001-of-00007.safetensors` and
 `model-00001-of-00007.fp16.safetensors` are all read by `weight_files`.
 """
@@ -21,15 +21,15 @@ from torch import Tensor
 from weights_convert.atomic_write import atomic_file
 from weights_convert.untrusted_files import DTYPES, metadata_of, open_safetensors, read_json_object
 
-# What the weight file of each component is called in a public folder, before variant and shard.
+# Name of each component's weight file in a public folder, before variant and shard.
 WEIGHT_FILE_STEMS = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
     "controlnet": "diffusion_pytorch_model", "text_encoder": "model", "image_encoder": "model",
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MAX_INDEX_BYTES = 2**24  # bytes
-ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
-FORMAT = {"format": "pt"}  # the metadata without which transformers takes a file for another program's
+MAX_INDEX_BYTES = 2**24
+ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
+FORMAT = {"format": "pt"}  # metadata that transformers requires
 HEADER_START = b'{"__metadata__":'  # of a file with metadata, after the eight bytes of the header's length
 _WEIGHT_FILE = re.compile(
     r"(?P<stem>[\w-]+?)(\.(?P<before>\w+))?(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?(\.(?P<after>\w+))?\.safetensors"
@@ -37,7 +37,7 @@ _WEIGHT_FILE = re.compile(
 
 
 def pickle_message(pickle: str | Path) -> str:
-    """What to say of a pickle."""
+    """Return the message for a pickle."""
     return (
         "a pickle can run code and is never opened. Convert it where you trust it: "
         f"python -m weights_convert --pickle {pickle} NEW.safetensors"
@@ -45,11 +45,11 @@ def pickle_message(pickle: str | Path) -> str:
 
 
 def weight_files(listing: Iterable[str], variant: str | None, where: str) -> list[str]:
-    """The safetensors files of one component among the file names of its folder, shards in order.
+    """Select the safetensors files of one component from the file names of its folder, shards in order.
 
-    variant: the name between dots, such as "fp16"; None takes the plain files, or the only variant there is.
-    Raises FileNotFoundError, naming what the folder has, if there is none, a shard is missing, or only
-    pickles exist.
+    variant: the name between dots, such as "fp16"; None selects the plain files, or the only variant.
+    Raises FileNotFoundError, naming the files found, if there is none, a shard is missing, or only pickles
+    exist.
     """
     listing = sorted(listing)
     found = dict[str | None, list[re.Match[str]]]()
@@ -76,7 +76,7 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
 
 
 def walk_files(source: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder in a folder and its file names, links followed. ValueError for a folder met twice."""
+    """Yield each folder in a folder and its file names, following links. ValueError for one met twice."""
     seen = set[Path]()
     for folder, _, files in os.walk(source, followlinks=True):
         if (real := Path(folder).resolve()) in seen:
@@ -86,41 +86,43 @@ def walk_files(source: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def read_shard_index(index: Path) -> dict[str, str]:
-    """The `weight_map` of an index of shards: tensor name -> file name, all in the index's own folder.
+    """Read the `weight_map` of an index of shards: tensor name -> file name, all in the index's own folder.
 
-    Raises ValueError for what is no index, and for a file elsewhere, be it by its name or by a link; links
-    of a Hugging Face cache, from snapshots/ to blobs/, are followed.
+    Raises ValueError for a file that is not an index, and for a shard elsewhere, by its name or by a link;
+    links of a Hugging Face cache, from snapshots/ to blobs/, are followed.
     """
     content = read_json_object(index, MAX_INDEX_BYTES)
     files = content.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index}: not an index of shards: weight_map is not a map from tensors to files")
-    home = index.parent.resolve()
-    places = {home, *(folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots")}
+    parent = index.parent.resolve()
+    allowed = {parent, *(folder.parent / "blobs" for folder in parent.parents if folder.name == "snapshots")}
     for name, file in files.items():
         if file in ("", ".", "..") or not file.isprintable() or set(file) & set("/\\"):
-            told = f"weight_map[{name[:100]!r}] is {file[:100]!r}"
-            raise ValueError(f"{index}: {told}, expected a file beside the index")
+            got = f"weight_map[{name[:100]!r}] is {file[:100]!r}"
+            raise ValueError(f"{index}: {got}, expected a file beside the index")
     for file in sorted(set(files.values())):
-        if (place := (home / file).resolve().parent) not in places:
-            raise ValueError(f"{index}: {file} is a link to {place}, expected a file beside the index")
+        if (folder := (parent / file).resolve().parent) not in allowed:
+            raise ValueError(f"{index}: {file} is a link to {folder}, expected a file beside the index")
     return files
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return a tensor as torch itself would allocate it: itself, or on a CPU a copy if it lies otherwise.
+    """Return a tensor from which a CPU computes the bits that it would from torch's own: itself or a copy.
 
-    A mapped file puts its tensors where its header happens to end. Matrix kernels add in another order at
-    another alignment or in other strides, so the same weights would compute other bits.
+    In a mapped file the alignment depends on the header's length. Matrix kernels of float32 and float64 sum
+    in another order at another alignment; those of half precision pack or widen their inputs and do not.
+    Any kernel may sum in another order for other strides.
     """
     if tensor.device.type != "cpu":
         return tensor
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+    needs_no_copy = tensor.itemsize < 4 or tensor.data_ptr() % ALIGNMENT == 0
+    return tensor if needs_no_copy else tensor.clone()
 
 
 class Source(Mapping[str, Tensor]):
-    """Tensors of safetensors files by name, each read from the mapped file when asked for.
+    """Source of tensors by name: safetensors files, from which each tensor is read on access.
 
     `source[name]` is ready to compute with (see `aligned`), `source.mapped(name)` is the file's own memory.
     """
@@ -139,7 +141,7 @@ class Source(Mapping[str, Tensor]):
         return aligned(self.mapped(name))
 
     def mapped(self, name: str) -> Tensor:
-        """Return one tensor as it lies in the mapped file, at any alignment."""
+        """Return one tensor of the mapped file, at any alignment."""
         return self._handles[self._file_of[name]].get_tensor(name)
 
     def __contains__(self, name: object) -> bool:
@@ -152,8 +154,8 @@ class Source(Mapping[str, Tensor]):
         return len(self._file_of)
 
     def release(self, name: str) -> None:
-        """Let go of what was read so far of this tensor's file: as long as it is mapped, its pages count as
-        this process's memory. Tensors that are still held keep theirs.
+        """Release the pages read so far of this tensor's file, which count as this process's memory while
+        mapped. Tensors still in use keep theirs.
         """
         file = self._file_of[name]
         self._handles[file] = safe_open(file, framework="pt")
@@ -164,32 +166,32 @@ class Source(Mapping[str, Tensor]):
         return str(self.files[0].parent if len(self.files) > 1 else self.files[0])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape from the header, without reading the tensor."""
+        """Return the shape from the header, without reading the tensor."""
         return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype from the header, without reading the tensor."""
-        code = self._handles[self._file_of[name]].get_slice(name).get_dtype()
+        """Return the dtype from the header, without reading the tensor."""
+        file = self._file_of[name]
+        code = self._handles[file].get_slice(name).get_dtype()
         if code not in DTYPES:
-            file = self._file_of[name]
             raise ValueError(f"{file}: tensor {name} has dtype {code}, which torch cannot hold")
         return DTYPES[code]
 
     def nbytes(self, name: str) -> int:
-        """Bytes of one tensor in the file."""
+        """Return the bytes of one tensor in the file."""
         return prod(self.shape(name)) * self.dtype(name).itemsize
 
     def names_in(self, file: Path) -> list[str]:
-        """The tensors of one of the files."""
+        """List the tensors of one of the files."""
         return [name for name, holder in self._file_of.items() if holder == file]
 
     def metadata(self, file: Path) -> dict[str, str] | None:
-        """The file's own text metadata, in its order."""
+        """Return a file's text metadata, in its order."""
         return metadata_of(file)
 
 
 class Tensors(dict[str, Tensor]):
-    """A checkpoint that is in memory already, read like a `Source`. ValueError for what is no tensor."""
+    """Tensors of a checkpoint in memory, read like a `Source`. ValueError for values that are not tensors."""
 
     def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
         super().__init__(tensors)
@@ -204,36 +206,35 @@ class Tensors(dict[str, Tensor]):
         return aligned(self.mapped(name))
 
     def mapped(self, name: str) -> Tensor:
-        """Return one tensor as it was given, at any alignment."""
+        """Return one tensor as given, at any alignment."""
         return super().__getitem__(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
+        """Return the shape of one tensor."""
         return tuple(self.mapped(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of one tensor."""
+        """Return the dtype of one tensor."""
         return self.mapped(name).dtype
 
 
 def save_tensors(
     tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, whole or not at all; one that is there is replaced."""
-    whole, places = dict[str, Tensor](), set[int]()
+    """Write a safetensors file, whole or not at all; replace an existing one."""
+    separate, pointers = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
-        whole[name] = tensor.detach().contiguous()
-        if whole[name].data_ptr() in places:  # one tensor under two names: the format wants two
-            whole[name] = whole[name].clone()
-        places.add(whole[name].data_ptr())
-    write_tensors(whole, file, FORMAT | dict(metadata or {}))
+        separate[name] = tensor.detach().contiguous()
+        if separate[name].data_ptr() in pointers:  # the format does not allow one tensor under two names
+            separate[name] = separate[name].clone()
+        pointers.add(separate[name].data_ptr())
+    write_tensors(separate, file, FORMAT | dict(metadata or {}))
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None) -> None:
-    """Write a safetensors file with just this metadata, in its order; no two tensors may share memory.
+    """Write a safetensors file with exactly this metadata, in its order; no two tensors may share memory.
 
-    Equal tensors and metadata give equal bytes. The library alone draws the order of the metadata anew each
-    time; all else of its file is kept.
+    Equal tensors and metadata give equal bytes; the library alone writes metadata in a random order.
     """
     with atomic_file(file) as scratch:
         save_file(tensors, scratch, metadata=metadata)
@@ -242,14 +243,14 @@ def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, st
 
 
 def _order_metadata(file: Path, metadata: dict[str, str]) -> None:
-    """Write the metadata of a file anew in this order, over those in its header, which are as long."""
+    """Overwrite the metadata in a file's header with the same metadata in this order."""
     before, after = (
         json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
         for fields in (metadata_of(file), metadata)
     )
     with file.open("r+b") as stream:
         header = stream.read(8 + len(HEADER_START) + len(before))
-        if header[8:] != HEADER_START + before:  # or the bytes of something else would be written over
+        if header[8:] != HEADER_START + before:  # else other bytes would be overwritten
             raise RuntimeError(f"{file.name}: expected metadata at the start of what safetensors writes")
         stream.seek(-len(before), os.SEEK_CUR)
         stream.write(after)

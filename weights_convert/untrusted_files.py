@@ -1,7 +1,7 @@
-"""Files from outside, opened with suspicion: a JSON object, and a safetensors file with its header.
+"""Untrusted files: JSON objects and safetensors headers, checked before use.
 
-What is damaged is refused in one line that names the file and what is wrong in it, before any tensor is read.
-The format has no checksum: a bit that flipped among a tensor's values cannot be seen.
+A damaged file is rejected with one line that names the file and the fault, before any tensor is read. The
+format has no checksum: a flipped bit in a tensor's values goes undetected.
 """
 
 import json
@@ -19,16 +19,16 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-# Bytes. The largest header of Kolors is a tenth of this; LoRA trainers write much about their data in theirs.
-LONGEST_HEADER = 2**24
-LONGEST_EXPLAINED = 2**20  # of a header that is faulty
-LONGEST_NAME = 500  # characters
-MAX_TENSORS = 2**14  # of one file; the whole of Kolors has under 3,000
-_LIST = re.compile(rb'\w"\s*:\s*\[')  # a field that is one, however its name is spelled: not in a text
+# The largest header of Kolors is a tenth of this; LoRA trainers write much about their data in theirs.
+MAX_HEADER_BYTES = 2**24
+MAX_EXPLAINED_BYTES = 2**20  # a longer faulty header is not searched for the fault
+MAX_NAME_LENGTH = 500  # characters
+MAX_TENSORS = 2**14  # in one file; all of Kolors has under 3,000
+_LIST = re.compile(rb'\w"\s*:\s*\[')  # a field whose value is a list, however its name is escaped
 
 
 def read_json_object(file: Path, longest: int) -> dict[str, Any]:
-    """A JSON object of at most `longest` bytes. FileNotFoundError or ValueError naming the file."""
+    """Read a JSON object of at most `longest` bytes. FileNotFoundError or ValueError naming the file."""
     size = _size(file)
     if size > longest:
         raise ValueError(f"{file}: {size:,} bytes, expected at most {longest:,}")
@@ -40,9 +40,9 @@ def read_json_object(file: Path, longest: int) -> dict[str, Any]:
 
 
 def parse_object(content: bytes, where: str) -> dict[str, Any]:
-    """The JSON object that the bytes are. ValueError naming where they are from."""
+    """Parse a JSON object from bytes; ValueError naming `where` they are from."""
     try:
-        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=once)
+        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {one_line(error)}") from None
     if not isinstance(found, dict):
@@ -51,9 +51,9 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
 
 
 def open_safetensors(file: Path) -> Any:
-    """A handle on a safetensors file, whose header was held against the file's length.
+    """Open a safetensors file and check its header against the file's length; return a handle.
 
-    Raises FileNotFoundError, or ValueError naming the file and the tensor or number that is wrong.
+    Raises FileNotFoundError, or ValueError naming the file and the faulty tensor or number.
     """
     size, header = _size(file), b""
     try:
@@ -65,24 +65,24 @@ def open_safetensors(file: Path) -> Any:
             header = stream.read(length)
         handle = safe_open(file, framework="pt")
         names = handle.keys()
-        # Each tensor has two lists. The format's own reader takes the last of several tensors of one name.
+        # Each tensor has two lists. The library's reader takes the last of several tensors of one name.
         if sum(1 for _ in _LIST.finditer(header)) != 2 * len(names):
-            raise ValueError(_header_fault(header, size) or "its header has other lists than it wants")
+            raise ValueError(_header_fault(header, size) or "its header has unexpected lists")
         if len(names) > MAX_TENSORS:
             raise ValueError(f"it has {len(names):,} tensors, expected at most {MAX_TENSORS:,}")
     except (SafetensorError, OSError, ValueError) as error:
         fault = _header_fault(header, size) if isinstance(error, SafetensorError) else None
         raise ValueError(f"{file}: not a whole safetensors file: {fault or one_line(error)}") from None
     for name in names:
-        if len(name) > LONGEST_NAME or not name.isprintable():
+        if len(name) > MAX_NAME_LENGTH or not name.isprintable():
             raise ValueError(f"{file}: a tensor has the name {name[:100]!r}, expected a short, printable one")
     return handle
 
 
 def metadata_of(file: Path) -> dict[str, str] | None:
-    """Read the text metadata of a safetensors file that `open_safetensors` took, in the order of its header.
+    """Read the text metadata of a safetensors file that `open_safetensors` accepted, in the header's order.
 
-    The format's own reader gives them in another order in every process.
+    The library's reader returns them in another order in every process.
     """
     with file.open("rb") as stream:
         header = stream.read(int.from_bytes(stream.read(8), "little"))
@@ -90,7 +90,7 @@ def metadata_of(file: Path) -> dict[str, str] | None:
 
 
 def _size(file: Path) -> int:
-    """Bytes of a regular file, be it behind a link."""
+    """Return the size of a regular file, or of a link's target, in bytes."""
     if not file.is_file():
         if file.exists():
             raise ValueError(f"{file}: not a file")
@@ -99,18 +99,18 @@ def _size(file: Path) -> int:
 
 
 def _length_fault(length: int, size: int) -> str | None:
-    """What is wrong with the length that a file of `size` bytes gives its header."""
+    """Return the fault of a header's length in a file of `size` bytes, or None."""
     if size < 10:
         return f"it is {'empty' if size == 0 else f'{size} bytes long'}"
     if length > size - 8:
         return f"its header is {length:,} bytes by the first eight, and {size - 8:,} follow"
-    if length > LONGEST_HEADER:
-        return f"its header is {length:,} bytes, expected at most {LONGEST_HEADER:,}"
+    if length > MAX_HEADER_BYTES:
+        return f"its header is {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}"
     return None
 
 
 def _sniff_other_format(start: bytes) -> str | None:
-    """What else has this name, by its first bytes."""
+    """Name the format of a file that is not safetensors by its first bytes, or return None."""
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer to the file, which `git lfs pull` fetches"
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
@@ -119,11 +119,11 @@ def _sniff_other_format(start: bytes) -> str | None:
 
 
 def _header_fault(header: bytes, size: int) -> str | None:
-    """Where a header of a file of `size` bytes breaks the format, by tensor and field; None if not clear."""
-    if len(header) > LONGEST_EXPLAINED:
+    """Return the fault of a header in a file of `size` bytes, by tensor and field; None if not found."""
+    if len(header) > MAX_EXPLAINED_BYTES:
         return None
     try:
-        entries = json.loads(header, object_pairs_hook=once)
+        entries = json.loads(header, object_pairs_hook=reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
         return f"its header: {one_line(error)}"
     if not isinstance(entries, dict):
@@ -147,26 +147,23 @@ def _header_fault(header: bytes, size: int) -> str | None:
         if dtype in DTYPES and offsets[1] - offsets[0] != (need := prod(shape) * DTYPES[dtype].itemsize):
             return f"tensor {name}: data_offsets {offsets} do not span the {need:,} bytes of {dtype} {shape}"
         spans.append((*offsets, name))
-    at = 0
+    last = 0
     for start, end, name in sorted(spans):
-        if start != at:
-            return (
-                f"tensor {name}: data_offsets start at {start:,}, expected {at:,}, where the one before ends"
-            )
-        at = end
-    if at != size - 8 - len(header):
-        return f"its tensors end at {at:,}, and the data are {size - 8 - len(header):,} bytes"
-    return None
+        if start != last:
+            expected = f"expected {last:,}, where the one before ends"
+            return f"tensor {name}: data_offsets start at {start:,}, {expected}"
+        last = end
+    data = size - 8 - len(header)
+    return None if last == data else f"its tensors end at {last:,}, and the data are {data:,} bytes"
 
 
 def _are_sizes(value: Any) -> bool:
-    return (
-        isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value) and len(value) < 64
-    )
+    is_short = isinstance(value, list) and len(value) < 64
+    return is_short and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
-def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose names are given once; ValueError for one that is given twice."""
+def reject_duplicate_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object (an `object_pairs_hook`); ValueError for a name that is given twice."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -176,5 +173,5 @@ def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def one_line(error: BaseException, most: int | None = 300) -> str:
-    """What an error says, or else its name, in one line of at most so many letters."""
+    """Format an error's message, or its class if it has none, in one line of at most `most` characters."""
     return " ".join(str(error).split())[:most] or type(error).__name__

@@ -58,7 +58,7 @@ class Lesson:
     ) -> None:
         pipe = KolorsPipeline.from_pretrained(EMBEDDED)
         assert pipe.tokenizer is not None and pipe.text_encoder is not None
-        self.names, self.vae, self.sigmas = names, pipe.vae, pipe.scheduler.table()
+        self.names, self.vae, self.sigmas = names, pipe.vae, pipe.scheduler.training_sigmas()
         batches = Batches(examples, [(side, side)], config.batch_size, config.seed)
         self.data = LatentDataset(
             examples, batches, pipe.vae, pipe.tokenizer, config, frozen_text=pipe.text_encoder

@@ -21,7 +21,7 @@ from kolors_core.adapters.controlnet import ControlNetConfig
 from kolors_core.adapters.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
 from kolors_core.checkpoint import load_component, load_index, load_scheduler, open_component
 from kolors_core.loading import load
-from kolors_core.pipelines.base import MODELS
+from kolors_core.pipelines.adapter_methods import MODELS
 from kolors_core.tokenizer import Tokenizer
 from weights_convert import TABLES
 from weights_convert.safetensors_files import Source, save_tensors, weight_files

@@ -19,7 +19,7 @@ from kolors_core.adapters.ip_adapter import attach
 from kolors_core.checkpoint import open_component
 from kolors_core.context import ImagePrompt
 from kolors_core.image import preprocess_vae
-from kolors_core.pipelines.base import MODELS
+from kolors_core.pipelines.adapter_methods import MODELS
 from kolors_core.pipelines.lora_methods import LoRAMethods
 from weights_convert import TABLES
 

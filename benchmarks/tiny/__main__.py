@@ -122,7 +122,7 @@ def train_unet(
     data = LatentDataset(examples, batches, vae, tokenizer, config, frozen_text=None)
     torch.manual_seed(config.seed)  # of the first weights
     unet = UNet(TINY.unet).to(device, memory_format=torch.channels_last)  # faster convolutions in bfloat16
-    objective = DiffusionLoss(unet, text_encoder, EulerDiscreteScheduler().table(), config)
+    objective = DiffusionLoss(unet, text_encoder, EulerDiscreteScheduler().training_sigmas(), config)
     folder.mkdir(parents=True, exist_ok=True)
     losses = (folder / "losses.jsonl").open("a", encoding="utf-8")
     start = time.monotonic()

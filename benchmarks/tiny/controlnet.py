@@ -91,7 +91,7 @@ def train(pipe: KolorsControlNetPipeline, pictures: Path, folder: Path) -> None:
     data = LatentDataset(
         examples, batches, pipe.vae, pipe.tokenizer, CONFIG, frozen_text=pipe.text_encoder, control=canny
     )
-    objective = DiffusionLoss(pipe.unet, None, pipe.scheduler.table(), CONFIG, net)
+    objective = DiffusionLoss(pipe.unet, None, pipe.scheduler.training_sigmas(), CONFIG, net)
 
     def report(step: int, loss: float) -> None:
         if step % 50 == 0:

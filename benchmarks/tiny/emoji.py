@@ -156,7 +156,7 @@ def draw(character: str, size: int = SIZE) -> Image.Image:
     ImageDraw.Draw(glyph).text((20, 20), character, font=font, embedded_color=True)
     box = glyph.getbbox()
     if box is None:
-        raise ValueError(f"{FONT.name} has no picture of {character!r}")
+        raise ValueError(f"{FONT.name} has no image of {character!r}")
     glyph = glyph.crop(box)
     scale = 0.88 * size / max(glyph.size)
     glyph = glyph.resize((round(glyph.width * scale), round(glyph.height * scale)), Image.Resampling.LANCZOS)

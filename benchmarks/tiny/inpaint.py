@@ -24,7 +24,7 @@ from benchmarks.tiny.emoji import SIZE, Concept, draw, on_white, read_concepts, 
 from kolors_core import DPMSolverMultistepScheduler, KolorsInpaintPipeline
 from kolors_core.attention import attention_kernel
 from kolors_core.checkpoint import EMBEDDED
-from kolors_core.loading import load, padded
+from kolors_core.loading import load, zero_padded
 from kolors_core.training.data import Batches, MaskedLatentDataset, random_masks, read_folder
 from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.trainer import Trainer, TrainingConfig
@@ -47,7 +47,7 @@ def nine_channels(config: Any) -> UNet:
     with torch.device("meta"):
         unet = UNet(replace(config, in_channels=9))
     files = sorted((EMBEDDED / "unet").glob("*.safetensors"))
-    print(load(unet, Source(files), "unet", partial={"conv_in.weight": padded}))
+    print(load(unet, Source(files), "unet", partial={"conv_in.weight": zero_padded}))
     return unet
 
 
@@ -59,7 +59,7 @@ def train(pipe: KolorsInpaintPipeline, pictures: Path, folder: Path) -> None:
     data = MaskedLatentDataset(examples, batches, pipe.vae, pipe.tokenizer, CONFIG, None)
     pipe.unet.requires_grad_(True)
     pipe.text_encoder.requires_grad_(False)
-    objective = DiffusionLoss(pipe.unet, pipe.text_encoder, pipe.scheduler.table(), CONFIG)
+    objective = DiffusionLoss(pipe.unet, pipe.text_encoder, pipe.scheduler.training_sigmas(), CONFIG)
     start = time.monotonic()
 
     def report(step: int, loss: float) -> None:

@@ -24,7 +24,7 @@ from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.config import VERSION
 from kolors_core.devices import best_device
 from kolors_core.guidance import guided
-from kolors_core.image import to_output
+from kolors_core.image import to_images
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
@@ -96,7 +96,7 @@ def sheet(images: Tensor, labels: Sequence[str], columns: int, scale: float = 0.
     rows = math.ceil(len(images) / columns)
     page = Image.new("RGB", (columns * side, rows * (side + 18)), "white")
     pen = ImageDraw.Draw(page)
-    for i, image in enumerate(to_output(images, "pil")):
+    for i, image in enumerate(to_images(images, "pil")):
         x, y = i % columns * side, i // columns * (side + 18)
         page.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
         pen.text((x + side / 2, y + side + 1), labels[i], "black", font, anchor="ma")

@@ -1,1 +1,1 @@
-"""What is attached to a model and removed again: LoRA, IP-Adapter, FaceID, ControlNet, words, FreeU."""
+"""Adapters, attached to a model and removed again: LoRA, IP-Adapter, FaceID, ControlNet, words, FreeU."""

@@ -4,64 +4,74 @@
 Source: `_maybe_expand_lora_scales` in diffusers' loaders/unet_loader_utils.py.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kolors_core.unet import Transformer, UNet
 from kolors_core.validation import check_float
 
-Value = float | Sequence[float]  # a list where there is a scale for each image of an IP-Adapter
+Value = float | Sequence[float]  # a list: one scale for each image of an IP-Adapter
 BlockScale = Value | Mapping[str, Any]
+PARTS = ("down", "mid", "up")
 
 
 def block_scales(scale: BlockScale, unet: UNet, default: float) -> dict[str, Any]:
-    """One value for each transformer of the UNet, by its path, such as "down.1.attentions.0".
+    """Expand a scale to one value for each transformer of the UNet, by paths like "down.1.attentions.0".
 
     scale: a value for all, or by "down", "mid" and "up" a value or, for "down" and "up", a mapping from
-    "block_<level>" to a value or a list with one for each transformer; in a mapping, a list of one is for all
-    of a block. What a mapping leaves out gets `default`. Raises ValueError naming the blocks there are, the
-    length expected, or what is no number.
+    "block_<level>" to a value or a list with one for each transformer; in a mapping, a list of one applies to
+    the whole block. Blocks that a mapping leaves out get `default`. Raises ValueError naming the blocks that
+    exist, the expected length, or a value that is no number.
     """
-    blocks = _transformers(unet)
+    blocks = _transformers_by_block(unet)
     if not isinstance(scale, Mapping):
-        paths = [path for block in blocks.values() for of_block in block.values() for path in of_block]
-        return dict(zip(paths, _spread("the scale", [scale], len(paths)), strict=True))
-    _refuse_unknown("", scale, blocks)
-    scales = {}
-    for way, of_way in blocks.items():
-        given = scale.get(way, default)
-        if way == "mid" or not isinstance(given, Mapping):
-            given = dict.fromkeys(of_way, given)
-        _refuse_unknown(f"{way}.", given, of_way)
-        for block, paths in of_way.items():
-            value = given.get(block, default)
-            where = f"{way}.{block}".rstrip(".")
-            scales |= zip(paths, _spread(where, value, len(paths)), strict=True)
+        return _per_transformer("the scale", [scale], [path for paths in blocks.values() for path in paths])
+    values = dict.fromkeys(blocks, default) | _flatten(scale, blocks)
+    scales: dict[str, Any] = {}
+    for block, paths in blocks.items():
+        scales |= _per_transformer(block, values[block], paths)
     return scales
 
 
-def _transformers(unet: UNet) -> dict[str, dict[str, list[str]]]:
-    """The transformers' paths by way ("down", "mid", "up") and block ("block_1"; "" in the middle)."""
-    found: dict[str, dict[str, list[str]]] = {"down": {}, "mid": {}, "up": {}}
+def _transformers_by_block(unet: UNet) -> dict[str, list[str]]:
+    """Group the transformers' paths by block: "down.block_<level>", "mid" and "up.block_<level>"."""
+    blocks: dict[str, list[str]] = {}
     for path, module in unet.named_modules():
         if isinstance(module, Transformer):
-            way, number, *_ = path.split(".")
-            found[way].setdefault("" if way == "mid" else f"block_{number}", []).append(path)
-    return found
+            part, level, *_ = path.split(".")
+            blocks.setdefault("mid" if part == "mid" else f"{part}.block_{level}", []).append(path)
+    return blocks
 
 
-def _spread(where: str, value: Any, count: int) -> list[Any]:
-    """One value for each of a block's `count` transformers."""
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    if len(values) not in (1, count):
+def _flatten(scale: Mapping[str, Any], blocks: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Flatten {"up": {"block_0": 1.0}} to {"up.block_0": 1.0}; ValueError for a block that does not exist."""
+    flat: dict[str, Any] = {}
+    for part, value in scale.items():
+        if part not in PARTS:
+            raise ValueError(f"the UNet has no transformers in {part}, it has them in {', '.join(PARTS)}")
+        existing = [block for block in blocks if block.split(".")[0] == part]
+        if part == "mid" or not isinstance(value, Mapping):
+            flat |= dict.fromkeys(existing, value)
+            continue
+        for name, block_value in value.items():
+            if (block := f"{part}.{name}") not in existing:
+                have = ", ".join(existing)
+                raise ValueError(f"the UNet has no transformers in {block}, it has them in {have}")
+            flat[block] = block_value
+    return flat
+
+
+def _per_transformer(where: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
+    """Assign a block's value to its transformers: one for all, or a list with one for each."""
+    values = list(value) if _is_list(value) else [value]
+    if len(values) not in (1, len(paths)):
+        count = len(paths)
         raise ValueError(f"{where} has {count} transformers and takes one scale or {count}, got {values}")
-    for one in values:
-        for number in one if isinstance(one, Sequence) and not isinstance(one, str) else [one]:
+    for given in values:
+        for number in given if _is_list(given) else [given]:
             check_float(f"{where}: a scale", number)
-    return values * count if len(values) == 1 else values
+    return dict(zip(paths, values * len(paths) if len(values) == 1 else values, strict=True))
 
 
-def _refuse_unknown(where: str, given: Iterable[Any], known: Iterable[str]) -> None:
-    if unknown := [name for name in given if name not in known]:
-        have = ", ".join(f"{where}{name}" for name in known)
-        raise ValueError(f"the UNet has no transformers in {where}{unknown[0]}, it has them in {have}")
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

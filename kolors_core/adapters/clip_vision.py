@@ -1,6 +1,6 @@
 """CLIP's image encoder: pixels [B, 3, 336, 336] -> hidden states [B, 577, 1024], which the IP-Adapter reads.
 
-`preprocess_clip` makes the pixels of images. The vision transformer of https://arxiv.org/abs/2103.00020.
+`preprocess_clip` turns images into pixels. The vision transformer of https://arxiv.org/abs/2103.00020.
 Source: `CLIPVisionModelWithProjection` in transformers' models/clip/modeling_clip.py, `CLIPImageProcessorPil`
 in its models/clip/image_processing_pil_clip.py.
 Shapes: B images, S side in pixels, P patches, N = 1 + P tokens, C hidden width, H heads, D = C / H.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-LARGEST_ASPECT = 100  # the longer side of an image by the shorter
+MAX_ASPECT_RATIO = 100  # the longer side of an image by the shorter
 _REQUIRED_VALUES: dict[str, Any] = {
     "model_type": "clip_vision_model", "hidden_act": "quick_gelu", "num_channels": 3,
 }  # fmt: skip
@@ -33,7 +33,7 @@ _IGNORED_FIELDS = TRANSFORMERS_IGNORED_FIELDS | {"dropout", "initializer_factor"
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPVisionConfig:
-    """CLIP's image encoder; the defaults are ViT-L/14 at 336 pixels, as Kolors-IP-Adapter-Plus brings it."""
+    """Sizes of CLIP's image encoder; by default ViT-L/14 at 336 pixels, as in Kolors-IP-Adapter-Plus."""
 
     image_size: int = 336
     patch_size: int = 14
@@ -46,14 +46,14 @@ class CLIPVisionConfig:
 
     @property
     def tokens(self) -> int:
-        """Length of the encoded image: the class token, then one a patch."""
+        """Length of the encoded image: the class token, then one token a patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def from_public(cls, public: PublicConfig, where: str = "image_encoder/config.json") -> Self:
         """Read the config of transformers' `CLIPVisionModelWithProjection`, or of a whole CLIP.
 
-        It must name every size: for one left out, transformers would take that of another model (ViT-B/32).
+        It must name every size: for a missing one, transformers would take that of another model (ViT-B/32).
         """
         if public.get("model_type") == "clip":
             public, where = public.get("vision_config") or {}, f"{where}: vision_config"
@@ -63,15 +63,12 @@ class CLIPVisionConfig:
         fields.require_fixed(_REQUIRED_VALUES)
         image_size = fields.integer("image_size", most=4096)
         config = cls(
-            image_size=image_size,
-            patch_size=fields.integer("patch_size", most=image_size),
-            hidden_size=fields.integer("hidden_size"),
-            feed_forward_size=fields.integer("intermediate_size"),
+            image_size=image_size, patch_size=fields.integer("patch_size", most=image_size),
+            hidden_size=fields.integer("hidden_size"), feed_forward_size=fields.integer("intermediate_size"),
             layers=fields.integer("num_hidden_layers", most=1000),
-            heads=fields.integer("num_attention_heads"),
-            projection_dim=fields.integer("projection_dim"),
+            heads=fields.integer("num_attention_heads"), projection_dim=fields.integer("projection_dim"),
             norm_eps=fields.number("layer_norm_eps") if "layer_norm_eps" in public else cls.norm_eps,
-        )
+        )  # fmt: skip
         fields.reject_unknown(_IGNORED_FIELDS)
         if config != cls() and replace(config, image_size=cls.image_size) == cls():
             fields.reject("image_size", image_size, "336: Kolors' adapters read CLIP ViT-L/14 at 336 pixels")
@@ -80,7 +77,7 @@ class CLIPVisionConfig:
         return config
 
     def to_public(self) -> dict[str, Any]:
-        """The `config.json` that transformers' CLIPVisionModelWithProjection reads."""
+        """Return the `config.json` that transformers' CLIPVisionModelWithProjection reads."""
         return {
             **_REQUIRED_VALUES, "architectures": ["CLIPVisionModelWithProjection"],
             "image_size": self.image_size, "patch_size": self.patch_size, "hidden_size": self.hidden_size,
@@ -92,9 +89,9 @@ class CLIPVisionConfig:
 
 @dataclass(frozen=True)
 class CLIPVisionOutput:
-    """Named as in transformers: image_embeds [B, projection_dim]; last_hidden_state [B, N, C], unnormed.
+    """Output in transformers' names: image_embeds [B, projection_dim], last_hidden_state [B, N, C], unnormed.
 
-    hidden_states: None, or what enters the first layer and what leaves each, [B, N, C] every one.
+    hidden_states: None, or the first layer's input and every layer's output, [B, N, C] each.
     """
 
     image_embeds: Tensor
@@ -103,7 +100,7 @@ class CLIPVisionOutput:
 
 
 class Embedding(nn.Module):
-    """The image cut into patches, a class token before them; each token gets its position added."""
+    """Embedding of an image's patches, with a class token before them and positions added."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
@@ -113,7 +110,7 @@ class Embedding(nn.Module):
         self.positions = nn.Embedding(config.tokens, width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: [B, 3, S, S]. Returns [B, N, C]."""
+        """Map pixels [B, 3, S, S] to tokens [B, N, C]."""
         if pixels.ndim != 4 or pixels.shape[1:] != (3, self.side, self.side):
             raise ValueError(f"pixels must be [B, 3, {self.side}, {self.side}], got {list(pixels.shape)}")
         x = self.patches(pixels.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)  # [B, P, C]
@@ -122,7 +119,7 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: every token sees every other."""
+    """Multi-head self-attention without a mask."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -133,14 +130,14 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] -> [B, N, C]."""
+        """Map x [B, N, C] to [B, N, C]."""
         projected = (self.to_q(x), self.to_k(x), self.to_v(x))
-        q, k, v = (split_heads(each, self.heads) for each in projected)  # [B, H, N, D]
+        q, k, v = (split_heads(t, self.heads) for t in projected)  # [B, H, N, D]
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, N, C]
 
 
 class FeedForward(nn.Module):
-    """Two linears around x * sigmoid(1.702 x), the quick stand-in for gelu that CLIP was trained with."""
+    """Feed-forward layer with x * sigmoid(1.702 x), the approximation of gelu that CLIP was trained with."""
 
     def __init__(self, width: int, inner_width: int) -> None:
         super().__init__()
@@ -148,13 +145,13 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(inner_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] -> [B, N, C]."""
+        """Map x [B, N, C] to [B, N, C]."""
         h = self.proj_in(x)
         return self.proj_out(h * torch.sigmoid(1.702 * h))
 
 
 class CLIPLayer(nn.Module):
-    """One pre-norm transformer layer."""
+    """Pre-norm transformer layer."""
 
     is_block = True
 
@@ -167,13 +164,13 @@ class CLIPLayer(nn.Module):
         self.mlp = FeedForward(width, config.feed_forward_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] -> [B, N, C]."""
+        """Map x [B, N, C] to [B, N, C]."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
 
 class CLIPVision(nn.Module):
-    """The encoder. Kolors reads `penultimate`; `forward` gives all that transformers' class does."""
+    """CLIP's image encoder. Kolors reads `penultimate`; `forward` returns transformers' outputs."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
@@ -185,28 +182,28 @@ class CLIPVision(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> CLIPVisionOutput:
-        """pixel_values: [B, 3, S, S], normalized. ValueError naming the shape if it is another."""
+        """Encode pixel_values [B, 3, S, S], normalized. ValueError naming any other shape."""
         x = self.norm_in(self.embedding(pixel_values))  # [B, N, C]
         states = [x]
         for layer in self.layers:
             x = layer(x)
-            if output_hidden_states:
+            if output_hidden_states:  # else each state is freed
                 states.append(x)
         embeds = self.projection(self.norm_out(x[:, 0]))  # [B, projection_dim]
         return CLIPVisionOutput(embeds, x, tuple(states) if output_hidden_states else None)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The encoder's device."""
         return self.projection.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The encoder's dtype."""
         return self.projection.weight.dtype
 
     def penultimate(self, pixels: Tensor) -> Tensor:
-        """`hidden_states[-2]` [B, N, C], all that the IP-Adapter reads: the last layer is not computed."""
+        """Compute `hidden_states[-2]` [B, N, C], which the IP-Adapter reads, without the last layer."""
         x = self.norm_in(self.embedding(pixels))  # [B, N, C]
         for layer in self.layers[:-1]:
             x = layer(x)
@@ -214,23 +211,23 @@ class CLIPVision(nn.Module):
 
 
 def preprocess_clip(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", size: int = 336) -> Tensor:
-    """Images for CLIP: [B, 3, size, size] float32, the middle square, normalized by CLIP's mean and spread.
+    """Crop images to the center square and normalize them for CLIP: [B, 3, size, size] float32.
 
-    PIL images of any mode, what is transparent on white; arrays [H, W, 3] or [B, H, W, 3] of uint8 or in
-    [0, 1]; or a list of them, whose sizes may differ.
+    images: PIL images of any mode, transparency on white; arrays [H, W, 3] or [B, H, W, 3] of uint8 or in
+    [0, 1]; or a list of them, whose sizes may differ. Raises ValueError for an aspect ratio above 100 or
+    another array, TypeError for other types.
     """
     from PIL.Image import Resampling
 
     squares = []
-    for image in as_list(images):
-        picture = _rgb(image)
-        short, long = sorted(picture.size)
-        if not 0 < long <= LARGEST_ASPECT * short:
-            wanted = f"an image with sides of 1 to {LARGEST_ASPECT} times each other"
-            raise ValueError(f"expected {wanted}, got {picture.height} x {picture.width}")
+    for image in map(_rgb, as_list(images)):
+        short, long = sorted(image.size)
+        if not 0 < long <= MAX_ASPECT_RATIO * short:
+            expected = f"an image with sides of 1 to {MAX_ASPECT_RATIO} times each other"
+            raise ValueError(f"expected {expected}, got {image.height} x {image.width}")
         length = int(size * long / short)
-        target = (size, length) if picture.width <= picture.height else (length, size)
-        square, _ = center_crop(picture.resize(target, Resampling.BICUBIC), (size, size))
+        target = (size, length) if image.width <= image.height else (length, size)
+        square, _ = center_crop(image.resize(target, Resampling.BICUBIC), (size, size))
         squares.append(pil_to_tensor(square))
     pixels = (torch.stack(squares).double() * (1 / 255)).float()  # [B, 3, size, size]
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))  # [3, 1, 1]
@@ -255,5 +252,5 @@ def _rgb(image: Any) -> "Image":
     return Image.fromarray(image)
 
 
-# How `checkpoint.load_component` builds an image encoder.
+# The spec by which `checkpoint.load_component` builds an image encoder.
 IMAGE_ENCODER = ModelSpec(CLIPVisionConfig, CLIPVision)

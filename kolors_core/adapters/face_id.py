@@ -1,11 +1,11 @@
-"""IP-Adapter-FaceID-Plus: a face guides the denoiser beside the text, by who it is and by how it looks.
+"""IP-Adapter-FaceID-Plus: a face as a prompt in addition to text, by its identity vector and its image.
 
-A face's id vector becomes 6 tokens as wide as the text's; a resampler lets them look at CLIP's states of the
-face, and what it finds is added. The tokens go through the UNet's projection of the text, and then into
-branches like those of ip_adapter.py. The unconditional half is made of a zero vector and zero states.
+A face's id vector becomes 6 tokens of the text's width; a resampler, in which they attend to CLIP's states of
+the face, adds to them. The tokens pass through the UNet's projection of the text, and then into branches like
+those of ip_adapter.py. The unconditional half is computed from a zero vector and zero states.
 Source: kolors/models/ipa_faceid_plus and kolors/pipelines/pipeline_stable_diffusion_xl_chatglm_256_ipadapter_
 FaceID.py in https://github.com/Kwai-Kolors/Kolors; `IPAdapterFaceIDPlusImageProjection` in diffusers'
-models/embeddings.py. Who makes the vector, insightface's antelopev2 there, stays outside.
+models/embeddings.py. The model of the id vector, insightface's antelopev2 there, is not included.
 Shapes: B faces, Q tokens each (6), C width (the text's, 4096), P patches of an image (577).
 """
 
@@ -28,7 +28,7 @@ from weights_convert.untrusted_files import one_line
 
 @dataclass(frozen=True, kw_only=True)
 class FaceIDConfig(IPAdapterConfig):
-    """Kolors-IP-Adapter-FaceID-Plus. id_dim: of the id vector. width: the text's, as the UNet reads it."""
+    """Sizes of Kolors-IP-Adapter-FaceID-Plus. id_dim: of the id vector. width: of the UNet's text."""
 
     id_dim: int = 512
     width: int = 4096
@@ -38,21 +38,21 @@ class FaceIDConfig(IPAdapterConfig):
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> Self:
-        """Read off the tensors' shapes, by our names: the file has no config. ValueError for another kind."""
+        """Infer sizes from shapes by our names, as the file has no config. ValueError for another adapter."""
         try:
             tokens, width = shapes["resampler.id_out.weight"][0], shapes["resampler.proj_in.weight"][0]
-            told = {  # what IP-Adapter-Plus tells by tensors that here are missing, or of another shape
+            inferred = {  # shapes of IP-Adapter-Plus's tensors that are missing here, or have another shape
                 "resampler.latents": (1, tokens // width, width),
                 "resampler.proj_out.weight": shapes["branches.1.to_k.weight"][1:],
             }
             id_dim = shapes["resampler.id_in.weight"][1]
         except (KeyError, IndexError, ZeroDivisionError) as error:
             raise ValueError(f"{where}: not an IP-Adapter-FaceID-Plus: {error}") from None
-        return replace(super().from_shapes({**shapes, **told}, where), id_dim=id_dim)
+        return replace(super().from_shapes({**shapes, **inferred}, where), id_dim=id_dim)
 
 
 class FaceResampler(nn.Module):
-    """An id vector and CLIP's states of the face -> a few tokens as wide as the text's."""
+    """Resampler from an id vector and CLIP's states of the face to a few tokens of the text's width."""
 
     def __init__(self, config: FaceIDConfig) -> None:
         super().__init__()
@@ -66,9 +66,9 @@ class FaceResampler(nn.Module):
         self.norm_out = nn.LayerNorm(config.width)
 
     def forward(self, ids: Tensor, states: Tensor) -> Tensor:
-        """ids: [B, id_dim]. states: [B, P, image_dim], CLIP's last but one. Returns [B, Q, C]."""
-        face = self.id_out(F.gelu(self.id_in(ids))).unflatten(-1, (self.queries, -1))  # [B, Q, C]
-        face = self.id_norm(face)
+        """Map ids [B, id_dim] and states [B, P, image_dim], CLIP's last but one, to tokens [B, Q, C]."""
+        face = self.id_out(F.gelu(self.id_in(ids)))  # [B, Q * C]
+        face = self.id_norm(face.unflatten(-1, (self.queries, -1)))  # [B, Q, C]
         image, latents = self.proj_in(states), face  # [B, P, C], [B, Q, C]
         for layer in self.layers:
             latents = layer(latents, image)
@@ -76,7 +76,7 @@ class FaceResampler(nn.Module):
 
 
 class FaceIDAdapter(ImagePromptAdapter):
-    """IP-Adapter-FaceID-Plus; `ip_adapter.attach` hangs it into a UNet."""
+    """IP-Adapter-FaceID-Plus; `ip_adapter.attach` adds it to a UNet."""
 
     config: FaceIDConfig
     resampler: FaceResampler
@@ -85,15 +85,15 @@ class FaceIDAdapter(ImagePromptAdapter):
         super().__init__(config, FaceResampler(config))
 
     def tokens(self, unet: UNet, ids: Tensor, states: Tensor) -> Tensor:
-        """What the branches read of faces: [B, 1, Q, context_dim].
+        """Resample ids [B, id_dim] and states [B, P, image_dim] to tokens [B, 1, Q, context_dim].
 
-        ids: [B, id_dim]. states: [B, P, image_dim]. unet: whose projection of the text the tokens go through.
+        unet: its projection of the text maps the tokens from C to context_dim.
         """
         tokens = self.resampler(ids, states)  # [B, Q, C]
         return unet.text_proj(tokens.to(unet.text_proj.weight.dtype))[:, None]
 
     def check_fits(self, unet: UNet) -> None:
-        """ValueError if it was made for a UNet of another shape, or for another text encoder."""
+        """Raise ValueError if the adapter is for a UNet of another shape, or for another text encoder."""
         super().check_fits(unet)
         if self.config.width != unet.config.text_dim:
             got = f"the face adapter makes tokens {self.config.width} wide"
@@ -103,7 +103,7 @@ class FaceIDAdapter(ImagePromptAdapter):
 def load_face_embeds(file: str | Path) -> Tensor:
     """Read an id vector [1, id_dim] from a file: numpy's .npy, or the only tensor of a .safetensors.
 
-    FileNotFoundError or ValueError naming the file if it holds something else.
+    Raises FileNotFoundError, or ValueError naming the file if it holds something else.
     """
     file = as_path("file", file)
     if file.suffix == ".npy":
@@ -118,6 +118,6 @@ def load_face_embeds(file: str | Path) -> Tensor:
         if len(source) != 1:
             raise ValueError(f"{file}: expected one tensor, a face's id vector, got {len(source)}")
         vector = next(iter(source.values()))
-    if vector.numel() != vector.shape[-1:].numel() or vector.ndim not in (1, 2):
+    if vector.ndim not in (1, 2) or vector.numel() != vector.shape[-1]:
         raise ValueError(f"{file}: expected one id vector, got {list(vector.shape)}")
     return vector.reshape(1, -1)

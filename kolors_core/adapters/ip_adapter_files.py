@@ -1,4 +1,4 @@
-"""IP-Adapters and CLIP's vision encoder from files; image embeddings to a file and back.
+"""IP-Adapter files: loading of adapters and of CLIP's vision encoder; saved image embeddings.
 
 Source: `IPAdapterMixin` in diffusers' loaders/ip_adapter.py.
 """
@@ -29,49 +29,35 @@ ADAPTER_CLASSES: dict[str, tuple[Callable[..., ImagePromptAdapter], type[IPAdapt
 
 
 class CLIPVisionModelWithProjection:
-    """The reference's name under which scripts load CLIP's vision encoder."""
+    """Loader of CLIP's vision encoder, under the reference's name."""
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        subfolder: str = "",
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        variant: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
+        cls, pretrained_model_name_or_path: str | Path, *, subfolder: str = "",
+        torch_dtype: torch.dtype | None = None, dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu", variant: str | None = None, revision: str | None = None,
+        cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None,
         low_cpu_mem_usage: bool = True,
-    ) -> CLIPVision:
+    ) -> CLIPVision:  # fmt: skip
         """Load the encoder from a folder or hub repository; only its own files are fetched.
 
-        torch_dtype, or by its newer name dtype: float32 if None. low_cpu_mem_usage: True is how weights are
-        loaded here. Raises FileNotFoundError or ValueError naming the file, field or tensor.
+        torch_dtype, or by its newer name dtype: float32 if None. low_cpu_mem_usage: only True is supported.
+        Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         check_low_cpu_mem_usage(low_cpu_mem_usage)
         return load_component(
             pretrained_model_name_or_path, "image_encoder", kind=IMAGE_ENCODER, subfolder=subfolder,
-            variant=variant,
-            dtype=dtype_of("image_encoder", merge_dtype_arguments(torch_dtype, dtype)), device=device,
-            revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
+            variant=variant, dtype=dtype_of("image_encoder", merge_dtype_arguments(torch_dtype, dtype)),
+            device=device, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
+            token=token,
         )  # fmt: skip
 
 
 def load_adapter(
-    unet: UNet,
-    component: str,
-    source: Any,
-    subfolder: str,
-    weight_name: str | None,
-    encoder: CLIPVision | None,
-    encoder_folder: str | None,
-    hub: dict[str, Any],
-) -> tuple[ImagePromptAdapter, CLIPVision | None]:
-    """Load an adapter of a component that fits the UNet, and the image encoder unless one is given."""
+    unet: UNet, component: str, source: Any, subfolder: str, weight_name: str | None,
+    encoder: CLIPVision | None, encoder_folder: str | None, hub: dict[str, Any],
+) -> tuple[ImagePromptAdapter, CLIPVision | None]:  # fmt: skip
+    """Load an "ip_adapter" or "face_id" that fits the UNet, and its image encoder unless one is given."""
     weight = unet.conv_in.weight
     if not isinstance(source, Mapping) and as_path("the IP-Adapter", source).is_file():
         if subfolder or weight_name is not None:
@@ -98,7 +84,7 @@ def adapter_sources(
 ) -> list[tuple[Any, str, str | None]]:
     """List (source, subfolder, file) of each adapter; a single value serves all."""
     given = {"sources": source, "subfolder": subfolder, "weight_name": weight_name}
-    lists = {name: list(one) if isinstance(one, list | tuple) else [one] for name, one in given.items()}
+    lists = {name: list(v) if isinstance(v, list | tuple) else [v] for name, v in given.items()}
     count = max(map(len, lists.values()))
     for name, values in lists.items():
         if len(values) not in (1, count):
@@ -107,7 +93,7 @@ def adapter_sources(
 
 
 def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> Source | Tensors:
-    """Open an adapter's tensors; of a dict also nested, {"image_proj": {...}, "ip_adapter": {...}}."""
+    """Open an adapter's tensors; a dict may be nested, {"image_proj": {...}, "ip_adapter": {...}}."""
     if not isinstance(source, Mapping):
         return Source([find_file(source, weight_name, subfolder, **hub)])
     reject_unused("a dict of tensors", subfolder=subfolder, weight_name=weight_name, **hub)
@@ -121,7 +107,7 @@ def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> 
 
 
 def _build(component: str, source: Source | Tensors, like: Tensor) -> ImagePromptAdapter:
-    """Build an adapter of the shape that its tensors have, in the dtype and on the device of `like`."""
+    """Build an adapter of the tensors' sizes, in the dtype and on the device of `like`."""
     table, is_ours = detect_component(source.keys(), source.where)
     if table.component != component:
         hint = ": load_ip_adapter_face_id loads it" if table.component == "face_id" else ""
@@ -135,9 +121,9 @@ def _build(component: str, source: Source | Tensors, like: Tensor) -> ImagePromp
 
 
 def save_image_embeds(embeds: Sequence[Tensor], file: str | Path, *, overwrite: bool = False) -> None:
-    """Write what `prepare_ip_adapter_image_embeds` returns to a safetensors file, whole or not at all.
+    """Write the result of `prepare_ip_adapter_image_embeds` to a safetensors file, whole or not at all.
 
-    Raises FileExistsError for a file that is there, unless `overwrite`, TypeError for no list of tensors.
+    Raises FileExistsError for an existing file, unless `overwrite`, TypeError if not a list of tensors.
     """
     if not isinstance(embeds, list | tuple) or not all(isinstance(embed, Tensor) for embed in embeds):
         raise TypeError(f"embeds must be a list of tensors, got {type(embeds).__name__}")
@@ -146,7 +132,7 @@ def save_image_embeds(embeds: Sequence[Tensor], file: str | Path, *, overwrite: 
 
 
 def load_image_embeds(file: str | Path) -> list[Tensor]:
-    """Read a file of `save_image_embeds`. FileNotFoundError or ValueError if it is none."""
+    """Read a file of `save_image_embeds`. FileNotFoundError or ValueError for any other file."""
     source = Source([as_path("file", file)])
     names = [f"ip_adapter.{i}" for i in range(len(source))]
     if not names or set(names) != set(source):

@@ -1,36 +1,38 @@
-"""LoRA files: tensors of any spelling -> an adapter's parts, checked against the models, with a report.
+"""LoRA files: tensors of any spelling -> an adapter's weights, checked against the models, with a report.
 
-The names are weights_convert/lora.py's. Here are the forms: factors, DoRA, LoHa (https://arxiv.org/abs/2108.06098)
-and LoKr (https://arxiv.org/abs/2309.14859), as LyCORIS, PEFT and kohya write them.
+weights_convert/lora.py parses the names. This file has the decompositions: factors, DoRA, LoHa
+(https://arxiv.org/abs/2108.06098) and LoKr (https://arxiv.org/abs/2309.14859), as LyCORIS, PEFT and kohya
+write them.
 Shapes: R rank, I and O the layer's widths, K a convolution's kernel (no axes in a linear layer).
 """
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kolors_core.adapters.lora import linear_and_conv
+from kolors_core.adapters.lora import supported_layers
 from kolors_core.adapters.lora_layers import LoRAWeights
 from weights_convert import TABLES
-from weights_convert.lora import KNOWN, parse_keys
+from weights_convert.lora import KNOWN_SPELLINGS, parse_keys
 from weights_convert.safetensors_files import Source, Tensors
 
-METADATA = "lora_adapter_metadata"  # the reference's name of its configs in a file's own metadata
-Roles = Mapping[str, Tensor]
-Made = tuple[dict[str, Tensor], int | None]  # tensors of a `LoRAWeights`, and their rank if they have one
+METADATA = "lora_adapter_metadata"  # the reference's name of its configs in a file's metadata
+TensorsByRole = Mapping[str, Tensor]
+Shape = tuple[int, ...]
+Built = tuple[dict[str, Tensor], int | None]  # tensors of a `LoRAWeights`, and their rank if they have one
 
 
 @dataclass(frozen=True)
 class LoRAReport:
-    """What became of a LoRA's tensors, by their names in the file.
+    """Report of the tensors of a LoRA file, by their names there.
 
-    misshapen: tensors that have a place where they do not fit, each with what is wrong. layers: how many
-    layers of the models got an adapter.
+    misshapen: tensors that do not fit their layer, each with the reason. layers: number of the models' layers
+    that got an adapter.
     """
 
     adapter: str
@@ -50,28 +52,25 @@ class LoRAReport:
 
 
 def _shown(name: str) -> str:
-    """A tensor's name, whatever it is, in one line of bearable length."""
+    """Format a tensor's name, which may be any string, for one line of an error."""
     line = " ".join(name.split())
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 
-class Misfit(ValueError):
-    """Tensors that make no adapter for their layer."""
+class IncompatibleTensors(ValueError):
+    """Error for tensors that are no adapter of their layer."""
 
 
-def read(
-    source: Source | Tensors,
-    configs: Mapping[str, Mapping[str, Any]],
-    models: Mapping[str, nn.Module],
-    adapter: str,
-    allow_partial: bool,
-) -> tuple[dict[str, dict[str, LoRAWeights]], LoRAReport]:
-    """An adapter's parts by component and layer path, in the layers' dtype and place, and the report.
+def parse_lora(
+    source: Source | Tensors, configs: Mapping[str, Mapping[str, Any]], models: Mapping[str, nn.Module],
+    adapter: str, allow_partial: bool,
+) -> tuple[dict[str, dict[str, LoRAWeights]], LoRAReport]:  # fmt: skip
+    """Parse an adapter: its weights by component and layer path, and a report.
 
-    configs: PEFT's, by component, see `configs_of`. models: by component. Raises ValueError where nothing
-    matches, or something does not and `allow_partial` is not set; the models are only read.
+    The weights have the layers' dtype and device. configs: PEFT's by component, see `configs_of`. models: by
+    component, only read. Raises ValueError if no tensor matches, or some do not without `allow_partial`.
     """
-    layers = {component: linear_and_conv(model) for component, model in models.items()}
+    layers = {component: supported_layers(model) for component, model in models.items()}
     try:
         places, unmatched = parse_keys(source, layers)
     except ValueError as error:
@@ -86,10 +85,10 @@ def read(
         try:
             for role, name in names.items():
                 if role != "alpha" and not source.dtype(name).is_floating_point:
-                    raise Misfit(f"it holds {source.dtype(name)}, expected floating-point numbers")
+                    raise IncompatibleTensors(f"expected floating-point numbers, got {source.dtype(name)}")
             tensors = {role: source[name] for role, name in names.items()}
-            part = _part(tensors, layer, TABLES[component].to_public(path), config)
-        except Misfit as error:
+            part = _build_weights(tensors, layer, TABLES[component].to_public(path), config)
+        except IncompatibleTensors as error:
             misshapen += [f"{name} ({error})" for name in names.values()]
         else:
             parts.setdefault(component, {})[path] = part
@@ -100,7 +99,7 @@ def read(
         example = _shown(next(iter([*misshapen, *unmatched]), "it is empty"))
         raise ValueError(
             f"{source.where}: none of its {len(source)} tensors fits this pipeline's {' and '.join(models)}, "
-            f"for example {example}. Known spellings: {KNOWN}"
+            f"for example {example}. Known spellings: {KNOWN_SPELLINGS}"
         )
     if (unmatched or misshapen) and not allow_partial:
         raise ValueError(f"{source.where}: {report}. allow_partial=True takes what matches")
@@ -108,18 +107,18 @@ def read(
 
 
 def configs_of(source: Source | Tensors) -> dict[str, Mapping[str, Any]]:
-    """PEFT's settings by component: of `adapter_config.json` beside the file, or in the file's metadata.
+    """Read PEFT's settings by component, from `adapter_config.json` next to the file or the file's metadata.
 
-    They say alpha where the tensors do not. Raises ValueError for what is not JSON of such settings.
+    They give alpha if the tensors do not. Raises ValueError for anything but JSON of such settings.
     """
     if isinstance(source, Tensors):
         return {}
     file = source.files[0]
-    beside, inside = file.with_name("adapter_config.json"), (source.metadata(file) or {}).get(METADATA)
-    if inside is not None:
-        where, text = f"{file}: {METADATA}", inside
-    elif file.name == "adapter_model.safetensors" and beside.is_file():  # else it is another adapter's
-        where, text = str(beside), beside.read_bytes()
+    config_file, embedded = file.with_name("adapter_config.json"), (source.metadata(file) or {}).get(METADATA)
+    if embedded is not None:
+        where, text = f"{file}: {METADATA}", embedded
+    elif file.name == "adapter_model.safetensors" and config_file.is_file():  # else it is another adapter's
+        where, text = str(config_file), config_file.read_bytes()
     else:
         return {}
     try:
@@ -129,144 +128,161 @@ def configs_of(source: Source | Tensors) -> dict[str, Mapping[str, Any]]:
     if not isinstance(config, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(config).__name__}")
     # The reference writes `unet.lora_alpha`; PEFT, for one model, `lora_alpha`.
-    found: dict[str, Mapping[str, Any]] = {}
+    configs: dict[str, Mapping[str, Any]] = {}
     for component in ("unet", "text_encoder"):
         prefix = f"{component}."
-        own = {name.removeprefix(prefix): config[name] for name in config if name.startswith(prefix)}
-        found[component] = own or (config if "lora_alpha" in config or "alpha" in config else {})
-    return found
+        settings = {name.removeprefix(prefix): config[name] for name in config if name.startswith(prefix)}
+        configs[component] = settings or (config if "lora_alpha" in config or "alpha" in config else {})
+    return configs
 
 
-def _part(roles: Roles, layer: nn.Module, public: str, config: Mapping[str, Any] | None) -> LoRAWeights:
-    """One layer's share, of the tensors that the file has for it. Misfit if they do not fit the layer."""
+def _build_weights(
+    roles: TensorsByRole, layer: nn.Module, public: str, config: Mapping[str, Any] | None
+) -> LoRAWeights:
+    """Build one layer's weights from its tensors in the file; IncompatibleTensors if they do not fit it."""
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-    rest = dict(roles)
-    alpha, dora, magnitude = (rest.pop(name, None) for name in ("alpha", "dora_scale", "magnitude"))
-    up_bias, diff_bias = rest.pop("up_bias", None), rest.pop("diff_bias", None)
-    form = next((form for form, (must, may) in FORMS.items() if rest.keys() & (must | may)), None)
-    if form is None or not rest.keys() <= FORMS[form][0] | FORMS[form][1]:
-        raise Misfit(f"{', '.join(sorted(roles))} make no form of adapter that is known")
-    if absent := FORMS[form][0] - rest.keys():
-        raise Misfit(f"its layer's {', '.join(sorted(absent))} is missing")
-    if flat := [role for role, tensor in rest.items() if tensor.ndim < 2]:
-        raise Misfit(f"{flat[0]} is {list(rest[flat[0]].shape)}, expected at least two axes")
+    extra = {role: roles.get(role) for role in ("alpha", "dora_scale", "magnitude", "up_bias", "diff_bias")}
+    factors = {role: tensor for role, tensor in roles.items() if role not in extra}
+    build = _find_decomposition(factors, roles).build
+    if flat := [role for role, tensor in factors.items() if tensor.ndim < 2]:
+        raise IncompatibleTensors(f"{flat[0]} is {list(roles[flat[0]].shape)}, expected at least two axes")
     if broken := [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]:
-        raise Misfit(f"{broken[0]} has numbers that are not finite")
-    wide = {role: t if t.dtype == torch.float64 else t.float() for role, t in rest.items()}
+        raise IncompatibleTensors(f"{broken[0]} has numbers that are not finite")
+    factors = {role: t if t.dtype == torch.float64 else t.float() for role, t in factors.items()}
     try:
-        tensors, rank = form(wide, tuple(weight.shape))
+        tensors, rank = build(factors, tuple(weight.shape))
     except (RuntimeError, IndexError) as error:  # of a product of factors that do not fit each other
-        raise Misfit(f"its factors do not fit: {str(error).splitlines()[0]}") from None
+        raise IncompatibleTensors(f"its factors do not fit: {str(error).splitlines()[0]}") from None
     if rank == 0:
-        raise Misfit("its rank is 0")
-    scale = _scale(alpha, rank, public, config)
-    if dora is not None or magnitude is not None:
-        tensors["magnitude"] = _magnitude(dora, magnitude, weight)
-    added = up_bias * scale if up_bias is not None else diff_bias
+        raise IncompatibleTensors("its rank is 0")
+    scale = _scale(extra["alpha"], rank, public, config)
+    if extra["dora_scale"] is not None or extra["magnitude"] is not None:
+        tensors["magnitude"] = _magnitude(extra["dora_scale"], extra["magnitude"], weight)
+    added = extra["diff_bias"] if extra["up_bias"] is None else extra["up_bias"] * scale
     if added is not None:
         if bias is None or added.shape != bias.shape:
             have = "none" if bias is None else list(bias.shape)
-            raise Misfit(f"its bias is {list(added.shape)}, the layer has {have}")
+            raise IncompatibleTensors(f"its bias is {list(added.shape)}, the layer has {have}")
         tensors["bias"] = added
-    part = LoRAWeights({name: tensor.to(weight, copy=True) for name, tensor in tensors.items()}, scale)
-    return part.requires_grad_(False)
+    weights = LoRAWeights({name: tensor.to(weight, copy=True) for name, tensor in tensors.items()}, scale)
+    return weights.requires_grad_(False)
 
 
-def _factors(roles: Roles, shape: tuple[int, ...]) -> Made:
-    """down and up, which may have kernel axes that the layer lacks, if they are 1, or lack such."""
+def _factors(roles: TensorsByRole, shape: Shape) -> Built:
+    """Reshape down and up to the layer, whose kernel axes of size 1 they may lack, or have in addition."""
     down, up = roles["down"], roles["up"]
     if "mid" in roles:  # LoCon's third factor, between the two
         down = torch.einsum("mnkl, ni -> mikl", roles["mid"], down.flatten(1))
     rank, kernel = len(down), shape[2:]
-    wanted = {"down": (rank, *shape[1:]), "up": (shape[0], rank, *(1 for _ in kernel))}
+    expected = {"down": (rank, *shape[1:]), "up": (shape[0], rank, *(1 for _ in kernel))}
     factors = {"down": down, "up": up}
     for name, factor in factors.items():
-        if _without_ones(factor.shape) != _without_ones(wanted[name]):
-            raise Misfit(f"{name} is {list(factor.shape)}, the layer wants {list(wanted[name])}")
-    return {name: factor.reshape(wanted[name]) for name, factor in factors.items()}, rank
+        if _without_ones(factor.shape) != _without_ones(expected[name]):
+            got = list(factor.shape)
+            raise IncompatibleTensors(f"{name} is {got}, expected {list(expected[name])} for the layer")
+    return {name: factor.reshape(expected[name]) for name, factor in factors.items()}, rank
 
 
-def _loha(roles: Roles, shape: tuple[int, ...]) -> Made:
-    """(w1_a w1_b) * (w2_a w2_b), each with a core t where it is a Tucker decomposition."""
+def _loha(roles: TensorsByRole, shape: Shape) -> Built:
+    """Compute (w1_a w1_b) * (w2_a w2_b), each with a core t in a Tucker decomposition."""
     one, two = (
         _product(roles[f"hada_w{i}_a"], roles[f"hada_w{i}_b"], roles.get(f"hada_t{i}")) for i in (1, 2)
     )
-    return {"delta": _shaped(one * two, shape)}, len(roles["hada_w1_b"])
+    return {"delta": _reshape_delta(one * two, shape)}, len(roles["hada_w1_b"])
 
 
-def _lokr(roles: Roles, shape: tuple[int, ...]) -> Made:
-    """The Kronecker product of w1 and w2, each whole or as factors; with both whole there is no rank."""
-    rank, whole = None, []
+def _lokr(roles: TensorsByRole, shape: Shape) -> Built:
+    """Compute the Kronecker product of w1 and w2, each whole or as factors; both whole have no rank."""
+    rank, matrices = None, []
     for i in (1, 2):
         w = roles.get(f"lokr_w{i}")
         if w is None:
             a, b = roles.get(f"lokr_w{i}_a"), roles.get(f"lokr_w{i}_b")
             if a is None or b is None:
-                raise Misfit(f"its layer's lokr_w{i}, or a factor of it, is missing")
+                raise IncompatibleTensors(f"its layer's lokr_w{i}, or a factor of it, is missing")
             w, rank = _product(a, b, roles.get("lokr_t2") if i == 2 else None), len(b)
-        whole.append(w)
-    one, two = whole
+        matrices.append(w)
+    one, two = matrices
     one = one.reshape(*one.shape, *(1 for _ in two.shape[one.ndim :]))
-    return {"delta": _shaped(torch.kron(one, two.contiguous()), shape)}, rank
+    return {"delta": _reshape_delta(torch.kron(one, two.contiguous()), shape)}, rank
 
 
-def _difference(roles: Roles, shape: tuple[int, ...]) -> Made:
-    """The whole difference of the weights; it has no rank, and so alpha says nothing."""
-    return {"delta": _shaped(roles["diff"], shape)}, None
+def _full_difference(roles: TensorsByRole, shape: Shape) -> Built:
+    """Return the full difference of the weights; it has no rank, and so alpha has no effect."""
+    return {"delta": _reshape_delta(roles["diff"], shape)}, None
 
 
-# Each form with the roles that it must have and those that it may have.
-FORMS = {
-    _factors: ({"down", "up"}, {"mid"}),
-    _loha: ({f"hada_w{i}_{f}" for i in (1, 2) for f in "ab"}, {"hada_t1", "hada_t2"}),
-    _lokr: (set[str](), {f"lokr_w{i}{f}" for i in (1, 2) for f in ("", "_a", "_b")} | {"lokr_t2"}),
-    _difference: ({"diff"}, set[str]()),
-}
+@dataclass(frozen=True)
+class Decomposition:
+    """Decomposition of a weight change: the function that builds it for a layer's shape, and its roles."""
+
+    build: Callable[[TensorsByRole, Shape], Built]
+    required: set[str]
+    optional: set[str] = field(default_factory=set)
+
+
+DECOMPOSITIONS = (
+    Decomposition(_factors, {"down", "up"}, {"mid"}),
+    Decomposition(_loha, {f"hada_w{i}_{f}" for i in (1, 2) for f in "ab"}, {"hada_t1", "hada_t2"}),
+    Decomposition(_lokr, set(), {f"lokr_w{i}{f}" for i in (1, 2) for f in ("", "_a", "_b")} | {"lokr_t2"}),
+    Decomposition(_full_difference, {"diff"}),
+)
+
+
+def _find_decomposition(factors: TensorsByRole, roles: TensorsByRole) -> Decomposition:
+    """Find the decomposition that a layer's factors belong to. roles: all its tensors, for the error."""
+    for decomposition in DECOMPOSITIONS:
+        if factors and factors.keys() <= decomposition.required | decomposition.optional:
+            if missing := decomposition.required - factors.keys():
+                raise IncompatibleTensors(f"its layer's {', '.join(sorted(missing))} is missing")
+            return decomposition
+    raise IncompatibleTensors(f"{', '.join(sorted(roles))} make no form of adapter that is known")
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """a @ b; around a core [R, R, *K] it is [O, I, *K], with a [R, O] and b [R, I]."""
+    """Compute a @ b; around a core [R, R, *K] it is [O, I, *K], with a [R, O] and b [R, I]."""
     return a @ b if core is None else torch.einsum("ijkl, ip, jr -> prkl", core, a, b)
 
 
-def _shaped(delta: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _reshape_delta(delta: Tensor, shape: Shape) -> Tensor:
     if len(delta) != shape[0] or delta.numel() != torch.Size(shape).numel():
-        raise Misfit(f"it makes a change of {list(delta.shape)}, the layer wants {list(shape)}")
+        raise IncompatibleTensors(f"its delta is {list(delta.shape)}, expected {list(shape)} for the layer")
     return delta.reshape(shape)
 
 
-def _magnitude(dora: Tensor | None, magnitude: Tensor | None, weight: Tensor) -> Tensor:
-    """DoRA's magnitudes [O, 1, ...], or of columns [1, I, ...].
+def _magnitude(dora_scale: Tensor | None, magnitude: Tensor | None, weight: Tensor) -> Tensor:
+    """Reshape DoRA's magnitudes to [O, 1, ...], or [1, I, ...] of columns.
 
-    PEFT's `lora_magnitude_vector` is always of rows; `dora_scale`, of the others, shows it by its shape.
+    PEFT's `lora_magnitude_vector` is always of rows; of `dora_scale`, from other trainers, the shape decides.
     """
-    given, ones = (dora if magnitude is None else magnitude), [1] * (weight.ndim - 2)
+    given, ones = (dora_scale if magnitude is None else magnitude), [1] * (weight.ndim - 2)
     assert given is not None
     if given.numel() == len(weight) and (given is magnitude or given.shape[0] == len(weight)):
         return given.reshape(-1, 1, *ones)
-    if given is dora and given.numel() == weight.shape[1]:
+    if given is dora_scale and given.numel() == weight.shape[1]:
         return given.reshape(1, -1, *ones)
-    raise Misfit(f"DoRA's magnitudes are {list(given.shape)}, the layer's weight is {list(weight.shape)}")
+    got = f"{list(given.shape)}, the layer's weight is {list(weight.shape)}"
+    raise IncompatibleTensors(f"DoRA's magnitudes are {got}")
 
 
 def _scale(alpha: Tensor | None, rank: int | None, public: str, config: Mapping[str, Any] | None) -> float:
-    """alpha / rank: alpha from the file, or else from PEFT's config, or else the rank."""
+    """Compute alpha / rank, with alpha from the file, or else from PEFT's config, or else the rank."""
     if alpha is not None:
         if alpha.numel() != 1:
-            raise Misfit(f"alpha is {list(alpha.shape)}, expected one number")
+            raise IncompatibleTensors(f"alpha is {list(alpha.shape)}, expected one number")
         return alpha.item() / rank if rank is not None else 1.0
     if not config:
         return 1.0
-    wanted = _setting(config, "alpha_pattern", public, config.get("lora_alpha", config.get("alpha")))
+    config_alpha = _setting(config, "alpha_pattern", public, config.get("lora_alpha", config.get("alpha")))
     size = _setting(config, "rank_pattern", public, config.get("r")) if rank is None else rank
-    if wanted is None or size is None:
+    if config_alpha is None or size is None:
         return 1.0
-    return wanted / (size**0.5 if config.get("use_rslora") else size)
+    return config_alpha / (size**0.5 if config.get("use_rslora") else size)
 
 
 def _setting(config: Mapping[str, Any], pattern: str, public: str, default: Any) -> float | None:
-    """A layer's own value in one of PEFT's patterns (of the end of its name), or the default."""
+    """Look up a layer in one of PEFT's patterns, which match the end of its name; else return the default."""
     values = config.get(pattern) or {}
     try:
         for key, value in values.items():
@@ -280,6 +296,6 @@ def _setting(config: Mapping[str, Any], pattern: str, public: str, default: Any)
     return default
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the kernel axes at its end that are 1."""
+def _without_ones(shape: Shape) -> Shape:
+    """Drop the kernel axes of size 1 from a shape."""
     return (*shape[:2], *(size for size in shape[2:] if size != 1))

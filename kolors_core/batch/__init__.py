@@ -1,1 +1,1 @@
-"""Many prompts on many processes, killed and resumed."""
+"""Batch generation: many prompts on many processes, killed and resumed."""

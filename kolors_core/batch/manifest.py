@@ -1,10 +1,9 @@
 """Work distribution: one lock a job, released when its process exits, and a manifest of results.
 
-A lock is one byte of a file, so that a run of a million jobs needs no million lock files. The system releases
-it when its process ends, however that ends: there are no stale locks, no timeout, and nothing that must stay
-alive (a counter in a store dies with the process that holds it). So processes may come, go and be killed, and
-even two runs at once on one folder share the work. Byte locks hold across machines that mount one folder by
-NFS 4, Lustre, CephFS, GPFS and the like; where they do not, a job may be done twice, to the same file.
+A lock is one byte of a file (filelock would need a file a job). The system releases it when its process ends,
+also by a kill, so there are no stale locks, no timeouts and no server that must stay alive. Processes may
+join, leave and be killed, and several runs on one folder share the work. Byte locks work across machines that
+mount one folder by NFS 4, Lustre, CephFS or GPFS; where they do not, a job may run twice, to the same file.
 """
 
 import fcntl
@@ -21,13 +20,13 @@ Record = dict[str, Any]
 
 
 class JobLocks:
-    """The locks of one process. Byte 0 is the manifest's, byte n is job n's: 1 while it is running."""
+    """Locks of one process. Byte 0 is the manifest's; byte n is job n's, and is 1 while the job runs."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.descriptor = file, os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
 
     def acquire(self, number: int) -> bool:
-        """Lock a job; False if another process has it. OSError where the folder has no locks."""
+        """Lock a job; False if another process holds it. OSError if the file system has no locks."""
         try:
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except (BlockingIOError, PermissionError):
@@ -37,11 +36,11 @@ class JobLocks:
         return True
 
     def mark_running(self, number: int, is_running: bool) -> None:
-        """Record whether a job is running, which outlives this process if it is killed."""
+        """Record whether a job is running; the record remains if this process is killed."""
         os.pwrite(self.descriptor, b"\1" if is_running else b"\0", number)
 
     def was_interrupted(self, number: int) -> bool:
-        """Return whether a process began the job and did not record its end."""
+        """Return whether a process started the job and did not record its end."""
         return os.pread(self.descriptor, 1, number) == b"\1"
 
     def release(self, number: int) -> None:
@@ -50,7 +49,7 @@ class JobLocks:
 
     @contextmanager
     def manifest_lock(self) -> Iterator[None]:
-        """Keep other processes from writing the manifest while the block lasts."""
+        """Lock the manifest against writes of other processes, within a `with` block."""
         fcntl.lockf(self.descriptor, fcntl.LOCK_EX, 1, 0)
         try:
             yield
@@ -63,10 +62,7 @@ class JobLocks:
 
 
 class Manifest:
-    """A JSON Lines file of results, of which the last one about a job counts.
-
-    Appended to as jobs end; at a run's end sorted, with one for each job.
-    """
+    """JSON Lines file of results, appended to as jobs end; a job's last record counts."""
 
     def __init__(self, file: Path, locks: JobLocks) -> None:
         self.file, self.locks = file, locks
@@ -75,13 +71,13 @@ class Manifest:
         self.refresh()
 
     def refresh(self) -> list[Record]:
-        """Read the records written since, and return them; skip what a process left half written."""
+        """Read and return the records written since the last call; skip truncated ones."""
         if not self.file.exists():
             return []
         with self.file.open("rb") as file:
-            state = os.fstat(file.fileno())
-            if state.st_ino != self.inode or state.st_size < self.offset:
-                self.inode, self.offset = state.st_ino, 0
+            status = os.fstat(file.fileno())
+            if status.st_ino != self.inode or status.st_size < self.offset:
+                self.inode, self.offset = status.st_ino, 0
             file.seek(self.offset)
             written = file.read()
         written = written[: written.rfind(b"\n") + 1]
@@ -98,25 +94,27 @@ class Manifest:
         return records
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Append a record, and flush it to the disk."""
+        """Append a record and flush it to the disk."""
         with self.locks.manifest_lock(), self.file.open("a+b") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
-            is_torn = file.read(1) not in (b"", b"\n")
-            file.write((b"\n" if is_torn else b"") + _text(record))
+            is_truncated = file.read(1) not in (b"", b"\n")
+            file.write((b"\n" if is_truncated else b"") + _to_line(record))
             file.flush()
             os.fsync(file.fileno())
 
     def compact(self, complete: Callable[[dict[int, Record]], None]) -> None:
-        """Rewrite the file, whole or not at all: one record a job, in their order.
+        """Rewrite the file atomically with one record a job, sorted by number.
 
-        complete: corrects the records while no other process writes.
+        complete: corrects the records while the manifest is locked.
         """
         with self.locks.manifest_lock():
             self.refresh()
             complete(self.records)
-            write_bytes(b"".join(_text(self.records[number]) for number in sorted(self.records)), self.file)
+            write_bytes(
+                b"".join(_to_line(self.records[number]) for number in sorted(self.records)), self.file
+            )
 
 
-def _text(record: Mapping[str, Any]) -> bytes:
+def _to_line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")

@@ -1,32 +1,33 @@
-"""Processes of one run: joining those that `torchrun` has started."""
+"""Process groups: join the processes that `torchrun` started."""
 
 import os
 import socket
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from kolors_core.devices import named_device
 from weights_convert.untrusted_files import one_line
 
+CONNECT_TIMEOUT = timedelta(seconds=60)
+
 
 def join_processes(name: str | None = None) -> torch.device:
-    """Under `torchrun`, join the other processes, by NCCL on CUDA and gloo elsewhere; this one's device.
+    """Join the processes of `torchrun`, if it started this one, and return this process's device.
 
-    name: None is the best there is. Of several GPUs, unless one is named by number, each process of a machine
-    has its own; what is exchanged from the CPU goes by gloo everywhere. OSError if `torchrun` is gone.
+    name: None selects the best device. Unless a GPU is named by number, each process of a machine gets its
+    own. Backends: NCCL for CUDA tensors, gloo for CPU tensors. OSError if `torchrun` cannot be reached.
     """
     device = named_device(name)
     if "RANK" in os.environ and not dist.is_initialized():
-        own: dict[str, Any] = {}
-        if (store := _torchrun_store()) is not None:
-            rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-            own = {"store": store, "rank": rank, "world_size": world}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **own)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _init_with_torchrun_store(backend)
+        else:
+            dist.init_process_group(backend)
     if device.type == "cuda":
         if name in (None, "cuda"):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -34,19 +35,15 @@ def join_processes(name: str | None = None) -> torch.device:
     return device
 
 
-def _torchrun_store() -> Any:
-    """A `TCPStore`: where processes meet that `torchrun` has started. None without `torchrun`.
-
-    OSError if it is gone: torch itself would wait for half an hour.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    place, patience = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=60)
+def _init_with_torchrun_store(backend: str) -> None:
+    """Initialize the process group; OSError after a minute where torch itself would wait for half an hour."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        socket.create_connection(place, timeout=patience.total_seconds()).close()  # which does not try again
-        store = TCPStore(*place, timeout=patience)  # in case it dies just then
+        # torch's store retries until its timeout; a socket finds at once that nobody listens.
+        socket.create_connection(address, CONNECT_TIMEOUT.total_seconds()).close()
+        store, rank, world = next(rendezvous("env://", timeout=CONNECT_TIMEOUT))
     except (OSError, RuntimeError) as error:
         reason = one_line(error)
         raise OSError(f"torchrun, which started this process, cannot be reached: {reason}") from None
     store.set_timeout(default_pg_timeout)
-    return store
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)

@@ -1,8 +1,8 @@
-"""A file of prompts -> jobs: JSON Lines or CSV, each line checked by itself and known by its content.
+"""Parser of prompt files, JSON Lines or CSV, to jobs; each line is checked by itself and fingerprinted.
 
-A line's fields are `FIELDS`; only the prompt must be there. A CSV has their names in its first row, an empty
-cell is as if the field were not there, and several LoRAs in a cell have `;` between them. In JSON `lora` is a
-text or a list of them, each FROM[:SCALE] as on the command line.
+A line's fields are `FIELDS`; only the prompt is required. A CSV has their names in its first row, an empty
+cell is a missing field, and several LoRAs in a cell are separated by `;`. In JSON, `lora` is a string or a
+list of strings, each FROM[:SCALE] as on the command line.
 """
 
 import csv
@@ -11,12 +11,13 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from kolors_core.validation import LARGEST_SEED, check_float, check_int
-from weights_convert.untrusted_files import once, one_line
+from weights_convert.untrusted_files import one_line, reject_duplicate_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +36,16 @@ class JobSettings:
 
 FIELDS = tuple(field.name for field in fields(JobSettings))
 FIELD_NAMES = ", ".join(FIELDS)
-FINGERPRINT_KEY = "batch_line"  # of the text chunk in an image that has its line's fingerprint
-IEND = b"\0\0\0\0IEND\xaeB`\x82"  # how a PNG ends
-RawRow = tuple[int, str, Any]  # number, text, and its fields, or the ValueError of a line that has none
+FINGERPRINT_KEY = "batch_line"  # the PNG text chunk with the fingerprint of the image's line
+IEND = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of a PNG
+RawRow = tuple[int, str, Any]  # number, text, and fields, or the ValueError of a line without any
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job: a line of the file by its number there, from 1.
+    """Job of one line. number: the line's, from 1. settings: None for a bad line, with a one-line `reason`.
 
-    settings: None for a bad line, of which `reason` says what, in one line. fingerprint: of what decides the
-    image, that is its fields and the model; not the number.
+    fingerprint: a hash of what decides the image: the line's fields and the model, not the number.
     """
 
     number: int
@@ -55,16 +55,16 @@ class Job:
 
     @property
     def file(self) -> str | None:
-        """The name of its PNG: number and seed."""
+        """The PNG's name: number and seed; None for a bad line."""
         return None if self.settings is None else f"{self.number:06d}-{self.settings.seed}.png"
 
 
 def read_jobs(file: Path, model: Mapping[str, object], seed: int, steps: int) -> list[Job]:
-    """Read the jobs of a file, one a line that is not empty.
+    """Read the jobs of a file, one for each line that is not empty.
 
-    model: what all images have in common, for the fingerprints. seed: a line without one has this plus its
-    number. steps: of a line that names none. Raises OSError for a file that cannot be read, ValueError for a
-    CSV whose first row is none of names, or for a file without lines.
+    model: what all images have in common, for the fingerprints. seed: a line without a seed gets this plus
+    its number. steps: the default of a line. Raises OSError for a file that cannot be read, ValueError for a
+    CSV whose first row does not name the fields, or for a file without lines.
     """
     text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     rows = _csv(text, file) if file.suffix.lower() == ".csv" else _json_lines(text)
@@ -78,28 +78,25 @@ def read_jobs(file: Path, model: Mapping[str, object], seed: int, steps: int) ->
         digest = hashlib.sha256(content.encode("utf-8", errors="surrogateescape")).hexdigest()[:32]
         jobs.append(Job(number, settings, reason, digest))
     if not jobs:
-        raise ValueError(f"{file}: no lines, expected one an image")
+        raise ValueError(f"{file}: no lines, expected one for each image")
     return jobs
 
 
 def png_fingerprint(file: Path) -> str | None:
-    """Read the fingerprint in a PNG; "" for a file that has none.
-
-    None if there is no file, or only the beginning of a batch's image.
-    """
+    """Read the fingerprint in a PNG: "" for a file without one, None for a missing or truncated image."""
     from PIL import Image
 
     if not file.exists():
         return None
     try:
         with Image.open(file) as image:
-            found = image.info.get(FINGERPRINT_KEY, "")
+            fingerprint = image.info.get(FINGERPRINT_KEY, "")
         with file.open("rb") as opened:
             opened.seek(-len(IEND), os.SEEK_END)
             is_whole = opened.read() == IEND
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""
-    return None if found and not is_whole else found
+    return None if fingerprint and not is_whole else fingerprint
 
 
 def _json_lines(text: str) -> Iterator[RawRow]:
@@ -107,7 +104,7 @@ def _json_lines(text: str) -> Iterator[RawRow]:
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw, object_pairs_hook=once)
+            row = json.loads(raw, object_pairs_hook=reject_duplicate_keys)
         except json.JSONDecodeError as error:
             row = ValueError(f"not JSON: {error}")
         except (ValueError, RecursionError) as error:
@@ -122,9 +119,8 @@ def _csv(text: str, file: Path) -> Iterator[RawRow]:
     except csv.Error as error:
         raise ValueError(f"{file}: the first row is not CSV: {error}") from None
     if unknown := [name for name in names if name not in FIELDS]:
-        raise ValueError(
-            f"{file}: the first row has the name {unknown[0][:100]!r}, expected some of {FIELD_NAMES}"
-        )
+        got = f"the first row has the name {unknown[0][:100]!r}"
+        raise ValueError(f"{file}: {got}, expected some of {FIELD_NAMES}")
     if "prompt" not in names or len(set(names)) < len(names):
         raise ValueError(f"{file}: the first row must name the columns, prompt among them, each once")
     while True:
@@ -137,32 +133,27 @@ def _csv(text: str, file: Path) -> Iterator[RawRow]:
             yield number, f"{number}", ValueError(f"not CSV: {error}")
             continue
         if any(cells):
-            yield number, json.dumps(cells), _of_cells(names, cells)
+            yield number, json.dumps(cells), _parse_cells(names, cells)
 
 
-def _of_cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | ValueError:
-    """Convert a row's cells to fields, numbers as numbers where they are any."""
+def _parse_cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | ValueError:
+    """Convert a row's cells to fields; numeric fields to numbers where they parse."""
     if len(cells) > len(names):
         return ValueError(f"{len(cells)} cells, and the first row names {len(names)}")
-    row: dict[str, Any] = {}
-    for name, cell in zip(names, cells, strict=False):
-        if not cell:
-            continue
-        row[name] = cell
-        try:
+    row: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+    for name, cell in row.items():
+        with suppress(ValueError):  # `_settings` reports what the field must be
             if name == "lora":
                 row[name] = [part.strip() for part in cell.split(";")]
             elif name == "guidance":
                 row[name] = float(cell)
             elif name in ("seed", "height", "width", "steps"):
                 row[name] = int(cell)
-        except ValueError:
-            pass  # `_settings` says what it must be
     return row
 
 
 def _settings(row: Any, seed: int, steps: int) -> JobSettings:
-    """Check a row's fields. ValueError naming the field, what came and what was expected."""
+    """Check a row's fields; ValueError naming the field and what was expected."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
@@ -179,7 +170,7 @@ def _settings(row: Any, seed: int, steps: int) -> JobSettings:
     texts = [(name, given[name]) for name in ("prompt", "negative_prompt") if name in given]
     for name, text in [*texts, *(("lora", text) for text in lora)]:
         if not isinstance(text, str):
-            raise ValueError(f"{name} must be a text, got {text!r}")
+            raise ValueError(f"{name} must be a string, got {text!r}")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"{name} is not UTF-8: {text!r}")
     for name, multiple in (("height", 8), ("width", 8), ("steps", 1)):

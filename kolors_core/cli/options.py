@@ -1,4 +1,4 @@
-"""Flags of the command lines for one image and for many: model, sampler, ControlNets; what they load."""
+"""Flags shared by the command lines, and functions that load what they name."""
 
 import argparse
 import sys
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from kolors_core.adapters.canny import canny
-from kolors_core.adapters.controlnet_files import DEFAULT_SCALE, KolorsControlNet
+from kolors_core.adapters.controlnet_files import KolorsControlNet
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.devices import best_dtype
 from kolors_core.guidance import cfg_rescale, check_interval, guided
 from kolors_core.image import load_image
 from kolors_core.performance.quantize import BITS
 from kolors_core.pipelines.pag import check_scales, perturbed, perturbed_layers
-from kolors_core.pipelines.quantization_report import QuantizationReport
-from kolors_core.pipelines.quantization_report import quantize as quantize_pipeline
+from kolors_core.pipelines.quantization_report import QuantizationReport, quantize
+from kolors_core.pipelines.request import CONTROL_SCALE
 from kolors_core.pipelines.single_file import open_model
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
@@ -27,104 +27,92 @@ from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteSched
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONTROLNETS = {kind: f"Kwai-Kolors/Kolors-ControlNet-{kind.title()}" for kind in ("canny", "depth", "pose")}
-# Each says all that it is: the checkpoint's own scheduler may be any of them.
+# Each sets every field that distinguishes it, since the checkpoint's own scheduler may be any of them.
 SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
-    name + ending: (kind, {**own, "use_karras_sigmas": bool(ending)})
-    for name, kind, own in (
+    name + suffix: (kind, {**fields, "use_karras_sigmas": bool(suffix)})
+    for name, kind, fields in (
         ("euler", EulerDiscreteScheduler, {}),
         ("dpmpp-2m", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
         ("dpmpp-2m-sde", DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     )
-    for ending in ("", "-karras")
+    for suffix in ("", "-karras")
 }
 
 
 def add_model(model: argparse._ArgumentGroup) -> None:
-    """Which weights, where and in which precision."""
-    model.add_argument(
-        "-w", "--weights", metavar="DIR", default=EMBEDDED_NAME,
+    """Add the flags of weights, device, precision and memory."""
+    add = model.add_argument
+    add("-w", "--weights", metavar="DIR", default=EMBEDDED_NAME,
         help="a checkpoint folder or .safetensors file, or a hub repository such as "
-        "Kwai-Kolors/Kolors-diffusers (default: the embedded model, which draws emoji)",
-    )  # fmt: skip
+        "Kwai-Kolors/Kolors-diffusers (default: the embedded model, which draws emoji)")  # fmt: skip
     for name in MODELS:
-        model.add_argument(
-            f"--{name.replace('_', '-')}", metavar="FILE",
-            help=f"take the {name} from this .safetensors file, whatever its names, and not from --weights",
-        )  # fmt: skip
-    model.add_argument(
-        "--variant", help='which weight files, such as "fp16" (default: the only ones there are)'
-    )
-    model.add_argument("--revision", help="branch, tag or commit of the hub repository")
-    model.add_argument(
-        "--local-files-only", action="store_true", help="never download, use the hub's local cache"
-    )
-    model.add_argument("--device", help="cuda, mps, cpu, cuda:1, ... (default: the best there is)")
-    model.add_argument("--dtype", choices=DTYPES, help="precision (default: float16, on a CPU float32)")
+        source = "this .safetensors file, in any naming, and not from --weights"
+        add(f"--{name.replace('_', '-')}", metavar="FILE", help=f"take the {name} from {source}")
+    add("--variant", help='which weight files, such as "fp16" (default: the only ones there are)')
+    add("--revision", help="branch, tag or commit of the hub repository")
+    add("--local-files-only", action="store_true", help="never download, use the hub's local cache")
+    add("--device", help="cuda, mps, cpu, cuda:1, ... (default: the best there is)")
+    add("--dtype", choices=DTYPES, help="precision (default: float16, on a CPU float32)")
     for name in ("text-encoder", "unet"):
-        model.add_argument(
-            f"--{name}-bits", type=int, choices=BITS,
-            help="hold its linear layers in so many bits; reports the error",
-        )  # fmt: skip
-    model.add_argument(
-        "--offload", choices=("model", "block"),
-        help="keep on the device only the model at work, or only its block (least memory, slowest)",
-    )  # fmt: skip
-    model.add_argument("--vae-tiling", action="store_true", help="decode in bands, with less memory")
+        effect = "quantize its linear layers to so many bits; reports the error"
+        add(f"--{name}-bits", type=int, choices=BITS, help=effect)
+    add("--offload", choices=("model", "block"),
+        help="keep only the running model or block (least memory, slowest) on the device")  # fmt: skip
+    add("--vae-tiling", action="store_true", help="decode in tiles, with less memory")
 
 
-def add_sampler(group: argparse._ArgumentGroup) -> None:
-    """Which sampler."""
-    group.add_argument(
-        "--sampler", choices=SAMPLERS, default="dpmpp-2m-karras", help="(default: %(default)s)"
-    )
+def add_image(image: argparse._ArgumentGroup, default_size: str = "the model's own") -> None:
+    """Add the flags of the negative prompt, the size and the seed."""
+    add = image.add_argument
+    add("-n", "--negative", metavar="TEXT", help="what not to draw")
+    for side in ("height", "width"):
+        add(f"--{side}", type=int, help=f"pixels, a multiple of 8 (default: {default_size})")
+    add("--seed", type=int, help="of the noise (default: random)")
 
 
-def add_guidance(group: argparse._ArgumentGroup) -> None:
-    """What stands beside the guidance scale, and FreeU."""
-    group.add_argument(
-        "--pag", type=float, metavar="SCALE", help="perturbed-attention guidance, 3 is usual (default: none)"
-    )
-    group.add_argument(
-        "--pag-layers", nargs="+", metavar="LAYER",
-        help='whose self-attention it perturbs, such as "down.block_2" (default: mid)',
-    )  # fmt: skip
-    group.add_argument(
-        "--pag-adaptive", type=float, metavar="SCALE", help="takes this off --pag per timestep, of 1,100"
-    )
-    group.add_argument(
-        "--guidance-rescale", type=float, metavar="PART", help="against overexposure, 0.7 is usual"
-    )
-    group.add_argument(
-        "--guidance-interval", type=float, nargs=2, metavar=("A", "B"),
-        help="guide only in these parts of the steps, 0 to 1; the others take half the time",
-    )  # fmt: skip
-    group.add_argument(
-        "--freeu", type=float, nargs=4, metavar=("S1", "S2", "B1", "B2"),
-        help="weigh the UNet's skips and what comes from below, 0.6 0.4 1.1 1.2 is usual",
-    )  # fmt: skip
+def add_steps(sampling: argparse._ArgumentGroup) -> None:
+    """Add the flags of the steps, the sampler and the guidance scale."""
+    add = sampling.add_argument
+    add("--steps", type=int, help="denoising steps (default: 50 for euler, 25 for the others)")
+    add_sampler(sampling)
+    add("-g", "--guidance", type=float, default=5.0, metavar="SCALE",
+        help="how strongly to follow the prompt; 1 is off (default: %(default)s)")  # fmt: skip
+
+
+def add_sampler(sampling: argparse._ArgumentGroup) -> None:
+    """Add the flag of the sampler."""
+    default = "dpmpp-2m-karras"
+    sampling.add_argument("--sampler", choices=SAMPLERS, default=default, help="(default: %(default)s)")
+
+
+def add_guidance(sampling: argparse._ArgumentGroup) -> None:
+    """Add the flags of perturbed-attention guidance, guidance modifiers and FreeU."""
+    add = sampling.add_argument
+    add("--pag", type=float, metavar="SCALE", help="perturbed-attention guidance, such as 3 (default: none)")
+    add("--pag-layers", nargs="+", metavar="LAYER",
+        help='perturb the self-attention of these, such as "down.block_2" (default: mid)')  # fmt: skip
+    add("--pag-adaptive", type=float, metavar="SCALE", help="reduces --pag by this per timestep, of 1,100")
+    add("--guidance-rescale", type=float, metavar="PART", help="against overexposure, 0.7 is usual")
+    add("--guidance-interval", type=float, nargs=2, metavar=("A", "B"),
+        help="guide only in this part of the steps, 0 to 1; the other steps take half the time")  # fmt: skip
+    add("--freeu", type=float, nargs=4, metavar=("S1", "S2", "B1", "B2"),
+        help="FreeU scales of skip connections and backbone, 0.6 0.4 1.1 1.2 is usual")  # fmt: skip
 
 
 def add_control(images: argparse._ArgumentGroup) -> None:
-    """What a ControlNet sees; given in the same order, as often as there are ControlNets."""
-    images.add_argument(
-        "--control", action="append", metavar="FROM[:SCALE]",
+    """Add the flags of ControlNets and their images, which are given in the same order."""
+    add = images.add_argument
+    add("--control", action="append", metavar="FROM[:SCALE]",
         help="a ControlNet: canny, depth or pose for Kwai-Kolors' own, or a folder or hub repository, whose "
-        f"revision may follow an @; how much it says (default: {DEFAULT_SCALE}); may be repeated",
-    )  # fmt: skip
-    images.add_argument(
-        "--control-image", action="append", metavar="FILE",
-        help="what it sees, as it is: edges, depth or a pose; may be repeated, one for each --control",
-    )  # fmt: skip
-    images.add_argument(
-        "--canny", metavar="FILE", help="in place of one --control-image: the edges of this image"
-    )
-    images.add_argument(
-        "--control-end", type=float, metavar="PART", help="end its say after this part of the steps"
-    )
+        f"revision may follow an @; its scale (default: {CONTROL_SCALE}); may be repeated")  # fmt: skip
+    add("--control-image", action="append", metavar="FILE",
+        help="its input, used as it is: edges, depth or a pose; one for each --control")  # fmt: skip
+    add("--canny", metavar="FILE", help="instead of one --control-image: the edges of this image")
+    add("--control-end", type=float, metavar="PART", help="turn it off after this part of the steps")
 
 
 def check_output_paths(outs: Sequence[Path], is_forced: bool) -> None:
-    """FileExistsError or IsADirectoryError for what may not be written over."""
+    """Raise FileExistsError or IsADirectoryError for a file that may not be written."""
     if existing := [out for out in outs if out.exists() and not is_forced]:
         raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
     if folders := [out for out in outs if out.is_dir()]:
@@ -132,28 +120,28 @@ def check_output_paths(outs: Sequence[Path], is_forced: bool) -> None:
 
 
 def default_steps(sampler: str) -> int:
-    """How many steps a sampler takes where none are named."""
+    """Return a sampler's default number of steps."""
     return 50 if sampler.startswith("euler") else 25
 
 
-def precision(options: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """The dtype that is asked for, or the device's best."""
+def select_dtype(options: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """Return --dtype, or the device's default."""
     return DTYPES[options.dtype] if options.dtype else best_dtype(device)
 
 
-def files_of(options: argparse.Namespace) -> dict[str, str]:
-    """The models that come from files of their own."""
+def component_files(options: argparse.Namespace) -> dict[str, str]:
+    """Return the files of models that are not taken from --weights."""
     return {name: file for name in MODELS if (file := getattr(options, name)) is not None}
 
 
 def quantization_bits(options: argparse.Namespace) -> dict[str, int]:
-    """In how many bits the models are to be held that are to be quantised."""
+    """Return the bits of each model to quantize."""
     bits = {"text_encoder": options.text_encoder_bits, "unet": options.unet_bits}
     return {name: count for name, count in bits.items() if count is not None}
 
 
-def guidance_of(options: argparse.Namespace) -> dict[str, object]:
-    """The guidance rule's keywords that the options ask for; ValueError for what cannot be, or has no use."""
+def guidance_kwargs(options: argparse.Namespace) -> dict[str, object]:
+    """Check the guidance flags and return the guidance rule's arguments; ValueError for unused flags too."""
     if options.pag is None and (options.pag_layers or options.pag_adaptive is not None):
         raise ValueError("--pag-layers and --pag-adaptive have no effect without --pag")
     if options.pag is not None:
@@ -162,16 +150,16 @@ def guidance_of(options: argparse.Namespace) -> dict[str, object]:
         cfg_rescale(options.guidance_rescale)
     if options.guidance_interval is not None:
         check_interval(options.guidance_interval)
-    asked = {
+    keywords = {
         "pag_scale": options.pag, "pag_adaptive_scale": options.pag_adaptive,
         "pag_applied_layers": options.pag_layers, "rescale": options.guidance_rescale,
         "interval": options.guidance_interval and tuple(options.guidance_interval),
     }  # fmt: skip
-    return {name: value for name, value in asked.items() if value is not None}
+    return {name: value for name, value in keywords.items() if value is not None}
 
 
 def check_control(options: argparse.Namespace) -> None:
-    """ValueError unless there is an image for each ControlNet, and the other way round."""
+    """Raise ValueError unless there are as many control images as ControlNets."""
     nets, images = options.control or [], len(options.control_image or ()) + (options.canny is not None)
     if len(nets) != images:
         got = f"{len(nets)} --control and {images} of --control-image and --canny"
@@ -181,16 +169,14 @@ def check_control(options: argparse.Namespace) -> None:
 
 
 def load_pipeline(
-    options: argparse.Namespace,
-    device: torch.device,
-    is_planned: bool = False,
+    options: argparse.Namespace, device: torch.device, is_planned: bool = False,
     task: type[Task] = KolorsPipeline,
-) -> Any:
-    """The pipeline, with the sampler that the options ask for; if only planned, without weights."""
-    files = files_of(options)
+) -> Any:  # fmt: skip
+    """Load the pipeline, with the sampler of the options; without weights if it is only planned."""
+    files = component_files(options)
     if files and options.weights == EMBEDDED_NAME:
-        wanted = "needs --weights, the checkpoint of the rest"
-        raise ValueError(f"--{next(iter(files)).replace('_', '-')} {wanted}")
+        flag = next(iter(files)).replace("_", "-")
+        raise ValueError(f"--{flag} needs --weights, the checkpoint of the other models")
     folder = options.weights if Path(options.weights).is_dir() else None
     models: dict[str, Any] = {
         name: open_model(file, name, config=folder, has_weights=not is_planned)
@@ -199,7 +185,7 @@ def load_pipeline(
     is_file = options.weights.endswith(".safetensors")
     pipe = (task.from_single_file if is_file else task.from_pretrained)(
         options.weights, variant=options.variant, revision=options.revision,
-        local_files_only=options.local_files_only, torch_dtype=precision(options, device),
+        local_files_only=options.local_files_only, torch_dtype=select_dtype(options, device),
         device="meta" if is_planned else "cpu" if options.offload else device, **models,
     )  # fmt: skip
     if not is_planned and options.offload == "model":
@@ -214,19 +200,19 @@ def load_pipeline(
     return pipe
 
 
-def quantize(pipe: Task, options: argparse.Namespace) -> QuantizationReport | None:
-    """Quantise what the options ask for; None if nothing."""
+def apply_quantization(pipe: Task, options: argparse.Namespace) -> QuantizationReport | None:
+    """Quantize the models of the options; return the report, None if there are none."""
     if not (bits := quantization_bits(options)):
         return None
-    report = quantize_pipeline(pipe, **bits)
+    report = quantize(pipe, **bits)
     if not options.quiet:
         print(f"quantized: {report}", file=sys.stderr)
     return report
 
 
-def guide(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
-    """Have the guidance rule and FreeU that the options ask for."""
-    if keywords := guidance_of(options):
+def apply_guidance(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
+    """Set the guidance rule and FreeU of the options."""
+    if keywords := guidance_kwargs(options):
         if "pag_scale" in keywords:
             perturbed_layers(pipe.unet, options.pag_layers or "mid")
         pipe.guided = partial(perturbed if "pag_scale" in keywords else guided, **keywords)
@@ -235,7 +221,7 @@ def guide(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
 
 
 def load_loras(pipe: Task, loras: Sequence[str], is_local: bool, is_quiet: bool) -> None:
-    """Load LoRAs, each written FROM[:SCALE], and weigh them; the pipeline has none yet."""
+    """Load LoRAs, each FROM[:SCALE], and set their scales; the pipeline must have none."""
     for i, text in enumerate(loras):
         source, _ = parse_source_scale(text)
         name, revision = with_revision(source)
@@ -248,15 +234,14 @@ def load_loras(pipe: Task, loras: Sequence[str], is_local: bool, is_quiet: bool)
 
 
 def set_lora_scales(pipe: Task, loras: Sequence[str]) -> None:
-    """Give the loaded LoRAs the scales that are written here."""
+    """Set the scales of the loaded LoRAs, each FROM[:SCALE]."""
     if loras:
-        pipe.set_adapters(
-            [f"lora{i}" for i in range(len(loras))], [parse_source_scale(text)[1] for text in loras]
-        )
+        scales = [parse_source_scale(text)[1] for text in loras]
+        pipe.set_adapters([f"lora{i}" for i in range(len(loras))], scales)
 
 
 def load_textual_inversions(pipe: Task, files: Sequence[str], is_local: bool) -> None:
-    """Load learned words, each written FROM[:WORD]; its name in the file if there is no WORD."""
+    """Load learned words, each FROM[:WORD]; the default is the word's name in the file."""
     for text in files:
         source, word = with_word(text)
         name, revision = with_revision(source)
@@ -266,35 +251,33 @@ def load_textual_inversions(pipe: Task, files: Sequence[str], is_local: bool) ->
 def load_controls(
     options: argparse.Namespace, pipe: KolorsPipeline, device: torch.device, is_planned: bool = False
 ) -> None:
-    """Give the pipeline the ControlNets that the options name."""
+    """Load the ControlNets of the options into the pipeline."""
     nets = []
     for text in options.control or ():
-        source, _ = parse_source_scale(text, DEFAULT_SCALE)
+        source, _ = parse_source_scale(text, CONTROL_SCALE)
         name, revision = with_revision(CONTROLNETS.get(source, source))
-        nets.append(
-            KolorsControlNet.from_pretrained(
-                name, revision=revision, local_files_only=options.local_files_only, torch_dtype=pipe.dtype,
-                device="meta" if is_planned else "cpu" if options.offload else device,
-            )
-        )  # fmt: skip
+        nets.append(KolorsControlNet.from_pretrained(
+            name, revision=revision, local_files_only=options.local_files_only, torch_dtype=pipe.dtype,
+            device="meta" if is_planned else "cpu" if options.offload else device,
+        ))  # fmt: skip
     if nets:
         pipe.controlnet = type(pipe).from_pipe(pipe, controlnet=nets).controlnet  # checked there
 
 
 def control_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """The pipeline's arguments for its ControlNets; the edges of --canny are the last image."""
+    """Build the pipeline's ControlNet arguments; the edges of --canny are the last image."""
     if not options.control:
         return {}
     images = [load_image(file) for file in options.control_image or ()]
     if options.canny is not None:
         images.append(canny(load_image(options.canny)))
-    scales = [parse_source_scale(text, DEFAULT_SCALE)[1] for text in options.control]
+    scales = [parse_source_scale(text, CONTROL_SCALE)[1] for text in options.control]
     end = {} if options.control_end is None else {"control_guidance_end": options.control_end}
     return {"control_image": images, "controlnet_conditioning_scale": scales} | end
 
 
 def parse_source_scale(text: str, default: float = 1.0) -> tuple[str, float]:
-    """FROM[:SCALE], where FROM may have colons of its own."""
+    """Split FROM[:SCALE], where FROM may contain colons."""
     source, colon, scale = text.rpartition(":")
     try:
         return (source, float(scale)) if colon and source else (text, default)
@@ -303,12 +286,12 @@ def parse_source_scale(text: str, default: float = 1.0) -> tuple[str, float]:
 
 
 def with_word(text: str) -> tuple[str, str | None]:
-    """FROM[:WORD]; what is on the disk is taken as it is."""
+    """Split FROM[:WORD]; an existing path is kept as it is."""
     source, colon, word = text.rpartition(":")
     return (text, None) if not colon or Path(text).exists() else (source, word)
 
 
 def with_revision(text: str) -> tuple[str, str | None]:
-    """REPOSITORY[@REVISION]; what is on the disk is taken as it is."""
+    """Split REPOSITORY[@REVISION]; an existing path is kept as it is."""
     name, _, revision = text.partition("@")
     return (text, None) if not revision or Path(text).exists() else (name, revision)

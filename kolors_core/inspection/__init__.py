@@ -1,1 +1,1 @@
-"""What happens inside a model: features, attention maps, the token report."""
+"""Inspection of a running model: features, attention maps, the token report."""

@@ -1,6 +1,6 @@
-"""Token attention: where in a generated image each token of the prompt acted.
+"""Token attention: maps of a generated image's attention to each token of its prompt.
 
-Shapes: S tokens that the UNet reads, T tokens as shown, h and w of a map.
+Shapes: S tokens that the UNet reads, T displayed tokens, h and w of a map.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from kolors_core.unet import UNet
 
 
 class TextToImage(Protocol):
-    """A pipeline that generates an image from a prompt, such as `KolorsPipeline`."""
+    """Pipeline that generates an image from a prompt, such as `KolorsPipeline`."""
 
     unet: UNet
     tokenizer: Tokenizer | None
@@ -28,7 +28,6 @@ class TextToImage(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate images: (prompt, num_inference_steps=...) -> (images, ...)."""
-        ...
 
 
 def explain_prompt(
@@ -38,13 +37,13 @@ def explain_prompt(
     words: Mapping[str, list[int]] | None = None,
     **arguments: Any,
 ) -> Explanation:
-    """Generate one image and keep its attention to each token, by layers and by thirds of the steps.
+    """Generate one image and average its attention to each token, by layers and by thirds of the steps.
 
-    words: learned words and their ids, as of `textual_inversion.words_of`. arguments: others of the
+    words: learned words and their ids, as of `textual_inversion.words_of`. arguments: further ones of the
     pipeline's call. ValueError for a pipeline without a tokenizer.
     """
     if pipe.tokenizer is None:
-        raise ValueError("this pipeline has no tokenizer, and its tokens no names")
+        raise ValueError("this pipeline has no tokenizer, which names the tokens")
     batch = pipe.tokenizer([prompt], words=words)
     batch = batch.merge_padding() if pipe.savings.merge_padding else batch
     tokens = display_tokens(pipe.tokenizer, batch, words)
@@ -52,39 +51,39 @@ def explain_prompt(
     spans = [range(first, stop) for first, stop in zip(edges, edges[1:], strict=False)]
     with ExitStack() as stack:
         maps = [stack.enter_context(record_attention(pipe.unet, "*cross_attention", span)) for span in spans]
-        picture = pipe(prompt, num_inference_steps=steps, **arguments)[0][0]
+        image = pipe(prompt, num_inference_steps=steps, **arguments)[0][0]
     means = [average_by_block(each, batch.ids.shape[1]) for each in maps]
     views = {}
     for part in means[0]:
-        thirds = {
-            f"{span.start + 1} to {span.stop}": mean[part] for span, mean in zip(spans, means, strict=True)
-        }
-        weighed = [mean[part] * len(span) for span, mean in zip(spans, means, strict=True)]
-        shares = {"all": torch.stack(weighed).sum(0) / steps} | (thirds if len(spans) > 1 else {})
+        weighted = [mean[part] * len(span) for span, mean in zip(spans, means, strict=True)]
+        shares = {"all": torch.stack(weighted).sum(0) / steps}
+        if len(spans) > 1:
+            for span, mean in zip(spans, means, strict=True):
+                shares[f"{span.start + 1} to {span.stop}"] = mean[part]
         for name, share in shares.items():
             views[part, name] = torch.stack([share[token.columns].sum(0) for token in tokens])  # [T, h, w]
     counts = {part: sum(name.startswith(part) for name in maps[0]) for part in means[0]}
-    layers = ", ".join(f"{n} {PARTS[part]}" for part, n in counts.items() if n)
-    facts = {name: value for name, value in picture.info.items() if name != "prompt"} | {
+    layers = ", ".join(f"{n} in the {PARTS[part]}" for part, n in counts.items() if n)
+    facts = {name: value for name, value in image.info.items() if name != "prompt"} | {
         "maps": "each token's share of the cross-attention to the prompt: the mean over all heads, all steps "
-        f"({steps}) and all layers ({layers}), whose maps are enlarged to the largest; each in colours from "
-        "its own least to its own most",
+        f"({steps}) and all layers ({layers}), whose maps are enlarged to the largest; each in colors from "
+        "its own minimum to its own maximum",
         "tokens": "a character of several tokens has the sum of their maps; so have all pads, which fill the "
-        "prompt up, are alike and have read the whole of it; [gMASK] and sop begin every prompt",
+        "prompt up, are alike and have attended to the whole of it; [gMASK] and sop begin every prompt",
     }
-    return Explanation(prompt, picture, tokens, views, facts)
+    return Explanation(prompt, image, tokens, views, facts)
 
 
 def display_tokens(
     tokenizer: Tokenizer, batch: TokenBatch, words: Mapping[str, list[int]] | None = None
 ) -> list[Token]:
-    """List the tokens to show of a batch's one prompt: all pads as one, the bytes of a character as one.
+    """List the displayed tokens of a batch's one prompt: all pads as one, the bytes of a character as one.
 
     words: of textual inversion, each with its ids.
     """
     ids, pieces = batch.ids[0].tolist(), tokenizer.pieces
     special = {i: name for name, i in tokenizer.special.items()}
-    special |= {i: word for word, its in (words or {}).items() for i in its}
+    special |= {i: word for word, word_ids in (words or {}).items() for i in word_ids}
     names = [special[i] if i in special else pieces.id_to_piece(i) for i in ids]
     start = int((~batch.mask[0]).sum())
     pads = start if batch.counts is None else int(batch.counts[0, :start].sum())
@@ -111,9 +110,9 @@ def average_by_block(maps: Mapping[str, Tensor], length: int) -> dict[str, Tenso
         for part in ("all", name.split(".")[0]):
             layers[part].append(rows[-1, :, :, -length:].movedim(-1, 0).float().cpu())  # [S, h, w]
     means = {}
-    for part, those in layers.items():
-        if those:
-            size = max(one.shape[-2:] for one in those)
-            sized = [F.interpolate(one[None], size, mode="bilinear")[0] for one in those]
-            means[part] = torch.stack(sized).mean(0)
+    for part, listed in layers.items():
+        if listed:
+            size = max(rows.shape[-2:] for rows in listed)
+            resized = [F.interpolate(rows[None], size, mode="bilinear")[0] for rows in listed]
+            means[part] = torch.stack(resized).mean(0)
     return means

@@ -1,1 +1,1 @@
-"""The same images in less time or memory: offload, quantization, tiles, compilation, CUDA graphs, caches."""
+"""Optimizations of time and memory: offload, quantization, tiles, compilation, CUDA graphs, caches."""

@@ -1,8 +1,8 @@
 """Compilation by block: each kind of repeated block is compiled once, for all blocks of its kind.
 
 The code between blocks is not compiled, so a changed forward, another image size or an attached adapter needs
-no new compilation of the whole. A UNet of 2.58 billion parameters has 14 kinds among 87 blocks. A block is a
-module whose class has `is_block = True`, see module.py.
+no new compilation of the whole model. A UNet of 2.58 billion parameters has 14 kinds among 87 blocks. A block
+is a module whose class has `is_block = True`, see module.py.
 """
 
 import inspect
@@ -16,14 +16,11 @@ from torch import nn
 
 from kolors_core.module import is_block
 
-# torch's modes that replay CUDA graphs, and the same modes without: here the whole step is one graph, see
-# cuda_graphs.py.
+# torch's modes that replay CUDA graphs, and the same modes without: cuda_graphs.py records whole steps.
 CUDA_GRAPH_MODES: dict[str | None, str] = {
-    "reduce-overhead": "default",
-    "max-autotune": "max-autotune-no-cudagraphs",
-}
+    "reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs",
+}  # fmt: skip
 MODES = (None, "default", "max-autotune-no-cudagraphs", *CUDA_GRAPH_MODES)
-
 RECOMPILE_LIMIT = 64  # of one kind: batches, sizes, precisions, adapters on and off
 
 
@@ -32,7 +29,7 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
 
     mode, backend: as for `torch.compile`. A block is compiled whole or not at all, and again for new sizes,
     precisions or adapters; the second image size compiles for all sizes. ValueError for an unknown mode;
-    torch's own error, never a slow path in silence, where a block cannot be compiled.
+    torch's own error, and no fallback to a slower path, where a block cannot be compiled.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(str, MODES))}, got {mode!r}")
@@ -40,20 +37,16 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
     options: dict[str, Any] = {"fullgraph": True, "mode": mode, "backend": backend}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13; before, 8 are allowed
         options["recompile_limit"] = RECOMPILE_LIMIT
-    kinds: dict[Any, Callable[..., Any]] = {}
-    for block in model.modules():
-        if is_block(block):
-            kind = type(block), tuple(tensor.shape for tensor in block.state_dict().values())
-            if kind not in kinds:
-                kinds[kind] = torch.compile(_own_call(), **options)
-            block._compiled_call_impl = partial(kinds[kind], block)
-    return len(kinds)
+    compiled: dict[Any, Callable[..., Any]] = {}  # by kind
+    for block in filter(is_block, model.modules()):
+        kind = type(block), tuple(tensor.shape for tensor in block.state_dict().values())
+        if kind not in compiled:
+            # torch finds, and limits, compiled variants by code object: each kind gets its own.
+            call = FunctionType(_call.__code__.replace(), _call.__globals__)
+            compiled[kind] = torch.compile(call, **options)
+        block._compiled_call_impl = partial(compiled[kind], block)
+    return len(compiled)
 
 
 def _call(block: nn.Module, *inputs: Any, **named: Any) -> Any:
     return block._call_impl(*inputs, **named)  # with hooks, as calling the block does
-
-
-def _own_call() -> Callable[..., Any]:
-    """Copy `_call` with its own code object: torch finds, and limits, compiled variants by code object."""
-    return FunctionType(_call.__code__.replace(), _call.__globals__)

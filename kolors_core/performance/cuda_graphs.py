@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kolors_core.attention import forced_kernel
 from kolors_core.module import state_of
@@ -20,7 +20,7 @@ Replay = Callable[[], object]
 
 
 def record(run: Callable[[], Any]) -> tuple[Replay, Any]:
-    """Record a function on the GPU; returns what launches it again, and the tensors that its result is in."""
+    """Record a function on the GPU; returns what launches it again, and the tensors that hold its result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compile, choose kernels and allocate before recording
@@ -35,7 +35,7 @@ def record(run: Callable[[], Any]) -> tuple[Replay, Any]:
 
 @dataclass
 class CapturedStep:
-    """A recorded step: its inputs, what launches it, its result, and the run whose constants it has."""
+    """Recorded step: its inputs, what launches it, its result, and the run whose constants it has."""
 
     inputs: Any
     replay: Replay
@@ -44,7 +44,7 @@ class CapturedStep:
 
 
 class CUDAGraphCache:
-    """Recordings of the last few steps by shape, each used by every run of that shape.
+    """Cache of the last few recorded steps by shape, each used by every run of that shape.
 
     A `module.WrapStep`. recorder: `record`, or a stand-in for it where there is no GPU.
     """
@@ -64,17 +64,16 @@ class CUDAGraphCache:
         """
         run, key = object(), (key, forced_kernel(), *map(state_of, nets))
         modules = [module for net in nets for module in net.modules()]
-        hooks = [own for module in modules for own in (module._forward_hooks, module._forward_pre_hooks)]
+        hooks = [each for module in modules for each in (module._forward_hooks, module._forward_pre_hooks)]
 
         def replayed(*changing: Tensor) -> Any:
             if any(hooks):
                 return step(constant, *changing)
-            inputs = (constant, changing)
-            shapes = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in _tensors(inputs))
+            shapes = tuple((x.shape, x.dtype, x.device) for x in tensors_in((constant, changing)))
             captured = self.captured.get((key, shapes))
             if captured is None:
-                own = tree_map(_clone, inputs)
-                captured = CapturedStep(own, *self.recorder(lambda: step(own[0], *own[1])))
+                inputs = tree_map_only(Tensor, Tensor.clone, (constant, changing))
+                captured = CapturedStep(inputs, *self.recorder(lambda: step(inputs[0], *inputs[1])))
                 self.captured[key, shapes] = captured
                 if len(self.captured) > self.MAX_GRAPHS:
                     self.captured.popitem(last=False)
@@ -84,19 +83,16 @@ class CUDAGraphCache:
                 captured.run = run
             _copy(captured.inputs[1], changing)
             captured.replay()
-            return tree_map(_clone, captured.result)
+            return tree_map_only(Tensor, Tensor.clone, captured.result)
 
         return replayed
 
 
-def _clone(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _copy(places: Any, values: Any) -> None:
-    for place, value in zip(_tensors(places), _tensors(values), strict=True):
-        place.copy_(value)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return all tensors in nested arguments or results."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _copy(targets: Any, values: Any) -> None:
+    for target, value in zip(tensors_in(targets), tensors_in(values), strict=True):
+        target.copy_(value)

@@ -1,11 +1,12 @@
 """Offload: models are kept on the CPU and copied to the accelerator to run, as models or block by block.
 
-A parameter's data is kept on the CPU, page-locked for CUDA. It is replaced by `tensor.data = copy` and put
-back by `tensor.data = home`; nothing is copied back unless it was written meanwhile. While a unit (a model or
-a block) runs, the one that followed it last time is copied; a whole model only if both together are no larger
-than the largest, so that this costs no memory. For inference: a backward pass would not find the weights.
+A parameter's data is kept on the CPU, page-locked for CUDA. `tensor.data = device_data` replaces it and
+`tensor.data = cpu_data` restores it; nothing is copied back unless it was written meanwhile. While a unit (a
+model or a block) runs, the unit that followed it last time is prefetched; a whole model only if both together
+are no larger than the largest, so that this costs no memory. For inference: a backward pass would not find
+the weights.
 Source: `enable_model_cpu_offload` and `enable_sequential_cpu_offload` of diffusers'
-pipelines/pipeline_utils.py, where work waits for every copy.
+pipelines/pipeline_utils.py, where computation waits for every copy.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,42 +18,36 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from kolors_core.devices import plain
+from kolors_core.devices import unwrap_compiled
 from kolors_core.module import is_block
 
-STAGE_ORDER = ("text_encoder", "image_encoder", "unet", "vae")  # a run's order, until a run has shown its own
+STAGE_ORDER = ("text_encoder", "image_encoder", "unet", "vae")  # assumed until a run was observed
 Models = Mapping[str, Sequence[nn.Module]]  # by stage
-OffloadUnit = tuple[
-    tuple[nn.Module, str], ...
-]  # models, and in each the path of what comes and goes together
+OffloadUnit = tuple[tuple[nn.Module, str], ...]  # (model, path) of modules that are copied and freed together
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """Find the units of a model, by path: its blocks, and outside of them each layer.
 
-    A module that has parameters of its own is one unit with all that is below it.
+    A module that has parameters of its own is one unit with all its children.
     """
-    found = {}
-
-    def look(module: nn.Module, path: str) -> None:
-        own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
-        if is_block(module) or any(True for _ in own):
-            found[path] = module
-            return
-        for name, child in module.named_children():
-            look(child, f"{path}.{name}" if path else name)
-
-    look(model, "")
-    return found
+    own = [*model.parameters(recurse=False), *model.buffers(recurse=False)]
+    if is_block(model) or own:
+        return {"": model}
+    return {
+        f"{name}.{path}" if path else name: module
+        for name, child in model.named_children()
+        for path, module in blocks_of(child).items()
+    }
 
 
 def as_unit(models: Iterable[nn.Module]) -> OffloadUnit:
-    """Make one unit of models."""
+    """Make one unit of whole models."""
     return tuple((model, "") for model in models)
 
 
 def tensors_of(unit: OffloadUnit) -> dict[int, Tensor]:
-    """Return the parameters and buffers that a unit has now, by their identity."""
+    """Return a unit's present parameters and buffers, by their identity."""
     modules = [model.get_submodule(path) for model, path in unit]
     return {id(tensor): tensor for m in modules for tensor in chain(m.parameters(), m.buffers())}
 
@@ -66,17 +61,18 @@ def refuse_compiled(models: Models) -> None:
     """Raise ValueError for a compiled model: its blocks cannot wait for their weights while it runs."""
     for stage, listed in models.items():
         for model in listed:
-            if plain(model) is not model or any(part._compiled_call_impl for part in model.modules()):
+            parts = model.modules()
+            if unwrap_compiled(model) is not model or any(part._compiled_call_impl for part in parts):
                 hint = "it is compiled: use enable_model_cpu_offload"
                 raise ValueError(f"{stage} cannot be offloaded block by block, {hint}")
 
 
 class TransferStream:
-    """Copies to the accelerator: on CUDA in a stream beside the computation, elsewhere plain copies.
+    """Stream of copies to the accelerator: on CUDA beside the computation, elsewhere plain copies.
 
     Memory is allocated in the computing stream, which this one waits for before it writes there, and is freed
     after the computing stream has waited for the copy. So either can use it again at once, and no
-    `record_stream` is needed, whose late frees would let a program that runs ahead allocate ever more.
+    `record_stream` is needed, whose late frees let memory grow where the CPU runs ahead of the GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -84,30 +80,30 @@ class TransferStream:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def cpu_copy(self, data: Tensor) -> Tensor:
-        """Return the same data on the CPU, page-locked for CUDA; itself if it is that already."""
+        """Return the same data on the CPU, page-locked for CUDA; `data` itself if it is so already."""
         data = data.to("cpu")
         return data if self.stream is None or data.is_pinned() else data.pin_memory()
 
-    def copy_to_device(self, homes: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+    def copy_to_device(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         """Start copies to the accelerator; returns them, and the event to `wait` for before any use."""
-        copies = [torch.empty_like(home, device=self.device) for home in homes]
+        copies = [torch.empty_like(tensor, device=self.device) for tensor in tensors]
         if self.stream is None:
-            for copy, home in zip(copies, homes, strict=True):
-                copy.copy_(home)
+            for copy, tensor in zip(copies, tensors, strict=True):
+                copy.copy_(tensor)
             return copies, None
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            for copy, home in zip(copies, homes, strict=True):
-                copy.copy_(home, non_blocking=True)
+            for copy, tensor in zip(copies, tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
             return copies, self.stream.record_event()
 
     def wait(self, event: Any) -> None:
-        """Make the computation that follows wait for this event."""
+        """Make later computation wait for this event."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def synchronize(self) -> None:
-        """Make the computation that follows wait for every copy, also those that an exception left behind."""
+        """Make later computation wait for every copy, also those that an exception left unfinished."""
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
@@ -119,27 +115,27 @@ class TransferStream:
 
 @dataclass(frozen=True)
 class DeviceCopy:
-    """A copy of a tensor's data on the accelerator."""
+    """Copy of a tensor's data on the accelerator."""
 
     tensor: Tensor
-    cpu_data: Tensor  # its data on the CPU
+    cpu_data: Tensor
     device_data: Tensor
     version: int  # of the tensor, when it was copied
-    arrival: Any  # the event from which on the copy is there
+    ready: Any  # the event that ends the copy
 
     def is_unmodified(self, data: Tensor) -> bool:
-        """Return whether this is the tensor's data, and unwritten. A write through `.data` goes unnoticed."""
+        """Return whether the tensor still has this data, unwritten; a write through `.data` is not seen."""
         return self.tensor.data_ptr() == data.data_ptr() and self.tensor._version == self.version
 
 
 class OnloadHook:
-    """A hook that copies a module's unit to the device before the module runs; a pickled one does nothing."""
+    """Hook that copies a module's unit to the device before the module runs; a pickled one does nothing."""
 
     def __init__(self, offload: Callable[[], "Offload | None"] = lambda: None, unit: str = "") -> None:
         self.offload, self.unit = offload, unit
 
     def __call__(self, *_: Any) -> None:
-        """Copy the unit, unless it is the one that runs."""
+        """Copy the unit, unless it runs already."""
         offload = self.offload()
         if offload is not None and offload.running != self.unit:
             offload.onload(self.unit)
@@ -149,10 +145,11 @@ class OnloadHook:
 
 
 class Offload:
-    """The weights on the accelerator, of all pipelines that share their models. Off at first.
+    """Manager of the weights on the accelerator, of all pipelines that share their models. Off at first.
 
-    device: where models run, None while this is off. by_block: whether the units are blocks.
-    bytes_on_device, peak_bytes: of weights, now and the most since `start` or since it was set to 0.
+    device: where models run, None while this is off. by_block: whether the units are blocks. running: the
+    unit that runs. bytes_on_device, peak_bytes: of weights, now and the most since `start` or since it was
+    set to 0.
     """
 
     def __init__(self) -> None:
@@ -160,17 +157,16 @@ class Offload:
         self.by_block, self.transfers = False, TransferStream(torch.device("cpu"))
         self.peak_bytes = 0
         self.running: str | None = None
-        self._before: str | None = None  # the unit that was at work before
+        self._previous: str | None = None  # the unit that ran before
         self._units: dict[str, OffloadUnit] = {}
-        self._limit: int | None = None  # in bytes, up to which the next unit comes beside the present one
-        # Of units that worked one after another, as (the first, the second): what came then.
-        self._followed: dict[tuple[str | None, str | None], str | None] = {}
-        self._here: dict[int, DeviceCopy] = {}  # by the tensor's identity
-        self._coming: dict[int, DeviceCopy] = {}  # copied already, or on the way, and not yet in the tensor
+        self._limit: int | None = None  # bytes that the running unit and the prefetched one may take
+        self._followers: dict[tuple[str | None, str | None], str | None] = {}  # by (previous, running)
+        self._on_device: dict[int, DeviceCopy] = {}  # by the tensor's identity
+        self._prefetched: dict[int, DeviceCopy] = {}  # copies done or under way, not yet in the tensor
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> tuple[Any, ...]:
-        """Return the state of copies and pickles, whose models are their own and on the CPU."""
+        """Keep only the mode: a copy's or pickle's models are its own and on the CPU."""
         return self.device, self.by_block
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -182,7 +178,7 @@ class Offload:
         """Run models that are on the CPU on a device, from the next `enter` on."""
         self.end()
         self.device, self.by_block, self.transfers = device, by_block, TransferStream(device)
-        self.peak_bytes, self._followed = 0, {}
+        self.peak_bytes, self._followers = 0, {}
 
     def end(self) -> None:
         """Offload all weights and forget the mode."""
@@ -191,10 +187,10 @@ class Offload:
         self.device, self._units = None, {}
 
     def enter(self, stage: str | None, models: Models) -> None:
-        """Prepare the models of the stage that runs now; None for the end of a run, when all are offloaded.
+        """Prepare the models of the stage that runs now; None at the end of a run offloads all.
 
-        models: those of the pipeline that runs, searched each time for adapters that came or went. ValueError
-        for a compiled model under block offload.
+        models: the running pipeline's, searched each time for adapters that were attached or removed.
+        ValueError for a compiled model under block offload.
         """
         if self.device is None:
             return
@@ -207,88 +203,81 @@ class Offload:
     @property
     def bytes_on_device(self) -> int:
         """Bytes of weights that are on the device or being copied there."""
-        return sum(entry.device_data.nbytes for entry in (self._coming | self._here).values())
+        return sum(entry.device_data.nbytes for entry in (self._prefetched | self._on_device).values())
 
     @torch.inference_mode(False)
     def onload(self, name: str) -> None:
-        """Copy a unit to the device, after the others are offloaded, and prefetch the likely next one."""
+        """Offload the other units, copy this one to the device, and prefetch the likely next one."""
         if name != self.running:
-            self._followed[self._before, self.running] = name
-            self._before, self.running = self.running, name
-        own = tensors_of(self._units[name])
-        guess = self._next(name)
-        coming = {} if guess is None else tensors_of(self._units[guess])
-        if self._offload_others(own, own | coming) and not self.by_block:
+            self._followers[self._previous, self.running] = name
+            self._previous, self.running = self.running, name
+        current, following = tensors_of(self._units[name]), self._likely_next(name)
+        if self._offload_others(current, current | following) and not self.by_block:
             self.transfers.empty_cache()
-        self._send(own)
-        arrived = {key: self._coming[key] for key in own if key in self._coming}
-        self._wait(arrived.values())
-        self._here |= arrived  # first, so that all is offloaded even if an exception follows
-        for key, entry in arrived.items():
+        self._start_copies(current)
+        copied = {key: self._prefetched[key] for key in current if key in self._prefetched}
+        self._wait(copied.values())
+        self._on_device |= copied  # first, so that all is offloaded even if an exception follows
+        for key, entry in copied.items():
             entry.tensor.data = entry.device_data
-            del self._coming[key]
-        self._send(coming)
+            del self._prefetched[key]
+        self._start_copies(following)
 
     def release(self) -> None:
         """Offload all weights, as after a run."""
         if self.running is not None:
-            self._followed[self._before, self.running] = None
-        self._before = self.running = None
+            self._followers[self._previous, self.running] = None
+        self._previous = self.running = None
         self.transfers.synchronize()
         if self._offload_others({}, {}):
             self.transfers.empty_cache()
 
-    def _next(self, now: str) -> str | None:
-        """Return the unit that is likely next, if there is room for it."""
-        in_order = dict(pairwise(self._units)).get(now)
-        guess = self._followed.get((self._before, now), in_order)
-        if guess is None or guess not in self._units or guess == now:
-            return None
-        size = bytes_of(self._units[now]) + bytes_of(self._units[guess])
-        return guess if self._limit is None or size <= self._limit else None
+    def _likely_next(self, name: str) -> dict[int, Tensor]:
+        """Return the tensors of the unit that likely follows, if there is room for it."""
+        in_order = dict(pairwise(self._units)).get(name)
+        guess = self._followers.get((self._previous, name), in_order)
+        if guess is None or guess not in self._units or guess == name:
+            return {}
+        size = bytes_of(self._units[name]) + bytes_of(self._units[guess])
+        return tensors_of(self._units[guess]) if self._limit is None or size <= self._limit else {}
 
     @torch.inference_mode(False)
-    def _offload_others(self, here: Mapping[int, Tensor], coming: Mapping[int, Tensor]) -> bool:
-        """Offload what is not in `here`, and free copies that are not in `coming` or are out of date.
+    def _offload_others(self, current: Mapping[int, Tensor], kept: Mapping[int, Tensor]) -> bool:
+        """Offload what is not `current`, and free prefetched copies that are not `kept` or are out of date.
 
         Returns whether anything was offloaded.
         """
-        leaving = [entry for key, entry in self._here.items() if key not in here]
-        dropped = [
-            entry
-            for key, entry in self._coming.items()
-            if key not in coming or not entry.is_unmodified(entry.cpu_data)
-        ]
-        self._wait([*leaving, *dropped])
-        for entry in leaving:
-            tensor = entry.tensor
-            tensor.data = (
-                entry.cpu_data
-                if entry.is_unmodified(entry.device_data)
-                else self.transfers.cpu_copy(tensor.data)
-            )
-            del self._here[id(tensor)]
-        for entry in dropped:
-            del self._coming[id(entry.tensor)]
+        leaving = {key: entry for key, entry in self._on_device.items() if key not in current}
+        dropped = {
+            key: entry
+            for key, entry in self._prefetched.items()
+            if key not in kept or not entry.is_unmodified(entry.cpu_data)
+        }
+        self._wait([*leaving.values(), *dropped.values()])
+        for key, entry in leaving.items():
+            tensor, unmodified = entry.tensor, entry.is_unmodified(entry.device_data)
+            tensor.data = entry.cpu_data if unmodified else self.transfers.cpu_copy(tensor.data)
+            del self._on_device[key]
+        for key in dropped:
+            del self._prefetched[key]
         return bool(leaving)
 
-    def _send(self, wanted: Mapping[int, Tensor]) -> None:
+    def _start_copies(self, tensors: Mapping[int, Tensor]) -> None:
         """Start to copy what is neither on the device nor being copied."""
-        tensors = [tensor for key, tensor in wanted.items() if key not in self._here | self._coming]
-        for tensor in tensors:
+        new = [tensor for key, tensor in tensors.items() if key not in self._on_device | self._prefetched]
+        for tensor in new:
             tensor.data = self.transfers.cpu_copy(tensor.data)
-        homes = [tensor.data for tensor in tensors]
-        copies, arrival = self.transfers.copy_to_device(homes) if homes else ([], None)
-        for tensor, home, copy in zip(tensors, homes, copies, strict=True):
-            self._coming[id(tensor)] = DeviceCopy(tensor, home, copy, tensor._version, arrival)
+        copies, ready = self.transfers.copy_to_device([tensor.data for tensor in new]) if new else ([], None)
+        for tensor, copy in zip(new, copies, strict=True):
+            self._prefetched[id(tensor)] = DeviceCopy(tensor, tensor.data, copy, tensor._version, ready)
         self.peak_bytes = max(self.peak_bytes, self.bytes_on_device)
 
     def _wait(self, entries: Iterable[DeviceCopy]) -> None:
-        for event in {id(entry.arrival): entry.arrival for entry in entries}.values():
+        for event in {id(entry.ready): entry.ready for entry in entries}.values():
             self.transfers.wait(event)
 
     def _refresh_units(self, models: Models) -> None:
-        """Find the units of these models as they are now, and offload what was created on the accelerator."""
+        """Find these models' present units, and move weights created on the accelerator to the CPU."""
         stages = {name: as_unit(models[name]) for name in STAGE_ORDER if name in models}
         if self.by_block:
             refuse_compiled(models)
@@ -298,14 +287,14 @@ class Offload:
             self._limit = max(map(bytes_of, stages.values()), default=0)
         for unit in stages.values():
             for key, tensor in tensors_of(unit).items():
-                if key not in self._here and tensor.device.type != "cpu":
+                if key not in self._on_device and tensor.device.type != "cpu":
                     tensor.data = self.transfers.cpu_copy(tensor.data)
 
     def _hook(self, stages: Mapping[str, OffloadUnit]) -> None:
         """Register on each module of a block a hook that copies the block: not every block is called itself.
 
-        What two models share, such as an IP-Adapter's branches, belongs to the first. No hook is on a model
-        itself unless it has parameters of its own.
+        A module that two models share, such as an IP-Adapter's branch, is of the first one's unit. A model
+        itself has no hook unless it has parameters of its own.
         """
         self._unhook()
         self._units, owners = {}, dict[nn.Module, str]()

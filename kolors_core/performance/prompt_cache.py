@@ -1,4 +1,4 @@
-"""The prompt cache: embeddings of encoded prompts, in memory and, if asked, in a folder.
+"""Prompt cache: embeddings of encoded prompts, in memory and, if a folder is set, on disk.
 
 The key of an embedding is its tokens and the encoder: every tensor's name, shape, dtype and a sample of its
 values, the embeddings of these very tokens, and the settings of adapters. So an embedding is found again
@@ -23,10 +23,10 @@ SAMPLES = 64  # values of each tensor
 
 
 class Key(NamedTuple):
-    """The key of an embedding: `name` in a folder, and also `memory_key` in memory.
+    """Key of an embedding: `name` in a folder, and also `memory_key` in memory.
 
-    is_persistable: whether the name says all; not for an encoder with forward hooks or another forward. A
-    pre-hook is taken for one that only copies weights (offload.py).
+    is_persistable: whether the name identifies the embedding; not for an encoder with forward hooks or
+    another forward. A pre-hook is taken for one that only copies weights (offload.py).
     """
 
     name: str
@@ -36,26 +36,24 @@ class Key(NamedTuple):
     @classmethod
     def of(cls, encoder: ChatGLM, tokens: TokenBatch) -> Self:
         """Make the key of these tokens' embedding by this encoder."""
-        hooks = [
-            id(hook)
-            for module in encoder.modules()
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        ]
-        writes = tuple(parameter._version for parameter in encoder.parameters())
-        is_watched = any(module._forward_hooks for module in encoder.modules())
-        is_persistable = type(encoder) is ChatGLM and "forward" not in vars(encoder) and not is_watched
-        return cls(fingerprint(encoder, tokens), (type(encoder), writes, tuple(hooks)), is_persistable)
+        modules = list(encoder.modules())
+        hooks = [hook for module in modules for hook in module._forward_hooks.values()]
+        pre_hooks = [hook for module in modules for hook in module._forward_pre_hooks.values()]
+        versions = tuple(parameter._version for parameter in encoder.parameters())
+        is_persistable = type(encoder) is ChatGLM and "forward" not in vars(encoder) and not hooks
+        memory_key = type(encoder), versions, tuple(map(id, [*hooks, *pre_hooks]))
+        return cls(fingerprint(encoder, tokens), memory_key, is_persistable)
 
 
 class PromptCache:
-    """The embeddings used last, each on the device that it was computed on; several threads may use it."""
+    """Cache of the embeddings used last, each on the device that computed it; several threads may use it."""
 
     def __init__(self, kept: Iterable[tuple[Key, TextEmbedding]] = ()) -> None:
         self.kept = OrderedDict(kept)
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type["PromptCache"], tuple[list[tuple[Key, TextEmbedding]]]]:
-        """A copied or unpickled cache has its own lock: a lock itself can be neither copied nor pickled."""
+        """Copy or pickle the embeddings alone: a lock can be neither copied nor pickled."""
         return PromptCache, (list(self.kept.items()),)
 
     def clear(self) -> None:
@@ -72,7 +70,7 @@ class PromptCache:
         source = Source([file])
         if not {"tokens", "pooled"} <= set(source) <= {"tokens", "pooled", "counts"}:
             raise ValueError(f"{file}: expected tensors tokens, pooled and counts, got {sorted(source)[:5]}")
-        return TextEmbedding(source["tokens"], source["pooled"], source.get("counts"))
+        return TextEmbedding(**dict(source))
 
     def put(self, key: Key, text: TextEmbedding, maximum: int, folder: str | Path | None) -> None:
         """Store an embedding; in memory the last `maximum` used are kept."""
@@ -86,12 +84,11 @@ class PromptCache:
         file = Path(folder) / f"{key.name}.safetensors"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {"tokens": text.tokens, "pooled": text.pooled, "counts": text.counts}
-            save_tensors({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+            save_tensors({name: tensor for name, tensor in vars(text).items() if tensor is not None}, file)
 
 
 def fingerprint(encoder: ChatGLM, tokens: TokenBatch) -> str:
-    """Hash all that decides the embedding of these tokens, as 64 hexadecimal digits."""
+    """Hash what determines the embedding of these tokens, to 64 hexadecimal digits."""
     state = encoder.state_dict()
     description = [encoder.config, settings(encoder)]
     description += [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]

@@ -6,16 +6,16 @@ A GroupNorm needs statistics of its whole map. So each norm takes two passes ove
 of rows:
 
     map of level -> tiles -> mean and variance of each, pooled               (statistics)
-    map of level -> tiles, each with the rows beside it that the convolution reads
+    map of level -> tiles, each with the adjacent rows that the convolution reads
                  -> normalize, silu, convolve -> tiles of the next map       (result)
 
 Nothing is blended, and there are no seams. A map that the next norm needs and that is too large to keep is
-computed again (`LazyMap`). The reference's tiles (`tiled_decode` in diffusers'
-models/autoencoders/autoencoder_kl.py) each have statistics of their own, which tints them.
+computed again (`LazyMap`). The reference normalizes each tile by its own statistics, which tints it
+(`tiled_decode` in diffusers' models/autoencoders/autoencoder_kl.py).
 Shapes: B batch (1 within tiles), C channels, H height, W width, G groups, P tiles, R rows of a tile.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,8 +29,10 @@ from kolors_core.vae import VAE, Decoder, DownBlock, Encoder, MidBlock, ResBlock
 MIN_TILE_ROWS = 8  # below it, recomputing the rows that tiles share dominates
 MIN_TILE_SIDE = 32
 Pointwise = Callable[[Tensor], Tensor]
+Shape = tuple[int, int, int]  # C, H, W
+ReadRows = Callable[[int, int], Tensor]  # (top, bottom) -> rows [1, C, R, W] from top to before bottom
 
-# The forwards that this file repeats for tiles. Attention's is not one: it reads the whole of a small map.
+# The forwards that this file reimplements in tiles. Attention's is not one: it reads a small map as a whole.
 SUPPORTED_FORWARDS = [kind.forward for kind in (Encoder, Decoder, MidBlock, DownBlock, UpBlock, ResBlock)]
 GEOMETRY = {"downsample": ((3, 3), (2, 2), (0, 0)), "shortcut": ((1, 1), (1, 1), (0, 0))}
 SAME_SIZE = ((3, 3), (1, 1), (1, 1))  # kernel, stride, padding of all other convolutions
@@ -38,7 +40,7 @@ SAME_SIZE = ((3, 3), (1, 1), (1, 1))  # kernel, stride, padding of all other con
 
 @dataclass
 class TiledCoder:
-    """A VAE's `run_coder`: runs its encoder and decoder in tiles, or one image of a batch after another.
+    """VAE's `run_coder` that runs encoder and decoder in tiles, or one image of a batch after another.
 
     tile_sample_min_size: pixels; a tile has as many values as a square of this side at the outermost level,
     and an image with no more pixels than the square is run whole.
@@ -49,7 +51,7 @@ class TiledCoder:
     tile_sample_min_size: int = 256
 
     def __call__(self, coder: nn.Module, x: Tensor) -> Tensor:
-        """Return coder(x); ValueError or TypeError as in `enable_tiling`, since layers may be new."""
+        """Return coder(x); ValueError or TypeError as of `enable_tiling`, since layers may be new."""
         run, in_tiles = coder, False
         if self.use_tiling:
             _check_side(side := self.tile_sample_min_size)
@@ -64,18 +66,18 @@ class TiledCoder:
 def enable_tiling(vae: VAE, *, tile_sample_min_size: int | None = None) -> None:
     """Run a VAE's encoder and decoder in tiles: less memory, more time, the same result up to rounding.
 
-    tile_sample_min_size: see `TiledCoder`; None keeps what is set, 256 at first. There are no gradients, and
-    blocks that are run in tiles run no hooks of their own, only their layers'. ValueError for a side that is
-    no multiple of 8 from 32 on, TypeError naming a module that differs from vae.py, and for a VAE that has
-    another `run_coder` of its own.
+    tile_sample_min_size: see `TiledCoder`; None keeps the present one, 256 by default. There are no
+    gradients, and of blocks that run in tiles only the layers' hooks are called. ValueError for a side that
+    is no multiple of 8 from 32 on, TypeError naming a module that differs from vae.py, and for a VAE with
+    another `run_coder`.
     """
-    tiles = tiled_coder(vae)
-    side = tiles.tile_sample_min_size if tile_sample_min_size is None else tile_sample_min_size
+    coder = tiled_coder(vae)
+    side = coder.tile_sample_min_size if tile_sample_min_size is None else tile_sample_min_size
     _check_side(side)
     _check(vae.encoder)
     _check(vae.decoder)
-    tiles.use_tiling, tiles.tile_sample_min_size = True, side
-    vae.run_coder = tiles
+    coder.use_tiling, coder.tile_sample_min_size = True, side
+    vae.run_coder = coder
 
 
 def disable_tiling(vae: VAE) -> None:
@@ -85,9 +87,8 @@ def disable_tiling(vae: VAE) -> None:
 
 def enable_slicing(vae: VAE) -> None:
     """Run one image of a batch after another."""
-    tiles = tiled_coder(vae)
-    tiles.use_slicing = True
-    vae.run_coder = tiles
+    vae.run_coder = coder = tiled_coder(vae)
+    coder.use_slicing = True
 
 
 def disable_slicing(vae: VAE) -> None:
@@ -107,16 +108,15 @@ def tiled_coder(vae: VAE) -> TiledCoder:
 def _tiled(coder: Any, x: Tensor, side: int) -> Tensor:
     """Return coder(x) of one image, for vae.py's Encoder and Decoder; side: `tile_sample_min_size`.
 
-    A map that would have to be computed again is kept where all kept maps take no more than the image and one
-    map of the outermost level, which are there in any case. Raises RuntimeError where there would be
-    gradients.
+    A map that would be computed again is kept where all kept maps take no more than the image and one map of
+    the outermost level, which are in memory in any case. RuntimeError where there would be gradients.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *coder.parameters())):
         raise RuntimeError("tiles have no gradients: use torch.no_grad(), or disable tiling")
     encodes = hasattr(coder, "down")
-    outer = coder.conv_in if encodes else coder.conv_out  # the layer of the image
-    wide = max(outer.in_channels, outer.out_channels)
-    run = _TiledRun(side * side * wide, _pixels(coder, x) * (outer.in_channels + outer.out_channels))
+    outer = coder.conv_in if encodes else coder.conv_out  # the layer that reads or writes the image
+    channels = outer.in_channels, outer.out_channels
+    run = _TiledRun(side * side * max(channels), _pixels(coder, x) * sum(channels))
     with torch.no_grad():
         return run.encode(coder, x) if encodes else run.decode(coder, x)
 
@@ -128,7 +128,7 @@ def _pixels(coder: Any, x: Tensor) -> int:
 
 
 class MaterializedMap:
-    """A map [1, C, H, W] in memory, as bands of rows that are freed one by one when it is last read."""
+    """Map [1, C, H, W] in memory, as bands of rows that are freed one by one when it is last read."""
 
     def __init__(self, bands: list[Tensor]) -> None:
         self.bands: list[tuple[int, int, Tensor | None]] = []
@@ -153,22 +153,19 @@ class MaterializedMap:
         return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
     def release_after_read(self) -> None:
-        """Free each band above the rows read: from now on the map is read for the last time, from the top."""
+        """Free each band above the rows read: from now on the map is read a last time, from the top."""
         self._is_last_read = True
 
 
 class LazyMap:
-    """A map [1, C, H, W] that is not in memory: rows are computed from another map's when they are read."""
+    """Map [1, C, H, W] that is not in memory: rows are computed from another map's when they are read.
+
+    row: values of the largest intermediate map per row. cache_last: whether to keep the rows last read.
+    """
 
     def __init__(
-        self,
-        source: "_Map",
-        shape: tuple[int, int, int],
-        compute: Callable[[int, int], Tensor],
-        row: int,
-        cache_last: bool = False,
+        self, source: "_Map", shape: Shape, compute: ReadRows, row: int, cache_last: bool = False
     ) -> None:
-        """row: values of the largest intermediate map per row. cache_last: keep the rows last read."""
         self.source, self.compute, self._cache_last = source, compute, cache_last
         self.channels, self.height, self.width = shape
         self.size, self.resident_values = self.channels * self.height * self.width, source.resident_values
@@ -179,7 +176,7 @@ class LazyMap:
         """Return rows [1, C, R, W] from top to before bottom."""
         if self._last is not None and self._last[0] <= top and bottom <= self._last[1]:
             return self._last[2][:, :, top - self._last[0] : bottom - self._last[0]]
-        self._last = None
+        self._last = None  # freed before the new rows are computed
         rows = self.compute(top, bottom)
         if self._cache_last:
             self._last = top, bottom, rows
@@ -193,10 +190,10 @@ class LazyMap:
 _Map = MaterializedMap | LazyMap
 
 
-def _convolved(
+def _convolve(
     conv: nn.Conv2d, x: _Map, change: Pointwise = lambda rows: rows, cache_last: bool = False
 ) -> LazyMap:
-    """Convolve a map by a 3x3 kernel; zeros are padded around the map, not around a tile."""
+    """Convolve change(x) by a 3x3 kernel; zeros are padded around the map, not around a tile."""
 
     def compute(top: int, bottom: int) -> Tensor:
         first, last = max(top - 1, 0), min(bottom + 1, x.height)
@@ -206,8 +203,8 @@ def _convolved(
     return LazyMap(x, (conv.out_channels, x.height, x.width), compute, x.row, cache_last)
 
 
-def _doubled(x: _Map) -> LazyMap:
-    """Double both sides of a map, each value four times."""
+def _upsample(x: _Map) -> LazyMap:
+    """Double both sides of a map by nearest neighbors."""
 
     def compute(top: int, bottom: int) -> Tensor:
         first = top // 2
@@ -217,7 +214,7 @@ def _doubled(x: _Map) -> LazyMap:
     return LazyMap(x, (x.channels, 2 * x.height, 2 * x.width), compute, x.row // 2)
 
 
-def _halved(conv: nn.Conv2d, x: _Map) -> LazyMap:
+def _downsample(conv: nn.Conv2d, x: _Map) -> LazyMap:
     """Convolve with stride 2, with a row of zeros below the map and a column to its right."""
 
     def compute(top: int, bottom: int) -> Tensor:
@@ -228,61 +225,61 @@ def _halved(conv: nn.Conv2d, x: _Map) -> LazyMap:
 
 
 class _TiledRun:
-    """One encoding or decoding.
+    """Run of an encoder or decoder.
 
-    tile: the most values of a tile. limit: the most values of kept maps beside those that must be kept.
+    tile: maximum values of a tile. limit: maximum values of maps that are kept to save computing them again.
     """
 
     def __init__(self, tile: int, limit: int) -> None:
         self.tile, self.limit = tile, limit
 
     def encode(self, coder: Any, image: Tensor) -> Tensor:
-        """Repeat `Encoder.forward`."""
-        x: _Map = _convolved(coder.conv_in, MaterializedMap([image]), cache_last=True)
+        """Compute `Encoder.forward`."""
+        x: _Map = _convolve(coder.conv_in, MaterializedMap([image]), cache_last=True)
         for level in coder.down:
             for resnet in level.resnets:
                 x = self.residual(resnet, x)
             if level.downsample is not None:
-                x = self.materialize(_halved(level.downsample, x))
+                x = self.materialize(_downsample(level.downsample, x))
         return self.head(coder, self.middle(coder.mid, x))
 
     def decode(self, coder: Any, latents: Tensor) -> Tensor:
-        """Repeat `Decoder.forward`."""
+        """Compute `Decoder.forward`."""
         x: _Map = self.middle(coder.mid, MaterializedMap([coder.conv_in(latents)]))
         for level in coder.up:
             for resnet in level.resnets:
                 x = self.residual(resnet, x)
             if level.upsample is not None:
-                x = self.materialize_if_small(_convolved(level.upsample, _doubled(x), cache_last=True))
+                x = self.materialize_if_small(_convolve(level.upsample, _upsample(x), cache_last=True))
         return self.head(coder, x)
 
     def middle(self, block: Any, x: _Map) -> MaterializedMap:
-        """Repeat `MidBlock.forward`."""
+        """Compute `MidBlock.forward`."""
         x = self.residual(block.resnet_in, x)
         x = MaterializedMap([block.attention(x.read(0, x.height))])
         return self.residual(block.resnet_out, x)
 
     def residual(self, block: Any, x: _Map) -> MaterializedMap:
-        """Repeat `ResBlock.forward`; x is freed while the result grows."""
+        """Compute `ResBlock.forward`; x is freed while the result grows."""
         if max(x.row, block.conv1.out_channels * x.width) * x.height <= self.tile:
             return MaterializedMap([block(x.read(0, x.height))])
-        h = self.materialize_if_small(_convolved(block.conv1, x, self.activation(block.norm1, x)))
-        after = _convolved(block.conv2, h, self.activation(block.norm2, h))
+        h = self.materialize_if_small(_convolve(block.conv1, x, self.activation(block.norm1, x)))
+        branch = _convolve(block.conv2, h, self.activation(block.norm2, h))
         h.release_after_read()
 
         def compute(top: int, bottom: int) -> Tensor:
-            rows = after.read(top, bottom)
+            rows = branch.read(top, bottom)
             return block.shortcut(x.read(top, bottom)) + rows
 
-        return self.materialize(LazyMap(x, (after.channels, x.height, x.width), compute, after.row))
+        return self.materialize(LazyMap(x, (branch.channels, x.height, x.width), compute, branch.row))
 
     def head(self, coder: Any, x: _Map) -> Tensor:
-        """Return conv_out(silu(norm_out(x)))."""
-        head = self.materialize(_convolved(coder.conv_out, x, self.activation(coder.norm_out, x)))
-        return head.read(0, x.height)
+        """Compute conv_out(silu(norm_out(x)))."""
+        out = self.materialize(_convolve(coder.conv_out, x, self.activation(coder.norm_out, x)))
+        return out.read(0, x.height)
 
     def activation(self, norm: nn.GroupNorm, x: _Map) -> Pointwise:
-        """Return silu(norm(.)) for tiles, with the statistics of the whole map x, in float32 at least."""
+        """Return silu(norm(.)) for tiles, by the statistics of the whole map x, in float32 at least."""
         precision = torch.promote_types(norm.weight.dtype, torch.float32)
 
         def moments(top: int, bottom: int) -> Tensor:
@@ -290,32 +287,27 @@ class _TiledRun:
             variance, mean = torch.var_mean(rows, (0, 2, 3, 4), correction=0)
             return torch.stack((mean, variance))  # [2, G]
 
-        tiles = list(self.tiles(x))
+        tiles = self.tiles(x)
         means, variances = torch.stack([moments(*tile) for tile in tiles], dim=1)  # [P, G] each
         shares = means.new_tensor([(bottom - top) / x.height for top, bottom in tiles])[:, None]  # [P, 1]
         mean = (shares * means).sum(0)  # [G]
         variance = (shares * (variances + (means - mean) ** 2)).sum(0)
         # Run its hooks: offload copies the weights that are read below to the device.
         norm(torch.zeros(1, x.channels, 1, 2, dtype=norm.weight.dtype, device=mean.device))
-        mean, scale = (
+        mean, inverse_std = (
             value.repeat_interleave(x.channels // norm.num_groups)[:, None, None]
             for value in (mean, (variance + norm.eps).rsqrt())
         )  # [C, 1, 1]
-        scale = norm.weight.to(precision)[:, None, None] * scale
+        scale = norm.weight.to(precision)[:, None, None] * inverse_std
         shift = norm.bias.to(precision)[:, None, None] - mean * scale
+        return lambda rows: F.silu(
+            torch.addcmul(shift, rows.to(precision), scale).to(rows.dtype), inplace=True
+        )
 
-        def change(rows: Tensor) -> Tensor:
-            normal = torch.addcmul(shift, rows.to(precision), scale).to(rows.dtype)
-            return F.silu(normal, inplace=True)
-
-        return change
-
-    def tiles(self, x: _Map) -> Iterator[tuple[int, int]]:
-        """Yield the first row, and the one after the last, of tiles of about the same height."""
-        rows = max(MIN_TILE_ROWS, self.tile // x.row)
-        count = -(-x.height // rows)
-        for i in range(count):
-            yield i * x.height // count, (i + 1) * x.height // count
+    def tiles(self, x: _Map) -> list[tuple[int, int]]:
+        """List (top, bottom) of tiles of about the same height."""
+        count = -(-x.height // max(MIN_TILE_ROWS, self.tile // x.row))
+        return [(i * x.height // count, (i + 1) * x.height // count) for i in range(count)]
 
     def materialize(self, x: LazyMap) -> MaterializedMap:
         """Compute the map, and free what it is computed from."""
@@ -323,11 +315,11 @@ class _TiledRun:
         return self.compute(x)
 
     def materialize_if_small(self, x: LazyMap) -> _Map:
-        """Compute the map now if there is room for it beside what it is computed from, which stays."""
+        """Compute the map now if there is room for it and the map it is computed from, which is kept."""
         return self.compute(x) if x.resident_values + x.size <= self.limit else x
 
     def compute(self, x: LazyMap) -> MaterializedMap:
-        """Compute all bands. One that is a view of larger memory is copied out of it."""
+        """Compute all bands; one that is a view of larger memory is copied, to free the rest."""
         bands = []
         for top, bottom in self.tiles(x):
             band = x.read(top, bottom)
@@ -343,11 +335,8 @@ def _check_side(side: int) -> None:
 
 
 def _check(coder: nn.Module) -> None:
-    """Raise TypeError for a module whose forward is not one of those that are repeated here."""
-    name = next(
-        (n for n, kind in {"encoder": Encoder, "decoder": Decoder}.items() if isinstance(coder, kind)),
-        "coder",
-    )
+    """Raise TypeError for a module whose forward is not one of those that are reimplemented here."""
+    name = "encoder" if isinstance(coder, Encoder) else "decoder" if isinstance(coder, Decoder) else "coder"
     for path, part in coder.named_modules(prefix=name):
         last = path.rpartition(".")[2]
         forward = getattr(part.forward, "__func__", part.forward)

@@ -1,19 +1,22 @@
-"""What every task shares: its models, loaded, saved, shared with another task, and moved between devices."""
+"""Components of a pipeline: its models, loaded, saved, shared with another task, and moved between devices.
 
-from collections.abc import Callable, Sequence
+Methods that start with an underscore and do nothing here are extended in adapter_methods.py and
+performance_methods.py.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
-from kolors_core.adapters.controlnet import ControlNet, check_fits, controlnets_of
-from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.checkpoint import (
     EMBEDDED_NAME,
     MODEL_SPECS,
+    ModelSpec,
     UnloadedModel,
     check_savable,
     load_index,
@@ -23,22 +26,26 @@ from kolors_core.checkpoint import (
     save_component,
     save_metadata,
 )
+from kolors_core.conditioning import Residuals
+from kolors_core.context import ImagePrompt
 from kolors_core.devices import (
     Dtypes,
     check_low_cpu_mem_usage,
     dtype_of,
     loading_device,
     merge_dtype_arguments,
-    move,
+    move_models,
     named_device,
-    plain,
     refuse_pickles,
+    unwrap_compiled,
 )
 from kolors_core.guidance import guided
+from kolors_core.image import Size
+from kolors_core.module import WrapStep
 from kolors_core.pipelines.component_checks import check_component_type, check_dimensions
 from kolors_core.pipelines.runs import Interrupt, Runs
 from kolors_core.precompute import Savings
-from kolors_core.sampling import Denoise, Sampler
+from kolors_core.sampling import Denoiser, Sampler
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
@@ -46,14 +53,23 @@ from kolors_core.vae import VAE
 from kolors_core.validation import as_path
 from weights_convert.atomic_write import atomic_folder
 
-MODELS = MODEL_SPECS | {"image_encoder": IMAGE_ENCODER}  # all models of a pipeline's checkpoint
 _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; None is a component left out
 
 
-class Components:
-    """The models of a pipeline. Each is a plain attribute and may be replaced."""
+class AdapterInputs(NamedTuple):
+    """Inputs of the UNet that adapters make of a call's arguments: for positive and negative rows."""
 
+    image_prompts: tuple[ImagePrompt, ...] = ()
+    negative_image_prompts: tuple[ImagePrompt, ...] = ()
+    residuals: Residuals | None = None
+
+
+class Components:
+    """Models of a pipeline. Each is a plain attribute and may be replaced."""
+
+    model_specs: ClassVar[Mapping[str, ModelSpec]] = MODEL_SPECS  # of the models that a checkpoint may have
     accepts_mask_channels: ClassVar[bool] = False  # whether the UNet may read a mask and masked latents too
+    _wrap_step: WrapStep | None = None  # of the denoising loop: captures a step as a CUDA graph
 
     def __init__(
         self,
@@ -62,35 +78,39 @@ class Components:
         tokenizer: Tokenizer | None,
         unet: UNet,
         scheduler: Scheduler,
-        image_encoder: CLIPVision | None = None,
+        image_encoder: Any = None,
         feature_extractor: Callable[..., Any] | None = None,
         force_zeros_for_empty_prompt: bool = False,
-        controlnet: ControlNet | Sequence[ControlNet] | None = None,
+        controlnet: Any = None,
     ) -> None:
-        """image_encoder: only IP-Adapters need it. feature_extractor: None is CLIP's own preprocessing.
-        controlnet: one or several, each of which then needs a control image.
+        """image_encoder: a `CLIPVision`, which only IP-Adapters need. feature_extractor: CLIP's own
+        preprocessing if None. controlnet: a `ControlNet` or a list; each needs a control image in every call.
 
-        Raises TypeError or ValueError, naming the component, for what is of another kind or size.
+        Raises TypeError or ValueError, naming the component, for a component of another type or size.
         """
         self.runs, self._progress = Runs(), dict[str, Any]()
         self.controlnet = controlnet
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.feature_extractor = scheduler, feature_extractor
         self.image_encoder = image_encoder
-        check_dimensions(vae, text_encoder, tokenizer, unet, self.accepts_mask_channels)
-        check_fits(controlnet, plain(unet), plain(vae).config.vae_scale_factor)
+        self._check_dimensions()
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.savings = Savings()
-        self.guided: Callable[..., Denoise] = guided  # another rule of its signature may stand here
+        self.guided: Callable[..., Denoiser] = guided  # another rule of its signature may stand here
         self.sampler: Sampler | None = None  # another than the scheduler's, such as a function like `euler`
         self.pag_applied_layers = ["mid"]  # of `KolorsPAGPipeline`; another task keeps them for it
         self._init_state()
 
     def _init_state(self) -> None:
-        """Set the attributes of methods in other files, such as performance_methods.py; none here."""
+        """Set attributes that other files' methods need."""
+
+    def _check_dimensions(self) -> None:
+        """Raise ValueError naming two components whose dimensions differ."""
+        parts = self.vae, self.text_encoder, self.tokenizer, self.unet
+        check_dimensions(*parts, self.accepts_mask_channels)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """TypeError naming what came, for a component of another kind than the constructor takes."""
+        """Set an attribute; TypeError for a component of another type than the constructor takes."""
         check_component_type(name, value)
         super().__setattr__(name, value)
 
@@ -114,26 +134,28 @@ class Components:
         unet: UNet = _LOAD,
         vae: VAE = _LOAD,
         scheduler: Scheduler = _LOAD,
-        image_encoder: CLIPVision | None = _LOAD,
+        image_encoder: Any = _LOAD,
         feature_extractor: Callable[..., Any] | None = None,
-        controlnet: ControlNet | Sequence[ControlNet] | None = None,
+        controlnet: Any = None,
     ) -> Self:
         """Load a checkpoint folder or hub repository; the embedded tiny model if none is named.
 
         torch_dtype, or by its newer name dtype: one, or a mapping by component with a "default"; float32 if
         None, and the VAE is never float16. variant: such as "fp16"; None takes the only one there is. device:
-        where each tensor goes straight from its file; "meta" reads and fetches no weights and no tokenizer,
-        for a pipeline that can be planned (memory_plan.py). A component passed in is used as it is and its
-        files are not fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
+        the device that tensors are read to; "meta" fetches and reads no weights and no tokenizer, for a
+        pipeline whose memory is planned (memory_plan.py). The files of a component that is passed in are not
+        fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         refuse_pickles(use_safetensors)
         check_low_cpu_mem_usage(low_cpu_mem_usage)
         asked = merge_dtype_arguments(torch_dtype, dtype)
-        parts = {
+        parts: dict[str, Any] = {
             "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae,
             "scheduler": scheduler, "image_encoder": image_encoder,
         }  # fmt: skip
-        dtypes = {component: dtype_of(component, asked) for component in MODELS}
+        if "image_encoder" not in cls.model_specs and image_encoder is _LOAD:
+            parts["image_encoder"] = None
+        dtypes = {component: dtype_of(component, asked) for component in cls.model_specs}
         wanted = [component for component, value in parts.items() if value is _LOAD]
         device = loading_device(device)
         has_weights = device.type != "meta"
@@ -151,7 +173,11 @@ class Components:
                 parts[component] = load_scheduler(folder)
             else:
                 parts[component] = open_component(
-                    folder, component, variant=variant, has_weights=has_weights, kind=MODELS[component]
+                    folder,
+                    component,
+                    variant=variant,
+                    has_weights=has_weights,
+                    kind=cls.model_specs[component],
                 )
         for component, part in parts.items():  # all fit: only now are weights read
             if isinstance(part, UnloadedModel):
@@ -163,38 +189,35 @@ class Components:
 
     @classmethod
     def from_pipe(cls, pipeline: "Components", **changes: Any) -> Self:
-        """Another task with the very same models, adapters included; changes: components to replace.
+        """Create another task with the very same models; changes: components to replace.
 
-        Loading or unloading an adapter in one of them is seen by both.
+        Adapters are shared too: both tasks see it when one loads or unloads an adapter.
         """
         if not isinstance(pipeline, Components):
             raise TypeError(f"expected a pipeline of kolors_core, got {type(pipeline).__name__}")
         if strangers := sorted(changes.keys() - pipeline.components.keys()):
             raise TypeError(f"{strangers[0]!r} is no component; expected {', '.join(pipeline.components)}")
         changes = {"image_encoder": pipeline._image_encoder} | changes  # not one that an IP-Adapter brought
-        made = cls(**pipeline.components | changes)
-        made.runs, made._progress, made.savings = pipeline.runs, pipeline._progress, pipeline.savings
-        made.guided, made.sampler = pipeline.guided, pipeline.sampler
-        made.pag_applied_layers = pipeline.pag_applied_layers
-        return made
+        pipe = cls(**pipeline.components | changes)
+        for name in ("runs", "_progress", "savings", "guided", "sampler", "pag_applied_layers"):
+            setattr(pipe, name, getattr(pipeline, name))
+        return pipe
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
         """Write a new folder that the reference and `from_pretrained` load, whole or not at all.
 
-        ControlNets and loaded IP-Adapters and LoRAs are not part of it; a fused LoRA is, in the weights.
-
-        Raises FileExistsError if `folder` is there already and not empty, ValueError if a model is left out
-        or quantised.
+        ControlNets, IP-Adapters and LoRAs are not saved; a fused LoRA is, in the weights. Raises
+        FileExistsError if `folder` exists and is not empty, ValueError if a model is missing or quantized.
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("this pipeline has no text encoder or tokenizer and cannot be saved whole")
-        models = {name: plain(model) for name, model in self._own_models().items()}
+        models = {name: unwrap_compiled(model) for name, model in self._own_models().items()}
         for component, model in models.items():
             check_savable(model, component)
         with atomic_folder(as_path("folder", folder)) as place:
             for component, model in models.items():
                 save_component(model, place, component, variant=variant)
-            task = type(self).__name__.replace("ControlNet", "")  # which the reference has a name for
+            task = type(self).__name__.replace("ControlNet", "")  # the reference has no such class for Kolors
             save_metadata(place, task, self.components)
 
     def to(
@@ -203,10 +226,10 @@ class Components:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Move every model to a device, a dtype, or both; a VAE asked for in float16 takes float32.
+        """Move every model to a device, a dtype, or both; the VAE takes float32 in place of float16.
 
-        A device ends offload. If there is no room, all models are where they were. Raises ValueError for a
-        device that is not there, TypeError for what is no floating dtype; nothing is moved then.
+        A device ends offload. If memory runs out, all models stay where they were. Raises ValueError for a
+        device that does not exist, TypeError for a dtype that is not floating; nothing is moved then.
         """
         asked: list[torch.device | torch.dtype] = []
         for target in (*targets, device, dtype):  # all are checked before anything is moved
@@ -219,7 +242,7 @@ class Components:
             if isinstance(target, torch.device):
                 self._check_loaded()
             self._before_move(target)
-            move(
+            move_models(
                 (model, dtype_of(name, target) if isinstance(target, torch.dtype) else target)
                 for name, models in self._models().items()
                 for model in models
@@ -227,24 +250,24 @@ class Components:
         return self
 
     def _own_models(self) -> dict[str, Any]:
-        """The models that there are, by component."""
-        return {name: getattr(self, name) for name in MODELS if getattr(self, name) is not None}
+        """Return the models that are not None, by component."""
+        return {name: getattr(self, name) for name in self.model_specs if getattr(self, name) is not None}
 
     def _models(self) -> dict[str, list[nn.Module]]:
-        """What moves together, by the component that it works for."""
-        adapters = [handle.adapter for handle in attached(self.unet)]
+        """Return the models that are moved together, by stage."""
         models = {name: [model] for name, model in self._own_models().items()}
-        return models | {"unet": [self.unet, *adapters, *controlnets_of(self.controlnet)]}
+        return models | {"unet": [self.unet, *self._attached_models()]}
+
+    def _attached_models(self) -> list[nn.Module]:
+        """Return the models that run in the UNet's stage beside it, such as ControlNets."""
+        return []
 
     def _enter_stage(self, stage: str | None = None) -> None:
-        """Prepare the models of the stage that runs now, by its component; None at the end of a run.
-
-        Here all models stay where they are; under offload (performance_methods.py) they come and go.
-        """
+        """Prepare the models of the stage that runs now, by its component; None at the end of a run."""
         self._check_loaded()
 
     def _before_move(self, target: torch.device | torch.dtype) -> None:
-        """Prepare for models that move to a device or dtype; nothing to do here."""
+        """Prepare for moving all models to a device or dtype."""
 
     def _check_loaded(self) -> None:
         """Raise ValueError on the meta device."""
@@ -259,57 +282,77 @@ class Components:
         """Encode tokens where the text encoder runs."""
         encoder: Any = self.text_encoder
         self._enter_stage("text_encoder")
-        return encoder(tokens.to(self._compute_device(plain(encoder).embedding.weight)))
+        return encoder(tokens.to(self._compute_device(unwrap_compiled(encoder).embedding.weight)))
 
     def _to_model(self, weight: Tensor, tensor: Tensor) -> Tensor:
-        """A tensor where the model with this weight works, in its precision."""
+        """Move a tensor to the device and dtype in which the model with this weight runs."""
         return tensor.to(self._compute_device(weight), weight.dtype)
 
+    def _adapter_inputs(self, inputs: Any, size: Size, batch: int, images_per_prompt: int) -> AdapterInputs:
+        """Make the adapters' inputs from a call's `PipelineInputs`, for images of (height, width)."""
+        return AdapterInputs()
+
+    def _lora_factor(self, inputs: Any) -> AbstractContextManager[None]:
+        """Return a context in which every LoRA is scaled by `cross_attention_kwargs`."""
+        return nullcontext()
+
+    def _adapter_metadata(self, residuals: Residuals | None) -> dict[str, Any]:
+        """Return the adapters' part of the PNG metadata."""
+        return {}
+
+    def _placeholder_words(self) -> dict[str, Any]:
+        """Return arguments of the tokenizer for words with learned embeddings."""
+        return {}
+
     @property
-    def image_encoder(self) -> CLIPVision | None:
-        """The pipeline's own, or else the one that came with an IP-Adapter and leaves with it."""
-        brought = (handle.encoder for handle in attached(self.unet) if handle.encoder is not None)
-        return next(brought, None) if self._image_encoder is None else self._image_encoder
+    def image_encoder(self) -> Any:
+        """The pipeline's own CLIP image encoder, or else that of an IP-Adapter."""
+        return self._adapter_image_encoder() if self._image_encoder is None else self._image_encoder
 
     @image_encoder.setter
-    def image_encoder(self, encoder: CLIPVision | None) -> None:
+    def image_encoder(self, encoder: Any) -> None:
         self._image_encoder = encoder
+
+    def _adapter_image_encoder(self) -> Any:
+        """Return the image encoder that was loaded with an IP-Adapter, if there is one."""
+        return None
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet works."""
+        """The device that the UNet runs on."""
         return self._compute_device(self.unet.conv_in.weight)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the UNet computes in."""
+        """The UNet's dtype."""
         return self.unet.conv_in.weight.dtype
 
     @property
     def components(self) -> dict[str, Any]:
-        """What the constructor takes, to build another pipeline that shares it."""
-        names = (*MODELS, "controlnet", "tokenizer", "scheduler", "feature_extractor")
-        return {name: getattr(self, name) for name in (*names, "force_zeros_for_empty_prompt")}
+        """The constructor's arguments, by name, to build another pipeline that shares them."""
+        models = ("text_encoder", "unet", "vae", "image_encoder", "controlnet")
+        others = ("tokenizer", "scheduler", "feature_extractor", "force_zeros_for_empty_prompt")
+        return {name: getattr(self, name) for name in (*models, *others)}
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance scale of this thread's call, or else of the last one."""
+        """The guidance scale of this thread's call, or else of the last one."""
         return self.runs.current().guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether that call computes the negative half."""
+        """Whether that call computes a negative half."""
         return self.guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of that call."""
+        """The number of steps of that call."""
         return self.runs.current().num_timesteps
 
     @property
     def interrupt(self) -> Interrupt:
-        """Call it to end a call after its step, from a callback or another thread: the images are decoded as
-        they are by then. As a truth value, whether that was asked for since the call began.
+        """A function that ends a call after its current step, from a callback or another thread, and decodes
+        the images as they are. As a truth value: whether it was called since that call began.
         """
         return Interrupt(self.runs)
 
@@ -339,5 +382,5 @@ class Components:
         return tqdm(total=total, **self._progress)
 
     def _needs_alone(self) -> str | None:
-        """Return what a call uses that calls in other threads must not use meanwhile; None if nothing."""
+        """Name what a call uses that two threads cannot share; None if nothing."""
         return None

@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from kolors_core.adapters.clip_vision import CLIPVision
 from kolors_core.chatglm import ChatGLM
-from kolors_core.devices import plain
+from kolors_core.devices import unwrap_compiled
 from kolors_core.precompute import Savings
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import Tokenizer
@@ -19,7 +18,10 @@ COMPONENT_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "unet": (lambda part: isinstance(part, UNet), "kolors_core's UNet"),
     "vae": (lambda part: isinstance(part, VAE), "kolors_core's VAE"),
     "scheduler": (lambda part: isinstance(part, Scheduler), "kolors_core's Scheduler"),
-    "image_encoder": (lambda part: isinstance(part, CLIPVision | None), "kolors_core's CLIPVision or None"),
+    "image_encoder": (
+        lambda part: part is None or hasattr(part, "penultimate"),
+        "kolors_core's CLIPVision or None",
+    ),
     "text_encoder": (
         lambda part: part is None or (isinstance(part, nn.Module) and hasattr(part, "config")),
         "a module like kolors_core's ChatGLM or None",
@@ -37,9 +39,9 @@ COMPONENT_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_component_type(name: str, value: Any) -> None:
-    """TypeError naming what came, for a pipeline's attribute of another kind."""
+    """Raise TypeError if a pipeline's attribute is set to a value of another type."""
     is_kind, wanted = COMPONENT_TYPES.get(name, (lambda _: True, ""))
-    if not is_kind(plain(value)):
+    if not is_kind(unwrap_compiled(value)):
         kind = type(value)
         got = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
         raise TypeError(f"{name} must be {wanted}, got {got}")
@@ -52,7 +54,7 @@ def check_dimensions(
     unet: UNet,
     accepts_mask_channels: bool,
 ) -> None:
-    """ValueError naming two models that do not meet at the same width.
+    """Raise ValueError naming two components whose dimensions differ.
 
     accepts_mask_channels: whether the UNet may read a mask and the masked image's latents too.
     """

@@ -1,4 +1,4 @@
-"""Control images: what a pipeline makes of the images that its ControlNets are to see.
+"""Control images: a call's arguments for ControlNets, checked and prepared.
 
 Source: diffusers' pipelines/controlnet/pipeline_controlnet_sd_xl.py and the community's
 pipeline_controlnet_xl_kolors.py, which projects the text for several ControlNets by the last one's weights;
@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from kolors_core.adapters.controlnet import Control, ControlResiduals, controlnets_of, is_multi
-from kolors_core.adapters.controlnet_files import DEFAULT_SCALE
+from kolors_core.adapters.controlnet import ControlInput, ControlResiduals, controlnets_of, is_multi
 from kolors_core.image import preprocess_control
 from kolors_core.pipelines.base import Components
+from kolors_core.pipelines.request import CONTROL_SCALE
 
 
 class ControlNetMethods(Components):
-    """A pipeline that ControlNets can steer."""
+    """ControlNet arguments of a pipeline."""
 
     def _controls(
         self,
@@ -30,14 +30,14 @@ class ControlNetMethods(Components):
         count: int,
         images_per_prompt: int,
     ) -> ControlResiduals | None:
-        """What the ControlNets see, for B (`count`) images of (height, width).
+        """Prepare control images for B (`count`) images of (height, width).
 
-        Raises ValueError for images without ControlNets and the other way round, numbers that do not match,
-        and what has no effect.
+        Raises ValueError for images without ControlNets, ControlNets without images, numbers that do not
+        match, and arguments without effect.
         """
         nets = controlnets_of(self.controlnet)
         given = {  # and what each is if it is not given
-            "controlnet_conditioning_scale": (scale, DEFAULT_SCALE),
+            "controlnet_conditioning_scale": (scale, CONTROL_SCALE),
             "control_guidance_start": (start, 0.0),
             "control_guidance_end": (end, 1.0),
         }
@@ -51,9 +51,9 @@ class ControlNetMethods(Components):
             return None
         if not nets:
             raise ValueError("a control image is given, and the pipeline has no ControlNet: controlnet=...")
-        images = _of_each("control images", image, len(nets)) if is_multi(self.controlnet) else [image]
+        images = _per_net("control images", image, len(nets)) if is_multi(self.controlnet) else [image]
         numbers = [
-            _of_each(name, value, len(nets)) if isinstance(value, list | tuple) else [value] * len(nets)
+            _per_net(name, value, len(nets)) if isinstance(value, list | tuple) else [value] * len(nets)
             for name, (value, _) in given.items()
         ]
         weight, controls = self.unet.conv_in.weight, []
@@ -64,12 +64,12 @@ class ControlNetMethods(Components):
                 wanted = f"the UNet {weight.dtype} on {weight.device}"
                 raise ValueError(f"{got}, {wanted}: pipe.to(...) moves both")
             pixels = _rows(preprocess_control(one, *size), count, images_per_prompt)
-            controls.append(Control(net, self._to_model(own, pixels), *numbers_of))
+            controls.append(ControlInput(net, self._to_model(own, pixels), *numbers_of))
         return ControlResiduals(tuple(controls))
 
 
-def _of_each(name: str, values: Any, count: int) -> list[Any]:
-    """A list with one for each ControlNet."""
+def _per_net(name: str, values: Any, count: int) -> list[Any]:
+    """Check a list with one value for each ControlNet."""
     if not isinstance(values, list | tuple) or len(values) != count:
         got = f"{len(values)}" if isinstance(values, list | tuple) else type(values).__name__
         raise ValueError(f"{name}: expected a list with one for each of the {count} ControlNets, got {got}")
@@ -77,7 +77,7 @@ def _of_each(name: str, values: Any, count: int) -> list[Any]:
 
 
 def _rows(pixels: Tensor, count: int, images_per_prompt: int) -> Tensor:
-    """A control image for all images [1, ...], or one for each, [B, ...], of one for each prompt."""
+    """Repeat control images, given per prompt, for the images of each prompt: [1 or B, ...]."""
     if len(pixels) in (1, count):
         return pixels
     if len(pixels) * images_per_prompt != count:

@@ -1,4 +1,4 @@
-"""The tasks under ControlNets, with the reference's names and argument names.
+"""ControlNet tasks, with the reference's names and argument names.
 
 Every task takes `control_image`; these are the names that scripts know. Source: diffusers'
 pipelines/controlnet/pipeline_controlnet_sd_xl.py and pipeline_controlnet_sd_xl_img2img.py, and the
@@ -79,7 +79,7 @@ class KolorsControlNetInpaintPipeline(KolorsInpaintPipeline):
         control_image: Any = None,
         **arguments: Any,
     ) -> KolorsPipelineOutput | tuple[Any]:
-        """Make anew what is white in a mask, under control images.
+        """Inpaint the white part of a mask under control images.
 
         control_image: the control image; with a list of ControlNets, a list with one for each. All others: as
         for `KolorsInpaintPipeline`.

@@ -1,8 +1,8 @@
-"""The denoising loop of one call: what a step callback sees between steps, and what it may change.
+"""Denoising loop of one call, with a step callback that sees and changes tensors between steps.
 
 The protocol is the reference's: `callback(pipe, i, timestep, tensors) -> tensors`, `pipe._guidance_scale` and
 `pipe._interrupt`. Source: the denoising loop of diffusers' pipelines/kolors/pipeline_kolors.py.
-Shapes: B images; under guidance the tensors of `NAMES` that are not negative have 2B rows, negatives first.
+Shapes: B images; under guidance the tensors that are not negative have 2B rows, negatives first.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from kolors_core.conditioning import Conditioning
-from kolors_core.devices import finite
+from kolors_core.devices import check_finite
 from kolors_core.guidance import GuidanceRule
 from kolors_core.module import WrapStep
 from kolors_core.pipelines.runs import Run
 from kolors_core.precompute import Savings
-from kolors_core.sampling import Denoise, Sampler
+from kolors_core.sampling import Denoiser, Sampler
 from kolors_core.schedule import Schedule, Scheduler
 from kolors_core.unet import UNet
 from kolors_core.validation import check_float, check_int
@@ -27,14 +27,14 @@ from kolors_core.validation import check_float, check_int
 FIELDS = ("text_tokens", "pooled_text", "size_ids")
 POSITIVE_TENSORS = ("prompt_embeds", "add_text_embeds", "add_time_ids")
 NEGATIVE_TENSORS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_add_time_ids")
-NAMES = ("latents", *POSITIVE_TENSORS, *NEGATIVE_TENSORS)
+TENSOR_NAMES = ("latents", *POSITIVE_TENSORS, *NEGATIVE_TENSORS)
 CALLBACK_TENSORS = "callback_on_step_end returned"
 
 StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
 class Pipeline(Protocol):
-    """What a denoising loop reads of a pipeline."""
+    """Attributes of a pipeline that a denoising loop reads."""
 
     unet: UNet
     scheduler: Scheduler
@@ -50,7 +50,7 @@ class _Interrupted(Exception):
 
 
 class DenoisingLoop:
-    """One call's sampling, with the UNet of `pipe`, under conditions that the callback may change."""
+    """Sampling loop of one call, under conditions that the callback may change."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class DenoisingLoop:
         progress: Callable[[], Any],
     ) -> None:
         """run: the state that the callback may set. negative: None without guidance. rule, scale: of
-        guidance. names: of `NAMES`, for the callback. progress: called after each step.
+        guidance. names: of `TENSOR_NAMES`, for the callback. progress: called after each step.
 
         Raises TypeError for a callback that cannot be called.
         """
@@ -86,7 +86,7 @@ class DenoisingLoop:
         self.counts = both.text_counts  # until the callback brings tokens of its own
         self.denoise = self._guided(positive, negative)
 
-    def _guided(self, positive: Conditioning, negative: Conditioning | None) -> Denoise:
+    def _guided(self, positive: Conditioning, negative: Conditioning | None) -> Denoiser:
         pipe = self.pipe
         return self.rule(
             pipe.unet, self.schedule, positive, negative, self.run.guidance_scale,
@@ -105,14 +105,14 @@ class DenoisingLoop:
             x = x / self._scale(len(self.schedule.timesteps))
         except _Interrupted as stopped:
             x = stopped.x
-        return finite(x, self._first_nonfinite_step, self.pipe.unet.conv_in.weight.dtype)
+        return check_finite(x, self._first_nonfinite_step, self.pipe.unet.conv_in.weight.dtype)
 
     def _first_nonfinite_step(self) -> str:
         first = next((i for i, is_finite in enumerate(self.finite, 1) if not is_finite), len(self.finite))
         return f"the latents after step {first} of {len(self.finite)}"
 
     def on_step(self, i: int, x: Tensor) -> Tensor:
-        """After step i: show the bar and the callback, take what it returns, end if that is asked for."""
+        """Update the progress bar, call the callback, and stop if the call was interrupted, after step i."""
         self.progress()
         self.finite.append(torch.isfinite(x).all())
         if self.callback is not None:
@@ -133,8 +133,10 @@ class DenoisingLoop:
         for name, value in returned.items():
             if not isinstance(value, Tensor) and value is not self.tensors.get(name):
                 raise TypeError(f"{CALLBACK_TENSORS} {name} as {type(value).__name__}, expected a tensor")
-        if strangers := sorted(returned.keys() - set(NAMES)):
-            raise ValueError(f"{CALLBACK_TENSORS} {strangers[0]!r}; expected some of {', '.join(NAMES)}")
+        if strangers := sorted(returned.keys() - set(TENSOR_NAMES)):
+            raise ValueError(
+                f"{CALLBACK_TENSORS} {strangers[0]!r}; expected some of {', '.join(TENSOR_NAMES)}"
+            )
         if (after := returned.pop("latents", None)) is not None:
             if after.shape != x.shape:
                 raise ValueError(f"{CALLBACK_TENSORS} latents {list(after.shape)}, expected {list(x.shape)}")
@@ -154,7 +156,7 @@ class DenoisingLoop:
         return x
 
     def _scale(self, step: int) -> float:
-        """x is this many times the latents that the reference holds before step `step`."""
+        """Return x divided by the latents that the reference has before step `step`."""
         return self.pipe.scheduler.latent_scale(self.schedule.sigmas[step].item())
 
     def _conditions(self) -> tuple[Conditioning, Conditioning | None]:

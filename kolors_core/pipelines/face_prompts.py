@@ -1,4 +1,4 @@
-"""Faces as prompts: loading IP-Adapter-FaceID-Plus into a pipeline, and making its tokens of faces.
+"""Face prompts: methods of a pipeline that attach IP-Adapter-FaceID-Plus and make its tokens.
 
 Source: kolors/pipelines/pipeline_stable_diffusion_xl_chatglm_256_ipadapter_FaceID.py in
 https://github.com/Kwai-Kolors/Kolors.
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.face_id import FaceIDAdapter
-from kolors_core.adapters.ip_adapter import Attached, attach, attached
+from kolors_core.adapters.ip_adapter import AttachedAdapter, attach, attached
 from kolors_core.adapters.ip_adapter_files import load_adapter
-from kolors_core.devices import check_low_cpu_mem_usage, finite, plain
-from kolors_core.pipelines.image_prompts import ImagePromptPairs, IPAdapterMethods, guide
+from kolors_core.devices import check_finite, check_low_cpu_mem_usage, unwrap_compiled
+from kolors_core.pipelines.image_prompts import ImagePromptPairs, IPAdapterMethods, make_image_prompt
 
-PATCHES = 577  # of an image that guides, where no image encoder tells
+DEFAULT_NUM_PATCHES = 577  # of an image for CLIP, where no image encoder is loaded
 
 
 class FaceIDMethods(IPAdapterMethods):
-    """A pipeline that a face can guide."""
+    """IP-Adapter-FaceID methods of a pipeline."""
 
     def load_ip_adapter_face_id(
         self,
@@ -38,42 +38,42 @@ class FaceIDMethods(IPAdapterMethods):
     ) -> None:
         """Load IP-Adapter-FaceID-Plus in place of one loaded before, and CLIP if there is none yet.
 
-        Beside IP-Adapters of images and LoRAs. Arguments and errors are those of `load_ip_adapter`. The
+        IP-Adapters of images and LoRAs stay. Arguments and errors are those of `load_ip_adapter`. The
         published file is a pickle: `python -m weights_convert --pickle` makes the safetensors file of it.
         """
         check_low_cpu_mem_usage(low_cpu_mem_usage)
         hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         adapter, encoder = load_adapter(
-            plain(self.unet), "face_id", pretrained_model_name_or_path_or_dict, subfolder, weight_name,
-            self.image_encoder, image_encoder_folder, hub,
+            unwrap_compiled(self.unet), "face_id", pretrained_model_name_or_path_or_dict, subfolder,
+            weight_name, self.image_encoder, image_encoder_folder, hub,
         )  # fmt: skip
         self.unload_ip_adapter_face_id()
-        attach(plain(self.unet), adapter, encoder if encoder is not self._image_encoder else None)
+        attach(unwrap_compiled(self.unet), adapter, encoder if encoder is not self._image_encoder else None)
 
     def set_ip_adapter_face_id_scale(self, scale: BlockScale) -> None:
-        """Weigh the face: 1 is as trained (upstream's example takes 0.8), 0 as if there were none.
+        """Scale the face adapter: 1 is as trained (upstream's example takes 0.8), 0 has no effect.
 
         A number, or by block as in `set_ip_adapter_scale`.
         """
         self._need_face().set_scale(scale)
 
     def unload_ip_adapter_face_id(self) -> None:
-        """Take the face adapter out, and CLIP if it came with it; the UNet is as before, bit for bit."""
+        """Detach the face adapter, and CLIP if it was loaded with it; the UNet is as before, bit for bit."""
         if (handle := self._face) is not None:
             handle.detach()
 
     @property
-    def _face(self) -> Attached | None:
+    def _face(self) -> AttachedAdapter | None:
         handles = (handle for handle in attached(self.unet) if isinstance(handle.adapter, FaceIDAdapter))
         return next(handles, None)
 
-    def _need_face(self) -> Attached:
+    def _need_face(self) -> AttachedAdapter:
         if (handle := self._face) is None:
             raise ValueError("no face adapter is loaded: load_ip_adapter_face_id first")
         return handle
 
     def _face_prompts(self, image: Any, embeds: Any, batch: int, is_guided: bool) -> ImagePromptPairs:
-        """What the UNet is told of the face in each of its B rows, and in each negative one."""
+        """Make the face adapter's tokens for B positive and, under guidance, B negative rows."""
         if image is None and embeds is None:
             if self._face is None:
                 return {}
@@ -92,38 +92,38 @@ class FaceIDMethods(IPAdapterMethods):
             raise ValueError(f"expected one face, or one for each of {batch} images or prompts, got {got}")
         self._enter_stage("unet")
         handle.to_unet_device()
-        weight, unet = adapter.resampler.proj_in.weight, plain(self.unet)
+        weight, unet = adapter.resampler.proj_in.weight, unwrap_compiled(self.unet)
         ids = self._to_model(weight, ids).expand(count, -1)  # [n, id_dim]
         states = self._to_model(weight, states).expand(count, -1, -1)  # [n, P, D]
-        positive, negative = guide(adapter.tokens(unet, ids, states), batch), None
+        positive, negative = make_image_prompt(adapter.tokens(unet, ids, states), batch), None
         if is_guided:
             nobody = torch.zeros_like(ids[:1]), torch.zeros_like(states[:1])
-            negative = guide(adapter.tokens(unet, *nobody), batch)
+            negative = make_image_prompt(adapter.tokens(unet, *nobody), batch)
         return {handle: (positive, negative)}
 
     def placeholder_inputs(self, device: torch.device, is_guided: bool) -> dict[str, Any]:
-        """Arguments without values: for each loaded adapter one image, or without CLIP its states."""
+        """Make arguments without values for a plan: an image for each adapter, or states without CLIP."""
         handles, face, encoder = self._ip_adapters, self._face, self.image_encoder
         given: dict[str, Any] = {}
 
-        def picture(handle: Attached, *rows: int) -> Tensor:
+        def image(handle: AttachedAdapter, *rows: int) -> Tensor:
             if encoder is None:
-                shape, dtype = (*rows, PATCHES, handle.adapter.config.image_dim), self.dtype
+                shape, dtype = (*rows, DEFAULT_NUM_PATCHES, handle.adapter.config.image_dim), self.dtype
             else:
                 shape, dtype = (1, 3, encoder.config.image_size, encoder.config.image_size), torch.float32
             return torch.empty(shape, device=device, dtype=dtype)
 
         if handles:
             name = "ip_adapter_image_embeds" if encoder is None else "ip_adapter_image"
-            given[name] = [picture(handle, 1 + is_guided, 1) for handle in handles]
+            given[name] = [image(handle, 1 + is_guided, 1) for handle in handles]
         if face is not None:
             assert isinstance(face.adapter, FaceIDAdapter)
             given["face_embeds"] = torch.empty(1, face.adapter.config.id_dim, device=device)
-            given["face_image"] = picture(face, 1)
+            given["face_image"] = image(face, 1)
         return given
 
     def _face_states(self, image: Any, width: int) -> Tensor:
-        """CLIP's states [n, P, D] of images, or as they are given."""
+        """Compute CLIP's states [n, P, D] of images; given states are checked and returned."""
         if isinstance(image, Tensor) and image.ndim == 3:
             if image.shape[-1] != width or not image.numel() or not image.is_floating_point():
                 got = f"{list(image.shape)} of {image.dtype}"
@@ -134,7 +134,7 @@ class FaceIDMethods(IPAdapterMethods):
 
 
 def _ids(embeds: Any, width: int) -> Tensor:
-    """Id vectors [n, id_dim], checked."""
+    """Check id vectors [n, id_dim]."""
     try:
         ids = torch.as_tensor(embeds)
     except (TypeError, ValueError, RuntimeError):
@@ -142,4 +142,4 @@ def _ids(embeds: Any, width: int) -> Tensor:
     if ids.ndim != 2 or not len(ids) or ids.shape[1] != width or not ids.is_floating_point():
         got = f"{list(ids.shape)} of {ids.dtype}"
         raise ValueError(f"face_embeds must be floats [1 or more, {width}], got {got}")
-    return finite(ids, "face_embeds", ids.dtype)
+    return check_finite(ids, "face_embeds", ids.dtype)

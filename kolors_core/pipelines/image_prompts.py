@@ -2,7 +2,7 @@
 
 Source: `IPAdapterMixin` in diffusers' loaders/ip_adapter.py, and `prepare_ip_adapter_image_embeds` of its
 pipelines/kolors/pipeline_kolors.py.
-Shapes: B images to make, I images that guide for an adapter, P patches of each (577), D CLIP's width.
+Shapes: B images to make, I image prompts of an adapter, P patches of each (577), D CLIP's width.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kolors_core.adapters.clip_vision import CLIPVision, preprocess_clip
 from kolors_core.adapters.ip_adapter import (
-    Attached,
+    AttachedAdapter,
     IPAdapter,
     attach,
     attached,
@@ -22,10 +22,10 @@ from kolors_core.adapters.ip_adapter import (
 from kolors_core.adapters.ip_adapter_files import adapter_sources, load_adapter
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import (
+    check_finite,
     check_low_cpu_mem_usage,
-    finite,
     named_device,
-    plain,
+    unwrap_compiled,
 )
 from kolors_core.image import as_list, to_grayscale
 from kolors_core.pipelines.base import Components
@@ -34,13 +34,13 @@ from kolors_core.validation import check_int
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What each attached adapter has its branches read, and in the negative half, if there is one.
-ImagePromptPairs = dict[Attached, tuple[ImagePrompt, ImagePrompt | None]]
+# For each attached adapter the image prompts of the positive half and, under guidance, of the negative one.
+ImagePromptPairs = dict[AttachedAdapter, tuple[ImagePrompt, ImagePrompt | None]]
 Images = Any  # a PIL image, or an array or tensor of one, or a list of them for each adapter
 
 
 class IPAdapterMethods(Components):
-    """A pipeline that images can guide."""
+    """IP-Adapter methods of a pipeline."""
 
     def load_ip_adapter(
         self,
@@ -69,19 +69,19 @@ class IPAdapterMethods(Components):
         adapters = []
         for place in adapter_sources(pretrained_model_name_or_path_or_dict, subfolder, weight_name):
             adapter, encoder = load_adapter(
-                plain(self.unet), "ip_adapter", *place, encoder, image_encoder_folder, hub
+                unwrap_compiled(self.unet), "ip_adapter", *place, encoder, image_encoder_folder, hub
             )
             adapters.append(adapter)
         self.unload_ip_adapter()
         for adapter in adapters:
-            attach(plain(self.unet), adapter, encoder if encoder is not own else None)
+            attach(unwrap_compiled(self.unet), adapter, encoder if encoder is not own else None)
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
-        """Weigh the adapters: 1 is as trained, 0 as if there were none.
+        """Scale the adapters: 1 is as trained, 0 has no effect.
 
         scale: for all adapters, or a list with one for each, of: a number; a list with a number for each
         masked image; or by block, such as {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": 1.0}}, where
-        what is left out gets 0.
+        missing blocks get 0.
         """
         handles = self._need_adapters()
         given = list(scale) if isinstance(scale, list | tuple) else [scale] * len(handles)
@@ -92,7 +92,7 @@ class IPAdapterMethods(Components):
             handle.set_scales(scales)
 
     def unload_ip_adapter(self) -> None:
-        """Take the adapters out, and CLIP if it came with one; the UNet is as before, bit for bit."""
+        """Detach the adapters, and CLIP if it was loaded with one; the UNet is as before, bit for bit."""
         for handle in self._ip_adapters:
             handle.detach()
 
@@ -105,10 +105,10 @@ class IPAdapterMethods(Components):
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = True,
     ) -> list[Tensor]:
-        """CLIP's states of images, to be given again as `ip_adapter_image_embeds`.
+        """Compute CLIP's states of images, for the argument `ip_adapter_image_embeds`.
 
-        Returns a tensor for each adapter: [n, I, P, D] for n images a prompt, and under guidance the n
-        negative rows (of an image that is all mean color) before.
+        Returns a tensor for each adapter: [n, I, P, D] for n images a prompt; under guidance n negative rows,
+        of an image in the mean color, come first.
         """
         device = self.device if device is None else named_device(str(device))
         num_images_per_prompt = check_int("num_images_per_prompt", num_images_per_prompt)
@@ -122,7 +122,7 @@ class IPAdapterMethods(Components):
     def _image_states(
         self, image: Images, embeds: Sequence[Tensor] | None, is_guided: bool
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """For each adapter the states of its images, and the negative ones under guidance: [n, I, P, D]."""
+        """Compute each adapter's image states, and under guidance the negative ones: [n, I, P, D]."""
         handles = self._need_adapters()
         if (image is None) == (embeds is None):
             raise ValueError(
@@ -135,7 +135,7 @@ class IPAdapterMethods(Components):
             wanted = f"one, or a list of them, for each of the {len(handles)} IP-Adapters"
             raise ValueError(f"{name} must be a list of {wanted}, got {len(given)}")
         if embeds is not None:
-            return [_halves(embed, is_guided) for embed in given]
+            return [_split_halves(embed, is_guided) for embed in given]
         encoder = self._need_encoder("ip_adapter_image_embeds")
         pairs = []
         for pictures in given:
@@ -148,14 +148,14 @@ class IPAdapterMethods(Components):
         return pairs
 
     def _need_encoder(self, instead: str) -> CLIPVision:
-        """CLIP, brought to where it works; without one its states may be given, as the argument `instead`."""
+        """Return CLIP on its device; without one, ValueError names the argument for states, `instead`."""
         if (encoder := self.image_encoder) is None:
             raise ValueError(f"this pipeline has no image encoder: give CLIP's states as {instead}")
         self._enter_stage("image_encoder")
         return encoder
 
     def _pixels(self, pictures: Any, encoder: CLIPVision) -> Tensor:
-        """Images as CLIP sees them [I, 3, S, S]; a tensor is taken as that already."""
+        """Preprocess images for CLIP: [I, 3, S, S]; a tensor is taken as preprocessed."""
         if isinstance(pictures, Tensor):
             if not pictures.is_floating_point():
                 raise ValueError(f"a tensor must be pixels as CLIP sees them, floats, got {pictures.dtype}")
@@ -169,7 +169,7 @@ class IPAdapterMethods(Components):
     def _image_prompts(
         self, image: Images, embeds: Sequence[Tensor] | None, masks: Any, batch: int, is_guided: bool
     ) -> ImagePromptPairs:
-        """What the UNet is told of the images in each of its B rows, and in each negative one."""
+        """Make each IP-Adapter's tokens for B positive and, under guidance, B negative rows."""
         if not self._ip_adapters and image is None and embeds is None and masks is None:
             return {}
         handles = self._need_adapters()
@@ -179,8 +179,8 @@ class IPAdapterMethods(Components):
             )
         pairs = self._image_states(image, embeds, is_guided)
         self._enter_stage("unet")
-        guides: ImagePromptPairs = {}
-        listed = _masks_of(masks, len(handles), batch)
+        prompts: ImagePromptPairs = {}
+        listed = _check_masks(masks, len(handles), batch)
         for handle, pair, mask in zip(handles, pairs, listed, strict=True):
             if batch % (rows := len(pair[0])):
                 raise ValueError(f"ip_adapter_image_embeds has {rows} rows, for {batch} images")
@@ -188,30 +188,32 @@ class IPAdapterMethods(Components):
             adapter, mask = handle.adapter, None if mask is None else mask.to(self.device)
             assert isinstance(adapter, IPAdapter)
             tokens = (adapter.tokens(states.to(self.device)) for states in pair if states is not None)
-            positive, *negative = (guide(one, batch, mask) for one in tokens)
-            guides[handle] = positive, negative[0] if negative else None
-        return guides
+            positive, *negative = (make_image_prompt(one, batch, mask) for one in tokens)
+            prompts[handle] = positive, negative[0] if negative else None
+        return prompts
 
     @property
-    def _ip_adapters(self) -> list[Attached]:
-        """The adapters that images guide, but not a face's."""
+    def _ip_adapters(self) -> list[AttachedAdapter]:
+        """The attached adapters of images, without a face's."""
         return [handle for handle in attached(self.unet) if isinstance(handle.adapter, IPAdapter)]
 
-    def _need_adapters(self) -> list[Attached]:
+    def _need_adapters(self) -> list[AttachedAdapter]:
         if not (handles := self._ip_adapters):
             raise ValueError("no IP-Adapter is loaded: load_ip_adapter first")
         return handles
 
 
-def guide(tokens: Tensor, batch: int, mask: Tensor | None = None) -> ImagePrompt:
-    """What an adapter's branches read in each of B (`batch`) rows, of tokens [n, I, Q, context_dim], n a
-    divisor of B. FloatingPointError unless they are finite."""
-    finite(tokens, "the tokens of an image or face", tokens.dtype)
+def make_image_prompt(tokens: Tensor, batch: int, mask: Tensor | None = None) -> ImagePrompt:
+    """Repeat an adapter's tokens [n, I, Q, context_dim] for B (`batch`) rows, a multiple of n.
+
+    FloatingPointError unless they are finite.
+    """
+    check_finite(tokens, "the tokens of an image or face", tokens.dtype)
     return ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0), mask)
 
 
-def _halves(embed: Any, is_guided: bool) -> tuple[Tensor, Tensor | None]:
-    """Given image embeddings, split under guidance: (positive, negative)."""
+def _split_halves(embed: Any, is_guided: bool) -> tuple[Tensor, Tensor | None]:
+    """Split given image embeddings under guidance: (positive, negative)."""
     fits = isinstance(embed, Tensor) and embed.ndim == 4 and embed.numel() and embed.is_floating_point()
     if not fits or (is_guided and len(embed) % 2):
         got = list(embed.shape) if isinstance(embed, Tensor) else type(embed).__name__
@@ -225,8 +227,8 @@ def _halves(embed: Any, is_guided: bool) -> tuple[Tensor, Tensor | None]:
     return positive, negative
 
 
-def _masks_of(masks: Any, count: int, batch: int) -> list[Tensor | None]:
-    """One tensor [1 or B, I, H, W] or None for each adapter; a tensor [adapters, 1, H, W] is taken apart."""
+def _check_masks(masks: Any, count: int, batch: int) -> list[Tensor | None]:
+    """Check masks: [1 or B, I, H, W] or None for each adapter; a tensor [adapters, 1, H, W] is split."""
     if masks is None:
         return [None] * count
     listed = list(masks.unsqueeze(1)) if isinstance(masks, Tensor) and masks.ndim == 4 else masks
@@ -245,12 +247,12 @@ def _masks_of(masks: Any, count: int, batch: int) -> list[Tensor | None]:
 
 
 class IPAdapterMaskProcessor:
-    """Makes masks that say where an IP-Adapter image counts, as diffusers' class of this name does."""
+    """Processor of masks that limit an IP-Adapter image to a region, as diffusers' class of this name."""
 
     def preprocess(
         self, image: "Image | Sequence[Image]", height: int | None = None, width: int | None = None
     ) -> Tensor:
-        """One mask or several, of any mode: [n, 1, H, W], float32, 1 where brighter than middle gray, else 0.
+        """Binarize one mask or several, of any mode, at middle gray: float32 [n, 1, H, W].
 
         Each is resized to height and width, or to the first one's size, both rounded down to multiples of 8.
         """
@@ -265,6 +267,5 @@ class IPAdapterMaskProcessor:
         if h < 8 or w < 8:
             raise ValueError(f"the sides of a mask must be at least 8, got {h} x {w}")
         size = h - h % 8, w - w % 8
-        return torch.stack([to_grayscale(mask, size) >= 128 for mask in masks]).float()[
-            :, None
-        ]  # [n, 1, H, W]
+        binary = torch.stack([to_grayscale(mask, size) >= 128 for mask in masks])
+        return binary.float()[:, None]  # [n, 1, H, W]

@@ -11,28 +11,30 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from kolors_core.devices import finite
+from kolors_core.devices import check_finite
 from kolors_core.image import Size, preprocess_vae
 from kolors_core.pipelines.denoising_loop import StepCallback
-from kolors_core.pipelines.masks import grey, size_of
+from kolors_core.pipelines.masks import size_of, to_gray
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts
-from kolors_core.sampling import Denoise, Generators, OnStep, Sampler, Sigmas, randn_latents
+from kolors_core.sampling import Denoiser, Generators, OnStep, Sampler, Sigmas, randn_latents
 from kolors_core.schedule import Schedule
 from kolors_core.validation import check_fraction
 
 
-class FromPicture(Task):
-    """A task that starts from an image."""
+class FromImage(Task):
+    """Base of tasks that start from an image."""
 
-    default_strength: ClassVar[float]  # says nothing, and so may stand beside denoising_start
+    default_strength: ClassVar[float]  # without effect, and so allowed with denoising_start
 
-    def _part(self, whole: Schedule, strength: float, start: float | None, end: float | None) -> Schedule:
-        """The steps that are done: those that strength or denoising_start leaves, up to denoising_end."""
+    def _select_steps(
+        self, whole: Schedule, strength: float, start: float | None, end: float | None
+    ) -> Schedule:
+        """Select the steps after the start that strength or denoising_start sets, up to denoising_end."""
         if start is None:
-            schedule = whole.noised(strength)
+            schedule = whole.last_steps(strength)
         elif strength != self.default_strength:
             raise ValueError(f"strength has no effect beside denoising_start, got {strength} and {start}")
         elif end is not None and check_fraction("denoising_start", start) >= check_fraction(
@@ -40,14 +42,15 @@ class FromPicture(Task):
         ):
             raise ValueError(f"denoising_start must be before denoising_end, got {start} and {end}")
         else:
-            schedule = whole.since(start)
-        return schedule if end is None else schedule.until(end)
+            schedule = whole.after(start)
+        return schedule if end is None else schedule.before(end)
 
     def _encoded(
         self, image: Any, height: int | None, width: int | None, is_only_size: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Images as the VAE's mean and standard deviation over latents [b, 4, H/8, W/8]; latents have no
-        deviation. is_only_size: the shape is all that is asked for, nothing is encoded.
+        """Encode images to the VAE's mean and standard deviation [b, 4, H/8, W/8]; None for given latents.
+
+        is_only_size: return a tensor of the shape on the meta device, and encode nothing.
         """
         if image is None:
             raise ValueError("no image: expected the image to start from, or its latents")
@@ -60,7 +63,7 @@ class FromPicture(Task):
         return self.encode_mean_std(pixels)
 
     def _as_latents(self, image: Any, height: int | None, width: int | None) -> Tensor | None:
-        """Latents [b, 4, H/8, W/8] if that is what is given; ValueError if they are not of this size."""
+        """Return given latents [b, 4, H/8, W/8], or None for images; ValueError for another size."""
         scale = self.vae.config.vae_scale_factor
         if (latents := as_latents(image, self.vae.config.latent_channels)) is None:
             return None
@@ -69,29 +72,33 @@ class FromPicture(Task):
                 raise ValueError(f"{name} of given latents is {own * scale}, and cannot become {side}")
         return latents.to(self.device, self.precision)
 
+    def _first_latents(self, schedule: Schedule, clean: Tensor, noise: Tensor | None) -> Tensor:
+        """Add noise of the first sigma to clean latents; None for latents that have it already."""
+        sigma = schedule.sigmas[0].item()
+        return clean * self.scheduler.latent_scale(sigma) if noise is None else clean + noise * sigma
+
     def encode_mean_std(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [b, 3, H, W] as the VAE's mean and standard deviation."""
+        """Encode images [b, 3, H, W] to the VAE's mean and standard deviation, one by one to save memory."""
         self._enter_stage("vae")
         weight = self._vae_weight
-        # One after another, so that a batch needs no more memory.
-        found = [self.vae.encode(self._to_model(weight, picture[None])) for picture in pixels]
+        found = [self.vae.encode(self._to_model(weight, image[None])) for image in pixels]
         mean, std = (torch.cat([getattr(one, part) for one in found]) for part in ("mean", "std"))
-        return finite(mean, "the given image's latents", weight.dtype), std
+        return check_finite(mean, "the given image's latents", weight.dtype), std
 
     def sample_latents(
         self, mean: Tensor, std: Tensor | None, count: int, images_per_prompt: int, generator: Generators
     ) -> Tensor:
-        """Clean latents for B images. One generator draws for each image, a list for each image."""
+        """Sample clean latents for B images, from one generator or a list with one for each."""
         if std is not None:
             if not isinstance(generator, torch.Generator | None):
-                mean, std = (for_each(part, count, images_per_prompt) for part in (mean, std))
+                mean, std = (repeat_per_image(part, count, images_per_prompt) for part in (mean, std))
             noise = randn_latents(tuple(mean.shape), generator, mean.device, torch.float32)
             mean = mean + std * noise.to(std)
-        return for_each(mean, count, images_per_prompt).to(self.device, self.precision)
+        return repeat_per_image(mean, count, images_per_prompt).to(self.device, self.precision)
 
 
-class KolorsImg2ImgPipeline(FromPicture):
-    """Image to image: noise is added to an image, and taken off again under the prompt."""
+class KolorsImg2ImgPipeline(FromImage):
+    """Image to image: noise is added to an image and removed again under the prompt."""
 
     default_strength = 0.3
 
@@ -141,10 +148,10 @@ class KolorsImg2ImgPipeline(FromPicture):
         W/8]; or a batch or list of them, one for all, for each prompt or for each of the B images.
         strength: above 0 and at most 1; int(steps * strength) steps are done, from that much noise.
         height, width: pixels, multiples of 8, to which the image is resized; its own if None.
-        strength_map: a grey image of how much each place may change (https://arxiv.org/abs/2306.00950): as
-        at `strength` where it is white, less where it is darker, not at all where it is black. See
-        `masks.grey` for its forms; one for all, for each prompt or for each image. (The community's
-        differential pipeline has it the other way round, as `map`.)
+        strength_map: a gray image of how much each place may change (https://arxiv.org/abs/2306.00950): as
+        at `strength` where it is white, less where it is darker, not at all where it is black. Its forms are
+        those of `masks.to_gray`; one for all, for each prompt or for each image. (The community's
+        differential pipeline has it inverted, as `map`.)
         denoising_start: take the image as one on which `denoising_end` has left off, and add no noise.
         latents: [B, 4, H/8, W/8], noisy already, in place of the image's: `callback_on_step_end` sees such.
         All others, and `Extras`, are described at `kolors_core.pipelines.request.PipelineInputs`.
@@ -168,35 +175,29 @@ class KolorsImg2ImgPipeline(FromPicture):
             max_sequence_length=max_sequence_length, **extras,
         )  # fmt: skip
         whole = self._schedule(inputs)
-        schedule = self._part(whole, strength, denoising_start, denoising_end)
+        schedule = self._select_steps(whole, strength, denoising_start, denoising_end)
         mean, std = self._encoded(image, height, width, is_only_size=latents is not None)  # [b, 4, H/8, W/8]
-        size = (
-            mean.shape[-2] * self.vae.config.vae_scale_factor,
-            mean.shape[-1] * self.vae.config.vae_scale_factor,
-        )
+        scale = self.vae.config.vae_scale_factor
+        size = mean.shape[-2] * scale, mean.shape[-1] * scale
         texts = embed_prompts(
             self, prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
         )  # fmt: skip
         positive, negative = self._prepare_conditioning(inputs, size, *texts)
-        count, wrap_sampler, sigma = len(positive.size_ids), None, schedule.sigmas[0].item()
+        count, wrap_sampler = len(positive.size_ids), None
         if strength_map is not None and (latents is not None or denoising_start is not None):
             raise ValueError("strength_map needs noise that is drawn here: no latents, no denoising_start")
         if latents is not None:
-            x = self._given_latents(latents, self._latent_shape(count, size))
-            x = x * self.scheduler.latent_scale(sigma)
+            given = self._given_latents(latents, self._latent_shape(count, size))
+            x = self._first_latents(schedule, given, None)
         else:
             clean = self.sample_latents(mean, std, count, num_images_per_prompt, generator)
-            if denoising_start is not None:
-                x = clean * self.scheduler.latent_scale(sigma)
-            else:
-                noise = self._draw(clean.shape, generator)
-                x = clean + noise * sigma
-                if strength_map is not None:
-                    shapes = (size_of(image), size)
-                    mask = grey(strength_map, size_of(clean), shapes, "strength_map").to(x)
-                    mask = for_each(mask, count, num_images_per_prompt, "strength maps")
-                    wrap_sampler = partial(preserve_masked_latents, clean=clean, noise=noise, strength=mask)
+            noise = self._draw(clean.shape, generator) if denoising_start is None else None
+            x = self._first_latents(schedule, clean, noise)
+            if strength_map is not None and noise is not None:
+                mask = to_gray(strength_map, size_of(clean), (size_of(image), size), "strength_map").to(x)
+                mask = repeat_per_image(mask, count, num_images_per_prompt, "strength maps")
+                wrap_sampler = partial(preserve_masked_latents, clean=clean, noise=noise, strength=mask)
         denoised = self._denoise(inputs, schedule, x, positive, negative, wrap_sampler)
         return self._output(inputs, denoised, positive, {"steps": len(whole.timesteps), "strength": strength})
 
@@ -212,7 +213,7 @@ def preserve_masked_latents(sampler: Sampler, *, clean: Tensor, noise: Tensor, s
     pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl_inpaint.py.
     """
 
-    def run(denoise: Denoise, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
+    def run(denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
         steps = len(sigmas) - 1
 
         def hold(i: int, x: Tensor) -> Tensor:
@@ -225,8 +226,8 @@ def preserve_masked_latents(sampler: Sampler, *, clean: Tensor, noise: Tensor, s
     return run
 
 
-def for_each(clean: Tensor, count: int, images_per_prompt: int, name: str = "images") -> Tensor:
-    """Images for B images: one for all, one for each prompt, or one for each image."""
+def repeat_per_image(clean: Tensor, count: int, images_per_prompt: int, name: str = "images") -> Tensor:
+    """Repeat tensors for B images: given one for all, one for each prompt, or one for each image."""
     if len(clean) == count // images_per_prompt:
         return clean.repeat_interleave(images_per_prompt, dim=0)
     if count % len(clean):
@@ -236,7 +237,7 @@ def for_each(clean: Tensor, count: int, images_per_prompt: int, name: str = "ima
 
 
 def as_latents(image: Any, channels: int) -> Tensor | None:
-    """Latents [b, 4, h, w] if that is what is given: a tensor of one or several, or a list of them."""
+    """Return latents [b, 4, h, w] of a tensor or list of them; None for anything else."""
     listed = list(image) if isinstance(image, list | tuple) else [image]
     for one in listed:
         if not isinstance(one, Tensor) or one.ndim not in (3, 4) or one.shape[-3] != channels:

@@ -1,4 +1,4 @@
-"""Inpainting: what a mask marks is made anew, by a UNet that reads the mask, or by holding all the rest.
+"""Inpainting: the masked region is generated, by a UNet with mask channels or by preserving the rest.
 
 Source: diffusers' pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl_inpaint.py, and for Kolors
 examples/community/pipeline_kolors_inpainting.py.
@@ -15,8 +15,16 @@ from torch import Tensor
 
 from kolors_core.image import Size, preprocess_vae
 from kolors_core.pipelines.denoising_loop import StepCallback
-from kolors_core.pipelines.image_to_image import FromPicture, for_each, preserve_masked_latents
-from kolors_core.pipelines.masks import Box, crop_region, fitted, grey, put_back, repainted, size_of
+from kolors_core.pipelines.image_to_image import FromImage, preserve_masked_latents, repeat_per_image
+from kolors_core.pipelines.masks import (
+    Box,
+    binarize_mask,
+    mask_region,
+    paste,
+    resize_to_fit,
+    size_of,
+    to_gray,
+)
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts
@@ -28,15 +36,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InpaintInputs:
-    """What the model works on, and what makes the final images of its own; None leaves them as they are."""
+    """Inputs of the model; postprocess maps generated to final images, None leaves them as they are."""
 
-    picture: Tensor  # [b, 3, H, W] in [-1, 1], or latents [b, 4, H/8, W/8]
+    image: Tensor  # [b, 3, H, W] in [-1, 1], or latents [b, 4, H/8, W/8]
     mask: Tensor  # [m, 1, H, W] in [0, 1]
-    finish: Callable[[Tensor], Tensor] | None
+    postprocess: Callable[[Tensor], Tensor] | None
     box: Box | None = None  # the region, if the image is one of a larger image
 
 
-class KolorsInpaintPipeline(FromPicture):
+class KolorsInpaintPipeline(FromImage):
     """Inpainting, with Kolors-Inpainting's UNet of 9 channels or any of 4."""
 
     accepts_mask_channels: ClassVar[bool] = True
@@ -85,12 +93,12 @@ class KolorsInpaintPipeline(FromPicture):
         paste_back: bool | None = None,
         **extras: Unpack[Extras],
     ) -> KolorsPipelineOutput | tuple[Any]:
-        """Make anew what is white in a mask.
+        """Inpaint the white part of a mask.
 
-        image: as in `KolorsImg2ImgPipeline`. mask_image: see `masks.grey` for its forms; what is at least
-        half white is repainted; one for all, for each prompt or for each of the B images.
+        image: as in `KolorsImg2ImgPipeline`. mask_image: in the forms of `masks.to_gray`; what is at least
+        half white is generated; one for all, for each prompt or for each of the B images.
         masked_image_latents: [b, 4, H/8, W/8], for a UNet of 9 channels, in place of those of the image with
-        the mask's places grey.
+        the masked region gray.
         height, width: pixels, multiples of 8, to which the image is resized; its own if None.
         padding_mask_crop: cut the mask's region out, with so many pixels around it, and work on that at
         `height` and `width` (the UNet's own if None); needs one PIL image, mask and control images of one
@@ -100,7 +108,7 @@ class KolorsInpaintPipeline(FromPicture):
         denoising_start: take the image as one on which `denoising_end` has left off; for 9 channels only.
         latents: [B, 4, H/8, W/8] standard normal noise in place of drawn noise.
         paste_back: put only what the mask marks into the given image, of its own size unless height or
-        width is given: where the mask is black the pixels stay, bit for bit; where it is grey both are mixed.
+        width is given: where the mask is black the pixels stay, bit for bit; where it is gray both are mixed.
         The VAE would change them all a little. The default, wherever there is an image; False gives what the
         VAE decodes, put in the image's place or the region's.
         All others, and `Extras`, are described at `kolors_core.pipelines.request.PipelineInputs`.
@@ -128,19 +136,19 @@ class KolorsInpaintPipeline(FromPicture):
         if output_type == "latent" and (paste_back or padding_mask_crop is not None):
             raise ValueError("paste_back and padding_mask_crop need images, and output_type is 'latent'")
         whole = self._schedule(inputs)
-        schedule = self._part(whole, strength, denoising_start, denoising_end)
+        schedule = self._select_steps(whole, strength, denoising_start, denoising_end)
         copies = num_images_per_prompt
-        work = self._work(image, mask_image, height, width, padding_mask_crop, paste_back, copies)
-        size = self._pixel_size(work.picture)
-        if work.box is not None and inputs.control_image is not None:
-            seen = _control_region(inputs.control_image, image, size, work.box)
+        prepared = self._prepare(image, mask_image, height, width, padding_mask_crop, paste_back, copies)
+        size = self._pixel_size(prepared.image)
+        if prepared.box is not None and inputs.control_image is not None:
+            seen = _control_region(inputs.control_image, image, size, prepared.box)
             inputs = replace(inputs, control_image=seen)
         scale = self.vae.config.vae_scale_factor
-        mask, small = repainted(work.mask, (size[0] // scale, size[1] // scale))
+        mask, small = binarize_mask(prepared.mask, (size[0] // scale, size[1] // scale))
         start = None  # in pure noise the image itself is not seen
         if not has_mask_channels or strength < 1 or denoising_start is not None:
-            start = self._mean_and_std(work.picture)
-        masked = self._masked(work.picture, mask, masked_image_latents) if has_mask_channels else None
+            start = self._mean_and_std(prepared.image)
+        masked = self._masked(prepared.image, mask, masked_image_latents) if has_mask_channels else None
         texts = embed_prompts(
             self, prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
             negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
@@ -151,11 +159,9 @@ class KolorsInpaintPipeline(FromPicture):
         noise = self._draw(shape, generator) if latents is None else self._given_latents(latents, shape)
         if clean is None or (strength == 1 and denoising_start is None):
             x = noise * schedule.init_noise_sigma
-        elif denoising_start is not None:
-            x = clean * self.scheduler.latent_scale(schedule.sigmas[0].item())
         else:
-            x = clean + noise * schedule.sigmas[0].item()
-        small = for_each(small, shape[0], copies, "masks").to(x)  # [B, 1, H/8, W/8]
+            x = self._first_latents(schedule, clean, None if denoising_start is not None else noise)
+        small = repeat_per_image(small, shape[0], copies, "masks").to(x)  # [B, 1, H/8, W/8]
         wrap_sampler = None
         if masked is not None:
             seen = self.sample_latents(*masked, shape[0], copies, generator)
@@ -166,9 +172,9 @@ class KolorsInpaintPipeline(FromPicture):
             wrap_sampler = partial(preserve_masked_latents, clean=clean, noise=noise, strength=small)
         denoised = self._denoise(inputs, schedule, x, positive, negative, wrap_sampler)
         metadata = {"steps": len(whole.timesteps), "strength": strength}
-        return self._output(inputs, denoised, positive, metadata, work.finish)
+        return self._output(inputs, denoised, positive, metadata, prepared.postprocess)
 
-    def _work(
+    def _prepare(
         self,
         image: Any,
         mask_image: Any,
@@ -178,16 +184,16 @@ class KolorsInpaintPipeline(FromPicture):
         paste_back: bool | None,
         images_per_prompt: int,
     ) -> InpaintInputs:
-        """What the model works on; arguments as in the call."""
+        """Prepare image, mask and postprocessing; arguments as in the call."""
         for name, value in (("image", image), ("mask_image", mask_image)):
             if value is None:
-                raise ValueError(f"no {name}: expected an image and a mask of what to make anew in it")
+                raise ValueError(f"no {name}: expected an image and a mask of the part to inpaint")
         box = None
         if padding is not None:
             size = self._size("height", height), self._size("width", width)
             picture, mask, box = _region(image, mask_image, size, padding)
             given = preprocess_vae(image, multiple=1)
-            marked = grey(mask_image, size_of(given), (size_of(given),))
+            marked = to_gray(mask_image, size_of(given), (size_of(given),))
             if paste_back is False:
                 marked = torch.zeros_like(marked)
                 marked[..., box[1] : box[3], box[0] : box[2]] = 1
@@ -197,36 +203,36 @@ class KolorsInpaintPipeline(FromPicture):
                 size = self._pixel_size(latents)
                 if paste_back:
                     raise ValueError("paste_back needs an image to paste into, and image is latents")
-                return InpaintInputs(latents, grey(mask_image, size, (size,)), None)
+                return InpaintInputs(latents, to_gray(mask_image, size, (size,)), None)
             picture = given = preprocess_vae(image, height, width, self.vae.config.vae_scale_factor)
             shapes = size_of(image), size_of(picture)
-            mask = marked = grey(mask_image, size_of(picture), shapes)
+            mask = marked = to_gray(mask_image, size_of(picture), shapes)
             if paste_back is False:
                 return InpaintInputs(picture, mask, None)
             if height is None and width is None:
                 given = preprocess_vae(image, multiple=1)
-                marked = grey(mask_image, size_of(given), shapes)
+                marked = to_gray(mask_image, size_of(given), shapes)
 
-        def finish(made: Tensor) -> Tensor:
-            whole, mask = (for_each(part, len(made), images_per_prompt) for part in (given, marked))
-            return put_back(made, whole, mask, box)
+        def postprocess(generated: Tensor) -> Tensor:
+            whole, mask = (
+                repeat_per_image(part, len(generated), images_per_prompt) for part in (given, marked)
+            )
+            return paste(generated, whole, mask, box)
 
-        return InpaintInputs(picture, mask, finish, box)
+        return InpaintInputs(picture, mask, postprocess, box)
 
     def _pixel_size(self, picture: Tensor) -> Size:
-        """(height, width) in pixels of images or latents."""
+        """Return (height, width) in pixels of images or latents."""
         scale = self.vae.config.vae_scale_factor if picture.shape[1] == self.vae.config.latent_channels else 1
         return picture.shape[-2] * scale, picture.shape[-1] * scale
 
     def _mean_and_std(self, picture: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The VAE's of images; latents have no deviation."""
+        """Encode images to the VAE's mean and standard deviation; None for latents."""
         is_latents = picture.shape[1] == self.vae.config.latent_channels
         return (picture, None) if is_latents else self.encode_mean_std(picture)
 
     def _masked(self, picture: Tensor, mask: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Mean and deviation of the latents that show what stays: those given, or the image with the mask's
-        places grey.
-        """
+        """Encode the image with its masked region gray, or check given latents: mean and deviation."""
         size = self._pixel_size(picture)
         if given is not None:
             latents = self._as_latents(given, *size)
@@ -241,26 +247,26 @@ class KolorsInpaintPipeline(FromPicture):
 
 
 def _region(image: Any, mask: Any, size: Size, padding: int) -> tuple[Tensor, Tensor, Box]:
-    """An image's and its mask's region, at the size, and where it was."""
+    """Crop the masked region of an image and its mask, resize both, and return them with the box."""
     for name, value in (("image", image), ("mask_image", mask)):
         _need_pil(name, value, image)
     if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
         raise ValueError(f"padding_mask_crop must be a whole number of pixels from 0, got {padding!r}")
-    box = crop_region(mask, size, padding)
-    picture = preprocess_vae(fitted(image.convert("RGB").crop(box), size), multiple=1)
-    return picture, grey(fitted(mask.convert("L").crop(box), size), size, (size,)), box
+    box = mask_region(mask, size, padding)
+    picture = preprocess_vae(resize_to_fit(image.convert("RGB").crop(box), size), multiple=1)
+    return picture, to_gray(resize_to_fit(mask.convert("L").crop(box), size), size, (size,)), box
 
 
 def _control_region(given: Any, image: "Image", size: Size, box: Box) -> Any:
-    """The same region of a control image, or of each in a list, at the size."""
+    """Crop the same region of a control image, or of each in a list, and resize it."""
     if isinstance(given, list | tuple):
         return [_control_region(one, image, size, box) for one in given]
     _need_pil("control_image", given, image)
-    return fitted(given.convert("RGB").crop(box), size)
+    return resize_to_fit(given.convert("RGB").crop(box), size)
 
 
 def _need_pil(name: str, value: Any, image: "Image") -> None:
-    """TypeError for what is no PIL image, ValueError for one of another size than the image to inpaint."""
+    """Raise TypeError unless a PIL image is given, ValueError unless it has the inpainted image's size."""
     from PIL import Image
 
     if not isinstance(value, Image.Image):

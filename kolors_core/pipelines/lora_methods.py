@@ -1,4 +1,4 @@
-"""What every pipeline offers for LoRA: the reference's methods, on any number of adapters by name.
+"""LoRA methods of a pipeline: the reference's, for any number of adapters by name.
 
 Source: `StableDiffusionLoraLoaderMixin` and `LoraBaseMixin` in diffusers' loaders.
 """
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.lora import (
     adapters,
+    add_adapter,
     check_name,
     check_not_fused,
     enable,
     fuse,
     fused_names,
-    install,
     unfuse,
     unload,
 )
-from kolors_core.adapters.lora_files import METADATA, LoRAReport, configs_of, read
+from kolors_core.adapters.lora_files import METADATA, LoRAReport, configs_of, parse_lora
 from kolors_core.chatglm import ChatGLM
-from kolors_core.devices import check_low_cpu_mem_usage, plain
+from kolors_core.devices import check_low_cpu_mem_usage, unwrap_compiled
 from kolors_core.hub import find_file, reject_unused
 from kolors_core.module import require_plain
 from kolors_core.unet import UNet
@@ -38,12 +38,12 @@ COMPONENTS = ("unet", "text_encoder")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 # The file of a LoRA, by the names that diffusers and PEFT give it; PEFT's settings are fetched with it.
 find_lora = partial(
-    find_file, preferred=(WEIGHT_NAME, "adapter_model.safetensors"), beside=("adapter_config.json",)
+    find_file, preferred=(WEIGHT_NAME, "adapter_model.safetensors"), with_files=("adapter_config.json",)
 )
 
 
 class ClassAndInstanceMethod:
-    """A method that may also be called on the class, as the reference's; `self` is then None."""
+    """Method that may also be called on the class, as in the reference; `self` is then None."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function, self.__doc__ = function, function.__doc__
@@ -72,7 +72,7 @@ class LoRAMethods:
         low_cpu_mem_usage: bool = True,
         allow_partial: bool = False,
     ) -> LoRAReport:
-        """Attach a LoRA of any known spelling, and make it the one that is active.
+        """Attach a LoRA in any known naming scheme, and make it the only active one.
 
         pretrained_model_name_or_path_or_dict: a file, a folder, a hub repository or the tensors.
         adapter_name: "default_0", "default_1", ... if None. weight_name: the file, where there are several.
@@ -95,12 +95,12 @@ class LoRAMethods:
         else:
             hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
             tensors = Source([find_lora(source, weight_name, subfolder, token=token, **hub)])
-        parts, report = read(tensors, configs_of(tensors), models, name, allow_partial)
+        parts, report = parse_lora(tensors, configs_of(tensors), models, name, allow_partial)
         for component, model in models.items():
             for other in adapters(model).values():
                 other.set_active(False)
             if component in parts:
-                install(model, name, parts[component])
+                add_adapter(model, name, parts[component])
         return report
 
     def set_adapters(
@@ -111,7 +111,7 @@ class LoRAMethods:
         """Make these adapters the active ones, each with its weight: 1 if None.
 
         A weight is a number, or a mapping {"unet": ..., "text_encoder": number}, where the UNet's may again
-        be by blocks (see `blocks.block_scales`) and what is left out is 1. One weight is for all adapters, a
+        be by blocks (see `block_scales`) and what is left out is 1. One weight is for all adapters, a
         list has one for each. Raises ValueError, and changes nothing, for an unknown adapter, component or
         block, or while adapters are fused.
         """
@@ -145,13 +145,13 @@ class LoRAMethods:
                 adapter.set_scales(scales)
 
     def get_active_adapters(self) -> list[str]:
-        """The adapters that are active, whether or not adapters are enabled."""
+        """Return the active adapters, whether or not adapters are enabled."""
         models = self._lora_models().values()
         names = [name for model in models for name, one in adapters(model).items() if one.is_active]
         return list(dict.fromkeys(names))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """The attached adapters by component; a component without any is left out."""
+        """Return the attached adapters by component; a component without any is left out."""
         found = {component: list(adapters(model)) for component, model in self._lora_models().items()}
         return {component: names for component, names in found.items() if names}
 
@@ -172,12 +172,12 @@ class LoRAMethods:
 
     @contextmanager
     def lora_scaled(self, factor: float) -> Iterator[None]:
-        """Within it, every adapter of the UNet counts `factor` times as much as it is weighed.
+        """Multiply every adapter's scale in the UNet by `factor`, within a `with` block.
 
-        What a call's `cross_attention_kwargs={"scale": factor}` asks for. Raises ValueError where it would do
-        nothing: no adapter is active, or one is fused.
+        A call's `cross_attention_kwargs={"scale": factor}` does this. Raises ValueError where it has no
+        effect: no adapter is active, or one is fused.
         """
-        factor, unet = check_float("the scale of LoRAs", factor), plain(self.unet)
+        factor, unet = check_float("the scale of LoRAs", factor), unwrap_compiled(self.unet)
         check_not_fused(unet, "scale adapters")
         attached = adapters(unet).values()
         if not any(adapter.is_active and adapter.is_enabled for adapter in attached):
@@ -208,16 +208,16 @@ class LoRAMethods:
         """
         names = self.get_active_adapters() if adapter_names is None else _names(adapter_names)
         self._refuse_unknown(names)
-        lora_scale, told = check_float("lora_scale", lora_scale), ", ".join(names) or "adapters"
+        lora_scale, action = check_float("lora_scale", lora_scale), f"fuse {', '.join(names) or 'adapters'}"
         models = self._lora_models(components)
         for model in models.values():
-            check_not_fused(model, f"fuse {told}")
+            check_not_fused(model, action)
         own = [(model, [name for name in names if name in adapters(model)]) for model in models.values()]
         found = [(model, names) for model, names in own if names]
         if not found:
             raise ValueError(f"no active adapter to fuse in {' or '.join(models)}")
         for model, _ in found:
-            require_plain(model, f"fuse {told}")
+            require_plain(model, action)
         try:
             for model, names in found:
                 fuse(model, names, lora_scale)
@@ -237,11 +237,11 @@ class LoRAMethods:
 
     @property
     def num_fused_loras(self) -> int:
-        """How many adapters the weights contain now."""
+        """The number of adapters that the weights contain now."""
         return len(self.fused_loras)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Take adapters out; those that were not active stay so. ValueError if unknown, or one is fused."""
+        """Detach adapters; the others stay as they are. ValueError if unknown, or one is fused."""
         names, models = _names(adapter_names), self._lora_models().values()
         self._refuse_unknown(names)
         for model in models:
@@ -252,9 +252,9 @@ class LoRAMethods:
                     adapter.detach()
 
     def unload_lora_weights(self) -> None:
-        """Take all adapters out: the models are what they were, bit for bit.
+        """Detach all adapters: the models are what they were, bit for bit.
 
-        What is fused stays in the weights, as in the reference, and can then no more be unfused.
+        Fused adapters stay in the weights, as in the reference, and can no longer be unfused.
         """
         for model in self._lora_models().values():
             unload(model)
@@ -308,7 +308,7 @@ class LoRAMethods:
         save_tensors(state, folder / weight_name, {METADATA: text} if settings else None)
 
     def _state_of(self, name: str | None) -> dict[str, Tensor]:
-        """An attached adapter in diffusers' names; the only one if the name is None."""
+        """Return an attached adapter's tensors in diffusers' names; the only adapter if the name is None."""
         names = self._attached_names() if name is None else [name]
         if len(names) != 1:
             raise ValueError(f"which adapter? There are {', '.join(names) or 'none'}: give adapter_name")
@@ -320,11 +320,11 @@ class LoRAMethods:
         return state
 
     def _lora_models(self, components: Sequence[str] | None = None) -> dict[str, nn.Module]:
-        """The models that can have adapters, by component. ValueError for another component."""
+        """Return the models that can have adapters, by component. ValueError for another component."""
         names = COMPONENTS if components is None else _names(components)
         if unknown := [name for name in names if name not in COMPONENTS]:
             raise ValueError(f"LoRA goes into {' and '.join(COMPONENTS)}, not into {unknown[0]!r}")
-        models = {name: plain(getattr(self, name)) for name in names}
+        models = {name: unwrap_compiled(getattr(self, name)) for name in names}
         return {name: model for name, model in models.items() if model is not None}
 
     def _attached_names(self) -> list[str]:

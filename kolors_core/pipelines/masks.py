@@ -1,7 +1,7 @@
-"""Where an image is made anew: masks read, a region around one cut out, what was made put back.
+"""Masks for inpainting: read, binarized, cropped around, and used to paste generated images back.
 
-Masks are [m, 1, H, W] from 0 (stays) to 1 (is made anew).
-Source: `VaeImageProcessor` in diffusers' image_processor.py, with its binarising, "fill" and "crop".
+Masks are [m, 1, H, W] from 0 (preserved) to 1 (generated).
+Source: `VaeImageProcessor` in diffusers' image_processor.py, with its binarization, "fill" and "crop".
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_core.image import Size, preprocess_vae, to_grayscale, to_output
+from kolors_core.image import Size, preprocess_vae, to_grayscale, to_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +23,7 @@ NO_WHITE = "white is repainted, and there is none"
 
 
 def size_of(image: Any) -> Size:
-    """Of an image, or the first of several: PIL images, arrays [..., H, W, 3], tensors [..., H, W]."""
+    """Return (height, width) of a PIL image, array [..., H, W, 3], tensor [..., H, W], or a list's first."""
     from PIL import Image
 
     one: Any = image[0] if isinstance(image, list | tuple) and image else image
@@ -35,12 +35,12 @@ def size_of(image: Any) -> Size:
     return height, width
 
 
-def grey(masks: Any, size: Size, pictures: Sequence[Size], name: str = "mask_image") -> Tensor:
-    """Grey images as float32 [m, 1, H, W] in [0, 1] of this size.
+def to_gray(masks: Any, size: Size, image_sizes: Sequence[Size], name: str = "mask_image") -> Tensor:
+    """Convert masks to gray float32 [m, 1, H, W] in [0, 1] of this size.
 
     masks: PIL images of any mode, resized with Lanczos; arrays [H, W], [H, W, 1] or [m, H, W], and tensors
     [H, W], [m, H, W] or [m, 1, H, W], of bool, uint8 or in [0, 1], resized to the nearest pixel; or a list.
-    images: the sizes of what they belong to, one of whose aspects each must have.
+    image_sizes: of the images that they belong to; each mask must have the aspect of one of them.
     Raises ValueError or TypeError naming the argument, what came and what was expected.
     """
     from PIL import Image
@@ -49,8 +49,8 @@ def grey(masks: Any, size: Size, pictures: Sequence[Size], name: str = "mask_ima
     for mask in masks if isinstance(masks, list | tuple) else [masks]:
         for plane in [mask] if isinstance(mask, Image.Image) else _planes(mask, name):
             h, w = (plane.height, plane.width) if isinstance(plane, Image.Image) else plane.shape
-            if all(abs(h * p[1] - w * p[0]) > SHAPE_TOLERANCE * h * p[1] for p in pictures):
-                shapes = " or ".join(dict.fromkeys(f"{p[0]} x {p[1]}" for p in pictures))
+            if all(abs(h * p[1] - w * p[0]) > SHAPE_TOLERANCE * h * p[1] for p in image_sizes):
+                shapes = " or ".join(dict.fromkeys(f"{p[0]} x {p[1]}" for p in image_sizes))
                 wanted = f"its image's shape, {shapes}"
                 raise ValueError(f"{name} is {h} x {w} (height x width), expected {wanted}")
             planes.append(_resized(plane, size))
@@ -60,7 +60,7 @@ def grey(masks: Any, size: Size, pictures: Sequence[Size], name: str = "mask_ima
 
 
 def _planes(mask: Any, name: str) -> Iterator[Tensor]:
-    """An array or tensor as floats [H, W] in [0, 1], one by one."""
+    """Yield the masks of an array or tensor as floats [H, W] in [0, 1]."""
     wanted = "PIL images, arrays [H, W], [H, W, 1] or [m, H, W], or tensors [H, W], [m, H, W] or [m, 1, H, W]"
     if isinstance(mask, np.ndarray):
         values = torch.from_numpy(np.ascontiguousarray(mask))
@@ -83,16 +83,16 @@ def _planes(mask: Any, name: str) -> Iterator[Tensor]:
 
 
 def _resized(plane: "Image | Tensor", size: Size) -> Tensor:
-    """A grey image as [H, W] in [0, 1]."""
+    """Resize a gray image: [H, W] in [0, 1]."""
     if isinstance(plane, Tensor):
         return F.interpolate(plane[None, None], size=size)[0, 0]
     return to_grayscale(plane, size).float() / 255
 
 
-def repainted(mask: Tensor, size: Size, name: str = "mask_image") -> tuple[Tensor, Tensor]:
-    """A mask as 1 where it is at least a half, else 0: as it is, and of the latents' size (nearest pixel).
+def binarize_mask(mask: Tensor, size: Size, name: str = "mask_image") -> tuple[Tensor, Tensor]:
+    """Binarize masks at a half: at their own size, and at the latents' size (nearest pixel).
 
-    ValueError if one of the masks leaves nothing to repaint.
+    ValueError if one of them marks nothing.
     """
     binary = (mask >= 0.5).to(mask)
     small = F.interpolate(binary, size=size)  # [m, 1, H/8, W/8]
@@ -102,9 +102,10 @@ def repainted(mask: Tensor, size: Size, name: str = "mask_image") -> tuple[Tenso
     return binary, small
 
 
-def crop_region(mask: "Image", size: Size, padding: int) -> Box:
-    """What is not black in a mask, with `padding` pixels around, grown to the aspect of `size` where the
-    image has room. ValueError for a mask that is all black.
+def mask_region(mask: "Image", size: Size, padding: int) -> Box:
+    """Return the box of a mask's non-black part with `padding` pixels around it.
+
+    It is expanded to the aspect of `size` as far as the image allows. ValueError for an all-black mask.
     """
     found = mask.convert("L").getbbox()
     if found is None:
@@ -114,22 +115,22 @@ def crop_region(mask: "Image", size: Size, padding: int) -> Box:
     aspect = size[1] / size[0]
     if (right - left) / (bottom - top) > aspect:
         more = int((right - left) / aspect - (bottom - top))
-        top, bottom = _grown(top, bottom, more, mask.height)
+        top, bottom = _expand(top, bottom, more, mask.height)
     else:
-        left, right = _grown(left, right, int((bottom - top) * aspect - (right - left)), mask.width)
+        left, right = _expand(left, right, int((bottom - top) * aspect - (right - left)), mask.width)
     return left, top, right, bottom
 
 
-def _grown(start: int, end: int, more: int, limit: int) -> tuple[int, int]:
-    """A stretch, longer by `more` at both ends alike, moved and at last cut to stay from 0 to the limit."""
+def _expand(start: int, end: int, more: int, limit: int) -> tuple[int, int]:
+    """Lengthen an interval by `more`, half at each end; shift and, if too long, cut it to [0, limit]."""
     start, end = start - more // 2, end + more - more // 2
     beyond = max(end - limit, 0)
     start, end = start - beyond, end - beyond
     return (0, min(end - start, limit)) if start < 0 else (start, end)
 
 
-def fitted(image: "Image", size: Size, covers: bool = False) -> "Image":
-    """An image scaled to fit into a size, its edges drawn out into what is left; or to cover it, cut."""
+def resize_to_fit(image: "Image", size: Size, covers: bool = False) -> "Image":
+    """Scale an image to fit into a size and extend its edges to fill it; or, if covers, to cover and crop."""
     from PIL import Image
 
     height, width = size
@@ -152,19 +153,19 @@ def fitted(image: "Image", size: Size, covers: bool = False) -> "Image":
     return page
 
 
-def put_back(made: Tensor, given: Tensor, mask: Tensor, box: Box | None = None) -> Tensor:
-    """Made images in the given ones' place: only they where the mask is 1, only the given where it is 0.
+def paste(generated: Tensor, given: Tensor, mask: Tensor, box: Box | None = None) -> Tensor:
+    """Paste generated images into given ones where the mask is 1; where it is 0 the given pixels stay.
 
     made: [B, 3, h, w] in [-1, 1], scaled to the box, which is the whole image if None. given: [B, 3, H, W];
     mask: [B, 1, H, W]. Returns [B, 3, H, W] in float32 or better.
     """
-    given = given.to(made.device, torch.promote_types(made.dtype, torch.float32))
+    given = given.to(generated.device, torch.promote_types(generated.dtype, torch.float32))
     mask = mask.to(given)
     left, top, right, bottom = (0, 0, given.shape[-1], given.shape[-2]) if box is None else box
     size = bottom - top, right - left
-    if made.shape[-2:] != size:
-        images = to_output(made, "pil")
-        made = preprocess_vae([fitted(image, size, covers=True) for image in images], multiple=1)
+    if generated.shape[-2:] != size:
+        images = to_images(generated, "pil")
+        generated = preprocess_vae([resize_to_fit(image, size, covers=True) for image in images], multiple=1)
     page = given.clone()
-    page[..., top:bottom, left:right] = made.to(given)
+    page[..., top:bottom, left:right] = generated.to(given)
     return given * (1 - mask) + page * mask

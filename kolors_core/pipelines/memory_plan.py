@@ -21,11 +21,10 @@ from torch import Tensor
 from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.devices import plain, planned_device
+from kolors_core.devices import planned_device, unwrap_compiled
 from kolors_core.guidance import GuidanceRule
 from kolors_core.performance.memory_tracker import META, MemoryTracker, MetaCopy, TrackedOffload
 from kolors_core.performance.offload import Models, Offload, as_unit, bytes_of
-from kolors_core.pipelines.base import MODELS
 from kolors_core.pipelines.pag import KolorsPAGPipeline
 from kolors_core.pipelines.request import PipelineInputs
 from kolors_core.pipelines.runs import Runs
@@ -116,7 +115,7 @@ def plan(
     target = planned_device(own if device is None else device)
     tracker = MemoryTracker(target.type)
     twin = meta_copy(pipe, TrackedOffload(tracker, by_block=True))
-    vae, weight = plain(twin.vae), twin._vae_weight
+    vae, weight = unwrap_compiled(twin.vae), twin._vae_weight
     if target.type == "cpu" and weight.dtype.itemsize == 2:  # as a VAE on a CPU does
         vae.run_coder = partial(run_channels_last, vae.run_coder)
     with tracker:
@@ -162,8 +161,12 @@ def _rule(pipe: Task, pag_scale: float | None) -> GuidanceRule:
 
 def meta_copy(pipe: Task, offload: Offload) -> Task:
     """Copy a pipeline and its models, without values or hooks and not compiled."""
-    models = {name: plain(getattr(pipe, name)) for name in MODELS if getattr(pipe, name) is not None}
-    nets = [plain(net) for net in controlnets_of(pipe.controlnet)]
+    models = {
+        name: unwrap_compiled(model)
+        for name in pipe.model_specs
+        if (model := getattr(pipe, name)) is not None
+    }
+    nets = [unwrap_compiled(net) for net in controlnets_of(pipe.controlnet)]
     parts = [*models.values(), *(handle.adapter for handle in attached(models["unet"])), *nets]
     memo = {
         id(hooks): OrderedDict()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.conditioning import Conditioning
-from kolors_core.devices import plain
+from kolors_core.devices import unwrap_compiled
 from kolors_core.guidance import (
     GuidanceRule,
     Interval,
@@ -33,7 +33,7 @@ from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.sampling import Denoise, Generators
+from kolors_core.sampling import Denoiser, Generators
 from kolors_core.schedule import Schedule
 from kolors_core.unet import TransformerBlock, UNet
 from kolors_core.validation import check_float
@@ -56,8 +56,8 @@ def perturbed(
     interval: Interval | None = None,
     precompute: bool = True,
     wrap_step: WrapStep | None = None,
-) -> Denoise:
-    """As `guidance.guided`, plus pag_scale * (cond - perturbed), with and without classifier-free guidance.
+) -> Denoiser:
+    """Make a denoiser: `guidance.guided` plus pag_scale * (cond - perturbed), for any guidance scale.
 
     pag_adaptive_scale: takes this much off pag_scale, but no more than all, for each training timestep that
     is denoised already: of the schedule's own number (1,100), where the reference counts from 1,000.
@@ -71,7 +71,7 @@ def perturbed(
 
     def combine(timestep: float, noise: Tensor) -> Tensor:
         *unconditional, conditional, other = noise.chunk(len(parts))
-        pag = max(pag_scale - pag_adaptive_scale * (len(schedule.table) - timestep), 0.0)
+        pag = max(pag_scale - pag_adaptive_scale * (len(schedule.training_sigmas) - timestep), 0.0)
         away = pag * (conditional - other)
         if unconditional:
             away = away + (scale - 1) * (conditional - unconditional[0])
@@ -92,7 +92,7 @@ def check_scales(pag_scale: float, pag_adaptive_scale: float) -> None:
 
 
 def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
-    """For each TransformerBlock in the order in which they run, whether a name means its self-attention.
+    """Match layer names: whether each TransformerBlock, in order of execution, is perturbed.
 
     names: one or several, each found anywhere in the reference's name of the layer, as a regular expression:
     "mid", "down_blocks.1", "up_blocks.(0|1).attentions.1"; or as its documentation has them, "down.block_2"
@@ -101,7 +101,7 @@ def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
     names = [names] if isinstance(names, str) else names
     layers = [
         TABLES["unet"].to_public(f"{path}.self_attention.to_q.weight").removesuffix(".to_q.weight")
-        for path, module in plain(unet).named_modules()
+        for path, module in unwrap_compiled(unet).named_modules()
         if isinstance(module, TransformerBlock)
     ]
     if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
@@ -122,13 +122,13 @@ def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
 
 
 def _as_public(name: str) -> str:
-    """The documentation's "up.block_0.attentions_1" as the expression up_blocks.0.attentions.1."""
+    """Convert the documentation's "up.block_0.attentions_1" to the expression up_blocks.0.attentions.1."""
     name = re.sub(r"\b(down|up)\.block_(\d+)", r"\1_blocks\\.\2\\b", name)
     return re.sub(r"\battentions_(\d+)", r"attentions\\.\1\\b", name)
 
 
 class KolorsPAGPipeline(KolorsPipeline):
-    """Text to image, away from what the UNet would do without the self-attentions of the layers named."""
+    """Text to image with perturbed-attention guidance (PAG)."""
 
     def __init__(self, *parts: Any, pag_applied_layers: Layers = "mid", **named: Any) -> None:
         """parts, named: as for `KolorsPipeline`. pag_applied_layers: as for `set_pag_applied_layers`."""
@@ -143,20 +143,20 @@ class KolorsPAGPipeline(KolorsPipeline):
         pag_applied_layers: Layers = "mid",
         **options: Any,
     ) -> Self:
-        """As `KolorsPipeline.from_pretrained`, and layers as for `set_pag_applied_layers`."""
-        made = super().from_pretrained(pretrained_model_name_or_path, **options)
-        made.set_pag_applied_layers(pag_applied_layers)
-        return made
+        """Load as `KolorsPipeline.from_pretrained` does; layers as for `set_pag_applied_layers`."""
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
+        pipe.set_pag_applied_layers(pag_applied_layers)
+        return pipe
 
     @classmethod
     def from_pipe(
         cls, pipeline: Components, *, pag_applied_layers: Layers | None = None, **changes: Any
     ) -> Self:
-        """As `KolorsPipeline.from_pipe`; layers None: the other's, or of what that was made from."""
-        made = super().from_pipe(pipeline, **changes)
+        """Share models as `KolorsPipeline.from_pipe` does; layers None: those of the other pipeline."""
+        pipe = super().from_pipe(pipeline, **changes)
         own = pipeline.pag_applied_layers
-        made.set_pag_applied_layers(own if pag_applied_layers is None else pag_applied_layers)
-        return made
+        pipe.set_pag_applied_layers(own if pag_applied_layers is None else pag_applied_layers)
+        return pipe
 
     def set_pag_applied_layers(self, pag_applied_layers: Layers) -> None:
         """Choose the layers whose self-attention is perturbed; names and errors: see `perturbed_layers`."""

@@ -7,9 +7,8 @@ from typing import Any, Self
 
 import torch
 
-from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.devices import named_device, plain
+from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.module import WrapStep
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
@@ -18,6 +17,7 @@ from kolors_core.performance.prompt_cache import Key, PromptCache
 from kolors_core.performance.vae_tiling import disable_slicing, disable_tiling, enable_slicing, enable_tiling
 from kolors_core.pipelines.base import Components
 from kolors_core.tokenizer import TokenBatch
+from kolors_core.unet import UNetEncoder
 
 
 class PerformanceMethods(Components):
@@ -52,8 +52,10 @@ class PerformanceMethods(Components):
         CUDA graph, where the UNet is on CUDA. Other image sizes, LoRAs and weights work as before. See
         kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
-        for model in (*self._own_models().values(), *controlnets_of(self.controlnet)):
-            compile_blocks(plain(model), mode, backend)
+        attached = [unwrap_compiled(model) for model in self._attached_models()]
+        controlnets = [model for model in attached if isinstance(model, UNetEncoder)]
+        for model in (*self._own_models().values(), *controlnets):
+            compile_blocks(unwrap_compiled(model), mode, backend)
         has_graphs = mode in CUDA_GRAPH_MODES and self.device.type == "cuda"
         self._wrap_step = CUDAGraphCache() if has_graphs else None
 
@@ -91,19 +93,19 @@ class PerformanceMethods(Components):
         Holds for every pipeline with this VAE. Arguments and errors as in
         `kolors_core.performance.vae_tiling.enable_tiling`.
         """
-        enable_tiling(plain(self.vae), tile_sample_min_size=tile_sample_min_size)
+        enable_tiling(unwrap_compiled(self.vae), tile_sample_min_size=tile_sample_min_size)
 
     def disable_vae_tiling(self) -> None:
         """Run the VAE on whole images."""
-        disable_tiling(plain(self.vae))
+        disable_tiling(unwrap_compiled(self.vae))
 
     def enable_vae_slicing(self) -> None:
         """Run the VAE on one image of a batch after another."""
-        enable_slicing(plain(self.vae))
+        enable_slicing(unwrap_compiled(self.vae))
 
     def disable_vae_slicing(self) -> None:
         """Run the VAE on all images of a batch at once."""
-        disable_slicing(plain(self.vae))
+        disable_slicing(unwrap_compiled(self.vae))
 
     def _start_offload(self, gpu_id: int | None, device: torch.device | str | None, by_block: bool) -> None:
         if gpu_id is not None and device is not None:
@@ -135,7 +137,7 @@ class PerformanceMethods(Components):
 
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         """Return the cached embedding of these tokens, or encode and cache it."""
-        savings, key = self.savings, Key.of(plain(self.text_encoder), tokens)
+        savings, key = self.savings, Key.of(unwrap_compiled(self.text_encoder), tokens)
         text = self.prompt_cache.get(key, savings.prompt_folder)
         if text is None:
             text = super()._run_text_encoder(tokens)

@@ -1,4 +1,4 @@
-"""What a PNG says of how it was made: text chunks, attached, written and read."""
+"""PNG metadata of generated images: text chunks, attached, written and read."""
 
 from collections.abc import Mapping
 from pathlib import Path

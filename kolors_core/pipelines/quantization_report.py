@@ -16,9 +16,9 @@ from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.conditioning import Conditioning, concat_extra_channels, size_ids
 from kolors_core.context import ImagePrompt
-from kolors_core.devices import plain
+from kolors_core.devices import unwrap_compiled
 from kolors_core.guidance import guided
-from kolors_core.performance.quantize import quantizable_layers, weight_bytes
+from kolors_core.performance.quantize import model_bytes, quantizable_layers
 from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.pipelines.stages import Task
 from kolors_core.sampling import make_sampler, randn_latents
@@ -110,7 +110,7 @@ def quantize(pipe: Task, *, text_encoder: int | None = None, unet: int | None = 
         raise ValueError("nothing to quantize: give text_encoder=8 or 4, unet=8 or 4, or both")
     if pipe.text_encoder is None or pipe.tokenizer is None:
         raise ValueError("this pipeline has no text encoder or tokenizer to measure quantizing with")
-    models = {name: plain(getattr(pipe, name)) for name in bits}
+    models = {name: unwrap_compiled(getattr(pipe, name)) for name in bits}
     for name, model in models.items():
         quantizable_layers(model, bits[name])
     texts = _encode(pipe)
@@ -118,9 +118,9 @@ def quantize(pipe: Task, *, text_encoder: int | None = None, unet: int | None = 
     quantized = {}
     for name, model in models.items():
         pipe._enter_stage(name)
-        before = weight_bytes(model)
+        before = model_bytes(model)
         quantize_model(model, bits[name])
-        quantized[name] = QuantizedComponent(bits[name], before, weight_bytes(model))
+        quantized[name] = QuantizedComponent(bits[name], before, model_bytes(model))
     new_texts = texts if text_encoder is None else _encode(pipe)
     new_noise = noise if unet is None else _predict(pipe, texts[0])
     compare = QuantizationError.between
@@ -140,7 +140,7 @@ def _encode(pipe: Task) -> list[TextEmbedding]:
     """Encode the calibration prompts without the prompt cache."""
     assert pipe.text_encoder is not None and pipe.tokenizer is not None
     pipe._enter_stage("text_encoder")
-    place = pipe._compute_device(plain(pipe.text_encoder).embedding.weight)
+    place = pipe._compute_device(unwrap_compiled(pipe.text_encoder).embedding.weight)
     return [
         pipe.text_encoder(pipe.tokenizer([prompt]).merge_padding().to(place))
         for prompt in CALIBRATION_PROMPTS

@@ -1,4 +1,4 @@
-"""The arguments that all tasks share, checked, and what a task returns."""
+"""Inputs that all tasks share, checked, and the output of a task."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,23 +8,24 @@ from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
-from kolors_core.adapters.controlnet_files import DEFAULT_SCALE
 from kolors_core.conditioning import is_default_crop
 from kolors_core.guidance import GuidanceRule
 from kolors_core.image import OUTPUT_TYPES, Size
-from kolors_core.pipelines.denoising_loop import NAMES, StepCallback
+from kolors_core.pipelines.denoising_loop import TENSOR_NAMES, StepCallback
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.sampling import Generators
 
+CONTROL_SCALE = 0.8  # the default controlnet_conditioning_scale
+
 
 class KolorsPipelineOutput(NamedTuple):
-    """`images`: PIL images; or, in [0, 1], an array [B, H, W, 3] or tensor [B, 3, H, W]; or latents."""
+    """Output: PIL images; or, in [0, 1], an array [B, H, W, 3] or tensor [B, 3, H, W]; or latents."""
 
     images: Any
 
 
 class Extras(TypedDict, total=False):
-    """Arguments of every task that the reference has not, by name only; see `PipelineInputs`."""
+    """Keyword arguments of every task that the reference lacks; see `PipelineInputs`."""
 
     face_embeds: Any
     face_image: Any
@@ -44,7 +45,7 @@ def check_extras(extras: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineInputs:
-    """The arguments that every task has, under the reference's names and defaults.
+    """Arguments of every task, under the reference's names and defaults.
 
     prompt: one or several, Chinese or English; or prompt_embeds and pooled_prompt_embeds from
     `encode_prompt`.
@@ -68,7 +69,7 @@ class PipelineInputs:
     control_guidance_end: how much it says, and the part of the run's steps in which it does, from 0 to 1; a
     number for all ControlNets or a list with one for each.
     guidance_rule: a function of `guidance.guided`'s signature for this call; the pipeline's `guided` if None.
-    eta: of the reference's signature, without effect here and so refused if set.
+    eta: only DDIM uses it, which is not here: ValueError if it is set.
     """
 
     prompt: Prompt | None = None
@@ -101,7 +102,7 @@ class PipelineInputs:
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     max_sequence_length: int = MAX_TOKENS
     control_image: Any = None
-    controlnet_conditioning_scale: float | Sequence[float] = DEFAULT_SCALE
+    controlnet_conditioning_scale: float | Sequence[float] = CONTROL_SCALE
     control_guidance_start: float | Sequence[float] = 0.0
     control_guidance_end: float | Sequence[float] = 1.0
     guidance_rule: GuidanceRule | None = None
@@ -136,7 +137,7 @@ class PipelineInputs:
         if not self.is_guided and given:
             raise ValueError(f"{given[0]} has no effect without guidance, and guidance_scale is {scale}")
         _one_of("output_type", (self.output_type,), (*OUTPUT_TYPES, "latent"))
-        _one_of("callback_on_step_end_tensor_inputs", self.callback_tensors, NAMES)
+        _one_of("callback_on_step_end_tensor_inputs", self.callback_tensors, TENSOR_NAMES)
         if self.callback_on_step_end is None and tuple(self.callback_tensors) != ("latents",):
             raise ValueError("callback_on_step_end_tensor_inputs has no effect without callback_on_step_end")
         if self.num_inference_steps != 50 and (self.timesteps is not None or self.sigmas is not None):

@@ -35,10 +35,10 @@ class Runs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._active: list[Run] = []
-        self._last = Run()  # the one that began last, whose state can be read when it is over
+        self._last = Run()  # the call that began last, whose state can be read when it is over
 
     def __reduce__(self) -> tuple[type["Runs"], tuple[()]]:
-        """A copied or unpickled pipeline has no running calls."""
+        """Make copies and pickles without the running calls."""
         return Runs, ()
 
     @contextmanager
@@ -76,7 +76,7 @@ class Runs:
         return [run for run in _own.get() if run in self._active]
 
     def current(self) -> Run:
-        """Return this thread's innermost call, or else the one that began last, here or elsewhere."""
+        """Return this thread's innermost call, or else the call of any thread that began last."""
         own = self._of_thread()
         return own[-1] if own else self._last
 

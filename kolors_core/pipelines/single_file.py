@@ -1,7 +1,7 @@
 """Models from single files, as ComfyUI's users have them, and a whole pipeline in one file.
 
-What a file has is known by its tensors (weights_convert/single_file.py), its sizes by its own configs, by
-those of a checkpoint that is named, or else they are Kolors' own. Source: diffusers' loaders/single_file.py.
+The models of a file are detected by its tensors (weights_convert/single_file.py); their sizes are those of
+its own configs, of a checkpoint that is named, or else Kolors'. Source: diffusers' loaders/single_file.py.
 """
 
 import re
@@ -15,20 +15,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kolors_core.checkpoint import UnloadedModel, read_json, resolve, write_json
+from kolors_core.checkpoint import MODEL_SPECS, ModelSpec, UnloadedModel, read_json, resolve, write_json
 from kolors_core.config import UNetConfig
 from kolors_core.devices import loading_device
 from kolors_core.hub import find_file
 from kolors_core.loading import check
-from kolors_core.performance.quantize import PER_ROW, quantize
-from kolors_core.pipelines.base import MODELS, Components
+from kolors_core.pipelines.base import Components
 from kolors_core.validation import as_path
 from weights_convert.atomic_write import locked_scratch_dir
-from weights_convert.folder_to_single_file import to_single, unpack
+from weights_convert.folder_to_single_file import extract_files, to_single
 from weights_convert.safetensors_files import Source
 from weights_convert.single_file import SubModel, open_models
 
-# What stands around Kolors' models where no file says it.
+# The scheduler and pipeline configs of Kolors, for files without any.
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1100, "beta_start": 0.00085,
     "beta_end": 0.014, "beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading",
@@ -41,10 +40,10 @@ _LINK = re.compile(
 
 
 class OpenedQuantized(UnloadedModel):
-    """A ChatGLM of whole numbers, which it keeps: its linear layers are quantised ones."""
+    """Quantized ChatGLM whose linear layers keep the file's integers."""
 
     def fill(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The model with its weights; scales get the dtype."""
+        """Read the weights into the model and return it; scales get the dtype."""
         part, state = self.source, dict[str, Tensor]()
         assert isinstance(part, SubModel)
         for public, own in self.names.items():
@@ -64,7 +63,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """One model out of a file: "unet", "text_encoder", "vae" or "image_encoder"; pipelines take it.
+    """Load one model of a file, "unet", "text_encoder", "vae" or "image_encoder", to pass to a pipeline.
 
     The file may hold others too. config: a checkpoint folder whose config.json gives the sizes, for a model
     of other sizes than Kolors'. device: on "meta" no weights are read. A ChatGLM of 8 or 4 bits stays so.
@@ -154,10 +153,10 @@ class SingleFileMethods(Components):
 
 @contextmanager
 def _unpacked(file: Path, whole: Source, small: list[str]) -> Iterator[Path]:
-    """A passing folder with the small files that a file has; errors name the file in its place."""
+    """Unpack a file's small files into a temporary folder; errors name the file in its place."""
     with TemporaryDirectory() as scratch:
         try:
-            unpack(whole, small, Path(scratch))
+            extract_files(whole, small, Path(scratch))
             yield Path(scratch)
         except (ValueError, FileNotFoundError) as error:
             if scratch not in str(error):
@@ -166,21 +165,32 @@ def _unpacked(file: Path, whole: Source, small: list[str]) -> Iterator[Path]:
             raise kind(str(error).replace(scratch, str(file))) from None
 
 
+def _spec(component: str) -> ModelSpec:
+    """Return how a component is built."""
+    if component != "image_encoder":
+        return MODEL_SPECS[component]
+    from kolors_core.adapters.clip_vision import IMAGE_ENCODER  # of files with CLIP only
+
+    return IMAGE_ENCODER
+
+
 def _open(part: SubModel, place: Path, has_weights: bool) -> UnloadedModel:
     """Build the model by the config in its folder of `place`, or of Kolors' sizes, and check the tensors."""
-    kind, file = MODELS[part.component], place / part.component / "config.json"
+    spec, file = _spec(part.component), place / part.component / "config.json"
     is_own = file.exists()
-    config = kind.config.from_public(read_json(file), str(file)) if is_own else kind.config()
+    config = spec.config.from_public(read_json(file), str(file)) if is_own else spec.config()
     is_inpainting = "conv_in.weight" in part and part.shape("conv_in.weight")[1:2] == (9,)
     if isinstance(config, UNetConfig) and not is_own and is_inpainting:
         config = replace(config, in_channels=9)
-    model = kind.empty(config)
+    model = spec.empty(config)
     try:
         names = check(model, part, part.component)
     except ValueError as error:
         hint = "" if is_own else "; these are Kolors' sizes, for others name a checkpoint as config"
         raise ValueError(f"{error}{hint}") from None
     if part.bits is not None:
+        from kolors_core.performance.quantize import PER_ROW, quantize  # of quantized files only
+
         _check_quantized(model, part, names)
         quantize(model, part.bits, PER_ROW)
     if not has_weights:
@@ -198,9 +208,9 @@ def _check_quantized(model: nn.Module, part: SubModel, names: dict[str, str]) ->
 
 
 def _buffers(part: SubModel, public: str, own: str) -> dict[str, Tensor]:
-    """What a `QuantizedLinear` holds in place of the weight `own`: the very same numbers."""
+    """Return the buffers of a `QuantizedLinear` for the weight `own`: the file's numbers."""
     layer = own.removesuffix("weight")
-    q, scale = part.whole_numbers(public), part.scale(public)  # [O, I], [O]
+    q, scale = part.integers(public), part.scale(public)  # [O, I], [O]
     if part.bits == 8:
         return {f"{layer}quantized": q, f"{layer}scale": scale[:, None]}
     first, second = (q + 8).view(torch.uint8)[:, None].chunk(2, dim=-1)  # [O, 1, I/2], from 0 to 15
@@ -209,7 +219,7 @@ def _buffers(part: SubModel, public: str, own: str) -> dict[str, Tensor]:
 
 
 def _file(source: str | Path, **hub: Any) -> Path:
-    """The file itself, or that of an address on the hub."""
+    """Find a local file, or fetch that of an address on the hub."""
     link = _LINK.fullmatch(str(source))
     if link is None:
         return find_file(source)
@@ -217,7 +227,7 @@ def _file(source: str | Path, **hub: Any) -> Path:
 
 
 def _must_have(file: Path, have: Iterable[str], has_weights: bool) -> None:
-    """FileNotFoundError naming what a pipeline cannot do without."""
+    """Raise FileNotFoundError naming a missing component that a pipeline needs."""
     for name in NEEDED:
         if name not in have and (has_weights or name != "tokenizer"):
             wanted = "as config a checkpoint that has it, such as Kwai-Kolors/Kolors-diffusers"

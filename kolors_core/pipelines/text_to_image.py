@@ -84,7 +84,7 @@ class KolorsPipeline(Task):
             max_sequence_length=max_sequence_length, **extras,
         )  # fmt: skip
         whole = self._schedule(inputs)
-        schedule = whole if denoising_end is None else whole.until(denoising_end)
+        schedule = whole if denoising_end is None else whole.before(denoising_end)
         size = self._size("height", height), self._size("width", width)
         texts = embed_prompts(
             self, prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,

@@ -1,9 +1,8 @@
-"""Training data: images with captions in buckets of like aspect, as batches that follow from seed and step.
+"""Training data: captioned images in aspect-ratio buckets; each batch is a function of seed and step.
 
-A folder holds `name.png` beside `name.txt` (a caption a line), or `metadata.jsonl` with lines of
+A folder holds `name.png` with `name.txt` (one caption a line), or `metadata.jsonl` with lines of
 `{"file_name": ..., "text": caption or list of captions}`. A batch is a pure function of (seed, step), so a
-run that was killed goes on with the same batches, and ranks that each take a part of a batch see what one
-process would.
+resumed run gets the same batches, and ranks that each take rows of a batch train on what one process would.
 Shapes: B images of the whole batch, b of one rank's rows, H and W pixels of a bucket.
 """
 
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,13 +22,14 @@ from torch import Tensor
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import size_ids
 from kolors_core.image import (
+    Size,
     center_crop,
     flatten_alpha,
     image_errors,
     load_image,
     pil_to_tensor,
     preprocess_control,
-    to_output,
+    to_images,
 )
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.training.trainer import TrainingConfig
@@ -40,12 +41,12 @@ if TYPE_CHECKING:
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 FULL_MASK_PROBABILITY = 0.2
-MIN_BOX, MAX_BOX = 0.2, 0.8  # sides of a mask's box, as fractions of the image's
+MIN_BOX, MAX_BOX = 0.2, 0.8  # sides of a mask's box, as fractions of the image's sides
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image's file, its captions of which each use draws one, and its size in pixels, upright."""
+    """Image file, its captions (each use draws one), and its upright size in pixels."""
 
     file: Path
     captions: tuple[str, ...]
@@ -55,7 +56,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a batch: which example, and which of its captions ("" where dropped)."""
+    """One image of a batch: the example's index and the drawn caption ("" if dropped)."""
 
     example_index: int
     caption: str
@@ -63,7 +64,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of the loss for one rank's images. text: embedded, or to be encoded."""
+    """Inputs of the loss for one rank's images. text: embedded, or tokens for the loss to encode."""
 
     latents: Tensor  # [b, 4, H/8, W/8]
     text: TextEmbedding | TokenBatch
@@ -71,11 +72,11 @@ class Batch:
     timesteps: Tensor  # [b]
     noise: Tensor  # as latents
     control: Tensor | None = None  # [b, 3, H, W] in [0, 1], for a ControlNet
-    extra: Tensor | None = None  # [b, more, H/8, W/8], of a UNet with more input channels
+    extra: Tensor | None = None  # [b, C, H/8, W/8], for a UNet with C more input channels
 
 
 def read_folder(folder: str | Path) -> list[Example]:
-    """Every captioned image of a folder; errors name the file and line at fault."""
+    """List the captioned images of a folder; errors name the file and line at fault."""
     from PIL import ExifTags, Image
 
     folder = as_path("folder", folder)
@@ -85,8 +86,8 @@ def read_folder(folder: str | Path) -> list[Example]:
     examples = []
     for file, captions in captioned:
         with image_errors(file), Image.open(file) as image:
-            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # as by `load_image`
-            size = image.size if is_turned else image.size[::-1]
+            is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # `load_image` rotates back
+            size = image.size if is_rotated else image.size[::-1]
             examples.append(Example(file, captions, *size))
     return examples
 
@@ -94,45 +95,43 @@ def read_folder(folder: str | Path) -> list[Example]:
 def _from_text_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    found = []
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in IMAGES:
-            text = file.with_suffix(".txt")
-            if not text.exists():
-                raise FileNotFoundError(f"{text}: no such file, expected the captions of {file.name}")
-            with image_errors(text):
-                whole = text.read_text(encoding="utf-8-sig")
-            lines = tuple(line.strip() for line in whole.splitlines() if line.strip())
-            found.append((file, lines or ("",)))
-    return found
+    captioned = []
+    for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES):
+        text = file.with_suffix(".txt")
+        if not text.exists():
+            raise FileNotFoundError(f"{text}: no such file, expected the captions of {file.name}")
+        with image_errors(text):
+            lines = text.read_text(encoding="utf-8-sig").splitlines()
+        captioned.append((file, tuple(line.strip() for line in lines if line.strip()) or ("",)))
+    return captioned
 
 
 def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
-    found, file = [], folder / "metadata.jsonl"
+    captioned, file = [], folder / "metadata.jsonl"
     with image_errors(file):
-        whole = file.read_text(encoding="utf-8-sig")
-    for number, line in enumerate(whole.split("\n"), start=1):  # `splitlines` would cut within captions too
+        text = file.read_text(encoding="utf-8-sig")
+    for number, line in enumerate(text.split("\n"), start=1):  # `splitlines` would also split captions
         if not line.strip():
             continue
         where = f"{file}, line {number}"
         try:
             row = json.loads(line)
-            name, text = row["file_name"], row["text"]
+            name, captions = row["file_name"], row["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: expected a JSON object with file_name and text: {error}") from None
         if not isinstance(name, str):
             raise ValueError(f"{where}: file_name must be a string, got {name!r}")
-        captions = tuple(text) if isinstance(text, list) else (text,)
+        captions = tuple(captions) if isinstance(captions, list) else (captions,)
         if not captions or not all(isinstance(caption, str) for caption in captions):
-            raise ValueError(f"{where}: text must be a caption or a list of them, got {text!r}")
+            raise ValueError(f"{where}: text must be a caption or a list of them, got {row['text']!r}")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{where}: {folder / name} does not exist")
-        found.append((folder / name, captions))
-    return found
+        captioned.append((folder / name, captions))
+    return captioned
 
 
-def buckets(resolution: int, step: int = 64) -> list[tuple[int, int]]:
-    """Sizes (height, width), multiples of `step`, of about resolution^2 pixels, from 1:2 to 2:1."""
+def buckets(resolution: int, step: int = 64) -> list[Size]:
+    """List sizes (height, width), multiples of `step`, of about resolution^2 pixels, from 1:2 to 2:1."""
     check_int("resolution", resolution)
     check_int("step", step)
     sizes = {(resolution, resolution)}
@@ -143,17 +142,16 @@ def buckets(resolution: int, step: int = 64) -> list[tuple[int, int]]:
     return sorted(sizes)
 
 
-def nearest_bucket(example: Example, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size whose aspect is nearest to the image's, by the logarithm of the ratio."""
+def nearest_bucket(example: Example, sizes: Sequence[Size]) -> Size:
+    """Select the size whose log aspect ratio is nearest to the image's."""
     aspect = math.log(example.height / example.width)
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - aspect), size))
 
 
-def load_pixels(example: Example, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """The image, upright, covering its bucket: [3, H, W] in [-1, 1], and where it was cropped.
+def load_pixels(example: Example, size: Size) -> tuple[Tensor, tuple[int, int]]:
+    """Load an image upright, resized to cover its bucket and center-cropped: [3, H, W] in [-1, 1].
 
-    The crop's (top, left) is in pixels of the resized image, of which it is the middle. Transparency is
-    white.
+    Also returns the crop's (top, left) in pixels of the resized image. Transparency becomes white.
     """
     from PIL.Image import Resampling
 
@@ -166,32 +164,28 @@ def load_pixels(example: Example, size: tuple[int, int]) -> tuple[Tensor, tuple[
 
 
 class Batches:
-    """`batches.samples(step)`: samples of one bucket, the same for the same seed and step.
+    """Sampler of batches: `samples(step)` depends on seed and step alone, and is of one bucket.
 
-    A batch holds no image twice unless it is larger than its bucket. caption_dropout: how often a caption
-    is replaced by the empty one, which guidance needs.
+    A batch holds no image twice unless it is larger than its bucket. caption_dropout: the probability that
+    a caption is replaced by the empty one, which classifier-free guidance needs.
     """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        sizes: Sequence[tuple[int, int]],
-        batch_size: int,
-        seed: int,
+        self, examples: Sequence[Example], sizes: Sequence[Size], batch_size: int, seed: int,
         caption_dropout: float = 0.1,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if not examples:
             raise ValueError("no images to make batches of")
         check_int("batch_size", batch_size)
         check_int("seed", seed, least=0, most=LARGEST_SEED)
         check_float("caption_dropout", caption_dropout, 0, 1)
         self.examples, self.batch_size, self.seed, self.dropout = examples, batch_size, seed, caption_dropout
-        self.members: dict[tuple[int, int], list[int]] = {}
+        self.members: dict[Size, list[int]] = {}
         for i, example in enumerate(examples):
             self.members.setdefault(nearest_bucket(example, sizes), []).append(i)
 
-    def samples(self, step: int) -> tuple[tuple[int, int], list[Sample]]:
-        """Bucket size and samples of a step's batch. A bucket comes as often as its images are many."""
+    def samples(self, step: int) -> tuple[Size, list[Sample]]:
+        """Draw a step's bucket, with probability proportional to its number of images, and samples."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
         sizes = sorted(self.members)
         weights = torch.tensor([float(len(self.members[size])) for size in sizes])
@@ -205,7 +199,7 @@ class Batches:
         return size, samples
 
     def _shuffled(self, members: list[int], generator: torch.Generator) -> list[int]:
-        """Images without repetition while any are left: a larger batch goes round again."""
+        """Draw a batch of images without replacement; a batch larger than the bucket repeats them."""
         chosen: list[int] = []
         while len(chosen) < self.batch_size:
             order = torch.randperm(len(members), generator=generator).tolist()
@@ -214,39 +208,33 @@ class Batches:
 
 
 class LatentDataset:
-    """Latents of every image, encoded once; captions as tokens, or encoded once by a frozen encoder.
+    """Dataset of latents, encoded once; captions as tokens, or encoded once by a frozen encoder.
 
-    control: makes the control image of an image, for a ControlNet; each is made once and kept in 8 bits.
+    timesteps: how many the schedule has. words: those of textual inversion in the captions, with their ids.
+    control: maps an image to a ControlNet's control image; each is computed once and kept in 8 bits.
     """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        batches: Batches,
-        vae: VAE,
-        tokenizer: Tokenizer,
-        config: TrainingConfig,
-        frozen_text: ChatGLM | None,
-        timesteps: int = 1100,
+        self, examples: Sequence[Example], batches: Batches, vae: VAE, tokenizer: Tokenizer,
+        config: TrainingConfig, frozen_text: ChatGLM | None, timesteps: int = 1100,
         words: Mapping[str, Sequence[int]] | None = None,
         control: "Callable[[Image], Image] | None" = None,
-    ) -> None:
-        """words: of textual inversion in the captions, each with its ids."""
+    ) -> None:  # fmt: skip
         self.examples, self.batches, self.vae, self.config = examples, batches, vae, config
         self.tokenizer = partial(tokenizer, max_length=config.max_tokens, words=words)
-        self.timesteps = timesteps  # how many the schedule has
-        self.latents: dict[int, tuple[Tensor, Tensor]] = {}
+        self.timesteps = timesteps
+        self.latents: dict[int, tuple[Tensor, Tensor]] = {}  # mean and standard deviation [4, H/8, W/8]
         self.sizes: dict[int, Tensor] = {}
         self.controls: dict[int, Tensor] = {}  # uint8 [3, H, W]
         for size, members in batches.members.items():
             for i in members:
                 pixels, crop = load_pixels(examples[i], size)
                 with torch.no_grad():
-                    found = vae.encode(pixels[None].to(vae.post_quant_conv.weight))
+                    encoded = vae.encode(pixels[None].to(vae.post_quant_conv.weight))
                 if control is not None:
-                    picture = to_output(pixels[None], "pil")[0]
-                    self.controls[i] = (255 * preprocess_control(control(picture))[0]).round().byte()
-                self.latents[i] = (found.mean[0].float().cpu(), found.std[0].float().cpu())
+                    image = to_images(pixels[None], "pil")[0]
+                    self.controls[i] = (255 * preprocess_control(control(image))[0]).round().byte()
+                self.latents[i] = (encoded.mean[0].float().cpu(), encoded.std[0].float().cpu())
                 self.sizes[i] = size_ids((examples[i].height, examples[i].width), crop, size)
         self.text: dict[str, TextEmbedding] = {}
         if frozen_text is not None:
@@ -256,7 +244,7 @@ class LatentDataset:
                 self.text[caption] = text.to("cpu")
 
     def batch(self, step: int, rows: slice, device: torch.device) -> Batch:
-        """Return the `rows` of a step's batch; noise and timesteps are drawn for all of it."""
+        """Build the `rows` of a step's batch; noise and timesteps are drawn for the whole batch."""
         _, samples = self.batches.samples(step)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, 1))
         mean, std = (torch.stack([self.latents[s.example_index][k] for s in samples]) for k in (0, 1))
@@ -279,14 +267,14 @@ class LatentDataset:
 
 
 class MaskedLatentDataset(LatentDataset):
-    """A `LatentDataset` for inpainting: batches have `extra` [b, 5, H/8, W/8], a mask and latents of the
-    image with the mask's places gray, encoded in every step.
+    """`LatentDataset` for inpainting: batches have `extra` [b, 5, H/8, W/8], the mask and masked latents.
 
-    Masks are drawn on the CPU from (seed, step) for the whole batch, as noise is. The VAE works where it is.
+    Masked latents are of the image with gray inside the mask, encoded in every step on the VAE's device.
+    Masks are drawn on the CPU from (seed, step) for the whole batch, as noise is.
     """
 
     def batch(self, step: int, rows: slice, device: torch.device) -> Batch:
-        """As `LatentDataset.batch`, with `extra`."""
+        """Build the batch of `LatentDataset.batch`, with `extra`."""
         batch = super().batch(step, rows, device)
         size, samples = self.batches.samples(step)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, 2))
@@ -295,14 +283,14 @@ class MaskedLatentDataset(LatentDataset):
         masks = masks[rows]
         pixels = torch.stack([load_pixels(self.examples[s.example_index], size)[0] for s in samples[rows]])
         with torch.no_grad():
-            found = self.vae.encode((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
-        seen = found.mean.float() + found.std.float() * noise.to(found.std.device)  # [b, 4, H/8, W/8]
-        small = F.interpolate(masks, size=seen.shape[-2:])
-        return replace(batch, extra=torch.cat([small.to(device), seen.to(device)], dim=1))
+            encoded = self.vae.encode((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
+        masked = encoded.mean.float() + encoded.std.float() * noise.to(encoded.std.device)  # [b, 4, H/8, W/8]
+        masks = F.interpolate(masks, size=masked.shape[-2:])  # [b, 1, H/8, W/8]
+        return replace(batch, extra=torch.cat([masks.to(device), masked.to(device)], dim=1))
 
 
 def random_masks(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Draw masks [count, 1, H, W] of 1 (to be generated) and 0: one to three boxes anywhere, or all of it.
+    """Draw masks [count, 1, H, W] of 1 (to be generated) and 0: one to three boxes, or everywhere.
 
     Source: the boxes of https://arxiv.org/abs/2109.07161, section 2.3. A full mask keeps the model able to
     generate from the prompt alone.
@@ -320,10 +308,6 @@ def random_masks(count: int, height: int, width: int, generator: torch.Generator
     return masks
 
 
-def derive_seed(*numbers: int) -> int:
-    """One seed of several numbers, so that neighbouring steps share no random numbers."""
-    state = 0x9E3779B97F4A7C15
-    for number in numbers:
-        state = (state ^ (number + 0x7F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
-        state ^= state >> 31
-    return state % 2**63
+def derive_seed(seed: int, *stream: int) -> int:
+    """Derive the independent seed of a stream (a step, and what is drawn in it), from 0 to 2**63 - 1."""
+    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0]) >> 1

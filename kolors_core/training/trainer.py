@@ -1,8 +1,8 @@
-"""Training: one loop for full models, LoRA, ControlNets and words, on one process or many.
+"""Training loop for full models, LoRA, ControlNets and learned words, on one process or many.
 
-Each rank takes its part of a batch that depends on seed and step alone (data.py): so a killed run goes
-on to the same losses, and many processes train as one does. Run under `torchrun` for DDP, or with
-`shard=True` for FSDP2.
+Each rank takes its rows of a batch that depends on seed and step alone (data.py), so a resumed run has the
+same losses, and many processes train as one does. Run under `torchrun` for DDP, or with `shard=True` for
+FSDP2.
 """
 
 import math
@@ -25,18 +25,18 @@ from kolors_core.module import is_block
 from kolors_core.validation import LARGEST_SEED, check_float, check_int
 from weights_convert.safetensors_files import Source, save_tensors
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How to train. Master weights are float32; `dtype` is what the forward computes in (autocast).
+    """Settings of a training run. Master weights are float32; `dtype` is the forward's, by autocast.
 
-    gradient_accumulation_steps: parts that a batch is computed in. schedule: "constant" or "cosine" to 0.
+    gradient_accumulation_steps: micro-batches of a batch. schedule: "constant" or "cosine" to 0.
     ema_decay: of the weights' moving average, warmed up as min(ema_decay, (1 + step) / (10 + step)); 0: off.
-    min_snr_gamma: weigh a timestep's loss by min(snr, gamma) / snr (https://arxiv.org/abs/2303.09556); None
-    is off. noise_offset: add this much of one normal number a channel to the noise.
-    checkpoint_blocks: recompute each block's activations in the backward pass. shard: FSDP2 in place of DDP.
+    min_snr_gamma: weight a timestep's loss by min(snr, gamma) / snr (https://arxiv.org/abs/2303.09556); None
+    is off. noise_offset: scale of a normal number added to each channel of the noise.
+    checkpoint_blocks: recompute each block's activations in the backward pass. shard: FSDP2 instead of DDP.
     """
 
     steps: int
@@ -73,7 +73,7 @@ class TrainingConfig:
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {self.dtype}")
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then constant or a half cosine that ends at 0."""
+        """Compute a step's rate: linear warm-up, then constant or a half cosine that ends at 0."""
         warm = min(1.0, (step + 1) / max(1, self.warmup))
         if self.schedule == "constant":
             return self.learning_rate * warm
@@ -82,29 +82,23 @@ class TrainingConfig:
 
 
 class BatchSource(Protocol):
-    """Batches of a run: a function of the step alone, so that a run can be resumed."""
+    """Source of a run's batches: a function of the step alone, so that a run can be resumed."""
 
     def batch(self, step: int, rows: slice, device: torch.device) -> Any:
-        """Return the `rows` of a step's batch."""
-        ...
+        """Build the `rows` of a step's batch."""
 
 
 class Trainer:
-    """One run: `fit()` goes from the last saved state in `folder`, or from the start, to `config.steps`.
+    """Trainer of one run: `fit()` trains from the last state in `folder`, or from step 0, to `config.steps`.
 
-    loss: a module that makes a mean loss of one of `data`'s batches; its parameters that require a
-    gradient are trained. on_step(step, loss): on every rank, after each step; the loss is that of the whole
-    batch.
+    loss: a module that maps one of `data`'s batches to its mean loss; its parameters that require a gradient
+    are trained. on_step(step, loss): called on every rank after each step, with the whole batch's loss.
     """
 
     def __init__(
-        self,
-        loss: nn.Module,
-        data: BatchSource,
-        config: TrainingConfig,
-        folder: str | Path,
+        self, loss: nn.Module, data: BatchSource, config: TrainingConfig, folder: str | Path,
         on_step: Callable[[int, float], None] = lambda step, loss: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.loss, self.data, self.config, self.on_step = loss, data, config, on_step
         self.folder = Path(folder)
         self.device = next(loss.parameters()).device
@@ -118,14 +112,12 @@ class Trainer:
             checkpoint_blocks(loss)
         self.module = self._distribute()
         self.named = {n: p for n, p in loss.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.named.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.named.values(), weight_decay=config.weight_decay)
         self.ema = {n: p.detach().clone() for n, p in self.named.items()} if config.ema_decay else {}
         self.step = 0
 
     def _distribute(self) -> nn.Module:
-        """The loss as it is run: alone, under DDP, or sharded in place by FSDP2."""
+        """Wrap the loss: as it is on one process, in DDP, or sharded in place by FSDP2."""
         if self.config.shard:
             for block in _blocks(self.loss):
                 fully_shard(block)
@@ -134,7 +126,7 @@ class Trainer:
         return DistributedDataParallel(self.loss) if self.world > 1 else self.loss
 
     def fit(self) -> list[float]:
-        """Train to the end; returns the loss of each step of this call."""
+        """Train to the end; return the loss of each step of this call."""
         self._resume()
         losses = []
         while self.step < self.config.steps:
@@ -146,13 +138,13 @@ class Trainer:
         return losses
 
     def _one_step(self) -> float:
-        config, share = self.config, self.config.batch_size // self.world
-        size = share // config.gradient_accumulation_steps
+        config, rows = self.config, self.config.batch_size // self.world
+        size = rows // config.gradient_accumulation_steps
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(self.step)
+            group["lr"] = config.learning_rate_at(self.step)  # a LambdaLR would be one more state to save
         total = torch.zeros((), device=self.device)
         for i in range(config.gradient_accumulation_steps):
-            start = self.rank * share + i * size
+            start = self.rank * rows + i * size
             batch = self.data.batch(self.step, slice(start, start + size), self.device)
             self._sync_gradients(i == config.gradient_accumulation_steps - 1)
             with torch.autocast(self.device.type, config.dtype, enabled=config.dtype != torch.float32):
@@ -168,13 +160,12 @@ class Trainer:
             dist.all_reduce(total)
         loss = total.item() / self.world
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of step {self.step} is {loss}: a lower learning rate may help"
-            )
+            hint = "a lower learning rate may help"
+            raise FloatingPointError(f"the loss of step {self.step} is {loss}: {hint}")
         return loss
 
     def _sync_gradients(self, is_last: bool) -> None:
-        """Ranks exchange gradients once a step, not once a part of it."""
+        """Reduce gradients over ranks only in a step's last micro-batch."""
         if self.config.shard:
             self.module.set_requires_gradient_sync(is_last)  # type: ignore[operator]
         elif self.world > 1:
@@ -187,7 +178,7 @@ class Trainer:
             average.lerp_(self.named[name], 1 - decay)
 
     def save(self) -> None:
-        """Write step, weights, moments and average to `folder/state.safetensors`, whole or not at all."""
+        """Write step, weights, moments and average to `folder/state.safetensors` atomically."""
         tensors = {name: _gather(tensor) for name, tensor in self._state().items()}
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +187,7 @@ class Trainer:
             dist.barrier()
 
     def _state(self) -> dict[str, Tensor]:
-        """The tensors that a run goes on with, by their names in the file; AdamW has its moments by then."""
+        """List the tensors of a run's state by their names in the file; AdamW's moments must exist."""
         state = {f"weights.{name}": parameter for name, parameter in self.named.items()}
         for moment in MOMENTS:
             state |= {f"{moment}.{name}": self.optimizer.state[p][moment] for name, p in self.named.items()}
@@ -207,7 +198,7 @@ class Trainer:
         file = self.folder / "state.safetensors"
         if not file.exists():
             return
-        for parameter in self.named.values():  # as AdamW makes it before its first step
+        for parameter in self.named.values():  # the state that AdamW creates before its first step
             moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
         source, state = Source([file]), self._state()
@@ -215,8 +206,8 @@ class Trainer:
         for name, tensor in state.items():
             if name not in source:
                 raise ValueError(f"{file}: is of another run: it has no {name}")
-            if (got := source.shape(name)) != (wanted := tuple(tensor.shape)):
-                raise ValueError(f"{file}: is of another run: {name} is {list(got)}, expected {list(wanted)}")
+            if (got := list(source.shape(name))) != (expected := list(tensor.shape)):
+                raise ValueError(f"{file}: is of another run: {name} is {got}, expected {expected}")
         if not step.isdecimal():
             raise ValueError(f"{file}: its metadata give step {step[:100]!r}, expected a whole number")
         self.step = int(step)
@@ -228,9 +219,9 @@ class Trainer:
 
     @torch.no_grad()
     def load_ema_weights(self) -> None:
-        """Put the moving average in the weights' place, for use; to train on from there is another run.
+        """Copy the moving average to the weights, for inference; training from there is another run.
 
-        ValueError if the config asks for none.
+        Raises ValueError if `ema_decay` is 0.
         """
         if not self.ema:
             raise ValueError(f"there is no moving average to load: ema_decay is {self.config.ema_decay}")
@@ -239,7 +230,7 @@ class Trainer:
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Recompute the activations of every block in the backward pass; see kolors_core/module.py."""
+    """Recompute the activations of every block (`is_block` of module.py) in the backward pass."""
     for block in _blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -249,13 +240,13 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _gather(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all ranks if it is sharded, on the CPU."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu().contiguous()
+    """Gather a tensor from all ranks if it is sharded, and copy it to the CPU."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().contiguous()
 
 
 def _scatter(tensor: Tensor, value: Tensor) -> None:
-    """Copy a whole value in, or this rank's shard of it."""
+    """Copy a full value to the tensor, or this rank's shard of it."""
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
     tensor.copy_(value)

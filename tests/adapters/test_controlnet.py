@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kolors_core import KolorsControlNet
 from kolors_core.adapters.controlnet import (
-    Control,
+    ControlInput,
     ControlNet,
     ControlNetConfig,
     active_controls,
@@ -274,12 +274,13 @@ def test_borrowing_keeps_an_added_condition_that_fits_and_refuses_what_needs_non
 )
 def test_a_control_without_effect_is_refused(arguments: dict, error: type, named: str) -> None:
     with pytest.raises(error, match=named):
-        Control(KolorsControlNet(NET), torch.zeros(1, 3, 8, 8), **arguments)
+        ControlInput(KolorsControlNet(NET), torch.zeros(1, 3, 8, 8), **arguments)
 
 
 def test_steps_in_which_a_control_acts_are_the_references() -> None:
     net, image = KolorsControlNet(NET), torch.zeros(1, 3, 8, 8)
-    controls = [Control(net, image), Control(net, image, start=0.25, end=0.8), Control(net, image, end=0.3)]
+    steps = {}, {"start": 0.25, "end": 0.8}, {"end": 0.3}
+    controls = [ControlInput(net, image, **given) for given in steps]
     assert active_controls(controls, 4) == [(0, 2), (0, 1), (0, 1), (0,)]
     with pytest.raises(ValueError, match=r"ControlNet 2 would act in none of the 2 steps, from 0.25 to 0.8"):
         active_controls(controls, 2)
@@ -287,12 +288,12 @@ def test_steps_in_which_a_control_acts_are_the_references() -> None:
 
 def test_a_batch_of_batches_shares_an_image_of_one_row() -> None:
     net, image = KolorsControlNet(NET), torch.rand(1, 3, 8, 8)
-    one = Control(net, image)
-    assert Control.cat(one, one) is one
-    two = Control(net, torch.rand(2, 3, 8, 8))
-    assert torch.equal(Control.cat(two, two).image, torch.cat([two.image, two.image]))
+    one = ControlInput(net, image)
+    assert ControlInput.cat(one, one) is one
+    two = ControlInput(net, torch.rand(2, 3, 8, 8))
+    assert torch.equal(ControlInput.cat(two, two).image, torch.cat([two.image, two.image]))
     with pytest.raises(ValueError, match="different ControlNets"):
-        Control.cat(one, Control(net, image, scale=0.5))
+        ControlInput.cat(one, ControlInput(net, image, scale=0.5))
 
 
 def test_a_controlnet_for_another_unet_is_refused() -> None:

@@ -132,7 +132,7 @@ def test_image_to_image_with_a_lora(faced: Faced, tmp_path: Path) -> None:
     table, modules = TABLES["unet"], dict(merged.named_modules())
     for path, part in adapter.parts().items():
         weight = modules[table.to_public(path)].weight
-        weight.data += factor * part.change(weight.data)
+        weight.data += factor * part.delta_weight(weight.data)
     adapter.detach()
     given = theirs.arguments("cat")
     texts = tuple(given[name] for name in EMBEDDINGS)

@@ -67,15 +67,15 @@ def test_a_join_equals_the_reference(height: int, width: int, dtype: torch.dtype
 
 
 def test_the_filter_is_the_papers() -> None:
-    """In float64, by the four frequencies that are dimmed: constant, and the slowest along each side."""
+    """In float64, by the four frequencies that are attenuated: constant, and the slowest along each side."""
     skip = torch.randn(1, 1, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     spectrum = torch.fft.fft2(skip)
     for row in (0, -1):
         for column in (0, -1):
             spectrum[..., row, column] *= 0.3
-    assert relative_error(FreeU(1.0, 0.3).dimmed(skip), torch.fft.ifft2(spectrum).real) < FLOAT32
+    assert relative_error(FreeU(1.0, 0.3).filter_skip(skip), torch.fft.ifft2(spectrum).real) < FLOAT32
     flat = torch.ones(1, 1, 6, 5)
-    assert relative_error(FreeU(1.0, 0.3).dimmed(flat), 0.3 * flat) < FLOAT32
+    assert relative_error(FreeU(1.0, 0.3).filter_skip(flat), 0.3 * flat) < FLOAT32
     assert relative_error(fourier_filter(flat, 1, 0.3), 0.3 * flat) < FLOAT32  # type: ignore[arg-type]
 
 

@@ -13,14 +13,14 @@ from kolors_core.adapters.block_scales import BlockScale, block_scales
 from kolors_core.adapters.ip_adapter import ImageCrossAttention
 from kolors_core.adapters.lora import (
     TEXT_TARGETS,
-    Adapter,
+    LoRAAdapter,
     adapters,
+    add_adapter,
     attach,
     enable,
     fuse,
-    install,
-    linear_and_conv,
     save_adapters,
+    supported_layers,
     unfuse,
     unload,
 )
@@ -36,7 +36,7 @@ from weights_convert import TABLES
 pytestmark = pytest.mark.numerical
 
 
-def trained(model: nn.Module, name: str = "default", seed: int = 5) -> Adapter:
+def trained(model: nn.Module, name: str = "default", seed: int = 5) -> LoRAAdapter:
     """An adapter with random weights, as training would leave it."""
     adapter = attach(model, rank=3, alpha=6.0, name=name)
     generator = torch.Generator().manual_seed(seed)
@@ -258,7 +258,7 @@ def test_fusing_is_undone_bit_for_bit(unet: UNet, dtype: torch.dtype) -> None:
     unfuse(unet)
     assert all(torch.equal(tensor, base[name]) for name, tensor in unet.state_dict().items() if name in base)
     assert torch.equal(run(unet), attached)
-    fuse(unet, ["two"], share=0.5)
+    fuse(unet, ["two"], factor=0.5)
     half = run(unet)
     unload(unet)
     assert torch.equal(run(unet), half), "what is fused stays when adapters are unloaded"
@@ -310,7 +310,7 @@ def test_an_ip_adapter_s_branches_are_not_adapted(unet: UNet) -> None:
     unet.mid.attentions[0].blocks[0].cross_attention.image_branches.append(ImageCrossAttention(128, 48))
     adapter = attach(unet, rank=1)
     assert len(adapter.layers) == 17 * 2 * 4
-    assert not any("image_branches" in path for path in linear_and_conv(unet))
+    assert not any("image_branches" in path for path in supported_layers(unet))
 
 
 def test_it_compiles_without_a_graph_break(unet: UNet) -> None:
@@ -332,7 +332,7 @@ def test_nothing_to_adapt_and_bad_names_are_errors(unet: UNet) -> None:
             attach(unet, rank=1, name=name)
     adapter = trained(unet)
     with pytest.raises(ValueError, match="an adapter named 'default' is attached already"):
-        install(unet, "default", {})
+        add_adapter(unet, "default", {})
     with pytest.raises(ValueError, match="must be a number, got 'much'"):
         adapter.set_scale("much")
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kolors_core import KolorsPipeline
-from kolors_core.adapters.lora import linear_and_conv
+from kolors_core.adapters.lora import supported_layers
 from kolors_core.adapters.lora_files import METADATA
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import KOLORS
@@ -71,7 +71,7 @@ def modules() -> dict[str, list[str]]:
     """Our paths of every linear layer and convolution of the released models."""
     with torch.device("meta"):
         built = {"unet": UNet(KOLORS.unet), "text_encoder": ChatGLM(KOLORS.text_encoder)}
-    return {component: list(linear_and_conv(model)) for component, model in built.items()}
+    return {component: list(supported_layers(model)) for component, model in built.items()}
 
 
 def test_every_module_of_full_size_is_named_one_to_one(modules: dict[str, list[str]]) -> None:

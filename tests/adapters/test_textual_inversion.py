@@ -360,7 +360,7 @@ def test_a_concept_is_learned_and_nothing_else_changes(tmp_path: Path) -> None:
     data = LatentDataset(
         examples, Batches(examples, [(64, 64)], 4, 0), vae, tokenizer, TRAINING, None, words=words_of(encoder)
     )
-    objective = DiffusionLoss(unet, encoder, EulerDiscreteScheduler().table(), TRAINING)
+    objective = DiffusionLoss(unet, encoder, EulerDiscreteScheduler().training_sigmas(), TRAINING)
     learn_words(objective, "<thing>")
 
     @torch.no_grad()

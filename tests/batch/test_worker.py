@@ -198,7 +198,7 @@ BAD = [
     ("{", "not JSON: Expecting property name"),
     ("5", "expected an object with the fields prompt, negative_prompt, seed"),
     ('{"prompt": "cat", "stepz": 3}', "unknown field 'stepz', expected some of prompt"),
-    ('{"prompt": 5}', "prompt must be a text, got 5"),
+    ('{"prompt": 5}', "prompt must be a string, got 5"),
     ('{"seed": 5}', "no prompt: say what to draw"),
     ('{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
     ('{"prompt": "a", "height": 100}', "height must be a positive multiple of 8, got 100"),
@@ -211,7 +211,7 @@ BAD = [
     ("[" * 100000, "recursion"),
     ('{"prompt": "a", "guidance": 1' + "0" * 400 + "}", "guidance must be a number, got 1000"),
     (json.dumps({f"k{i}": "b" for i in range(50_000)}), "unknown field 'k0'"),
-    (json.dumps({"prompt": ["a" * 10**6]}), "prompt must be a text, got ['aaa"),
+    (json.dumps({"prompt": ["a" * 10**6]}), "prompt must be a string, got ['aaa"),
 ]
 
 
@@ -239,7 +239,7 @@ def test_a_bad_line_fails_alone_and_is_tried_again(
         "later.safetensors" in told[0]["reason"] and "2000" in told[3]["reason"] and told[0]["file"] is None
     )
     said = capsys.readouterr().err
-    assert "line 2 failed: prompt must be a text, got 5" in said and "1 of 4 images" in said
+    assert "line 2 failed: prompt must be a string, got 5" in said and "1 of 4 images" in said
     (tmp_path / "later.safetensors").write_bytes(lora.read_bytes())
     assert main([*command, "-q"]) == 1
     assert [record["status"] for record in records(tmp_path / "out")] == ["done", "failed", "done", "failed"]
@@ -256,7 +256,7 @@ def test_a_changed_line_is_refused_or_drawn_under_its_own_name(
 
     assert run("cat", "dog") == 0
     first, second = ((out / f"{name}-3.png").read_bytes() for name in ("000001", "000002"))
-    assert run("cat", "frog") == 1 and "line 2 failed: 000002-3.png is there" in capsys.readouterr().err
+    assert run("cat", "frog") == 1 and "line 2 failed: 000002-3.png exists" in capsys.readouterr().err
     assert (out / "000002-3.png").read_bytes() == second
     assert run("cat", "dog", more=["--sampler", "euler"]) == 1, "other options are other images"
     assert run("cat", "frog", more=["--force"]) == 0

@@ -23,9 +23,9 @@ from kolors_core.inspection.attention_report import (
     Explanation,
     Token,
     font,
-    is_lacking,
-    page,
-    sheet,
+    has_no_glyph,
+    render_html,
+    render_png,
     shortened,
     shown,
     wrapped,
@@ -67,11 +67,11 @@ def made() -> Explanation:
 
 
 def test_the_sheet_is_bright_where_a_labels_map_is(made: Explanation) -> None:
-    pixels = np.asarray(sheet(made).convert("L")).astype(float)
+    pixels = np.asarray(render_png(made).convert("L")).astype(float)
     width, height = TILE, TILE * 3 // 4
     top = pixels.shape[0] - height - GAP - 20  # five tiles are one row
     assert pixels.shape[1] == GAP + 5 * (TILE + GAP)
-    grey = np.asarray(made.picture.convert("L").resize((width, height))).astype(float)
+    grey = np.asarray(made.image.convert("L").resize((width, height))).astype(float)
     for i, (row, column) in enumerate(CORNERS, start=1):
         left = GAP + i * (TILE + GAP)
         lit = pixels[top : top + height, left : left + width] - 0.4 * grey
@@ -85,9 +85,9 @@ def test_the_sheet_is_bright_where_a_labels_map_is(made: Explanation) -> None:
 def test_the_font_has_what_the_models_read() -> None:
     pieces = Tokenizer(TINY).pieces
     read = {c for i in range(len(pieces)) if not pieces.is_byte(i) for c in pieces.id_to_piece(i)}
-    assert not [c for c in read if is_lacking(c)] and len(read) > 1000
+    assert not [c for c in read if has_no_glyph(c)] and len(read) > 1000
     rows = [bytes([a, b]).decode("gb2312", "ignore") for a in range(0xB0, 0xF8) for b in range(0xA1, 0xFF)]
-    assert not [c for c in "".join(rows) + "…␣éñüЖΩあア한" if is_lacking(c)] and len("".join(rows)) == 6763
+    assert not [c for c in "".join(rows) + "…␣éñüЖΩあア한" if has_no_glyph(c)] and len("".join(rows)) == 6763
     assert shortened("🐞\n\u202e瓢", 400) == "U+1F41EU+000AU+202E瓢"
     assert shortened("abcdefgh", 32) == "abc…" and shortened("abcdefgh", 64) == "abcdefgh"
     assert wrapped("one two 一张瓢虫", 64, 9) == ["one two ", "一张瓢虫"]
@@ -138,7 +138,7 @@ def check_page(text: str, made: Explanation) -> None:
         image.load()
         assert (kind, image.format) == ("data:image/png;base64", "PNG")
         if i == 0:
-            assert np.array_equal(np.asarray(image), np.asarray(made.picture))
+            assert np.array_equal(np.asarray(image), np.asarray(made.image))
             continue
         shares = made.views[str(attributes["data-part"]), str(attributes["data-span"])]
         count, height, width = shares.shape
@@ -150,8 +150,8 @@ def check_page(text: str, made: Explanation) -> None:
 
 
 def test_a_page_stands_alone_and_takes_a_prompt_for_text(made: Explanation, drawn: Explanation) -> None:
-    check_page(page(made), made)
-    check_page(page(drawn), drawn)
+    check_page(render_html(made), made)
+    check_page(render_html(drawn), drawn)
 
 
 def test_the_command_writes_both_and_overwrites_nothing(
@@ -250,7 +250,7 @@ def test_in_a_browser_tokens_light_up_by_pointer_and_keyboard(
 ) -> None:
     views = {key: maps.repeat(5, 1, 1) for key, maps in made.views.items()}
     many = replace(made, tokens=made.tokens * 5, views=views)  # 20, which are two rows of tiles
-    (tmp_path / "it.html").write_text(page(many), encoding="utf-8")
+    (tmp_path / "it.html").write_text(render_html(many), encoding="utf-8")
     browser("Page.navigate", url=f"{(tmp_path / 'it.html').as_uri()}#18")
     end = time.monotonic() + 20
     while not browser.value("document.querySelectorAll('[aria-pressed]').length"):
@@ -284,7 +284,7 @@ def test_in_a_browser_tokens_light_up_by_pointer_and_keyboard(
         browser("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         check(i, i % 4, "all layers")
     browser.value("document.querySelector('[value=up]').click()")
-    check(3, 0, "on the way up")
+    check(3, 0, "up path")
     browser.value("strength.value = 20; strength.dispatchEvent(new Event('input', {bubbles: true}))")
     assert browser.value(STATE)["opacity"] == 0.2
     press("Escape", 27)

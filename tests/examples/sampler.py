@@ -14,13 +14,13 @@ from torch import Tensor
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.guidance import guided
-from kolors_core.image import to_output
-from kolors_core.sampling import Denoise, OnStep, Sigmas
+from kolors_core.image import to_images
+from kolors_core.sampling import Denoiser, OnStep, Sigmas
 from kolors_core.schedule import DPMSolverMultistepScheduler
 from kolors_core.tokenizer import Tokenizer
 
 
-def heun(denoise: Denoise, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
+def heun(denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
     """Arguments as for `euler`: x [B, 4, H/8, W/8], n + 1 falling sigmas."""
     for i, (sigma, after) in enumerate(pairwise(map(float, sigmas))):
         slope = (x - denoise(x, sigma)) / sigma  # dx/dsigma
@@ -46,4 +46,4 @@ with torch.no_grad():
     denoise = guided(unet, schedule, positive, negative, scale=5.0)  # (x, sigma) -> x0
     noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
     latents = heun(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)  # [1, 4, H/8, W/8]
-    to_output(vae.decode(latents), "pil")[0].save("ladybug.png")
+    to_images(vae.decode(latents), "pil")[0].save("ladybug.png")

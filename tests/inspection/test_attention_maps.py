@@ -122,7 +122,7 @@ def weight_of(layer: nn.Module) -> Tensor:
     """With what its adapters add."""
     assert isinstance(layer, nn.Linear)
     parts = layer.parts().values() if isinstance(layer, LoRALayer) else ()
-    return layer.weight + sum(part.change(layer.weight) for part in parts)
+    return layer.weight + sum(part.delta_weight(layer.weight) for part in parts)
 
 
 def written_out(module: Attention, x: Tensor, tokens: Tensor, to_k: nn.Module, counts: Tensor) -> Tensor:

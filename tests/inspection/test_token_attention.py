@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from kolors_core import KolorsPipeline, record_attention
-from kolors_core.inspection.attention_report import (
-    Explanation,
-)
+from kolors_core.inspection.attention_report import Explanation
 from kolors_core.inspection.token_attention import display_tokens, explain_prompt
 from kolors_core.tokenizer import Tokenizer
 
@@ -61,7 +59,7 @@ def test_the_views_are_the_recorded_maps(tiny: KolorsPipeline, drawn: Explanatio
     named = {"height": 64, "width": 96, "num_inference_steps": 4}
     with record_attention(tiny.unet, "*cross_attention", whole=True) as maps:
         again = tiny(PROMPT, generator=torch.Generator().manual_seed(0), **named)[0][0]
-    assert np.array_equal(np.asarray(again), np.asarray(drawn.picture)), "recording changes nothing"
+    assert np.array_equal(np.asarray(again), np.asarray(drawn.image)), "recording changes nothing"
     assert {part for part, _ in drawn.views} == {"all", "down", "mid", "up"}
     assert {span for _, span in drawn.views} == {"all", "1 to 1", "2 to 3", "4 to 4"}
     assert next(iter(drawn.views)) == ("all", "all")
@@ -75,7 +73,7 @@ def test_the_views_are_the_recorded_maps(tiny: KolorsPipeline, drawn: Explanatio
         wanted = mid[steps].mean(0)
         assert torch.allclose(drawn.views["mid", name][bug], wanted[where].sum(0), atol=1e-6)
         assert torch.allclose(drawn.views["mid", name][:bug], wanted[:-4], atol=1e-6)
-    assert "all layers (2 on the way down, 1 in the middle, 4 on the way up)" in drawn.facts["maps"]
+    assert "all layers (2 in the down path, 1 in the mid block, 4 in the up path)" in drawn.facts["maps"]
     sizes = {part: tuple(shares.shape[1:]) for (part, _), shares in drawn.views.items()}
     assert sizes == {"all": (4, 6), "down": (4, 6), "mid": (2, 3), "up": (4, 6)}
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core import KolorsPipeline
-from kolors_core.adapters.lora import Adapter, attach, fuse
+from kolors_core.adapters.lora import LoRAAdapter, attach, fuse
 from kolors_core.adapters.lora_layers import LoRAReadOnlyLinear
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import save_component
 from kolors_core.config import ChatGLMConfig, UNetConfig
 from kolors_core.loading import load
-from kolors_core.performance.quantize import QuantizedLinear, is_quantized, quantize, weight_bytes
+from kolors_core.performance.quantize import QuantizedLinear, is_quantized, model_bytes, quantize
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from tests.support.parity import assert_parity
@@ -144,7 +144,7 @@ def test_not_a_number_is_not_hidden() -> None:
 @pytest.mark.numerical
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_unet_is_that_of_its_dequantised_weights(bits: int) -> None:
-    """What is quantised are the transformers' linear layers, all of them and no other."""
+    """What is quantized are the transformers' linear layers, all of them and no other."""
     unet = small_unet()
     whole = predict(unet)
     places = [path for path, layer in unet.named_modules() if isinstance(layer, nn.Linear)]
@@ -199,9 +199,9 @@ def test_bytes_of_the_released_model() -> None:
         for bits, share in ((8, 0.5), (4, 0.28125)):
             with torch.device("meta"):
                 model = kind(config).half()
-            found[name, None] = round(weight_bytes(model) / GIB, 2)
+            found[name, None] = round(model_bytes(model) / GIB, 2)
             quantize(model, bits)
-            found[name, bits] = round(weight_bytes(model) / GIB, 2)
+            found[name, bits] = round(model_bytes(model) / GIB, 2)
             layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
             held = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
             whole = sum(2 * layer.in_features * layer.out_features for layer in layers)
@@ -215,7 +215,7 @@ def test_bytes_of_the_released_model() -> None:
 @pytest.mark.numerical
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_state_dict_comes_back(bits: int, tmp_path: Path) -> None:
-    """Into a model on the meta device that is quantised there; the full weights are never needed."""
+    """Into a model on the meta device that is quantized there; the full weights are never needed."""
     unet = small_unet()
     quantize(unet, bits)
     names = {name.rpartition(".")[2] for name in unet.state_dict() if "attentions.0.proj_in" in name}
@@ -255,7 +255,7 @@ def test_what_cannot_be_quantised_is_refused_and_untouched() -> None:
         quantize(linear(), 8)
     assert not is_quantized(unet)
     quantize(unet, 8)
-    with pytest.raises(ValueError, match="this UNet is quantised: cannot quantise it again"):
+    with pytest.raises(ValueError, match="this UNet is quantized: cannot quantize it again"):
         quantize(unet, 4)
 
 
@@ -265,7 +265,7 @@ def test_neither_saved_nor_loaded_as_if_it_were_whole(
     pipe = KolorsPipeline.from_pretrained()
     whole = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     quantize(pipe.unet, 8)
-    wanted = "this UNet is quantised: cannot save the unet for the reference"
+    wanted = "this UNet is quantized: cannot save the unet for the reference"
     with pytest.raises(ValueError, match=wanted), monkeypatch.context() as patch:
         patch.setattr(
             "kolors_core.pipelines.base.save_component", lambda *_, **__: pytest.fail("12 GB for nothing")
@@ -274,11 +274,11 @@ def test_neither_saved_nor_loaded_as_if_it_were_whole(
     with pytest.raises(ValueError, match=wanted):
         save_component(pipe.unet, tmp_path, "unet")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="this UNet is quantised: cannot load whole weights into it"):
+    with pytest.raises(ValueError, match="this UNet is quantized: cannot load whole weights into it"):
         load(pipe.unet, Tensors(whole, "whole weights"), "unet")
 
 
-def with_lora(unet: UNet) -> Adapter:
+def with_lora(unet: UNet) -> LoRAAdapter:
     adapter = attach(unet, rank=2)
     for i, parameter in enumerate(adapter.parameters()):
         nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
@@ -338,10 +338,10 @@ def test_loras_are_not_fused_into_quantised_weights() -> None:
     attach(pipe.text_encoder, rank=2, targets=("to_qkv",))
     layer = pipe.text_encoder.layers[0].get_submodule("attention.to_qkv")
     assert type(layer) is LoRAReadOnlyLinear and is_quantized(layer)
-    with pytest.raises(ValueError, match="this ChatGLM is quantised: cannot fuse default"):
+    with pytest.raises(ValueError, match="this ChatGLM is quantized: cannot fuse default"):
         pipe.fuse_lora()
     assert pipe.num_fused_loras == 0
-    with pytest.raises(ValueError, match="cannot fuse default: the layer's weight is quantised"):
+    with pytest.raises(ValueError, match="cannot fuse default: the layer's weight is quantized"):
         fuse(pipe.text_encoder, ["default"])
     assert layer.fused == ()
     pipe.fuse_lora(components=["unet"])

@@ -123,7 +123,7 @@ def tinted(_run: object, norm: nn.GroupNorm, _x: object) -> Callable[[Tensor], T
 @pytest.mark.parametrize("spoil", ["halo", "statistics"])
 def test_a_seam_or_a_tint_would_be_seen(spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if spoil == "halo":
-        monkeypatch.setattr(vae_tiling, "_convolved", alone)
+        monkeypatch.setattr(vae_tiling, "_convolve", alone)
     else:
         monkeypatch.setattr(vae_tiling._TiledRun, "activation", tinted)
     assert min(errors(small(), 1, 13, 11)) > 1e4 * EXACT

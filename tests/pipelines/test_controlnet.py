@@ -22,7 +22,7 @@ from kolors_core import (
     KolorsPipeline,
     SDXLCFGCutoffCallback,
 )
-from kolors_core.adapters.controlnet import Control, ControlResiduals
+from kolors_core.adapters.controlnet import ControlInput, ControlResiduals
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
 from kolors_core.image import preprocess_control
@@ -322,7 +322,8 @@ def test_a_sampler_may_ask_within_a_step(steered: KolorsControlNetPipeline) -> N
     given, image = inputs(1, 8, 8), torch.rand(1, 3, 64, 64, dtype=torch.float64)
     schedule, net = steered.scheduler.schedule(4), steered.controlnet[0]
     text = [given[name] for name in ("text_tokens", "pooled_text", "size_ids")]
-    ways = [None, ControlResiduals((Control(net, image),)), ControlResiduals((Control(net, image, end=0.5),))]
+    controls = ControlInput(net, image), ControlInput(net, image, end=0.5)
+    ways = [None, *(ControlResiduals((control,)) for control in controls)]
     without, always, early = (
         guided(steered.unet, schedule, Conditioning(*text, residuals=residuals)) for residuals in ways
     )

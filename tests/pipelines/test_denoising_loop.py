@@ -9,7 +9,7 @@ from diffusers.callbacks import SDXLCFGCutoffCallback as ReferenceCutoff
 from torch import Tensor
 
 from kolors_core import SDXLCFGCutoffCallback
-from kolors_core.pipelines.denoising_loop import NAMES
+from kolors_core.pipelines.denoising_loop import TENSOR_NAMES
 from tests.support.pipelines import SMALL_PICTURE, SOLVERS, Pair, use_solver
 from tests.support.small import FLOAT32, relative_error
 
@@ -36,11 +36,11 @@ def test_every_tensor_is_the_references(pipes: Pair, solver: str, changes: dict,
             calls.append((i, float(t), dict(tensors)))
             return {}
 
-        run(pipe, keep, NAMES, prompt=prompt)
+        run(pipe, keep, TENSOR_NAMES, prompt=prompt)
         seen.append(calls)
     assert [call[:2] for call in seen[0]] == [call[:2] for call in seen[1]]
     for (_, _, mine), (_, _, other) in zip(*seen, strict=True):
-        for name in NAMES:
+        for name in TENSOR_NAMES:
             # the reference has one row of negative ids for all prompts; ours has one for each
             theirs = (
                 other[name].expand(len(mine[name]), -1) if name == "negative_add_time_ids" else other[name]
@@ -137,4 +137,4 @@ def test_what_a_callback_returns_is_checked(pipes: Pair, returned: Tensors, mess
 
 
 def test_the_reference_has_the_same_names() -> None:
-    assert set(diffusers.KolorsPipeline._callback_tensor_inputs) == set(NAMES)
+    assert set(diffusers.KolorsPipeline._callback_tensor_inputs) == set(TENSOR_NAMES)

@@ -19,7 +19,7 @@ from kolors_core import (
 from kolors_core.adapters.clip_vision import CLIPVision
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.adapters.lora import attach as attach_lora
-from kolors_core.devices import plain
+from kolors_core.devices import unwrap_compiled
 from tests.support.ip_adapters import Both, adapter_config, guided_steps, load_both, write_adapter
 from tests.support.parity import pair
 from tests.support.pipelines import Pair, picture, steps_of
@@ -154,7 +154,7 @@ def test_a_compiled_unet_takes_adapters(both: Both, adapters: list[Path], tmp_pa
     ours.set_ip_adapter_scale({"down": 1.0, "mid": 1.0, "up": 1.0})
     mine = guided_steps(ours)  # as a whole, which multiplies matrices of other heights
     assert all(relative_error(a, b) < EXACT for a, b in zip(mine, expected, strict=True))
-    lora = attach_lora(plain(ours.unet), rank=2, name="a")
+    lora = attach_lora(unwrap_compiled(ours.unet), rank=2, name="a")
     ours.set_adapters("a", {"unet": {"down": 0.5}})
     ours.save_lora_weights(tmp_path)
     assert all(name.startswith("unet.down") or "_orig" not in name for name in load_file(tmp_path / LORA))

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from kolors_core import KolorsControlNetInpaintPipeline, KolorsImg2ImgPipeline, KolorsInpaintPipeline
-from kolors_core.pipelines.masks import fitted
+from kolors_core.pipelines.masks import resize_to_fit
 from tests.support.controlnets import net_pair
 from tests.support.inpainting import Nine, mask_of
 from tests.support.pipelines import SOLVERS, Pair, embeddings, picture, steps_of, use_solver
@@ -232,7 +232,7 @@ def test_a_control_image_shows_the_masks_region(pipes: Pair) -> None:
     cut = {**sides, "crops_coords": box, "resize_mode": "fill"}
     seen, told = (VaeImageProcessor(do_normalize=n).preprocess(p, **cut)
                   for n, p in ((True, picture(0, 128, 144)), (False, edges)))  # fmt: skip
-    alone = inpaint_steps(ours, image=seen, mask_image=fitted(mask.crop(box), (64, 64)),
+    alone = inpaint_steps(ours, image=seen, mask_image=resize_to_fit(mask.crop(box), (64, 64)),
                           control_image=told, **sides)  # fmt: skip
     whole = {"image": picture(0, 128, 144), "mask_image": mask, "padding_mask_crop": 8, **sides}
     made = inpaint_steps(ours, control_image=edges, **whole)

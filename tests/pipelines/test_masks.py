@@ -6,8 +6,15 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from kolors_core.image import preprocess_vae, to_output
-from kolors_core.pipelines.masks import crop_region, fitted, grey, put_back, repainted, size_of
+from kolors_core.image import preprocess_vae, to_images
+from kolors_core.pipelines.masks import (
+    binarize_mask,
+    mask_region,
+    paste,
+    resize_to_fit,
+    size_of,
+    to_gray,
+)
 from tests.support.pipelines import picture
 
 PROCESSOR = VaeImageProcessor(vae_scale_factor=8)
@@ -37,7 +44,7 @@ def test_regions_are_the_references(size: tuple[int, int], padding: int) -> None
     for box in boxes(40):
         mask = spot(90, 70, box, 1)
         theirs = PROCESSOR.get_crop_region(mask, size[1], size[0], pad=padding)
-        found = crop_region(mask, size, padding)
+        found = mask_region(mask, size, padding)
         assert found == theirs, box
         assert found[0] <= box[0] and found[1] <= box[1] and found[2] >= box[2] and found[3] >= box[3]
 
@@ -46,7 +53,7 @@ def test_regions_are_the_references(size: tuple[int, int], padding: int) -> None
 @pytest.mark.parametrize(("covers", "mode"), [(False, "fill"), (True, "crop")])
 def test_pictures_are_fitted_as_the_reference_does(size: tuple[int, int], covers: bool, mode: str) -> None:
     for width, height in ((72, 64), (30, 90), (91, 33), (64, 64)):
-        mine = fitted(picture(1, height, width), size, covers)
+        mine = resize_to_fit(picture(1, height, width), size, covers)
         theirs = PROCESSOR.resize(picture(1, height, width), size[0], size[1], resize_mode=mode)
         assert np.array_equal(np.asarray(mine), np.asarray(theirs)), (width, height)
 
@@ -61,12 +68,17 @@ def test_the_overlay_is_the_references(is_cropped: bool) -> None:
         soft = np.random.default_rng(1).integers(0, 256, (70, 90)).astype(np.uint8)
         soft = Image.fromarray(np.where(np.asarray(binary) > 0, soft, 0).astype(np.uint8))
         for mask, allowed in ((binary, 0), (soft, 3)):
-            region = crop_region(mask, (64, 64), 5) if is_cropped else None
+            region = mask_region(mask, (64, 64), 5) if is_cropped else None
             one = made if is_cropped else made.resize((90, 70))
             theirs = np.asarray(PROCESSOR.apply_overlay(mask, given, one, region)).astype(int)
             whole = preprocess_vae(given, multiple=1)
-            back = put_back(preprocess_vae(one, multiple=1), whole, grey(mask, (70, 90), ((70, 90),)), region)
-            mine = np.asarray(to_output(back, "pil")[0]).astype(int)
+            back = paste(
+                preprocess_vae(one, multiple=1),
+                whole,
+                to_gray(mask, (70, 90), ((70, 90),)),
+                region,
+            )
+            mine = np.asarray(to_images(back, "pil")[0]).astype(int)
             assert abs(mine - theirs).max() <= allowed
             outside = np.asarray(mask) == 0
             assert np.array_equal(mine[outside], np.asarray(given)[outside])
@@ -79,13 +91,13 @@ def test_masks_of_every_form_are_the_references() -> None:
     for mask in (image, image.convert("RGB"), floats, floats[..., None], torch.from_numpy(floats)):
         other = mask[None] if isinstance(mask, torch.Tensor | np.ndarray) and mask.ndim == 2 else mask
         theirs = processor.preprocess(other, height=64, width=80)
-        binary, small = repainted(grey(mask, (64, 80), ((70, 90),)), (8, 10))
+        binary, small = binarize_mask(to_gray(mask, (64, 80), ((70, 90),)), (8, 10))
         assert torch.equal(binary, theirs.float())
         assert torch.equal(small, torch.nn.functional.interpolate(theirs, size=(8, 10)))
-    same = grey([image, values, values > 255], (70, 90), ((70, 90),))
+    same = to_gray([image, values, values > 255], (70, 90), ((70, 90),))
     assert same.shape == (3, 1, 70, 90) and torch.equal(same[0], same[1]) and not same[2].any()
-    assert grey(torch.ones(2, 1, 8, 9), (8, 9), ((8, 9),)).shape == (2, 1, 8, 9)
-    assert grey(np.ones((2, 8, 9), dtype=bool), (4, 5), ((8, 9),)).sum() == 40
+    assert to_gray(torch.ones(2, 1, 8, 9), (8, 9), ((8, 9),)).shape == (2, 1, 8, 9)
+    assert to_gray(np.ones((2, 8, 9), dtype=bool), (4, 5), ((8, 9),)).sum() == 40
 
 
 @pytest.mark.parametrize(
@@ -107,16 +119,16 @@ def test_masks_of_every_form_are_the_references() -> None:
 )
 def test_bad_masks_are_named(mask: object, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        grey(mask, (64, 72), ((64, 72),))
+        to_gray(mask, (64, 72), ((64, 72),))
 
 
 def test_a_mask_that_marks_nothing_is_named() -> None:
     for mask, why in ((torch.full((1, 1, 16, 16), 0.49), "white is repainted, and there is none"),
                       (torch.eye(16)[None, None].roll(5, 2), "too fine for the latents")):  # fmt: skip
         with pytest.raises(ValueError, match=f"mask_image leaves nothing to repaint: .*{why}"):
-            repainted(mask, (2, 2))
+            binarize_mask(mask, (2, 2))
     with pytest.raises(ValueError, match="mask_image leaves nothing to repaint"):
-        crop_region(Image.new("L", (9, 9)), (8, 8), 1)
+        mask_region(Image.new("L", (9, 9)), (8, 8), 1)
 
 
 def test_sizes_of_pictures() -> None:

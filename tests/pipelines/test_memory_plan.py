@@ -19,7 +19,7 @@ from kolors_core.checkpoint import SkipInit
 from kolors_core.cli.generate import main
 from kolors_core.config import KOLORS, ChatGLMConfig, KolorsConfig, UNetConfig, VAEConfig
 from kolors_core.performance.memory_tracker import MemoryTracker
-from kolors_core.performance.quantize import quantize, weight_bytes
+from kolors_core.performance.quantize import model_bytes, quantize
 from kolors_core.pipelines.memory_plan import Plan, plan
 from kolors_core.precompute import Savings
 from kolors_core.tokenizer import TokenBatch
@@ -184,7 +184,7 @@ def test_under_offload_weights_and_work_take_together_what_was_planned(
 def test_quantised_and_adapted_models_are_planned_as_they_are() -> None:
     """int8 weights are made whole in a layer, a LoRA adds its own, CLIP and the resampler are part of it."""
     pipe = make(image_encoder=CLIPVision(SMALL_CLIP).eval())
-    before = weight_bytes(pipe.unet) / GIB
+    before = model_bytes(pipe.unet) / GIB
     quantize(pipe.unet, 8)
     attach_lora(pipe.unet, rank=16)
     adapter = IPAdapter(adapter_config(MEDIUM.unet))
@@ -230,7 +230,7 @@ def test_a_changed_architecture_is_planned_as_it_stands(
     assert made.stages["unet"].work - plain.stages["unet"].work == pytest.approx(2**26 / GIB, rel=0.2)
     assert made.stages["vae"].work == plain.stages["vae"].work
     monkeypatch.setattr(TransformerBlock, "forward", lambda self, x, context: x * x.sum().item())
-    with pytest.raises(NotImplementedError, match="a plan has no values, and the model asks for one of a"):
+    with pytest.raises(NotImplementedError, match="a plan has no values, and the model reads one of a"):
         plan(float32, 64, 64)
 
 

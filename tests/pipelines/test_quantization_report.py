@@ -10,7 +10,7 @@ from torch import Tensor
 from kolors_core import KolorsPipeline
 from kolors_core.adapters.ip_adapter import ImageCrossAttention
 from kolors_core.cli.generate import main
-from kolors_core.performance.quantize import is_quantized, weight_bytes
+from kolors_core.performance.quantize import is_quantized, model_bytes
 from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.pipelines.quantization_report import quantize
@@ -51,7 +51,7 @@ def test_the_report_and_the_picture(bits: int) -> None:
     ratio = -10 * (after - before).square().mean().log10().item()
     assert {8: 45, 4: 28}[bits] < ratio < 80, f"PSNR {ratio:.1f} dB"
     part = report.text_encoder
-    assert part is not None and part.bits == bits and part.bytes_after == weight_bytes(pipe.text_encoder)
+    assert part is not None and part.bits == bits and part.bytes_after == model_bytes(pipe.text_encoder)
     assert part.bytes_after < {8: 0.5, 4: 0.42}[bits] * part.bytes_before
     assert str(report).startswith(f"text_encoder int{bits}, 5.2 -> ")
     assert f"unet int{bits}, 29.6 -> " in str(report) and "latents after 4 steps: cosine 0.99" in str(report)
@@ -76,7 +76,7 @@ def test_arguments_are_checked_before_anything_changes() -> None:
         quantize(pipe, text_encoder=8, unet=5)
     assert not is_quantized(pipe.text_encoder) and not is_quantized(pipe.unet)
     quantize(pipe, unet=8)
-    with pytest.raises(ValueError, match="this UNet is quantised: cannot quantise it again"):
+    with pytest.raises(ValueError, match="this UNet is quantized: cannot quantize it again"):
         quantize(pipe, text_encoder=8, unet=8)
     assert not is_quantized(pipe.text_encoder)
     pipe.text_encoder = None
@@ -107,7 +107,7 @@ def test_under_offload_one_model_is_at_work(both: Both, adapters: list[Path]) ->
         parts = {"unet": copy.deepcopy(both[0].unet), "text_encoder": copy.deepcopy(both[0].text_encoder)}
         pipes.append(KolorsPipeline.from_pipe(both[0], image_encoder=both[0].image_encoder, **parts))
     plain = quantize(pipes[0], text_encoder=8, unet=4)
-    largest = max(weight_bytes(model) for (model,) in pipes[1]._models().values())
+    largest = max(model_bytes(model) for (model,) in pipes[1]._models().values())
     with offloaded(pipes[1]) as offload:
         assert quantize(pipes[1], text_encoder=8, unet=4) == plain
         assert (offload.bytes_on_device, offload.peak_bytes) == (0, largest)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.devices import move
+from kolors_core.devices import move_models
 from tests.support.offloads import ACCELERATOR, offloaded
 from tests.support.pipelines import NO_SAVINGS, picture
 
@@ -187,7 +187,7 @@ def test_models_are_moved_together_or_not_at_all(pipe: KolorsPipeline) -> None:
         del pipe.vae.full
     assert [place[:2] for place in places(pipe)] == [place[:2] for place in before]
     layer = torch.nn.Linear(2, 2)
-    move([(layer, torch.float64)])
+    move_models([(layer, torch.float64)])
     assert layer.weight.dtype == torch.float64
 
 

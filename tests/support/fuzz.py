@@ -29,7 +29,7 @@ from safetensors.torch import save
 from kolors_core.adapters.clip_vision import CLIPVisionConfig
 from kolors_core.checkpoint import load_index, load_scheduler, read_json
 from kolors_core.config import KOLORS
-from kolors_core.pipelines.base import MODELS
+from kolors_core.pipelines.adapter_methods import MODELS
 from kolors_core.schedule import EulerDiscreteScheduler
 from weights_convert import detect_component
 from weights_convert.safetensors_files import Source, read_shard_index

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kolors_core.adapters.lora import linear_and_conv
+from kolors_core.adapters.lora import supported_layers
 from kolors_core.chatglm import ChatGLM
 from kolors_core.pipelines.lora_methods import LoRAMethods
 from kolors_core.unet import UNet
@@ -78,7 +78,7 @@ def peft_names(component: str, made: Mapping[str, Factors], prefix: str = "") ->
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights and biases of every layer that can have adapters, as they are now."""
     found = {}
-    for path, layer in linear_and_conv(model).items():
+    for path, layer in supported_layers(model).items():
         found[f"{path}.weight"] = layer.weight.detach().clone()
         if layer.bias is not None:
             found[f"{path}.bias"] = layer.bias.detach().clone()

@@ -39,7 +39,8 @@ def make_trainer(
     examples = read_folder(pictures)
     batches = Batches(examples, [(64, 64), (32, 64)], config.batch_size, config.seed)
     data = LatentDataset(examples, batches, vae, Tokenizer(tokenizer), config, None if train_text else text)
-    objective = DiffusionLoss(unet, text if train_text else None, EulerDiscreteScheduler().table(), config)
+    sigmas = EulerDiscreteScheduler().training_sigmas()
+    objective = DiffusionLoss(unet, text if train_text else None, sigmas, config)
     return Trainer(objective, data, config, folder)
 
 

@@ -38,7 +38,7 @@ def test_loss_and_gradients_equal_the_reference() -> None:
     image = torch.rand(2, 3, 64, 64, generator=draw, dtype=torch.float64)
     timesteps, ids = torch.tensor([7, 901]), torch.full((2, 6), 64.0)
     batch = Batch(latents, TextEmbedding(tokens, tokens[:, -1]), ids, timesteps, noise, image)
-    table = EulerDiscreteScheduler().table().double()
+    table = EulerDiscreteScheduler().training_sigmas().double()
     loss = DiffusionLoss(ours, None, table, CONFIG, net)(batch)
     kept = {name: KOLORS_SCHEDULER[name] for name in ("num_train_timesteps", "beta_start", "beta_end")}
     scheduler = diffusers.DDPMScheduler(**kept, beta_schedule="scaled_linear")
@@ -72,7 +72,7 @@ def test_a_net_without_images_and_images_without_a_net_are_refused() -> None:
     unet, net = UNet(SMALL.unet), KolorsControlNet(NET)
     latents, tokens = torch.zeros(1, 4, 8, 8), torch.zeros(1, 2, SMALL.unet.text_dim)
     text, ids = TextEmbedding(tokens, tokens[:, -1]), torch.zeros(1, 6)
-    table = EulerDiscreteScheduler().table()
+    table = EulerDiscreteScheduler().training_sigmas()
     for one, image in ((net, None), (None, torch.zeros(1, 3, 64, 64))):
         batch = Batch(latents, text, ids, torch.tensor([5]), latents, image)
         with pytest.raises(ValueError, match="need each other"):
@@ -89,9 +89,8 @@ def make(folder: Path, pictures: Path, tokenizer: Path, config: TrainingConfig =
     examples = read_folder(pictures)
     batches = Batches(examples, [(64, 64)], config.batch_size, config.seed)
     data = LatentDataset(examples, batches, vae, Tokenizer(tokenizer), config, text, control=canny)
-    return Trainer(
-        DiffusionLoss(unet, None, EulerDiscreteScheduler().table(), config, net), data, config, folder
-    )
+    objective = DiffusionLoss(unet, None, EulerDiscreteScheduler().training_sigmas(), config, net)
+    return Trainer(objective, data, config, folder)
 
 
 def test_only_the_controlnet_is_trained_and_a_run_goes_on_where_it_was(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
-from kolors_core.loading import load, padded
+from kolors_core.loading import load, zero_padded
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import (
@@ -30,7 +30,7 @@ from tests.training.test_data import write_pictures
 from weights_convert.safetensors_files import Tensors
 
 CPU = torch.device("cpu")
-TABLE = EulerDiscreteScheduler().table()
+TABLE = EulerDiscreteScheduler().training_sigmas()
 
 
 def make_data(kind: type[LatentDataset], folder: Path, tokenizer: Path) -> LatentDataset:
@@ -107,7 +107,7 @@ def test_nine_channels_begin_as_four_and_learn_more(tmp_path: Path, small_tokeni
     plain, nine = UNet(SHALLOW.unet), UNet(replace(SHALLOW.unet, in_channels=9))
     randomise(plain)
     source = Tensors({name: tensor.clone() for name, tensor in plain.state_dict().items()}, "four channels")
-    load(nine, source, "unet", partial={"conv_in.weight": padded})
+    load(nine, source, "unet", partial={"conv_in.weight": zero_padded})
     runs = {}
     for unet, kind in ((plain, LatentDataset), (nine, MaskedLatentDataset)):
         data = make_data(kind, tmp_path / "p", small_tokenizer)

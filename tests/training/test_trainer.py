@@ -48,7 +48,7 @@ def test_the_objective_is_the_references() -> None:
     added = {"text_embeds": tokens[:, -1], "time_ids": ids}
     noisy = scheduler.add_noise(latents, noise, timesteps)
     predicted = theirs(noisy, timesteps, encoder_hidden_states=tokens, added_cond_kwargs=added).sample
-    table = EulerDiscreteScheduler().table().double()
+    table = EulerDiscreteScheduler().training_sigmas().double()
     loss = DiffusionLoss(ours, None, table, CONFIG)(batch)
     assert loss.item() == pytest.approx(F.mse_loss(predicted, noise).item(), rel=1e-5)  # the table is float32
 

@@ -31,18 +31,18 @@ from weights_convert.atomic_write import atomic_folder, write_bytes
 
 torch.set_num_threads(1)
 folder, rng = Path(sys.argv[1]), random.Random(0)
-file, image, text = folder / "w.safetensors", folder / "p.png", folder / "index.json"
+file, png, text = folder / "w.safetensors", folder / "p.png", folder / "index.json"
 
 def write(version):
     save_tensors({name: torch.full((50_000,), float(version)) for name in "ab"}, file)
-    save_png(Image.new("L", (64, 64), version % 256), image)
+    save_png(Image.new("L", (64, 64), version % 256), png)
     write_bytes(str(version).encode() * 10_000, text)
 
 def versions():
     tensors = load_file(file)
     values = {value for tensor in tensors.values() for value in tensor.unique().tolist()}
     assert sorted(tensors) == ["a", "b"] and len(values) == 1, values
-    image = Image.open(image)
+    image = Image.open(png)
     (low, high), content = image.getextrema(), text.read_bytes()
     length = len(content) // 10_000
     assert low == high and content == content[:length] * 10_000, "torn"

@@ -16,7 +16,7 @@ from tests.support.single_files import State, behind, in_sgm
 from tests.support.small import SMALL
 from weights_convert import sgm
 from weights_convert.__main__ import main
-from weights_convert.folder_to_single_file import LAYOUT, to_folder, to_single
+from weights_convert.folder_to_single_file import LAYOUT_KEY, to_folder, to_single
 from weights_convert.safetensors_files import Source
 from weights_convert.sgm import public_to_sgm, sgm_to_public
 
@@ -105,9 +105,9 @@ def test_the_file_has_comfyuis_names(whole_folder: Path, whole_file: Path) -> No
 
 def with_layout(change: Callable[[dict], object]) -> Callable[[State], object]:
     def spoil(state: State) -> None:
-        layout = json.loads(bytes(state[LAYOUT].numpy()))
+        layout = json.loads(bytes(state[LAYOUT_KEY].numpy()))
         change(layout)
-        state[LAYOUT] = torch.tensor(list(json.dumps(layout).encode()), dtype=torch.uint8)
+        state[LAYOUT_KEY] = torch.tensor(list(json.dumps(layout).encode()), dtype=torch.uint8)
 
     return spoil
 
@@ -126,7 +126,7 @@ VAE_FILE = "vae/diffusion_pytorch_model.fp16-00001-of-00003.safetensors"
         (lambda s: s.update({"files.Model_Index.json": BYTES}), "a folder or another file has its path"),
         (lambda s: s.update({"files.unet": BYTES}), "a folder or another file has its path"),
         (lambda s: s.update({"files." + "x" * 300: BYTES}), "expected a path inside the folder"),
-        (lambda s: s.update({LAYOUT: torch.zeros(2**24 + 1).byte()}), "expected at most 16,777,216"),
+        (lambda s: s.update({LAYOUT_KEY: torch.zeros(2**24 + 1).byte()}), "expected at most 16,777,216"),
         (lambda s: s.update({"files.vae/x.bin": BYTES}), "weights are no small file"),
         (lambda s: s.update({"files.vae/x.json": torch.ones(3)}), "x.json is torch.float32"),
         (lambda s: s.update({"stranger.weight": torch.ones(3)}), "stranger.weight is no tensor"),

@@ -21,12 +21,12 @@ from kolors_core import KolorsPipeline
 from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision, CLIPVisionConfig
 from kolors_core.checkpoint import SkipInit, load_component, read_json, save_component
 from kolors_core.config import KOLORS, ChatGLMConfig, UNetConfig
-from kolors_core.pipelines.base import MODELS
+from kolors_core.pipelines.adapter_methods import MODELS
 from tests.support.fuzz import CONFIGS, outcome
 from tests.support.small import SMALL_CLIP
 from weights_convert.__main__ import convert, main
 from weights_convert.safetensors_files import Source, read_shard_index, save_tensors
-from weights_convert.untrusted_files import DTYPES, LONGEST_HEADER, MAX_TENSORS, read_json_object
+from weights_convert.untrusted_files import DTYPES, MAX_HEADER_BYTES, MAX_TENSORS, read_json_object
 
 few = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 WHOLE = save({"a": torch.ones(2, 3), "b.weight": torch.ones(4)})
@@ -92,8 +92,8 @@ def test_a_damaged_file_is_named_with_what_is_wrong(case: str, tmp_path: Path) -
 def test_a_long_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", LONGEST_HEADER + 1))
-        stream.truncate(LONGEST_HEADER * 2)  # a hole, which takes no room on the disk
+        stream.write(struct.pack("<Q", MAX_HEADER_BYTES + 1))
+        stream.truncate(MAX_HEADER_BYTES * 2)  # a hole, which takes no room on the disk
     tracemalloc.start()
     with pytest.raises(ValueError, match="its header is 16,777,217 bytes, expected at most 16,777,216"):
         Source([file])
