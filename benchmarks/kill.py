@@ -5,7 +5,7 @@
 One batch is drawn undisturbed. Others are started again and again with the same command, and each time one of
 the three processes (`torchrun` itself, or a worker) is killed, until a batch is done; then the next batch. A
 `torchrun` that is killed leaves its workers behind, which go on beside those of the next start. Each batch is
-compared with the undisturbed one, byte for byte. Prints numbers as JSON; exits with 1 if a picture is
+compared with the undisturbed one, byte for byte. Prints numbers as JSON; exits with 1 if an image is
 missing, doubled, truncated or different.
 """
 
@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from kolors_core.lines import fingerprint_of
+from kolors_core.batch.prompt_file import png_fingerprint
 
 NAMES = ("ladybug", "panda", "rocket", "sunflower", "banana", "frog", "fire truck", "snowman")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # as `torchrun` sets it, for equal bits
@@ -64,7 +64,7 @@ class Killing:
     """Starts a batch and kills it; counts."""
 
     def __init__(self, prompts: Path, seed: int, start: float, kills: int) -> None:
-        """start: seconds from the command to its first picture."""
+        """start: seconds from the command to its first image."""
         self.prompts, self.random, self.start, self.kills = prompts, random.Random(seed), start, kills
         self.counts: Counter[str] = Counter()
         self.orphans: list[int] = []
@@ -107,7 +107,7 @@ def compare(out: Path, expected: Path) -> dict[str, int]:
     return {
         "missing": len(wanted.keys() - mine.keys()) + len(wanted) - len(records),
         "doubled": len(mine.keys() - wanted.keys()) + sum(count > 1 for count in records.values()),
-        "truncated": sum(not fingerprint_of(file) for file in mine.values()),
+        "truncated": sum(not png_fingerprint(file) for file in mine.values()),
         "different": sum(mine[n].read_bytes() != wanted[n].read_bytes() for n in mine.keys() & wanted.keys()),
         "scratch_files_left": len([*out.glob(".*.partial")]),
     }
@@ -118,13 +118,13 @@ def main() -> int:
     top = argparse.ArgumentParser(prog="python -m benchmarks.kill", description=__doc__)
     top.add_argument("out", type=Path)
     top.add_argument("--kills", type=int, default=50)
-    top.add_argument("--lines", type=int, default=120, help="pictures of a batch (default: 120)")
+    top.add_argument("--lines", type=int, default=120, help="images of a batch (default: 120)")
     top.add_argument("--steps", type=int, default=10)
     top.add_argument("--seed", type=int, default=0)
     options = top.parse_args()
     options.out.mkdir(parents=True)
     prompts, expected = options.out / "prompts.jsonl", options.out / "undisturbed"
-    write_prompts(prompts, options.lines, options.steps)
+    write_prompts(prompts, options.jobs, options.steps)
     begin = time.monotonic()
     with subprocess.Popen(command(prompts, expected), env=ENVIRONMENT) as run:
         while not count_records(expected) and run.poll() is None:
@@ -141,7 +141,7 @@ def main() -> int:
         killing.wait_for_orphans()
         wrong.update(compare(out, expected))
         batches += 1
-    told = {"batches": batches, "pictures": batches * options.lines, **killing.counts, **wrong}
+    told = {"batches": batches, "pictures": batches * options.jobs, **killing.counts, **wrong}
     told["seconds"] = round(time.monotonic() - begin)
     print(json.dumps(told, indent=1))
     (options.out / "kill.json").write_text(json.dumps(told, indent=1) + "\n")

@@ -16,7 +16,7 @@ from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES
-from weights_convert.rules import UNUSED, compare
+from weights_convert.key_mapping import UNUSED, compare
 
 Config = ChatGLMConfig | UNetConfig | VAEConfig
 

@@ -1,7 +1,7 @@
-"""Checkpoints: which files of a folder or hub repository, models built and filled from them, saving.
+"""Checkpoints: selecting the files of a folder or hub repository, loading models from them, saving.
 
 A model is built on the meta device, checked name by name and shape by shape against the file headers, and
-only then filled (loading.py). Only safetensors are read.
+only then loaded (loading.py). Only safetensors are read.
 """
 
 import gc
@@ -19,49 +19,47 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.clip_vision import CLIPVision
-from kolors_core.config import ChatGLMConfig, CLIPVisionConfig, UNetConfig, VAEConfig
-from kolors_core.controlnet import ControlNet
+from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
+from kolors_core.devices import loading_device
 from kolors_core.hub import fetch
-from kolors_core.loading import Initialiser, LoadReport, check, fill, load
-from kolors_core.placement import loading_device
-from kolors_core.quantize import refuse_quantized
+from kolors_core.loading import Initializer, LoadReport, assign_weights, check, load
+from kolors_core.module import require_plain
 from kolors_core.schedule import SCHEDULERS, Scheduler
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES
-from weights_convert.reading import one_line, read_object
-from weights_convert.source import STEMS, Source, index_files, save_tensors, weight_files
-from weights_convert.writing import write_bytes
-
-Model = ChatGLM | UNet | VAE | CLIPVision | ControlNet
+from weights_convert.atomic_write import write_bytes
+from weights_convert.safetensors_files import (
+    WEIGHT_FILE_STEMS,
+    Source,
+    read_shard_index,
+    save_tensors,
+    weight_files,
+)
+from weights_convert.untrusted_files import one_line, read_json_object
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How one component is built: the class of its config, and what makes the model from one."""
+class ModelSpec:
+    """Specification of a component: the class of its config, and the function that builds it from one."""
 
-    config: type[ChatGLMConfig | UNetConfig | VAEConfig | CLIPVisionConfig]
+    config: Any
     build: Callable[[Any], nn.Module]
 
     def empty(self, config: Any) -> nn.Module:
-        """A model on the meta device, without values."""
-        with uncollected(), torch.device("meta"), Unfilled():
+        """Build a model on the meta device, without values."""
+        with gc_disabled(), torch.device("meta"), SkipInit():
             return self.build(config)
 
 
-KINDS = {
-    "text_encoder": Kind(ChatGLMConfig, ChatGLM),
-    "unet": Kind(UNetConfig, UNet),
-    "vae": Kind(VAEConfig, VAE),
-    "image_encoder": Kind(CLIPVisionConfig, CLIPVision),
+MODEL_SPECS = {
+    "text_encoder": ModelSpec(ChatGLMConfig, ChatGLM),
+    "unet": ModelSpec(UNetConfig, UNet),
+    "vae": ModelSpec(VAEConfig, VAE),
 }
-OPTIONAL = {"image_encoder"}  # what a checkpoint may lack
+OPTIONAL_COMPONENTS = {"image_encoder"}  # a checkpoint may lack them
 
-# Where LoRAs (lora.py), IP-Adapters (ip_adapter.py) and words (textual_inversion.py) have their tensors.
-ADAPTERS = {"lora", "image_branches", "learned"}
-
-# The small Kolors that this package carries, and the name that `resolve` knows it by.
+# The small Kolors in this package, and its name for `resolve`.
 EMBEDDED = Path(__file__).parent / "tiny"
 EMBEDDED_NAME = "tiny"
 EMBEDDED_NOTICE = (
@@ -69,7 +67,7 @@ EMBEDDED_NOTICE = (
     "Kwai-Kolors/Kolors-diffusers with the variant fp16"
 )
 
-LONGEST_CONFIG = 2**18  # bytes; real ones have less than 2**13
+MAX_CONFIG_BYTES = 2**18  # real ones have less than 2**13
 
 logger = logging.getLogger("kolors_core")
 
@@ -81,31 +79,27 @@ def resolve(
     has_weights: bool = True,
     **hub: Any,
 ) -> Path:
-    """The local folder of a checkpoint; of a hub repository only the components' files are fetched.
+    """Return the local folder of a checkpoint; fetch only the components' files of a hub repository.
 
-    "tiny" is the embedded model, which a log line says; a folder of that name is "./tiny". has_weights: False
-    for configs alone. hub: as for `kolors_core.hub.fetch`, which raises the errors.
+    "tiny" is the embedded model, and a log line says so; a folder of that name is "./tiny". has_weights:
+    False for configs alone. hub: as for `kolors_core.hub.fetch`, which raises the errors.
     """
 
-    def pick(listing: list[str]) -> list[str]:
+    def select(listing: list[str]) -> list[str]:
         folders = {path.partition("/")[0] for path in listing}
-        wanted = [component for component in components if component not in OPTIONAL - folders]
-        return needed_files(listing, wanted, variant, str(name), has_weights)
+        present = [component for component in components if component not in OPTIONAL_COMPONENTS - folders]
+        return files_to_download(listing, present, variant, str(name), has_weights)
 
-    folder = fetch(EMBEDDED if name == EMBEDDED_NAME else name, pick, **hub)
+    folder = fetch(EMBEDDED if name == EMBEDDED_NAME else name, select, **hub)
     if name == EMBEDDED_NAME:
         logger.warning(EMBEDDED_NOTICE)
     return folder
 
 
-def needed_files(
-    listing: Sequence[str],
-    components: Iterable[str],
-    variant: str | None,
-    where: str,
-    has_weights: bool = True,
+def files_to_download(
+    listing: list[str], components: Iterable[str], variant: str | None, where: str, has_weights: bool = True
 ) -> list[str]:
-    """Of a repository's files, those that the components load: configs, and tokenizer and chosen weights."""
+    """Select the files of a repository that the components load: configs, tokenizer and chosen weights."""
     needed = [path for path in listing if path == "model_index.json"]
     for component in components:
         needed += component_files(listing, component, component, variant, where, has_weights)
@@ -113,14 +107,9 @@ def needed_files(
 
 
 def component_files(
-    listing: Iterable[str],
-    component: str,
-    subfolder: str,
-    variant: str | None,
-    where: str,
-    has_weights: bool = True,
+    listing: list[str], component: str, subfolder: str, variant: str | None, where: str, has_weights: bool
 ) -> list[str]:
-    """Of a repository's files, those that one component in a subfolder loads."""
+    """Select the files of a repository that one component in a subfolder loads."""
     paths = [path for path in map(PurePosixPath, listing) if path.parent == PurePosixPath(subfolder)]
     if not paths:
         raise FileNotFoundError(f"{where}: has no {subfolder}/ folder")
@@ -135,15 +124,15 @@ def component_files(
 def fetch_component(
     name: str | Path, component: str, subfolder: str, variant: str | None, has_weights: bool, **hub: Any
 ) -> Path:
-    """The local folder of a checkpoint whose `subfolder` is one component; fetched is nothing else.
+    """Return the local folder of a checkpoint; fetch only the component in its `subfolder`.
 
     has_weights, hub: as for `resolve`.
     """
 
-    def pick(listing: list[str]) -> list[str]:
+    def select(listing: list[str]) -> list[str]:
         return component_files(listing, component, subfolder or ".", variant, str(name), has_weights)
 
-    return fetch(name, pick, **hub)
+    return fetch(name, select, **hub)
 
 
 def load_component(
@@ -154,13 +143,13 @@ def load_component(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    kind: Kind | None = None,
+    kind: ModelSpec | None = None,
     **hub: Any,
 ) -> Any:
-    """One model from a checkpoint folder or hub repository, in public names or ours.
+    """Load one model from a checkpoint folder or hub repository, in public names or ours.
 
-    subfolder: where in it; the component's name if None. device: on "meta" no weights are read. kind: of a
-    component that is not one of `KINDS`. hub: as for `resolve`.
+    subfolder: the component's folder; its name if None. device: on "meta" no weights are read. kind: of a
+    component that is not in `MODEL_SPECS`. hub: as for `resolve`.
 
     Raises FileNotFoundError or ValueError naming the file, field or tensor, before weights are read.
     """
@@ -173,19 +162,19 @@ def load_component(
     return opened.fill(dtype, device)
 
 
-class Opened(NamedTuple):
-    """A model without weights, and the files that fit it; None if it gets none."""
+class UnloadedModel(NamedTuple):
+    """Model without weights, and the files that fit it; None for a model on the meta device."""
 
     model: nn.Module
     source: Source | None
-    names: dict[str, str]  # of the file -> of the model
+    names: dict[str, str]  # checkpoint name -> model name
 
     def fill(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The model with its weights."""
+        """Load the weights and return the model."""
         if self.source is None:
             return self.model.to(dtype).eval()
-        with uncollected():
-            fill(self.model, self.source, self.names, dtype=dtype, device=device)
+        with gc_disabled():
+            assign_weights(self.model, self.source, self.names, dtype=dtype, device=device)
         return self.model.eval()
 
 
@@ -196,60 +185,61 @@ def open_component(
     subfolder: str | None = None,
     variant: str | None = None,
     has_weights: bool = True,
-    kind: Kind | None = None,
-) -> Opened:
+    kind: ModelSpec | None = None,
+) -> UnloadedModel:
     """Build one model and check that its files fit it, by config and headers; no weight is read.
 
     Arguments and errors are those of `load_component`.
     """
-    kind = KINDS[component] if kind is None else kind
-    place = Path(folder) / (component if subfolder is None else subfolder)
-    if not place.is_dir():
-        raise FileNotFoundError(f"{place}: no such folder, wanted the {component} of a Kolors checkpoint")
-    file = place / "config.json"
+    kind = MODEL_SPECS[component] if kind is None else kind
+    path = Path(folder) / (component if subfolder is None else subfolder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
+    file = path / "config.json"
     model = kind.empty(kind.config.from_public(read_json(file), str(file)))
     if not has_weights:
-        return Opened(model, None, {})
-    source = weights_in(place, variant)
-    return Opened(model, source, check(model, source, component))
+        return UnloadedModel(model, None, {})
+    source = open_weights(path, variant)
+    return UnloadedModel(model, source, check(model, source, component))
 
 
-def load_changed(
+def load_modified(
     folder: str | Path,
     component: str,
     build: Callable[[Any], nn.Module],
-    partial: Mapping[str, Initialiser],
+    partial: Mapping[str, Initializer],
     *,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Any, LoadReport]:
-    """A model with new or other parts, and the weights of a checkpoint without them where these fit.
+    """Load a checkpoint's fitting weights into a modified model; return the model and a report.
 
-    build: makes the model, without values, from the checkpoint's config: a subclass of `UNet`, or
-    `lambda config: UNet(replace(config, in_channels=9))`. partial, and the report: see `loading.load`. All
-    others, and errors: as for `load_component`.
+    build: builds the model, without values, from the checkpoint's config: a subclass of `UNet`, or
+    `lambda config: UNet(replace(config, in_channels=9))`. partial, and the report: see `loading.load`. Other
+    arguments, and errors: as for `load_component`.
     """
-    kind = replace(KINDS[component], build=build)
+    kind = replace(MODEL_SPECS[component], build=build)
     model = open_component(folder, component, has_weights=False, kind=kind).model
-    source, place = weights_in(Path(folder) / component, variant), loading_device(device)
-    report = load(model, source, component, dtype=dtype, device=place, partial=partial)
+    source = open_weights(Path(folder) / component, variant)
+    report = load(model, source, component, dtype=dtype, device=loading_device(device), partial=partial)
     return model.eval(), report
 
 
-def weights_in(place: Path, variant: str | None) -> Source:
-    """The weights of a folder; ValueError for an index that is damaged."""
-    listing = sorted(file.name for file in place.iterdir())
+def open_weights(folder: Path, variant: str | None) -> Source:
+    """Open the weights of a folder; ValueError for a damaged index."""
+    listing = sorted(file.name for file in folder.iterdir())
     for name in listing:
         if ".safetensors.index." in name:
-            index_files(place / name)
-    return Source([place / name for name in weight_files(listing, variant, str(place))])
+            read_shard_index(folder / name)
+    return Source([folder / name for name in weight_files(listing, variant, str(folder))])
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Within it Python looks for no garbage: among thousands of new modules it would do so again and again,
-    for a third of the time that loading takes."""
+def gc_disabled() -> Iterator[None]:
+    """Disable garbage collection: building thousands of modules triggers it repeatedly, for a third of the
+    time that loading takes.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -259,29 +249,30 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-class Unfilled(TorchFunctionMode):
-    """Within it new parameters get no initial values, which a model that is then loaded does not need.
+class SkipInit(TorchFunctionMode):
+    """Mode in which new parameters stay uninitialized, for models whose weights are loaded.
 
-    On the meta device they cost nothing but the import of torch's decompositions, half of the time to start.
+    On the meta device initialization costs nothing but the import of torch's decompositions, half of the time
+    to start.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """A function of `nn.init` returns its tensor as it is; all others run."""
+        """Return the tensor of an `nn.init` function unchanged; run all other functions."""
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
 
 def load_scheduler(folder: str | Path) -> Scheduler:
-    """The scheduler of a checkpoint folder, by the class that its config names."""
+    """Load the scheduler of a checkpoint folder, of the class named in its config."""
     file = Path(folder) / "scheduler" / "scheduler_config.json"
     config = read_json(file)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
-        raise ValueError(f"{file}: _class_name is {name!r}, wanted one of {', '.join(SCHEDULERS)}")
-    # The reference's own defaults for these are not Kolors', so that leaving one out would mean two things.
+        raise ValueError(f"{file}: _class_name is {name!r}, expected one of {', '.join(SCHEDULERS)}")
+    # The reference's defaults for these are not Kolors', so a missing field would be ambiguous.
     for field in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing"):
         if field not in config:
             raise ValueError(f"{file}: the field {field} is missing")
@@ -292,32 +283,34 @@ def load_scheduler(folder: str | Path) -> Scheduler:
 
 
 def load_index(folder: Path) -> tuple[bool, set[str]]:
-    """Of a Kolors pipeline's `model_index.json`: force_zeros_for_empty_prompt, and the OPTIONAL components
-    that it lacks. ValueError for another pipeline, by its class."""
+    """Read a Kolors pipeline's `model_index.json`: force_zeros_for_empty_prompt, and the optional components
+    that it lacks. Raises ValueError for another pipeline class.
+    """
     file = folder / "model_index.json"
     index = read_json(file)
     if not str(index.get("_class_name")).startswith("Kolors"):
-        raise ValueError(f"{file}: _class_name is {index.get('_class_name')!r}, wanted Kolors")
+        raise ValueError(f"{file}: _class_name is {index.get('_class_name')!r}, expected Kolors")
     force_zeros = index.get("force_zeros_for_empty_prompt", False)
     if not isinstance(force_zeros, bool):
-        raise ValueError(f"{file}: force_zeros_for_empty_prompt is {force_zeros!r}, wanted true or false")
+        raise ValueError(f"{file}: force_zeros_for_empty_prompt is {force_zeros!r}, expected true or false")
     named = {name for name, entry in index.items() if isinstance(entry, list) and any(entry[:1])}  # not null
-    return force_zeros, OPTIONAL - named
+    return force_zeros, OPTIONAL_COMPONENTS - named
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own tensors, without those of attached adapters and learned words."""
-    state = model.state_dict()
-    return {name: state[name] for name in state if not ADAPTERS.intersection(name.split("."))}
+    """Return the model's own tensors, without those of attached adapters."""
+    modules = model.named_modules()
+    adapters = tuple(f"{path}." for path, module in modules if getattr(module, "is_adapter", False))
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(adapters)}
 
 
 def check_savable(model: nn.Module, component: str) -> None:
-    """ValueError for a quantised model: its tensors have no public names."""
-    refuse_quantized(model, f"save the {component} for the reference, which reads full weights only")
+    """Raise ValueError for a quantized model: its tensors have no public names."""
+    require_plain(model, f"save the {component} for the reference, which reads full weights only")
 
 
 def save_component(
-    model: Model,
+    model: nn.Module,
     folder: str | Path,
     component: str,
     *,
@@ -326,26 +319,27 @@ def save_component(
 ) -> None:
     """Write a model's config and weights under public names, as the reference reads it, without adapters.
 
-    subfolder: where in the folder; the component's name if None. Raises ValueError for a quantised model,
-    which the reference has no names for, and a variant that is not letters, digits and underscores.
+    subfolder: the component's folder; its name if None. Raises ValueError for a quantized model, which the
+    reference has no names for, and a variant that is not letters, digits and underscores.
     """
     check_savable(model, component)
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
         raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
-    place = Path(folder) / (component if subfolder is None else subfolder)
-    place.mkdir(parents=True, exist_ok=True)
-    write_json(model.config.to_public(), place / "config.json")
-    table, stem = TABLES[component], STEMS[component] + (f".{variant}" if variant else "")
-    tensors = {table.to_public(own): tensor for own, tensor in base_state(model).items()}
-    save_tensors(tensors, place / f"{stem}.safetensors")
+    path = Path(folder) / (component if subfolder is None else subfolder)
+    path.mkdir(parents=True, exist_ok=True)
+    config: Any = model.config
+    write_json(config.to_public(), path / "config.json")
+    stem = WEIGHT_FILE_STEMS[component] + (f".{variant}" if variant else "")
+    tensors = {TABLES[component].to_public(name): tensor for name, tensor in base_state(model).items()}
+    save_tensors(tensors, path / f"{stem}.safetensors")
 
 
-def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
-    """Write what stands around the models: tokenizer, scheduler and `model_index.json`."""
+def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
+    """Write a pipeline's files other than its models: tokenizer, scheduler and `model_index.json`."""
     scheduler, tokenizer = components["scheduler"], components["tokenizer"]
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_bytes(tokenizer.content, folder / "tokenizer" / "tokenizer.model")
+    write_bytes(tokenizer.model_bytes, folder / "tokenizer" / "tokenizer.model")
     config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
     write_json(config, folder / "tokenizer" / "tokenizer_config.json")
     write_json(scheduler.to_public(), folder / "scheduler" / "scheduler_config.json")
@@ -365,10 +359,10 @@ def save_frame(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; FileNotFoundError or ValueError naming the file."""
-    return read_object(file, LONGEST_CONFIG)
+    """Read a JSON object; FileNotFoundError or ValueError naming the file."""
+    return read_json_object(file, MAX_CONFIG_BYTES)
 
 
 def write_json(content: dict[str, Any], file: Path) -> None:
-    """Write as the reference does: two spaces, sorted."""
+    """Write JSON as the reference does: indented by two spaces, sorted."""
     write_bytes((json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), file)

@@ -1,6 +1,6 @@
-"""What the UNet is told beside latents and time: what its cross-attentions are to read, or have read.
+"""Inputs of the UNet's cross-attentions, as tokens or as precomputed keys and values.
 
-Shapes: B batch, C channels, N pixels of a feature map, S text tokens, I pictures that guide, Q tokens each.
+Shapes: B batch, C channels, N pixels of a feature map, S text tokens, I prompt images of Q tokens each.
 """
 
 from typing import Any, NamedTuple
@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Masks:
-    """Masks [1 or B, I, any height, any width], resized once to each size of feature map that asks."""
+class ResizedMasks:
+    """Masks [1 or B, I, any height, any width], resized once for each feature map size in use."""
 
     def __init__(self, masks: Tensor) -> None:
         self.masks = masks.float()
         self.sizes: dict[tuple[int, int], Tensor] = {}
 
     def at(self, height: int, width: int) -> Tensor:
-        """At a feature map's size, as in the reference: [1 or B, I, N]."""
+        """Resize to a feature map's size as the reference does: [1 or B, I, N]."""
         if (height, width) not in self.sizes:
             resized = F.interpolate(self.masks, size=(height, width), mode="bicubic")
             self.sizes[height, width] = resized.flatten(2)
@@ -26,63 +26,63 @@ class Masks:
 
 
 class ImagePrompt(NamedTuple):
-    """The pictures that one attached IP-Adapter (ip_adapter.py) reads.
+    """Image tokens [B, I, Q, context_dim] for one attached IP-Adapter (ip_adapter.py).
 
-    tokens: [B, I, Q, context_dim]. masks: None, or [1 or B, I, any height, any width], from 0 to 1: where in
-    the picture each of them acts.
+    masks: None, or the regions where each image acts: [1 or B, I, any height, any width], from 0 to 1.
     """
 
     tokens: Tensor
-    masks: Tensor | Masks | None = None
+    masks: Tensor | ResizedMasks | None = None
 
     @classmethod
     def cat(cls, *parts: "ImagePrompt") -> "ImagePrompt":
-        """Batches one after another; masks of one row serve all."""
+        """Concatenate batches; masks of one row apply to all."""
         masks = [part.masks for part in parts if isinstance(part.masks, Tensor)]
         if masks and any(mask.shape[0] > 1 for mask in masks):
             masks = [torch.cat(masks)]
         return cls(torch.cat([part.tokens for part in parts]), masks[0] if masks else None)
 
 
-class ReadImages(NamedTuple):
-    """Keys and values of an IP-Adapter's pictures in one cross-attention, each [B, heads, tokens, C/heads].
+class ImageKeysValues(NamedTuple):
+    """Keys and values of an IP-Adapter's images in one cross-attention, each [B, heads, tokens, C/heads].
 
-    One pair for all pictures, or with masks one for each. masks: None, or any size; [1 or B, I, N] once the
-    feature map's size is known.
+    There is one pair for all images, or with masks one for each. masks: None, or [1 or B, I, N] after
+    `resize_masks`.
     """
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
-    masks: Masks | Tensor | None
+    masks: ResizedMasks | Tensor | None
 
 
-class Read(NamedTuple):
-    """What a cross-attention has read: keys and values [B, heads, S, C/heads], a logit bias [B, 1, 1, S] or
-    None, and what its image branches have. perturbed: as in `Context`.
+class KeysValues(NamedTuple):
+    """Keys and values [B, heads, S, C/heads] of one cross-attention, with those of its image branches.
+
+    bias: None, or logit bias [B, 1, 1, S]. perturbed: as in `Context`.
     """
 
     k: Tensor
     v: Tensor
     bias: Tensor | None
-    images: tuple[ReadImages, ...]
+    images: tuple[ImageKeysValues, ...]
     perturbed: int = 0
 
-    def rows(self, where: Tensor) -> "Read":
-        """These rows [B] of it; masks are those of all B rows already."""
-        if where.shape[0] == self.k.shape[0]:
+    def select_rows(self, rows: Tensor) -> "KeysValues":
+        """Select rows [B] of all tensors but the masks, which have all B rows already."""
+        if rows.shape[0] == self.k.shape[0]:
             return self
         images = tuple(
-            image._replace(keys_values=tuple((k[where], v[where]) for k, v in image.keys_values))
+            image._replace(keys_values=tuple((k[rows], v[rows]) for k, v in image.keys_values))
             for image in self.images
         )
-        bias = None if self.bias is None else self.bias[where]
-        return Read(self.k[where], self.v[where], bias, images, self.perturbed)
+        bias = None if self.bias is None else self.bias[rows]
+        return KeysValues(self.k[rows], self.v[rows], bias, images, self.perturbed)
 
 
 class Context(NamedTuple):
-    """What an attention is to read: tokens [B, S, context_dim], None or a logit bias [B, 1, 1, S] on them,
-    and for each attached IP-Adapter its pictures.
+    """Context tokens [B, S, context_dim] of an attention, and the image prompt of each attached IP-Adapter.
 
-    perturbed: of how many of the last rows the block's self-attention returns the values as they are.
+    bias: None, or logit bias [B, 1, 1, S]. perturbed: for this many of the last rows, the block's
+    self-attention returns its values unchanged.
     """
 
     tokens: Tensor
@@ -90,28 +90,29 @@ class Context(NamedTuple):
     images: tuple[ImagePrompt, ...] = ()
     perturbed: int = 0
 
-    def distinct(self) -> tuple["Context", Tensor]:
-        """The rows that differ, and for each of the B rows which of them it is: [B].
+    def unique_rows(self) -> tuple["Context", Tensor]:
+        """Return the distinct rows, and for each of the B rows the index of its equal among them: [B].
 
-        Several pictures of one prompt, and one negative prompt for several, need be read only once.
+        Several images of one prompt share their keys and values, as do several prompts' negative prompts.
         """
         parts = [self.tokens, *(image.tokens for image in self.images)]
         parts += [] if self.bias is None else [self.bias]
-        kept, where = list[int](), list[int]()
+        unique, index = list[int](), list[int]()
         for i in range(self.tokens.shape[0]):
-            same = (n for n, k in enumerate(kept) if all(torch.equal(part[i], part[k]) for part in parts))
-            where.append(next(same, len(kept)))
-            kept += [i] if where[-1] == len(kept) else []
-        images = tuple(image._replace(tokens=image.tokens[kept]) for image in self.images)
-        bias = None if self.bias is None else self.bias[kept]
-        told = Context(self.tokens[kept], bias, images, self.perturbed)
-        return told, torch.tensor(where, device=self.tokens.device)
+            same = (n for n, k in enumerate(unique) if all(torch.equal(part[i], part[k]) for part in parts))
+            index.append(next(same, len(unique)))
+            unique += [i] if index[-1] == len(unique) else []
+        images = tuple(image._replace(tokens=image.tokens[unique]) for image in self.images)
+        bias = None if self.bias is None else self.bias[unique]
+        context = Context(self.tokens[unique], bias, images, self.perturbed)
+        return context, torch.tensor(index, device=self.tokens.device)
 
 
-def at_size(context: Context | Read, height: int, width: int) -> Context | Read:
-    """A `Context` or `Read` whose masks, if there are any, have a feature map's size."""
+def resize_masks(context: Context | KeysValues, height: int, width: int) -> Context | KeysValues:
+    """Resize the masks of a `Context` or `KeysValues`, if it has any, to a feature map's size."""
+    size = height, width
     images: Any = tuple(
-        image._replace(masks=image.masks.at(height, width)) if isinstance(image.masks, Masks) else image
+        image._replace(masks=image.masks.at(*size)) if isinstance(image.masks, ResizedMasks) else image
         for image in context.images
     )
     return context._replace(images=images) if images else context

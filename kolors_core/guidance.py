@@ -1,21 +1,33 @@
-"""Guidance: wraps the UNet and a schedule into `denoise(x, sigma) -> x0`, which is all that a sampler knows.
+"""Guidance: wraps the UNet and a schedule into `denoise(x, sigma) -> x0`, the only input of a sampler.
 
-Shapes: B pictures, S text tokens; latents are [B, 4, H/8, W/8].
+Shapes: B images, S text tokens; latents are [B, 4, H/8, W/8].
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
-from kolors_core.conditioning import Conditioning, beside
-from kolors_core.controlnet import acting
-from kolors_core.graphs import Graphs
-from kolors_core.reading import is_as_written, reading_always, reading_once
-from kolors_core.sampling import Denoise
+from kolors_core.conditioning import Conditioning, concat_extra_channels
+from kolors_core.module import WrapStep
+from kolors_core.precompute import has_default_forward, predict_precomputed, predict_uncached
+from kolors_core.sampling import Denoiser
 from kolors_core.schedule import Schedule
-from kolors_core.tempering import Interval, rescaling, within
 from kolors_core.unet import UNet
+from kolors_core.validation import check_float
+
+
+class SigmaInterval(NamedTuple):
+    """Interval of noise levels: above `low`, up to `high`."""
+
+    low: float
+    high: float
+
+
+Interval = tuple[float, float]  # fractions of a run's steps, from 0 to 1; or `SigmaInterval`
+GuidanceRule = Callable[..., Denoiser]  # of `guided`'s signature
 
 
 def guided(
@@ -27,65 +39,122 @@ def guided(
     *,
     rescale: float = 0.0,
     interval: Interval | None = None,
-    read_once: bool = True,
-    graphs: Graphs | None = None,
-) -> Denoise:
-    """Classifier-free guidance (https://arxiv.org/abs/2207.12598): eps = uncond + scale * (cond - uncond).
+    precompute: bool = True,
+    wrap_step: WrapStep | None = None,
+) -> Denoiser:
+    """Apply classifier-free guidance: eps = uncond + scale * (cond - uncond) (https://arxiv.org/abs/2207.12598).
 
-    Without a negative, with a scale of at most 1, or outside of the interval, the UNet runs on the positive
-    alone. It sees x / sqrt(1 + sigma^2), and `extra` behind it, in its own dtype; x and x0 keep theirs.
-    Controls add their residuals in the steps in which they act.
+    Without a negative, with a scale of at most 1, or outside the interval, the UNet runs on the positive
+    alone. Its input is x / sqrt(1 + sigma^2), followed by `extra`, in its own dtype; x and x0 keep theirs.
 
-    rescale, interval: see kolors_core/tempering.py. read_once: compute what does not depend on x (text and
-    pictures as keys and values, what each block makes of sizes and all steps' times) now and not in every
-    step; the result is the same. graphs: record the step there as a CUDA graph, unless there are masks or,
-    anywhere in it, hooks. A UNet or ControlNet that is compiled as a whole, hooked itself, or has another
-    forward is called as a whole in every step, and nothing is recorded.
+    rescale: see `cfg_rescale`. interval: see `use_inside_interval`. precompute: compute what does not depend
+    on x (keys and values of text and images, each block's projection of all timesteps) once instead of in
+    every step; the result is the same. A UNet that is compiled as a whole, has hooks itself, or overrides
+    forward is called as a whole in every step. wrap_step: another way to run a step, such as CUDA graphs;
+    not used if image prompts have masks or nothing is precomputed.
     """
-    temper = rescaling(rescale)
+    rescaled = cfg_rescale(rescale)
 
     def combine(_timestep: float, noise: Tensor) -> Tensor:
         unconditional, conditional = noise.chunk(2)
-        return temper(unconditional + scale * (conditional - unconditional), conditional)
+        return rescaled(unconditional + scale * (conditional - unconditional), conditional)
 
-    x0_of = partial(combined, unet, schedule, read_once=read_once, graphs=graphs)
+    denoiser = partial(make_denoiser, unet, schedule, precompute=precompute, wrap_step=wrap_step)
     if negative is None or scale <= 1:
-        return x0_of(positive)
-    inside = x0_of(Conditioning.cat(negative, positive), 2, combine)
-    return inside if interval is None else within(interval, schedule, inside, x0_of(positive))
+        return denoiser(positive)
+    inside = denoiser(Conditioning.cat(negative, positive), 2, combine)
+    return inside if interval is None else use_inside_interval(interval, schedule, inside, denoiser(positive))
 
 
-def combined(
+def make_denoiser(
     unet: UNet,
     schedule: Schedule,
-    told: Conditioning,
-    copies: int = 1,
+    conditioning: Conditioning,
+    repeats: int = 1,
     combine: Callable[[float, Tensor], Tensor] = lambda _timestep, noise: noise,
     *,
-    read_once: bool = True,
-    graphs: Graphs | None = None,
-) -> Denoise:
-    """x0 = x - sigma * eps, with eps what `combine(timestep, noise)` makes of all rows' noise.
+    precompute: bool = True,
+    wrap_step: WrapStep | None = None,
+) -> Denoiser:
+    """Return `denoise(x, sigma) -> x0 = x - sigma * combine(timestep, noise)`, with the noise of all rows.
 
-    told: conditions of B pictures, `copies` times. read_once, graphs: see `guided`.
+    conditioning: rows of B images, `repeats` for each latent. precompute, wrap_step: see `guided`.
     """
     dtype = unet.conv_in.weight.dtype
-    extra = told.extra  # so that `denoise` keeps this alone, and not all of `told`, alive
-    copies = copies if extra is None else 1  # with it, `beside` has made the copies
-    if read_once and all(map(is_as_written, (unet, *(control.net for control in told.controls)))):
-        predict = reading_once(unet, schedule, told, copies, graphs)
+    extra = conditioning.extra  # a local, so that `denoise` does not keep the whole conditioning alive
+    repeats = repeats if extra is None else 1  # with it, `concat_extra_channels` has repeated the latents
+    step_residuals = None
+    if (residuals := conditioning.residuals) is not None:
+        step_residuals = residuals.prepare(
+            schedule, conditioning, repeats, precompute=precompute, wrap_step=wrap_step
+        )
+    if precompute and has_default_forward(unet, UNet):
+        predict = predict_precomputed(unet, schedule, conditioning, repeats, wrap_step)
     else:
-        predict = reading_always(unet, told, copies)
-    sigmas = schedule.sigmas.tolist()
-    known = dict(zip(sigmas, schedule.timesteps.tolist(), strict=False))  # numbers, for torch to trace a step
-    controls_of_step = acting(told.controls, len(schedule.timesteps))
+        predict = predict_uncached(unet, conditioning, repeats)
+    # Plain numbers, so that torch can trace a step.
+    timestep_at = dict(zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        latents = beside((x / (sigma**2 + 1) ** 0.5).to(dtype), extra)
-        timestep = known[sigma] if sigma in known else schedule.timestep(sigma)
-        # The step in whose interval sigma lies; before the first it is the first, at the end the last.
-        step = min(max(sum(level >= sigma for level in sigmas), 1), len(controls_of_step)) - 1
-        noise = predict(latents, timestep, controls_of_step[step]).to(x.dtype)
-        return x - sigma * combine(timestep, noise)
+        latents = concat_extra_channels((x / (sigma**2 + 1) ** 0.5).to(dtype), extra)
+        timestep = timestep_at[sigma] if sigma in timestep_at else schedule.timestep(sigma)
+        added = [] if step_residuals is None else step_residuals(latents, timestep, sigma)
+        return x - sigma * combine(timestep, predict(latents, timestep, added).to(x.dtype))
 
     return denoise
+
+
+def cfg_rescale(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function of guided and conditional noise [B, ...] that interpolates the guided noise's
+    standard deviation in each image towards the conditional one's, by `factor`.
+
+    Guidance raises the standard deviation, which overexposes. factor: from 0 to 1; ValueError otherwise.
+    Source: https://arxiv.org/abs/2305.08891, equations 15 and 16; `rescale_noise_cfg` in diffusers.
+    """
+    check_float("rescale", factor, 0, 1)
+
+    def rescale(noise: Tensor, conditional: Tensor) -> Tensor:
+        axes = tuple(range(1, noise.ndim))
+        ratio = conditional.std(axes, keepdim=True) / noise.std(axes, keepdim=True)  # [B, 1, 1, 1]
+        return noise * (factor * ratio + (1 - factor))
+
+    return rescale if factor else lambda noise, _conditional: noise
+
+
+def use_inside_interval(
+    interval: Interval, schedule: Schedule, inside: Denoiser, outside: Denoiser
+) -> Denoiser:
+    """Use `inside` where sigma is in the interval, `outside` elsewhere.
+
+    Guidance harms at high noise levels and has little effect at low ones. Errors as in `interval_sigmas`.
+    Source: https://arxiv.org/abs/2404.07724, equation 6.
+    """
+    low, high = interval_sigmas(interval, schedule)
+    return lambda x, sigma: (inside if low < sigma <= high else outside)(x, sigma)
+
+
+def interval_sigmas(interval: Interval, schedule: Schedule) -> SigmaInterval:
+    """Convert an interval to noise levels; (start, stop) means steps round(start * n) to round(stop * n) - 1.
+
+    Raises ValueError for an invalid interval, and for one that contains none of the schedule's steps.
+    """
+    low, high = check_interval(interval)
+    *sigmas, end = schedule.sigmas.tolist()
+    if not isinstance(interval, SigmaInterval):
+        start, stop = round(low * len(sigmas)), round(high * len(sigmas))
+        low, high = [*sigmas, end][stop], [*sigmas, end][start]
+    if not any(low < sigma <= high for sigma in sigmas):
+        raise ValueError(f"the guidance interval {tuple(interval)} has none of the {len(sigmas)} steps")
+    return SigmaInterval(low, high)
+
+
+def check_interval(interval: Interval) -> tuple[float, float]:
+    """Return an interval's two numbers; ValueError if it is not one."""
+    if not isinstance(interval, tuple | list) or len(interval) != 2:
+        raise ValueError(f"a guidance interval must be two numbers, got {interval!r}")
+    low, high = (check_float("an end of the guidance interval", end) for end in interval)
+    is_sigma = isinstance(interval, SigmaInterval)
+    if not 0 <= low < high <= (math.inf if is_sigma else 1):
+        expected = "rise from 0 or more" + ("" if is_sigma else " to 1 at most")
+        raise ValueError(f"a guidance interval must {expected}, got {low} to {high}")
+    return low, high

@@ -1,8 +1,8 @@
-"""A checkpoint's tensors -> a model: strictly, or in part with a word on every tensor that does not fit.
+"""Loading of a checkpoint's tensors into a model: strictly, or in part with a report of what does not fit.
 
-Everything is checked by names and shapes from the file headers first; only then are tensors read, each from
-the memory-mapped file to its place once, and the model gets all of them in one step or none. On a CPU each
-lies as torch would allocate it, so that the same weights compute the same bits whichever file they came from.
+Everything is checked by names and shapes from the file headers first; only then are tensors read, each
+copied from the memory-mapped file at most once, and the model gets all of them in one step or none. On a CPU
+each is aligned as torch would allocate it, so that the same weights compute the same bits from any file.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,22 +12,22 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from kolors_core.quantize import refuse_quantized
-from weights_convert import TABLES, recognise
-from weights_convert.rules import UNUSED, compare, listed
-from weights_convert.source import Source, Tensors, aligned
+from kolors_core.module import require_plain
+from weights_convert import TABLES, detect_component
+from weights_convert.key_mapping import UNUSED, compare, summarize
+from weights_convert.safetensors_files import Source, Tensors, aligned
 
-RELEASE_AFTER = 2**26  # bytes that were copied out of a mapped file, whose pages are then let go
+RELEASE_AFTER = 2**26  # bytes copied from a mapped file, after which its pages are released
 
-# (shape that the model wants, the checkpoint's tensor of another shape or None) -> a tensor of that shape
-Initialiser = Callable[[torch.Size, Tensor | None], Tensor]
+# (the model's shape, the checkpoint's tensor of another shape or None) -> a tensor of the model's shape
+Initializer = Callable[[torch.Size, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every tensor: by the model's names, but the checkpoint's for `unexpected`.
+    """Report of a load: tensors by the model's names, in `unexpected` by the checkpoint's.
 
-    missing and misshapen were made by the initialisers that were given for them.
+    missing and misshapen were created by the initializers given for them.
     """
 
     loaded: list[str]
@@ -36,24 +36,24 @@ class LoadReport:
     misshapen: list[str]
 
     def __str__(self) -> str:
-        rest = listed(missing=self.missing, unexpected=self.unexpected, misshapen=self.misshapen)
+        rest = summarize(missing=self.missing, unexpected=self.unexpected, misshapen=self.misshapen)
         return f"{len(self.loaded)} loaded" + (f"; {rest}" if rest else "")
 
 
 def zeros(shape: torch.Size, found: Tensor | None) -> Tensor:
-    """An initialiser: zeros, whatever the checkpoint has."""
+    """Initialize with zeros, whatever the checkpoint has."""
     return torch.zeros(shape)
 
 
-def padded(shape: torch.Size, found: Tensor | None) -> Tensor:
-    """An initialiser: the checkpoint's tensor in the first places of each axis, zeros after it.
+def zero_padded(shape: torch.Size, found: Tensor | None) -> Tensor:
+    """Initialize with the checkpoint's tensor at the start of each axis and zeros after it.
 
     So a convolution with new input channels computes at first what it did without them. Raises ValueError for
-    a tensor that is missing or does not fit in.
+    a tensor that is missing or too large.
     """
     if found is None or found.ndim != len(shape) or any(map(int.__gt__, found.shape, shape)):
         got = "none" if found is None else f"one of {list(found.shape)}"
-        raise ValueError(f"cannot pad to {list(shape)}: wanted a tensor no larger, got {got}")
+        raise ValueError(f"cannot pad to {list(shape)}: expected a tensor no larger, got {got}")
     whole = torch.zeros(shape, dtype=found.dtype)
     whole[tuple(slice(size) for size in found.shape)] = found
     return whole
@@ -66,62 +66,62 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    partial: Mapping[str, Initialiser] | None = None,
+    partial: Mapping[str, Initializer] | None = None,
 ) -> LoadReport:
-    """Fill a model from a checkpoint, strictly. The model may be on the meta device; nothing is left on it.
+    """Load a checkpoint into a model, strictly. The model may be on the meta device; no tensor stays there.
 
     partial: load what fits. Each tensor of the model that the checkpoint lacks, or has in another shape, must
-    match one of these names or patterns (`"conv_in.weight"`, `"up.*.bias"`, by our names), and its
-    initialiser, such as `zeros` or `padded`, makes it; the first that matches counts. What the checkpoint has
-    beyond the model is reported.
+    match one of these names or patterns (`"conv_in.weight"`, `"up.*.bias"`, by our names), and is created by
+    its initializer, such as `zeros` or `zero_padded`; the first match counts. Tensors of the checkpoint that
+    the model does not have are reported.
 
-    Raises ValueError naming the first tensors that are missing, unexpected or misshapen, an initialiser that
-    no such tensor matches or that makes another shape, or a quantised model, which is then untouched.
+    Raises ValueError naming the first tensors that are missing, unexpected or misshapen, an initializer that
+    matches no such tensor or returns another shape, or a quantized model; the model is then unchanged.
     """
     if partial is None:
         names = check(model, source, component)
-        fill(model, source, names, dtype=dtype, device=device)
+        assign_weights(model, source, names, dtype=dtype, device=device)
         return LoadReport(sorted(names.values()), [], [], [])
     return _load_what_fits(model, source, component, dtype, device, partial)
 
 
 def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[str, str]:
-    """The model's name for each of a checkpoint's tensors that it reads, all of which fit; no tensor is read.
+    """Check that a checkpoint fits a model, from headers alone: checkpoint name -> model name.
 
-    Raises ValueError as `load` does.
+    Dropped tensors are left out. Raises ValueError as `load` does.
     """
     where = source.where
-    refuse_quantized(model, f"load {where} into it; load a plain model, then quantise")
-    table, is_ours = recognise(source.keys(), where)
+    require_plain(model, f"load {where} into it; load a plain model, then quantize")
+    table, is_ours = detect_component(source.keys(), where)
     if table.component != component:
-        raise ValueError(f"{where}: wanted the {component} of a Kolors checkpoint, got a {table.component}")
-    ours = {name: name if is_ours else table.to_ours(name) for name in source}
+        raise ValueError(f"{where}: expected the {component} of a Kolors checkpoint, got a {table.component}")
+    internal = {name: name if is_ours else table.to_ours(name) for name in source}
     target = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if mismatch := compare(table, {ours[name]: source.shape(name) for name in source}, target):
+    if mismatch := compare(table, {internal[name]: source.shape(name) for name in source}, target):
         raise ValueError(f"{where}: {mismatch}")
-    names = {name: own for name, own in ours.items() if not own.startswith(UNUSED)}
-    _refuse_twins(names, where)
-    _refuse_whole_numbers(source, names)
+    names = {public: name for public, name in internal.items() if not name.startswith(UNUSED)}
+    _reject_duplicates(names, where)
+    _reject_integers(source, names)
     return names
 
 
-def fill(
+def assign_weights(
     model: nn.Module,
     source: Source | Tensors,
     names: Mapping[str, str],
     *,
     dtype: torch.dtype,
     device: torch.device | str,
-    made: Mapping[str, Tensor] | None = None,
+    initialized: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Give a model its tensors: those of a checkpoint by their names in the model, and those made already."""
-    state, copied = dict(made or {}), 0
-    for name, own in names.items():
-        tensor = source.mapped(name)
-        state[own] = aligned(tensor.to(device=device, dtype=dtype))
-        copied += tensor.nbytes if state[own] is not tensor else 0
+    """Assign a checkpoint's tensors (checkpoint name -> model name) and initialized ones to a model."""
+    state, copied = dict(initialized or {}), 0
+    for public, name in names.items():
+        tensor = source.mapped(public)
+        state[name] = aligned(tensor.to(device=device, dtype=dtype))
+        copied += tensor.nbytes if state[name] is not tensor else 0
         if isinstance(source, Source) and copied > RELEASE_AFTER:
-            source.release(name)
+            source.release(public)
             copied = 0
     model.load_state_dict(state, strict=True, assign=True)
 
@@ -132,66 +132,70 @@ def _load_what_fits(
     component: str,
     dtype: torch.dtype,
     device: torch.device | str,
-    partial: Mapping[str, Initialiser],
+    partial: Mapping[str, Initializer],
 ) -> LoadReport:
-    """See `load`. By name, `ours` is the model's for each of the file's, and `theirs` the other way round."""
-    refuse_quantized(model, f"load {source.where} into it; load a plain model, then quantise")
+    """Load in part, see `load`."""
+    require_plain(model, f"load {source.where} into it; load a plain model, then quantize")
     target = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    ours = _names_by_hits(source, component, target)
-    theirs = {own: name for name, own in ours.items()}
-    fitting = {name: own for name, own in ours.items() if own in target and source.shape(name) == target[own]}
-    missing = sorted(target.keys() - theirs.keys())
-    misshapen = sorted(target.keys() & theirs.keys() - set(fitting.values()))
-    _refuse_whole_numbers(source, [*fitting, *(theirs[own] for own in misshapen)])
+    internal = _best_key_mapping(source, component, target)  # checkpoint name -> model name
+    public = {name: stored for stored, name in internal.items()}
+    fitting = {
+        stored: name for stored, name in internal.items()
+        if name in target and source.shape(stored) == target[name]
+    }  # fmt: skip
+    missing = sorted(target.keys() - public.keys())
+    misshapen = sorted(target.keys() & public.keys() - set(fitting.values()))
+    _reject_integers(source, [*fitting, *(public[name] for name in misshapen)])
     patterns = dict[str, str]()
-    for own in (*missing, *misshapen):
-        pattern = next((pattern for pattern in partial if fnmatchcase(own, pattern)), None)
+    for name in (*missing, *misshapen):
+        pattern = next((pattern for pattern in partial if fnmatchcase(name, pattern)), None)
         if pattern is None:
-            had = f"is {list(source.shape(theirs[own]))}" if own in theirs else "is missing"
-            wanted = f"the model wants {list(target[own])}: give an initialiser for it in partial"
-            raise ValueError(f"{source.where}: {own} {had}, {wanted}")
-        patterns[own] = pattern
-    if idle := [pattern for pattern in partial if pattern not in patterns.values()]:
-        raise ValueError(f"partial: {idle[0]!r} matches no tensor that is missing or misshapen")
-    made = {}
-    for own, pattern in patterns.items():
+            got = f"is {list(source.shape(public[name]))}" if name in public else "is missing"
+            expected = f"the model wants {list(target[name])}: give an initializer for it in partial"
+            raise ValueError(f"{source.where}: {name} {got}, {expected}")
+        patterns[name] = pattern
+    if unmatched := [pattern for pattern in partial if pattern not in patterns.values()]:
+        raise ValueError(f"partial: {unmatched[0]!r} matches no tensor that is missing or misshapen")
+    initialized = {}
+    for name, pattern in patterns.items():
         try:
-            value = partial[pattern](target[own], source[theirs[own]] if own in theirs else None)
+            value = partial[pattern](target[name], source[public[name]] if name in public else None)
         except ValueError as error:
-            raise ValueError(f"{source.where}: {own}: {error}") from None
-        if not isinstance(value, Tensor) or value.shape != target[own] or value.is_meta:
+            raise ValueError(f"{source.where}: {name}: {error}") from None
+        if not isinstance(value, Tensor) or value.shape != target[name] or value.is_meta:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the initialiser of {own} made {got}, the model wants {list(target[own])}")
-        made[own] = value.detach().to(device=device, dtype=dtype, copy=True)
-    fill(model, source, fitting, dtype=dtype, device=device, made=made)
-    unexpected = sorted(
-        name for name, own in ours.items() if own not in target and not own.startswith(UNUSED)
-    )
+            raise ValueError(f"the initializer of {name} made {got}, the model wants {list(target[name])}")
+        initialized[name] = value.detach().to(device=device, dtype=dtype, copy=True)
+    assign_weights(model, source, fitting, dtype=dtype, device=device, initialized=initialized)
+    known = target.keys() | {name for name in internal.values() if name.startswith(UNUSED)}
+    unexpected = sorted(stored for stored, name in internal.items() if name not in known)
     return LoadReport(sorted(fitting.values()), missing, unexpected, misshapen)
 
 
-def _names_by_hits(source: Source | Tensors, component: str, target: Mapping[str, object]) -> dict[str, str]:
-    """Our name of each tensor, read as public or as ours, whichever the model knows more of."""
+def _best_key_mapping(
+    source: Source | Tensors, component: str, target: Mapping[str, object]
+) -> dict[str, str]:
+    """Map the checkpoint's names to the model's, read as public or ours, whichever match more tensors."""
     tables = [table for table in TABLES.values() if table.component == component]
-    ways = [{name: table.to_ours(name) for name in source} for table in tables]
-    ways.append({name: name for name in source})
-    best = max(ways, key=lambda names: sum(own in target for own in names.values()))
-    if not any(own in target for own in best.values()):
+    mappings = [{name: table.to_ours(name) for name in source} for table in tables]
+    mappings.append({name: name for name in source})
+    best = max(mappings, key=lambda names: sum(name in target for name in names.values()))
+    if not any(name in target for name in best.values()):
         raise ValueError(f"{source.where}: has no tensor of the model, a {component}")
-    _refuse_twins(best, source.where)
+    _reject_duplicates(best, source.where)
     return best
 
 
-def _refuse_twins(names: Mapping[str, str], where: str) -> None:
-    """ValueError for two tensors that have one name in the model."""
+def _reject_duplicates(names: Mapping[str, str], where: str) -> None:
+    """Raise ValueError for two tensors that have one name in the model."""
     seen = set[str]()
-    for name, own in names.items():
-        if own in seen:
-            raise ValueError(f"{where}: {name} is there under two names")
-        seen.add(own)
+    for stored, name in names.items():
+        if name in seen:
+            raise ValueError(f"{where}: {stored} is there under two names")
+        seen.add(name)
 
 
-def _refuse_whole_numbers(source: Source | Tensors, names: Iterable[str]) -> None:
+def _reject_integers(source: Source | Tensors, names: Iterable[str]) -> None:
     for name in names:
         if not (dtype := source.dtype(name)).is_floating_point:
-            raise ValueError(f"{source.where}: {name} holds {dtype}, wanted floating-point weights")
+            raise ValueError(f"{source.where}: {name} holds {dtype}, expected floating-point weights")

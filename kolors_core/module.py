@@ -1,19 +1,68 @@
-"""A module that stands in another's place, such as a layer with adapters in that of a plain one."""
+"""Optional attributes of an `nn.Module` that describe it to caches, compilers and checkpoints.
+
+    is_block      True: repeated in a model, and compiled, offloaded, checkpointed and sharded as one
+    is_adapter    True: attached to a model, and not part of the model's own checkpoint
+    state_key()   settings, besides weights and inputs, that change what this module itself computes
+    not_plain     why weights cannot be loaded, saved or changed as those of a plain module can
+
+A feature sets them on its own classes; the core reads them without knowing the feature.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
 
 from torch import nn
 
 
-class StandIn(nn.Module):
-    """A module in another's place, with its very parameters, sizes, mode and hooks; `plain` is that other."""
+def is_block(module: nn.Module) -> bool:
+    """Return whether a module is a block."""
+    return getattr(module, "is_block", False) is True
+
+
+class ReplacedModule(nn.Module):
+    """Module that replaces another, with the same parameters, sizes, mode and hooks; `plain` restores it."""
 
     def __init__(self, base: nn.Module) -> None:
         nn.Module.__init__(self)
-        vars(self).update(vars(base))  # the parameters are taken over, none is made
+        vars(self).update(vars(base))  # the parameters are shared, not copied
         self._parameters, self._modules = dict(base._parameters), {}
-        self.base = (base,)  # in a tuple, since it is no submodule
+        self.base = (base,)  # in a tuple, so that it is not a submodule
 
     def plain(self) -> nn.Module:
-        """The very module that this one replaced, with the present parameters."""
+        """Return the replaced module itself, with the present parameters."""
         base = self.base[0]
         base._parameters.update(self._parameters)
         return base.train(self.training)
+
+
+def settings(model: nn.Module) -> tuple[Any, ...]:
+    """Return the settings that change a model's output: (path, state key) of its modules."""
+    keys = ((path, getattr(module, "state_key", tuple)()) for path, module in model.named_modules())
+    return tuple((path, key) for path, key in keys if key)
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """Return a key that changes with a setting or a weight, unless that is written through `.data`."""
+    weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+    return weights, settings(model)
+
+
+def require_plain(model: nn.Module, action: str) -> None:
+    """Raise ValueError if a module, such as a quantized layer, has `not_plain` set: cannot do `action`."""
+    why = next((found for module in model.modules() if (found := getattr(module, "not_plain", None))), None)
+    if why is not None:
+        raise ValueError(f"this {type(model).__name__} is {why}: cannot {action}")
+
+
+class WrapStep(Protocol):
+    """Function that replaces a run's step by another, such as performance/cuda_graphs.py's.
+
+    Called once a run with `step(constant, *changing)`, whose `constant` tensors, in any nesting, stay the
+    same within the run; the modules that the step calls; and a key of all else that the step depends on.
+    """
+
+    def __call__(
+        self, step: Callable[..., Any], constant: Any, nets: Sequence[nn.Module], key: Hashable = ()
+    ) -> Callable[..., Any]:
+        """Return the step as a function of the tensors `changing`."""
+        ...

@@ -1,6 +1,6 @@
-"""Samplers: functions of `denoise(x, sigma) -> x0`, the model's guess at the clean latents.
+"""Samplers: functions of `denoise(x, sigma) -> x0`, the model's prediction of the clean latents.
 
-x = image + sigma * noise throughout, in float32 or better. No state is held between calls.
+x = image + sigma * noise throughout, in float32 or better. Samplers keep no state between calls.
 Shapes: every tensor is [B, 4, H/8, W/8].
 """
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from kolors_core.schedule import DPMSolverMultistepScheduler, Schedule, Scheduler
 
-Denoise = Callable[[Tensor, float], Tensor]
+Denoiser = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int, Tensor], Tensor]
 Sampler = Callable[..., Tensor]
 Sigmas = Tensor | Sequence[float]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def euler(denoise: Denoise, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
-    """Euler's method on dx/dsigma = (x - x0) / sigma.
+def euler(denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
+    """Integrate dx/dsigma = (x - x0) / sigma by Euler's method.
 
     Source: Karras et al., https://arxiv.org/abs/2206.00364, algorithm 1 without churn.
-    x: noise times the schedule's start scale. sigmas: n + 1, falling; a tensor or numbers. on_step(i, x):
-    called after step i, returns the x to go on with.
+    x: noise times the schedule's `init_noise_sigma`. sigmas: n + 1 descending numbers or a tensor.
+    on_step(i, x): called after step i, returns the x to continue with.
     """
     for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
         x0 = denoise(x, sigma)
@@ -37,7 +37,7 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = 
 
 
 def dpmpp_2m(
-    denoise: Denoise,
+    denoise: Denoiser,
     x: Tensor,
     sigmas: Sigmas,
     on_step: OnStep | None = None,
@@ -46,31 +46,31 @@ def dpmpp_2m(
     order: int = 2,
     first_order_last: bool = False,
 ) -> Tensor:
-    """DPM-Solver++(2M), written in sigmas: h = log(sigma / next_sigma).
+    """Integrate by DPM-Solver++(2M), written in sigmas: h = log(sigma / next_sigma).
 
     Source: https://arxiv.org/abs/2211.01095, algorithm 2.
-    x, sigmas, on_step: as for `euler`. noise: draws standard normal noise like x, which makes it the same
-    paper's SDE-DPM-Solver++. order: 1 leaves out the multistep term. first_order_last: leave it out
-    in the last step only; a step to sigma 0 always does.
+    x, sigmas, on_step: as for `euler`. noise: draws standard normal noise like x, for the same paper's
+    SDE-DPM-Solver++. order: 1 omits the multistep term. first_order_last: omit it in the last step only; a
+    step to sigma 0 always omits it.
     """
     last_x0, last_h, steps = None, 0.0, len(sigmas) - 1
     for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
         x0 = denoise(x, sigma)
-        # In the step to 0 too, as the reference: the generator is then left where it leaves it.
-        drawn = None if noise is None else noise()
+        # Drawn in the step to 0 too, so that the generator ends in the same state as the reference's.
+        eps = None if noise is None else noise()
         if next_sigma == 0:
             x = x0
         else:
             h = math.log(sigma / next_sigma)
-            guess = x0
+            extrapolated_x0 = x0
             if last_x0 is not None and order == 2 and not (first_order_last and i == steps - 1):
-                guess = x0 + (x0 - last_x0) * (0.5 * h / last_h)
-            if drawn is None:
-                x = (next_sigma / sigma) * x - math.expm1(-h) * guess
+                extrapolated_x0 = x0 + (x0 - last_x0) * (0.5 * h / last_h)
+            if eps is None:
+                x = (next_sigma / sigma) * x - math.expm1(-h) * extrapolated_x0
             else:
                 gain = -math.expm1(-2 * h)
-                x = (next_sigma / sigma) * math.exp(-h) * x + gain * guess
-                x = x + next_sigma * math.sqrt(gain) * drawn
+                x = (next_sigma / sigma) * math.exp(-h) * x + gain * extrapolated_x0
+                x = x + next_sigma * math.sqrt(gain) * eps
             last_x0, last_h = x0, h
         if on_step is not None:
             x = on_step(i, x)
@@ -81,8 +81,8 @@ def _floats(sigmas: Sigmas) -> Sequence[float]:
     return sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas
 
 
-def sampler_of(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], Tensor]) -> Sampler:
-    """The function that a scheduler stands for in a run: (denoise, x, sigmas, on_step) -> x."""
+def make_sampler(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], Tensor]) -> Sampler:
+    """Make the sampler of a scheduler: (denoise, x, sigmas, on_step) -> x."""
     if not isinstance(scheduler, DPMSolverMultistepScheduler):
         return euler
     return partial(
@@ -93,20 +93,20 @@ def sampler_of(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], Ten
     )
 
 
-def draw_noise(
+def randn_latents(
     shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Standard normal noise [B, ...], drawn on the generator's own device (the CPU's if None), then moved.
+    """Draw standard normal noise [B, ...] on the generator's own device (the CPU if None), then move it.
 
-    generator: one for the whole batch, or one for each of its B pictures. From torch 2.13 on, float16 and
-    bfloat16 are the same numbers rounded, so that one seed gives one picture in every precision; torch 2.10
-    draws others. ValueError for another number of generators.
+    generator: one for the whole batch, or one for each of its B images; ValueError for another number. From
+    torch 2.13 on, float16 and bfloat16 noise is float32's, rounded, so that a seed gives the same image in
+    every precision; in torch 2.10 it differs.
     """
     if isinstance(generator, torch.Generator) or generator is None:
-        place = "cpu" if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=place, dtype=dtype).to(device)
-    listed = list(generator) if isinstance(generator, Sequence) else []
-    if len(listed) != shape[0] or not all(isinstance(one, torch.Generator) for one in listed):
-        wanted = f"one torch.Generator, or a list of {shape[0]}, one for each picture"
-        raise ValueError(f"wanted {wanted}, got {generator!r}")
-    return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in listed])
+        source = "cpu" if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+    generators = list(generator) if isinstance(generator, Sequence) else []
+    if len(generators) != shape[0] or not all(isinstance(one, torch.Generator) for one in generators):
+        expected = f"one torch.Generator, or a list of {shape[0]}, one for each image"
+        raise ValueError(f"expected {expected}, got {generator!r}")
+    return torch.cat([randn_latents((1, *shape[1:]), one, device, dtype) for one in generators])

@@ -1,9 +1,9 @@
-"""When and how strongly: betas -> sigmas -> timesteps.
+"""Noise schedules: betas -> sigmas -> timesteps.
 
-A scheduler is a frozen description; `scheduler.schedule(25)` gives the numbers of one run as tensors. `sigma`
-is the noise's standard deviation beside a clean image of variance 1 (Karras et al.,
-https://arxiv.org/abs/2206.00364): x = image + sigma * noise. The table is computed in float32 and the
-arithmetic on it in float64, as the reference does, so that every number is the reference's to the last bit.
+A scheduler is a frozen config; `scheduler.schedule(25)` computes the tensors of one run. `sigma` is the
+standard deviation of the noise added to a clean image of variance 1 (Karras et al.,
+https://arxiv.org/abs/2206.00364): x = image + sigma * noise. The training sigmas are computed in float32 and
+the arithmetic on them in float64, as in the reference, so that all numbers are equal to the last bit.
 Source: diffusers' schedulers/scheduling_euler_discrete.py and scheduling_dpmsolver_multistep.py.
 """
 
@@ -19,71 +19,72 @@ import torch
 from torch import Tensor
 
 from kolors_core.config import ConfigDict
-from kolors_core.fields import fraction_of, whole_number
+from kolors_core.validation import check_fraction, check_int
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The numbers of one run of n steps.
+    """Schedule of one run of n steps.
 
-    sigmas: float64 [n + 1], falling; the last is where the run ends, usually 0. timesteps: float64 [n], what
-    the UNet is told at each sigma. start_scale: what standard normal noise is multiplied with to start.
-    table: float32 [T], the sigma of each training timestep. whole_timesteps: whether the UNet is told rounded
-    ones. first_order_last: whether the last step leaves out DPM-Solver++'s multistep term.
+    sigmas: float64 [n + 1], descending; the run ends at the last, usually 0. timesteps: float64 [n], the
+    UNet's input at each sigma. init_noise_sigma: factor on the initial standard normal noise.
+    training_sigmas: float32 [T], one for each training timestep. whole_timesteps: whether the UNet gets
+    rounded ones. first_order_last: whether the last step omits DPM-Solver++'s multistep term.
     """
 
     sigmas: Tensor
     timesteps: Tensor
-    start_scale: float
-    table: Tensor
+    init_noise_sigma: float
+    training_sigmas: Tensor
     whole_timesteps: bool
     first_order_last: bool = False
 
     def timestep(self, sigma: float) -> float:
-        """The timestep of a sigma: that of the run's step if it is one of them, else read off the table."""
+        """Return the timestep of a sigma: the step's if it is one of the run's, else interpolated."""
         for known, timestep in zip(self.sigmas.tolist(), self.timesteps.tolist(), strict=False):
             if known == sigma:
                 return timestep
-        found = timestep_of(sigma, self.table)
-        return float(round(found)) if self.whole_timesteps else found
+        interpolated = sigma_to_timestep(sigma, self.training_sigmas)
+        return float(round(interpolated)) if self.whole_timesteps else interpolated
 
-    def until(self, fraction: float) -> Self:
-        """The first part of the denoising, a `fraction` of the T training timesteps (`denoising_end`)."""
-        if fraction_of("denoising_end", fraction) == 1:
+    def before(self, fraction: float) -> Self:
+        """Keep the steps in the first `fraction` of the T training timesteps (`denoising_end`)."""
+        if check_fraction("denoising_end", fraction) == 1:
             return self
-        steps = int((self.timesteps >= self._cut(fraction)).sum())
+        steps = int((self.timesteps >= self._cutoff_timestep(fraction)).sum())
         if steps == 0:
             raise ValueError(f"denoising_end {fraction} leaves none of the {len(self.timesteps)} steps")
         kept = {"sigmas": self.sigmas[: steps + 1], "timesteps": self.timesteps[:steps]}
         return replace(self, **kept, first_order_last=self.first_order_last and steps == len(self.timesteps))
 
-    def since(self, fraction: float) -> Self:
-        """What `until` with the same fraction leaves (`denoising_start`)."""
-        steps = int((self.timesteps < self._cut(fraction_of("denoising_start", fraction))).sum())
+    def after(self, fraction: float) -> Self:
+        """Keep the steps that `before` with the same fraction drops (`denoising_start`)."""
+        cutoff = self._cutoff_timestep(check_fraction("denoising_start", fraction))
+        steps = int((self.timesteps < cutoff).sum())
         if steps == 0:
             raise ValueError(f"denoising_start {fraction} leaves none of the {len(self.timesteps)} steps")
-        return self._last(steps)
+        return self._keep_last(steps)
 
-    def noised(self, strength: float) -> Self:
-        """The steps that take noise of this strength off again: int(n * strength) of n, the last ones."""
-        steps = int(len(self.timesteps) * fraction_of("strength", strength))
+    def last_steps(self, strength: float) -> Self:
+        """Keep the last int(n * strength) of n steps, for an image noised with this strength."""
+        steps = int(len(self.timesteps) * check_fraction("strength", strength))
         if steps == 0:
-            wanted = f"strength times steps must be at least 1, got {strength} times {len(self.timesteps)}"
-            raise ValueError(f"no step is left: {wanted}")
-        return self._last(steps)
+            got = f"{strength} times {len(self.timesteps)}"
+            raise ValueError(f"no step is left: strength times steps must be at least 1, got {got}")
+        return self._keep_last(steps)
 
-    def _last(self, steps: int) -> Self:
+    def _keep_last(self, steps: int) -> Self:
         kept = {"sigmas": self.sigmas[-steps - 1 :], "timesteps": self.timesteps[-steps:]}
-        return replace(self, **kept, start_scale=math.sqrt(kept["sigmas"][0].item() ** 2 + 1))
+        return replace(self, **kept, init_noise_sigma=math.sqrt(kept["sigmas"][0].item() ** 2 + 1))
 
-    def _cut(self, fraction: float) -> int:
-        total = len(self.table)
+    def _cutoff_timestep(self, fraction: float) -> int:
+        total = len(self.training_sigmas)
         return round(total - fraction * total)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheduler(ABC):
-    """What Euler and DPM-Solver++ share. Defaults are the released Kolors: 1,100 steps, beta to 0.014."""
+    """Scheduler fields and methods that Euler and DPM-Solver++ share; defaults are the released Kolors'."""
 
     num_train_timesteps: int = 1100
     beta_start: float = 0.00085
@@ -95,8 +96,8 @@ class Scheduler(ABC):
     final_sigmas_type: str = "zero"
 
     def __post_init__(self) -> None:
-        whole_number("num_train_timesteps", self.num_train_timesteps, least=2, most=100_000)
-        whole_number("steps_offset", self.steps_offset, least=0, most=self.num_train_timesteps - 1)
+        check_int("num_train_timesteps", self.num_train_timesteps, least=2, most=100_000)
+        check_int("steps_offset", self.steps_offset, least=0, most=self.num_train_timesteps - 1)
         betas = (self.beta_start, self.beta_end)
         if not all(isinstance(beta, float) for beta in betas) or not 0 < betas[0] <= betas[1] < 1:
             raise ValueError(f"0 < beta_start <= beta_end < 1 does not hold for {betas[0]!r}, {betas[1]!r}")
@@ -107,43 +108,43 @@ class Scheduler(ABC):
 
     @property
     def config(self) -> ConfigDict:
-        """Every field, for another scheduler's `from_config`."""
+        """The scheduler's fields, for another's `from_config`."""
         return ConfigDict(asdict(self))
 
     def describe(self) -> str:
-        """Its name, and the fields that differ from the released Kolors'."""
-        changed = [
-            f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default
-        ]
+        """Return the scheduler's name and the fields that differ from the released Kolors'."""
+        values = [(field, getattr(self, field.name)) for field in fields(self)]
+        changed = [f"{field.name}={value}" for field, value in values if value != field.default]
         return type(self).__name__ + (f"({', '.join(changed)})" if changed else "")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
         """Build from a public config, or another scheduler's `.config`, with some fields changed.
 
-        Fields of the other scheduler are passed over. Raises ValueError for a field that would change the
-        result and is not supported, and for a change that this scheduler has no field for.
+        Fields of the other scheduler are ignored. ValueError for an unsupported field that would change the
+        result, or a change of a field that this scheduler lacks.
         """
         if not isinstance(config, Mapping):
-            raise TypeError(f"wanted a scheduler's config, such as pipe.scheduler.config, got {config!r:.99}")
+            expected = "a scheduler's config, such as pipe.scheduler.config"
+            raise TypeError(f"expected {expected}, got {config!r:.99}")
         own = {field.name for field in fields(cls)}
-        if strangers := sorted(changes.keys() - own):
-            raise ValueError(f"{cls.__name__} has no field {strangers[0]!r}; it has {', '.join(sorted(own))}")
-        sibling = {field.name for kind in SCHEDULERS.values() for field in fields(kind)}
+        if unknown := sorted(changes.keys() - own):
+            raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(own))}")
+        known = own.union(field.name for kind in SCHEDULERS.values() for field in fields(kind))
         for name, value in config.items():
-            if name in own | sibling | _INERT or name.startswith("_") or value is None or value is False:
+            if name in known | _IGNORED_FIELDS or name.startswith("_") or value is None or value is False:
                 continue
-            if name not in _ONLY or value != _ONLY[name]:
-                wanted = repr(_ONLY[name]) if name in _ONLY else "no such field"
-                raise ValueError(f"scheduler config: {name} is {value!r}, wanted {wanted}")
+            if name not in _REQUIRED_VALUES or value != _REQUIRED_VALUES[name]:
+                expected = repr(_REQUIRED_VALUES[name]) if name in _REQUIRED_VALUES else "no such field"
+                raise ValueError(f"scheduler config: {name} is {value!r}, expected {expected}")
         return cls(**{name: value for name, value in config.items() if name in own} | changes)
 
     def to_public(self) -> dict[str, Any]:
-        """The `scheduler_config.json` that the reference reads."""
+        """Return the `scheduler_config.json` that the reference reads."""
         return {"_class_name": type(self).__name__, **asdict(self), "prediction_type": "epsilon"}
 
-    def table(self) -> Tensor:
-        """The sigma of each training timestep, sqrt((1 - a) / a) for a = cumprod(1 - beta): float32 [T]."""
+    def training_sigmas(self) -> Tensor:
+        """Compute sqrt((1 - a) / a), a = cumprod(1 - beta), of each training timestep: float32 [T]."""
         root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
         ends = self.beta_start**root, self.beta_end**root
         betas = torch.linspace(*ends, self.num_train_timesteps, device="cpu") ** (1 / root)
@@ -157,62 +158,62 @@ class Scheduler(ABC):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> Schedule:
-        """The numbers of a run of `steps` steps, or of given `timesteps` (n) or `sigmas` (n + 1).
+        """Compute the schedule of a run of `steps` steps, or of given `timesteps` (n) or `sigmas` (n + 1).
 
-        Raises ValueError unless exactly one is given, or where the numbers do not fall strictly.
+        ValueError unless exactly one is given and the numbers are strictly descending.
         """
         if sum(given is not None for given in (steps, timesteps, sigmas)) != 1:
             raise ValueError("give exactly one of steps, timesteps and sigmas")
         if timesteps is not None and self.use_karras_sigmas:
             raise ValueError("timesteps cannot be given with use_karras_sigmas, which sets its own")
-        table, most = self.table(), self.num_train_timesteps - 1
+        table, most = self.training_sigmas(), self.num_train_timesteps - 1
         if sigmas is not None:
-            sigmas = _falling("sigmas", sigmas, 0.0, math.inf)
+            sigmas = _check_descending("sigmas", sigmas, 0.0, math.inf)
             if len(sigmas) < 2:
                 raise ValueError(f"sigmas must be at least two, of which the last ends the run, got {sigmas}")
-            own = np.array(sigmas, np.float32)  # whose logarithm the reference takes in float32
-            return self._finish(own, [timestep_of(sigma, table) for sigma in own[:-1]], table)
+            rounded = np.array(sigmas, np.float32)  # the reference takes the logarithm in float32
+            return self._finish(rounded, [sigma_to_timestep(sigma, table) for sigma in rounded[:-1]], table)
         if timesteps is not None:
-            times = _falling("timesteps", timesteps, 0.0, most)
+            times = _check_descending("timesteps", timesteps, 0.0, most)
         else:
-            times = self._spaced(whole_number("the number of steps", steps, most=most)).tolist()
+            times = self._spaced(check_int("the number of steps", steps, most=most)).tolist()
         run = np.interp(times, np.arange(len(table)), table).tolist()
         if self.use_karras_sigmas:
             run = karras(*self._karras_range(run, table), len(run))
-            times = [timestep_of(sigma, table) for sigma in run]
+            times = [sigma_to_timestep(sigma, table) for sigma in run]
         end = table[0].item() if self.final_sigmas_type == "sigma_min" else 0.0
         return self._finish(np.array([*run, end], np.float32), times, table)
 
     def latent_scale(self, sigma: float) -> float:
-        """x is so many times the latents that the reference holds between steps."""
+        """Return the ratio of x to the latents that the reference keeps between steps."""
         return 1.0
 
     @abstractmethod
     def _finish(self, sigmas: np.ndarray, timesteps: list[float], table: Tensor) -> Schedule:
-        """The run of sigmas (float32 [n + 1]) and their timesteps (n), rounded as the reference does."""
+        """Make the schedule of sigmas (float32 [n + 1]) and timesteps (n), rounded as the reference does."""
 
     @abstractmethod
     def _spaced(self, steps: int) -> np.ndarray:
-        """Timesteps by `timestep_spacing`, falling: [steps]."""
+        """Compute timesteps by `timestep_spacing`, descending: [steps]."""
 
     def _leading(self, ratio: int, first: int, steps: int) -> np.ndarray:
-        """first, first + 1, ... times the ratio, moved by the offset but not out of the table; falling."""
+        """Compute ratio * (first, first + 1, ...) + offset, clipped to the last timestep; descending."""
         timesteps = np.arange(first, first + steps)[::-1] * ratio + self.steps_offset
         return timesteps.clip(max=self.num_train_timesteps - 1)
 
     def _trailing(self, steps: int) -> np.ndarray:
-        """Back from the end by equal parts; at 15 steps numpy's range, unlike the reference's, is cut."""
+        """Step back from the end by equal parts; unlike the reference, cut numpy's range to `steps`."""
         total = self.num_train_timesteps
         return np.arange(total, 0, -total / steps)[:steps].round() - 1
 
     @abstractmethod
     def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
-        """The smallest and largest of Karras' sigmas; `run` are the spaced timesteps' own."""
+        """Return the smallest and largest of Karras' sigmas; run: the sigmas of the spaced timesteps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EulerDiscreteScheduler(Scheduler):
-    """Euler's method (Karras et al., algorithm 1 without churn), Kolors' published default."""
+    """Scheduler of Euler's method (Karras et al., algorithm 1 without churn), Kolors' published default."""
 
     def _spaced(self, steps: int) -> np.ndarray:
         total = self.num_train_timesteps
@@ -234,7 +235,7 @@ class EulerDiscreteScheduler(Scheduler):
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverMultistepScheduler(Scheduler):
-    """DPM-Solver++ (https://arxiv.org/abs/2211.01095), multistep; `sde-dpmsolver++` is its SDE form."""
+    """Scheduler of DPM-Solver++ (https://arxiv.org/abs/2211.01095); `sde-dpmsolver++` is its SDE form."""
 
     algorithm_type: str = "dpmsolver++"
     solver_order: int = 2
@@ -244,12 +245,12 @@ class DPMSolverMultistepScheduler(Scheduler):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("algorithm_type", self.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
-        whole_number("solver_order", self.solver_order, most=2)
+        check_int("solver_order", self.solver_order, most=2)
         _one_of("lower_order_final", self.lower_order_final, (False, True))
         _one_of("euler_at_final", self.euler_at_final, (False, True))
 
     def latent_scale(self, sigma: float) -> float:
-        """Here it holds x of variance 1."""
+        """Return sqrt(sigma^2 + 1): the reference keeps latents of variance 1."""
         return math.sqrt(sigma**2 + 1)
 
     def _spaced(self, steps: int) -> np.ndarray:
@@ -274,26 +275,26 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     kind.__name__: kind for kind in (EulerDiscreteScheduler, DPMSolverMultistepScheduler)
 }
 
-# Fields of the reference's schedulers: those with one value we can compute, and those that change nothing.
-_ONLY: dict[str, Any] = {
+# Fields of the reference's schedulers: those of which we implement one value, and those without effect.
+_REQUIRED_VALUES: dict[str, Any] = {
     "prediction_type": "epsilon", "interpolation_type": "linear", "timestep_type": "discrete",
     "solver_type": "midpoint", "lambda_min_clipped": -math.inf,
 }  # fmt: skip
-_INERT = {
+_IGNORED_FIELDS = {
     "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "set_alpha_to_one",
     "skip_prk_steps", "time_shift_type", "flow_shift",
 }  # fmt: skip
 
 
 def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> list[float]:
-    """Sigmas evenly spaced in sigma^(1/rho), falling (Karras et al., eq. 5, without the final 0)."""
+    """Compute descending sigmas, evenly spaced in sigma^(1/rho) (Karras et al., eq. 5, without the 0)."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     ramp = [i / (steps - 1) for i in range(steps)] if steps > 1 else [0.0]
     return [(high + r * (low - high)) ** rho for r in ramp]
 
 
-def timestep_of(sigma: float | np.float32, table: Tensor) -> float:
-    """The fractional timestep of a sigma: linear in log sigma between neighbours in the table."""
+def sigma_to_timestep(sigma: float | np.float32, table: Tensor) -> float:
+    """Interpolate the timestep of a sigma, linearly in log sigma, in the table of training sigmas."""
     logs = np.log(table.numpy())  # float32, as in the reference: torch's float32 log rounds differently
     log_sigma = np.log(max(sigma, 1e-10))
     low = np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2)
@@ -301,15 +302,15 @@ def timestep_of(sigma: float | np.float32, table: Tensor) -> float:
     return float((1 - weight) * low + weight * (low + 1))
 
 
-def _falling(name: str, values: Sequence[float], least: float, most: float) -> list[float]:
+def _check_descending(name: str, values: Sequence[float], least: float, most: float) -> list[float]:
     try:
         numbers = [float(value) for value in values if not isinstance(value, str | bool)]
         if len(numbers) < len(values):
             raise TypeError("a string or a bool among them")
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a list of numbers, got {values!r}") from None
-    falling = all(a > b for a, b in pairwise(numbers))
-    if not numbers or not falling or not least <= numbers[-1] <= numbers[0] <= most:
+    is_descending = all(a > b for a, b in pairwise(numbers))
+    if not numbers or not is_descending or not least <= numbers[-1] <= numbers[0] <= most:
         raise ValueError(f"{name} must fall strictly, within {least} to {most}, got {numbers}")
     return numbers
 

@@ -1,4 +1,4 @@
-"""Prompts to token ids, as ChatGLM3 wants them.
+"""Tokenizer of ChatGLM3: prompts -> TokenBatch.
 
 Shapes: B prompts, L `max_length`.
 """
@@ -13,19 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kolors_core.fields import path_of, whole_number
+from kolors_core.validation import as_path, check_int
 
 logger = logging.getLogger("kolors_core")
 
-# ChatGLM3 numbers its special tokens right after the SentencePiece pieces, in this order.
+# ChatGLM3 numbers its special tokens after the SentencePiece pieces, in this order.
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """ids [B, L]; mask [B, L] bool, True on real tokens; positions [B, L], 0 on pads, then 0, 1, 2, ...
+    """Tokens of B prompts: ids [B, L], mask [B, L] (bool, True on real tokens) and positions [B, L].
 
-    counts: None, or float32 [B, L], how many tokens of the full batch each of these stands for.
+    Positions are 0 on pads, then 0, 1, 2, ... counts: None, or float32 [B, L], the multiplicity of each token
+    in the full batch.
     """
 
     ids: Tensor
@@ -33,11 +34,11 @@ class TokenBatch:
     positions: Tensor
     counts: Tensor | None = None
 
-    def collapse(self) -> "TokenBatch":
-        """The same text in as few columns as its longest prompt and one pad need.
+    def merge_padding(self) -> "TokenBatch":
+        """Keep as many columns as the longest prompt and one pad need, and count the removed pads.
 
-        All pads of a prompt are one token: equal, at position 0, seeing everything. So the first that is kept
-        can stand for those that are not: attention that counts it as many gives exactly the same.
+        All pads of a prompt are equal: same id, position 0, attending to all tokens. So attention that counts
+        the first kept pad once for each removed one gives exactly the same result.
         """
         length = int(self.mask.sum(1).max())
         kept = slice(max(0, self.mask.shape[1] - length - 1), None)
@@ -47,57 +48,57 @@ class TokenBatch:
         return TokenBatch(self.ids[:, kept], mask, self.positions[:, kept], counts)
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """The same tokens on another device."""
+        """Move the tokens to another device."""
         counts = None if self.counts is None else self.counts.to(device)
         return TokenBatch(self.ids.to(device), self.mask.to(device), self.positions.to(device), counts)
 
 
 class Tokenizer:
-    """SentencePiece, a `[gMASK] sop` prefix, and padding on the left.
+    """Tokenizer with SentencePiece, a `[gMASK] sop` prefix, and padding on the left.
 
     Source: `ChatGLMTokenizer` in diffusers' pipelines/kolors/tokenizer.py. A special token's name inside a
-    prompt is plain text. Raises FileNotFoundError if `path` (the folder, or `tokenizer.model` in it) is not
-    there, ValueError if it is no SentencePiece model.
+    prompt is plain text. FileNotFoundError if `path` (the folder, or `tokenizer.model` in it) does not exist,
+    ValueError if it is not a SentencePiece model.
     """
 
     def __init__(self, path: str | Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        file = path_of("the tokenizer", path)
+        file = as_path("the tokenizer", path)
         self.file = file / "tokenizer.model" if file.is_dir() else file
         if not self.file.is_file():
-            raise FileNotFoundError(f"{self.file}: no such file, wanted ChatGLM's SentencePiece model")
+            raise FileNotFoundError(f"{self.file}: no such file, expected ChatGLM's SentencePiece model")
         try:
-            self.content = self.file.read_bytes()  # kept: the file may be a passing one
-            self.pieces = SentencePieceProcessor(model_proto=self.content)
+            self.model_bytes = self.file.read_bytes()  # kept for saving: the file may be temporary
+            self.pieces = SentencePieceProcessor(model_proto=self.model_bytes)
         except RuntimeError as error:
             raise ValueError(f"{self.file}: not a SentencePiece model: {error}") from None
-        first = self.pieces.vocab_size()
-        self.special = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
+        num_pieces = self.pieces.vocab_size()
+        self.special = {token: num_pieces + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.pad_id: int = self.pieces.unk_id()
-        self.size: int = first + len(SPECIAL_TOKENS)
+        self.size: int = num_pieces + len(SPECIAL_TOKENS)
 
     def encode(self, text: str, words: Mapping[str, Sequence[int]]) -> list[int]:
-        """Ids of a text, in which each of `words` stands for its own, the longest first; what is between them
-        is encoded as a prompt of its own would be.
+        """Encode a text, replacing each of `words`, the longest first, by its ids.
+
+        The text between them is encoded as separate prompts.
         """
-        listed = sorted(map(re.escape, words), key=len, reverse=True)
-        parts = re.split(f"({'|'.join(listed)})", text) if words else [text]
+        patterns = sorted(map(re.escape, words), key=len, reverse=True)
+        parts = re.split(f"({'|'.join(patterns)})", text) if words else [text]
         return [i for part in parts for i in (words[part] if part in words else self.pieces.encode(part))]
 
     def __call__(
         self, prompts: Sequence[str], max_length: int = 256, words: Mapping[str, Sequence[int]] | None = None
     ) -> TokenBatch:
-        """Token ids of each prompt, cut on the right and padded on the left to `max_length`.
+        """Tokenize prompts, truncated on the right and padded on the left to `max_length`.
 
-        words: of textual inversion, each with its ids. What is cut is told once, by a log line.
-        Raises ValueError for an empty list or a `max_length` that leaves no room for text, TypeError for a
-        non-string.
+        words: of textual inversion, each with its ids. Truncated text is logged once. ValueError for an empty
+        list or a `max_length` that leaves no room for text, TypeError for a non-string.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-            raise ValueError(f"wanted a list of at least one prompt, got {prompts!r}")
+            raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
         prefix = [self.special["[gMASK]"], self.special["sop"]]
-        if whole_number("max_length", max_length) <= len(prefix):
+        if check_int("max_length", max_length) <= len(prefix):
             raise ValueError(f"max_length must be more than the prefix's {len(prefix)}, got {max_length}")
         ids = torch.full((len(prompts), max_length), self.pad_id, dtype=torch.int64)
         mask = torch.zeros((len(prompts), max_length), dtype=torch.bool)
@@ -110,8 +111,8 @@ class Tokenizer:
             except (RuntimeError, UnicodeError):
                 raise ValueError(f"prompt {row} is not valid Unicode text: {prompt[:40]!a}") from None
             if len(tokens) > max_length:
-                lost = [i for i in tokens[max_length:] if i < self.pieces.vocab_size()]
-                _tell_cut(len(tokens), max_length, self.pieces.decode(lost))
+                cut = [i for i in tokens[max_length:] if i < self.pieces.vocab_size()]
+                _warn_truncated(len(tokens), max_length, self.pieces.decode(cut))
                 tokens = tokens[:max_length]
             start = max_length - len(tokens)
             ids[row, start:] = torch.tensor(tokens)
@@ -121,7 +122,7 @@ class Tokenizer:
 
 
 @lru_cache(maxsize=256)
-def _tell_cut(count: int, most: int, lost: str) -> None:
-    """Warn, once for each text that is lost."""
-    shown = lost if len(lost) <= 120 else f"{lost[:120]}..."
-    logger.warning("a prompt of %d tokens is cut to %d; what is lost: %r", count, most, shown)
+def _warn_truncated(count: int, most: int, cut: str) -> None:
+    """Log a warning once for each truncated text."""
+    shown = cut if len(cut) <= 120 else f"{cut[:120]}..."
+    logger.warning("a prompt of %d tokens is truncated to %d, without %r", count, most, shown)

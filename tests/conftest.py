@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from kolors_core import KolorsInpaintPipeline
-from tests.inpainting import NINE, Nine
-from tests.ip_adapters import Both, load_both, with_image_encoder, write_adapter
-from tests.parity import pair, reference_clip
-from tests.pipelines import SOLVERS, Pair, make_pair, use_solver
-from tests.published import TOKENIZER, published_file, write_stand_in
-from tests.reference_folder import train_tokenizer, write
-from tests.small import SMALL_CLIP, randomise
-from weights_convert.folding import to_single
+from tests.support.inpainting import NINE, Nine
+from tests.support.ip_adapters import Both, load_both, with_image_encoder, write_adapter
+from tests.support.parity import pair, reference_clip
+from tests.support.pipelines import SOLVERS, Pair, make_pair, use_solver
+from tests.support.published import TOKENIZER, published_file, write_stand_in
+from tests.support.reference_folder import train_tokenizer, write
+from tests.support.small import SMALL_CLIP, randomise
+from weights_convert.folder_to_single_file import to_single
 
 # One thread unless the environment says otherwise: the models are tiny, a second costs more than it brings.
 # Processes that tests start inherit it.

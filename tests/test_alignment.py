@@ -18,11 +18,11 @@ from kolors_core.loading import load
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.loras import ATTENTION, factors, peft_names
-from tests.offloads import offloaded
-from tests.small import SMALL, randomise
+from tests.support.loras import ATTENTION, factors, peft_names
+from tests.support.offloads import offloaded
+from tests.support.small import SMALL, randomise
 from weights_convert.__main__ import convert
-from weights_convert.source import ALIGNMENT, Source, Tensors, aligned
+from weights_convert.safetensors_files import ALIGNMENT, Source, Tensors, aligned
 
 pytestmark = pytest.mark.numerical
 

@@ -1,4 +1,4 @@
-"""The one attention call: every kernel gives the written-out softmax, and a forced one is forced."""
+"""Attention: every kernel equals an explicit softmax, and a forced kernel is the one that runs."""
 
 from types import SimpleNamespace
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import kolors_core.attention as room
-from kolors_core.attention import KERNELS, attention, attention_kernel, choose
-from tests.small import EXACT, relative_error
+import kolors_core.attention as attention_module
+from kolors_core.attention import KERNELS, attention, attention_kernel, select_kernel
+from tests.support.small import EXACT, relative_error
 
 pytestmark = pytest.mark.numerical
 
@@ -31,30 +31,29 @@ def biases(queries: int = 13, keys: int = 9) -> list[Tensor | None]:
 @pytest.mark.parametrize("name", ["sdpa", "flash", "cudnn_first", "chunked"])
 @pytest.mark.parametrize("bias", range(4))
 def test_kernels_agree(name: str, bias: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        room, "MPS_SCORE_ELEMENTS", 2 * 3 * 9 * 4
-    )  # chunks of four queries, the last one shorter
+    # Chunks of four queries, the last one shorter.
+    monkeypatch.setattr(attention_module, "MPS_SCORE_ELEMENTS", 2 * 3 * 9 * 4)
     q, k, v = inputs()
-    with attention_kernel("written_out"):
+    with attention_kernel("matmul"):
         expected = attention(q, k, v, biases()[bias])
     with attention_kernel(name):
         assert relative_error(attention(q, k, v, biases()[bias]), expected) < EXACT
 
 
-class Elsewhere:
-    """Shapes of a tensor on a device that this machine need not have."""
+class TensorOn:
+    """Shape and dtype of a tensor on a device that this machine need not have."""
 
     def __init__(self, tensor: Tensor, device: str) -> None:
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, torch.device(device)
 
 
 def chosen(tensor: Tensor, device: str) -> str:
-    there = Elsewhere(tensor, device)
-    return choose(there, there)  # type: ignore[arg-type]
+    placed = TensorOn(tensor, device)
+    return select_kernel(placed, placed)  # type: ignore[arg-type]
 
 
 def test_the_kernel_is_chosen_by_device_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks on MPS where the scores are many; cuDNN before flash on Hopper alone."""
+    """Chunks on MPS for many scores; cuDNN before flash on Hopper only."""
     small, large = torch.empty(1, 1, 8, 4, device="meta"), torch.empty(2, 20, 4096, 64, device="meta")
     assert [chosen(small, "mps"), chosen(large, "mps")] == ["sdpa", "chunked"]
     assert {chosen(tensor, "cpu") for tensor in (small, large)} == {"sdpa"}
@@ -81,28 +80,28 @@ def test_an_unknown_kernel_and_one_that_cannot_run_are_errors() -> None:
 @pytest.mark.parametrize(
     ("shape", "keys", "name"),
     [
-        ((2, 20, 256, 64), 256, "written_out"),  # a picture of 256 pixels
+        ((2, 20, 256, 64), 256, "matmul"),  # an image of 256 pixels
         ((1, 16, 577, 64), 577, "sdpa"),
-        ((2, 20, 1024, 64), 77, "written_out"),
-        ((2, 20, 1024, 64), 21, "sdpa"),  # the text, its pads collapsed
+        ((2, 20, 1024, 64), 77, "matmul"),
+        ((2, 20, 1024, 64), 21, "sdpa"),  # the text with merged pads
         ((2, 20, 1024, 64), 1024, "sdpa"),
-        ((1, 1, 4096, 512), 4096, "written_out"),  # the VAE at 512 pixels
+        ((1, 1, 4096, 512), 4096, "matmul"),  # the VAE at 512 pixels
         ((1, 1, 16384, 512), 16384, "sdpa"),  # at 1024 the scores would take a gigabyte
     ],
 )
-def test_on_a_cpu_in_bfloat16_short_rows_and_wide_heads_are_written_out(
+def test_on_a_cpu_in_bfloat16_short_rows_and_wide_heads_use_matmul(
     shape: tuple[int, ...], keys: int, name: str
 ) -> None:
     q = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     k = torch.empty((*shape[:2], keys, shape[3]), dtype=torch.bfloat16, device="meta")
-    there = [Elsewhere(tensor, "cpu") for tensor in (q, k)]
+    placed = [TensorOn(tensor, "cpu") for tensor in (q, k)]
     with torch.no_grad():
-        assert choose(*there) == name  # type: ignore[arg-type]
-    assert choose(*there) == "sdpa"  # type: ignore[arg-type]
-    full = [Elsewhere(tensor.float(), "cpu") for tensor in (q, k)]
+        assert select_kernel(*placed) == name  # type: ignore[arg-type]
+    assert select_kernel(*placed) == "sdpa"  # type: ignore[arg-type]
+    full = [TensorOn(tensor.float(), "cpu") for tensor in (q, k)]
     with torch.no_grad():
-        assert choose(*full) == "sdpa"  # type: ignore[arg-type]
+        assert select_kernel(*full) == "sdpa"  # type: ignore[arg-type]
 
 
 def test_every_kernel_has_a_name() -> None:
-    assert {"sdpa", "flash", "cudnn", "efficient", "cudnn_first", "chunked", "written_out"} == set(KERNELS)
+    assert {"sdpa", "flash", "cudnn", "efficient", "cudnn_first", "chunked", "matmul"} == set(KERNELS)

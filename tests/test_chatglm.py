@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.tokenizer import TokenBatch
-from tests.parity import assert_parity, first_divergence, pair
-from tests.small import FLOAT32, relative_error
+from tests.support.parity import assert_parity, first_divergence, pair
+from tests.support.small import FLOAT32, relative_error
 
 pytestmark = pytest.mark.numerical
 
@@ -24,7 +24,7 @@ def token_batch(lengths: list[int], width: int, vocabulary: int = 640) -> TokenB
 
 
 def run_reference(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """tokens [B, L, C] and pooled [B, C], taken as the reference's pipeline takes them."""
+    """Select tokens [B, L, C] and pooled [B, C] as the reference's pipeline does."""
     states = model(
         input_ids=batch.ids,
         attention_mask=batch.mask.long(),
@@ -73,7 +73,7 @@ def wrong_eps(model: ChatGLM, _: pytest.MonkeyPatch) -> None:
 
 
 def no_rotation(model: ChatGLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kolors_core.chatglm.rotate", lambda x, cos, sin: x)
+    monkeypatch.setattr("kolors_core.chatglm.apply_rotary", lambda x, cos, sin: x)
 
 
 @pytest.mark.parametrize("spoil", [causal_pads, swap_norms, wrong_eps, no_rotation])
@@ -109,7 +109,7 @@ def test_half_precision_runs_and_stays_close() -> None:
 def test_collapsed_pads_change_nothing(lengths: list[int]) -> None:
     ours, _ = pair("text_encoder", torch.float64)
     batch = token_batch(lengths, width=40)
-    few = batch.collapse()
+    few = batch.merge_padding()
     width = min(40, max(lengths) + 1)
     assert few.counts is not None and few.ids.shape == (len(lengths), width)
     assert few.counts.sum(1).tolist() == [40.0] * len(lengths)
@@ -125,7 +125,7 @@ def test_collapsed_pads_change_nothing(lengths: list[int]) -> None:
 
 def test_embeddings_of_different_lengths_make_one_batch() -> None:
     ours, _ = pair("text_encoder", torch.float64)
-    parts = [ours(token_batch([length], width=40).collapse()) for length in (3, 9)]
+    parts = [ours(token_batch([length], width=40).merge_padding()) for length in (3, 9)]
     both = TextEmbedding.cat(parts)
     assert both.counts is not None and both.tokens.shape[1] == 10
     assert both.counts[0].tolist() == [0.0] * 6 + [37.0] + [1.0] * 3

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kolors_core import KolorsPipeline
-from kolors_core.checkpoint import load_component, needed_files, resolve, save_component
+from kolors_core.checkpoint import files_to_download, load_component, resolve, save_component
 from kolors_core.loading import load
 from kolors_core.unet import UNet
-from tests.pipelines import NO_SAVINGS
-from tests.small import FLOAT32, SMALL, relative_error
+from tests.support.pipelines import NO_SAVINGS
+from tests.support.small import FLOAT32, SMALL, relative_error
 from weights_convert import TABLES
 from weights_convert.__main__ import convert
-from weights_convert.source import Source
+from weights_convert.safetensors_files import Source
 
 Spoil = Callable[[Path], None]
 
@@ -134,31 +134,31 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Spoil:
 SPOILED: dict[str, tuple[Spoil, type[Exception], str]] = {
     "no index": (unlink("model_index.json"), FileNotFoundError, "model_index.json: no such file"),
     "another pipeline": (set_field("model_index.json", "_class_name", "SDXL"), ValueError,
-                         "_class_name is 'SDXL', wanted Kolors"),
+                         "_class_name is 'SDXL', expected Kolors"),
     "no component": (lambda folder: shutil.rmtree(folder / "vae"), FileNotFoundError, "vae: no such folder"),
     "no config": (unlink("unet/config.json"), FileNotFoundError, "unet/config.json: no such file"),
     "config is no JSON": (truncate("unet/config.json"), ValueError, "unet/config.json: not JSON"),
     "shard missing": (unlink("unet/*.safetensors"), FileNotFoundError, "shard 1 of"),
     "file truncated": (truncate("vae/*.safetensors"), ValueError, "not a whole safetensors file"),
     "SDXL's UNet": (set_field("unet/config.json", "encoder_hid_dim_type", None), ValueError,
-                    "encoder_hid_dim_type is None, wanted 'text_proj'"),
+                    "encoder_hid_dim_type is None, expected 'text_proj'"),
     "field missing": (lambda folder: (folder / "vae" / "config.json").write_text("{}"), ValueError,
                       "vae/config.json: the field block_out_channels is missing"),
     "absurd field": (set_field("unet/config.json", "layers_per_block", -2), ValueError,
-                     "layers_per_block is -2, wanted 3 positive whole numbers"),
+                     "layers_per_block is -2, expected 3 positive whole numbers"),
     "wrong type": (set_field("text_encoder/config.json", "num_layers", "3"), ValueError,
-                   "num_layers is '3', wanted a positive whole number"),
+                   "num_layers is '3', expected a positive whole number"),
     "unknown field": (set_field("unet/config.json", "use_magic", True), ValueError, "use_magic is True"),
     "schedule in doubt": (lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text(
         '{"_class_name": "EulerDiscreteScheduler"}'), ValueError, "the field num_train_timesteps is missing"),
     "another model": (set_field("unet/config.json", "_class_name", "UNet3D"), ValueError,
-                      "_class_name is 'UNet3D', wanted 'UNet2DConditionModel'"),
+                      "_class_name is 'UNet3D', expected 'UNet2DConditionModel'"),
     "endless model": (set_field("text_encoder/config.json", "num_layers", 10**7), ValueError,
-                      "num_layers is 10000000, wanted a positive whole number up to 1,000"),
+                      "num_layers is 10000000, expected a positive whole number up to 1,000"),
     "not true or false": (set_field("model_index.json", "force_zeros_for_empty_prompt", "false"), ValueError,
-                          "force_zeros_for_empty_prompt is 'false', wanted true or false"),
+                          "force_zeros_for_empty_prompt is 'false', expected true or false"),
     "unknown scheduler": (set_field("scheduler/scheduler_config.json", "_class_name", "DDIMScheduler"),
-                          ValueError, "'DDIMScheduler', wanted one of EulerDiscreteScheduler"),
+                          ValueError, "'DDIMScheduler', expected one of EulerDiscreteScheduler"),
     "tensor missing": (tensors(lambda state: state.pop("conv_in.weight")), ValueError,
                        "1 missing: conv_in.weight"),
     "tensor extra": (tensors(lambda state: state.update(extra=torch.zeros(1))), ValueError,
@@ -166,7 +166,7 @@ SPOILED: dict[str, tuple[Spoil, type[Exception], str]] = {
     "tensor misshapen": (tensors(lambda state: state.update({"conv_in.weight": torch.zeros(2, 2)})),
                          ValueError, "conv_in.weight is [2, 2], the model wants [32, 4, 3, 3]"),
     "whole numbers": (tensors(lambda state: state.update({"conv_in.weight": torch.zeros(32, 4, 3, 3).int()})),
-                      ValueError, "conv_in.weight holds torch.int32, wanted floating-point"),
+                      ValueError, "conv_in.weight holds torch.int32, expected floating-point"),
 }  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def test_nothing_is_loaded_when_something_does_not_fit(reference_folder: Path) -
     model = UNet(SMALL.unet)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     vae = sorted((reference_folder / "vae").glob("*.safetensors"))
-    with pytest.raises(ValueError, match="wanted the unet of a Kolors checkpoint, got a vae"):
+    with pytest.raises(ValueError, match="expected the unet of a Kolors checkpoint, got a vae"):
         load(model, Source(vae), "unet")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -204,7 +204,7 @@ def test_pickles_and_bad_names_are_refused(reference_folder: Path, tmp_path: Pat
     for name in ("nowhere", "/no/such/folder", "./a/b"):
         with pytest.raises(FileNotFoundError, match="no such folder, and not a hub repository"):
             resolve(name, ["unet"])
-    with pytest.raises(TypeError, match="wanted a checkpoint folder or hub repository, got None"):
+    with pytest.raises(TypeError, match="expected a checkpoint folder or hub repository, got None"):
         KolorsPipeline.from_pretrained(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="revision 'main' has no effect: .* is a local folder"):
         KolorsPipeline.from_pretrained(reference_folder, revision="main")
@@ -234,12 +234,12 @@ def test_needed_files_of_the_published_layout() -> None:
     unwanted = {".gitattributes", "README.md", "imgs/picture.png", "tokenizer/vocab.txt",
                 "text_encoder/model.safetensors.index.fp16.json", "unet/diffusion_pytorch_model.safetensors",
                 "vae/diffusion_pytorch_model.bin"}  # fmt: skip
-    assert set(needed_files(listing, everything, "fp16", "hub")) == set(listing) - unwanted
-    configs = needed_files(listing, everything, "no such", "hub", has_weights=False)
+    assert set(files_to_download(listing, everything, "fp16", "hub")) == set(listing) - unwanted
+    configs = files_to_download(listing, everything, "no such", "hub", has_weights=False)
     assert all(file.endswith(".json") for file in configs) and "unet/config.json" in configs
-    assert needed_files(listing, ["unet"], None, "hub")[-1] == "unet/diffusion_pytorch_model.safetensors"
+    assert files_to_download(listing, ["unet"], None, "hub")[-1] == "unet/diffusion_pytorch_model.safetensors"
     with pytest.raises(FileNotFoundError, match="hub: has no image_encoder/ folder"):
-        needed_files(listing, ["image_encoder"], "fp16", "hub")
+        files_to_download(listing, ["image_encoder"], "fp16", "hub")
 
 
 def test_garbage_is_collected_again_after_loading(reference_folder: Path) -> None:

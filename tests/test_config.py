@@ -1,4 +1,4 @@
-"""Configs: what the reference writes is read; what would be computed otherwise is refused."""
+"""Configs: those the reference writes are read; those of another computation are rejected."""
 
 import json
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from kolors_core.config import KOLORS, TINY, ChatGLMConfig, UNetConfig, VAEConfig
-from tests.parity import reference_chatglm, reference_unet, reference_vae
-from tests.published import TEXT_ENCODER, TEXT_ENCODER_CONFIG, configs
-from tests.small import SMALL
+from tests.support.parity import reference_chatglm, reference_unet, reference_vae
+from tests.support.published import TEXT_ENCODER, TEXT_ENCODER_CONFIG, configs
+from tests.support.small import SMALL
 
 
 @pytest.mark.parametrize("config", [KOLORS, TINY, SMALL], ids=["kolors", "tiny", "small"])
@@ -56,20 +56,20 @@ def test_other_spellings_of_the_same_model(change: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder_hid_dim_type": None}, "encoder_hid_dim_type is None, wanted 'text_proj'"),
-        ({"addition_embed_type": "text"}, "addition_embed_type is 'text', wanted 'text_time'"),
-        ({"projection_class_embeddings_input_dim": 2816}, "input_dim is 2816, wanted 5632"),
+        ({"encoder_hid_dim_type": None}, "encoder_hid_dim_type is None, expected 'text_proj'"),
+        ({"addition_embed_type": "text"}, "addition_embed_type is 'text', expected 'text_time'"),
+        ({"projection_class_embeddings_input_dim": 2816}, "input_dim is 2816, expected 5632"),
         (
             {"block_out_channels": [320, 640, 1281]},
-            "block_out_channels is .* wanted multiples of the 32 norm",
+            "block_out_channels is .* expected multiples of the 32 norm",
         ),
-        ({"block_out_channels": []}, "block_out_channels is \\[\\], wanted some positive whole numbers"),
-        ({"up_block_types": ["UpBlock2D"] * 3}, "up_block_types is .* wanted the down blocks mirrored"),
-        ({"layers_per_block": [2, 3, 2]}, "layers_per_block is .* wanted one number for all levels"),
-        ({"transformer_layers_per_block": [1, 2]}, "wanted 3 positive whole numbers"),
-        ({"norm_eps": 0}, "norm_eps is 0, wanted a positive number"),
-        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256, wanted None"),
-        ({"later": 3}, "later is 3, wanted no such field"),
+        ({"block_out_channels": []}, "block_out_channels is \\[\\], expected some positive whole numbers"),
+        ({"up_block_types": ["UpBlock2D"] * 3}, "up_block_types is .* expected the down blocks mirrored"),
+        ({"layers_per_block": [2, 3, 2]}, "layers_per_block is .* expected one number for all levels"),
+        ({"transformer_layers_per_block": [1, 2]}, "expected 3 positive whole numbers"),
+        ({"norm_eps": 0}, "norm_eps is 0, expected a positive number"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256, expected None"),
+        ({"later": 3}, "later is 3, expected no such field"),
     ],
     ids=str,
 )
@@ -80,17 +80,17 @@ def test_another_unet_is_refused_by_its_field(change: dict, message: str) -> Non
 
 def test_another_text_encoder_and_vae_are_refused() -> None:
     for field, value, message in (
-        ("rmsnorm", False, "rmsnorm is False, wanted True"),
-        ("multi_query_group_num", 3, "multi_query_group_num is 3, wanted a divisor of the 32 heads"),
-        ("kv_channels", 127, "kv_channels is 127, wanted a multiple of 4"),
-        ("rope_ratio", 50, "rope_ratio is 50, wanted 1"),
+        ("rmsnorm", False, "rmsnorm is False, expected True"),
+        ("multi_query_group_num", 3, "multi_query_group_num is 3, expected a divisor of the 32 heads"),
+        ("kv_channels", 127, "kv_channels is 127, expected a multiple of 4"),
+        ("rope_ratio", 50, "rope_ratio is 50, expected 1"),
     ):
         with pytest.raises(ValueError, match=message):
             ChatGLMConfig.from_public(KOLORS.text_encoder.to_public() | {field: value})
     for field, value, message in (
-        ("shift_factor", 0.1, "shift_factor is 0.1, wanted None"),
-        ("out_channels", 4, "out_channels is 4, wanted 3"),
-        ("scaling_factor", float("nan"), "scaling_factor is nan, wanted a positive number"),
+        ("shift_factor", 0.1, "shift_factor is 0.1, expected None"),
+        ("out_channels", 4, "out_channels is 4, expected 3"),
+        ("scaling_factor", float("nan"), "scaling_factor is nan, expected a positive number"),
     ):
         with pytest.raises(ValueError, match=message):
             VAEConfig.from_public(KOLORS.vae.to_public() | {field: value})

@@ -16,19 +16,19 @@ from torch import Tensor
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.attention import KERNELS
-from kolors_core.checkpoint import EMBEDDED, load_changed, load_component, save_component
+from kolors_core.checkpoint import EMBEDDED, load_component, load_modified, save_component
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
 from kolors_core.loading import load, zeros
 from kolors_core.sampling import euler
 from kolors_core.schedule import DPMSolverMultistepScheduler
-from tests.parity import assert_parity
-from tests.small import FLOAT32, relative_error
+from tests.support.parity import assert_parity
+from tests.support.small import FLOAT32, relative_error
 from tests.test_readme import block_after
 from weights_convert import TABLES
 from weights_convert.__main__ import convert
-from weights_convert.source import Source, Tensors
-from weights_convert.writing import copy_file
+from weights_convert.atomic_write import copy_file
+from weights_convert.safetensors_files import Source, Tensors
 
 FOLDER = Path(__file__).parent / "examples"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))
@@ -77,7 +77,7 @@ def pipeline(names: dict[str, Any]) -> KolorsPipeline:
 
 
 def drawn(pipe: KolorsPipeline, kind: str, steps: int = 8, **arguments: Any) -> Any:
-    """What a pipeline makes with the noise of the scripts: latents, or a picture."""
+    """What a pipeline makes with the noise of the scripts: latents, or an image."""
     seed = torch.Generator().manual_seed(7)
     made = pipe(num_inference_steps=steps, generator=seed, output_type=kind, **arguments).images
     return made if kind == "latent" else made[0]
@@ -86,7 +86,8 @@ def drawn(pipe: KolorsPipeline, kind: str, steps: int = 8, **arguments: Any) -> 
 def loss_of(names: dict[str, Any], added: Tensor | None = None) -> Tensor:
     """DDPM's training loss (eq. 14) of a script's UNet on what the script made, at four times."""
     at, draw = torch.arange(100, 900, 200), torch.Generator().manual_seed(0)
-    noise, sigma = torch.randn(4, 4, 16, 16, generator=draw), names["schedule"].table[at][:, None, None, None]
+    sigma = names["schedule"].training_sigmas[at][:, None, None, None]
+    noise = torch.randn(4, 4, 16, 16, generator=draw)
     latents = (names["latents"] + sigma * noise) / (1 + sigma**2).sqrt()
     told = (names["text"].tokens[:1].detach(), names["text"].pooled[:1].detach(), names["sizes"])
     every = (each.expand(4, *each.shape[1:]) for each in told)
@@ -138,7 +139,7 @@ def test_the_kernel_is_exact_and_draws_the_same(run: Examples) -> None:
 
 
 def test_the_sampler_is_of_second_order(run: Examples) -> None:
-    """On pictures that are normal with variance 4, of which the solution is known."""
+    """On images that are normal with variance 4, of which the solution is known."""
     heun, x = run("sampler")["heun"], torch.ones(1, 4, 2, 2, dtype=torch.float64)
     wanted = x * ((4 + 0.1**2) / (4 + 10.0**2)) ** 0.5
     errors = {}
@@ -167,7 +168,7 @@ def test_a_pipeline_takes_the_sampler(run: Examples) -> None:
 def test_the_guidance_rule_is_its_papers_equation(run: Examples) -> None:
     names = run("guidance_rule")
     unet, schedule, halves = names["unet"], names["schedule"], (names["negative"], names["positive"])
-    x, sigma = names["noise"] * schedule.start_scale, schedule.sigmas[0].item()
+    x, sigma = names["noise"] * schedule.init_noise_sigma, schedule.sigmas[0].item()
     uncond, cond = ((x - guided(unet, schedule, half)(x, sigma)) / sigma for half in halves)
     fit = torch.vdot(cond.flatten(), uncond.flatten()) / uncond.norm() ** 2
     noise = (1 - 10) * fit * uncond + 10 * cond
@@ -196,14 +197,14 @@ def test_the_block_keeps_the_old_weights_and_learns_and_is_saved(run: Examples, 
     assert (run.picture("block") == run.picture("plain")).all()
     learns(lambda: loss_of(names), [unet.get_parameter(name) for name in report.missing])
     save_component(unet, tmp_path, "unet")
-    again, all_there = load_changed(tmp_path, "unet", names["build"], {})
+    again, all_there = load_modified(tmp_path, "unet", names["build"], {})
     assert not all_there.missing and again.state_dict()["mid.attentions.0.blocks.0.feed_forward.gamma"].any()
     with pytest.raises(ValueError, match=r"unexpected: .*feed_forward\.beta"):
         load_component(tmp_path, "unet")
-    with pytest.raises(ValueError, match=r"blocks.0.feed_forward.beta is missing.* give an initialiser"):
-        load_changed(EMBEDDED, "unet", names["build"], {"*.gamma": zeros})
-    with pytest.raises(FileNotFoundError, match="no such folder, wanted the unet"):
-        load_changed(tmp_path / "none", "unet", names["build"], {})
+    with pytest.raises(ValueError, match=r"blocks.0.feed_forward.beta is missing.* give an initializer"):
+        load_modified(EMBEDDED, "unet", names["build"], {"*.gamma": zeros})
+    with pytest.raises(FileNotFoundError, match="no such folder, expected the unet"):
+        load_modified(tmp_path / "none", "unet", names["build"], {})
 
 
 def test_the_width_changes_nothing_at_first_and_learns(run: Examples) -> None:
@@ -234,10 +235,10 @@ def test_the_condition_changes_nothing_at_first_and_learns(run: Examples) -> Non
         high, low = (replace(names["positive"], added=scored(score)) for score in (8.0, 2.0))
         x, how = names["noise"], (names["unet"], names["schedule"])
         sigma = names["schedule"].sigmas[3].item()
-        once, always = (guided(*how, high, low, 5.0, read_once=way)(x, sigma) for way in (True, False))
+        once, always = (guided(*how, high, low, 5.0, precompute=way)(x, sigma) for way in (True, False))
         assert_parity(once, always, FLOAT32)
         assert relative_error(guided(*how, high)(x, sigma), guided(*how, low)(x, sigma)) > 1e-2
-    with pytest.raises(ValueError, match="1 of 2 conditions have `added`, wanted all or none"):
+    with pytest.raises(ValueError, match="1 of 2 conditions have `added`, expected all or none"):
         Conditioning.cat(high, run("plain")["negative"])
 
 

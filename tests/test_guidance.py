@@ -13,19 +13,18 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import Tensor
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline, SDXLCFGCutoffCallback
+from kolors_core.adapters.ip_adapter import cross_attentions
 from kolors_core.conditioning import Conditioning
-from kolors_core.guidance import guided
-from kolors_core.ip_adapter import cross_attentions
-from kolors_core.perturbed import perturbed
+from kolors_core.guidance import SigmaInterval, guided, interval_sigmas
+from kolors_core.pipelines.pag import perturbed
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import EulerDiscreteScheduler
-from kolors_core.tempering import SigmaInterval, bounds
 from kolors_core.unet import UNet
-from tests.parity import pair
-from tests.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, steps_of, use_solver
-from tests.small import EXACT, FLOAT32, SHALLOW, relative_error
+from tests.support.parity import pair
+from tests.support.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, steps_of, use_solver
+from tests.support.small import EXACT, FLOAT32, SHALLOW, relative_error
+from tests.support.versions import traces_whole
 from tests.test_unet import inputs
-from tests.versions import traces_whole
 
 
 class Doubling(UNet):
@@ -66,7 +65,7 @@ def test_a_changed_unet_is_called_as_a_whole(change: Callable[[UNet], UNet]) -> 
     schedule = EulerDiscreteScheduler().schedule(3)
     x, sigma = given["latents"], schedule.sigmas[1].item()
     plain = guided(unet, schedule, told)(x, sigma)
-    assert relative_error(guided(unet, schedule, told, read_once=False)(x, sigma), plain) < EXACT
+    assert relative_error(guided(unet, schedule, told, precompute=False)(x, sigma), plain) < EXACT
     changed = guided(change(unet), schedule, told)(x, sigma)
     assert relative_error(x - changed, 2 * (x - plain)) < EXACT
     torch.compiler.reset()
@@ -75,7 +74,7 @@ def test_a_changed_unet_is_called_as_a_whole(change: Callable[[UNet], UNet]) -> 
 @pytest.mark.numerical
 @torch.no_grad()
 def test_equal_rows_are_read_once_and_latents_not_doubled() -> None:
-    """Two pictures of each of two prompts with one negative prompt: three texts, four latents, eight rows."""
+    """Two images of each of two prompts with one negative prompt: three texts, four latents, eight rows."""
     unet, _ = pair("unet", torch.float64)
     assert isinstance(unet, UNet)
     given = inputs(3, 8, 8, torch.float64)
@@ -92,8 +91,8 @@ def test_equal_rows_are_read_once_and_latents_not_doubled() -> None:
     ]
     sigma = schedule.sigmas[1].item()
     once, always = (
-        guided(unet, schedule, positive, negative, 5.0, read_once=read_once)(latents, sigma)
-        for read_once in (False, True)
+        guided(unet, schedule, positive, negative, 5.0, precompute=precompute)(latents, sigma)
+        for precompute in (False, True)
     )
     assert relative_error(once, always) < EXACT
     assert rows == {"to_k": 3, "conv_in": 4}
@@ -201,13 +200,13 @@ def test_guidance_in_an_interval_equals_a_loop(
 def test_a_step_is_inside_by_its_part_or_its_sigma() -> None:
     schedule = EulerDiscreteScheduler().schedule(10)
     sigmas = schedule.sigmas.tolist()
-    assert bounds((0.0, 1.0), schedule) == (0.0, sigmas[0])
-    assert bounds((0.2, 0.8), schedule) == (sigmas[8], sigmas[2])
-    assert bounds((0.57, 0.98), schedule) == (0.0, sigmas[6]), "the nearest steps"
-    assert bounds([0.5, 1], schedule) == (0.0, sigmas[5])  # type: ignore[arg-type]
-    assert bounds(SigmaInterval(0.28, 5.42), schedule) == (0.28, 5.42)
-    part = schedule.noised(0.5)
-    assert bounds((0.0, 0.4), part) == (sigmas[7], sigmas[5]), "of the steps that are done"
+    assert interval_sigmas((0.0, 1.0), schedule) == (0.0, sigmas[0])
+    assert interval_sigmas((0.2, 0.8), schedule) == (sigmas[8], sigmas[2])
+    assert interval_sigmas((0.57, 0.98), schedule) == (0.0, sigmas[6]), "the nearest steps"
+    assert interval_sigmas([0.5, 1], schedule) == (0.0, sigmas[5])  # type: ignore[arg-type]
+    assert interval_sigmas(SigmaInterval(0.28, 5.42), schedule) == (0.28, 5.42)
+    part = schedule.last_steps(0.5)
+    assert interval_sigmas((0.0, 0.4), part) == (sigmas[7], sigmas[5]), "of the steps that are done"
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from kolors_core import EulerDiscreteScheduler, KolorsPipeline
 from kolors_core.chatglm import ChatGLM
-from kolors_core.checkpoint import KINDS
 from kolors_core.config import TINY
+from kolors_core.pipelines.adapter_methods import MODELS
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.hub import Files, Hub, environment, files_of, serving
+from tests.support.hub import Files, Hub, environment, files_of, serving
 
 REPO, PULL_REQUEST = "someone/kolors", "refs/pr/4"
 FIRST = "pretrained_model_name_or_path"
@@ -44,13 +44,13 @@ NEEDED = {
 BESIDE = {
     ".gitattributes": b"*.safetensors filter=lfs",
     "README.md": b"# Kolors",
-    "imgs/ladybug.png": b"a picture",
+    "imgs/ladybug.png": b"an image",
     "text_encoder/model.safetensors.index.fp16.json": b"{}",
     "text_encoder/pytorch_model.bin": b"a pickle",
     "text_encoder/modeling_chatglm.py": b"raise SystemExit",
     "unet/diffusion_pytorch_model.safetensors": b"the float32 weights",
     "unet/diffusion_pytorch_model.bin": b"a pickle",
-    "unet/sample.jpg": b"a picture",
+    "unet/sample.jpg": b"an image",
 }
 
 
@@ -99,7 +99,7 @@ def main(calls: list[dict[str, Any]]) -> None:
 def hashes(pipe: KolorsPipeline) -> dict[str, str]:
     """A hash of every tensor of each model that the pipeline has."""
     found = {}
-    for component in KINDS:
+    for component in MODELS:
         if (model := getattr(pipe, component)) is not None:
             digest = hashlib.sha1()
             for name, tensor in sorted(model.state_dict().items()):
@@ -238,7 +238,7 @@ def test_an_error_is_one_line_and_comes_before_any_file(repository: dict[str, Fi
     assert "Repository Not Found" in no_repo.error
     assert no_revision.error.startswith(f"FileNotFoundError: {REPO}: cannot be had from the hub: 404 ")
     assert "Revision Not Found" in no_revision.error and "v9" in no_revision.error
-    wanted = "wanted weights of variant 'bf16', found"
+    wanted = "expected weights of variant 'bf16', found"
     assert no_variant.error == f"FileNotFoundError: {REPO}/text_encoder: {wanted} 'fp16'"
     assert not_both.error == f"FileNotFoundError: {REPO}/unet: {wanted} no variant, 'fp16'"
     assert no_name.error.startswith("FileNotFoundError: someone/no such name: cannot be had from the hub: ")

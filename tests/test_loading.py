@@ -1,4 +1,4 @@
-"""Partial loads: what does not fit is made by a named initialiser, or refused; the report says what came."""
+"""Partial loads: what does not fit is made by a named initializer, or refused; the report says what came."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.config import UNetConfig
-from kolors_core.loading import Initialiser, LoadReport, load, padded, zeros
+from kolors_core.loading import Initializer, LoadReport, load, zero_padded, zeros
 from kolors_core.unet import UNet
-from tests.small import SMALL, randomise
+from tests.support.small import SMALL, randomise
 from weights_convert import TABLES
-from weights_convert.source import Source, Tensors, save_tensors
+from weights_convert.safetensors_files import Source, Tensors, save_tensors
 
 CONFIG = replace(SMALL.unet, channels=(32, 32), heads=(2, 2), depths=(0, 1), resnets_per_level=1)
 
@@ -35,7 +35,7 @@ def empty(config: UNetConfig = CONFIG) -> UNet:
 def test_nine_channels_from_four(published: Path) -> None:
     """Inpainting's UNet computes at first what the plain one did, whatever the new channels hold."""
     model, plain = empty(replace(CONFIG, in_channels=9)), empty()
-    report = load(model, Source([published]), "unet", partial={"conv_in.weight": padded})
+    report = load(model, Source([published]), "unet", partial={"conv_in.weight": zero_padded})
     load(plain, Source([published]), "unet")
     assert report.misshapen == ["conv_in.weight"] and not report.missing and not report.unexpected
     assert len(report.loaded) == len(plain.state_dict()) - 1
@@ -62,7 +62,7 @@ def test_missing_by_pattern_unexpected_reported_and_the_first_pattern_counts(pub
     source = Source([published])
     stale = {name: source[name] for name in source if not name.startswith("encoder_hid_proj")}
     tensors = Tensors(stale | {"motion.weight": torch.ones(1)}, "a stale UNet")
-    ones: Initialiser = lambda shape, found: torch.ones(shape)  # noqa: E731
+    ones: Initializer = lambda shape, found: torch.ones(shape)  # noqa: E731
     model = empty()
     report = load(model, tensors, "unet", partial={"text_proj.bias": ones, "text_proj.*": zeros})
     assert report.missing == ["text_proj.bias", "text_proj.weight"]
@@ -74,11 +74,11 @@ def test_missing_by_pattern_unexpected_reported_and_the_first_pattern_counts(pub
 @pytest.mark.parametrize(
     ("partial", "message"),
     [
-        ({}, r"conv_in.weight is \[32, 4, 3, 3\], the model wants \[32, 9, 3, 3\]: give an initialiser"),
-        ({"conv_in.*": padded, "conv_out.*": zeros}, r"partial: 'conv_out.\*' matches no tensor that"),
+        ({}, r"conv_in.weight is \[32, 4, 3, 3\], the model wants \[32, 9, 3, 3\]: give an initializer"),
+        ({"conv_in.*": zero_padded, "conv_out.*": zeros}, r"partial: 'conv_out.\*' matches no tensor that"),
         ({"*": lambda shape, found: found}, r"conv_in.weight made \[32, 4, 3, 3\], the model wants"),
         ({"*": lambda shape, found: None}, "made NoneType, the model wants"),
-        ({"*": lambda shape, found: torch.empty(shape, device="meta")}, "initialiser of conv_in.weight made"),
+        ({"*": lambda shape, found: torch.empty(shape, device="meta")}, "initializer of conv_in.weight made"),
     ],
 )  # fmt: skip
 def test_what_is_not_named_or_not_right_is_refused_and_nothing_loaded(
@@ -95,20 +95,20 @@ def test_strangers_whole_numbers_and_what_cannot_be_padded(published: Path) -> N
         load(empty(), Tensors({"a": torch.ones(1)}, "here"), "unet", partial={"*": zeros})
     source = Source([published])
     whole = Tensors({name: source[name] for name in source} | {"conv_in.weight": torch.ones(2).int()}, "here")
-    with pytest.raises(ValueError, match=r"conv_in.weight holds torch.int32, wanted floating-point"):
+    with pytest.raises(ValueError, match=r"conv_in.weight holds torch.int32, expected floating-point"):
         load(empty(), whole, "unet", partial={"conv_in.weight": zeros})
     for found in (None, torch.ones(3), torch.ones(2, 5)):
-        with pytest.raises(ValueError, match=r"cannot pad to \[2, 4\]: wanted a tensor no larger"):
-            padded(torch.Size((2, 4)), found)
+        with pytest.raises(ValueError, match=r"cannot pad to \[2, 4\]: expected a tensor no larger"):
+            zero_padded(torch.Size((2, 4)), found)
     with pytest.raises(ValueError, match="here: conv_in.weight: cannot pad to"):
         less = {name: source[name] for name in source if name != "conv_in.weight"}
-        load(empty(), Tensors(less, "here"), "unet", partial={"conv_in.weight": padded})
+        load(empty(), Tensors(less, "here"), "unet", partial={"conv_in.weight": zero_padded})
 
 
-def test_what_an_initialiser_gives_is_not_shared_and_has_the_dtype(published: Path) -> None:
+def test_what_an_initializer_gives_is_not_shared_and_has_the_dtype(published: Path) -> None:
     mine = nn.Parameter(torch.ones(32, 9, 3, 3))
     model = empty(replace(CONFIG, in_channels=9))
-    give: Initialiser = lambda shape, found: mine  # noqa: E731
+    give: Initializer = lambda shape, found: mine  # noqa: E731
     load(model, Source([published]), "unet", partial={"conv_in.weight": give}, dtype=torch.bfloat16)
     weight: Tensor = model.conv_in.weight
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}

@@ -28,7 +28,7 @@ options = ["--steps", "1", "--seed", "3", "--device", "cpu", "-q"]
 assert main(["a cat", "-o", "cat.png", *options]) == 0
 assert main(["explain", "a cat", "-o", "told.png", *options]) == 0
 pipe = kolors_core.KolorsPipeline.from_pretrained("tiny")
-assert weights_convert.recognise(pipe.unet.state_dict(), "the UNet")[1]
+assert weights_convert.detect_component(pipe.unet.state_dict(), "the UNet")[1]
 kolors_core.KolorsControlNet.from_pretrained("tiny")
 """
 
@@ -78,7 +78,7 @@ def test_a_wheel_holds_every_file_and_draws_where_nothing_else_is(clone: Path, t
     assert files(site) == files(clone) and {"kolors_core/later/page.html"} < files(site)
     information = f"kolors_core-{kolors_core.__version__}.dist-info"
     assert {path.name for path in site.iterdir()} == {*PACKAGES, information}, "no tests, no benchmarks"
-    assert (site / information / "licenses" / "kolors_core" / "font" / "OFL.txt").exists()
+    assert (site / information / "licenses" / "kolors_core" / "inspection" / "font" / "OFL.txt").exists()
     run = subprocess.run(
         [sys.executable, "-I", "-c", DRAW, str(site), str(ROOT)], cwd=tmp_path, capture_output=True, text=True
     )

@@ -1,8 +1,15 @@
-"""What the README shows runs, and gives what it says."""
+"""What the READMEs show runs and gives what they say; what they name and link to is there."""
 
+import argparse
+import ast
+import importlib
+import importlib.util
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +18,73 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.test_dataset import write_pictures
+from kolors_core import KolorsControlNetPipeline, KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core.batch import __main__ as batch
+from kolors_core.checkpoint import EMBEDDED
+from kolors_core.cli.explain import explain_parser
+from kolors_core.cli.generate import parser
+from tests.training.test_data import write_pictures
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+FRONT = "README.md"
+ROOMS = ("adapters", "performance", "inspection", "training", "pipelines", "cli", "batch")
+LINES = {
+    FRONT: 250,
+    **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
+    "kolors_core/README.md": 150,
+    "weights_convert/README.md": 150,
+    "benchmarks/README.md": 150,
+}
+PAGES = [*LINES, "CHANGELOG.md"]
+BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# Blocks that need the published weights, or files that the page does not make; their names are checked.
+NOT_RUN = {
+    FRONT: ["Kwai-Kolors/Kolors-diffusers"],
+    "kolors_core/adapters/README.md": ["Kolors-IP-Adapter-Plus", "zorp", "Kolors-ControlNet-Canny", "face"],
+    "kolors_core/pipelines/README.md": ["kolors_unet.safetensors"],
+}
+RUN = {
+    FRONT: ["Tokenizer(folder"],
+    "kolors_core/README.md": ["load_modified("],
+    "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
+    "kolors_core/performance/README.md": ["quantize(pipe", "plan(pipe"],
+    "kolors_core/inspection/README.md": ["record_attention("],
+    "kolors_core/training/README.md": ["Trainer("],
+}
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [code for found, code in BLOCK.findall(text_of(page)) if found == language]
+
+
+def block_with(part: str, page: str) -> str:
+    """Return the one Python block of a page that has this part."""
+    [block] = [code for code in blocks(page, "python") if part in code]
+    return block
 
 
 def block_after(heading: str, language: str) -> str:
-    found = re.search(rf"{re.escape(heading)}.*?```{language}\n(.*?)```", README, re.DOTALL)
+    """Return the first block of the README behind a heading."""
+    found = re.search(rf"{re.escape(heading)}.*?```{language}\n(.*?)```", text_of(FRONT), re.DOTALL)
     assert found, heading
     return found[1]
+
+
+def run(code: str, page: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(code, page, "exec"), names)
+    return names
 
 
 def test_the_path_written_out_gives_the_pipelines_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(block_after("## The whole path", "python"), "README.md", "exec"), {})
+    run(block_after("## The whole path", "python"), FRONT)
     command = ["一张瓢虫的照片", "-o", "pipeline.png", "--seed", "7", "--device", "cpu", "-q"]
     assert subprocess.run([sys.executable, "-m", "kolors_core", *command]).returncode == 0
     written, made = (np.asarray(Image.open(name)).astype(int) for name in ("ladybug.png", "pipeline.png"))
@@ -36,7 +94,8 @@ def test_the_path_written_out_gives_the_pipelines_picture(
 
 def test_the_image_to_image_example_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(block_after("**Image to image.**", "python"), "README.md", "exec"), {})
+    page = "kolors_core/pipelines/README.md"
+    run(block_with("strength=0.5", page), page)
     made = np.asarray(Image.open("ladybug.png")).astype(int)
     assert made.shape == (128, 128, 3)
     red, black = (made[..., 0] > 180) & (made[..., 1] < 90), made.max(axis=2) < 90
@@ -47,51 +106,162 @@ def test_the_inpainting_example_keeps_what_the_mask_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(compile(block_after("**Inpainting.**", "python"), "README.md", "exec"), names)
-    made, given = (np.asarray(picture) for picture in (Image.open("repainted.png"), names["picture"]))
+    page = "kolors_core/pipelines/README.md"
+    names = run(block_with("repainted.png", page), page)
+    made, given = (np.asarray(image) for image in (Image.open("repainted.png"), names["image"]))
     same = (made == given).all(axis=-1)
     assert same[:64].all() and same[:, :64].all() and not same[64:, 64:].all()
 
 
 def test_the_guidance_example_draws() -> None:
-    names: dict[str, Any] = {}
-    exec(compile(block_after("**Guidance rules**", "python"), "README.md", "exec"), names)
+    page = "kolors_core/pipelines/README.md"
+    names = run(block_with("perturbed, pag_scale", page), page)
     assert names["pipe"].freeu == {"s1": 0.9, "s2": 0.2, "b1": 1.1, "b2": 1.2}
 
 
 def test_the_example_of_looking_inside_runs() -> None:
-    names: dict[str, Any] = {}
-    block = block_after("## Looking inside", "python").replace(
-        "num_inference_steps=25", "num_inference_steps=15"
-    )
-    exec(compile(block, "README.md", "exec"), names)
+    page = "kolors_core/inspection/README.md"
+    block = block_with("record_attention(", page)
+    names = run(block.replace("num_inference_steps=25", "num_inference_steps=15"), page)
     assert names["maps"]["mid.attentions.0.blocks.0.cross_attention"].ndim == 4
     assert [len(kept) for kept in names["kept"].values()] == [15, 15]
 
 
 def test_the_lora_example_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
-    write_pictures(tmp_path / "pictures")
-    example = block_after("## Training", "python").replace("steps=400", "steps=2")
-    exec(compile(example, "README.md", "exec"), {})
+    (tmp_path / "images").mkdir()
+    write_pictures(tmp_path / "images")
+    page = "kolors_core/training/README.md"
+    run(block_with("Trainer(", page).replace("steps=400", "steps=2"), page)
     assert Image.open("zorp.png").size == (128, 128)
     assert all(name.startswith("unet.") for name in load_file("zorp.safetensors"))
 
 
 def test_the_example_of_less_memory_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(block_after("**Less memory**", "python"), "README.md", "exec"), {})
+    page = "kolors_core/performance/README.md"
+    run(block_with("quantize(pipe", page), page)
     assert "text_encoder int8" in capsys.readouterr().out
+
+
+def test_the_example_of_a_plan_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the embedded model; the table of the published one has the same rows."""
+    page = "kolors_core/performance/README.md"
+    run(block_with("plan(pipe", page).replace("Kwai-Kolors/Kolors-diffusers", "tiny"), page)
+    shown = text_of(page).partition("```\nGiB for ")[2].partition("```")[0].splitlines()
+    printed = capsys.readouterr().out.removeprefix("GiB for ").splitlines()
+    numbers = re.compile(r" +\d+\.\d+")
+    assert [numbers.sub("", line) for line in printed] == [numbers.sub("", line) for line in shown]
+
+
+def test_the_example_of_loading_in_part_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = "kolors_core/README.md"
+    run(block_with("load_modified(", page).replace('"kolors"', repr(str(EMBEDDED))), page)
+    assert capsys.readouterr().out.rstrip().endswith(" loaded; 1 misshapen: conv_in.weight")
 
 
 def test_the_path_written_out_is_about_thirty_lines() -> None:
     assert len(block_after("## The whole path", "python").splitlines()) <= 32
 
 
-def test_every_file_and_test_that_is_named_exists() -> None:
-    root = Path(__file__).parents[1]
-    for path in re.findall(r"\]\(([\w/.]+)\)", README):
-        assert (root / path).exists(), path
-    for name in re.findall(r"`(test_\w+\.py)`", README):
-        assert (root / "tests" / name).exists(), name
+@pytest.mark.parametrize("page", LINES)
+def test_a_page_is_short(page: str) -> None:
+    assert len(text_of(page).splitlines()) <= LINES[page]
+
+
+def test_every_readme_is_checked() -> None:
+    """But for data's own: cards, fonts and what benchmarks write."""
+    found = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/**/README.md")} | {FRONT}
+    data = ("kolors_core/tiny/", "kolors_core/inspection/font/", "benchmarks/results/", ".")
+    assert {page for page in found if not page.startswith(data)} == set(LINES)
+
+
+@pytest.mark.parametrize("page", LINES)
+def test_each_python_block_is_run_or_needs_what_is_not_here(page: str) -> None:
+    """Of those that are not run, what they import and the pipeline's methods that they call are there."""
+    waiting = blocks(page, "python")
+    for part in RUN.get(page, []):
+        waiting.remove(block_with(part, page))
+    assert len(waiting) == len(NOT_RUN.get(page, []))
+    for part, block in zip(NOT_RUN.get(page, []), waiting, strict=True):
+        assert part in block
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                assert all(hasattr(module, alias.name) for alias in node.names), node.module
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pipe":
+                assert node.attr in attributes(), node.attr
+
+
+@cache
+def attributes() -> set[str]:
+    kinds = KolorsPipeline, KolorsImg2ImgPipeline, KolorsControlNetPipeline
+    return {*dir(KolorsPipeline.from_pretrained("tiny", device="meta")), *(n for k in kinds for n in dir(k))}
+
+
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "kolors_core": parser,
+    "kolors_core explain": explain_parser,
+    "kolors_core.batch": batch.parser,
+}
+
+
+@pytest.mark.parametrize("page", LINES)
+def test_commands_are_there_and_have_these_flags(page: str) -> None:
+    shown = [command for block in blocks(page, "bash") for command in block.replace("\\\n", " ").splitlines()]
+    spoken = re.findall(r"`(python -m [^`]+)`", text_of(page))
+    for command in [*shown, *spoken]:
+        if "&& python" in command:
+            command = command.partition("&& ")[2]
+        _, found, rest = command.partition(" -m ")
+        if not found:
+            continue
+        module, *arguments = shlex.split(rest, comments=True)
+        assert importlib.util.find_spec(module) is not None, module
+        if arguments[:1] == ["explain"]:
+            module, arguments = f"{module} explain", arguments[1:]
+        if module in PARSERS and arguments and "--help" not in arguments:
+            PARSERS[module]().parse_args(arguments)  # ends the process, and so the test, at an unknown flag
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        path, _, anchor = target.partition("#")
+        place = ((ROOT / page).parent / path) if path else ROOT / page
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), target
+
+
+@cache
+def words_of_the_source() -> set[str]:
+    folders = ("kolors_core", "weights_convert", "benchmarks", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    words: set[str] = set()
+    for file in files:
+        if file != Path(__file__):
+            words |= {file.stem, file.parent.name, *re.findall(r"\w+", file.read_text(encoding="utf-8"))}
+    return words
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_in_backticks_is_in_the_source(page: str) -> None:
+    """Files by their paths, names such as `a`, `a.b` and `a(b=, ...)`; of a changelog the new ones."""
+    text = BLOCK.sub("", text_of(page))
+    if page == "CHANGELOG.md":
+        rows = [row.split("|") for row in text.splitlines() if row.startswith("| ")]
+        text = "\n".join(row[2] for row in rows if row[1].strip() != "before")
+        assert len(rows) > 60
+    for name in re.findall(r"`([\w./]+(?:\([^`]*\))?)`", text):
+        if name.endswith((".py", "/")):
+            here = (ROOT, ROOT / "kolors_core", (ROOT / page).parent)
+            assert any((folder / name).exists() for folder in here), name
+        elif re.match(r"[A-Za-z_][\w.]*(\(|$)", name) and not name.endswith((".png", ".txt", ".jsonl")):
+            parts = re.findall(r"[A-Za-z_]\w*", name.partition("(")[0])
+            missing = [part for part in parts if part not in words_of_the_source()]
+            assert not missing, name

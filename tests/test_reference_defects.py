@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kolors_core import KolorsPipeline
-from tests.pipelines import Pair, embeddings, make_pair, steps_of
-from tests.small import FLOAT32, relative_error
+from tests.support.pipelines import Pair, embeddings, make_pair, steps_of
+from tests.support.small import FLOAT32, relative_error
 
 pytestmark = pytest.mark.numerical
 

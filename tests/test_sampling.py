@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity.samplers import SHAPE, our_trajectory, reference_trajectory
-from kolors_core.sampling import dpmpp_2m, draw_noise, euler
+from kolors_core.sampling import dpmpp_2m, euler, randn_latents
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
-from tests.reference_folder import KOLORS_SCHEDULER
-from tests.small import FLOAT32, relative_error
-from tests.versions import draws_rounded
+from tests.support.reference_folder import KOLORS_SCHEDULER
+from tests.support.small import FLOAT32, relative_error
+from tests.support.versions import draws_rounded
 
 pytestmark = pytest.mark.numerical
 
@@ -70,7 +70,7 @@ def test_samplers_converge_to_the_exact_solution() -> None:
 @draws_rounded
 def test_noise_is_the_same_in_every_precision() -> None:
     def draw(dtype: torch.dtype) -> Tensor:
-        return draw_noise(SHAPE, torch.Generator().manual_seed(3), torch.device("cpu"), dtype)
+        return randn_latents(SHAPE, torch.Generator().manual_seed(3), torch.device("cpu"), dtype)
 
     assert torch.equal(draw(torch.float32).to(torch.float16), draw(torch.float16))
     assert torch.equal(draw(torch.float32).to(torch.bfloat16), draw(torch.bfloat16))
@@ -78,11 +78,12 @@ def test_noise_is_the_same_in_every_precision() -> None:
 
 def test_noise_of_a_list_is_each_generators_own() -> None:
     cpu = torch.device("cpu")
-    listed = draw_noise(SHAPE, [torch.Generator().manual_seed(seed) for seed in (3, 4)], cpu, torch.float32)
-    alone = draw_noise((1, *SHAPE[1:]), torch.Generator().manual_seed(4), cpu, torch.float32)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    listed = randn_latents(SHAPE, generators, cpu, torch.float32)
+    alone = randn_latents((1, *SHAPE[1:]), torch.Generator().manual_seed(4), cpu, torch.float32)
     assert torch.equal(listed[1:], alone)
-    with pytest.raises(ValueError, match="a list of 2, one for each picture"):
-        draw_noise(SHAPE, [torch.Generator()], cpu, torch.float32)
+    with pytest.raises(ValueError, match="a list of 2, one for each image"):
+        randn_latents(SHAPE, [torch.Generator()], cpu, torch.float32)
 
 
 def test_nothing_is_held_between_calls() -> None:

@@ -1,4 +1,4 @@
-"""Schedules: every number is the reference's to the last bit, for all spacings and step counts."""
+"""Schedules: equal to the reference's to the last bit, for all spacings and step counts."""
 
 from itertools import product
 
@@ -6,12 +6,17 @@ import diffusers
 import pytest
 import torch
 
-from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler, timestep_of
-from tests.reference_folder import KOLORS_SCHEDULER
+from kolors_core.schedule import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    Scheduler,
+    sigma_to_timestep,
+)
+from tests.support.reference_folder import KOLORS_SCHEDULER
 
 pytestmark = pytest.mark.numerical
 
-KINDS = {
+MODEL_SPECS = {
     EulerDiscreteScheduler: diffusers.EulerDiscreteScheduler,
     DPMSolverMultistepScheduler: diffusers.DPMSolverMultistepScheduler,
 }
@@ -19,11 +24,11 @@ STEPS = (1, 2, 3, 4, 7, 10, 14, 15, 25, 30, 49, 50, 100, 137, 549)
 
 
 def both(kind: type[Scheduler], **changes: object) -> tuple[Scheduler, object]:
-    theirs = KINDS[kind](**(KOLORS_SCHEDULER | changes))
+    theirs = MODEL_SPECS[kind](**(KOLORS_SCHEDULER | changes))
     return kind.from_config(theirs.config), theirs
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODEL_SPECS)
 @pytest.mark.parametrize(
     ("spacing", "karras", "final", "betas"),
     list(
@@ -52,23 +57,23 @@ def test_every_number_is_the_references(
         assert torch.equal(schedule.sigmas, theirs.sigmas.double()), steps
         assert torch.equal(schedule.timesteps, theirs.timesteps.double()), steps
         if kind is EulerDiscreteScheduler:
-            assert schedule.start_scale == pytest.approx(float(theirs.init_noise_sigma), rel=1e-7)
+            assert schedule.init_noise_sigma == pytest.approx(float(theirs.init_noise_sigma), rel=1e-7)
     assert compared >= len(STEPS) - 2
 
 
 def test_the_released_numbers() -> None:
     euler = EulerDiscreteScheduler()
-    assert euler.table()[[0, -1]].tolist() == pytest.approx([0.02917, 29.061], rel=1e-3)
+    assert euler.training_sigmas()[[0, -1]].tolist() == pytest.approx([0.02917, 29.061], rel=1e-3)
     for steps, first, sigma, scale in ((50, 1079, 25.2814, 25.3011), (25, 1057, 21.7838, 21.8068)):
         schedule = euler.schedule(steps)
         assert schedule.timesteps[0] == first
         assert schedule.sigmas[0] == pytest.approx(sigma, abs=1e-4)
-        assert schedule.start_scale == pytest.approx(scale, abs=1e-4)
+        assert schedule.init_noise_sigma == pytest.approx(scale, abs=1e-4)
     karras = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(25)
     assert karras.timesteps[:2].tolist() == [1099, 1072]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODEL_SPECS)
 def test_own_timesteps(kind: type[Scheduler]) -> None:
     ours, theirs = both(kind)
     own = [1099, 900, 700, 333, 12, 0]
@@ -95,10 +100,10 @@ def test_timestep_of_a_sigma() -> None:
     schedule = scheduler.schedule(10)
     for sigma, timestep in zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False):
         assert schedule.timestep(sigma) == timestep
-    table = scheduler.table()
-    assert timestep_of(table[700].item(), table) == pytest.approx(700, abs=1e-2)
+    table = scheduler.training_sigmas()
+    assert sigma_to_timestep(table[700].item(), table) == pytest.approx(700, abs=1e-2)
     assert 699 < schedule.timestep((table[699] * table[700]).sqrt().item()) < 700
-    assert (timestep_of(1e-9, table), timestep_of(1e9, table)) == (0, 1099)
+    assert (sigma_to_timestep(1e-9, table), sigma_to_timestep(1e9, table)) == (0, 1099)
     whole = DPMSolverMultistepScheduler().schedule(10).timestep(table[700].item() * 1.0001)
     assert whole == 700
 
@@ -107,10 +112,10 @@ def test_timestep_of_a_sigma() -> None:
 def test_until_keeps_the_first_part(end: float, kept: int) -> None:
     """As the reference: timesteps at or above round(1100 - end * 1100)."""
     schedule = EulerDiscreteScheduler().schedule(50)
-    part = schedule.until(end)
+    part = schedule.before(end)
     assert len(part.timesteps) == kept == int((schedule.timesteps >= round(1100 - end * 1100)).sum())
     assert torch.equal(part.sigmas, schedule.sigmas[: kept + 1])
-    assert part.start_scale == schedule.start_scale
+    assert part.init_noise_sigma == schedule.init_noise_sigma
 
 
 def test_from_config_takes_the_published_and_the_siblings_fields() -> None:
@@ -134,7 +139,7 @@ def test_from_config_takes_the_published_and_the_siblings_fields() -> None:
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ({"prediction_type": "v_prediction"}, {}, "prediction_type is 'v_prediction', wanted 'epsilon'"),
+        ({"prediction_type": "v_prediction"}, {}, "prediction_type is 'v_prediction', expected 'epsilon'"),
         ({"use_beta_sigmas": True}, {}, "use_beta_sigmas is True"),
         ({"solver_order": 3}, {}, "solver_order must be a whole number from 1 to 2, got 3"),
         ({}, {"karras": True}, "has no field 'karras'"),
@@ -173,6 +178,6 @@ def test_karras_sets_its_own_timesteps() -> None:
     with pytest.raises(ValueError, match="use_karras_sigmas"):
         EulerDiscreteScheduler(use_karras_sigmas=True).schedule(timesteps=[5, 3])
     with pytest.raises(ValueError, match="leaves none"):
-        EulerDiscreteScheduler().schedule(5).until(0.001)
+        EulerDiscreteScheduler().schedule(5).before(0.001)
     with pytest.raises(ValueError, match="above 0 and at most 1, got 1.5"):
-        EulerDiscreteScheduler().schedule(5).until(1.5)
+        EulerDiscreteScheduler().schedule(5).before(1.5)

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from kolors_core import KolorsControlNet, KolorsControlNetPipeline, KolorsPipeline, canny
-from kolors_core.__main__ import main
 from kolors_core.checkpoint import EMBEDDED, EMBEDDED_NOTICE, resolve
-from kolors_core.image import read_description
+from kolors_core.cli.generate import main
+from kolors_core.pipelines.png_metadata import read_metadata
 
-# A strip of eight training pictures, 32 pixels each, in the order of these names.
-STRIP = Path(__file__).parent / "emoji.png"
+# A strip of eight training images, 32 pixels each, in the order of these names.
+STRIP = Path(__file__).parent / "support" / "emoji.png"
 NAMES = {
     "ladybug": "瓢虫", "panda": "熊猫", "rocket": "火箭", "sunflower": "向日葵", "banana": "香蕉",
     "frog": "青蛙", "fire truck": "消防车", "snowman": "雪人",
@@ -36,7 +36,7 @@ def generators(count: int, seed: int) -> list[torch.Generator]:
 
 
 def known() -> torch.Tensor:
-    """The eight pictures: [8, 3, 32, 32] in [0, 1]."""
+    """The eight images: [8, 3, 32, 32] in [0, 1]."""
     strip = torch.from_numpy(np.array(Image.open(STRIP).convert("RGB"))).permute(2, 0, 1) / 255
     return torch.stack(strip.split(32, dim=2))
 
@@ -122,7 +122,7 @@ def test_the_command_line_draws_with_it_when_no_weights_are_named(tmp_path: Path
     command = [sys.executable, "-m", "kolors_core", "一张瓢虫的照片", "--seed", "3", "--steps", "5"]
     run = subprocess.run([*command, "-o", "a.png"], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0 and run.stderr.count(EMBEDDED_NOTICE) == 1 and "128x128" in run.stderr
-    assert read_description(tmp_path / "a.png")["prompt"] == "一张瓢虫的照片"
+    assert read_metadata(tmp_path / "a.png")["prompt"] == "一张瓢虫的照片"
     quiet = subprocess.run([*command, "-o", "b.png", "-q"], capture_output=True, text=True, cwd=tmp_path)
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

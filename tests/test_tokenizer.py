@@ -1,4 +1,4 @@
-"""Token ids, masks and positions: exactly the reference's, on prompts that are hard on purpose."""
+"""Token ids, masks and positions: equal to the reference's, on difficult prompts."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 
 from benchmarks.parity.texts import TEXTS as PROMPTS
 from kolors_core.tokenizer import Tokenizer
-from tests.published import IDS, PREFIX, VOCABULARY, pieces
+from tests.support.published import IDS, PREFIX, VOCABULARY, pieces
 
 pytestmark = pytest.mark.numerical
 
@@ -34,7 +34,7 @@ def test_it_has_the_documented_numbers(chatglm_tokenizer: Path) -> None:
 
 @pytest.mark.parametrize("prompt", IDS, ids=lambda prompt: prompt[:20])
 def test_ids_mask_and_positions_are_chatglms(prompt: str, chatglm_tokenizer: Path) -> None:
-    """Numbers that the real model gave once: of Chinese, English, bytes, specials as text, and too long."""
+    """Recorded outputs of the real tokenizer: Chinese, English, bytes, special names as text, too long."""
     batch, ids = Tokenizer(chatglm_tokenizer)([prompt]), [*PREFIX, *IDS[prompt]][:256]
     pads = [0] * (256 - len(ids))
     assert batch.ids[0].tolist() == pads + ids
@@ -55,7 +55,7 @@ def test_bad_input_is_named(small_tokenizer: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(small_tokenizer.parent)
     with pytest.raises(ValueError, match="at least one prompt"):
         tokenizer([])
-    with pytest.raises(ValueError, match="wanted a list"):
+    with pytest.raises(ValueError, match="expected a list"):
         tokenizer("not a list")
     with pytest.raises(TypeError, match="prompt 1 must be a string, got int"):
         tokenizer(["a", 2])  # type: ignore[list-item]
@@ -78,7 +78,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_any_text_is_encoded_as_text(name: str, chatglm_tokenizer: Path) -> None:
-    """No text becomes a special token but for the two in front; what fits is read back as it was."""
+    """Only the prefix has special tokens; text that fits decodes to itself."""
     prompt, tokenizer = HOSTILE[name], Tokenizer(chatglm_tokenizer)
     batch = tokenizer([prompt])
     ids = batch.ids[0][batch.mask[0]].tolist()
@@ -93,7 +93,7 @@ def test_lone_surrogates_are_refused_and_shown(prompt: str, small_tokenizer: Pat
         Tokenizer(small_tokenizer)(["fine", prompt])
 
 
-def test_what_is_cut_is_told_once(small_tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_text_is_logged_once(small_tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = Tokenizer(small_tokenizer)
     whole = tokenizer(["a red apple, a cat"], 256)
     count = int(whole.mask.sum())
@@ -102,9 +102,9 @@ def test_what_is_cut_is_told_once(small_tokenizer: Path, caplog: pytest.LogCaptu
     kept = cut.ids[0, 2:].tolist()
     lost = "a red apple, a cat".removeprefix(tokenizer.pieces.decode(kept)).strip()
     assert lost and len(caplog.records) == 1
-    assert caplog.messages[0].startswith(f"a prompt of {count} tokens is cut to {count - 2}; what is lost: ")
+    assert caplog.messages[0].startswith(f"a prompt of {count} tokens is truncated to {count - 2}, without ")
     assert lost in caplog.messages[0]
     tokenizer(["a red apple, a cat"], count)
-    assert len(caplog.records) == 1, "nothing is told where nothing is cut"
+    assert len(caplog.records) == 1, "no log line without truncation"
     tokenizer(["cat " * 2000], 16)
-    assert len(caplog.messages[1]) < 300, "a long one is shown in part"
+    assert len(caplog.messages[1]) < 300, "a long text is shown in part"

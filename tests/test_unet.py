@@ -1,4 +1,4 @@
-"""The UNet against the reference: outputs, gradients, odd sizes, and mistakes that must show."""
+"""UNet against the reference: outputs, gradients, odd sizes, and mutations that must be detected."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention_kernel
 from kolors_core.unet import TransformerBlock, UNet
-from tests.parity import assert_parity, first_divergence, pair
-from tests.small import EXACT, SHALLOW, SMALL, relative_error
+from tests.support.parity import assert_parity, first_divergence, pair
+from tests.support.small import EXACT, SHALLOW, SMALL, relative_error
 
 pytestmark = pytest.mark.numerical
 
@@ -148,7 +148,7 @@ def test_size_ids_keep_their_precision_in_bfloat16() -> None:
     given = inputs(1, 8, 8, torch.bfloat16)
     other = given | {"size_ids": torch.tensor([[1024.0, 1024.0, 0.0, 17.0, 512.0, 640.0]])}
     with torch.no_grad():
-        conditions = [ours.embed_condition(g["pooled_text"], g["size_ids"]) for g in (given, other)]
+        conditions = [ours.added_embedding(g["pooled_text"], g["size_ids"]) for g in (given, other)]
     assert not torch.equal(*conditions), "1023 and 1024 must not be one size"
 
 
@@ -158,7 +158,7 @@ def test_a_forced_attention_kernel_reaches_the_unet() -> None:
     given = inputs(1, 8, 8)
     with torch.no_grad():
         usual = ours(**given)
-        with attention_kernel("written_out"):
+        with attention_kernel("matmul"):
             assert_parity(ours(**given), usual, EXACT)
         with (
             attention_kernel("cudnn"),
@@ -168,7 +168,7 @@ def test_a_forced_attention_kernel_reaches_the_unet() -> None:
 
 
 def test_counted_tokens_stand_for_repeated_ones() -> None:
-    """Twelve tokens of which one stands for seven, and one for none, against all written out."""
+    """Twelve tokens with multiplicities seven and zero among them, against repeated tokens."""
     ours, _ = pair("unet", torch.float64)
     given = inputs(2, 8, 8)
     tokens = given["text_tokens"]
@@ -183,11 +183,11 @@ def test_counted_tokens_stand_for_repeated_ones() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_perturbed_rows_must_be_given_for_every_transformer_block(count: int) -> None:
-    """Fewer numbers than blocks once left the last blocks out of the forward without a word."""
+    """Regression: fewer numbers than blocks silently skipped the last blocks."""
     ours, _ = pair("unet", torch.float64, SHALLOW)
     blocks = sum(isinstance(module, TransformerBlock) for module in ours.modules())
     given = inputs(2, 8, 8)
-    wanted = f"perturbed: expected {blocks} numbers, one for each transformer block, got {count}"
+    wanted = f"perturbed: expected {blocks}, one a transformer block, got {count}"
     with torch.no_grad():
         with pytest.raises(ValueError, match=wanted):
             ours(**given, perturbed=[1] * count)
@@ -195,11 +195,11 @@ def test_perturbed_rows_must_be_given_for_every_transformer_block(count: int) ->
         contexts = [ours.context(given["text_tokens"], None, ())] * (blocks - 1)
         time = ours.embed_time(given["timestep"].expand(2))
         with pytest.raises(ValueError, match="expected a context for each transformer block, got fewer"):
-            ours.denoise(given["latents"], [time] * 99, contexts)
+            ours.forward_precomputed(given["latents"], [time] * 99, contexts)
 
 
 def test_a_unet_takes_a_second_base() -> None:
-    """An interface, a protocol or a generic type beside it: a metaclass of our own would forbid two."""
+    """An interface, a protocol or a generic type as second base: a metaclass would forbid two of them."""
 
     class Named(Protocol):
         def name(self) -> str: ...

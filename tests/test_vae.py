@@ -1,11 +1,11 @@
-"""The autoencoder against the reference, both ways."""
+"""VAE: encoder and decoder against the reference."""
 
 import pytest
 import torch
 
 from kolors_core.vae import VAE
-from tests.parity import assert_parity, first_divergence, pair
-from tests.small import EXACT, FLOAT32, SMALL, randomise, relative_error
+from tests.support.parity import assert_parity, first_divergence, pair
+from tests.support.small import EXACT, FLOAT32, SMALL, randomise, relative_error
 
 pytestmark = pytest.mark.numerical
 

@@ -1,4 +1,4 @@
-"""Wrong input to what is public: one line that names the argument, what came and what was wanted; nothing
+"""Wrong input to what is public: one line that names the argument, what came and what was expected; nothing
 changes, and nothing is written."""
 
 import http.server
@@ -25,19 +25,21 @@ from kolors_core import (
     load_image_embeds,
     save_image_embeds,
 )
+from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.config import UNetConfig
-from kolors_core.dataset import Batches, buckets, read_folder
-from kolors_core.fields import finite_number, fraction_of, whole_number
-from kolors_core.image import read_description, save_png, to_output
-from kolors_core.lora import attach, save_adapters
-from kolors_core.objective import TrainingConfig
-from kolors_core.reading import Savings
-from kolors_core.single_file import load_model
+from kolors_core.image import to_images
+from kolors_core.pipelines.memory_plan import plan
+from kolors_core.pipelines.png_metadata import read_metadata, save_png
+from kolors_core.pipelines.single_file import load_model
+from kolors_core.precompute import Savings
 from kolors_core.tokenizer import Tokenizer
+from kolors_core.training.data import Batches, buckets, read_folder
+from kolors_core.training.trainer import TrainingConfig
+from kolors_core.validation import check_float, check_fraction, check_int
 
 SHORT = {"prompt": "cat", "num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
 NAN, PICTURE, ZEROS = float("nan"), Image.new("RGB", (64, 64)), torch.zeros(1, 4, 8, 8)
-DEVICE = "wanted a device of this machine"
+DEVICE = "expected a device of this machine"
 Wrong = tuple[Callable[[Any], Any], type[Exception], str]
 
 
@@ -75,8 +77,8 @@ CALLS: list[Wrong] = [
     (call(latents=ZEROS.to(torch.complex64)), ValueError, "latents must be floats, got torch.complex64"),
     (call(prompt=None, prompt_embeds=torch.ones(1, 9, 192).long()), ValueError, "prompt_embeds must be fl"),
     (returning("prompt_embeds", torch.zeros(2, 5, 3)), ValueError, r"prompt_embeds \[2, 5, 3\].*192\]"),
-    (returning("add_time_ids", torch.zeros(2, 3)), ValueError, r"add_time_ids \[2, 3\] of .*wanted floats"),
-    (from_image([]), ValueError, "wanted at least one image, got none"),
+    (returning("add_time_ids", torch.zeros(2, 3)), ValueError, r"add_time_ids \[2, 3\] of .*expected floats"),
+    (from_image([]), ValueError, "expected at least one image, got none"),
     (from_image(torch.zeros(0, 4, 8, 8)), ValueError, "latents as image must be some floats"),
     (from_image(torch.zeros(4, 8, 8).long()), ValueError, "latents as image must be some floats"),
     (from_image(np.zeros((8, 8, 3), object)), ValueError, "pixels of uint8 or floats, got object"),
@@ -87,14 +89,14 @@ CALLS: list[Wrong] = [
     (setting("tokenizer", "x"), TypeError, "tokenizer must be like .* Tokenizer or None, got str"),
     (setting("feature_extractor", 3), TypeError, "feature_extractor must be a function or None, got int"),
     (setting("guided", None), TypeError, "guided must be a function"),
-    (setting("savings", None), TypeError, "savings must be a reading.Savings"),
+    (setting("savings", None), TypeError, "savings must be a precompute.Savings"),
     (lambda pipe: pipe.to(torch.device("meta")), ValueError, f"{DEVICE}.*'meta'"),
     (lambda pipe: pipe.to(3), ValueError, DEVICE),
     (lambda pipe: pipe.to(torch.float64, torch.int8), TypeError, "a floating torch.dtype, got torch.int8"),
     (lambda pipe: pipe.encode_prompt("cat", device="nope"), ValueError, f"{DEVICE}.*'nope'"),
-    (lambda pipe: pipe.plan(64, 64, device="cuda:x"), ValueError, "wanted a device such as .*'cuda:x'"),
+    (lambda pipe: plan(pipe, 64, 64, device="cuda:x"), ValueError, "expected a device such as .*'cuda:x'"),
     (lambda pipe: pipe.load_ip_adapter(3), TypeError, "the IP-Adapter must be a path, got 3"),
-    (lambda pipe: pipe.load_textual_inversion({"word": 3}), ValueError, "word is int, wanted a tensor"),
+    (lambda pipe: pipe.load_textual_inversion({"word": 3}), ValueError, "word is int, expected a tensor"),
     (lambda pipe: pipe.load_textual_inversion([]), ValueError, "got no file"),
     (lambda pipe: pipe.load_textual_inversion({}, 3), ValueError, "got the token 3"),
     (lambda pipe: pipe.unload_textual_inversion(3), TypeError, "tokens must be a word"),
@@ -107,7 +109,7 @@ CALLS: list[Wrong] = [
     (lambda pipe: pipe.save_single_file(3), TypeError, "file must be a path, got 3"),
     (lambda pipe: pipe.save_lora_weights("x", 3), TypeError, "unet_lora_layers .* must be dicts"),
     (lambda pipe: pipe.tokenizer(["x"], "y"), ValueError, "max_length must be a positive whole .*'y'"),
-    (lambda pipe: pipe.tokenizer(3), ValueError, "wanted a list of at least one prompt, got 3"),
+    (lambda pipe: pipe.tokenizer(3), ValueError, "expected a list of at least one prompt, got 3"),
 ]  # fmt: skip
 
 ANY: Any = None
@@ -122,21 +124,21 @@ ALONE: list[Wrong] = [
     (lambda _: load_model("x.safetensors", "unet", device="nope"), ValueError, DEVICE),
     (lambda _: Tokenizer(ANY), TypeError, "the tokenizer must be a path, got None"),
     (lambda _: load_image_embeds(ANY), TypeError, "file must be a path, got None"),
-    (lambda _: read_description(ANY), TypeError, "path must be a path, got None"),
+    (lambda _: read_metadata(ANY), TypeError, "path must be a path, got None"),
     (lambda _: save_png(PICTURE, ANY), TypeError, "path must be a path, got None"),
     (lambda _: save_image_embeds([3], "x"), TypeError, "embeds must be a list of tensors"),  # pyright: ignore
-    (lambda _: to_output(ZEROS, "jpg"), ValueError, "output_type must be one of pil, np, pt, got 'jpg'"),
+    (lambda _: to_images(ZEROS, "jpg"), ValueError, "output_type must be one of pil, np, pt, got 'jpg'"),
     (lambda _: IPAdapterMaskProcessor().preprocess(PICTURE, 64, ANY or 6.5), ValueError, "width must be"),
-    (lambda _: EulerDiscreteScheduler.from_config(ANY), TypeError, "wanted a scheduler's config"),
-    (lambda _: UNetConfig.from_public(ANY), TypeError, "wanted the fields of a config, got None"),
+    (lambda _: EulerDiscreteScheduler.from_config(ANY), TypeError, "expected a scheduler's config"),
+    (lambda _: UNetConfig.from_public(ANY), TypeError, "expected the fields of a config, got None"),
     (lambda _: SDXLCFGCutoffCallback(ANY or "x"), ValueError, "cutoff_step_ratio must be a number, got 'x'"),
     (lambda _: SDXLCFGCutoffCallback(0.5, -1), ValueError, "cutoff_step_index must be .*got -1"),
     (lambda _: Savings(cached_prompts=-1), ValueError, "cached_prompts must be .*got -1"),
     (lambda _: TrainingConfig(steps=ANY), ValueError, "steps must be a positive whole number, got None"),
     (lambda _: TrainingConfig(steps=1, learning_rate=NAN), ValueError, "learning_rate must be .*got nan"),
-    (lambda _: TrainingConfig(steps=1, ema=2), ValueError, "ema must be from 0 to 1, got 2"),
+    (lambda _: TrainingConfig(steps=1, ema_decay=2), ValueError, "ema_decay must be from 0 to 1, got 2"),
     (lambda _: buckets(512, 0), ValueError, "step must be a positive whole number, got 0"),
-    (lambda _: Batches([], [(64, 64)], 1, 0), ValueError, "no pictures"),
+    (lambda _: Batches([], [(64, 64)], 1, 0), ValueError, "no images"),
     (lambda _: read_folder(ANY), TypeError, "folder must be a path, got None"),
 ]  # fmt: skip
 
@@ -157,7 +159,7 @@ def test_it_is_refused_in_one_line_and_nothing_changes(
 
 
 def test_numbers_of_any_library_are_numbers(pipe: Any) -> None:
-    assert (whole_number("n", np.int64(8), 8), finite_number("x", np.float32(0.5))) == (8, 0.5)
+    assert (check_int("n", np.int64(8), 8), check_float("x", np.float32(0.5))) == (8, 0.5)
     pipe.enable_freeu(np.float32(0.6), 0.4, 1, np.float64(1.2))
     pipe.disable_freeu()
     assert len(from_image(PICTURE, strength=np.float32(0.5), num_inference_steps=4)(pipe).images) == 1
@@ -166,7 +168,7 @@ def test_numbers_of_any_library_are_numbers(pipe: Any) -> None:
 @pytest.mark.parametrize("value", [10**400, -(10**400), np.float64("nan"), np.float32(0), True, 1j])
 def test_a_fraction_of_any_size_is_told_from_others(value: object) -> None:
     with pytest.raises(ValueError, match="part must be above 0 and at most 1, got"):
-        fraction_of("part", value)
+        check_fraction("part", value)
 
 
 def test_files_are_written_over_only_when_asked(pipe: Any, tmp_path: Path) -> None:

@@ -1,14 +1,14 @@
 """Convert a Kolors checkpoint to our names, or back: `python -m weights_convert SRC DST [--to diffusers]`.
 
-`--to single` makes one file of a folder, and `--to diffusers` a folder of such a file, or of one that another
-program made, with one model or several: see folding.py.
+`--to single` converts a folder to one file, and `--to diffusers` such a file, or one of another program with
+one model or several, to a folder: see folder_to_single_file.py.
 
 SRC is a pipeline folder, a component's folder or one safetensors file. DST gets the same files under the same
-names, with the tensors renamed; a tensor that the model never reads stays in its file behind `unused.`, so
-the way back is byte-equal. DST appears whole or not at all.
+names, with the tensors renamed; a tensor that the model never reads stays in its file with the prefix
+`unused.`, so that converting back is byte-equal. DST appears whole or not at all.
 
-With --pickle, SRC is a file that torch.save wrote, and DST becomes a safetensors file of its tensors under
-the names that they have: the only place where a pickle is opened, and then for tensors alone.
+With --pickle, SRC is a file written by torch.save, and DST a safetensors file of its tensors under the same
+names: the only place where a pickle is opened, and then for tensors alone.
 """
 
 import argparse
@@ -23,39 +23,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weights_convert import recognise
-from weights_convert.folding import is_single, report_line, to_folder, to_single
-from weights_convert.reading import one_line, read_object
-from weights_convert.rules import UNUSED, Table
-from weights_convert.source import (
-    LONGEST_INDEX,
+from weights_convert import detect_component
+from weights_convert.atomic_write import atomic_folder, check_absent, copy_file, write_bytes
+from weights_convert.folder_to_single_file import is_single, report_line, to_folder, to_single
+from weights_convert.key_mapping import UNUSED, Table
+from weights_convert.safetensors_files import (
+    MAX_INDEX_BYTES,
     PICKLES,
     Source,
-    index_files,
+    pickle_message,
+    read_shard_index,
     save_tensors,
-    walk,
+    walk_files,
     weight_files,
-    why_refused,
     write_tensors,
 )
-from weights_convert.writing import copy_file, must_be_new, new_folder, write_bytes
+from weights_convert.untrusted_files import one_line, read_json_object
 
 
 def convert(source: Path, destination: Path, *, to_public: bool = False, prune: bool = False) -> list[str]:
     """Convert one file or folder; returns the report's lines.
 
-    to_public: from our names to diffusers'. prune: leave the dropped tensors out for good.
+    to_public: from our names to diffusers'. prune: leave out the dropped tensors.
     Raises ValueError or FileNotFoundError naming the file; then `destination` does not exist.
     """
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    must_be_new(destination)
+    check_absent(destination)
     if source.resolve() in destination.resolve().parents:
         raise ValueError(f"{destination}: lies inside {source}, which is to be converted")
     if source.is_file():
         destination.parent.mkdir(parents=True, exist_ok=True)
         return _convert_files([source], [destination], to_public, prune)
-    with new_folder(destination) as scratch:
+    with atomic_folder(destination) as scratch:
         report = _convert_folder(source, scratch, to_public, prune)
         if not report:
             raise FileNotFoundError(f"{source}: no safetensors weights in it")
@@ -63,32 +63,31 @@ def convert(source: Path, destination: Path, *, to_public: bool = False, prune: 
 
 
 def convert_pickle(source: Path, destination: Path) -> list[str]:
-    """Write a pickle's tensors as safetensors, under the names that they have; returns the report's lines.
+    """Write a pickle's tensors as safetensors under the same names; returns the report's lines.
 
-    Of a training checkpoint, those of its "state_dict". Names of nested dicts are joined by dots.
-    Raises ValueError or FileNotFoundError naming the file and what in it is no tensor; then `destination`
-    does not exist.
+    Of a training checkpoint only "state_dict" is converted. Names of nested dicts are joined by dots.
+    Raises ValueError or FileNotFoundError naming the file and the entry that is not a tensor; then
+    `destination` does not exist.
     """
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file")
     if source.suffix not in PICKLES:
-        raise ValueError(f"{source}: wanted a pickle ({', '.join(PICKLES)}) with --pickle")
-    must_be_new(destination, ".safetensors")
+        raise ValueError(f"{source}: expected a pickle ({', '.join(PICKLES)}) with --pickle")
+    check_absent(destination, ".safetensors")
     try:
-        # On the CPU, whatever it was saved from.
         content = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError,
             AttributeError, OSError, zipfile.BadZipFile) as error:  # fmt: skip
         reason = one_line(error, 200)
         raise ValueError(f"{source}: not a whole pickle of tensors alone: {reason}") from None
-    beside: list[str] = []
+    left_out: list[str] = []
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        beside, content = [str(name) for name in content if name != "state_dict"], content["state_dict"]
+        left_out, content = [str(name) for name in content if name != "state_dict"], content["state_dict"]
     tensors, size = {}, source.stat().st_size
-    for name, value in _flat(content, ""):
+    for name, value in _flatten(content, ""):
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             got = f"{name or 'all of it'} is {type(value).__name__}"
-            raise ValueError(f"{source}: {got}, wanted a plain tensor")
+            raise ValueError(f"{source}: {got}, expected a plain tensor")
         if value.nbytes > size:
             raise ValueError(f"{source}: {name} would be {value.nbytes:,} bytes, of a file of {size:,}")
         if name in tensors:
@@ -99,35 +98,35 @@ def convert_pickle(source: Path, destination: Path) -> list[str]:
     destination.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, destination)
     line = f"{len(tensors):,} tensors {sum(value.nbytes for value in tensors.values()):,} bytes   {source}"
-    return [line, *(f"  left out: {name}, which is beside the state_dict" for name in beside)]
+    return [line, *(f"  left out: {name}, which is beside the state_dict" for name in left_out)]
 
 
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """What nested dicts hold, by joined names."""
+def _flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dicts by joined names."""
     if not isinstance(value, dict):
         yield name, value
         return
-    for inner, part in value.items():
-        yield from _flat(part, f"{name}.{inner}" if name else str(inner))
+    for key, part in value.items():
+        yield from _flatten(part, f"{name}.{key}" if name else str(key))
 
 
 def _convert_folder(source: Path, destination: Path, to_public: bool, prune: bool) -> list[str]:
-    """Convert the weights of a folder, and copy what else is in it; returns the report's lines."""
+    """Convert the weights of a folder, and copy its other files; returns the report's lines."""
     report = []
-    for here, files in walk(source):
-        there = destination / here.relative_to(source)
-        there.mkdir(exist_ok=True)
+    for folder, files in walk_files(source):
+        target = destination / folder.relative_to(source)
+        target.mkdir(exist_ok=True)
         weights = [name for name in files if name.endswith(".safetensors")]
         for variant in sorted({_variant(name) for name in weights}, key=str):
-            chosen = [here / name for name in weight_files(weights, variant, str(here))]
-            report += _convert_files(chosen, [there / file.name for file in chosen], to_public, prune)
+            chosen = [folder / name for name in weight_files(weights, variant, str(folder))]
+            report += _convert_files(chosen, [target / file.name for file in chosen], to_public, prune)
         for name in sorted(set(files) - set(weights)):
             if name.endswith(PICKLES):
-                report.append(f"{here / name}: skipped, {why_refused(here / name)}")
+                report.append(f"{folder / name}: skipped, {pickle_message(folder / name)}")
             elif ".safetensors.index." in name:
-                _convert_index(here / name, there / name, to_public, prune)
+                _convert_index(folder / name, target / name, to_public, prune)
             else:
-                copy_file(here / name, there / name)
+                copy_file(folder / name, target / name)
     return report
 
 
@@ -135,11 +134,11 @@ def _convert_files(files: list[Path], destinations: list[Path], to_public: bool,
     """Write the files of one component with their tensors renamed; returns the report's lines."""
     source = Source(files)
     where = source.where
-    table, is_ours = recognise(source.keys(), where)
+    table, is_ours = detect_component(source.keys(), where)
     if is_ours is not to_public:
         raise ValueError(f"{where}: has {'our' if is_ours else 'public'} names already")
     public = {name: table.to_public(name) if to_public else name for name in source}
-    table.refuse_faults({public[name]: source.shape(name) for name in source}, where)
+    table.reject_faults({public[name]: source.shape(name) for name in source}, where)
     renamed = {name: public[name] if to_public else table.to_ours(name) for name in source}
     if collisions := [name for name in source if not to_public and table.to_public(renamed[name]) != name]:
         raise ValueError(f"{where}: {collisions[0]} cannot be renamed both ways")
@@ -159,13 +158,13 @@ def _convert_files(files: list[Path], destinations: list[Path], to_public: bool,
 
 def _convert_index(source: Path, destination: Path, to_public: bool, prune: bool) -> None:
     """Write an index of shards with its tensors renamed."""
-    weight_map = index_files(source)
-    index = read_object(source, LONGEST_INDEX)
+    weight_map = read_shard_index(source)
+    index = read_json_object(source, MAX_INDEX_BYTES)
     shards = Source([source.parent / file for file in sorted(set(weight_map.values()))])
     if set(weight_map) != set(shards):
-        odd = sorted(set(weight_map) ^ set(shards))[0]
-        raise ValueError(f"{source}: does not list the tensors of its shards: {odd}")
-    table, _ = recognise(weight_map, str(source))
+        differing = min(set(weight_map) ^ set(shards))
+        raise ValueError(f"{source}: does not list the tensors of its shards: {differing}")
+    table, _ = detect_component(weight_map, str(source))
     rename = table.to_public if to_public else table.to_ours
     renamed = {rename(name): file for name, file in weight_map.items()}
     if prune:
@@ -176,18 +175,18 @@ def _convert_index(source: Path, destination: Path, to_public: bool, prune: bool
 
 
 def _is_dropped(name: str, table: Table) -> bool:
-    """Whether the model never reads this tensor, by its public name or ours."""
+    """Return whether the model never reads this tensor, by its public name or ours."""
     return table.why_dropped(name.removeprefix(UNUSED)) is not None
 
 
 def _variant(name: str) -> str | None:
-    """The variant in a weight file's name: "fp16" of `model.fp16-00001-of-00007.safetensors`."""
+    """Return the variant in a weight file's name: "fp16" of `model.fp16-00001-of-00007.safetensors`."""
     parts = name.split(".")
     return parts[1].split("-")[0] if len(parts) > 2 else None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m weights_convert",
         description="Rename a Kolors checkpoint's tensors to kolors_core's, or back, checking every one.",

@@ -1,25 +1,25 @@
 """CLIP's image encoder: transformers' CLIPVisionModelWithProjection <-> ours (392 tensors).
 
-Ours is `kolors_core.clip_vision.CLIPVision`. The public name of the first norm is misspelt, `pre_layrnorm`,
-and always was. A whole CLIP has its text encoder beside it, which Kolors does not read.
+Ours is `kolors_core.adapters.clip_vision.CLIPVision`. The public name of the first norm is misspelt,
+`pre_layrnorm`. A whole CLIP has its text encoder too, which Kolors does not use.
 """
 
-from weights_convert.rules import Block, Table, both, weights
+from weights_convert.key_mapping import Block, Table, weight_and_bias, weight_only
 
 _ATTENTION = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
 
 CLIP_VISION = Table(
     component="image_encoder",
     blocks=(
-        Block("", weights("visual_projection")),
-        Block(r"vision_model", both("pre_layrnorm", "post_layernorm")),
+        Block("", weight_only("visual_projection")),
+        Block(r"vision_model", weight_and_bias("pre_layrnorm", "post_layernorm")),
         Block(
             r"vision_model\.embeddings",
-            ("class_embedding", *weights("patch_embedding", "position_embedding")),
+            ("class_embedding", *weight_only("patch_embedding", "position_embedding")),
         ),
         Block(
             r"vision_model\.encoder\.layers\.\d+",
-            both("layer_norm1", *_ATTENTION, "layer_norm2", "mlp.fc1", "mlp.fc2"),
+            weight_and_bias("layer_norm1", *_ATTENTION, "layer_norm2", "mlp.fc1", "mlp.fc2"),
         ),
     ),
     rules=(
@@ -45,7 +45,7 @@ CLIP_VISION = Table(
         "vision_model.embeddings.position_ids": "the numbers 0, 1, 2, ..., which older files store",
         "text_model.": "CLIP's text encoder: Kolors reads prompts with ChatGLM",
         "text_projection.": "CLIP's text encoder: Kolors reads prompts with ChatGLM",
-        "logit_scale": "how CLIP compares pictures with texts, which Kolors does not",
+        "logit_scale": "how CLIP compares images with texts, which Kolors does not",
     },
     required={
         "vision_model.embeddings.patch_embedding.weight": "it is the embedding of CLIP's image patches",

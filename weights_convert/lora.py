@@ -1,8 +1,8 @@
-"""LoRA names: every spelling in the wild -> (component, our module's path, role).
+"""LoRA key names: every known spelling -> (component, our module's path, role).
 
 A name is prefix, module and suffix. Prefixes and suffixes are rows of tables. Modules are looked up among all
-spellings of the modules that the models have, made here from their public names; nothing is guessed, so that
-kohya's underscores, which stand for dots and for themselves, are no riddle.
+spellings of the models' modules, derived here from their public names, so that kohya's underscores, which
+replace dots and are also parts of names, are not ambiguous.
 """
 
 import re
@@ -13,14 +13,14 @@ from weights_convert.chatglm import CHATGLM
 from weights_convert.sgm import sgm_blocks, to_sgm
 from weights_convert.unet import UNET
 
-# What an error tells of the spellings.
-KNOWN = (
+# The known spellings, for an error message.
+KNOWN_SPELLINGS = (
     "unet.<module>.lora_A.weight (diffusers, PEFT), unet.<module>.processor.to_q_lora.down.weight (older "
     "diffusers), lora_unet_<module>.lora_down.weight (kohya, modules named by diffusers or SGM), the module "
     "alone, base_model.model.<module> (PEFT); text_encoder. or lora_te_ for ChatGLM; dora_scale, hada_, lokr_"
 )
 
-# Taken off one after another; None says nothing of the component.
+# Removed one after another; None if the prefix does not tell the component.
 PREFIXES: dict[str, str | None] = {
     "base_model.model.": None,
     "lycoris_": None,
@@ -38,7 +38,7 @@ _LYCORIS = (
     *(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
     *(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
 )
-# Pattern of what follows the module -> role of the tensor; the first that fits counts.
+# Pattern of the suffix after the module -> role of the tensor; the first match counts.
 SUFFIXES: tuple[tuple[str, str], ...] = (
     (rf"\.lora_A{_ADAPTER}\.weight", "down"),
     (rf"\.lora_B{_ADAPTER}\.weight", "up"),
@@ -59,12 +59,15 @@ SUFFIXES: tuple[tuple[str, str], ...] = (
 )
 
 # Further spellings of diffusers' module names: of its old attention processors.
-OLDER = ((r"(attn\d)\.to_([qkv])", r"\1.processor.to_\2"), (r"(attn\d)\.to_out\.0", r"\1.processor.to_out"),
-         (r"to_out\.0", "to_out"))  # fmt: skip
+LEGACY_NAMES = (
+    (r"(attn\d)\.to_([qkv])", r"\1.processor.to_\2"),
+    (r"(attn\d)\.to_out\.0", r"\1.processor.to_out"),
+    (r"to_out\.0", "to_out"),
+)
 
 
-class Place(NamedTuple):
-    """What a tensor of a LoRA is: of which module of which model, and in which role."""
+class LoRAKey(NamedTuple):
+    """LoRA key: the component, the module's path in it, and the tensor's role."""
 
     component: str
     module: str
@@ -72,9 +75,9 @@ class Place(NamedTuple):
 
 
 def spellings(modules: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-    """By component, every spelling of its modules -> our path. modules: our paths of the layers.
+    """Map every spelling of each component's modules to our path. modules: our paths of the layers.
 
-    Raises ValueError if one spelling is two modules.
+    Raises ValueError if two modules have the same spelling.
     """
     found: dict[str, dict[str, str]] = {}
     for component, paths in modules.items():
@@ -84,35 +87,35 @@ def spellings(modules: Mapping[str, Collection[str]]) -> dict[str, dict[str, str
         known = found[component] = {}
         for path, name in public.items():
             if component == "unet":
-                ways = {name, to_sgm(name, blocks), *(re.sub(old, new, name) for old, new in OLDER)}
+                aliases = {name, to_sgm(name, blocks), *(re.sub(old, new, name) for old, new in LEGACY_NAMES)}
             else:
-                ways = {name, f"transformer.{name}"}  # THUDM's ChatGLM keeps its encoder one level down
-            for way in ways | {way.replace(".", "_") for way in ways}:
-                if known.setdefault(way, path) != path:
-                    raise ValueError(f"{component}: {way} is both {known[way]} and {path}")
+                aliases = {name, f"transformer.{name}"}  # THUDM's ChatGLM keeps its encoder one level down
+            for alias in aliases | {alias.replace(".", "_") for alias in aliases}:
+                if known.setdefault(alias, path) != path:
+                    raise ValueError(f"{component}: {alias} is both {known[alias]} and {path}")
     return found
 
 
-def normalise(
+def parse_keys(
     names: Iterable[str], modules: Mapping[str, Collection[str]]
-) -> tuple[dict[Place, str], list[str]]:
-    """The place of each name, and the names that have none. modules: our paths of the layers, by component.
+) -> tuple[dict[LoRAKey, str], list[str]]:
+    """Parse tensor names: key -> name, and the unmatched names. modules: our layers' paths, by component.
 
     Raises ValueError if two names are the same tensor, as in a file of two spellings.
     """
-    known, places, unmatched = spellings(modules), dict[Place, str](), list[str]()
+    known, keys, unmatched = spellings(modules), dict[LoRAKey, str](), list[str]()
     for name in names:
-        place = _place(name, known)
-        if place is None:
+        key = _parse_key(name, known)
+        if key is None:
             unmatched.append(name)
-        elif place in places:
-            raise ValueError(f"{places[place]} and {name} are two spellings of the same tensor")
+        elif key in keys:
+            raise ValueError(f"{keys[key]} and {name} are two spellings of the same tensor")
         else:
-            places[place] = name
-    return places, unmatched
+            keys[key] = name
+    return keys, unmatched
 
 
-def _place(name: str, known: Mapping[str, Mapping[str, str]]) -> Place | None:
+def _parse_key(name: str, known: Mapping[str, Mapping[str, str]]) -> LoRAKey | None:
     rest, component = name, None
     while prefix := next(filter(rest.startswith, PREFIXES), None):
         rest, component = rest.removeprefix(prefix), PREFIXES[prefix] or component
@@ -120,5 +123,5 @@ def _place(name: str, known: Mapping[str, Mapping[str, str]]) -> Place | None:
         if match := re.fullmatch(rf"(.+?){pattern}", rest):
             for candidate in known if component is None else (component,):
                 if path := known.get(candidate, {}).get(match[1]):
-                    return Place(candidate, path, role)
+                    return LoRAKey(candidate, path, role)
     return None

@@ -1,16 +1,16 @@
-"""SGM's spelling, which ComfyUI and LoRA trainers have too <-> diffusers' public names, of UNet and VAE.
+"""SGM's names, also used by ComfyUI and LoRA trainers <-> diffusers' public names, of UNet and VAE.
 
-The UNet's blocks are numbered through, the VAE's decoder counts its levels from the outermost, and the VAE's
-attention has convolutions of one pixel where diffusers has linear layers: the same numbers in another shape.
+The UNet's blocks are numbered consecutively, the VAE's decoder counts its levels from the outermost, and the
+VAE's attention has 1x1 convolutions where diffusers has linear layers: the same values in another shape.
 Source: Stability-AI/generative-models, sgm/modules/diffusionmodules/openaimodel.py and model.py.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from weights_convert.rules import inverse, rename
+from weights_convert.key_mapping import inverse, rename
 
-# SGM's names of what has a fixed place, and of a resnet's parts; `sgm_blocks` has the rest.
+# SGM's names of the top-level modules, and of a block's parts; `sgm_blocks` has the rest.
 SGM_TOP = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
@@ -56,7 +56,7 @@ _POINTWISE = re.compile(r"(?:encoder|decoder)\.mid_block\.attentions\.0\.to_(?:q
 
 
 def sgm_blocks(public: Iterable[str]) -> dict[str, str]:
-    """diffusers' blocks -> SGM's, which number resnets and samplers through; from the UNet's own modules."""
+    """Map diffusers' blocks to SGM's, which number resnets and samplers consecutively, from module names."""
     blocks = sorted({match[1] for name in public if (match := _BLOCK.fullmatch(name))})
     resnets = sum(block.startswith("down_blocks.0.resnets.") for block in blocks)
     found = {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
@@ -64,21 +64,21 @@ def sgm_blocks(public: Iterable[str]) -> dict[str, str]:
     for block in blocks:
         if block in found:
             continue
-        way, level, kind, number = block.split(".")
+        direction, level, kind, number = block.split(".")
         is_sampler = kind.endswith("samplers")
         i = int(level) * (resnets + 1) + (resnets if is_sampler else int(number))
         part = int(kind == "attentions")
-        if way == "down_blocks":
+        if direction == "down_blocks":
             found[block] = f"input_blocks.{i + 1}.{part}"  # the first is conv_in
             continue
-        if is_sampler:  # it stands in the last resnet's block, behind the transformer where there is one
+        if is_sampler:  # in the last resnet's block, after the transformer if there is one
             part = 1 + any(other.startswith(f"up_blocks.{level}.attentions.") for other in blocks)
         found[block] = f"output_blocks.{i}.{part}"
     return found
 
 
 def to_sgm(public: str, blocks: Mapping[str, str]) -> str:
-    """SGM's name of a UNet module; Kolors' own text projection has none and keeps its name."""
+    """Convert a UNet module's name to SGM's; Kolors' text projection has none and keeps its name."""
     match = _BLOCK.fullmatch(public)
     if match is None:
         return SGM_TOP.get(public, public)
@@ -87,21 +87,23 @@ def to_sgm(public: str, blocks: Mapping[str, str]) -> str:
 
 
 def public_to_sgm(component: str, names: Iterable[str]) -> dict[str, str]:
-    """SGM's name of each public tensor of a UNet or VAE; other components have none, and keep theirs."""
+    """Map public tensor names of a UNet or VAE to SGM's; other components' names stay."""
     names = list(names)
     if component == "vae":
-        return {name: rename(turned, SGM_VAE) for name, turned in _turned(names, "up_blocks").items()}
+        levels = _reverse_levels(names, "up_blocks")
+        return {name: rename(levels[name], SGM_VAE) for name in names}
     if component != "unet":
         return {name: name for name in names}
     blocks = sgm_blocks(names)
-    return {name: _renamed(name, lambda module: to_sgm(module, blocks)) for name in names}
+    return {name: _rename_module(name, lambda module: to_sgm(module, blocks)) for name in names}
 
 
 def sgm_to_public(component: str, names: Iterable[str]) -> dict[str, str]:
-    """The public name of each of SGM's, the inverse of `public_to_sgm`; what is not SGM's stays as it is."""
+    """Map SGM's tensor names to public ones, the inverse of `public_to_sgm`; other names stay."""
     names = list(names)
     if component == "vae":
-        return {name: rename(turned, inverse(SGM_VAE)) for name, turned in _turned(names, "up").items()}
+        levels = _reverse_levels(names, "up")
+        return {name: rename(levels[name], inverse(SGM_VAE)) for name in names}
     if component != "unet":
         return {name: name for name in names}
     blocks = {sgm: public for public, sgm in sgm_blocks(_possible_blocks(names)).items()}
@@ -114,22 +116,22 @@ def sgm_to_public(component: str, names: Iterable[str]) -> dict[str, str]:
         parts = {sgm: part for part, sgm in SGM_PARTS.get(block.split(".")[-2], {}).items()}
         return f"{block}.{parts.get(match[2], match[2])}"
 
-    return {name: _renamed(name, public) for name in names}
+    return {name: _rename_module(name, public) for name in names}
 
 
-def _renamed(name: str, change: Callable[[str], str]) -> str:
-    """A tensor's name with its module's changed."""
+def _rename_module(name: str, change: Callable[[str], str]) -> str:
+    """Change the module in a tensor's name."""
     module, dot, kind = name.rpartition(".")
     return change(module) + dot + kind
 
 
 def _possible_blocks(names: list[str]) -> list[str]:
-    """A module of each block that a UNet of SGM's names can have, by diffusers' names."""
+    """List a module of each block that a UNet of SGM's names may have, by diffusers' names."""
     samplers = [int(match[1]) for name in names if (match := _DOWNSAMPLE.fullmatch(name))]
     inputs = [int(match[1]) for name in names if (match := _INPUT.fullmatch(name))]
     resnets = min(samplers) - 1 if samplers else max(inputs, default=0)
     if resnets > 100 or len(samplers) > 16:
-        return []  # no UNet: numbers that only a damaged name has
+        return []  # not a UNet: only a damaged name has such numbers
     blocks, have, last = list[str](), set(names), len(samplers)
     for level in range(last + 1):
         attends = f"input_blocks.{level * (resnets + 1) + 1}.1.norm.weight" in have
@@ -141,13 +143,13 @@ def _possible_blocks(names: list[str]) -> list[str]:
     return blocks
 
 
-def _turned(names: list[str], way: str) -> dict[str, str]:
-    """Each name -> the same with the VAE decoder's level, behind `way`, counted from the other end."""
-    levels = len({name.split(".")[2] for name in names if name.startswith(f"decoder.{way}.")})
-    level = re.compile(rf"(?<=^decoder\.{way}\.)\d{{1,4}}(?=\..)")
+def _reverse_levels(names: list[str], blocks: str) -> dict[str, str]:
+    """Map each name to one whose VAE decoder level, after `blocks`, is counted from the other end."""
+    levels = len({name.split(".")[2] for name in names if name.startswith(f"decoder.{blocks}.")})
+    level = re.compile(rf"(?<=^decoder\.{blocks}\.)\d{{1,4}}(?=\..)")
     return {name: level.sub(lambda match: str(levels - 1 - int(match[0])), name) for name in names}
 
 
-def is_pointwise(public: str) -> bool:
-    """Whether this tensor of a VAE is [O, I] in the public format and [O, I, 1, 1] in SGM's."""
+def is_1x1_conv(public: str) -> bool:
+    """Return whether a VAE's tensor is [O, I] in the public format and [O, I, 1, 1] in SGM's."""
     return _POINTWISE.fullmatch(public) is not None

@@ -1,6 +1,6 @@
 """The Kolors UNet: diffusers' `UNet2DConditionModel` <-> `kolors_core.unet.UNet` (1,682 tensors)."""
 
-from weights_convert.rules import Block, Table, both, weights
+from weights_convert.key_mapping import Block, Table, weight_and_bias, weight_only
 
 _LEVEL = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)"
 _NORMS = ("norm1", "norm2", "norm3")
@@ -8,7 +8,7 @@ _OUT = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
 _QKV = tuple(f"attn{i}.to_{name}" for i in (1, 2) for name in "qkv")
 EMBEDDINGS = tuple(f"{kind}_embedding.linear_{i}" for kind in ("time", "add") for i in (1, 2))
 
-# What a ControlNet has too.
+# Shared with ControlNets.
 RULES = (
     ("down_blocks", "down"),
     ("mid_block", "mid"),
@@ -26,25 +26,25 @@ RULES = (
 
 
 def encoder_blocks(level: str) -> tuple[Block, ...]:
-    """Resnets and transformers of the levels whose paths these are."""
+    """Return the resnet and transformer blocks of levels, whose paths match `level`."""
     attention = rf"{level}\.attentions\.\d+"
     return (
         Block(
             rf"{level}\.resnets\.\d+",
-            both("norm1", "conv1", "time_emb_proj", "norm2", "conv2"),
-            optional=both("conv_shortcut"),
+            weight_and_bias("norm1", "conv1", "time_emb_proj", "norm2", "conv2"),
+            optional=weight_and_bias("conv_shortcut"),
         ),
-        Block(attention, both("norm", "proj_in", "proj_out")),
-        Block(rf"{attention}\.transformer_blocks\.\d+", both(*_NORMS, *_OUT) + weights(*_QKV)),
+        Block(attention, weight_and_bias("norm", "proj_in", "proj_out")),
+        Block(rf"{attention}\.transformer_blocks\.\d+", weight_and_bias(*_NORMS, *_OUT) + weight_only(*_QKV)),
     )
 
 
 UNET = Table(
     component="unet",
     blocks=(
-        Block("", both("conv_in", "conv_norm_out", "conv_out", "encoder_hid_proj", *EMBEDDINGS)),
+        Block("", weight_and_bias("conv_in", "conv_norm_out", "conv_out", "encoder_hid_proj", *EMBEDDINGS)),
         *encoder_blocks(_LEVEL),
-        Block(r"(down_blocks\.\d+\.down|up_blocks\.\d+\.up)samplers\.0", both("conv")),
+        Block(r"(down_blocks\.\d+\.down|up_blocks\.\d+\.up)samplers\.0", weight_and_bias("conv")),
     ),  # fmt: skip
     rules=(
         *RULES,

@@ -1,22 +1,22 @@
 """The VAE: diffusers' `AutoencoderKL` <-> `kolors_core.vae.VAE` (248 tensors)."""
 
-from weights_convert.rules import Block, Table, both
+from weights_convert.key_mapping import Block, Table, weight_and_bias
 
 _LEVEL = r"(encoder\.down_blocks\.\d+|decoder\.up_blocks\.\d+)"
-_MIDDLE = r"(encoder|decoder)\.mid_block"
+_MID = r"(encoder|decoder)\.mid_block"
 
 VAE = Table(
     component="vae",
     blocks=(
-        Block("", both("quant_conv", "post_quant_conv")),
-        Block(r"encoder|decoder", both("conv_in", "conv_norm_out", "conv_out")),
+        Block("", weight_and_bias("quant_conv", "post_quant_conv")),
+        Block(r"encoder|decoder", weight_and_bias("conv_in", "conv_norm_out", "conv_out")),
         Block(
-            rf"({_LEVEL}|{_MIDDLE})\.resnets\.\d+",
-            both("norm1", "conv1", "norm2", "conv2"),
-            optional=both("conv_shortcut"),
+            rf"({_LEVEL}|{_MID})\.resnets\.\d+",
+            weight_and_bias("norm1", "conv1", "norm2", "conv2"),
+            optional=weight_and_bias("conv_shortcut"),
         ),
-        Block(rf"{_MIDDLE}\.attentions\.0", both("group_norm", "to_q", "to_k", "to_v", "to_out.0")),
-        Block(rf"{_LEVEL}\.(down|up)samplers\.0", both("conv")),
+        Block(rf"{_MID}\.attentions\.0", weight_and_bias("group_norm", "to_q", "to_k", "to_v", "to_out.0")),
+        Block(rf"{_LEVEL}\.(down|up)samplers\.0", weight_and_bias("conv")),
     ),  # fmt: skip
     rules=(
         ("down_blocks", "down"),

@@ -13,7 +13,7 @@ To compare a changed unet.py with what it was, name the old file's class; "" is 
 
     git show HEAD:kolors_core/unet.py > before.py && python -m benchmarks.ablate OUT --a before.py:UNet --b ""
 
-Both see the same pictures, noise and timesteps in the same order, and start from the same values where names
+Both see the same images, noise and timesteps in the same order, and start from the same values where names
 and shapes agree, with each of several seeds. On the CPU; the same command gives the same losses bit for bit
 with the same number of threads. Writes ablate.md (the table), ablate.json, runs.jsonl (the curves),
 ablate.png and samples.png to OUT.
@@ -35,8 +35,8 @@ from benchmarks.ablate.lesson import THINGS, Lesson, draw_pictures
 from benchmarks.ablate.report import write
 from benchmarks.ablate.study import side_by_side
 from benchmarks.side_by_side import environment
-from kolors_core.fields import whole_number
-from kolors_core.objective import TrainingConfig
+from kolors_core.training.trainer import TrainingConfig
+from kolors_core.validation import check_int
 
 RECIPE = TrainingConfig(
     steps=1, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup=50, min_snr_gamma=1.0, max_tokens=64
@@ -64,11 +64,11 @@ def arguments() -> argparse.Namespace:
 def main(options: argparse.Namespace) -> None:
     """Check everything, then train and write."""
     if options.out.exists():
-        raise FileExistsError(f"{options.out}: exists already, wanted a new folder")
-    whole_number("--seeds", options.seeds, least=FEWEST, most=MOST)
-    whole_number("--concepts", options.concepts, least=2, most=len(THINGS))
-    whole_number("--size", options.size, multiple=8)
-    config = replace(RECIPE, steps=whole_number("--steps", options.steps))
+        raise FileExistsError(f"{options.out}: exists already, expected a new folder")
+    check_int("--seeds", options.seeds, least=FEWEST, most=MOST)
+    check_int("--concepts", options.concepts, least=2, most=len(THINGS))
+    check_int("--size", options.size, multiple=8)
+    config = replace(RECIPE, steps=check_int("--steps", options.steps))
     both = [read(text, options.size // 8) for text in (options.a, options.b)]
     probe = example(options.size // 8)
     idle = [check(each, probe) for each in both]
@@ -87,7 +87,7 @@ def main(options: argparse.Namespace) -> None:
     pairs = [side_by_side(*both, lesson, replace(config, seed=i), say) for i in range(options.seeds)]
     seconds, texts, own = round(time.monotonic() - start), [each.text for each in both], pairs[0].own
     lines = [
-        f"{options.steps} steps of {config.batch_size} pictures of {options.size}x{options.size}, of "
+        f"{options.steps} steps of {config.batch_size} images of {options.size}x{options.size}, of "
         f"{options.concepts} things, with each of {options.seeds} seeds; then {len(lesson.prompts)} prompts.",
         f"First values: {pairs[0].shared} tensors are equal, {len(own)} of B's are its own{shortly(own)}.",
         "Intervals: Student's t over the seeds, of B - A or of the logarithm of B / A, each row for itself.",

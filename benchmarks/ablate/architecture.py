@@ -1,7 +1,7 @@
 """What is compared: TINY's UNet with fields of its config changed, or the module that a function makes.
 
 A function takes the `UNetConfig` of TINY's UNet and returns a module, which is called as `UNet.forward` is.
-Shapes: B pictures, h and w latents of a side.
+Shapes: B images, h and w latents of a side.
 """
 
 import ast
@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.config import TINY, UNetConfig
-from kolors_core.fields import finite_number, whole_number
-from kolors_core.objective import Batch
+from kolors_core.training.data import Batch
 from kolors_core.unet import UNet
+from kolors_core.validation import check_float, check_int
 
-FIXED = ("sample_size", "in_channels", "out_channels", "text_dim")  # by TINY's encoders and the pictures
+FIXED = ("sample_size", "in_channels", "out_channels", "text_dim")  # by TINY's encoders and the images
 WANTED = 'fields of the UNet\'s config such as "depths=(0, 0, 1)", or file.py:function'
 MANY = 256  # values of a tensor, from which on their scale says how they were drawn
 
@@ -45,7 +45,7 @@ class Architecture:
         except Exception as error:
             raise ValueError(f"{self.text}: made no module: {_told(error)}") from error
         if not isinstance(net, nn.Module):
-            raise ValueError(f"{self.text}: returned {type(net).__name__}, wanted a torch.nn.Module")
+            raise ValueError(f"{self.text}: returned {type(net).__name__}, expected a torch.nn.Module")
         return net.train()
 
 
@@ -69,25 +69,25 @@ def _changed(config: UNetConfig, text: str) -> UNetConfig:
             raise ValueError
         changes = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError):
-        raise ValueError(f"{text!r}: wanted {WANTED}") from None
+        raise ValueError(f"{text!r}: expected {WANTED}") from None
     free = [field.name for field in fields(UNetConfig) if field.name not in FIXED]
     for name, value in changes.items():
         if name not in free:
-            why = "is given by TINY's encoders and the pictures" if name in FIXED else "is no field"
+            why = "is given by TINY's encoders and the images" if name in FIXED else "is no field"
             raise ValueError(f"{name} {why}: the config's fields to change are {', '.join(free)}")
         if isinstance(getattr(config, name), tuple):
             for number in value if isinstance(value, tuple) else ():
-                whole_number(name, number, least=0 if name == "depths" else 1)
+                check_int(name, number, least=0 if name == "depths" else 1)
         elif name == "norm_eps":
-            finite_number(name, value, 0)
+            check_float(name, value, 0)
         else:
-            whole_number(name, value)
+            check_int(name, value)
     config = replace(config, **changes)
     levels = len(config.channels) if isinstance(config.channels, tuple) else 3
     for name in ("channels", "heads", "depths"):
         value = getattr(config, name)
         if not isinstance(value, tuple) or len(value) != levels:
-            raise ValueError(f"{name} is {value}, wanted {levels} whole numbers, one a level")
+            raise ValueError(f"{name} is {value}, expected {levels} whole numbers, one a level")
     return config
 
 
@@ -109,14 +109,14 @@ def _function(file: Path, name: str) -> Callable[[UNetConfig], Any]:
 
 
 def example(latents: int) -> Batch:
-    """Nothing in particular, of the right shapes: two pictures."""
+    """Nothing in particular, of the right shapes: two images."""
     zeros, width = torch.zeros(2, 4, latents, latents), TINY.unet.text_dim
     text = TextEmbedding(torch.zeros(2, 5, width), torch.zeros(2, width), torch.ones(2, 5))
     return Batch(zeros, text, torch.zeros(2, 6), torch.tensor([100, 900]), zeros)
 
 
 def predict(net: nn.Module, batch: Batch) -> Any:
-    """What the module makes of a batch, called as `Objective` calls a UNet."""
+    """What the module makes of a batch, called as `DiffusionLoss` calls a UNet."""
     text, times = batch.text, batch.timesteps.float()
     assert isinstance(text, TextEmbedding)
     return net(batch.latents, times, text.tokens, text.pooled, batch.size_ids, text.counts, residuals=())
@@ -134,7 +134,9 @@ def check(architecture: Architecture, batch: Batch) -> list[str]:
     shape = list(batch.latents.shape)
     if not isinstance(found, Tensor) or list(found.shape) != shape:
         got = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"{architecture.text}: its forward returned {got}, wanted one of {shape}, the noise")
+        raise ValueError(
+            f"{architecture.text}: its forward returned {got}, expected one of {shape}, the noise"
+        )
     if not found.requires_grad:
         raise ValueError(f"{architecture.text}: its forward depends on no parameter")
     found.sum().backward()
@@ -143,7 +145,7 @@ def check(architecture: Architecture, batch: Batch) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """parameters: how many. flops: of matrix products, convolutions and attention, for one picture once."""
+    """parameters: how many. flops: of matrix products, convolutions and attention, for one image once."""
 
     parameters: int
     flops: int

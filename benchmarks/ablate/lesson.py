@@ -1,7 +1,7 @@
-"""What both architectures learn and are asked: the embedded model's pictures, a part of them, and small.
+"""What both architectures learn and are asked: the embedded model's images, a part of them, and small.
 
 What its frozen autoencoder and text encoder make is made once.
-Shapes: N things, P prompts (each thing in each unseen phrasing), B pictures, h and w latents of a side.
+Shapes: N things, P prompts (each thing in each unseen phrasing), B images, h and w latents of a side.
 """
 
 import copy
@@ -17,11 +17,11 @@ from benchmarks.tiny.emoji import CONCEPTS, ENGLISH_NAMES, ENGLISH_UNSEEN, FONT,
 from benchmarks.tiny.quality import nearest
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import EMBEDDED
-from kolors_core.dataset import Batches, Example, load_pixels, read_folder
-from kolors_core.objective import Batch, Data, TrainingConfig
-from kolors_core.pipeline import KolorsPipeline
+from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.training.data import Batch, Batches, Example, LatentDataset, load_pixels, read_folder
+from kolors_core.training.trainer import TrainingConfig
 
 OTHERWISE = "🥝🍆🍕🏠🏰⭐🏀🥁💻💡"  # TINY knows these by other names than Unicode's
 THINGS = [character for character in CONCEPTS if character not in OTHERWISE]
@@ -36,7 +36,7 @@ def draw_pictures(count: int, folder: Path) -> tuple[list[Example], list[str]]:
     """
     if not FONT.exists():
         how = "`apt-get install fonts-noto-color-emoji`, or https://github.com/googlefonts/noto-emoji"
-        raise FileNotFoundError(f"{FONT}: no such file, wanted the font Noto Color Emoji: {how}")
+        raise FileNotFoundError(f"{FONT}: no such file, expected the font Noto Color Emoji: {how}")
     concepts = []
     for i in range(count):
         thing = THINGS[i * len(THINGS) // count]
@@ -47,10 +47,10 @@ def draw_pictures(count: int, folder: Path) -> tuple[list[Example], list[str]]:
 
 
 class Lesson:
-    """examples and names: of N things, pictures with captions. side: of the pictures in pixels.
+    """examples and names: of N things, images with captions. side: of the images in pixels.
 
-    known: the pictures. prompts: P that are not trained on. held_out: TIMES batches of them, with noise and
-    timesteps that are the same for all. step: what a guided step of one picture reads.
+    known: the images. prompts: P that are not trained on. held_out: TIMES batches of them, with noise and
+    timesteps that are the same for all. step: what a guided step of one image reads.
     """
 
     def __init__(
@@ -58,13 +58,15 @@ class Lesson:
     ) -> None:
         pipe = KolorsPipeline.from_pretrained(EMBEDDED)
         assert pipe.tokenizer is not None and pipe.text_encoder is not None
-        self.names, self.vae, self.sigmas = names, pipe.vae, pipe.scheduler.table()
+        self.names, self.vae, self.sigmas = names, pipe.vae, pipe.scheduler.training_sigmas()
         batches = Batches(examples, [(side, side)], config.batch_size, config.seed)
-        self.data = Data(examples, batches, pipe.vae, pipe.tokenizer, config, frozen_text=pipe.text_encoder)
+        self.data = LatentDataset(
+            examples, batches, pipe.vae, pipe.tokenizer, config, frozen_text=pipe.text_encoder
+        )
         self.known = torch.stack([load_pixels(each, (side, side))[0] for each in examples])  # [N, 3, H, W]
         self.prompts = [phrase.format(x=name) for phrase in ENGLISH_UNSEEN for name in names]
         count = len(self.prompts)
-        tokens = pipe.tokenizer([""] * count + self.prompts, config.max_tokens).collapse()
+        tokens = pipe.tokenizer([""] * count + self.prompts, config.max_tokens).merge_padding()
         with torch.no_grad():
             self.text = pipe.text_encoder(tokens)  # [2P, ...], as guidance reads it: first the empty ones
 
@@ -85,8 +87,8 @@ class Lesson:
         sizes = self.data.sizes[0].expand(len(rows), -1)
         return Batch(latents, text, sizes, times, latents if noise is None else noise)
 
-    def seeded(self, config: TrainingConfig) -> Data:
-        """The same pictures in the order and with the noise of the config's seed."""
+    def seeded(self, config: TrainingConfig) -> LatentDataset:
+        """The same images in the order and with the noise of the config's seed."""
         data, batches = copy.copy(self.data), copy.copy(self.data.batches)
         batches.seed = config.seed
         data.config, data.batches = config, batches
@@ -106,9 +108,9 @@ class Lesson:
 
         shape = self.held_out[0].latents.shape
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        latents = dpmpp_2m(denoise, noise * schedule.start_scale, schedule.sigmas)
+        latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)
         return self.vae.decode(latents).clamp(-1, 1)
 
-    def recognise(self, images: Tensor) -> list[int]:
-        """Of each prompt's picture [P, 3, H, W] the thing whose training picture is nearest."""
+    def detect_component(self, images: Tensor) -> list[int]:
+        """Of each prompt's image [P, 3, H, W] the thing whose training image is nearest."""
         return nearest(images, self.known)

@@ -19,7 +19,7 @@ WINDOWS = 20  # parts of the training, over each of which the training loss is a
 
 
 def plot(pairs: Sequence[Pair], costs: Sequence[Cost], texts: Sequence[str], file: Path) -> None:
-    """Write the picture. texts: what A and B are."""
+    """Write the image. texts: what A and B are."""
     figure, grid = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
     losses, change, quality, price = grid.flat
     held, _, right, *times = rows_of(pairs)
@@ -57,7 +57,7 @@ def plot(pairs: Sequence[Pair], costs: Sequence[Cost], texts: Sequence[str], fil
     quality.set(xlim=(-0.5, 1.5), ylim=(0, 100), ylabel="prompts drawn right, %")
     quality.set_title(f"Quality, a grey line a seed: {right.verdict}")
 
-    beside(price, times, costs)
+    concat_extra_channels(price, times, costs)
 
     for axes in (losses, change, quality, price):
         axes.grid(alpha=0.3)
@@ -67,7 +67,7 @@ def plot(pairs: Sequence[Pair], costs: Sequence[Cost], texts: Sequence[str], fil
     pyplot.close(figure)
 
 
-def beside(axes: Axes, times: Sequence[Row], costs: Sequence[Cost]) -> None:
+def concat_extra_channels(axes: Axes, times: Sequence[Row], costs: Sequence[Cost]) -> None:
     """What B takes in parts of A's: measured times with their intervals, and what is counted."""
     parts = [(row.name.split(",")[0], row.change) for row in times]
     parts += [(name.split(",")[0], Interval(ratio, ratio, ratio)) for name, _, _, ratio in counted(costs)]

@@ -74,7 +74,7 @@ def rows_of(pairs: Sequence[Pair]) -> list[Row]:
         difference("training loss, last tenth of the steps", last_tenth, **loss),
         difference("prompts drawn right", lambda run: 100 * run.right, 100 / prompts, **right),
         time("training step", lambda run: run.train_ms),
-        time("denoising step, one picture with guidance", lambda run: run.denoise_ms),
+        time("denoising step, one image with guidance", lambda run: run.denoise_ms),
     ]
 
 
@@ -95,7 +95,7 @@ def table(rows: Sequence[Row], costs: Sequence[Cost]) -> str:
 def counted(costs: Sequence[Cost]) -> list[tuple[str, int, int, float]]:
     """What is known without measuring: its name, A's, B's and B's in parts of A's."""
     a, b = costs
-    found = ("parameters", a.parameters, b.parameters), ("FLOPs, one picture forward", a.flops, b.flops)
+    found = ("parameters", a.parameters, b.parameters), ("FLOPs, one image forward", a.flops, b.flops)
     return [(name, x, y, y / max(x, 1)) for name, x, y in found]
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from benchmarks.ablate.architecture import Architecture, build_both, predict
 from benchmarks.ablate.lesson import Lesson
 from benchmarks.side_by_side import race
-from kolors_core.dataset import mix
-from kolors_core.objective import Objective, TrainingConfig
-from kolors_core.training import Trainer
+from kolors_core.training.data import derive_seed
+from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.trainer import Trainer, TrainingConfig
 
 POINTS = 8  # of the training, at which the held-out loss is measured
 ROUNDS = 40  # of denoising steps, A B B A
@@ -26,9 +26,9 @@ ROUNDS = 40  # of denoising steps, A B B A
 class Run:
     """What was measured of one architecture with one seed.
 
-    losses: of each training step. held_out: the loss at each of `points`. nearest: of each prompt's picture
+    losses: of each training step. held_out: the loss at each of `points`. nearest: of each prompt's image
     the thing that it looks like most; right: the share of those that were asked for. train_ms, denoise_ms: of
-    each training step, and of some guided steps of one picture.
+    each training step, and of some guided steps of one image.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -48,13 +48,13 @@ class Side(Trainer):
     """One of the two, trained a step at a time; nothing is saved."""
 
     def __init__(self, name: str, net: nn.Module, lesson: Lesson, config: TrainingConfig) -> None:
-        objective = Objective(net, None, lesson.sigmas, config)  # type: ignore[arg-type]
+        objective = DiffusionLoss(net, None, lesson.sigmas, config)  # type: ignore[arg-type]
         super().__init__(objective, lesson.seeded(config), config, folder="")
         self.name, self.net, self.lesson, self.run = name, net, lesson, Run()
 
     def seed(self) -> None:
         """Make what a module draws in its forward a function of seed and step."""
-        torch.manual_seed(mix(self.config.seed, self.step))
+        torch.manual_seed(derive_seed(self.config.seed, self.step))
 
     def advance(self) -> None:
         """One step; FloatingPointError with the architecture's name if its loss is not finite."""
@@ -72,23 +72,23 @@ class Side(Trainer):
         """Measure the loss on prompts and noise that are the same for all."""
         self.net.eval()
         self.seed()
-        losses = [self.objective(batch).item() for batch in self.lesson.held_out]
+        losses = [self.loss(batch).item() for batch in self.lesson.held_out]
         self.run.held_out.append(sum(losses) / len(losses))
         self.net.train()
 
     def draw(self) -> Tensor:
-        """Draw all prompts and see what they look like; the pictures [P, 3, H, W]."""
+        """Draw all prompts and see what they look like; the images [P, 3, H, W]."""
         self.net.eval()
         self.seed()
         images, things = self.lesson.draw(self.net, self.config.seed), len(self.lesson.names)
-        self.run.nearest = self.lesson.recognise(images)
+        self.run.nearest = self.lesson.detect_component(images)
         right = [found == i % things for i, found in enumerate(self.run.nearest)]
         self.run.right = sum(right) / len(right)
         return images
 
     @torch.no_grad()
     def denoise_ms(self) -> dict[str, float]:
-        """How long a guided step of one picture takes."""
+        """How long a guided step of one image takes."""
         start = time.perf_counter()
         predict(self.net, self.lesson.step)
         return {"ms": 1000 * (time.perf_counter() - start)}

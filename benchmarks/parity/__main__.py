@@ -4,7 +4,7 @@ Runs the model that this package carries, offline, in a minute on one core. With
 KOLORS_WEIGHTS the folder it names, of Kolors-diffusers' layout: the real weights, model after model, each
 library's alone in memory and in the dtype that its files have; on CUDA if there is any. Such a folder may
 also have `image_encoder/`, `controlnet/` and `ip_adapter*.safetensors`; for what it lacks stand small random
-models. Writes report.md, parity.png, numbers.json and a picture for each task. Exit status: 1 if a component
+models. Writes report.md, parity.png, numbers.json and an image for each task. Exit status: 1 if a component
 diverges, 2 if the folder cannot be used. Needs the `bench` extra.
 """
 

@@ -16,14 +16,15 @@ from transformers import CLIPVisionModelWithProjection
 
 from benchmarks.pairs import randomise
 from kolors_core import KolorsControlNet
+from kolors_core.adapters.clip_vision import CLIPVisionConfig
+from kolors_core.adapters.controlnet import ControlNetConfig
+from kolors_core.adapters.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
 from kolors_core.checkpoint import load_component, load_index, load_scheduler, open_component
-from kolors_core.config import CLIPVisionConfig, IPAdapterConfig
-from kolors_core.controlnet import ControlNetConfig
-from kolors_core.ip_adapter import IPAdapter, cross_attentions
 from kolors_core.loading import load
+from kolors_core.pipelines.adapter_methods import MODELS
 from kolors_core.tokenizer import Tokenizer
 from weights_convert import TABLES
-from weights_convert.source import Source, save_tensors, weight_files
+from weights_convert.safetensors_files import Source, save_tensors, weight_files
 
 REFERENCE: dict[str, Any] = {
     "text_encoder": ChatGLMModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL,
@@ -73,7 +74,7 @@ class Checkpoint:
 
     @property
     def is_large(self) -> bool:
-        """Whether what all modules put out fits in memory for a small picture and a short text only."""
+        """Whether what all modules put out fits in memory for a small image and a short text only."""
         return self.parameters("unet") > LARGE
 
     @property
@@ -87,7 +88,9 @@ class Checkpoint:
         if component == "controlnet":
             return KolorsControlNet.from_pretrained(place, torch_dtype=dtype, device=self.device)
         if component != "ip_adapter":
-            return load_component(place, component, subfolder="", dtype=dtype, device=self.device)
+            return load_component(
+                place, component, subfolder="", dtype=dtype, device=self.device, kind=MODELS[component]
+            )
         with torch.device("meta"):
             adapter = IPAdapter(self.adapter_config())
         load(adapter, self.source(component), component, dtype=self.dtype("unet"), device=self.device)
@@ -123,7 +126,9 @@ def opened(folder: Path, device: torch.device) -> Iterator[Checkpoint]:
     places = {name: folder / name for name in ("text_encoder", "unet", "vae")}
     unet = {name: open_component(folder, name).model for name in places}["unet"]
     if len(adapters := sorted(folder.glob("ip_adapter*.safetensors"))) > 1:
-        raise ValueError(f"{folder}: wanted one IP-Adapter, found {adapters[0].name} and {adapters[1].name}")
+        raise ValueError(
+            f"{folder}: expected one IP-Adapter, found {adapters[0].name} and {adapters[1].name}"
+        )
     if adapters:
         places["ip_adapter"] = adapters[0]
     places |= {name: folder / name for name in ("image_encoder", "controlnet") if (folder / name).exists()}
@@ -141,13 +146,15 @@ def _make_up(checkpoint: Checkpoint, unet: Any, scratch: Path) -> None:
     if "ip_adapter" in places:
         clip_config = replace(RANDOM_CLIP, hidden_size=checkpoint.adapter_config().image_dim)
     if "image_encoder" in places:
-        clip_config = open_component(checkpoint.folder, "image_encoder").model.config
+        clip_config = open_component(
+            checkpoint.folder, "image_encoder", kind=MODELS["image_encoder"]
+        ).model.config
     made: dict[str, Any] = {
         "image_encoder": lambda: CLIPVisionModelWithProjection(
             ReferenceCLIPVisionConfig(**clip_config.to_public())
         ),
         "controlnet": lambda: ControlNetModel.from_config(
-            ControlNetConfig(**vars(unet.config), image_widths=(8, 12, 16, 24)).to_public()
+            ControlNetConfig(**vars(unet.config), conditioning_widths=(8, 12, 16, 24)).to_public()
         ),
         "ip_adapter": lambda: IPAdapter(_adapter_config(unet, clip_config.hidden_size)),
     }
@@ -167,5 +174,5 @@ def _adapter_config(unet: Any, image_dim: int) -> IPAdapterConfig:
     widths = tuple(place.to_q.in_features for place in cross_attentions(unet).values())
     return IPAdapterConfig(
         image_dim=image_dim, width=128, queries=8, heads=2, feed_forward_size=512, layers=4,
-        context_dim=unet.config.context_dim, branch_widths=widths,
+        context_dim=unet.config.context_dim, cross_attention_widths=widths,
     )  # fmt: skip

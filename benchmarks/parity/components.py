@@ -14,11 +14,13 @@ from benchmarks.pairs import WeightsAs
 from benchmarks.parity.checkpoint import Checkpoint
 from benchmarks.parity.layers import modules_of_file, our_modules, their_modules
 from benchmarks.parity.measure import FLOAT32, TOLERANCES, Case, Side
+from kolors_core.adapters.clip_vision import preprocess_clip
+from kolors_core.adapters.ip_adapter import attach
 from kolors_core.checkpoint import open_component
 from kolors_core.context import ImagePrompt
-from kolors_core.image import clip_pixels, vae_pixels
-from kolors_core.ip_adapter import attach
-from kolors_core.lora_loading import LoRALoading
+from kolors_core.image import preprocess_vae
+from kolors_core.pipelines.adapter_methods import MODELS
+from kolors_core.pipelines.lora_methods import LoRAMethods
 from weights_convert import TABLES
 
 SEED = 20240706
@@ -34,7 +36,7 @@ def picture(side: int) -> Image.Image:
 
 
 class Inputs:
-    """What the models are run on: each is given what the one before makes of two prompts or a picture."""
+    """What the models are run on: each is given what the one before makes of two prompts or an image."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -74,21 +76,22 @@ class Inputs:
 
     @cached_property
     def image(self) -> Tensors:
-        """A picture for the VAE, in [-1, 1]."""
+        """An image for the VAE, in [-1, 1]."""
         height, width = (8 * side for side in self.size)
-        return {"images": vae_pixels([picture(max(height, width))], height, width).double()}
+        return {"images": preprocess_vae([picture(max(height, width))], height, width).double()}
 
     @cached_property
     def latents(self) -> Tensors:
-        """Of that picture."""
+        """Of that image."""
         return {"latents": self.exactly("vae", encode, self.image)["mean"]}
 
     @cached_property
     def pixels(self) -> Tensors:
-        """Two pictures for CLIP."""
-        size = open_component(self.checkpoint.places["image_encoder"], "image_encoder", subfolder="")
+        """Two images for CLIP."""
+        place, kind = self.checkpoint.places["image_encoder"], MODELS["image_encoder"]
+        encoder = open_component(place, "image_encoder", subfolder="", kind=kind).model
         pictures = [picture(80), picture(90).rotate(90)]
-        return {"pixels": clip_pixels(pictures, size.model.config.image_size).double()}
+        return {"pixels": preprocess_clip(pictures, encoder.config.image_size).double()}
 
     @cached_property
     def states(self) -> Tensors:
@@ -201,7 +204,7 @@ def ip_adapter(checkpoint: Checkpoint, given: Inputs, **more: Any) -> Case:
     return Case(name="IP-Adapter", inputs=given.states, ours=ours, theirs=theirs, **more)
 
 
-class Loras(LoRALoading):
+class Loras(LoRAMethods):
     """What LoRA needs of a pipeline."""
 
     def __init__(self, unet: Any) -> None:

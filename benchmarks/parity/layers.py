@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from weights_convert.rules import UNUSED, Table
+from weights_convert.key_mapping import UNUSED, Table
 
 Modules = dict[str, tuple[str, nn.Module]]  # our path -> the module's own path, and the module
 Outputs = list[tuple[str, Tensor]]  # our path -> what it put out, in order of execution
@@ -122,7 +122,7 @@ def like(other: Tensor, output: Tensor) -> Tensor:
     if output.ndim == other.ndim == 3 and output.shape[1] == 1 < len(other):
         return other.transpose(0, 1)[:, -1:]  # of its last layer ours computes the last position only
     if other.numel() == output.numel():
-        return other.reshape(output.shape)  # height and width as one, or pictures and their tokens
+        return other.reshape(output.shape)  # height and width as one, or images and their tokens
     return other
 
 

@@ -1,4 +1,4 @@
-"""Whole pipelines: the latents of every step and the picture, by both libraries from the same noise."""
+"""Whole pipelines: the latents of every step and the image, by both libraries from the same noise."""
 
 import math
 import os
@@ -19,9 +19,9 @@ from benchmarks.parity.measure import DTYPES, FLOAT32, TOLERANCES, Measured, Res
 from benchmarks.parity.samplers import SOLVERS
 from kolors_core import KolorsImg2ImgPipeline, KolorsInpaintPipeline, KolorsPipeline
 from kolors_core.checkpoint import open_component
-from kolors_core.components import Components
+from kolors_core.pipelines.base import Components
 
-# The solver of each, and how much of the picture is made anew. Image to image is the last, since the
+# The solver of each, and how much of the image is made anew. Image to image is the last, since the
 # reference leaves its VAE in another dtype.
 TASKS = {
     "text to image": ("Euler", 1.0),
@@ -39,14 +39,14 @@ PIPELINES = TOLERANCES | {"float64": FLOAT32, "float32": 10 * FLOAT32}
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """What one run made: latents after each step, and the picture, [H, W, 3] from 0 to 1."""
+    """What one run made: latents after each step, and the image, [H, W, 3] from 0 to 1."""
 
     latents: list[Tensor]
     pixels: Tensor
 
     @property
     def bytes(self) -> Tensor:
-        """The picture in 8 bits a channel, as a file has it."""
+        """The image in 8 bits a channel, as a file has it."""
         return (self.pixels.double() * 255).round()
 
 
@@ -64,8 +64,8 @@ class OneNoise(TorchFunctionMode):
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """One picture by both libraries. psnr: of ours from the reference's, in dB, and of each from the
-    reference's in float64; infinite where pictures are equal. levels: the largest difference, of 255. ours,
+    """One image by both libraries. psnr: of ours from the reference's, in dB, and of each from the
+    reference's in float64; infinite where images are equal. levels: the largest difference, of 255. ours,
     reference: [H, W, 3]."""
 
     task: str
@@ -117,7 +117,7 @@ def arguments(task: str, side: int, steps: int) -> dict[str, Any]:
 
 
 def draw(pipelines: dict[str, Any], task: str, side: int, steps: int) -> Drawn:
-    """One picture."""
+    """One image."""
     pipe, latents, given = pipelines[task], [], arguments(task, side, steps)
     is_ours = isinstance(pipe, Components)
     kind, changes = SOLVERS[TASKS[task][0]]
@@ -209,6 +209,6 @@ def _pictures(task: str, dtype: str, ours: Drawn, theirs: Drawn, exact: Drawn) -
 
 
 def psnr(one: Tensor, other: Tensor) -> float:
-    """Peak signal to noise in dB, of 8 bits a channel; infinite for equal pictures."""
+    """Peak signal to noise in dB, of 8 bits a channel; infinite for equal images."""
     error = (one - other).square().mean().item()
     return 10 * math.log10(255**2 / error) if error else math.inf

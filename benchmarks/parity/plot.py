@@ -19,7 +19,7 @@ STYLES = {"-": "ours from the reference", ":": "the reference from its float64",
 
 
 def plot(results: Sequence[Result], file: Path) -> None:
-    """Write the picture."""
+    """Write the image."""
     shown = [result for result in results if any(one.dtype in COLOURS for one in result.measured)]
     rows = -(-len(shown) // COLUMNS)
     figure, grid = pyplot.subplots(

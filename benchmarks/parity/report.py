@@ -1,4 +1,4 @@
-"""What was measured, as Markdown, JSON and pictures side by side."""
+"""What was measured, as Markdown, JSON and images side by side."""
 
 import json
 import math
@@ -51,15 +51,16 @@ MEANT = """## Differences that are meant
 | the resampler's keys and values | two modules | one, as in the file | compared by what follows them |
 
 Where the reference fails, or ignores what it is told, there is nothing to compare. Ours does the right thing,
-and a test shows both: `tests/test_reference_defects.py`, `test_img2img.py`, `test_image_prompt.py`,
-`test_lora_defects.py`, `test_callback.py` and `test_placement.py`.
+and a test shows both: `tests/test_reference_defects.py`, `pipelines/test_image_to_image.py`,
+`pipelines/test_image_prompts.py`, `adapters/test_lora_defects.py`, `pipelines/test_denoising_loop.py`
+and `test_devices.py`.
 """
 
 
 def write(
     folder: Path, checkpoint: Checkpoint, results: Sequence[Result], pictures: Sequence[Pictures], name: str
 ) -> None:
-    """report.md, numbers.json and a picture for each task. name: what to call the checkpoint."""
+    """report.md, numbers.json and an image for each task. name: what to call the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     where = environment() | {"threads": torch.get_num_threads(), "device": device_name(checkpoint)}
     files = {task: f"{task.replace(' ', '-')}.png" for task in dict.fromkeys(one.task for one in pictures)}
@@ -177,9 +178,9 @@ def _first(one: Measured) -> str:
 
 
 def picture_table(pictures: Sequence[Pictures], files: dict[str, str]) -> str:
-    """How near the pictures are, and the pictures."""
+    """How near the images are, and the images."""
     lines = [
-        "## Pictures by both\n",
+        "## Images by both\n",
         "PSNR of 8 bits a channel in dB; equal: every pixel.\n",
         "| task | dtype | ours and reference | largest difference, of 255 | ours and float64 "
         "| reference and float64 |",

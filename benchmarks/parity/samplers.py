@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.parity.layers import Layer
 from benchmarks.parity.measure import DTYPES, FLOAT32, Measured, Result, error_of, name_of
-from kolors_core.sampling import draw_noise, sampler_of
+from kolors_core.sampling import make_sampler, randn_latents
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Schedule, Scheduler
 
 SHAPE = (2, 4, 6, 5)
@@ -69,7 +69,7 @@ def our_trajectory(
     generator = torch.Generator().manual_seed(0)
 
     def noise() -> Tensor:
-        return draw_noise(SHAPE, generator, torch.device("cpu"), torch.float32).to(dtype)
+        return randn_latents(SHAPE, generator, torch.device("cpu"), torch.float32).to(dtype)
 
     trajectory = []
 
@@ -77,8 +77,8 @@ def our_trajectory(
         trajectory.append(x / scheduler.latent_scale(schedule.sigmas[i + 1].item()))
         return x
 
-    sampler_of(scheduler, schedule, noise)(
-        our_denoise(schedule), noise() * schedule.start_scale, schedule.sigmas, on_step
+    make_sampler(scheduler, schedule, noise)(
+        our_denoise(schedule), noise() * schedule.init_noise_sigma, schedule.sigmas, on_step
     )
     return trajectory, generator.get_state()
 

@@ -20,7 +20,7 @@ from benchmarks.speed import arguments
 from kolors_core.config import KOLORS, TINY, UNetConfig
 from kolors_core.loading import load
 from kolors_core.unet import UNet
-from weights_convert.source import ALIGNMENT, Source
+from weights_convert.safetensors_files import ALIGNMENT, Source
 
 OFFSET, SEED, DTYPE = 40, 20241129, torch.float32
 MAPPED, COPIED = "mapped", "copied"

@@ -20,7 +20,7 @@ from benchmarks.speed import arguments
 from kolors_core import KolorsPipeline
 from kolors_core.checkpoint import EMBEDDED
 from kolors_core.config import KOLORS, TINY, ChatGLMConfig
-from kolors_core.reading import Savings
+from kolors_core.precompute import Savings
 
 PROMPTS = [
     "a photo of a ladybug, a red apple and a basketball, please", "请画彩虹,一张瓢虫的照片,还有一幅企鹅的图"

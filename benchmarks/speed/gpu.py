@@ -4,7 +4,7 @@ Random weights made on the device, 25 steps, 1024x1024, guidance on. Stages, eac
 eager: both in fp16 as their `from_pretrained` leaves them, the VAE in float32.
 compiled: both in bfloat16, the VAE too, since the reference's documented way does not run with a float32 VAE.
 memory: ours in fp16, all resident, staged and smallest, the peak that torch has allocated.
-batch: ours eager in fp16, 8 pictures at once and one after another.
+batch: ours eager in fp16, 8 images at once and one after another.
 Without CUDA all of it runs at the embedded model's size on the CPU, and every row is a rehearsal or empty.
 """
 
@@ -162,7 +162,7 @@ def peak(run: Callable[[], None], where: Place) -> tuple[float | None, dict[str,
 
 
 def batch(where: Place, rounds: int) -> list[Row]:
-    """Several pictures at once against one after another."""
+    """Several images at once against one after another."""
     _, pipe = pipelines(where, where.half, torch.float32)
     runs = {"one": drawing(pipe, where), "batch": drawing(pipe, where, BATCH)}
     result = race({name: timed(run, where.wait) for name, run in runs.items()}, rounds)

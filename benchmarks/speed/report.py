@@ -29,7 +29,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     files = [folder / f"{name}.json" for name in ORDER]
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     if not found:
-        raise SystemExit(f"{folder}: has no rows, wanted such as {ORDER[0]}.json")
+        raise SystemExit(f"{folder}: has no rows, expected such as {ORDER[0]}.json")
     return [row | {"goal": Goal(**row["goal"])} for row in found]
 
 

@@ -15,10 +15,10 @@ from benchmarks.side_by_side import Row, faster, operators, race, timed, write_j
 from benchmarks.speed import arguments
 from kolors_core import DPMSolverMultistepScheduler, KolorsPipeline
 from kolors_core.checkpoint import EMBEDDED
-from kolors_core.reading import Savings
+from kolors_core.precompute import Savings
 
 PROMPT = "一张瓢虫的照片"
-NOTHING = Savings(collapse_pads=False, read_once=False, cached_prompts=0)
+NOTHING = Savings(merge_padding=False, precompute=False, cached_prompts=0)
 
 
 def draw(pipe: Any) -> None:

@@ -33,13 +33,13 @@ from benchmarks.tiny.emoji import (
 from kolors_core.attention import attention_kernel
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import TINY
-from kolors_core.dataset import Batches, Example, read_folder
-from kolors_core.objective import Data, Objective, TrainingConfig
-from kolors_core.pipeline import KolorsPipeline
-from kolors_core.placement import best_device
+from kolors_core.devices import best_device
+from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import SPECIAL_TOKENS, Tokenizer
-from kolors_core.training import Trainer
+from kolors_core.training.data import Batches, Example, LatentDataset, read_folder
+from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 
@@ -54,7 +54,7 @@ TEXT_ENCODER = TrainingConfig(
 )  # fmt: skip
 DENOISER = TrainingConfig(
     steps=3000, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=200, weight_decay=0.01,
-    ema=0.998, min_snr_gamma=1.0, dtype=torch.bfloat16,
+    ema_decay=0.998, min_snr_gamma=1.0, dtype=torch.bfloat16,
 )  # fmt: skip
 
 
@@ -119,10 +119,10 @@ def train_unet(
     """The UNet, on the frozen encoders; the losses go to `losses.jsonl`, a line each."""
     config, device = DENOISER, vae.post_quant_conv.weight.device
     batches = Batches(examples, [(TINY.vae.sample_size,) * 2], config.batch_size, config.seed)
-    data = Data(examples, batches, vae, tokenizer, config, frozen_text=None)
+    data = LatentDataset(examples, batches, vae, tokenizer, config, frozen_text=None)
     torch.manual_seed(config.seed)  # of the first weights
     unet = UNet(TINY.unet).to(device, memory_format=torch.channels_last)  # faster convolutions in bfloat16
-    objective = Objective(unet, text_encoder, EulerDiscreteScheduler().table(), config)
+    objective = DiffusionLoss(unet, text_encoder, EulerDiscreteScheduler().training_sigmas(), config)
     folder.mkdir(parents=True, exist_ok=True)
     losses = (folder / "losses.jsonl").open("a", encoding="utf-8")
     start = time.monotonic()
@@ -136,7 +136,7 @@ def train_unet(
 
     trainer = Trainer(objective, data, config, folder, report)
     trainer.fit()
-    trainer.take_average()
+    trainer.load_ema_weights()
     return unet.eval()
 
 
@@ -150,7 +150,7 @@ def main(out: Path) -> None:
     examples = read_folder(out / "pictures")
     tokenizer = train_tokenizer(package, concepts, out / "tokenizer")
     # At these sizes the plain products are faster than a fused kernel on a CPU, above all backwards.
-    with attention_kernel("written_out") if device.type == "cpu" else nullcontext():
+    with attention_kernel("matmul") if device.type == "cpu" else nullcontext():
         vae = train_vae(package, out / "autoencoder", device)
         text_encoder = train_text_encoder(examples, tokenizer, out / "text", device)
         unet = train_unet(examples, vae, text_encoder, tokenizer, out / "unet")

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.tiny.emoji import SIZE, draw
 from kolors_core.config import VAEConfig
-from kolors_core.dataset import mix
-from kolors_core.objective import TrainingConfig
-from kolors_core.training import Trainer
+from kolors_core.training.data import derive_seed
+from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.vae import VAE, ResBlock
 
 SCALES = ((1, 1.0), (4, 0.5), (16, 0.5))  # (how much smaller, weight of the error there)
@@ -63,9 +62,9 @@ class Pool:
         self.glyphs, self.favourites, self.whole_from = glyphs, favourites, whole_from
         self.batch_size, self.seed = batch_size, seed
 
-    def at(self, step: int, part: slice, device: torch.device) -> Pixels:
+    def batch(self, step: int, rows: slice, device: torch.device) -> Pixels:
         """The pictures `part` of the batch of a step."""
-        draw, count = torch.Generator().manual_seed(mix(self.seed, step)), self.batch_size
+        draw, count = torch.Generator().manual_seed(derive_seed(self.seed, step)), self.batch_size
         chosen = torch.randint(len(self.glyphs), (count,), generator=draw)
         chosen[::2] = torch.randint(self.favourites, (len(chosen[::2]),), generator=draw)
         colours = torch.rand(count, 3, 1, 1, generator=draw)
@@ -81,7 +80,7 @@ class Pool:
                 [image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, corners, strict=True)]
             )  # [B, 3, H, W]
         noise = torch.randn(count, 4, images.shape[2] // 8, images.shape[3] // 8, generator=draw)
-        return Pixels((images[part] * 2 - 1).to(device), noise[part].to(device))
+        return Pixels((images[rows] * 2 - 1).to(device), noise[rows].to(device))
 
 
 def read_glyphs(characters: list[str]) -> Tensor:

@@ -29,15 +29,16 @@ from kolors_core import (
     KolorsPipeline,
     canny,
 )
+from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.attention import attention_kernel
-from kolors_core.controlnet import nets_of
-from kolors_core.dataset import Batches, read_folder
-from kolors_core.image import vae_pixels
-from kolors_core.objective import Data, Objective, TrainingConfig
-from kolors_core.training import Trainer
+from kolors_core.image import preprocess_vae
+from kolors_core.training.data import Batches, LatentDataset, read_folder
+from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.trainer import Trainer, TrainingConfig
 
 CONFIG = TrainingConfig(
-    steps=1600, batch_size=16, learning_rate=1e-3, schedule="cosine", warmup=50, weight_decay=0.0, ema=0.99,
+    steps=1600, batch_size=16, learning_rate=1e-3, schedule="cosine", warmup=50, weight_decay=0.0,
+    ema_decay=0.99,
     min_snr_gamma=5.0, max_tokens=48, dtype=torch.bfloat16, save_every=100,
 )  # fmt: skip
 WIDTHS = (8, 16, 32, 64)  # of the maps that the control image becomes
@@ -79,7 +80,7 @@ def write(concepts: list[Concept], folder: Path) -> None:
 
 def train(pipe: KolorsControlNetPipeline, pictures: Path, folder: Path) -> None:
     """Train the pipeline's ControlNet beside its frozen UNet."""
-    (net,) = nets_of(pipe.controlnet)
+    (net,) = controlnets_of(pipe.controlnet)
     examples = read_folder(pictures)
     assert pipe.tokenizer is not None
     pipe.unet.requires_grad_(False)
@@ -87,19 +88,19 @@ def train(pipe: KolorsControlNetPipeline, pictures: Path, folder: Path) -> None:
         model.to(memory_format=torch.channels_last)  # faster convolutions in bfloat16
     start = time.monotonic()
     batches = Batches(examples, [(SIZE, SIZE)], CONFIG.batch_size, CONFIG.seed)
-    data = Data(
+    data = LatentDataset(
         examples, batches, pipe.vae, pipe.tokenizer, CONFIG, frozen_text=pipe.text_encoder, control=canny
     )
-    objective = Objective(pipe.unet, None, pipe.scheduler.table(), CONFIG, net)
+    objective = DiffusionLoss(pipe.unet, None, pipe.scheduler.training_sigmas(), CONFIG, net)
 
     def report(step: int, loss: float) -> None:
         if step % 50 == 0:
             print(f"step {step}: loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
 
-    with attention_kernel("written_out"):
+    with attention_kernel("matmul"):
         trainer = Trainer(objective, data, CONFIG, folder / "run", report)
         trainer.fit()
-    trainer.take_average()
+    trainer.load_ema_weights()
     net.requires_grad_(False)
 
 
@@ -126,7 +127,7 @@ def compare(pipe: KolorsControlNetPipeline, concepts: list[Concept], out: Path) 
     """Draw the sheet, and measure how far the edges are followed without and with control."""
     names = {concept.character: concept.english[0] for concept in concepts}
     asked = [(names[one], canny(placed(one, 1000))) for one in SHOWN] + outlines()
-    (net,) = nets_of(pipe.controlnet)
+    (net,) = controlnets_of(pipe.controlnet)
     plain, rows, shares = KolorsPipeline.from_pipe(pipe, controlnet=None), [], {"without": [], "with": []}
     given = {"num_inference_steps": 25, "guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE}
     for i, (prompt, edges) in enumerate(asked):
@@ -136,7 +137,7 @@ def compare(pipe: KolorsControlNetPipeline, concepts: list[Concept], out: Path) 
         rows.append((edges, bare, steered.images[0]))
         shares["without"].append(followed(edges, bare))
         shares["with"].append(followed(edges, steered.images[0]))
-    pictures: Tensor = torch.cat([vae_pixels(list(column)) for column in zip(*rows, strict=True)])
+    pictures: Tensor = torch.cat([preprocess_vae(list(column)) for column in zip(*rows, strict=True)])
     page = sheet(pictures, [prompt for prompt, _ in asked] * 3, len(asked))
     page.save(out / "controlnet.png", optimize=True)
     parameters = sum(parameter.numel() for parameter in net.parameters())

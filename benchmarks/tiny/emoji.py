@@ -156,7 +156,7 @@ def draw(character: str, size: int = SIZE) -> Image.Image:
     ImageDraw.Draw(glyph).text((20, 20), character, font=font, embedded_color=True)
     box = glyph.getbbox()
     if box is None:
-        raise ValueError(f"{FONT.name} has no picture of {character!r}")
+        raise ValueError(f"{FONT.name} has no image of {character!r}")
     glyph = glyph.crop(box)
     scale = 0.88 * size / max(glyph.size)
     glyph = glyph.resize((round(glyph.width * scale), round(glyph.height * scale)), Image.Resampling.LANCZOS)
@@ -171,7 +171,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def write(concepts: list[Concept], folder: Path) -> None:
-    """A folder that `kolors_core.dataset.read_folder` reads: pictures and metadata.jsonl."""
+    """A folder that `kolors_core.training.data.read_folder` reads: pictures and metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, concept in enumerate(concepts):

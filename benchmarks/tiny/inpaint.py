@@ -24,16 +24,16 @@ from benchmarks.tiny.emoji import SIZE, Concept, draw, on_white, read_concepts, 
 from kolors_core import DPMSolverMultistepScheduler, KolorsInpaintPipeline
 from kolors_core.attention import attention_kernel
 from kolors_core.checkpoint import EMBEDDED
-from kolors_core.dataset import Batches, read_folder
-from kolors_core.loading import load, padded
-from kolors_core.masked_data import MaskedData, random_masks
-from kolors_core.objective import Objective, TrainingConfig
-from kolors_core.training import Trainer
+from kolors_core.loading import load, zero_padded
+from kolors_core.training.data import Batches, MaskedLatentDataset, random_masks, read_folder
+from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.unet import UNet
-from weights_convert.source import Source
+from weights_convert.safetensors_files import Source
 
 CONFIG = TrainingConfig(
-    steps=1200, batch_size=16, learning_rate=5e-4, schedule="cosine", warmup=20, ema=0.98, min_snr_gamma=1.0,
+    steps=1200, batch_size=16, learning_rate=5e-4, schedule="cosine", warmup=20, ema_decay=0.98,
+    min_snr_gamma=1.0,
     save_every=50,
 )  # fmt: skip
 UNNAMED = 0.5  # how many pictures have no caption: then only what the mask leaves tells what is missing
@@ -47,7 +47,7 @@ def nine_channels(config: Any) -> UNet:
     with torch.device("meta"):
         unet = UNet(replace(config, in_channels=9))
     files = sorted((EMBEDDED / "unet").glob("*.safetensors"))
-    print(load(unet, Source(files), "unet", partial={"conv_in.weight": padded}))
+    print(load(unet, Source(files), "unet", partial={"conv_in.weight": zero_padded}))
     return unet
 
 
@@ -56,10 +56,10 @@ def train(pipe: KolorsInpaintPipeline, pictures: Path, folder: Path) -> None:
     assert pipe.text_encoder is not None and pipe.tokenizer is not None
     examples = read_folder(pictures)
     batches = Batches(examples, [(SIZE, SIZE)], CONFIG.batch_size, CONFIG.seed, UNNAMED)
-    data = MaskedData(examples, batches, pipe.vae, pipe.tokenizer, CONFIG, None)
+    data = MaskedLatentDataset(examples, batches, pipe.vae, pipe.tokenizer, CONFIG, None)
     pipe.unet.requires_grad_(True)
     pipe.text_encoder.requires_grad_(False)
-    objective = Objective(pipe.unet, pipe.text_encoder, pipe.scheduler.table(), CONFIG)
+    objective = DiffusionLoss(pipe.unet, pipe.text_encoder, pipe.scheduler.training_sigmas(), CONFIG)
     start = time.monotonic()
 
     def report(step: int, loss: float) -> None:
@@ -67,9 +67,9 @@ def train(pipe: KolorsInpaintPipeline, pictures: Path, folder: Path) -> None:
             print(f"step {step}: loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
 
     trainer = Trainer(objective, data, CONFIG, folder, report)
-    with attention_kernel("written_out"):
+    with attention_kernel("matmul"):
         trainer.fit()
-    trainer.take_average()
+    trainer.load_ema_weights()
     pipe.unet.requires_grad_(False).eval()
 
 

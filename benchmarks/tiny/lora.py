@@ -19,14 +19,14 @@ from torch import Tensor
 
 from benchmarks.tiny.emoji import SIZE
 from benchmarks.tiny.quality import generate, nearest, sheet
+from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.attention import attention_kernel
-from kolors_core.dataset import Batches, load_pixels, read_folder
-from kolors_core.image import to_output
-from kolors_core.lora import attach, save_adapters
-from kolors_core.objective import Data, Objective, TrainingConfig
-from kolors_core.pipeline import KolorsPipeline
-from kolors_core.placement import best_device
-from kolors_core.training import Trainer
+from kolors_core.devices import best_device
+from kolors_core.image import to_images
+from kolors_core.pipelines.text_to_image import KolorsPipeline
+from kolors_core.training.data import Batches, LatentDataset, load_pixels, read_folder
+from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.trainer import Trainer, TrainingConfig
 
 WORD = "zorp"
 PHRASES = ("a photo of a {x}", "a {x}", "{x}", "一张{x}的照片", "画一个{x}", "the {x}", "show me a {x}")
@@ -87,7 +87,7 @@ def write_pictures(pipe: KolorsPipeline, folder: Path) -> None:
         row = {"file_name": f"{WORD}-{i}.png", "text": [phrase.format(x=WORD) for phrase in PHRASES]}
         rows += 4 * [row]
     prompts = [PHRASES[i % len(PHRASES)].format(x=name) for i, name in enumerate(OTHERS)]
-    for i, image in enumerate(to_output(generate(pipe, prompts, 5.0, seed=100), "pil")):
+    for i, image in enumerate(to_images(generate(pipe, prompts, 5.0, seed=100), "pil")):
         image.save(folder / f"other-{i:02}.png")
         rows.append({"file_name": f"other-{i:02}.png", "text": prompts[i]})
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
@@ -100,7 +100,7 @@ def train(pipe: KolorsPipeline, pictures: Path, folder: Path) -> None:
     assert pipe.tokenizer is not None
     pipe.unet.requires_grad_(False)
     adapter = attach(pipe.unet, RANK)
-    data = Data(
+    data = LatentDataset(
         examples, Batches(examples, [(SIZE, SIZE)], CONFIG.batch_size, CONFIG.seed), pipe.vae, pipe.tokenizer,
         CONFIG, frozen_text=pipe.text_encoder,
     )  # fmt: skip
@@ -109,8 +109,8 @@ def train(pipe: KolorsPipeline, pictures: Path, folder: Path) -> None:
         if step % 50 == 0:
             print(f"LoRA step {step}: loss {loss:.4f}", flush=True)
 
-    objective = Objective(pipe.unet, None, pipe.scheduler.table(), CONFIG)
-    with attention_kernel("written_out" if pipe.device.type == "cpu" else "sdpa"):
+    objective = DiffusionLoss(pipe.unet, None, pipe.scheduler.training_sigmas(), CONFIG)
+    with attention_kernel("matmul" if pipe.device.type == "cpu" else "sdpa"):
         Trainer(objective, data, CONFIG, folder / "run", report).fit()
     save_adapters({"unet": adapter}, folder / f"{WORD}.safetensors")
 

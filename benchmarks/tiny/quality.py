@@ -22,13 +22,13 @@ from torch import Tensor
 from benchmarks.tiny.emoji import CHINESE_UNSEEN, ENGLISH_UNSEEN, Concept, read_concepts
 from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.config import VERSION
-from kolors_core.dataset import load_pixels, read_folder
+from kolors_core.devices import best_device
 from kolors_core.guidance import guided
-from kolors_core.image import to_output
-from kolors_core.pipeline import KolorsPipeline
-from kolors_core.placement import best_device
+from kolors_core.image import to_images
+from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.training.data import load_pixels, read_folder
 
 STEPS, BATCH, WANTED = 25, 97, 0.8
 SHOWN = (
@@ -44,8 +44,8 @@ def generate(pipe: KolorsPipeline, prompts: Sequence[str], scale: float, seed: i
     """One picture a prompt, at the model's own size: [B, 3, H, W] in [-1, 1]. Picture i has seed + i."""
     assert pipe.tokenizer is not None and pipe.text_encoder is not None
     side, count = pipe.unet.config.sample_size, len(prompts)
-    pixels = (side * pipe.vae.config.downscale,) * 2
-    text = pipe.text_encoder(pipe.tokenizer([*prompts, ""]).collapse().to(pipe.device))
+    pixels = (side * pipe.vae.config.vae_scale_factor,) * 2
+    text = pipe.text_encoder(pipe.tokenizer([*prompts, ""]).merge_padding().to(pipe.device))
     assert text.counts is not None
     ids = size_ids(pixels, (0, 0), pixels).to(pipe.device).expand(count, -1)
     positive = Conditioning(text.tokens[:-1], text.pooled[:-1], ids, text.counts[:-1])
@@ -57,7 +57,7 @@ def generate(pipe: KolorsPipeline, prompts: Sequence[str], scale: float, seed: i
     noise = [
         torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)
     ]
-    start = torch.stack(noise).to(pipe.device) * schedule.start_scale
+    start = torch.stack(noise).to(pipe.device) * schedule.init_noise_sigma
     latents = dpmpp_2m(guided(pipe.unet, schedule, positive, negative, scale), start, schedule.sigmas)
     return pipe.vae.decode(latents).clamp(-1, 1)
 
@@ -96,7 +96,7 @@ def sheet(images: Tensor, labels: Sequence[str], columns: int, scale: float = 0.
     rows = math.ceil(len(images) / columns)
     page = Image.new("RGB", (columns * side, rows * (side + 18)), "white")
     pen = ImageDraw.Draw(page)
-    for i, image in enumerate(to_output(images, "pil")):
+    for i, image in enumerate(to_images(images, "pil")):
         x, y = i % columns * side, i // columns * (side + 18)
         page.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
         pen.text((x + side / 2, y + side + 1), labels[i], "black", font, anchor="ma")
@@ -117,7 +117,7 @@ def main(data: Path, model: str, out: Path) -> int:
     device = best_device()
     pipe = KolorsPipeline.from_pretrained(model, device=device)
     concepts = read_concepts(data / "package")
-    size = (pipe.unet.config.sample_size * pipe.vae.config.downscale,) * 2
+    size = (pipe.unet.config.sample_size * pipe.vae.config.vae_scale_factor,) * 2
     known = torch.stack([load_pixels(example, size)[0] for example in read_folder(data / "pictures")])
     start, rows = time.monotonic(), []
     for language, phrases in (("english", ENGLISH_UNSEEN), ("chinese", CHINESE_UNSEEN)):

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig
-from kolors_core.dataset import Example, mix
-from kolors_core.objective import TrainingConfig
 from kolors_core.tokenizer import TokenBatch, Tokenizer
-from kolors_core.training import Trainer
+from kolors_core.training.data import Example, derive_seed
+from kolors_core.training.trainer import Trainer, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -61,16 +60,16 @@ class CaptionSource:
     def __init__(self, examples: Sequence[Example], tokenizer: Tokenizer, config: TrainingConfig) -> None:
         self.examples, self.tokenizer, self.config = examples, tokenizer, config
 
-    def at(self, step: int, part: slice, device: torch.device) -> Captions:
+    def batch(self, step: int, rows: slice, device: torch.device) -> Captions:
         """The captions `part` of the batch of a step."""
-        draw = torch.Generator().manual_seed(mix(self.config.seed, step))
+        draw = torch.Generator().manual_seed(derive_seed(self.config.seed, step))
         pictures = torch.randint(len(self.examples), (self.config.batch_size,), generator=draw)
         chosen = []
         for picture in pictures.tolist():
             captions = self.examples[picture].captions
             chosen.append(captions[int(torch.randint(len(captions), (), generator=draw))])
-        tokens = self.tokenizer(chosen[part], self.config.max_tokens).collapse()
-        return Captions(tokens.to(device), pictures[part].to(device))
+        tokens = self.tokenizer(chosen[rows], self.config.max_tokens).merge_padding()
+        return Captions(tokens.to(device), pictures[rows].to(device))
 
 
 def train(

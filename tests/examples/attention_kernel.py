@@ -3,7 +3,7 @@
 Algorithm 1 of https://arxiv.org/abs/2205.14135: keys come block by block, no row of scores is ever whole.
 In the library: one function and its entry in `KERNELS`, kolors_core/attention.py. Every attention of ChatGLM,
 UNet and VAE then goes through it, a pipeline's too: `with attention_kernel("online"): pipe(...)`.
-Look at: the picture is plain.py's.
+Look at: the image is plain.py's.
 """
 
 import torch
@@ -13,7 +13,7 @@ from kolors_core.attention import KERNELS, attention_kernel
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.guidance import guided
-from kolors_core.image import to_output
+from kolors_core.image import to_images
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
 from kolors_core.tokenizer import Tokenizer
@@ -49,5 +49,5 @@ with torch.no_grad(), attention_kernel("online"):
     schedule = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(8)
     denoise = guided(unet, schedule, positive, negative, scale=5.0)  # (x, sigma) -> x0
     noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
-    latents = dpmpp_2m(denoise, noise * schedule.start_scale, schedule.sigmas)  # [1, 4, H/8, W/8]
-    to_output(vae.decode(latents), "pil")[0].save("ladybug.png")
+    latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)  # [1, 4, H/8, W/8]
+    to_images(vae.decode(latents), "pil")[0].save("ladybug.png")

@@ -1,19 +1,19 @@
 """Another block: global response normalisation in every feed-forward of the UNet, beside its old weights.
 
 Equations 1 to 3 of https://arxiv.org/abs/2301.00808 (ConvNeXt V2): channels compete by their norms over the
-picture.
+image.
 In the library: one class and one line in the constructor of `TransformerBlock`, kolors_core/unet.py, and a
-field of `UNetConfig` to choose by. What fits is kept; what is new needs an initialiser, here `zeros`.
-Look at: the list of what is new; and plain.py's picture, bit for bit, until it is trained.
+field of `UNetConfig` to choose by. What fits is kept; what is new needs an initializer, here `zeros`.
+Look at: the list of what is new; and plain.py's image, bit for bit, until it is trained.
 """
 
 import torch
 from torch import Tensor, nn
 
-from kolors_core.checkpoint import EMBEDDED, load_changed, load_component
+from kolors_core.checkpoint import EMBEDDED, load_component, load_modified
 from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.guidance import guided
-from kolors_core.image import to_output
+from kolors_core.image import to_images
 from kolors_core.loading import zeros
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
@@ -44,7 +44,7 @@ def build(config: UNetConfig) -> UNet:
 folder, height, width = EMBEDDED, 128, 128
 tokenizer = Tokenizer(folder / "tokenizer")
 chatglm, vae = (load_component(folder, name) for name in ("text_encoder", "vae"))
-unet, report = load_changed(folder, "unet", build, {"*.gamma": zeros, "*.beta": zeros})
+unet, report = load_modified(folder, "unet", build, {"*.gamma": zeros, "*.beta": zeros})
 print(report.missing)
 
 with torch.no_grad():
@@ -56,5 +56,5 @@ with torch.no_grad():
     schedule = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(8)
     denoise = guided(unet, schedule, positive, negative, scale=5.0)  # (x, sigma) -> x0
     noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
-    latents = dpmpp_2m(denoise, noise * schedule.start_scale, schedule.sigmas)  # [1, 4, H/8, W/8]
-    to_output(vae.decode(latents), "pil")[0].save("ladybug.png")
+    latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)  # [1, 4, H/8, W/8]
+    to_images(vae.decode(latents), "pil")[0].save("ladybug.png")

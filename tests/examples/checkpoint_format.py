@@ -4,7 +4,7 @@ Many published ones have `query`, `key`, `value` and `proj_attn` in the middle's
 models/modeling_utils.py, `_fix_state_dict_keys_on_load`).
 In the library: one table in weights_convert/ and its entry in `TABLES`; every loader of folders and
 `python -m weights_convert` then read the format. A tensor without a place, or missing, is named by an error.
-Look at: plain.py's picture, bit for bit.
+Look at: plain.py's image, bit for bit.
 """
 
 from dataclasses import replace
@@ -15,14 +15,14 @@ import torch
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.guidance import guided
-from kolors_core.image import to_output
+from kolors_core.image import to_images
 from kolors_core.loading import load
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
 from kolors_core.tokenizer import Tokenizer
 from weights_convert import TABLES
-from weights_convert.rules import Table, inverse, rename
-from weights_convert.source import Source, save_tensors
+from weights_convert.key_mapping import Table, inverse, rename
+from weights_convert.safetensors_files import Source, save_tensors
 
 RENAMED = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 VAE = TABLES["vae"]
@@ -54,5 +54,5 @@ with torch.no_grad():
     schedule = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(8)
     denoise = guided(unet, schedule, positive, negative, scale=5.0)  # (x, sigma) -> x0
     noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
-    latents = dpmpp_2m(denoise, noise * schedule.start_scale, schedule.sigmas)  # [1, 4, H/8, W/8]
-    to_output(vae.decode(latents), "pil")[0].save("ladybug.png")
+    latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)  # [1, 4, H/8, W/8]
+    to_images(vae.decode(latents), "pil")[0].save("ladybug.png")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.conditioning import Conditioning, size_ids
-from kolors_core.guidance import combined, guided
-from kolors_core.image import to_output
-from kolors_core.sampling import Denoise, dpmpp_2m
+from kolors_core.guidance import guided, make_denoiser
+from kolors_core.image import to_images
+from kolors_core.sampling import Denoiser, dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler, Schedule
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
@@ -25,7 +25,7 @@ from kolors_core.unet import UNet
 def fitted(
     unet: UNet, schedule: Schedule, positive: Conditioning, negative: Conditioning | None = None,
     scale: float = 1.0, **how: Any,
-) -> Denoise:  # fmt: skip
+) -> Denoiser:  # fmt: skip
     if negative is None:
         return guided(unet, schedule, positive, **how)
 
@@ -34,7 +34,7 @@ def fitted(
         fit = (cond * uncond).sum((1, 2, 3), keepdim=True) / uncond.square().sum((1, 2, 3), keepdim=True)
         return fit * uncond + scale * (cond - fit * uncond)
 
-    return combined(unet, schedule, Conditioning.cat(negative, positive), 2, combine, **how)
+    return make_denoiser(unet, schedule, Conditioning.cat(negative, positive), 2, combine, **how)
 
 
 folder, height, width = EMBEDDED, 128, 128
@@ -50,5 +50,5 @@ with torch.no_grad():
     schedule = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(12)
     denoise = fitted(unet, schedule, positive, negative, scale=10.0)  # (x, sigma) -> x0
     noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
-    latents = dpmpp_2m(denoise, noise * schedule.start_scale, schedule.sigmas)  # [1, 4, H/8, W/8]
-    to_output(vae.decode(latents), "pil")[0].save("ladybug.png")
+    latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)  # [1, 4, H/8, W/8]
+    to_images(vae.decode(latents), "pil")[0].save("ladybug.png")

@@ -9,7 +9,7 @@ import torch
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.guidance import guided
-from kolors_core.image import to_output
+from kolors_core.image import to_images
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
 from kolors_core.tokenizer import Tokenizer
@@ -27,5 +27,5 @@ with torch.no_grad():
     schedule = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(8)
     denoise = guided(unet, schedule, positive, negative, scale=5.0)  # (x, sigma) -> x0
     noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
-    latents = dpmpp_2m(denoise, noise * schedule.start_scale, schedule.sigmas)  # [1, 4, H/8, W/8]
-    to_output(vae.decode(latents), "pil")[0].save("ladybug.png")
+    latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)  # [1, 4, H/8, W/8]
+    to_images(vae.decode(latents), "pil")[0].save("ladybug.png")

@@ -3,7 +3,7 @@
 Algorithm 1 of https://arxiv.org/abs/2206.00364, without churn: of second order, with two calls of the UNet a
 step.
 In the library: one function, kolors_core/sampling.py. A pipeline takes it as `pipe.sampler = heun`.
-Look at: with fewer steps than Euler's method needs, the same picture.
+Look at: with fewer steps than Euler's method needs, the same image.
 """
 
 from itertools import pairwise
@@ -14,13 +14,13 @@ from torch import Tensor
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.guidance import guided
-from kolors_core.image import to_output
-from kolors_core.sampling import Denoise, OnStep, Sigmas
+from kolors_core.image import to_images
+from kolors_core.sampling import Denoiser, OnStep, Sigmas
 from kolors_core.schedule import DPMSolverMultistepScheduler
 from kolors_core.tokenizer import Tokenizer
 
 
-def heun(denoise: Denoise, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
+def heun(denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
     """Arguments as for `euler`: x [B, 4, H/8, W/8], n + 1 falling sigmas."""
     for i, (sigma, after) in enumerate(pairwise(map(float, sigmas))):
         slope = (x - denoise(x, sigma)) / sigma  # dx/dsigma
@@ -45,5 +45,5 @@ with torch.no_grad():
     schedule = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(8)
     denoise = guided(unet, schedule, positive, negative, scale=5.0)  # (x, sigma) -> x0
     noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
-    latents = heun(denoise, noise * schedule.start_scale, schedule.sigmas)  # [1, 4, H/8, W/8]
-    to_output(vae.decode(latents), "pil")[0].save("ladybug.png")
+    latents = heun(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)  # [1, 4, H/8, W/8]
+    to_images(vae.decode(latents), "pil")[0].save("ladybug.png")

@@ -16,7 +16,7 @@ from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.guidance import guided
-from kolors_core.image import to_output
+from kolors_core.image import to_images
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
 from kolors_core.tokenizer import Tokenizer
@@ -39,13 +39,13 @@ tokenizer = Tokenizer(folder / "tokenizer")
 chatglm, unet, vae = (load_component(folder, name) for name in ("text_encoder", "unet", "vae"))
 torch.manual_seed(0)
 prompts, encoder = ["一张瓢虫的照片", ""], ByteEncoder(unet.config.text_dim)
-aim = chatglm.requires_grad_(False)(tokenizer(prompts).collapse())
+aim = chatglm.requires_grad_(False)(tokenizer(prompts).merge_padding())
 optimizer = torch.optim.Adam(encoder.parameters(), lr=0.01)
 for _ in range(60):
     text = encoder(prompts)
     loss = (text.pooled - aim.pooled).square().mean()
-    for new, old in zip(*(unet.read(unet.context(t.tokens, t.counts, ())) for t in (text, aim)), strict=True):
-        loss = loss + (attention(old.k, *new[:3]) - attention(old.k, *old[:3])).square().mean()
+    for a, b in zip(*(unet.project_kv(unet.context(t.tokens, t.counts)) for t in (text, aim)), strict=True):
+        loss = loss + (attention(b.k, *a[:3]) - attention(b.k, *b[:3])).square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -59,5 +59,5 @@ with torch.no_grad():
     schedule = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(8)
     denoise = guided(unet, schedule, positive, negative, scale=5.0)  # (x, sigma) -> x0
     noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
-    latents = dpmpp_2m(denoise, noise * schedule.start_scale, schedule.sigmas)  # [1, 4, H/8, W/8]
-    to_output(vae.decode(latents), "pil")[0].save("ladybug.png")
+    latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)  # [1, 4, H/8, W/8]
+    to_images(vae.decode(latents), "pil")[0].save("ladybug.png")

@@ -3,7 +3,7 @@
 At first nothing changes, as in Net2Net (https://arxiv.org/abs/1511.05641): new rows of the text projection
 are copies of old ones, and the columns that read them zeros. Were both zero, neither would ever learn.
 In the library: one field of `UNetConfig`, here another value of one that is there.
-Look at: the list of what had another shape; and plain.py's picture, until it is trained.
+Look at: the list of what had another shape; and plain.py's image, until it is trained.
 """
 
 from dataclasses import replace
@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kolors_core.checkpoint import EMBEDDED, load_changed, load_component
+from kolors_core.checkpoint import EMBEDDED, load_component, load_modified
 from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.guidance import guided
-from kolors_core.image import to_output
-from kolors_core.loading import padded
+from kolors_core.image import to_images
+from kolors_core.loading import zero_padded
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
 from kolors_core.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ from kolors_core.unet import UNet
 
 
 def repeated(shape: torch.Size, found: Tensor | None) -> Tensor:
-    """An initialiser: the checkpoint's rows, and again from the first."""
+    """An initializer: the checkpoint's rows, and again from the first."""
     assert found is not None
     return found[torch.arange(shape[0]) % len(found)]
 
@@ -31,11 +31,11 @@ def repeated(shape: torch.Size, found: Tensor | None) -> Tensor:
 folder, height, width = EMBEDDED, 128, 128
 tokenizer = Tokenizer(folder / "tokenizer")
 chatglm, vae = (load_component(folder, name) for name in ("text_encoder", "vae"))
-unet, report = load_changed(
+unet, report = load_modified(
     folder,
     "unet",
     lambda config: UNet(replace(config, context_dim=256)),
-    {"text_proj.*": repeated, "*.cross_attention.to_[kv].weight": padded},
+    {"text_proj.*": repeated, "*.cross_attention.to_[kv].weight": zero_padded},
 )
 print(report)
 
@@ -48,5 +48,5 @@ with torch.no_grad():
     schedule = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(8)
     denoise = guided(unet, schedule, positive, negative, scale=5.0)  # (x, sigma) -> x0
     noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
-    latents = dpmpp_2m(denoise, noise * schedule.start_scale, schedule.sigmas)  # [1, 4, H/8, W/8]
-    to_output(vae.decode(latents), "pil")[0].save("ladybug.png")
+    latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)  # [1, 4, H/8, W/8]
+    to_images(vae.decode(latents), "pil")[0].save("ladybug.png")

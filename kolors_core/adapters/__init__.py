@@ -1,0 +1,1 @@
+"""Adapters, attached to a model and removed again: LoRA, IP-Adapter, FaceID, ControlNet, words, FreeU."""

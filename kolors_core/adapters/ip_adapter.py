@@ -1,0 +1,290 @@
+"""IP-Adapter-Plus (https://arxiv.org/abs/2308.06721): image prompts for the denoiser, in addition to text.
+
+A resampler turns an image's CLIP states into 16 tokens; in each cross-attention of the UNet a branch with its
+own key and value projections attends to them: attention(q, k, v) + scale * attention(q, k_image, v_image).
+`attach` adds the branches to a UNet and returns a handle; `.detach()` restores the UNet.
+Source: `IPAdapterPlusImageProjection` in diffusers' models/embeddings.py, `IPAdapterAttnProcessor2_0` in its
+models/attention_processor.py, and `Resampler` of the original repository.
+Shapes: B batch, I images an adapter, Q queries (16), C width, P patches of an image (577).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from kolors_core.adapters.block_scales import BlockScale, block_scales
+from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.attention import attention, split_heads
+from kolors_core.context import ImageKeysValues, ImagePrompt, ResizedMasks
+from kolors_core.unet import Attention, UNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPAdapterConfig:
+    """Sizes of Kolors-IP-Adapter-Plus. image_dim: width of CLIP's states. cross_attention_widths: of the
+    UNet's cross-attentions, in the file's order."""
+
+    image_dim: int = 1024
+    width: int = 2048
+    queries: int = 16
+    heads: int = 12
+    head_dim: int = 64
+    feed_forward_size: int = 8192
+    layers: int = 4
+    context_dim: int = 2048
+    cross_attention_widths: tuple[int, ...] = (640,) * 4 + (1280,) * 50 + (640,) * 6 + (1280,) * 10
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> Self:
+        """Infer sizes from shapes by our names, as the file has no config. ValueError for another adapter."""
+        try:
+            queries, width = shapes["resampler.latents"][1:]
+            heads_times_dim = shapes["resampler.layers.0.attention.to_q.weight"][0]
+            keys = (n for n in shapes if n.startswith("branches.") and n.endswith(".to_k.weight"))
+            branches = sorted((int(name.split(".")[1]), shapes[name][0]) for name in keys)
+            return cls(
+                image_dim=shapes["resampler.proj_in.weight"][1], width=width, queries=queries,
+                heads=heads_times_dim // cls.head_dim,
+                feed_forward_size=shapes["resampler.layers.0.feed_forward.proj_in.weight"][0],
+                layers=len({name.split(".")[2] for name in shapes if name.startswith("resampler.layers.")}),
+                context_dim=shapes["resampler.proj_out.weight"][0],
+                cross_attention_widths=tuple(size for _, size in branches),
+            )  # fmt: skip
+        except (KeyError, ValueError, IndexError) as error:
+            raise ValueError(f"{where}: not the shapes of an IP-Adapter: {error}") from None
+
+
+class ResamplerAttention(nn.Module):
+    """Attention from the queries to the image's states and the queries; keys and values in one tensor."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.heads = config.heads
+        self.norm_image = nn.LayerNorm(config.width)
+        self.norm_latents = nn.LayerNorm(config.width)
+        self.to_q = nn.Linear(config.width, inner, bias=False)
+        self.to_kv = nn.Linear(config.width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, config.width, bias=False)
+
+    def forward(self, latents: Tensor, image: Tensor) -> Tensor:
+        """Map latents [B, Q, C] and image [B, P, C] to [B, Q, C]."""
+        latents = self.norm_latents(latents)
+        context = torch.cat([self.norm_image(image), latents], dim=1)  # [B, P + Q, C]
+        k, v = self.to_kv(context).chunk(2, dim=-1)
+        q, k, v = (split_heads(t, self.heads) for t in (self.to_q(latents), k, v))  # [B, heads, .., head_dim]
+        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, Q, C]
+
+
+class ResamplerFeedForward(nn.Module):
+    """Feed-forward layer: norm, linear, gelu, linear."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width)
+        self.proj_in = nn.Linear(config.width, config.feed_forward_size, bias=False)
+        self.proj_out = nn.Linear(config.feed_forward_size, config.width, bias=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Map latents [B, Q, C] to [B, Q, C]."""
+        return self.proj_out(nn.functional.gelu(self.proj_in(self.norm(latents))))
+
+
+class ResamplerLayer(nn.Module):
+    """Residual attention and feed-forward layer."""
+
+    is_block = True
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        self.attention = ResamplerAttention(config)
+        self.feed_forward = ResamplerFeedForward(config)
+
+    def forward(self, latents: Tensor, image: Tensor) -> Tensor:
+        """Map latents [B, Q, C] and image [B, P, C] to [B, Q, C]."""
+        latents = latents + self.attention(latents, image)
+        return latents + self.feed_forward(latents)
+
+
+class Resampler(nn.Module):
+    """Resampler from an image's CLIP states to a few tokens of the width of the UNet's text context."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(1, config.queries, config.width))
+        self.proj_in = nn.Linear(config.image_dim, config.width)
+        self.layers = nn.ModuleList([ResamplerLayer(config) for _ in range(config.layers)])
+        self.proj_out = nn.Linear(config.width, config.context_dim)
+        self.norm_out = nn.LayerNorm(config.context_dim)
+        nn.init.normal_(self.latents, std=config.width**-0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map states [B, P, image_dim], CLIP's last but one, to tokens [B, Q, context_dim]."""
+        image = self.proj_in(states)  # [B, P, C]
+        latents = self.latents.expand(states.shape[0], -1, -1)  # [B, Q, C]
+        for layer in self.layers:
+            latents = layer(latents, image)
+        return self.norm_out(self.proj_out(latents))
+
+
+class ImageCrossAttention(nn.Module):
+    """Branch of one cross-attention that attends to images and is added to the text's result.
+
+    scale: a number for all images, or one for each; a list needs masks, which separate the images.
+    """
+
+    is_adapter = True
+
+    def __init__(self, width: int, context_dim: int) -> None:
+        super().__init__()
+        self.to_k = nn.Linear(context_dim, width, bias=False)
+        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.scale: float | Sequence[float] = 1.0
+        self.handle: AttachedAdapter | None = None  # of its adapter, while attached
+
+    def state_key(self) -> tuple[str, ...]:
+        """Return the scale, see kolors_core/module.py."""
+        return (str(self.scale),)
+
+    def project_kv(self, image: ImagePrompt, heads: int) -> ImageKeysValues:
+        """Project tokens [B, I, Q, context_dim] to keys and values, of all images together without masks."""
+        tokens, masks = image
+        parts = [tokens.flatten(1, 2)] if masks is None else tokens.unbind(1)  # each [B, I * Q or Q, C]
+        pairs = ((self.to_k(part), self.to_v(part)) for part in parts)
+        return ImageKeysValues(tuple((split_heads(k, heads), split_heads(v, heads)) for k, v in pairs), masks)
+
+    def forward(self, h: Tensor, q: Tensor, images: ImageKeysValues) -> Tensor:
+        """Add attention to images to h [B, heads, N, C/heads], the attention to text; at scale 0 return h.
+
+        q: the queries, shaped as h. images: with masks None or [1 or B, I, N].
+        """
+        count, masks, scale = len(images.keys_values), images.masks, self.scale
+        assert not isinstance(masks, ResizedMasks), "masks must have the feature map's size"
+        if masks is None:
+            if not isinstance(scale, int | float):
+                raise ValueError(f"a scale for each image, {list(scale)}, needs masks")
+            return h if scale == 0 else h + scale * attention(q, *images.keys_values[0])
+        scales = [scale] * count if isinstance(scale, int | float) else scale
+        if masks.shape[1] != count or len(scales) != count:
+            got = f"{masks.shape[1]} masks and {len(scales)} scales"
+            raise ValueError(f"expected a mask and a scale for each of the {count} images, got {got}")
+        for i, (scale, (k, v)) in enumerate(zip(scales, images.keys_values, strict=True)):
+            if scale != 0:
+                mask = masks[:, i, None, :, None].to(h.dtype)  # [1 or B, 1, N, 1]
+                h = h + scale * (attention(q, k, v) * mask)
+        return h
+
+
+def cross_attentions(unet: UNet) -> dict[str, Attention]:
+    """List the UNet's cross-attentions by path, in the order of the adapter's file: down, up, mid."""
+    levels: list[tuple[str, Any]] = [(f"down.{i}", level) for i, level in enumerate(unet.down)]
+    levels += [(f"up.{i}", level) for i, level in enumerate(unet.up)] + [("mid", unet.mid)]
+    return {
+        f"{path}.attentions.{i}.blocks.{j}.cross_attention": block.cross_attention
+        for path, level in levels
+        for i, transformer in enumerate(level.attentions)
+        for j, block in enumerate(transformer.blocks)
+    }
+
+
+class ImagePromptAdapter(nn.Module):
+    """Resampler and the branches that read its tokens, numbered as in the file: 1, 3, ..."""
+
+    def __init__(self, config: IPAdapterConfig, resampler: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.resampler = resampler
+        branches = [ImageCrossAttention(width, config.context_dim) for width in config.cross_attention_widths]
+        self.branches = nn.ModuleDict({str(2 * i + 1): branch for i, branch in enumerate(branches)})
+
+    def check_fits(self, unet: UNet) -> None:
+        """Raise ValueError if the adapter is for a UNet of another shape."""
+        expected, context = list(self.config.cross_attention_widths), self.config.context_dim
+        widths = [attention.to_q.in_features for attention in cross_attentions(unet).values()]
+        if expected != widths or context != unet.config.context_dim:
+            got = f"{len(expected)} attentions {sorted(set(expected))} wide, of context {context}"
+            have = f"{len(widths)}, {sorted(set(widths))} wide, of context {unet.config.context_dim}"
+            raise ValueError(f"the IP-Adapter is for {got}; the UNet has {have}")
+
+
+class IPAdapter(ImagePromptAdapter):
+    """IP-Adapter-Plus."""
+
+    resampler: Resampler
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        super().__init__(config, Resampler(config))
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """Resample CLIP's states of images [B, I, P, image_dim] to tokens [B, I, Q, context_dim]."""
+        width, got = self.config.image_dim, list(states.shape)
+        if states.ndim != 4 or states.shape[-1] != width:
+            raise ValueError(f"expected image embeddings [batch, images, patches, {width}], got {got}")
+        states = states.to(self.resampler.proj_in.weight.dtype)
+        return self.resampler(states.flatten(0, 1)).unflatten(0, states.shape[:2])  # [B, I, Q, context_dim]
+
+
+@dataclass(eq=False, repr=False)
+class AttachedAdapter:
+    """Handle of an attached adapter: its branches by the path of their cross-attention.
+
+    encoder: the image encoder that was loaded with the adapter, for all users of the UNet, or None.
+    """
+
+    unet: UNet
+    adapter: ImagePromptAdapter
+    branches: dict[str, ImageCrossAttention]
+    encoder: CLIPVision | None
+
+    def __post_init__(self) -> None:
+        for branch in self.branches.values():
+            branch.handle = self
+
+    def to_unet_device(self) -> None:
+        """Move the resampler, which is not part of the UNet, to the device and dtype of the branches."""
+        self.adapter.resampler.to(next(iter(self.branches.values())).to_k.weight)
+
+    def set_scale(self, scale: BlockScale) -> None:
+        """Set a number, or a mapping by block as in `block_scales`, where a block left out gets 0."""
+        self.set_scales(self.scales(scale))
+
+    def scales(self, scale: BlockScale) -> dict[str, Any]:
+        """Expand a scale to one of each branch by its path; it is checked but not set."""
+        scales = block_scales(scale, self.unet, default=0.0)
+        return {path: scales[path.partition(".blocks.")[0]] for path in self.branches}
+
+    def set_scales(self, scales: Mapping[str, Any]) -> None:
+        """Set the scale of each branch, by its path."""
+        for path, branch in self.branches.items():
+            branch.scale = scales[path]
+
+    def detach(self) -> None:
+        """Remove the branches: the UNet is what it was, bit for bit."""
+        for path, branch in self.branches.items():
+            owner = cast(Attention, self.unet.get_submodule(path))
+            owner.image_branches = nn.ModuleList(b for b in owner.image_branches if b is not branch)
+            branch.handle = None
+        self.branches = {}
+
+
+def attached(unet: UNet) -> list[AttachedAdapter]:
+    """List the handles of a UNet's adapters, in the order in which it takes their images."""
+    first: Any = next(iter(cross_attentions(unet).values()), None)
+    return [] if first is None else [branch.handle for branch in first.image_branches]
+
+
+def attach(unet: UNet, adapter: ImagePromptAdapter, encoder: CLIPVision | None = None) -> AttachedAdapter:
+    """Add an adapter's branches to a UNet, after those of adapters attached before; return its handle.
+
+    ValueError if it does not fit; the UNet is then untouched.
+    """
+    adapter.check_fits(unet)
+    attentions = cross_attentions(unet)
+    new = cast("list[ImageCrossAttention]", list(adapter.branches.values()))
+    branches = dict(zip(attentions, new, strict=True))
+    for path, branch in branches.items():
+        attentions[path].image_branches.append(branch)
+    return AttachedAdapter(unet, adapter, branches, encoder)

@@ -1,0 +1,273 @@
+"""Low-rank adapters on linear layers and convolutions (https://arxiv.org/abs/2106.09685).
+
+W x + scale * up(down(x)); a model can have several, each with a name. `attach` returns a handle, whose
+`.detach()` restores the model bit for bit. The layers are in lora_layers.py, the parser of files in
+lora_files.py, the pipelines' methods in pipelines/lora_methods.py.
+Shapes: R rank, I and O the layer's widths.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kolors_core.adapters.block_scales import BlockScale, block_scales
+from kolors_core.adapters.lora_layers import LoRALayer, LoRAWeights, lora_class
+from kolors_core.unet import UNet
+from kolors_core.validation import as_new_path, check_float, check_int
+from weights_convert import TABLES
+from weights_convert.safetensors_files import save_tensors
+
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out")
+TEXT_TARGETS = ("to_qkv",)
+
+
+class LoRAAdapter:
+    """Handle of an attached adapter: its layers by their path in the model."""
+
+    def __init__(self, model: nn.Module, name: str, layers: dict[str, LoRALayer]) -> None:
+        self.model, self.name, self.layers = model, name, layers
+
+    def parts(self) -> dict[str, LoRAWeights]:
+        """Return the adapter's weights in each layer, by the layer's path."""
+        return {path: layer.parts()[self.name] for path, layer in self.layers.items()}
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the trainable parameters: down and up of every layer."""
+        for part in self.parts().values():
+            yield from part.parameters()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the adapter is active, provided that adapters are enabled."""
+        return any(part.is_active for part in self.parts().values())
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the model's adapters are enabled, see `enable`."""
+        return all(layer.is_enabled for layer in self.layers.values())
+
+    def set_active(self, is_active: bool) -> None:
+        """Activate or deactivate the adapter; its scale stays. ValueError while adapters are fused."""
+        check_not_fused(self.model, f"switch adapter {self.name!r}")
+        for part in self.parts().values():
+            part.is_active = is_active
+
+    def set_scale(self, scale: BlockScale) -> None:
+        """Scale the adapter: 1 as trained, 0 for no effect (except DoRA, see `LoRAWeights.delta_weight`).
+
+        On a UNet also by blocks, see `block_scales`. ValueError for any other scale, or while adapters are
+        fused.
+        """
+        self.set_scales(self.scales(scale))
+
+    def scales(self, scale: BlockScale) -> dict[str, float]:
+        """Expand a scale to one of each layer by its path; it is checked but not set.
+
+        Layers that a mapping leaves out, or in no block with transformers, get 1; a resnet or sampler gets
+        the scale of the transformer of its number, as in the reference.
+        """
+        scales: dict[str, Any] = dict.fromkeys(self.layers, scale)
+        if isinstance(scale, Mapping):
+            if not isinstance(self.model, UNet):
+                kind = type(self.model).__name__
+                raise ValueError(f"a {kind} has no blocks: its scale is a number, got {scale}")
+            by_transformer = block_scales(scale, self.model, default=1.0)
+            scales = {path: _layer_scale(path, by_transformer) for path in self.layers}
+        return {path: check_float("the scale of an adapter", value) for path, value in scales.items()}
+
+    def set_scales(self, scales: Mapping[str, float]) -> None:
+        """Set the scale of each layer, by its path. ValueError while adapters are fused."""
+        check_not_fused(self.model, f"scale adapter {self.name!r}")
+        for path, part in self.parts().items():
+            part.strength = scales[path]
+
+    def detach(self) -> None:
+        """Remove the adapter; removing the last one restores the plain layers, with their own weights.
+
+        ValueError while adapters are fused.
+        """
+        check_not_fused(self.model, f"detach adapter {self.name!r}")
+        for path, layer in self.layers.items():
+            if self.name not in layer.lora:
+                continue  # `unload` has removed it
+            del layer.lora[self.name]
+            if not layer.lora:
+                self.model.set_submodule(path, layer.plain())
+        self.layers = {}
+
+    def public_state(self, component: str) -> dict[str, Tensor]:
+        """Return the tensors in diffusers' PEFT names: `unet.<path>.lora_A.weight` [R, I], `lora_B` [O, R].
+
+        alpha is folded into B, since files of this spelling have none and readers take alpha = rank; the
+        adapter's strength is not. Raises ValueError for weights without such names: deltas, and magnitudes of
+        columns.
+        """
+        table, state = TABLES[component], {}
+        for path, part in self.parts().items():
+            public = f"{component}.{table.to_public(path)}"
+            if part.down is None or part.up is None:
+                raise ValueError(f"{path}: adapter {self.name!r} is a delta there (LoHa, LoKr), not factors")
+            state[f"{public}.lora_A.weight"] = part.down.detach().clone()
+            state[f"{public}.lora_B.weight"] = part.up.detach() * part.scale
+            if part.bias is not None:
+                state[f"{public}.lora_B.bias"] = part.bias.detach().clone()
+            if part.magnitude is not None:
+                if part.magnitude.numel() != len(part.up):
+                    raise ValueError(f"{path}: adapter {self.name!r} has magnitudes of columns, not of rows")
+                shape = (-1,) if part.up.ndim == 2 else (1, -1, 1, 1)  # PEFT's: [O] or [1, O, 1, 1]
+                state[f"{public}.lora_magnitude_vector"] = part.magnitude.detach().reshape(shape).clone()
+        return state
+
+
+def attach(
+    model: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] = UNET_TARGETS,
+    name: str = "default",
+) -> LoRAAdapter:  # fmt: skip
+    """Attach a new adapter, initially zero, to every linear layer whose last name is in `targets`.
+
+    alpha: the rank if None. The factors are float32 and trainable. Raises ValueError for a rank below 1, if
+    no layer matches, or for a name that is in use or invalid.
+    """
+    rank = check_int("rank", rank)
+    scale = 1.0 if alpha is None else check_float("alpha", alpha) / rank
+    if isinstance(targets, str) or not isinstance(targets, Sequence):
+        raise TypeError(f"targets must be a list of layers' last names, got {targets!r}")
+    parts = {}
+    for path, layer in supported_layers(model).items():
+        if isinstance(layer, nn.Linear) and path.split(".")[-1] in targets:
+            device = layer.weight.device
+            down = torch.empty(rank, layer.in_features, device=device, dtype=torch.float32)  # [R, I]
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+            up = torch.zeros(layer.out_features, rank, device=device, dtype=torch.float32)  # [O, R]
+            parts[path] = LoRAWeights({"down": down, "up": up}, scale)
+    if not parts:
+        raise ValueError(f"no linear layer of this {type(model).__name__} is named {' or '.join(targets)}")
+    return add_adapter(model, name, parts)
+
+
+def add_adapter(model: nn.Module, name: str, parts: Mapping[str, LoRAWeights]) -> LoRAAdapter:
+    """Attach an adapter's weights to layers, by path. ValueError as in `attach`, or if one is fused."""
+    check_name(model, name)
+    layers, present = {}, attached_layers(model).values()
+    index = 1 + max((other.index for layer in present for other in layer.parts().values()), default=0)
+    for path, part in parts.items():
+        layer = model.get_submodule(path)
+        if not isinstance(layer, LoRALayer):
+            kind = lora_class(layer)
+            assert kind is not None, path
+            layer = kind(layer)
+            layer.is_enabled = all(other.is_enabled for other in present)
+            model.set_submodule(path, layer)
+        layer.lora[name], part.index = part, index
+        layers[path] = layer
+    return LoRAAdapter(model, name, layers)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise ValueError unless an adapter of this name can be attached now."""
+    check_not_fused(model, f"attach adapter {name!r}")
+    if not isinstance(name, str) or re.fullmatch(r"[\w-]+", name) is None or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"an adapter's name is letters, digits, _ and -, and no word of torch, got {name!r}")
+    if name in adapters(model):
+        raise ValueError(f"an adapter named {name!r} is attached already")
+
+
+def supported_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that can have adapters, by path, without an IP-Adapter's branches."""
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if (isinstance(layer, LoRALayer) or lora_class(layer) is not None)
+        and ".image_branches." not in path
+        and ".lora." not in path
+    }
+
+
+def attached_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return the layers that have adapters, by path."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRALayer)}
+
+
+def adapters(model: nn.Module) -> dict[str, LoRAAdapter]:
+    """Return the attached adapters by name, in the order of attachment."""
+    found, index = dict[str, LoRAAdapter](), dict[str, int]()
+    for path, layer in attached_layers(model).items():
+        for name, part in layer.parts().items():
+            found.setdefault(name, LoRAAdapter(model, name, {})).layers[path] = layer
+            index[name] = part.index
+    return {name: found[name] for name in sorted(found, key=index.__getitem__)}
+
+
+def fused_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the adapters that the weights contain now."""
+    return next((layer.fused for layer in attached_layers(model).values()), ())
+
+
+def check_not_fused(model: nn.Module, action: str) -> None:
+    """Raise ValueError if adapters are fused: neither they nor others can change until they are unfused."""
+    if names := fused_names(model):
+        raise ValueError(f"cannot {action} while {', '.join(names)} is fused: unfuse first")
+
+
+def fuse(model: nn.Module, names: Sequence[str], factor: float = 1.0) -> None:
+    """Add adapters, each at its scale times `factor`, to the base weights, which are saved on the CPU.
+
+    Until `unfuse` the model is this sum only: adapters that are not named have no effect. ValueError if a sum
+    is not finite; nothing is fused in that case.
+    """
+    check_not_fused(model, f"fuse {', '.join(names)}")
+    layers = attached_layers(model)
+    try:
+        for path, layer in layers.items():
+            layer.fuse(names, factor)
+            if not torch.isfinite(layer.weight).all():
+                raise ValueError(f"fused with {', '.join(names)}, {path} is not finite: nothing is fused")
+    except BaseException:
+        unfuse(model)
+        raise
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo `fuse`: restore the base weights, bit for bit."""
+    for layer in attached_layers(model).values():
+        layer.unfuse()
+
+
+def enable(model: nn.Module, is_enabled: bool) -> None:
+    """Enable or disable all adapters at once, without changing which of them are active."""
+    check_not_fused(model, "switch adapters")
+    for layer in attached_layers(model).values():
+        layer.is_enabled = is_enabled
+
+
+def unload(model: nn.Module) -> None:
+    """Remove all adapters. Fused ones stay in the weights, and can no longer be unfused."""
+    for path, layer in attached_layers(model).items():
+        layer.lora.clear()  # for handles that still refer to it
+        model.set_submodule(path, layer.plain())
+
+
+def save_adapters(handles: Mapping[str, LoRAAdapter], file: str | Path, *, overwrite: bool = False) -> None:
+    """Write adapters, by component ("unet", "text_encoder"), to one file that the reference loads.
+
+    Raises FileExistsError for an existing file, unless `overwrite`.
+    """
+    state, file = {}, as_new_path("file", file, overwrite)
+    for component, adapter in handles.items():
+        state |= adapter.public_state(component)
+    save_tensors(state, file)
+
+
+def _layer_scale(path: str, scales: Mapping[str, Any]) -> Any:
+    """Look up the scale of one layer in the transformers' scales."""
+    for transformer, value in scales.items():
+        if path.startswith(f"{transformer}."):
+            return value
+    if match := re.match(r"((?:down|up)\.\d+)\.(?:resnets\.(\d+)\.|downsample$|upsample$)", path):
+        return scales.get(f"{match[1]}.attentions.{match[2] or 0}", 1.0)
+    return 1.0

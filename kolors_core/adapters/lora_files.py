@@ -1,0 +1,301 @@
+"""LoRA files: tensors of any spelling -> an adapter's weights, checked against the models, with a report.
+
+weights_convert/lora.py parses the names. This file has the decompositions: factors, DoRA, LoHa
+(https://arxiv.org/abs/2108.06098) and LoKr (https://arxiv.org/abs/2309.14859), as LyCORIS, PEFT and kohya
+write them.
+Shapes: R rank, I and O the layer's widths, K a convolution's kernel (no axes in a linear layer).
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kolors_core.adapters.lora import supported_layers
+from kolors_core.adapters.lora_layers import LoRAWeights
+from weights_convert import TABLES
+from weights_convert.lora import KNOWN_SPELLINGS, parse_keys
+from weights_convert.safetensors_files import Source, Tensors
+
+METADATA = "lora_adapter_metadata"  # the reference's name of its configs in a file's metadata
+TensorsByRole = Mapping[str, Tensor]
+Shape = tuple[int, ...]
+Built = tuple[dict[str, Tensor], int | None]  # tensors of a `LoRAWeights`, and their rank if they have one
+
+
+@dataclass(frozen=True)
+class LoRAReport:
+    """Report of the tensors of a LoRA file, by their names there.
+
+    misshapen: tensors that do not fit their layer, each with the reason. layers: number of the models' layers
+    that got an adapter.
+    """
+
+    adapter: str
+    layers: int
+    matched: tuple[str, ...]
+    unmatched: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+    def __str__(self) -> str:
+        total = len(self.matched) + len(self.unmatched) + len(self.misshapen)
+        text = f"{self.adapter}: {len(self.matched)} of {total} tensors matched, on {self.layers} layers"
+        for kind, names in (("unmatched", self.unmatched), ("of the wrong shape", self.misshapen)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                text += f"; {len(names)} {kind}: {', '.join(map(_shown, names[:3]))}{more}"
+        return text
+
+
+def _shown(name: str) -> str:
+    """Format a tensor's name, which may be any string, for one line of an error."""
+    line = " ".join(name.split())
+    return line if len(line) <= 200 else f"{line[:200]}..."
+
+
+class IncompatibleTensors(ValueError):
+    """Error for tensors that are no adapter of their layer."""
+
+
+def parse_lora(
+    source: Source | Tensors, configs: Mapping[str, Mapping[str, Any]], models: Mapping[str, nn.Module],
+    adapter: str, allow_partial: bool,
+) -> tuple[dict[str, dict[str, LoRAWeights]], LoRAReport]:  # fmt: skip
+    """Parse an adapter: its weights by component and layer path, and a report.
+
+    The weights have the layers' dtype and device. configs: PEFT's by component, see `configs_of`. models: by
+    component, only read. Raises ValueError if no tensor matches, or some do not without `allow_partial`.
+    """
+    layers = {component: supported_layers(model) for component, model in models.items()}
+    try:
+        places, unmatched = parse_keys(source, layers)
+    except ValueError as error:
+        raise ValueError(f"{source.where}: {error}") from None
+    grouped: dict[tuple[str, str], dict[str, str]] = {}
+    for place, name in places.items():
+        grouped.setdefault((place.component, place.module), {})[place.role] = name
+    parts: dict[str, dict[str, LoRAWeights]] = {}
+    matched, misshapen = [], []
+    for (component, path), names in grouped.items():
+        layer, config = layers[component][path], configs.get(component)
+        try:
+            for role, name in names.items():
+                if role != "alpha" and not source.dtype(name).is_floating_point:
+                    raise IncompatibleTensors(f"expected floating-point numbers, got {source.dtype(name)}")
+            tensors = {role: source[name] for role, name in names.items()}
+            part = _build_weights(tensors, layer, TABLES[component].to_public(path), config)
+        except IncompatibleTensors as error:
+            misshapen += [f"{name} ({error})" for name in names.values()]
+        else:
+            parts.setdefault(component, {})[path] = part
+            matched += names.values()
+    count = sum(map(len, parts.values()))
+    report = LoRAReport(adapter, count, tuple(matched), tuple(unmatched), tuple(misshapen))
+    if not parts:
+        example = _shown(next(iter([*misshapen, *unmatched]), "it is empty"))
+        raise ValueError(
+            f"{source.where}: none of its {len(source)} tensors fits this pipeline's {' and '.join(models)}, "
+            f"for example {example}. Known spellings: {KNOWN_SPELLINGS}"
+        )
+    if (unmatched or misshapen) and not allow_partial:
+        raise ValueError(f"{source.where}: {report}. allow_partial=True takes what matches")
+    return parts, report
+
+
+def configs_of(source: Source | Tensors) -> dict[str, Mapping[str, Any]]:
+    """Read PEFT's settings by component, from `adapter_config.json` next to the file or the file's metadata.
+
+    They give alpha if the tensors do not. Raises ValueError for anything but JSON of such settings.
+    """
+    if isinstance(source, Tensors):
+        return {}
+    file = source.files[0]
+    config_file, embedded = file.with_name("adapter_config.json"), (source.metadata(file) or {}).get(METADATA)
+    if embedded is not None:
+        where, text = f"{file}: {METADATA}", embedded
+    elif file.name == "adapter_model.safetensors" and config_file.is_file():  # else it is another adapter's
+        where, text = str(config_file), config_file.read_bytes()
+    else:
+        return {}
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(config).__name__}")
+    # The reference writes `unet.lora_alpha`; PEFT, for one model, `lora_alpha`.
+    configs: dict[str, Mapping[str, Any]] = {}
+    for component in ("unet", "text_encoder"):
+        prefix = f"{component}."
+        settings = {name.removeprefix(prefix): config[name] for name in config if name.startswith(prefix)}
+        configs[component] = settings or (config if "lora_alpha" in config or "alpha" in config else {})
+    return configs
+
+
+def _build_weights(
+    roles: TensorsByRole, layer: nn.Module, public: str, config: Mapping[str, Any] | None
+) -> LoRAWeights:
+    """Build one layer's weights from its tensors in the file; IncompatibleTensors if they do not fit it."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+    extra = {role: roles.get(role) for role in ("alpha", "dora_scale", "magnitude", "up_bias", "diff_bias")}
+    factors = {role: tensor for role, tensor in roles.items() if role not in extra}
+    build = _find_decomposition(factors, roles).build
+    if flat := [role for role, tensor in factors.items() if tensor.ndim < 2]:
+        raise IncompatibleTensors(f"{flat[0]} is {list(roles[flat[0]].shape)}, expected at least two axes")
+    if broken := [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]:
+        raise IncompatibleTensors(f"{broken[0]} has numbers that are not finite")
+    factors = {role: t if t.dtype == torch.float64 else t.float() for role, t in factors.items()}
+    try:
+        tensors, rank = build(factors, tuple(weight.shape))
+    except (RuntimeError, IndexError) as error:  # of a product of factors that do not fit each other
+        raise IncompatibleTensors(f"its factors do not fit: {str(error).splitlines()[0]}") from None
+    if rank == 0:
+        raise IncompatibleTensors("its rank is 0")
+    scale = _scale(extra["alpha"], rank, public, config)
+    if extra["dora_scale"] is not None or extra["magnitude"] is not None:
+        tensors["magnitude"] = _magnitude(extra["dora_scale"], extra["magnitude"], weight)
+    added = extra["diff_bias"] if extra["up_bias"] is None else extra["up_bias"] * scale
+    if added is not None:
+        if bias is None or added.shape != bias.shape:
+            have = "none" if bias is None else list(bias.shape)
+            raise IncompatibleTensors(f"its bias is {list(added.shape)}, the layer has {have}")
+        tensors["bias"] = added
+    weights = LoRAWeights({name: tensor.to(weight, copy=True) for name, tensor in tensors.items()}, scale)
+    return weights.requires_grad_(False)
+
+
+def _factors(roles: TensorsByRole, shape: Shape) -> Built:
+    """Reshape down and up to the layer, whose kernel axes of size 1 they may lack, or have in addition."""
+    down, up = roles["down"], roles["up"]
+    if "mid" in roles:  # LoCon's third factor, between the two
+        down = torch.einsum("mnkl, ni -> mikl", roles["mid"], down.flatten(1))
+    rank, kernel = len(down), shape[2:]
+    expected = {"down": (rank, *shape[1:]), "up": (shape[0], rank, *(1 for _ in kernel))}
+    factors = {"down": down, "up": up}
+    for name, factor in factors.items():
+        if _without_ones(factor.shape) != _without_ones(expected[name]):
+            got = list(factor.shape)
+            raise IncompatibleTensors(f"{name} is {got}, expected {list(expected[name])} for the layer")
+    return {name: factor.reshape(expected[name]) for name, factor in factors.items()}, rank
+
+
+def _loha(roles: TensorsByRole, shape: Shape) -> Built:
+    """Compute (w1_a w1_b) * (w2_a w2_b), each with a core t in a Tucker decomposition."""
+    one, two = (
+        _product(roles[f"hada_w{i}_a"], roles[f"hada_w{i}_b"], roles.get(f"hada_t{i}")) for i in (1, 2)
+    )
+    return {"delta": _reshape_delta(one * two, shape)}, len(roles["hada_w1_b"])
+
+
+def _lokr(roles: TensorsByRole, shape: Shape) -> Built:
+    """Compute the Kronecker product of w1 and w2, each whole or as factors; both whole have no rank."""
+    rank, matrices = None, []
+    for i in (1, 2):
+        w = roles.get(f"lokr_w{i}")
+        if w is None:
+            a, b = roles.get(f"lokr_w{i}_a"), roles.get(f"lokr_w{i}_b")
+            if a is None or b is None:
+                raise IncompatibleTensors(f"its layer's lokr_w{i}, or a factor of it, is missing")
+            w, rank = _product(a, b, roles.get("lokr_t2") if i == 2 else None), len(b)
+        matrices.append(w)
+    one, two = matrices
+    one = one.reshape(*one.shape, *(1 for _ in two.shape[one.ndim :]))
+    return {"delta": _reshape_delta(torch.kron(one, two.contiguous()), shape)}, rank
+
+
+def _full_difference(roles: TensorsByRole, shape: Shape) -> Built:
+    """Return the full difference of the weights; it has no rank, and so alpha has no effect."""
+    return {"delta": _reshape_delta(roles["diff"], shape)}, None
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Decomposition of a weight change: the function that builds it for a layer's shape, and its roles."""
+
+    build: Callable[[TensorsByRole, Shape], Built]
+    required: set[str]
+    optional: set[str] = field(default_factory=set)
+
+
+DECOMPOSITIONS = (
+    Decomposition(_factors, {"down", "up"}, {"mid"}),
+    Decomposition(_loha, {f"hada_w{i}_{f}" for i in (1, 2) for f in "ab"}, {"hada_t1", "hada_t2"}),
+    Decomposition(_lokr, set(), {f"lokr_w{i}{f}" for i in (1, 2) for f in ("", "_a", "_b")} | {"lokr_t2"}),
+    Decomposition(_full_difference, {"diff"}),
+)
+
+
+def _find_decomposition(factors: TensorsByRole, roles: TensorsByRole) -> Decomposition:
+    """Find the decomposition that a layer's factors belong to. roles: all its tensors, for the error."""
+    for decomposition in DECOMPOSITIONS:
+        if factors and factors.keys() <= decomposition.required | decomposition.optional:
+            if missing := decomposition.required - factors.keys():
+                raise IncompatibleTensors(f"its layer's {', '.join(sorted(missing))} is missing")
+            return decomposition
+    raise IncompatibleTensors(f"{', '.join(sorted(roles))} make no form of adapter that is known")
+
+
+def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
+    """Compute a @ b; around a core [R, R, *K] it is [O, I, *K], with a [R, O] and b [R, I]."""
+    return a @ b if core is None else torch.einsum("ijkl, ip, jr -> prkl", core, a, b)
+
+
+def _reshape_delta(delta: Tensor, shape: Shape) -> Tensor:
+    if len(delta) != shape[0] or delta.numel() != torch.Size(shape).numel():
+        raise IncompatibleTensors(f"its delta is {list(delta.shape)}, expected {list(shape)} for the layer")
+    return delta.reshape(shape)
+
+
+def _magnitude(dora_scale: Tensor | None, magnitude: Tensor | None, weight: Tensor) -> Tensor:
+    """Reshape DoRA's magnitudes to [O, 1, ...], or [1, I, ...] of columns.
+
+    PEFT's `lora_magnitude_vector` is always of rows; of `dora_scale`, from other trainers, the shape decides.
+    """
+    given, ones = (dora_scale if magnitude is None else magnitude), [1] * (weight.ndim - 2)
+    assert given is not None
+    if given.numel() == len(weight) and (given is magnitude or given.shape[0] == len(weight)):
+        return given.reshape(-1, 1, *ones)
+    if given is dora_scale and given.numel() == weight.shape[1]:
+        return given.reshape(1, -1, *ones)
+    got = f"{list(given.shape)}, the layer's weight is {list(weight.shape)}"
+    raise IncompatibleTensors(f"DoRA's magnitudes are {got}")
+
+
+def _scale(alpha: Tensor | None, rank: int | None, public: str, config: Mapping[str, Any] | None) -> float:
+    """Compute alpha / rank, with alpha from the file, or else from PEFT's config, or else the rank."""
+    if alpha is not None:
+        if alpha.numel() != 1:
+            raise IncompatibleTensors(f"alpha is {list(alpha.shape)}, expected one number")
+        return alpha.item() / rank if rank is not None else 1.0
+    if not config:
+        return 1.0
+    config_alpha = _setting(config, "alpha_pattern", public, config.get("lora_alpha", config.get("alpha")))
+    size = _setting(config, "rank_pattern", public, config.get("r")) if rank is None else rank
+    if config_alpha is None or size is None:
+        return 1.0
+    return config_alpha / (size**0.5 if config.get("use_rslora") else size)
+
+
+def _setting(config: Mapping[str, Any], pattern: str, public: str, default: Any) -> float | None:
+    """Look up a layer in one of PEFT's patterns, which match the end of its name; else return the default."""
+    values = config.get(pattern) or {}
+    try:
+        for key, value in values.items():
+            if re.fullmatch(rf"(.*\.)?({key})", public):
+                default = value
+                break
+    except (AttributeError, re.error) as error:
+        raise ValueError(f"the adapter's config has {values!r} for {pattern}: {error}") from None
+    if default is not None and (isinstance(default, bool) or not isinstance(default, int | float)):
+        raise ValueError(f"the adapter's config has {default!r} for {public}, expected a number")
+    return default
+
+
+def _without_ones(shape: Shape) -> Shape:
+    """Drop the kernel axes of size 1 from a shape."""
+    return (*shape[:2], *(size for size in shape[2:] if size != 1))

@@ -1,0 +1,173 @@
+"""LoRA layers: `LoRALinear` is an `nn.Linear`, `LoRAConv2d` an `nn.Conv2d`, and `LoRAReadOnlyLinear` replaces
+a quantized layer (QLoRA, https://arxiv.org/abs/2305.14314).
+
+The base weight keeps its name, so every table and checkpoint still fits; adapters add keys,
+`<layer>.lora.<adapter>.down`, and never rename. lora.py attaches them to models.
+Shapes: R rank, I and O the layer's widths, K a convolution's kernel (no axes in a linear layer).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kolors_core.module import ReplacedModule
+
+
+class LoRAWeights(nn.Module):
+    """Weights of one adapter in one layer: two factors, or a delta of the weight's shape.
+
+    down: [R, I, *K]; up: [O, R], of a convolution [O, R, 1, 1]. delta: [O, I, *K], the product of other
+    decompositions (LoHa, LoKr). magnitude: DoRA's (https://arxiv.org/abs/2402.09353), [O, 1, ...], or
+    [1, I, ...] in files that divide by the norms of columns. bias: [O]. scale: alpha / rank. strength: the
+    adapter's weight among others. call_scale: a further factor, during one call. index: larger for adapters
+    that were attached later.
+    """
+
+    is_adapter = True
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+    delta: nn.Parameter | None
+    magnitude: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, tensors: Mapping[str, Tensor], scale: float) -> None:
+        super().__init__()
+        for name in ("down", "up", "delta", "magnitude", "bias"):
+            tensor = tensors.get(name)
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+        self.scale, self.strength, self.call_scale, self.is_active, self.index = scale, 1.0, 1.0, True, 0
+
+    @property
+    def effective_scale(self) -> float:
+        """The factor that applies now, without alpha / rank."""
+        return self.strength * self.call_scale
+
+    def delta_weight(self, weight: Tensor, factor: float = 1.0) -> Tensor:
+        """Compute the change of a layer's weight, times `factor`, in the weight's shape and dtype.
+
+        With a magnitude it is m * V / |V| - W, where V = W + factor * scale * up @ down; the norm takes no
+        gradient (section 4.3 of the paper). A strength of 0 then still leaves m * W / |W|.
+        """
+        scale = factor * self.effective_scale * self.scale
+        if self.delta is not None:
+            delta = self.delta.to(weight.dtype) * scale
+        else:
+            assert self.up is not None and self.down is not None
+            up, down = (matrix.to(weight.dtype).flatten(1) for matrix in (self.up, self.down))
+            delta = (up @ down).view_as(weight) * scale
+        if self.magnitude is None:
+            return delta
+        direction, magnitude = weight + delta, self.magnitude.to(weight.dtype)
+        axes = [axis for axis, size in enumerate(magnitude.shape) if size == 1]
+        norm = torch.linalg.vector_norm(direction, dim=axes, keepdim=True).detach()
+        return magnitude / norm * direction - weight
+
+
+class LoRALayer(ReplacedModule, ABC):
+    """Base class of linear layers and convolutions with adapters."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.lora = nn.ModuleDict()
+        self.is_enabled = True
+        self.fused: tuple[str, ...] = ()  # adapters that the model's weights contain, in any of its layers
+        self.base_backup: tuple[Tensor, ...] = ()  # weight and bias before fusing, on the CPU
+
+    def state_key(self) -> tuple[Any, ...]:
+        """Return the adapters' scales and which are active, see kolors_core/module.py."""
+        parts = tuple((part.scale, part.effective_scale, part.is_active) for part in self.parts().values())
+        return parts, self.is_enabled, self.fused
+
+    def parts(self) -> dict[str, LoRAWeights]:
+        """Return the adapters of this layer, by name."""
+        return cast("dict[str, LoRAWeights]", dict(self.lora.items()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the layer without adapters plus the active ones' outputs. Fused adapters cost nothing."""
+        weight, bias, outputs = self.weight, self.bias, []
+        parts = self.parts().values() if self.is_enabled and not self.fused else ()
+        for part in (part for part in parts if part.is_active):
+            if part.down is None or part.up is None or part.magnitude is not None:
+                weight = weight + part.delta_weight(self.weight)
+            else:
+                h = self.run(input, part.down.to(input.dtype), None)  # [..., R]
+                project_up = F.linear if part.up.ndim == 2 else F.conv2d
+                outputs.append(part.effective_scale * part.scale * project_up(h, part.up.to(input.dtype)))
+            if part.bias is not None and bias is not None:
+                bias = bias + part.effective_scale * part.bias.to(bias.dtype)
+        return sum(outputs, self.run(input, weight, bias))
+
+    @abstractmethod
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the layer with this weight and bias."""
+
+    @torch.no_grad()
+    def fuse(self, names: Sequence[str], factor: float) -> None:
+        """Add adapters times `factor` to the weight, in float32 at least; the weight is saved on the CPU."""
+        self.fused = tuple(names)
+        parts = [part for name, part in self.parts().items() if name in names]
+        if not parts:
+            return
+        tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
+        self.base_backup = tuple(tensor.detach().to("cpu", copy=True) for tensor in tensors)
+        base = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        self.weight.copy_(sum((part.delta_weight(base, factor) for part in parts), base))
+        for part in parts:
+            if part.bias is not None and self.bias is not None:
+                self.bias.add_(part.bias.to(self.bias.dtype), alpha=factor * part.effective_scale)
+
+    @torch.no_grad()
+    def unfuse(self) -> None:
+        """Restore the weight and bias saved by `fuse`."""
+        for tensor, backup in zip((self.weight, self.bias), self.base_backup, strict=False):
+            if tensor is not None:
+                tensor.copy_(backup)
+        self.fused, self.base_backup = (), ()
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    """Linear layer with adapters."""
+
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Map input [..., I] to [..., O]."""
+        return F.linear(input, weight, bias)
+
+
+class LoRAReadOnlyLinear(LoRALinear):
+    """Linear layer with adapters on a quantized layer; its weight is dequantized on read. Cannot be fused."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight [O, I], dequantized."""
+        return cast(Tensor, self.base[0].weight)  # the base's buffers are this layer's too
+
+    @property
+    def not_plain(self) -> str:
+        """The base layer's reason, see `module.require_plain`."""
+        return cast(str, self.base[0].not_plain)
+
+    def fuse(self, names: Sequence[str], factor: float) -> None:
+        """Raise ValueError, as the weight cannot be written."""
+        raise ValueError(f"cannot fuse {', '.join(names)}: the layer's weight is {self.not_plain}")
+
+
+class LoRAConv2d(LoRALayer, nn.Conv2d):
+    """Convolution with adapters; `down` has its kernel and stride, `up` is 1x1."""
+
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Map input [B, I, H, W] to [B, O, H', W'], with the layer's stride and padding."""
+        return self._conv_forward(input, weight, bias)
+
+
+def lora_class(layer: nn.Module) -> type[LoRALayer] | None:
+    """Return the class that replaces a layer to give it adapters; None for a layer that can have none."""
+    if isinstance(layer, nn.Linear) and getattr(layer, "not_plain", None) is not None:
+        return LoRAReadOnlyLinear
+    return LoRALinear if type(layer) is nn.Linear else LoRAConv2d if type(layer) is nn.Conv2d else None

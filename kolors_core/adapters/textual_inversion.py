@@ -1,0 +1,220 @@
+"""Textual inversion (https://arxiv.org/abs/2208.01618): a word in a prompt stands for learned vectors.
+
+The vectors are appended to the rows of ChatGLM's embedding table, at ids beyond the vocabulary; the tokenizer
+gets each word's ids. `add_words` appends them, `remove_words` restores the encoder. Saved pipelines do not
+contain them. `learn_words` prepares their training.
+Source: `TextualInversionLoaderMixin` in diffusers' loaders/textual_inversion.py.
+Shapes: n vectors of a word, C ChatGLM's hidden width.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kolors_core.chatglm import ChatGLM
+from kolors_core.devices import unwrap_compiled
+from kolors_core.hub import find_file, reject_unused
+from kolors_core.module import ReplacedModule
+from kolors_core.validation import as_new_path
+from weights_convert.safetensors_files import Source, Tensors, save_tensors
+
+WEIGHT_NAME = "learned_embeds.safetensors"
+UNNAMED = "emb_params"  # the tensor's name in a file of one word that does not name the word
+
+
+class LearnedVectors(nn.ParameterList):
+    """Vectors [n, C] of learned words; no part of the model's own checkpoint."""
+
+    is_adapter = True
+
+
+class WordEmbedding(ReplacedModule, nn.Embedding):
+    """Embedding table followed by the learned vectors of `words`, one word after another.
+
+    The table keeps its name; the vectors add keys, `learned.<i>` [n, C].
+    """
+
+    def __init__(self, base: nn.Embedding) -> None:
+        super().__init__(base)
+        self.words: list[str] = []
+        self.learned = LearnedVectors()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Embed ids [...], from 0 to the end of the table and all vectors: [..., C]."""
+        learned_ids = input - self.num_embeddings  # negative for the table's own ids
+        learned = F.embedding(learned_ids.clamp(min=0), torch.cat(list(self.learned)).to(self.weight.dtype))
+        base = F.embedding(input.clamp(max=self.num_embeddings - 1), self.weight)
+        return torch.where((learned_ids >= 0)[..., None], learned, base)
+
+    def vectors(self) -> dict[str, nn.Parameter]:
+        """Return the learned vectors [n, C] of each word."""
+        return dict(zip(self.words, self.learned, strict=True))
+
+
+def words_of(encoder: ChatGLM) -> dict[str, list[int]]:
+    """Return the ids of each learned word of the encoder."""
+    ids, first = dict[str, list[int]](), encoder.embedding.num_embeddings
+    for word, vectors in vectors_of(encoder).items():
+        ids[word] = list(range(first, first + len(vectors)))
+        first += len(vectors)
+    return ids
+
+
+def vectors_of(encoder: ChatGLM) -> dict[str, nn.Parameter]:
+    """Return the learned vectors [n, C] of each word of the encoder."""
+    embedding = encoder.embedding
+    return embedding.vectors() if isinstance(embedding, WordEmbedding) else {}
+
+
+def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
+    """Add words with their vectors [n, C], or [C] for one vector, to the encoder.
+
+    Raises ValueError for a word that exists already, is empty or has space around it, and for vectors that
+    are not finite floating-point numbers, of another width, or none; nothing is added then.
+    """
+    table, existing = encoder.embedding.weight, vectors_of(encoder)
+    checked = {}
+    for word, given in vectors.items():
+        if not isinstance(word, str) or not word or word.strip() != word:
+            raise ValueError(f"a learned word must be some text without space around it, got {word!r}")
+        if word in existing:
+            raise ValueError(f"{word} is a learned word already: unload_textual_inversion({word!r}) first")
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{word}: expected vectors as a tensor, got {type(given).__name__}")
+        rows = given[None] if given.ndim == 1 else given
+        if rows.ndim != 2 or not len(rows) or rows.shape[1] != table.shape[1]:
+            raise ValueError(f"{word}: expected vectors [n, {table.shape[1]}], got {list(given.shape)}")
+        if not rows.is_floating_point() or not torch.isfinite(rows).all():
+            raise ValueError(f"{word}: expected finite floating-point vectors, got {rows.dtype}")
+        checked[word] = nn.Parameter(rows.detach().to(table, copy=True))
+    if checked:
+        embedding = encoder.embedding
+        if not isinstance(embedding, WordEmbedding):
+            embedding = encoder.embedding = WordEmbedding(embedding)
+        embedding.words += checked
+        embedding.learned.extend(checked.values())
+
+
+def learn_words(model: nn.Module, *words: str) -> None:
+    """Make these words' vectors the only trainable parameters of a model with a text encoder.
+
+    The paper (eq. 2) initializes with the embedding of a word that roughly describes the concept: give that
+    to `add_words`. ValueError for an unknown word.
+    """
+    tables = (module for module in model.modules() if isinstance(module, WordEmbedding))
+    existing = {word: vectors for table in tables for word, vectors in table.vectors().items()}
+    if not words:
+        raise ValueError("no word to be learned")
+    _check_known(words, existing)
+    model.requires_grad_(False)
+    for word in words:
+        existing[word].requires_grad_(True)
+
+
+def remove_words(encoder: ChatGLM, words: Iterable[str] | None = None) -> None:
+    """Remove these words, or all; removing the last one restores the encoder's own embedding.
+
+    Raises ValueError for an unknown word; none is removed then.
+    """
+    existing = vectors_of(encoder)
+    removed = list(existing) if words is None else list(words)
+    _check_known(removed, existing)
+    embedding = encoder.embedding
+    if isinstance(embedding, WordEmbedding):
+        embedding.words = [word for word in existing if word not in removed]
+        embedding.learned = LearnedVectors([existing[word] for word in embedding.words])
+        if not embedding.words:
+            encoder.embedding = cast(nn.Embedding, embedding.plain())
+
+
+def _check_known(words: Iterable[str], existing: Mapping[str, Tensor]) -> None:
+    if unknown := [word for word in words if word not in existing]:
+        raise ValueError(f"{unknown[0]} is no learned word; there are: {', '.join(existing) or 'none'}")
+
+
+def save_words(encoder: ChatGLM, file: str | Path, *, overwrite: bool = False) -> None:
+    """Write all learned words to a safetensors file, whole or not at all.
+
+    Raises ValueError if there are none, FileExistsError for an existing file, unless `overwrite`.
+    """
+    if not (vectors := vectors_of(encoder)):
+        raise ValueError(f"{file}: the text encoder has no learned words to be written")
+    save_tensors(vectors, as_new_path("file", file, overwrite))
+
+
+class TextualInversionMethods:
+    """Textual inversion methods for a pipeline that has a `text_encoder`."""
+
+    text_encoder: ChatGLM | None
+
+    def load_textual_inversion(
+        self, pretrained_model_name_or_path: Any, token: str | Sequence[str | None] | None = None, *,
+        weight_name: str | None = None, subfolder: str | None = None, revision: str | None = None,
+        cache_dir: str | Path | None = None, local_files_only: bool = False,
+        hf_token: str | bool | None = None,
+    ) -> None:  # fmt: skip
+        """Load words and their vectors; prompts may use a word anywhere, inside other words too.
+
+        pretrained_model_name_or_path: a safetensors file of name -> vectors [n, C], a folder or hub
+        repository with one, its tensors as a dict, or one tensor; or a list of these. token: the word, by
+        default the tensor's name; for a list, a list. Raises FileNotFoundError or ValueError naming the file
+        and what does not fit; nothing is changed then.
+        """
+        encoder = self._word_encoder()
+        sources = pretrained_model_name_or_path
+        sources = list(sources) if isinstance(sources, list | tuple) else [sources]
+        if not sources or not isinstance(token, str | Sequence | None):
+            got = "no file" if not sources else f"the token {token!r}"
+            raise ValueError(f"expected files of learned words, and for each a word or None, got {got}")
+        tokens = [token] if isinstance(token, str) else token
+        tokens = [None] * len(sources) if tokens is None else list(tokens)
+        if len(tokens) != len(sources):
+            raise ValueError(f"expected a token for each of {len(sources)} files, got {len(tokens)}")
+        vectors = dict[str, Tensor]()
+        for source, word in zip(sources, tokens, strict=True):
+            if isinstance(source, Tensor):
+                source = {UNNAMED: source}
+            if isinstance(source, Mapping):
+                unused = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
+                reject_unused("given vectors", **unused)
+                tensors = Tensors(source, "the given vectors")
+            else:
+                file = find_file(
+                    source, weight_name, subfolder, preferred=(WEIGHT_NAME,), revision=revision,
+                    cache_dir=cache_dir, local_files_only=local_files_only, token=hf_token,
+                )  # fmt: skip
+                tensors = Source([file])
+            for name, tensor in _vectors_by_word(tensors, word).items():
+                if name in vectors:
+                    raise ValueError(f"{tensors.where}: the word {name} comes twice")
+                vectors[name] = tensor
+        add_words(encoder, vectors)
+
+    def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
+        """Remove these words, or all: the text encoder is what it was, bit for bit. ValueError if unknown."""
+        if not isinstance(tokens, str | Sequence | None):
+            raise TypeError(f"tokens must be a word, several or None for all, got {tokens!r}")
+        remove_words(self._word_encoder(), [tokens] if isinstance(tokens, str) else tokens)
+
+    def _word_encoder(self) -> ChatGLM:
+        if self.text_encoder is None:
+            raise ValueError("this pipeline has no text encoder, and learned words are read by it")
+        return unwrap_compiled(self.text_encoder)
+
+
+def _vectors_by_word(source: Source | Tensors, word: str | None) -> dict[str, Tensor]:
+    """Read a file's vectors by word; `word` replaces the name of its only tensor."""
+    names = list(source)
+    if not names:
+        raise ValueError(f"{source.where}: has no vectors")
+    if word is None:
+        if UNNAMED in names:
+            raise ValueError(f"{source.where}: {UNNAMED} names no word: say which (token)")
+        return {name: source[name] for name in names}
+    if len(names) > 1:
+        raise ValueError(f"{source.where}: has {len(names)} words, and token gives one name, {word}")
+    return {word: source[names[0]]}

@@ -1,0 +1,1 @@
+"""Batch generation: many prompts on many processes, killed and resumed."""

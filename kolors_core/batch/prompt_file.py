@@ -1,0 +1,184 @@
+"""Parser of prompt files, JSON Lines or CSV, to jobs; each line is checked by itself and fingerprinted.
+
+A line's fields are `FIELDS`; only the prompt is required. A CSV has their names in its first row, an empty
+cell is a missing field, and several LoRAs in a cell are separated by `;`. In JSON, `lora` is a string or a
+list of strings, each FROM[:SCALE] as on the command line.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kolors_core.validation import LARGEST_SEED, check_float, check_int
+from weights_convert.untrusted_files import one_line, reject_duplicate_keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Settings of one image. lora: each FROM[:SCALE]."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int
+    height: int | None = None
+    width: int | None = None
+    steps: int
+    guidance: float = 5.0
+    lora: tuple[str, ...] = ()
+
+
+FIELDS = tuple(field.name for field in fields(JobSettings))
+FIELD_NAMES = ", ".join(FIELDS)
+FINGERPRINT_KEY = "batch_line"  # the PNG text chunk with the fingerprint of the image's line
+IEND = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of a PNG
+RawRow = tuple[int, str, Any]  # number, text, and fields, or the ValueError of a line without any
+
+
+@dataclass(frozen=True)
+class Job:
+    """Job of one line. number: the line's, from 1. settings: None for a bad line, with a one-line `reason`.
+
+    fingerprint: a hash of what decides the image: the line's fields and the model, not the number.
+    """
+
+    number: int
+    settings: JobSettings | None
+    reason: str | None
+    fingerprint: str
+
+    @property
+    def file(self) -> str | None:
+        """The PNG's name: number and seed; None for a bad line."""
+        return None if self.settings is None else f"{self.number:06d}-{self.settings.seed}.png"
+
+
+def read_jobs(file: Path, model: Mapping[str, object], seed: int, steps: int) -> list[Job]:
+    """Read the jobs of a file, one for each line that is not empty.
+
+    model: what all images have in common, for the fingerprints. seed: a line without a seed gets this plus
+    its number. steps: the default of a line. Raises OSError for a file that cannot be read, ValueError for a
+    CSV whose first row does not name the fields, or for a file without lines.
+    """
+    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    rows = _csv(text, file) if file.suffix.lower() == ".csv" else _json_lines(text)
+    jobs = []
+    for number, raw, row in rows:
+        try:
+            settings, reason = _settings(row, seed + number, steps), None
+        except (ValueError, RecursionError) as error:
+            settings, reason = None, one_line(error)
+        content = raw if settings is None else json.dumps([vars(settings), model], sort_keys=True)
+        digest = hashlib.sha256(content.encode("utf-8", errors="surrogateescape")).hexdigest()[:32]
+        jobs.append(Job(number, settings, reason, digest))
+    if not jobs:
+        raise ValueError(f"{file}: no lines, expected one for each image")
+    return jobs
+
+
+def png_fingerprint(file: Path) -> str | None:
+    """Read the fingerprint in a PNG: "" for a file without one, None for a missing or truncated image."""
+    from PIL import Image
+
+    if not file.exists():
+        return None
+    try:
+        with Image.open(file) as image:
+            fingerprint = image.info.get(FINGERPRINT_KEY, "")
+        with file.open("rb") as opened:
+            opened.seek(-len(IEND), os.SEEK_END)
+            is_whole = opened.read() == IEND
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""
+    return None if fingerprint and not is_whole else fingerprint
+
+
+def _json_lines(text: str) -> Iterator[RawRow]:
+    for number, raw in enumerate(text.split("\n"), 1):
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw, object_pairs_hook=reject_duplicate_keys)
+        except json.JSONDecodeError as error:
+            row = ValueError(f"not JSON: {error}")
+        except (ValueError, RecursionError) as error:
+            row = ValueError(str(error))
+        yield number, raw, row
+
+
+def _csv(text: str, file: Path) -> Iterator[RawRow]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise ValueError(f"{file}: the first row is not CSV: {error}") from None
+    if unknown := [name for name in names if name not in FIELDS]:
+        got = f"the first row has the name {unknown[0][:100]!r}"
+        raise ValueError(f"{file}: {got}, expected some of {FIELD_NAMES}")
+    if "prompt" not in names or len(set(names)) < len(names):
+        raise ValueError(f"{file}: the first row must name the columns, prompt among them, each once")
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, f"{number}", ValueError(f"not CSV: {error}")
+            continue
+        if any(cells):
+            yield number, json.dumps(cells), _parse_cells(names, cells)
+
+
+def _parse_cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | ValueError:
+    """Convert a row's cells to fields; numeric fields to numbers where they parse."""
+    if len(cells) > len(names):
+        return ValueError(f"{len(cells)} cells, and the first row names {len(names)}")
+    row: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+    for name, cell in row.items():
+        with suppress(ValueError):  # `_settings` reports what the field must be
+            if name == "lora":
+                row[name] = [part.strip() for part in cell.split(";")]
+            elif name == "guidance":
+                row[name] = float(cell)
+            elif name in ("seed", "height", "width", "steps"):
+                row[name] = int(cell)
+    return row
+
+
+def _settings(row: Any, seed: int, steps: int) -> JobSettings:
+    """Check a row's fields; ValueError naming the field and what was expected."""
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with the fields {FIELD_NAMES}, got {row!r}")
+    if unknown := sorted(set(row) - set(FIELDS)):
+        raise ValueError(f"unknown field {unknown[0]!r}, expected some of {FIELD_NAMES}")
+    given = {name: value for name, value in row.items() if value is not None}
+    if "prompt" not in given:
+        raise ValueError("no prompt: say what to draw")
+    lora = given.get("lora", ())
+    lora = (lora,) if isinstance(lora, str) else lora
+    if not isinstance(lora, list | tuple) or not all(isinstance(text, str) and text for text in lora):
+        raise ValueError(f"lora must be FROM[:SCALE] or a list of them, got {given['lora']!r}")
+    texts = [(name, given[name]) for name in ("prompt", "negative_prompt") if name in given]
+    for name, text in [*texts, *(("lora", text) for text in lora)]:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be a string, got {text!r}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{name} is not UTF-8: {text!r}")
+    for name, multiple in (("height", 8), ("width", 8), ("steps", 1)):
+        if name in given:
+            check_int(name, given[name], multiple)
+    return JobSettings(
+        prompt=given["prompt"], negative_prompt=given.get("negative_prompt"),
+        seed=check_int("seed", given.get("seed", seed), least=0, most=LARGEST_SEED),
+        height=given.get("height"), width=given.get("width"), steps=given.get("steps", steps),
+        guidance=check_float("guidance", given.get("guidance", 5.0)), lora=tuple(lora),
+    )  # fmt: skip

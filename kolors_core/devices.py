@@ -1,0 +1,127 @@
+"""Devices and dtypes of the stages, and the check that results are finite."""
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
+
+# Advice by dtype, for results that overflow it.
+OVERFLOW_HINT = {torch.float16: "try bfloat16 or float32", torch.bfloat16: "try float32"}
+NO_DTYPE_HELPS = "no precision helps, look at the weights, at adapters' scales and at what was given"
+
+
+def best_device() -> torch.device:
+    """Return CUDA if it is available, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def named_device(name: str | None) -> torch.device:
+    """Return the device of this name, `best_device` if None; ValueError if this machine lacks it."""
+    if name is None:
+        return best_device()
+    try:
+        if name == "meta":
+            raise RuntimeError("nothing is computed on the meta device")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        known = "a device of this machine, such as cpu, cuda:0 or mps"
+        raise ValueError(f"expected {known}, got {name!r}") from None
+
+
+def loading_device(device: torch.device | str) -> torch.device:
+    """Return the device to load weights to, which may be "meta"; ValueError if this machine lacks it."""
+    return torch.device("meta") if str(device) == "meta" else named_device(str(device))
+
+
+def planned_device(name: torch.device | str | None) -> torch.device:
+    """Return a device, `best_device` if None; ValueError unless CUDA, MPS or a device of this machine."""
+    if name is not None and str(name).partition(":")[0] in ("cuda", "mps"):
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"expected a device such as cpu, cuda:0 or mps, got {str(name)!r}") from None
+    return named_device(None if name is None else str(name))
+
+
+def onednn_convolves(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN runs a dtype's convolutions on this CPU: halves if supported, float64 never."""
+    half = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype in half and torch.backends.mkldnn.is_available():
+        return getattr(torch.ops.mkldnn, half[dtype])()
+    return dtype == torch.float32
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """Return float16 on an accelerator, as Kolors is published, or float32 on a CPU, where that is slow."""
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def dtype_of(component: str, torch_dtype: Dtypes) -> torch.dtype:
+    """Return the dtype of one component; float32 by default.
+
+    torch_dtype: one for all, or a mapping by component with a "default". float16 becomes float32 for the VAE,
+    since SDXL's overflows. TypeError for another type than a floating dtype, ValueError for a mapping's
+    unknown component.
+    """
+    dtype = torch_dtype
+    if isinstance(torch_dtype, Mapping):
+        known = ("text_encoder", "unet", "vae", "image_encoder", "default")
+        if unknown := sorted(set(torch_dtype) - set(known)):
+            raise ValueError(f"torch_dtype names {unknown[0]!r}; expected {', '.join(known)}")
+        dtype = torch_dtype.get(component, torch_dtype.get("default"))
+    if dtype is None:
+        return torch.float32
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"torch_dtype must be a floating torch.dtype, got {dtype!r}")
+    return torch.float32 if component == "vae" and dtype == torch.float16 else dtype
+
+
+def merge_dtype_arguments(torch_dtype: Dtypes, dtype: Dtypes) -> Dtypes:
+    """Return `torch_dtype` or, by its newer name, `dtype`; ValueError if both are given."""
+    if torch_dtype is not None and dtype is not None:
+        raise ValueError("torch_dtype and dtype are two names of one argument: give one")
+    return torch_dtype if dtype is None else dtype
+
+
+def refuse_pickles(use_safetensors: bool | None) -> None:
+    """Raise ValueError if the reference's argument asks for pickles."""
+    if use_safetensors is False:
+        raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
+
+
+def check_low_cpu_mem_usage(low_cpu_mem_usage: bool) -> None:
+    """Raise ValueError for low_cpu_mem_usage=False: weights are always loaded once, without a second copy."""
+    if not low_cpu_mem_usage:
+        raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
+
+
+def unwrap_compiled(model: Any) -> Any:
+    """Return the model inside `torch.compile`'s wrapper, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def move_models(models: Iterable[tuple[nn.Module, torch.device | torch.dtype]]) -> None:
+    """Move each model to its device or cast it to its dtype; if one fails, restore all."""
+    before: list[tuple[Tensor, torch.device, torch.dtype]] = []
+    try:
+        for model, target in models:
+            before += [(t, t.device, t.dtype) for t in chain(model.parameters(), model.buffers())]
+            model.to(target)
+    except BaseException:
+        for tensor, device, dtype in before:
+            tensor.data = tensor.data.to(device, dtype)
+        raise
+
+
+def check_finite(tensor: Tensor, what: str | Callable[[], str], dtype: torch.dtype) -> Tensor:
+    """Return the tensor; FloatingPointError naming the stage and its dtype unless all values are finite."""
+    if not torch.isfinite(tensor).all():
+        what, hint = what if isinstance(what, str) else what(), OVERFLOW_HINT.get(dtype, NO_DTYPE_HELPS)
+        raise FloatingPointError(f"{what} are not finite, computed in {dtype}: {hint}")
+    return tensor

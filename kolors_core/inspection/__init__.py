@@ -1,0 +1,1 @@
+"""Inspection of a running model: features, attention maps, the token report."""

@@ -1,0 +1,1 @@
+"""Optimizations of time and memory: offload, quantization, tiles, compilation, CUDA graphs, caches."""

@@ -1,0 +1,52 @@
+"""Compilation by block: each kind of repeated block is compiled once, for all blocks of its kind.
+
+The code between blocks is not compiled, so a changed forward, another image size or an attached adapter needs
+no new compilation of the whole model. A UNet of 2.58 billion parameters has 14 kinds among 87 blocks. A block
+is a module whose class has `is_block = True`, see module.py.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from kolors_core.module import is_block
+
+# torch's modes that replay CUDA graphs, and the same modes without: cuda_graphs.py records whole steps.
+CUDA_GRAPH_MODES: dict[str | None, str] = {
+    "reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs",
+}  # fmt: skip
+MODES = (None, "default", "max-autotune-no-cudagraphs", *CUDA_GRAPH_MODES)
+RECOMPILE_LIMIT = 64  # of one kind: batches, sizes, precisions, adapters on and off
+
+
+def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "inductor") -> int:
+    """Compile a model's blocks when they first run, and return the number of kinds.
+
+    mode, backend: as for `torch.compile`. A block is compiled whole or not at all, and again for new sizes,
+    precisions or adapters; the second image size compiles for all sizes. ValueError for an unknown mode;
+    torch's own error, and no fallback to a slower path, where a block cannot be compiled.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(str, MODES))}, got {mode!r}")
+    mode = CUDA_GRAPH_MODES.get(mode, mode)
+    options: dict[str, Any] = {"fullgraph": True, "mode": mode, "backend": backend}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13; before, 8 are allowed
+        options["recompile_limit"] = RECOMPILE_LIMIT
+    compiled: dict[Any, Callable[..., Any]] = {}  # by kind
+    for block in filter(is_block, model.modules()):
+        kind = type(block), tuple(tensor.shape for tensor in block.state_dict().values())
+        if kind not in compiled:
+            # torch finds, and limits, compiled variants by code object: each kind gets its own.
+            call = FunctionType(_call.__code__.replace(), _call.__globals__)
+            compiled[kind] = torch.compile(call, **options)
+        block._compiled_call_impl = partial(compiled[kind], block)
+    return len(compiled)
+
+
+def _call(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    return block._call_impl(*inputs, **named)  # with hooks, as calling the block does

@@ -1,0 +1,316 @@
+"""Offload: models are kept on the CPU and copied to the accelerator to run, as models or block by block.
+
+A parameter's data is kept on the CPU, page-locked for CUDA. `tensor.data = device_data` replaces it and
+`tensor.data = cpu_data` restores it; nothing is copied back unless it was written meanwhile. While a unit (a
+model or a block) runs, the unit that followed it last time is prefetched; a whole model only if both together
+are no larger than the largest, so that this costs no memory. For inference: a backward pass would not find
+the weights.
+Source: `enable_model_cpu_offload` and `enable_sequential_cpu_offload` of diffusers'
+pipelines/pipeline_utils.py, where computation waits for every copy.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from kolors_core.devices import unwrap_compiled
+from kolors_core.module import is_block
+
+STAGE_ORDER = ("text_encoder", "image_encoder", "unet", "vae")  # assumed until a run was observed
+Models = Mapping[str, Sequence[nn.Module]]  # by stage
+OffloadUnit = tuple[tuple[nn.Module, str], ...]  # (model, path) of modules that are copied and freed together
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the units of a model, by path: its blocks, and outside of them each layer.
+
+    A module that has parameters of its own is one unit with all its children.
+    """
+    own = [*model.parameters(recurse=False), *model.buffers(recurse=False)]
+    if is_block(model) or own:
+        return {"": model}
+    return {
+        f"{name}.{path}" if path else name: module
+        for name, child in model.named_children()
+        for path, module in blocks_of(child).items()
+    }
+
+
+def as_unit(models: Iterable[nn.Module]) -> OffloadUnit:
+    """Make one unit of whole models."""
+    return tuple((model, "") for model in models)
+
+
+def tensors_of(unit: OffloadUnit) -> dict[int, Tensor]:
+    """Return a unit's present parameters and buffers, by their identity."""
+    modules = [model.get_submodule(path) for model, path in unit]
+    return {id(tensor): tensor for m in modules for tensor in chain(m.parameters(), m.buffers())}
+
+
+def bytes_of(unit: OffloadUnit) -> int:
+    """Return the bytes of a unit."""
+    return sum(tensor.nbytes for tensor in tensors_of(unit).values())
+
+
+def refuse_compiled(models: Models) -> None:
+    """Raise ValueError for a compiled model: its blocks cannot wait for their weights while it runs."""
+    for stage, listed in models.items():
+        for model in listed:
+            parts = model.modules()
+            if unwrap_compiled(model) is not model or any(part._compiled_call_impl for part in parts):
+                hint = "it is compiled: use enable_model_cpu_offload"
+                raise ValueError(f"{stage} cannot be offloaded block by block, {hint}")
+
+
+class TransferStream:
+    """Stream of copies to the accelerator: on CUDA beside the computation, elsewhere plain copies.
+
+    Memory is allocated in the computing stream, which this one waits for before it writes there, and is freed
+    after the computing stream has waited for the copy. So either can use it again at once, and no
+    `record_stream` is needed, whose late frees let memory grow where the CPU runs ahead of the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def cpu_copy(self, data: Tensor) -> Tensor:
+        """Return the same data on the CPU, page-locked for CUDA; `data` itself if it is so already."""
+        data = data.to("cpu")
+        return data if self.stream is None or data.is_pinned() else data.pin_memory()
+
+    def copy_to_device(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        """Start copies to the accelerator; returns them, and the event to `wait` for before any use."""
+        copies = [torch.empty_like(tensor, device=self.device) for tensor in tensors]
+        if self.stream is None:
+            for copy, tensor in zip(copies, tensors, strict=True):
+                copy.copy_(tensor)
+            return copies, None
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for copy, tensor in zip(copies, tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
+            return copies, self.stream.record_event()
+
+    def wait(self, event: Any) -> None:
+        """Make later computation wait for this event."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def synchronize(self) -> None:
+        """Make later computation wait for every copy, also those that an exception left unfinished."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def empty_cache(self) -> None:
+        """Return cached memory to the device, to avoid fragmentation."""
+        if self.stream is not None:
+            torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class DeviceCopy:
+    """Copy of a tensor's data on the accelerator."""
+
+    tensor: Tensor
+    cpu_data: Tensor
+    device_data: Tensor
+    version: int  # of the tensor, when it was copied
+    ready: Any  # the event that ends the copy
+
+    def is_unmodified(self, data: Tensor) -> bool:
+        """Return whether the tensor still has this data, unwritten; a write through `.data` is not seen."""
+        return self.tensor.data_ptr() == data.data_ptr() and self.tensor._version == self.version
+
+
+class OnloadHook:
+    """Hook that copies a module's unit to the device before the module runs; a pickled one does nothing."""
+
+    def __init__(self, offload: Callable[[], "Offload | None"] = lambda: None, unit: str = "") -> None:
+        self.offload, self.unit = offload, unit
+
+    def __call__(self, *_: Any) -> None:
+        """Copy the unit, unless it runs already."""
+        offload = self.offload()
+        if offload is not None and offload.running != self.unit:
+            offload.onload(self.unit)
+
+    def __reduce__(self) -> tuple[type["OnloadHook"], tuple[()]]:
+        return OnloadHook, ()
+
+
+class Offload:
+    """Manager of the weights on the accelerator, of all pipelines that share their models. Off at first.
+
+    device: where models run, None while this is off. by_block: whether the units are blocks. running: the
+    unit that runs. bytes_on_device, peak_bytes: of weights, now and the most since `start` or since it was
+    set to 0.
+    """
+
+    def __init__(self) -> None:
+        self.device: torch.device | None = None
+        self.by_block, self.transfers = False, TransferStream(torch.device("cpu"))
+        self.peak_bytes = 0
+        self.running: str | None = None
+        self._previous: str | None = None  # the unit that ran before
+        self._units: dict[str, OffloadUnit] = {}
+        self._limit: int | None = None  # bytes that the running unit and the prefetched one may take
+        self._followers: dict[tuple[str | None, str | None], str | None] = {}  # by (previous, running)
+        self._on_device: dict[int, DeviceCopy] = {}  # by the tensor's identity
+        self._prefetched: dict[int, DeviceCopy] = {}  # copies done or under way, not yet in the tensor
+        self._hooks: list[Any] = []
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """Keep only the mode: a copy's or pickle's models are its own and on the CPU."""
+        return self.device, self.by_block
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.__init__()
+        if state[0] is not None:
+            self.start(*state)
+
+    def start(self, device: torch.device, by_block: bool) -> None:
+        """Run models that are on the CPU on a device, from the next `enter` on."""
+        self.end()
+        self.device, self.by_block, self.transfers = device, by_block, TransferStream(device)
+        self.peak_bytes, self._followers = 0, {}
+
+    def end(self) -> None:
+        """Offload all weights and forget the mode."""
+        self.release()
+        self._unhook()
+        self.device, self._units = None, {}
+
+    def enter(self, stage: str | None, models: Models) -> None:
+        """Prepare the models of the stage that runs now; None at the end of a run offloads all.
+
+        models: the running pipeline's, searched each time for adapters that were attached or removed.
+        ValueError for a compiled model under block offload.
+        """
+        if self.device is None:
+            return
+        if stage is None or self.by_block:
+            self.release()
+        self._refresh_units(models)
+        if stage is not None and not self.by_block:
+            self.onload(stage)
+
+    @property
+    def bytes_on_device(self) -> int:
+        """Bytes of weights that are on the device or being copied there."""
+        return sum(entry.device_data.nbytes for entry in (self._prefetched | self._on_device).values())
+
+    @torch.inference_mode(False)
+    def onload(self, name: str) -> None:
+        """Offload the other units, copy this one to the device, and prefetch the likely next one."""
+        if name != self.running:
+            self._followers[self._previous, self.running] = name
+            self._previous, self.running = self.running, name
+        current, following = tensors_of(self._units[name]), self._likely_next(name)
+        if self._offload_others(current, current | following) and not self.by_block:
+            self.transfers.empty_cache()
+        self._start_copies(current)
+        copied = {key: self._prefetched[key] for key in current if key in self._prefetched}
+        self._wait(copied.values())
+        self._on_device |= copied  # first, so that all is offloaded even if an exception follows
+        for key, entry in copied.items():
+            entry.tensor.data = entry.device_data
+            del self._prefetched[key]
+        self._start_copies(following)
+
+    def release(self) -> None:
+        """Offload all weights, as after a run."""
+        if self.running is not None:
+            self._followers[self._previous, self.running] = None
+        self._previous = self.running = None
+        self.transfers.synchronize()
+        if self._offload_others({}, {}):
+            self.transfers.empty_cache()
+
+    def _likely_next(self, name: str) -> dict[int, Tensor]:
+        """Return the tensors of the unit that likely follows, if there is room for it."""
+        in_order = dict(pairwise(self._units)).get(name)
+        guess = self._followers.get((self._previous, name), in_order)
+        if guess is None or guess not in self._units or guess == name:
+            return {}
+        size = bytes_of(self._units[name]) + bytes_of(self._units[guess])
+        return tensors_of(self._units[guess]) if self._limit is None or size <= self._limit else {}
+
+    @torch.inference_mode(False)
+    def _offload_others(self, current: Mapping[int, Tensor], kept: Mapping[int, Tensor]) -> bool:
+        """Offload what is not `current`, and free prefetched copies that are not `kept` or are out of date.
+
+        Returns whether anything was offloaded.
+        """
+        leaving = {key: entry for key, entry in self._on_device.items() if key not in current}
+        dropped = {
+            key: entry
+            for key, entry in self._prefetched.items()
+            if key not in kept or not entry.is_unmodified(entry.cpu_data)
+        }
+        self._wait([*leaving.values(), *dropped.values()])
+        for key, entry in leaving.items():
+            tensor, unmodified = entry.tensor, entry.is_unmodified(entry.device_data)
+            tensor.data = entry.cpu_data if unmodified else self.transfers.cpu_copy(tensor.data)
+            del self._on_device[key]
+        for key in dropped:
+            del self._prefetched[key]
+        return bool(leaving)
+
+    def _start_copies(self, tensors: Mapping[int, Tensor]) -> None:
+        """Start to copy what is neither on the device nor being copied."""
+        new = [tensor for key, tensor in tensors.items() if key not in self._on_device | self._prefetched]
+        for tensor in new:
+            tensor.data = self.transfers.cpu_copy(tensor.data)
+        copies, ready = self.transfers.copy_to_device([tensor.data for tensor in new]) if new else ([], None)
+        for tensor, copy in zip(new, copies, strict=True):
+            self._prefetched[id(tensor)] = DeviceCopy(tensor, tensor.data, copy, tensor._version, ready)
+        self.peak_bytes = max(self.peak_bytes, self.bytes_on_device)
+
+    def _wait(self, entries: Iterable[DeviceCopy]) -> None:
+        for event in {id(entry.ready): entry.ready for entry in entries}.values():
+            self.transfers.wait(event)
+
+    def _refresh_units(self, models: Models) -> None:
+        """Find these models' present units, and move weights created on the accelerator to the CPU."""
+        stages = {name: as_unit(models[name]) for name in STAGE_ORDER if name in models}
+        if self.by_block:
+            refuse_compiled(models)
+            self._hook(stages)
+        else:
+            self._units = stages
+            self._limit = max(map(bytes_of, stages.values()), default=0)
+        for unit in stages.values():
+            for key, tensor in tensors_of(unit).items():
+                if key not in self._on_device and tensor.device.type != "cpu":
+                    tensor.data = self.transfers.cpu_copy(tensor.data)
+
+    def _hook(self, stages: Mapping[str, OffloadUnit]) -> None:
+        """Register on each module of a block a hook that copies the block: not every block is called itself.
+
+        A module that two models share, such as an IP-Adapter's branch, is of the first one's unit. A model
+        itself has no hook unless it has parameters of its own.
+        """
+        self._unhook()
+        self._units, owners = {}, dict[nn.Module, str]()
+        for stage, unit in stages.items():
+            for i, (model, _) in enumerate(unit):
+                for path, block in blocks_of(model).items():
+                    if block not in owners:
+                        name = f"{stage}.{i}.{path}"
+                        self._units[name] = ((model, path),)
+                        owners |= {part: name for part in block.modules() if part not in owners}
+        self._hooks = [
+            part.register_forward_pre_hook(OnloadHook(ref(self), name), prepend=True)
+            for part, name in owners.items()
+        ]
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []

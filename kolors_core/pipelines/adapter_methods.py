@@ -1,0 +1,99 @@
+"""Adapters of a pipeline: the methods of every kind of adapter, and what a call makes of their arguments.
+
+To remove adapters from the library, delete kolors_core/adapters/, this file and the files of `pipelines`
+that it imports, and this base of `stages.Task`.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+from torch import nn
+
+from kolors_core.adapters.clip_vision import IMAGE_ENCODER
+from kolors_core.adapters.controlnet import ControlResiduals, check_fits, controlnets_of
+from kolors_core.adapters.face_id import FaceIDAdapter
+from kolors_core.adapters.freeu import FreeUMethods
+from kolors_core.adapters.ip_adapter import attached
+from kolors_core.adapters.textual_inversion import TextualInversionMethods, words_of
+from kolors_core.checkpoint import MODEL_SPECS
+from kolors_core.conditioning import Residuals
+from kolors_core.devices import unwrap_compiled
+from kolors_core.image import Size
+from kolors_core.pipelines.base import AdapterInputs
+from kolors_core.pipelines.control_images import ControlNetMethods
+from kolors_core.pipelines.face_prompts import FaceIDMethods
+from kolors_core.pipelines.lora_methods import LoRAMethods
+from kolors_core.pipelines.request import PipelineInputs
+
+MODELS = MODEL_SPECS | {"image_encoder": IMAGE_ENCODER}
+
+
+class ModelAdapterMethods(LoRAMethods, FreeUMethods, TextualInversionMethods):
+    """Adapters that change the UNet's or the text encoder's own layers."""
+
+
+class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
+    """Adapters of all kinds, in the places where `Components` and `stages.Task` ask for them."""
+
+    model_specs: ClassVar = MODELS
+
+    def _check_dimensions(self) -> None:
+        super()._check_dimensions()
+        scale_factor = unwrap_compiled(self.vae).config.vae_scale_factor
+        check_fits(self.controlnet, unwrap_compiled(self.unet), scale_factor)
+
+    def _attached_models(self) -> list[nn.Module]:
+        adapters = [handle.adapter for handle in attached(self.unet)]
+        return [*adapters, *controlnets_of(self.controlnet)]
+
+    def _adapter_image_encoder(self) -> Any:
+        loaded = (handle.encoder for handle in attached(self.unet) if handle.encoder is not None)
+        return next(loaded, None)
+
+    def _placeholder_words(self) -> dict[str, Any]:
+        words = words_of(unwrap_compiled(self.text_encoder))
+        return {"words": words} if words else {}
+
+    def _adapter_inputs(
+        self, inputs: PipelineInputs, size: Size, batch: int, images_per_prompt: int
+    ) -> AdapterInputs:
+        prompts = self._image_prompts(
+            inputs.ip_adapter_image, inputs.ip_adapter_image_embeds,
+            (inputs.cross_attention_kwargs or {}).get("ip_adapter_masks"), batch, inputs.is_guided,
+        )  # fmt: skip
+        with self._lora_factor(inputs):  # a face's tokens go through a layer of the UNet
+            prompts |= self._face_prompts(inputs.face_image, inputs.face_embeds, batch, inputs.is_guided)
+        pairs = [prompts[handle] for handle in attached(self.unet)]
+        residuals = self._controls(
+            inputs.control_image, inputs.controlnet_conditioning_scale, inputs.control_guidance_start,
+            inputs.control_guidance_end, size, batch, images_per_prompt,
+        )  # fmt: skip
+        negative = tuple(prompt for _, prompt in pairs if prompt is not None)
+        return AdapterInputs(tuple(prompt for prompt, _ in pairs), negative, residuals)
+
+    def _lora_factor(self, inputs: PipelineInputs) -> AbstractContextManager[None]:
+        factor = (inputs.cross_attention_kwargs or {}).get("scale")
+        if factor is None:
+            return nullcontext()
+        self.runs.require_alone("a LoRA scale of its own")
+        return self.lora_scaled(factor)
+
+    def _adapter_metadata(self, residuals: Residuals | None) -> dict[str, Any]:
+        metadata = {}
+        if isinstance(residuals, ControlResiduals):
+            controls = residuals.controls
+            metadata["control_scale"] = ", ".join(str(control.scale) for control in controls)
+            parts = [f"{control.start:g} to {control.end:g}" for control in controls]
+            if set(parts) != {"0 to 1"}:
+                metadata["control_steps"] = ", ".join(parts)
+        if self.freeu is not None:
+            metadata["freeu"] = ", ".join(f"{name}={value}" for name, value in self.freeu.items())
+        if names := self.get_active_adapters():
+            metadata["lora"] = ", ".join(names)
+        if self.text_encoder is not None and (words := words_of(unwrap_compiled(self.text_encoder))):
+            metadata["learned_words"] = ", ".join(words)
+        for handle in attached(self.unet):
+            name = "face_scale" if isinstance(handle.adapter, FaceIDAdapter) else "ip_adapter_scale"
+            scale = str(next(iter(handle.branches.values())).scale)
+            metadata[name] = f"{metadata[name]}, {scale}" if name in metadata else scale
+        return metadata

@@ -1,0 +1,81 @@
+"""Checks of a pipeline's components: their types, and the dimensions that they share."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from kolors_core.chatglm import ChatGLM
+from kolors_core.devices import unwrap_compiled
+from kolors_core.precompute import Savings
+from kolors_core.schedule import Scheduler
+from kolors_core.tokenizer import Tokenizer
+from kolors_core.unet import UNet
+from kolors_core.vae import VAE
+
+# For each attribute of a pipeline: a predicate of its unwrapped value, and the type in words.
+COMPONENT_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "unet": (lambda part: isinstance(part, UNet), "kolors_core's UNet"),
+    "vae": (lambda part: isinstance(part, VAE), "kolors_core's VAE"),
+    "scheduler": (lambda part: isinstance(part, Scheduler), "kolors_core's Scheduler"),
+    "image_encoder": (
+        lambda part: part is None or hasattr(part, "penultimate"),
+        "kolors_core's CLIPVision or None",
+    ),
+    "text_encoder": (
+        lambda part: part is None or (isinstance(part, nn.Module) and hasattr(part, "config")),
+        "a module like kolors_core's ChatGLM or None",
+    ),
+    "tokenizer": (
+        lambda part: part is None or (callable(part) and hasattr(part, "size")),
+        "like kolors_core's Tokenizer or None",
+    ),
+    "feature_extractor": (lambda part: part is None or callable(part), "a function or None"),
+    "force_zeros_for_empty_prompt": (lambda part: isinstance(part, bool), "True or False"),
+    "guided": (callable, "a function like guidance.guided"),
+    "sampler": (lambda part: part is None or callable(part), "a function like sampling.euler or None"),
+    "savings": (lambda part: isinstance(part, Savings), "a precompute.Savings"),
+}
+
+
+def check_component_type(name: str, value: Any) -> None:
+    """Raise TypeError if a pipeline's attribute is set to a value of another type."""
+    is_kind, wanted = COMPONENT_TYPES.get(name, (lambda _: True, ""))
+    if not is_kind(unwrap_compiled(value)):
+        kind = type(value)
+        got = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise TypeError(f"{name} must be {wanted}, got {got}")
+
+
+def check_dimensions(
+    vae: VAE,
+    text_encoder: ChatGLM | None,
+    tokenizer: Tokenizer | None,
+    unet: UNet,
+    accepts_mask_channels: bool,
+) -> None:
+    """Raise ValueError naming two components whose dimensions differ.
+
+    accepts_mask_channels: whether the UNet may read a mask and the masked image's latents too.
+    """
+    latents, ins = vae.config.latent_channels, unet.config.in_channels
+    masked = 2 * latents + 1  # the latents, the mask, and the masked image's latents
+    if (
+        ins not in ((latents, masked) if accepts_mask_channels else (latents,))
+        or unet.config.out_channels != latents
+    ):
+        wanted = f"the VAE's {latents} for both" + (f", or {masked} in" if accepts_mask_channels else "")
+        hint = (
+            ": one with a mask is for KolorsInpaintPipeline"
+            if ins == masked and not accepts_mask_channels
+            else ""
+        )
+        got = f"{ins} in and {unet.config.out_channels} out"
+        raise ValueError(f"the UNet has {got} channels, expected {wanted}{hint}")
+    if text_encoder is None:
+        return
+    read, width = unet.config.text_dim, text_encoder.config.hidden_size
+    if width != read:
+        raise ValueError(f"the text encoder is {width} wide, and the UNet reads {read}")
+    if tokenizer is not None and tokenizer.size > (words := text_encoder.config.vocab_size):
+        raise ValueError(f"the tokenizer has {tokenizer.size} tokens, and the text encoder only {words}")

@@ -1,0 +1,257 @@
+"""Memory plans: a pipeline runs without values, and what each stage would allocate is counted.
+
+    plan(pipe, 1024, 1024, device="cuda")  # a device that this machine need not have
+
+A copy of the pipeline whose models are on the meta device runs a few steps. Nothing is computed, no weight is
+read or copied, and a changed architecture is planned as it stands: performance/memory_tracker.py counts.
+Sizes are bytes inside and GiB (2^30 bytes) in a `Plan`. Shapes: B images, L text tokens.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kolors_core.adapters.controlnet import controlnets_of
+from kolors_core.adapters.ip_adapter import attached
+from kolors_core.chatglm import TextEmbedding
+from kolors_core.devices import planned_device, unwrap_compiled
+from kolors_core.guidance import GuidanceRule
+from kolors_core.performance.memory_tracker import META, MemoryTracker, MetaCopy, TrackedOffload
+from kolors_core.performance.offload import Models, Offload, as_unit, bytes_of
+from kolors_core.pipelines.pag import KolorsPAGPipeline
+from kolors_core.pipelines.request import PipelineInputs
+from kolors_core.pipelines.runs import Runs
+from kolors_core.pipelines.stages import Task
+from kolors_core.pipelines.text_prompts import MAX_TOKENS, embed_prompts
+from kolors_core.tokenizer import TokenBatch
+from kolors_core.vae import run_channels_last
+from kolors_core.validation import check_int
+
+STEPS = 2  # of the denoiser: in the second the next block is known, and the sampler has a past
+MODES = {"resident": "all resident", "by_model": "model by model", "by_block": "block by block"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Memory of one stage in GiB: weights, peak activations, and peak total under block offload."""
+
+    weights: float
+    work: float
+    by_block: float
+
+    @property
+    def total(self) -> float:
+        """Weights and activations, without other stages' weights."""
+        return self.weights + self.work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Memory of a run on its device in GiB: by stage, in the run's order, and in three modes.
+
+    resident: all models are on the device. by_model: as after `enable_model_cpu_offload`. by_block: as after
+    `enable_sequential_cpu_offload`. mode: which of the three is on now; None for weights that are not loaded.
+    run: what was planned, in words.
+    """
+
+    stages: Mapping[str, Stage]
+    resident: float
+    by_model: float
+    by_block: float
+    mode: str | None
+    run: str
+
+    def __str__(self) -> str:
+        lines = [f"GiB for {self.run}", f"{'':<16}{'weights':>9}{'work':>9}{'both':>9}{'by block':>10}"]
+        for name, stage in self.stages.items():
+            numbers = f"{stage.weights:>9.3f}{stage.work:>9.3f}{stage.total:>9.3f}{stage.by_block:>10.3f}"
+            lines.append(f"{name:<16}{numbers}")
+        for name, words in MODES.items():
+            remark = "  as it is now" if name == self.mode else ""
+            lines.append(f"{words:<34}{getattr(self, name):>9.3f}{remark}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def plan(
+    pipe: Task,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 1,
+    *,
+    num_images_per_prompt: int = 1,
+    guidance_scale: float = 5.0,
+    max_sequence_length: int = MAX_TOKENS,
+    pag_scale: float | None = None,
+    device: torch.device | str | None = None,
+) -> Plan:
+    """Print and return what each stage of a pipeline needs on its device, before anything is computed.
+
+    height, width, num_images_per_prompt, guidance_scale: as for the pipeline. batch: the number of prompts.
+    max_sequence_length: tokens of the longest. pag_scale: as for `KolorsPAGPipeline`, its default if None.
+    device: whose kernels are meant, such as "cuda", which this machine need not have; if None the pipeline's
+    own, or on the meta device the best there is.
+    Quantized models, adapters (with one image each) and offloading count as they are now. Not counted: what
+    the device's own libraries keep, and the workspaces of an accelerator's convolutions. Compiled models may
+    need less. Encoding an image to start from needs less than decoding.
+    Raises ValueError or TypeError as the pipeline does.
+    """
+    size = pipe._size("height", height), pipe._size("width", width)
+    prompts = check_int("batch", batch)
+    copies = check_int("num_images_per_prompt", num_images_per_prompt)
+    length = check_int("max_sequence_length", max_sequence_length, least=3, most=MAX_TOKENS)
+    inputs = PipelineInputs(
+        guidance_scale=guidance_scale, num_images_per_prompt=copies, output_type="pt",
+        generator=torch.Generator(), callback_on_step_end=_stop, guidance_rule=_rule(pipe, pag_scale),
+    )  # fmt: skip
+    own = None if pipe.device.type == "meta" else pipe.device
+    target = planned_device(own if device is None else device)
+    tracker = MemoryTracker(target.type)
+    twin = meta_copy(pipe, TrackedOffload(tracker, by_block=True))
+    vae, weight = unwrap_compiled(twin.vae), twin._vae_weight
+    if target.type == "cpu" and weight.dtype.itemsize == 2:  # as a VAE on a CPU does
+        vae.run_coder = partial(run_channels_last, vae.run_coder)
+    with tracker:
+        _run(twin, inputs, size, prompts, length)
+    twin.offload.end()
+    by_model = _peak_weights_by_stage(list(tracker.activations), twin._models(), tracker)
+    models = pipe._models()
+    weights = {stage: bytes_of(as_unit(listed)) for stage, listed in models.items()}
+    images = "1 image" if prompts * copies == 1 else f"{prompts * copies} images"
+    result = Plan(
+        stages={
+            stage: Stage(weights=_gib(weights[stage]), work=_gib(work), by_block=_gib(tracker.peak[stage]))
+            for stage, work in tracker.activations.items()
+            if stage is not None
+        },
+        resident=_gib(bytes_of(as_unit(chain(*models.values()))) + max(tracker.activations.values())),
+        by_model=_gib(max(by_model[stage] + work for stage, work in tracker.activations.items())),
+        by_block=_gib(max(tracker.peak.values())),
+        mode=_mode(pipe),
+        run=f"{images} of {size[1]}x{size[0]} {'with' if inputs.is_guided else 'without'} guidance "
+        f"on {target.type}",
+    )
+    print(result)
+    return result
+
+
+def _mode(pipe: Task) -> str | None:
+    """Return the name in a `Plan` of the mode that a pipeline is in."""
+    if pipe.offload.device is not None:
+        return "by_block" if pipe.offload.by_block else "by_model"
+    return None if pipe.device.type == "meta" else "resident"
+
+
+def _rule(pipe: Task, pag_scale: float | None) -> GuidanceRule:
+    """Return the guidance rule that a pipeline's call has, without its interval."""
+    rule = None
+    if isinstance(pipe, KolorsPAGPipeline):
+        rule = pipe.pag_rule(3.0 if pag_scale is None else pag_scale)
+    elif pag_scale is not None:
+        raise TypeError(f"pag_scale is for a KolorsPAGPipeline, got a {type(pipe).__name__}")
+    return without_interval(pipe.guided if rule is None else rule)
+
+
+def meta_copy(pipe: Task, offload: Offload) -> Task:
+    """Copy a pipeline and its models, without values or hooks and not compiled."""
+    models = {
+        name: unwrap_compiled(model)
+        for name in pipe.model_specs
+        if (model := getattr(pipe, name)) is not None
+    }
+    nets = [unwrap_compiled(net) for net in controlnets_of(pipe.controlnet)]
+    parts = [*models.values(), *(handle.adapter for handle in attached(models["unet"])), *nets]
+    memo = {
+        id(hooks): OrderedDict()
+        for module in (module for part in parts for module in part.modules())
+        for name, hooks in vars(module).items()
+        if name.endswith("_hooks")
+    }
+    with MetaCopy():
+        copies = copy.deepcopy(models | {"controlnet": nets or None}, memo)
+    if pipe._image_encoder is None:
+        copies.pop("image_encoder", None)  # it came with an IP-Adapter, and so does its copy
+    twin = copy.copy(pipe)
+    for name, part in copies.items():
+        setattr(twin, name, part)
+    twin.offload, twin._progress, twin.runs = offload, {"disable": True}, Runs()
+    return twin
+
+
+def _run(twin: Task, inputs: PipelineInputs, size: tuple[int, int], prompts: int, length: int) -> None:
+    """Run some steps on the meta device, by the pipeline's own stages."""
+    text = _encoded(twin, prompts, length)
+    given: dict[str, Any] = {"prompt_embeds": text.tokens, "pooled_prompt_embeds": text.pooled}
+    if inputs.is_guided:
+        negative = _encoded(twin, 1, length)
+        given |= {"negative_prompt_embeds": negative.tokens, "negative_pooled_prompt_embeds": negative.pooled}
+    given |= twin.placeholder_inputs(META, inputs.is_guided)
+    if nets := controlnets_of(twin.controlnet):
+        given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
+    inputs = PipelineInputs(**vars(inputs) | given)
+    texts = embed_prompts(
+        twin, None, inputs.is_guided, None, inputs.prompt_embeds, inputs.pooled_prompt_embeds,
+        inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds, MAX_TOKENS,
+    )  # fmt: skip
+    halves = twin._prepare_conditioning(inputs, size, *texts)
+    shape, channels = twin._latent_shape(len(halves[0].size_ids), size), twin.unet.config.in_channels
+    positive, negative = (half and half.with_zero_extra_channels(channels, shape) for half in halves)
+    assert positive is not None
+    x = torch.empty(shape, device=META, dtype=twin.precision)
+    with twin.runs.begin():
+        latents = twin._denoise(inputs, twin.scheduler.schedule(50), x, positive, negative)
+        del x  # as in a pipeline's call
+        twin._output(inputs, latents, positive, {})
+        twin._enter_stage()
+
+
+def _encoded(twin: Task, prompts: int, length: int) -> TextEmbedding:
+    """Encode prompts that are L tokens long, or return empty embeddings where there is no text encoder."""
+    shape = prompts, length
+    if twin.text_encoder is None:
+        width, place = twin.unet.config.text_dim, {"device": META, "dtype": twin.dtype}
+        return TextEmbedding(torch.empty(*shape, width, **place), torch.empty(prompts, width, **place))
+    ids, mask = (torch.empty(shape, dtype=dtype, device=META) for dtype in (torch.long, torch.bool))
+    counts = torch.empty(shape, device=META) if twin.savings.merge_padding else None
+    twin._enter_stage("text_encoder")
+    return twin.text_encoder(TokenBatch(ids, mask, ids, counts))
+
+
+def _stop(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """End the run early: a callback."""
+    pipe._interrupt = step + 1 >= STEPS
+    return {}
+
+
+def _peak_weights_by_stage(
+    order: Sequence[str | None], models: Models, tracker: MemoryTracker
+) -> dict[str | None, int]:
+    """Return the most bytes of weights on the device in each stage under model offload, in two runs.
+
+    The second run prefetches in the order that the first has shown.
+    """
+    offload, peak = TrackedOffload(tracker, by_block=False), dict.fromkeys(order, 0)
+    for stage in (*order, None, *order, None):
+        offload.enter(stage, models)
+        peak[stage] = max(peak.get(stage, 0), offload.bytes_on_device)
+    offload.end()
+    return peak
+
+
+def _gib(count: int) -> float:
+    return count / 2**30
+
+
+def without_interval(rule: GuidanceRule) -> GuidanceRule:
+    """Return a guidance rule without its interval, so that every step needs what the costliest one needs."""
+    if not isinstance(rule, partial):
+        return rule
+    kept = {name: value for name, value in rule.keywords.items() if name != "interval"}
+    return partial(rule.func, *rule.args, **kept)

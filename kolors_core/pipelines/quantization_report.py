@@ -1,0 +1,192 @@
+"""Quantization of a pipeline's models, and its measured error against full precision.
+
+    report = quantize(pipe, text_encoder=8, unet=4)
+
+performance/quantize.py quantizes the models themselves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kolors_core.adapters.ip_adapter import attached
+from kolors_core.chatglm import TextEmbedding
+from kolors_core.conditioning import Conditioning, concat_extra_channels, size_ids
+from kolors_core.context import ImagePrompt
+from kolors_core.devices import unwrap_compiled
+from kolors_core.guidance import guided
+from kolors_core.performance.quantize import model_bytes, quantizable_layers
+from kolors_core.performance.quantize import quantize as quantize_model
+from kolors_core.pipelines.stages import Task
+from kolors_core.sampling import make_sampler, randn_latents
+
+# Encoded before and after. The first is drawn, guided away from the last, the usual negative prompt.
+CALIBRATION_PROMPTS = (
+    "一张瓢虫的照片，微距，变焦，高质量，电影",
+    "a photo of a red panda beside a blue fire truck, in the style of an oil painting",
+    "雪人",
+    "",
+)
+STEPS, GUIDANCE = 4, 5.0
+
+
+@dataclass(frozen=True)
+class QuantizationError:
+    """The error of tensors against those in full precision.
+
+    cosine: of the last axis, the smallest; of images, of the whole. error: |x - y| / |y|, Euclidean.
+    """
+
+    cosine: float
+    error: float
+
+    @classmethod
+    def between(cls, got: Sequence[Tensor], expected: Sequence[Tensor]) -> "QuantizationError":
+        """Compare tensors of the same shapes, one by one, and return the worst."""
+        pairs = [(x.float(), y.float()) for x, y in zip(got, expected, strict=True)]
+        cosines = [F.cosine_similarity(x, y, dim=-1).min().item() for x, y in pairs]
+        errors = [((x - y).norm() / y.norm()).item() for x, y in pairs]
+        return cls(min(cosines), max(errors))
+
+    def __str__(self) -> str:
+        return f"cosine {self.cosine:.5f}, error {self.error:.2%}"
+
+
+@dataclass(frozen=True)
+class QuantizedComponent:
+    """A quantized model: its bits, and its bytes before and after, adapters included."""
+
+    bits: int
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        before, after = (count / 2**20 for count in (self.bytes_before, self.bytes_after))
+        return f"int{self.bits}, {before:.1f} -> {after:.1f} MiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """Quantized models, and the errors of their results against those before, in the pipeline's precision.
+
+    text_encoder, unet: None for a model that was not quantized; it then has no error of its own.
+    tokens, pooled: the text encoder's embeddings of `CALIBRATION_PROMPTS`. noise: one prediction of the UNet
+    for the text from before, in the middle of the schedule. latents: the result of both models together after
+    four guided steps.
+    """
+
+    text_encoder: QuantizedComponent | None
+    unet: QuantizedComponent | None
+    tokens: QuantizationError
+    pooled: QuantizationError
+    noise: QuantizationError
+    latents: QuantizationError
+
+    def __str__(self) -> str:
+        parts = []
+        if self.text_encoder is not None:
+            parts.append(f"text_encoder {self.text_encoder}, tokens: {self.tokens}, pooled: {self.pooled}")
+        if self.unet is not None:
+            parts.append(f"unet {self.unet}, noise: {self.noise}")
+        return "; ".join([*parts, f"latents after {STEPS} steps: {self.latents}"])
+
+
+@torch.no_grad()
+def quantize(pipe: Task, *, text_encoder: int | None = None, unet: int | None = None) -> QuantizationReport:
+    """Quantize the linear layers of a pipeline's text encoder, UNet or both to 8 or 4 bits, and measure it.
+
+    None leaves a model as it is. Both models run before and after, where and as the pipeline runs them;
+    `performance.quantize.quantize` of a model alone runs nothing. To go back, load again. LoRAs are loaded
+    after it. An IP-Adapter may be loaded already; it is measured with image tokens of zeros.
+    Raises ValueError, before anything is changed, if no bits are given, if there is no text encoder, and for
+    what `quantizable_layers` refuses.
+    """
+    asked = {"text_encoder": text_encoder, "unet": unet}
+    bits = {name: value for name, value in asked.items() if value is not None}
+    if not bits:
+        raise ValueError("nothing to quantize: give text_encoder=8 or 4, unet=8 or 4, or both")
+    if pipe.text_encoder is None or pipe.tokenizer is None:
+        raise ValueError("this pipeline has no text encoder or tokenizer to measure quantizing with")
+    models = {name: unwrap_compiled(getattr(pipe, name)) for name in bits}
+    for name, model in models.items():
+        quantizable_layers(model, bits[name])
+    texts = _encode(pipe)
+    noise, latents = _predict(pipe, texts[0]), _denoise(pipe, texts)
+    quantized = {}
+    for name, model in models.items():
+        pipe._enter_stage(name)
+        before = model_bytes(model)
+        quantize_model(model, bits[name])
+        quantized[name] = QuantizedComponent(bits[name], before, model_bytes(model))
+    new_texts = texts if text_encoder is None else _encode(pipe)
+    new_noise = noise if unet is None else _predict(pipe, texts[0])
+    compare = QuantizationError.between
+    report = QuantizationReport(
+        text_encoder=quantized.get("text_encoder"),
+        unet=quantized.get("unet"),
+        tokens=compare([text.tokens for text in new_texts], [text.tokens for text in texts]),
+        pooled=compare([text.pooled for text in new_texts], [text.pooled for text in texts]),
+        noise=compare([new_noise], [noise]),
+        latents=compare([_denoise(pipe, new_texts)], [latents]),
+    )
+    pipe._enter_stage()
+    return report
+
+
+def _encode(pipe: Task) -> list[TextEmbedding]:
+    """Encode the calibration prompts without the prompt cache."""
+    assert pipe.text_encoder is not None and pipe.tokenizer is not None
+    pipe._enter_stage("text_encoder")
+    place = pipe._compute_device(unwrap_compiled(pipe.text_encoder).embedding.weight)
+    return [
+        pipe.text_encoder(pipe.tokenizer([prompt]).merge_padding().to(place))
+        for prompt in CALIBRATION_PROMPTS
+    ]
+
+
+def _condition(pipe: Task, text: TextEmbedding) -> Conditioning:
+    """Return the UNet's conditioning on a text at its own size, with image tokens of zeros."""
+    place = {"device": pipe.device, "dtype": pipe.dtype}
+    side = pipe.unet.config.sample_size * pipe.vae.config.vae_scale_factor
+    ids = size_ids((side, side), (0, 0), (side, side)).to(pipe.device)
+    counts = None if text.counts is None else text.counts.to(pipe.device)
+    zeros = ImagePrompt(torch.zeros(1, 1, 1, pipe.unet.config.context_dim, **place))
+    images = (zeros,) * len(attached(pipe.unet))
+    conditioning = Conditioning(text.tokens.to(**place), text.pooled.to(**place), ids, counts, images)
+    return conditioning.with_zero_extra_channels(pipe.unet.config.in_channels, _noise(pipe).shape)
+
+
+def _noise(pipe: Task) -> Tensor:
+    """Draw standard normal noise [1, 4, H/8, W/8] at the UNet's own size, the same every time."""
+    config = pipe.unet.config
+    shape = (1, config.out_channels, config.sample_size, config.sample_size)
+    return randn_latents(shape, torch.Generator().manual_seed(0), pipe.device, torch.float32)
+
+
+def _predict(pipe: Task, text: TextEmbedding) -> Tensor:
+    """Predict the UNet's noise for one text, in the middle of the schedule, flat."""
+    pipe._enter_stage("unet")
+    timestep = torch.tensor(pipe.scheduler.num_train_timesteps // 2, device=pipe.device)
+    conditioning = _condition(pipe, text)
+    latents = concat_extra_channels(_noise(pipe).to(pipe.dtype), conditioning.extra)
+    noise = pipe.unet(
+        latents, timestep, conditioning.text_tokens, conditioning.pooled_text, conditioning.size_ids,
+        conditioning.text_counts, conditioning.image_prompts,
+    )  # fmt: skip
+    return noise.flatten()
+
+
+def _denoise(pipe: Task, texts: Sequence[TextEmbedding]) -> Tensor:
+    """Return the latents of a short guided run on the first text, flat."""
+    pipe._enter_stage("unet")
+    positive, negative = (_condition(pipe, text) for text in (texts[0], texts[-1]))
+    schedule, generator = pipe.scheduler.schedule(STEPS), torch.Generator().manual_seed(1)
+    x = _noise(pipe) * schedule.init_noise_sigma
+    sampler = make_sampler(
+        pipe.scheduler, schedule, lambda: randn_latents(tuple(x.shape), generator, pipe.device, torch.float32)
+    )
+    denoise = guided(pipe.unet, schedule, positive, negative, GUIDANCE)
+    return sampler(denoise, x, schedule.sigmas).flatten()

@@ -1,0 +1,135 @@
+"""The calls of a pipeline that run now, each with its own state, in any number of threads.
+
+A callback gets the pipeline, and the reference's callbacks set `pipe._guidance_scale` and `pipe._interrupt`:
+both are the state of the call that the callback belongs to.
+"""
+
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Run:
+    """The state of one call of a pipeline."""
+
+    def __init__(self) -> None:
+        self.guidance_scale, self.num_timesteps, self.is_interrupted = 1.0, 0, False
+        self.needs_alone: str | None = None  # why no call in another thread may run beside it
+
+
+_own: ContextVar[tuple[Run, ...]] = ContextVar("the calls of this thread, the innermost last", default=())
+
+
+class Runs:
+    """The calls that run now on pipelines with the same models."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._active: list[Run] = []
+        self._last = Run()  # the call that began last, whose state can be read when it is over
+
+    def __reduce__(self) -> tuple[type["Runs"], tuple[()]]:
+        """Make copies and pickles without the running calls."""
+        return Runs, ()
+
+    @contextmanager
+    def begin(self, needs_alone: str | None = None) -> Iterator[Run]:
+        """Begin a call; needs_alone: what it uses that calls in other threads must not use meanwhile.
+
+        Raises RuntimeError if such a call is running in another thread.
+        """
+        run, own = Run(), self._of_thread()
+        with self._lock:
+            for other in self._active:
+                if other not in own and (reason := needs_alone or other.needs_alone) is not None:
+                    raise RuntimeError(_refusal(reason))
+            run.needs_alone = needs_alone
+            self._active.append(run)
+            self._last = run
+        token = _own.set((*_own.get(), run))
+        try:
+            yield run
+        finally:
+            _own.reset(token)
+            with self._lock:
+                self._active.remove(run)
+
+    def require_alone(self, reason: str) -> None:
+        """Let this thread's call be the only one from now on; RuntimeError if another is running."""
+        own = self._of_thread()
+        with self._lock:
+            if any(other not in own for other in self._active):
+                raise RuntimeError(_refusal(reason))
+            for run in own:
+                run.needs_alone = reason
+
+    def _of_thread(self) -> list[Run]:
+        return [run for run in _own.get() if run in self._active]
+
+    def current(self) -> Run:
+        """Return this thread's innermost call, or else the call of any thread that began last."""
+        own = self._of_thread()
+        return own[-1] if own else self._last
+
+    def interrupt(self, is_asked: bool = True) -> None:
+        """End this thread's call after its step; outside of a call, all that are running."""
+        own = self._of_thread()
+        with self._lock:
+            for run in own[-1:] or [*self._active, self._last]:
+                run.is_interrupted = is_asked
+
+
+def _refusal(reason: str) -> str:
+    return (
+        f"this pipeline is drawing in another thread, and {reason} cannot be shared by two threads: "
+        "wait until that call is over, or load a second pipeline"
+    )
+
+
+def inference_call(call: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Decorate a pipeline's `__call__`: no gradients, a `Run` of its own, all models offloaded afterwards.
+
+    Ctrl-C, lack of memory and every other exception pass through here; the pipeline works again afterwards.
+    """
+
+    @wraps(call)
+    @torch.no_grad()
+    def guarded(self: Any, *arguments: P.args, **named: P.kwargs) -> R:
+        with self.runs.begin(self._needs_alone()):
+            try:
+                return call(self, *arguments, **named)
+            except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
+                traceback.clear_frames(error.__traceback__)  # an interactive session would keep all tensors
+                raise
+            finally:
+                self._enter_stage()
+
+    return guarded
+
+
+class Interrupt:
+    """`pipe.interrupt`: called, it ends a call after its step; as a truth value, it is whether that was asked
+    for. The reference has the second only, and asks by `pipe._interrupt = True`.
+    """
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+
+    def __call__(self) -> None:
+        """Ask for the end: of the call of this thread, or outside of one of all that are running."""
+        self.runs.interrupt()
+
+    def __bool__(self) -> bool:
+        return self.runs.current().is_interrupted
+
+    def __repr__(self) -> str:
+        return f"<interrupt of a pipeline, {'asked for' if self else 'not asked for'}>"

@@ -1,0 +1,242 @@
+"""Steps between a task's arguments and its images: condition, denoise, decode, describe.
+
+Source: the `__call__` of diffusers' pipelines/kolors/pipeline_kolors.py and pipeline_kolors_img2img.py.
+Shapes: B images (prompts times images per prompt).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kolors_core.chatglm import TextEmbedding
+from kolors_core.conditioning import Conditioning, positive_and_negative_size_ids
+from kolors_core.config import VERSION
+from kolors_core.context import ImagePrompt
+from kolors_core.devices import check_finite, named_device
+from kolors_core.guidance import GuidanceRule
+from kolors_core.image import Size, to_images
+from kolors_core.pipelines.adapter_methods import AdapterMethods
+from kolors_core.pipelines.denoising_loop import DenoisingLoop
+from kolors_core.pipelines.performance_methods import PerformanceMethods
+from kolors_core.pipelines.png_metadata import attach_metadata
+from kolors_core.pipelines.request import KolorsPipelineOutput, PipelineInputs
+from kolors_core.pipelines.single_file import SingleFileMethods
+from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts
+from kolors_core.sampling import Generators, Sampler, make_sampler, randn_latents
+from kolors_core.schedule import Schedule
+from kolors_core.validation import check_int
+
+
+class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
+    """Steps that tasks are composed of, and `encode_prompt`."""
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: Prompt | None = None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: Prompt | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int = MAX_TOKENS,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Encode prompts and repeat each embedding for its images: prompt by prompt, image by image.
+
+        Returns prompt and negative embeddings [B, S, text_dim], then both pooled ones [B, text_dim]; the
+        negative ones are None without guidance. Errors as in `embed_prompts`.
+        """
+        text, negative = embed_prompts(
+            self, prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds, pooled_prompt_embeds,
+            negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
+        )  # fmt: skip
+        place = self.device if device is None else named_device(str(device))
+        copies = check_int("num_images_per_prompt", num_images_per_prompt)
+
+        def repeated(text: TextEmbedding | None) -> tuple[Tensor | None, Tensor | None]:
+            if text is None:
+                return None, None
+            text = text.expand_padding()
+            tokens, pooled = text.tokens.to(place), text.pooled.to(place)
+            return tokens.repeat_interleave(copies, dim=0), pooled.repeat_interleave(copies, dim=0)
+
+        (tokens, pooled), (negative_tokens, negative_pooled) = repeated(text), repeated(negative)
+        assert tokens is not None and pooled is not None
+        return tokens, negative_tokens, pooled, negative_pooled
+
+    def _schedule(self, inputs: PipelineInputs) -> Schedule:
+        """Return the schedule of all steps, of which a task may take a part."""
+        custom = inputs.timesteps is not None or inputs.sigmas is not None
+        return self.scheduler.schedule(
+            None if custom else inputs.num_inference_steps, timesteps=inputs.timesteps,
+            sigmas=inputs.sigmas,
+        )  # fmt: skip
+
+    def _size(self, name: str, value: int | None) -> int:
+        """Check a side in pixels, a multiple of 8; the UNet's own (1024) if None."""
+        scale = self.vae.config.vae_scale_factor
+        return check_int(name, self.unet.config.sample_size * scale if value is None else value, scale)
+
+    def _prepare_conditioning(
+        self, inputs: PipelineInputs, size: Size, text: TextEmbedding, negative_text: TextEmbedding | None
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Combine text, sizes and the adapters' inputs for B images of (height, width).
+
+        Returns the positive conditioning, and the negative one unless negative_text is None.
+        """
+        copies = check_int("num_images_per_prompt", inputs.num_images_per_prompt)
+        ids, negative_ids = positive_and_negative_size_ids(
+            size, inputs.original_size, inputs.crops_coords_top_left, inputs.target_size,
+            inputs.negative_original_size, inputs.negative_crops_coords_top_left,
+            inputs.negative_target_size,
+        )  # fmt: skip
+        given = self._adapter_inputs(inputs, size, len(text.tokens) * copies, copies)
+        sees_tokens = {"prompt_embeds", "negative_prompt_embeds"}.intersection(inputs.callback_tensors)
+
+        def conditioning(text: TextEmbedding, ids: Tensor, images: tuple[ImagePrompt, ...]) -> Conditioning:
+            check_finite(text.tokens, "the prompt's embeddings", text.tokens.dtype)
+            text = text.expand_padding() if sees_tokens else text  # a callback knows no counts
+            tokens, pooled = (
+                part.to(self.device, self.dtype).repeat_interleave(copies, dim=0)
+                for part in (text.tokens, text.pooled)
+            )
+            counts = text.counts
+            if counts is not None:
+                counts = counts.to(self.device).repeat_interleave(copies, dim=0)
+            ids = ids.to(self.device).expand(len(tokens), -1)
+            return Conditioning(tokens, pooled, ids, counts, images, residuals=given.residuals)
+
+        positive = conditioning(text, ids, given.image_prompts)
+        if negative_text is None:
+            return positive, None
+        return positive, conditioning(negative_text, negative_ids, given.negative_image_prompts)
+
+    def _rule(self, inputs: PipelineInputs) -> GuidanceRule:
+        return self.guided if inputs.guidance_rule is None else inputs.guidance_rule
+
+    def _latent_shape(self, count: int, size: Size) -> tuple[int, ...]:
+        scale = self.vae.config.vae_scale_factor
+        return count, self.vae.config.latent_channels, size[0] // scale, size[1] // scale
+
+    def _given_latents(self, latents: Any, shape: tuple[int, ...]) -> Tensor:
+        """Check the argument `latents` and move it; ValueError unless it is floats of this shape."""
+        if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
+            got = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents must be a tensor {list(shape)}, got {got}")
+        if not latents.is_floating_point():
+            raise ValueError(f"latents must be floats, got {latents.dtype}")
+        return latents.to(self.device, self.precision)
+
+    def _draw(self, shape: Sequence[int], generator: Generators) -> Tensor:
+        """Draw standard normal noise in the UNet's precision, but at least float32."""
+        return randn_latents(tuple(shape), generator, self.device, self.precision)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype of latents between steps: float32, or the UNet's if that is wider."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _denoise(
+        self,
+        inputs: PipelineInputs,
+        schedule: Schedule,
+        x: Tensor,
+        positive: Conditioning,
+        negative: Conditioning | None,
+        wrap_sampler: Callable[[Sampler], Sampler] | None = None,
+    ) -> Tensor:
+        """Denoise x = clean latents + sigma * noise along the schedule: [B, 4, H/8, W/8].
+
+        wrap_sampler: wraps the pipeline's sampler, such as `preserve_masked_latents`.
+        """
+        sampler = self.sampler
+        if sampler is None:
+            shape, generator = tuple(x.shape), inputs.generator
+            draw = partial(randn_latents, shape, generator, self.device, torch.float32)
+            sampler = make_sampler(self.scheduler, schedule, draw)
+        if wrap_sampler is not None:
+            sampler = wrap_sampler(sampler)
+        self._enter_stage("unet")
+        with self._lora_factor(inputs), self._progress_bar(len(schedule.timesteps)) as bar:
+            loop = DenoisingLoop(
+                self, self.runs.current(), schedule, positive, negative,
+                rule=self._rule(inputs), scale=inputs.guidance_scale, callback=inputs.callback_on_step_end,
+                names=inputs.callback_tensors, progress=bar.update,
+            )  # fmt: skip
+            return loop(sampler, x)
+
+    def _output(
+        self,
+        inputs: PipelineInputs,
+        latents: Tensor,
+        positive: Conditioning,
+        metadata: Mapping[str, Any],
+        postprocess: Callable[[Tensor], Tensor] | None = None,
+    ) -> KolorsPipelineOutput | tuple[Any]:
+        """Decode latents and return images of the `output_type`.
+
+        metadata: the task's part of the PNG metadata. postprocess: maps decoded to final images [B, 3, H, W],
+        both in [-1, 1].
+        """
+        if inputs.output_type == "latent":
+            images: Any = latents.to(self.dtype)
+        else:
+            decoded = self._decode(latents)
+            images = to_images(decoded if postprocess is None else postprocess(decoded), inputs.output_type)
+        if inputs.output_type == "pil":
+            self._describe(images, inputs, metadata, positive)
+        return KolorsPipelineOutput(images) if inputs.return_dict else (images,)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, 4, H/8, W/8] to images [B, 3, H, W] in the VAE's own precision."""
+        self._enter_stage("vae")
+        weight = self._vae_weight
+        return check_finite(self.vae.decode(self._to_model(weight, latents)), "the VAE's image", weight.dtype)
+
+    @property
+    def _vae_weight(self) -> Tensor:
+        """A weight of the VAE, for its device and dtype; ValueError for float16, in which it overflows."""
+        weight = self.vae.post_quant_conv.weight
+        if weight.dtype == torch.float16:
+            raise ValueError("the VAE overflows in float16: pipe.vae.to(torch.float32)")
+        return weight
+
+    def _describe(
+        self, images: Any, inputs: PipelineInputs, metadata: Mapping[str, Any], positive: Conditioning
+    ) -> None:
+        """Attach to each PIL image the arguments that it was made with."""
+        rule, sampler = self._rule(inputs), self.scheduler.describe()
+        if self.sampler is not None:
+            sampler = f"{_call_text(self.sampler)} with {sampler}"
+        shared: dict[str, Any] = {**metadata, "sampler": sampler, "guidance_scale": inputs.guidance_scale}
+        if (name := _call_text(rule)) != "guided":
+            shared["guidance"] = name
+        shared |= self._adapter_metadata(positive.residuals)
+        for i, image in enumerate(images):
+            own: dict[str, Any] = {}
+            for name in ("prompt", "negative_prompt"):
+                if (texts := getattr(inputs, name)) is not None:
+                    texts = [texts] if isinstance(texts, str) else texts
+                    own[name] = texts[i * len(texts) // len(images)]
+            if isinstance(inputs.generator, torch.Generator):
+                own["seed"] = inputs.generator.initial_seed()
+                if len(images) > 1:
+                    own["picture"] = f"{i + 1} of {len(images)} of this seed"
+            elif inputs.generator is not None:
+                own["seed"] = inputs.generator[i].initial_seed()
+            size = f"{image.width}x{image.height}"
+            attach_metadata(image, own | shared | {"size": size, "software": f"kolors_core {VERSION}"})
+
+
+def _call_text(function: Callable[..., Any]) -> str:
+    """Return a function's name, and the arguments that `partial` has bound to it."""
+    if not isinstance(function, partial):
+        return getattr(function, "__name__", type(function).__name__)
+    bound = ", ".join(f"{name}={value!r}" for name, value in function.keywords.items())
+    return f"{_call_text(function.func)}({bound})"

@@ -1,0 +1,102 @@
+"""Prompt embeddings: encoded or given, and the negative ones for guidance.
+
+Source: `encode_prompt` of diffusers' pipelines/kolors/pipeline_kolors.py.
+Shapes: B images (prompts times images per prompt), S text tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kolors_core.chatglm import TextEmbedding
+from kolors_core.pipelines.base import Components
+from kolors_core.validation import check_int
+
+Prompt = str | Sequence[str]
+
+MAX_TOKENS = 256
+
+
+def embed_prompts(
+    pipe: Components,
+    prompt: Prompt | None,
+    is_guided: bool,
+    negative_prompt: Prompt | None,
+    prompt_embeds: Tensor | None,
+    pooled_prompt_embeds: Tensor | None,
+    negative_prompt_embeds: Tensor | None,
+    negative_pooled_prompt_embeds: Tensor | None,
+    max_sequence_length: int,
+) -> tuple[TextEmbedding, TextEmbedding | None]:
+    """Encode prompts, or check given embeddings, and under guidance the negative ones too.
+
+    No negative prompt is the encoded empty one, or zeros if the checkpoint says
+    `force_zeros_for_empty_prompt`; a single one serves all prompts. Raises ValueError naming what was
+    given twice, not at all, or does not fit.
+    """
+    pipe._check_loaded()
+    width = pipe.unet.config.text_dim
+    text = _given("", prompt_embeds, pooled_prompt_embeds, width)
+    negative = _given("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, width)
+    if (prompt is None) == (text is None):
+        raise ValueError("give either prompt or prompt_embeds, not both and not neither")
+    if text is not None and max_sequence_length != MAX_TOKENS:
+        raise ValueError("max_sequence_length has no effect on given prompt_embeds")
+    if negative_prompt is not None and negative is not None:
+        raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
+    if text is None:
+        text = _encode(pipe, "prompt", prompt, max_sequence_length)
+    if not is_guided:
+        return text, None
+    if negative is None and negative_prompt is None and pipe.force_zeros_for_empty_prompt:
+        zeros = torch.zeros_like(text.tokens), torch.zeros_like(text.pooled)
+        negative = TextEmbedding(*zeros, text.counts)
+    elif negative is None:
+        wanted = "" if negative_prompt is None else negative_prompt
+        negative = _encode(pipe, "negative_prompt", wanted, text.length)
+    return text, _matched(negative, text)
+
+
+def _encode(pipe: Components, name: str, prompt: Prompt | None, max_length: int) -> TextEmbedding:
+    if pipe.text_encoder is None or pipe.tokenizer is None:
+        raise ValueError("there is no text encoder or tokenizer: pass prompt_embeds in place of prompts")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"{name} must be a string or a list of at least one string, got {prompt!r}")
+    if not 2 < check_int("max_sequence_length", max_length) <= MAX_TOKENS:
+        raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
+    tokens = pipe.tokenizer(prompts, max_length, **pipe._placeholder_words())
+    return pipe._run_text_encoder(tokens.merge_padding() if pipe.savings.merge_padding else tokens)
+
+
+def _given(prefix: str, tokens: Tensor | None, pooled: Tensor | None, width: int) -> TextEmbedding | None:
+    """Check embeddings that replace a prompt; None if there are none."""
+    if tokens is None and pooled is None:
+        return None
+    for name, tensor in (("prompt_embeds", tokens), ("pooled_prompt_embeds", pooled)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{prefix}{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{prefix}{name} must be floats, got {tensor.dtype}")
+    if tokens is None or pooled is None:
+        raise ValueError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds must be given together")
+    if tokens.ndim != 3 or tokens.shape[-1] != width or not len(tokens):
+        raise ValueError(f"{prefix}prompt_embeds must be [batch, tokens, {width}], got {list(tokens.shape)}")
+    if list(pooled.shape) != (wanted := [len(tokens), width]):
+        raise ValueError(f"{prefix}pooled_prompt_embeds must be {wanted}, got {list(pooled.shape)}")
+    return TextEmbedding(tokens, pooled)
+
+
+def _matched(negative: TextEmbedding, positive: TextEmbedding) -> TextEmbedding:
+    """Expand a single negative embedding to all prompts; ValueError if shapes differ otherwise."""
+    count = len(positive.tokens)
+    if len(negative.tokens) == 1:
+        counts = None if negative.counts is None else negative.counts.expand(count, -1)
+        tokens, pooled = negative.tokens.expand(count, -1, -1), negative.pooled.expand(count, -1)
+        negative = TextEmbedding(tokens, pooled, counts)
+    width = positive.tokens.shape[-1]
+    got, wanted = ([len(text.tokens), text.length, width] for text in (negative, positive))
+    if got != wanted:
+        raise ValueError(f"the negative prompts must match the prompts: expected {wanted}, got {got}")
+    return negative

@@ -1,0 +1,116 @@
+"""Noise prediction: the UNet called as a whole, or with all that is the same in every step computed once.
+
+Shapes: B rows, b latents, each shared by B / b rows, T width of the time embedding, C channels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kolors_core.conditioning import Conditioning
+from kolors_core.module import WrapStep
+from kolors_core.schedule import Schedule
+from kolors_core.unet import ResBlock, TimeShift, UNet, UNetEncoder
+from kolors_core.validation import as_path, check_int
+
+# (input of conv_in [b, ...], timestep, residuals as in `UNet.forward`) -> noise [B, ...]
+PredictNoise = Callable[[Tensor, float, list[Tensor]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """Savings of work that do not change a pipeline's result; each can be switched off, to compare.
+
+    merge_padding: encode and attend to equal pads of a prompt as one with a multiplicity.
+    precompute: see `guidance.guided`.
+    cached_prompts: number of prompts, or lists of them, whose embeddings stay in memory; 0 for none.
+    prompt_folder: folder of embeddings as safetensors files, shared with other processes and later runs; see
+    kolors_core/performance/prompt_cache.py.
+    """
+
+    merge_padding: bool = True
+    precompute: bool = True
+    cached_prompts: int = 32
+    prompt_folder: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        check_int("cached_prompts", self.cached_prompts, least=0)
+        if self.prompt_folder is not None:
+            as_path("prompt_folder", self.prompt_folder)
+
+
+class PrecomputedInputs:
+    """Inputs of a UNet's or ControlNet's blocks that do not depend on the latents, for every step of a run.
+
+    keys_values: of each cross-attention, in the order in which they run.
+    """
+
+    def __init__(self, net: UNetEncoder, schedule: Schedule, conditioning: Conditioning) -> None:
+        c = conditioning
+        context = net.context(c.text_tokens, c.text_counts, c.image_prompts)
+        unique, rows = context.unique_rows()
+        self.net, self.keys_values = net, [kv.select_rows(rows) for kv in net.project_kv(unique)]
+        if c.perturbed:
+            pairs = zip(self.keys_values, c.perturbed, strict=True)
+            self.keys_values = [kv._replace(perturbed=count) for kv, count in pairs]
+        self.embedding = net.added_embedding(c.pooled_text, c.size_ids, c.added)  # [B, T]
+        self.widths = [block.time_proj.out_features for block in net.modules() if isinstance(block, ResBlock)]
+        timesteps = schedule.timesteps.tolist()
+        self.scheduled = dict(zip(timesteps, self._shifts(timesteps), strict=True))
+
+    def shifts(self, timestep: float) -> Tensor:
+        """Return the time shifts of all blocks at a timestep: [B, sum of the blocks' C]."""
+        return self.scheduled[timestep] if timestep in self.scheduled else self._shifts([timestep])[0]
+
+    def split(self, shifts: Tensor) -> Iterator[TimeShift]:
+        """Split `shifts` into one for each block."""
+        return map(TimeShift, shifts.split(self.widths, dim=-1))
+
+    def _shifts(self, timesteps: list[float]) -> list[Tensor]:
+        times = torch.tensor(timesteps, dtype=torch.float32, device=self.embedding.device)
+        shifts = self.net.time_shifts(self.net.embed_time(times)[:, None] + self.embedding)  # each [n, B, C]
+        return list(torch.cat([shift.added for shift in shifts], dim=-1))  # n of [B, sum of the blocks' C]
+
+
+def has_default_forward(net: UNetEncoder, kind: type[UNetEncoder]) -> bool:
+    """Return whether calling parts of `kind.forward` equals calling the net: not overridden, and no hooks."""
+    is_overridden = type(net).forward is not kind.forward or "forward" in vars(net)
+    return not (is_overridden or net._compiled_call_impl or net._forward_hooks or net._forward_pre_hooks)
+
+
+def predict_uncached(unet: UNet, conditioning: Conditioning, repeats: int) -> PredictNoise:
+    """Return a function that calls `unet.forward` in every step.
+
+    Optional inputs are passed only if set, so a custom forward need not accept them.
+    """
+    c = conditioning
+    optional: dict[str, Any] = {"perturbed": c.perturbed} if c.perturbed else {}
+    optional |= {} if c.added is None else {"added": c.added}
+
+    def predict(latents: Tensor, timestep: float, residuals: list[Tensor]) -> Tensor:
+        time = torch.tensor(timestep, dtype=torch.float32, device=latents.device)
+        inputs = latents.repeat(repeats, 1, 1, 1), time, c.text_tokens, c.pooled_text, c.size_ids
+        keywords = optional | {"residuals": residuals} if residuals else optional
+        return unet(*inputs, c.text_counts, c.image_prompts, **keywords)
+
+    return predict
+
+
+def predict_precomputed(
+    unet: UNet, schedule: Schedule, conditioning: Conditioning, repeats: int, wrap_step: WrapStep | None
+) -> PredictNoise:
+    """Return a function that runs the UNet on inputs computed once a run, see `PrecomputedInputs`."""
+    inputs = PrecomputedInputs(unet, schedule, conditioning)
+
+    def step(keys_values: Any, latents: Tensor, shifts: Tensor, *residuals: Tensor) -> Tensor:
+        return unet.forward_precomputed(latents, inputs.split(shifts), keys_values, repeats, residuals)
+
+    run = partial(step, inputs.keys_values)
+    if wrap_step is not None and all(image.masks is None for image in conditioning.image_prompts):
+        run = wrap_step(step, inputs.keys_values, [unet], (repeats, conditioning.perturbed))
+    return lambda latents, timestep, residuals: run(latents, inputs.shifts(timestep), *residuals)

@@ -1,0 +1,313 @@
+"""Training data: captioned images in aspect-ratio buckets; each batch is a function of seed and step.
+
+A folder holds `name.png` with `name.txt` (one caption a line), or `metadata.jsonl` with lines of
+`{"file_name": ..., "text": caption or list of captions}`. A batch is a pure function of (seed, step), so a
+resumed run gets the same batches, and ranks that each take rows of a batch train on what one process would.
+Shapes: B images of the whole batch, b of one rank's rows, H and W pixels of a bucket.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kolors_core.chatglm import ChatGLM, TextEmbedding
+from kolors_core.conditioning import size_ids
+from kolors_core.image import (
+    Size,
+    center_crop,
+    flatten_alpha,
+    image_errors,
+    load_image,
+    pil_to_tensor,
+    preprocess_control,
+    to_images,
+)
+from kolors_core.tokenizer import TokenBatch, Tokenizer
+from kolors_core.training.trainer import TrainingConfig
+from kolors_core.vae import VAE
+from kolors_core.validation import LARGEST_SEED, as_path, check_float, check_int
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+FULL_MASK_PROBABILITY = 0.2
+MIN_BOX, MAX_BOX = 0.2, 0.8  # sides of a mask's box, as fractions of the image's sides
+
+
+@dataclass(frozen=True)
+class Example:
+    """Image file, its captions (each use draws one), and its upright size in pixels."""
+
+    file: Path
+    captions: tuple[str, ...]
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a batch: the example's index and the drawn caption ("" if dropped)."""
+
+    example_index: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of the loss for one rank's images. text: embedded, or tokens for the loss to encode."""
+
+    latents: Tensor  # [b, 4, H/8, W/8]
+    text: TextEmbedding | TokenBatch
+    size_ids: Tensor  # [b, 6]
+    timesteps: Tensor  # [b]
+    noise: Tensor  # as latents
+    control: Tensor | None = None  # [b, 3, H, W] in [0, 1], for a ControlNet
+    extra: Tensor | None = None  # [b, C, H/8, W/8], for a UNet with C more input channels
+
+
+def read_folder(folder: str | Path) -> list[Example]:
+    """List the captioned images of a folder; errors name the file and line at fault."""
+    from PIL import ExifTags, Image
+
+    folder = as_path("folder", folder)
+    captioned = _from_metadata(folder) if (folder / "metadata.jsonl").exists() else _from_text_files(folder)
+    if not captioned:
+        raise FileNotFoundError(f"{folder}: no images with captions (name.png + name.txt, or metadata.jsonl)")
+    examples = []
+    for file, captions in captioned:
+        with image_errors(file), Image.open(file) as image:
+            is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # `load_image` rotates back
+            size = image.size if is_rotated else image.size[::-1]
+            examples.append(Example(file, captions, *size))
+    return examples
+
+
+def _from_text_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    captioned = []
+    for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES):
+        text = file.with_suffix(".txt")
+        if not text.exists():
+            raise FileNotFoundError(f"{text}: no such file, expected the captions of {file.name}")
+        with image_errors(text):
+            lines = text.read_text(encoding="utf-8-sig").splitlines()
+        captioned.append((file, tuple(line.strip() for line in lines if line.strip()) or ("",)))
+    return captioned
+
+
+def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
+    captioned, file = [], folder / "metadata.jsonl"
+    with image_errors(file):
+        text = file.read_text(encoding="utf-8-sig")
+    for number, line in enumerate(text.split("\n"), start=1):  # `splitlines` would also split captions
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+            name, captions = row["file_name"], row["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{where}: expected a JSON object with file_name and text: {error}") from None
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: file_name must be a string, got {name!r}")
+        captions = tuple(captions) if isinstance(captions, list) else (captions,)
+        if not captions or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"{where}: text must be a caption or a list of them, got {row['text']!r}")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{where}: {folder / name} does not exist")
+        captioned.append((folder / name, captions))
+    return captioned
+
+
+def buckets(resolution: int, step: int = 64) -> list[Size]:
+    """List sizes (height, width), multiples of `step`, of about resolution^2 pixels, from 1:2 to 2:1."""
+    check_int("resolution", resolution)
+    check_int("step", step)
+    sizes = {(resolution, resolution)}
+    for side in range(step, resolution + 1, step):
+        other = resolution * resolution // side // step * step
+        if other <= 2 * side:
+            sizes |= {(side, other), (other, side)}
+    return sorted(sizes)
+
+
+def nearest_bucket(example: Example, sizes: Sequence[Size]) -> Size:
+    """Select the size whose log aspect ratio is nearest to the image's."""
+    aspect = math.log(example.height / example.width)
+    return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - aspect), size))
+
+
+def load_pixels(example: Example, size: Size) -> tuple[Tensor, tuple[int, int]]:
+    """Load an image upright, resized to cover its bucket and center-cropped: [3, H, W] in [-1, 1].
+
+    Also returns the crop's (top, left) in pixels of the resized image. Transparency becomes white.
+    """
+    from PIL.Image import Resampling
+
+    height, width = size
+    image = load_image(example.file, flatten_alpha)
+    scale = max(height / image.height, width / image.width)
+    cover = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image, corner = center_crop(image.resize(cover, Resampling.LANCZOS), size)
+    return pil_to_tensor(image) / 127.5 - 1, corner
+
+
+class Batches:
+    """Sampler of batches: `samples(step)` depends on seed and step alone, and is of one bucket.
+
+    A batch holds no image twice unless it is larger than its bucket. caption_dropout: the probability that
+    a caption is replaced by the empty one, which classifier-free guidance needs.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], sizes: Sequence[Size], batch_size: int, seed: int,
+        caption_dropout: float = 0.1,
+    ) -> None:  # fmt: skip
+        if not examples:
+            raise ValueError("no images to make batches of")
+        check_int("batch_size", batch_size)
+        check_int("seed", seed, least=0, most=LARGEST_SEED)
+        check_float("caption_dropout", caption_dropout, 0, 1)
+        self.examples, self.batch_size, self.seed, self.dropout = examples, batch_size, seed, caption_dropout
+        self.members: dict[Size, list[int]] = {}
+        for i, example in enumerate(examples):
+            self.members.setdefault(nearest_bucket(example, sizes), []).append(i)
+
+    def samples(self, step: int) -> tuple[Size, list[Sample]]:
+        """Draw a step's bucket, with probability proportional to its number of images, and samples."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
+        sizes = sorted(self.members)
+        weights = torch.tensor([float(len(self.members[size])) for size in sizes])
+        size = sizes[int(torch.multinomial(weights, 1, generator=generator))]
+        samples = []
+        for i in self._shuffled(self.members[size], generator):
+            captions = self.examples[i].captions
+            caption = captions[int(torch.randint(len(captions), (), generator=generator))]
+            is_dropped = float(torch.rand((), generator=generator)) < self.dropout
+            samples.append(Sample(i, "" if is_dropped else caption))
+        return size, samples
+
+    def _shuffled(self, members: list[int], generator: torch.Generator) -> list[int]:
+        """Draw a batch of images without replacement; a batch larger than the bucket repeats them."""
+        chosen: list[int] = []
+        while len(chosen) < self.batch_size:
+            order = torch.randperm(len(members), generator=generator).tolist()
+            chosen += [members[i] for i in order[: self.batch_size - len(chosen)]]
+        return chosen
+
+
+class LatentDataset:
+    """Dataset of latents, encoded once; captions as tokens, or encoded once by a frozen encoder.
+
+    timesteps: how many the schedule has. words: those of textual inversion in the captions, with their ids.
+    control: maps an image to a ControlNet's control image; each is computed once and kept in 8 bits.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], batches: Batches, vae: VAE, tokenizer: Tokenizer,
+        config: TrainingConfig, frozen_text: ChatGLM | None, timesteps: int = 1100,
+        words: Mapping[str, Sequence[int]] | None = None,
+        control: "Callable[[Image], Image] | None" = None,
+    ) -> None:  # fmt: skip
+        self.examples, self.batches, self.vae, self.config = examples, batches, vae, config
+        self.tokenizer = partial(tokenizer, max_length=config.max_tokens, words=words)
+        self.timesteps = timesteps
+        self.latents: dict[int, tuple[Tensor, Tensor]] = {}  # mean and standard deviation [4, H/8, W/8]
+        self.sizes: dict[int, Tensor] = {}
+        self.controls: dict[int, Tensor] = {}  # uint8 [3, H, W]
+        for size, members in batches.members.items():
+            for i in members:
+                pixels, crop = load_pixels(examples[i], size)
+                with torch.no_grad():
+                    encoded = vae.encode(pixels[None].to(vae.post_quant_conv.weight))
+                if control is not None:
+                    image = to_images(pixels[None], "pil")[0]
+                    self.controls[i] = (255 * preprocess_control(control(image))[0]).round().byte()
+                self.latents[i] = (encoded.mean[0].float().cpu(), encoded.std[0].float().cpu())
+                self.sizes[i] = size_ids((examples[i].height, examples[i].width), crop, size)
+        self.text: dict[str, TextEmbedding] = {}
+        if frozen_text is not None:
+            for caption in sorted({caption for example in examples for caption in example.captions} | {""}):
+                with torch.no_grad():
+                    text = frozen_text(self._tokens([caption]).to(frozen_text.embedding.weight.device))
+                self.text[caption] = text.to("cpu")
+
+    def batch(self, step: int, rows: slice, device: torch.device) -> Batch:
+        """Build the `rows` of a step's batch; noise and timesteps are drawn for the whole batch."""
+        _, samples = self.batches.samples(step)
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, 1))
+        mean, std = (torch.stack([self.latents[s.example_index][k] for s in samples]) for k in (0, 1))
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator)
+        if self.config.noise_offset:
+            noise += self.config.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=generator)
+        timesteps = torch.randint(self.timesteps, (len(samples),), generator=generator)
+        ids = torch.cat([self.sizes[sample.example_index] for sample in samples])
+        latents, ids, timesteps, noise = (x[rows].to(device) for x in (latents, ids, timesteps, noise))
+        control = None
+        if self.controls:
+            control = torch.stack([self.controls[s.example_index] for s in samples[rows]]).to(device) / 255
+        captions = [sample.caption for sample in samples[rows]]
+        text = TextEmbedding.cat([self.text[c] for c in captions]) if self.text else self._tokens(captions)
+        return Batch(latents, text.to(device), ids, timesteps, noise, control)
+
+    def _tokens(self, captions: Sequence[str]) -> TokenBatch:
+        return self.tokenizer(captions).merge_padding()
+
+
+class MaskedLatentDataset(LatentDataset):
+    """`LatentDataset` for inpainting: batches have `extra` [b, 5, H/8, W/8], the mask and masked latents.
+
+    Masked latents are of the image with gray inside the mask, encoded in every step on the VAE's device.
+    Masks are drawn on the CPU from (seed, step) for the whole batch, as noise is.
+    """
+
+    def batch(self, step: int, rows: slice, device: torch.device) -> Batch:
+        """Build the batch of `LatentDataset.batch`, with `extra`."""
+        batch = super().batch(step, rows, device)
+        size, samples = self.batches.samples(step)
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, 2))
+        masks = random_masks(len(samples), *size, generator)
+        noise = torch.randn(len(samples), *batch.latents.shape[1:], generator=generator)[rows]
+        masks = masks[rows]
+        pixels = torch.stack([load_pixels(self.examples[s.example_index], size)[0] for s in samples[rows]])
+        with torch.no_grad():
+            encoded = self.vae.encode((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
+        masked = encoded.mean.float() + encoded.std.float() * noise.to(encoded.std.device)  # [b, 4, H/8, W/8]
+        masks = F.interpolate(masks, size=masked.shape[-2:])  # [b, 1, H/8, W/8]
+        return replace(batch, extra=torch.cat([masks.to(device), masked.to(device)], dim=1))
+
+
+def random_masks(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Draw masks [count, 1, H, W] of 1 (to be generated) and 0: one to three boxes, or everywhere.
+
+    Source: the boxes of https://arxiv.org/abs/2109.07161, section 2.3. A full mask keeps the model able to
+    generate from the prompt alone.
+    """
+    masks = torch.zeros(count, 1, height, width)
+    for mask in masks:
+        if float(torch.rand((), generator=generator)) < FULL_MASK_PROBABILITY:
+            mask.fill_(1)
+            continue
+        for _ in range(int(torch.randint(1, 4, (), generator=generator))):
+            h, w, y, x = torch.rand(4, generator=generator).tolist()
+            h, w = (MIN_BOX + side * (MAX_BOX - MIN_BOX) for side in (h, w))
+            top, left = round(y * (1 - h) * height), round(x * (1 - w) * width)
+            mask[:, top : top + round(h * height), left : left + round(w * width)] = 1
+    return masks
+
+
+def derive_seed(seed: int, *stream: int) -> int:
+    """Derive the independent seed of a stream (a step, and what is drawn in it), from 0 to 2**63 - 1."""
+    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0]) >> 1

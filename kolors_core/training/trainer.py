@@ -1,0 +1,252 @@
+"""Training loop for full models, LoRA, ControlNets and learned words, on one process or many.
+
+Each rank takes its rows of a batch that depends on seed and step alone (data.py), so a resumed run has the
+same losses, and many processes train as one does. Run under `torchrun` for DDP, or with `shard=True` for
+FSDP2.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from kolors_core.module import is_block
+from kolors_core.validation import LARGEST_SEED, check_float, check_int
+from weights_convert.safetensors_files import Source, save_tensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of a training run. Master weights are float32; `dtype` is the forward's, by autocast.
+
+    gradient_accumulation_steps: micro-batches of a batch. schedule: "constant" or "cosine" to 0.
+    ema_decay: of the weights' moving average, warmed up as min(ema_decay, (1 + step) / (10 + step)); 0: off.
+    min_snr_gamma: weight a timestep's loss by min(snr, gamma) / snr (https://arxiv.org/abs/2303.09556); None
+    is off. noise_offset: scale of a normal number added to each channel of the noise.
+    checkpoint_blocks: recompute each block's activations in the backward pass. shard: FSDP2 instead of DDP.
+    """
+
+    steps: int
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup: int = 100
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    min_snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    max_tokens: int = 256
+    dtype: torch.dtype = torch.float32
+    checkpoint_blocks: bool = False
+    shard: bool = False
+    save_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "save_every", "max_tokens"):
+            check_int(name, getattr(self, name))
+        check_int("warmup", self.warmup, least=0)
+        check_int("seed", self.seed, least=0, most=LARGEST_SEED)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "noise_offset"):
+            check_float(name, getattr(self, name), 0)
+        check_float("ema_decay", self.ema_decay, 0, 1)
+        if self.min_snr_gamma is not None and check_float("min_snr_gamma", self.min_snr_gamma) <= 0:
+            raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {self.dtype}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Compute a step's rate: linear warm-up, then constant or a half cosine that ends at 0."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.schedule == "constant":
+            return self.learning_rate * warm
+        done = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class BatchSource(Protocol):
+    """Source of a run's batches: a function of the step alone, so that a run can be resumed."""
+
+    def batch(self, step: int, rows: slice, device: torch.device) -> Any:
+        """Build the `rows` of a step's batch."""
+
+
+class Trainer:
+    """Trainer of one run: `fit()` trains from the last state in `folder`, or from step 0, to `config.steps`.
+
+    loss: a module that maps one of `data`'s batches to its mean loss; its parameters that require a gradient
+    are trained. on_step(step, loss): called on every rank after each step, with the whole batch's loss.
+    """
+
+    def __init__(
+        self, loss: nn.Module, data: BatchSource, config: TrainingConfig, folder: str | Path,
+        on_step: Callable[[int, float], None] = lambda step, loss: None,
+    ) -> None:  # fmt: skip
+        self.loss, self.data, self.config, self.on_step = loss, data, config, on_step
+        self.folder = Path(folder)
+        self.device = next(loss.parameters()).device
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if config.batch_size % (self.world * (accumulated := config.gradient_accumulation_steps)):
+            parts = f"{self.world} processes times gradient_accumulation_steps {accumulated}"
+            raise ValueError(f"batch_size must be a multiple of {parts}, got {config.batch_size}")
+        if not any(parameter.requires_grad for parameter in loss.parameters()):
+            raise ValueError("nothing to train: no parameter requires a gradient")
+        if config.checkpoint_blocks:
+            checkpoint_blocks(loss)
+        self.module = self._distribute()
+        self.named = {n: p for n, p in loss.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.named.values(), weight_decay=config.weight_decay)
+        self.ema = {n: p.detach().clone() for n, p in self.named.items()} if config.ema_decay else {}
+        self.step = 0
+
+    def _distribute(self) -> nn.Module:
+        """Wrap the loss: as it is on one process, in DDP, or sharded in place by FSDP2."""
+        if self.config.shard:
+            for block in _blocks(self.loss):
+                fully_shard(block)
+            fully_shard(self.loss)
+            return self.loss
+        return DistributedDataParallel(self.loss) if self.world > 1 else self.loss
+
+    def fit(self) -> list[float]:
+        """Train to the end; return the loss of each step of this call."""
+        self._resume()
+        losses = []
+        while self.step < self.config.steps:
+            losses.append(self._one_step())
+            self.on_step(self.step, losses[-1])
+            self.step += 1
+            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                self.save()
+        return losses
+
+    def _one_step(self) -> float:
+        config, rows = self.config, self.config.batch_size // self.world
+        size = rows // config.gradient_accumulation_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(self.step)  # a LambdaLR would be one more state to save
+        total = torch.zeros((), device=self.device)
+        for i in range(config.gradient_accumulation_steps):
+            start = self.rank * rows + i * size
+            batch = self.data.batch(self.step, slice(start, start + size), self.device)
+            self._sync_gradients(i == config.gradient_accumulation_steps - 1)
+            with torch.autocast(self.device.type, config.dtype, enabled=config.dtype != torch.float32):
+                loss = self.module(batch) / config.gradient_accumulation_steps
+            loss.backward()
+            total += loss.detach()
+        if config.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.named.values(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._update_ema()
+        if self.world > 1:
+            dist.all_reduce(total)
+        loss = total.item() / self.world
+        if not math.isfinite(loss):
+            hint = "a lower learning rate may help"
+            raise FloatingPointError(f"the loss of step {self.step} is {loss}: {hint}")
+        return loss
+
+    def _sync_gradients(self, is_last: bool) -> None:
+        """Reduce gradients over ranks only in a step's last micro-batch."""
+        if self.config.shard:
+            self.module.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+        elif self.world > 1:
+            self.module.require_backward_grad_sync = is_last  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, average in self.ema.items():
+            average.lerp_(self.named[name], 1 - decay)
+
+    def save(self) -> None:
+        """Write step, weights, moments and average to `folder/state.safetensors` atomically."""
+        tensors = {name: _gather(tensor) for name, tensor in self._state().items()}
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(tensors, self.folder / "state.safetensors", {"step": str(self.step)})
+        if self.world > 1:
+            dist.barrier()
+
+    def _state(self) -> dict[str, Tensor]:
+        """List the tensors of a run's state by their names in the file; AdamW's moments must exist."""
+        state = {f"weights.{name}": parameter for name, parameter in self.named.items()}
+        for moment in MOMENTS:
+            state |= {f"{moment}.{name}": self.optimizer.state[p][moment] for name, p in self.named.items()}
+        return state | {f"ema.{name}": average for name, average in self.ema.items()}
+
+    @torch.no_grad()
+    def _resume(self) -> None:
+        file = self.folder / "state.safetensors"
+        if not file.exists():
+            return
+        for parameter in self.named.values():  # the state that AdamW creates before its first step
+            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        source, state = Source([file]), self._state()
+        step = (source.metadata(file) or {}).get("step", "")
+        for name, tensor in state.items():
+            if name not in source:
+                raise ValueError(f"{file}: is of another run: it has no {name}")
+            if (got := list(source.shape(name))) != (expected := list(tensor.shape)):
+                raise ValueError(f"{file}: is of another run: {name} is {got}, expected {expected}")
+        if not step.isdecimal():
+            raise ValueError(f"{file}: its metadata give step {step[:100]!r}, expected a whole number")
+        self.step = int(step)
+        tensors = load_file(file, device=str(self.device))
+        for name, tensor in state.items():
+            _scatter(tensor, tensors[name])
+        for parameter in self.named.values():
+            self.optimizer.state[parameter]["step"].fill_(self.step)
+
+    @torch.no_grad()
+    def load_ema_weights(self) -> None:
+        """Copy the moving average to the weights, for inference; training from there is another run.
+
+        Raises ValueError if `ema_decay` is 0.
+        """
+        if not self.ema:
+            raise ValueError(f"there is no moving average to load: ema_decay is {self.config.ema_decay}")
+        for name, average in self.ema.items():
+            self.named[name].copy_(average)
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Recompute the activations of every block (`is_block` of module.py) in the backward pass."""
+    for block in _blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if is_block(module)]
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """Gather a tensor from all ranks if it is sharded, and copy it to the CPU."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().contiguous()
+
+
+def _scatter(tensor: Tensor, value: Tensor) -> None:
+    """Copy a full value to the tensor, or this rank's shard of it."""
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+    tensor.copy_(value)

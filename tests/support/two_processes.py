@@ -1,0 +1,45 @@
+"""Two processes of one run, as `torchrun` would start them, but watched by nobody and quick to start."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONTEXT = multiprocessing.get_context("forkserver")  # imports once, not in every process
+CONTEXT.set_forkserver_preload(["tests.support.batch_worker", "tests.support.train_worker"])
+
+
+def start_two(work: Callable[..., int], log: Path, *arguments: Any) -> list[BaseProcess]:
+    """Start `work(*arguments)`, which returns an exit status, in both; what they print goes to the log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        CONTEXT.Process(target=_run, args=(rank, port, log, work, arguments), daemon=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    return list(processes)
+
+
+def _run(rank: int, port: int, log: Path, work: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+    told = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in told.items()})
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    torch.set_num_threads(1)
+    status = work(*arguments)
+    sys.stdout.flush()
+    os._exit(status)  # the first to leave takes their meeting place along, and the other's clean end may wait

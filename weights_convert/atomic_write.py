@@ -1,0 +1,163 @@
+"""Atomic writes, the one place where files are written: each appears whole under its name, or not at all.
+
+Content is written to a scratch folder next to its target, flushed (fsync), and then renamed to the target in
+one step. A full disk, an error or a killed process leaves the old file. A writer holds a lock on its scratch
+folder; that of a killed one is unlocked, and the next write of that name removes it.
+"""
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from weights_convert.untrusted_files import one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file cannot be removed
+    fcntl = None
+
+
+@contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """Yield a scratch path that is renamed to `file`, replacing it, if the block succeeds.
+
+    Raises OSError naming `file` if it cannot be written, such as on a full disk.
+    """
+    with _naming(file), locked_scratch_dir(file) as scratch:
+        path = scratch / file.name  # in a folder: safetensors writes a scratch file of its own next to it
+        yield path
+        _fsync(path)
+        path.replace(file)
+        _fsync(file.parent)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder that is renamed to `folder` if the block succeeds, and removed if not.
+
+    Raises FileExistsError for an existing folder that is not empty.
+    """
+    if not folder.is_dir() or any(folder.iterdir()):
+        check_absent(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked_scratch_dir(folder) as scratch:
+        yield scratch
+        for path, _, _ in os.walk(scratch):
+            _fsync(Path(path))
+        scratch.replace(folder)
+        _fsync(folder.parent)
+
+
+def check_absent(path: Path, suffix: str = "") -> None:
+    """Raise ValueError for a path without the suffix, FileExistsError for one that exists."""
+    if not path.name.endswith(suffix):
+        raise ValueError(f"{path}: must end in {suffix}")
+    if path.exists():
+        raise FileExistsError(f"{path}: exists already, and is not overwritten")
+
+
+def write_bytes(content: bytes, file: Path) -> None:
+    """Write bytes to a file."""
+    with atomic_file(file) as scratch:
+        scratch.write_bytes(content)
+
+
+def copy_file(source: Path, file: Path) -> None:
+    """Copy a file."""
+    with atomic_file(file) as scratch:
+        shutil.copyfile(source, scratch)
+
+
+def remove_stale_scratch(folder: Path, start: str = ".") -> None:
+    """Remove the scratch folders of killed writers from a folder, of names with this start."""
+    stale = re.compile(re.escape(start) + r".*[0-9a-f]{16}\.partial")
+    with suppress(LocksUnsupported):
+        for name in filter(stale.fullmatch, os.listdir(folder)):
+            if (lock := _lock(folder / name)) is not None:
+                _remove(folder / name)
+                os.close(lock)
+
+
+class LocksUnsupported(OSError):
+    """Error of a file system without locks: scratch folders of living and killed writers look alike."""
+
+
+@contextmanager
+def locked_scratch_dir(target: Path) -> Iterator[Path]:
+    """Yield a new locked folder next to the target, removed at the end; remove those of killed writers."""
+    start = f".{target.name[:32]}."  # file names have at most 255 bytes
+    remove_stale_scratch(target.parent, start)
+    while True:
+        scratch = target.with_name(f"{start}{secrets.token_hex(8)}.partial")
+        scratch.mkdir()
+        try:
+            lock = _lock(scratch)
+        except LocksUnsupported:
+            lock = os.open(os.devnull, os.O_RDONLY)
+        if lock is not None:
+            break  # else another writer removed it before it was locked
+    try:
+        yield scratch
+    finally:
+        _remove(scratch)
+        os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a path: return a descriptor that holds the lock; None if another writer holds it or removed it.
+
+    Raises LocksUnsupported if the file system has no locks.
+    """
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except (FileNotFoundError, PermissionError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            return descriptor
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        pass
+    except OSError as error:
+        os.close(descriptor)
+        raise LocksUnsupported from error
+    os.close(descriptor)
+    return None
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder if it exists and may be removed."""
+    with suppress(OSError):
+        path.unlink() if not path.is_dir() else shutil.rmtree(path)
+
+
+def _fsync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's names, to the disk."""
+    if fcntl is None and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Convert write errors to OSError that names the file, not its scratch path."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{file}: cannot be written: {one_line(error, None)}") from None
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(file)) from None
