@@ -61,12 +61,12 @@ def embed_prompts(
 def _encode(pipe: Components, name: str, prompt: Prompt | None, max_length: int) -> TextEmbedding:
     if pipe.text_encoder is None or pipe.tokenizer is None:
         raise ValueError("there is no text encoder or tokenizer: pass prompt_embeds in place of prompts")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
+    prompt = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompt, list | tuple) or not prompt or not all(isinstance(p, str) for p in prompt):
         raise ValueError(f"{name} must be a string or a list of at least one string, got {prompt!r}")
     if not 2 < check_int("max_sequence_length", max_length) <= MAX_TOKENS:
         raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
-    tokens = pipe.tokenizer(prompts, max_length, **pipe._placeholder_words())
+    tokens = pipe.tokenizer(prompt, max_length, **pipe._placeholder_words())
     return pipe._run_text_encoder(tokens.merge_padding() if pipe.savings.merge_padding else tokens)
 
 
