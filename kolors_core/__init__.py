@@ -40,22 +40,18 @@ if TYPE_CHECKING:
     from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 _NAMES_IN = {
-    "adapters.canny": ("canny",),
-    "adapters.controlnet_files": ("KolorsControlNet",),
+    "adapters.canny": ("canny",), "adapters.controlnet_files": ("KolorsControlNet",),
     "adapters.ip_adapter_files": ("CLIPVisionModelWithProjection", "load_image_embeds", "save_image_embeds"),
     "image": ("load_image",),
-    "inspection.attention_maps": ("record_attention",),
-    "inspection.features": ("capture", "inject"),
+    "inspection.attention_maps": ("record_attention",), "inspection.features": ("capture", "inject"),
     "pipelines.controlnet": (
         "KolorsControlNetImg2ImgPipeline", "KolorsControlNetInpaintPipeline", "KolorsControlNetPipeline",
     ),
     "pipelines.denoising_loop": ("SDXLCFGCutoffCallback",),
     "pipelines.image_prompts": ("IPAdapterMaskProcessor",),
     "pipelines.image_to_image": ("KolorsImg2ImgPipeline",),
-    "pipelines.inpainting": ("KolorsInpaintPipeline",),
-    "pipelines.pag": ("KolorsPAGPipeline",),
-    "pipelines.request": ("KolorsPipelineOutput",),
-    "pipelines.text_to_image": ("KolorsPipeline",),
+    "pipelines.inpainting": ("KolorsInpaintPipeline",), "pipelines.pag": ("KolorsPAGPipeline",),
+    "pipelines.request": ("KolorsPipelineOutput",), "pipelines.text_to_image": ("KolorsPipeline",),
     "schedule": ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}

@@ -5,6 +5,7 @@ Shapes: B batch, H heads, L queries, S keys, D width of a head.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 CPU_MAX_SCORES = 2**18  # scores of a head that stay in the cache, with
 CPU_MIN_KEYS = 64  # at least this many keys;
 CPU_WIDE_HEAD_MAX_SCORES = 2**24  # scores of a head wider than 128, with any number of keys
-
 # On MPS a larger score matrix is computed in chunks of queries, to fit in memory.
 MPS_SCORE_ELEMENTS = 2**28
 
@@ -34,8 +34,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     except RuntimeError as error:
         if _forced is None:
             raise
-        with_bias = "with" if bias is not None else "without"
-        inputs = f"q {list(q.shape)}, k {list(k.shape)}, {q.dtype} on {q.device}, {with_bias} bias"
+        inputs = f"q {list(q.shape)}, k {list(k.shape)}, {q.dtype} on {q.device}"
+        inputs += f", {'without' if bias is None else 'with'} bias"
         raise RuntimeError(f"the forced attention kernel {name!r} cannot run {inputs}: {error}") from error
 
 
@@ -107,11 +107,9 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     queries = max(1, MPS_SCORE_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
     if bias is not None:
         bias = bias.expand(*bias.shape[:-2], q.shape[2], k.shape[2])  # [.., L, S]
-    parts = []
-    for start in range(0, q.shape[2], queries):
-        rows = slice(start, start + queries)
-        parts.append(_sdpa(q[:, :, rows], k, v, None if bias is None else bias[..., rows, :]))
-    return torch.cat(parts, dim=2)  # [B, H, L, D]
+    biases = repeat(None) if bias is None else bias.split(queries, dim=-2)
+    parts = zip(q.split(queries, dim=2), biases, strict=False)
+    return torch.cat([_sdpa(part, k, v, rows) for part, rows in parts], dim=2)  # [B, H, L, D]
 
 
 def _matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

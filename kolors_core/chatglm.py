@@ -15,6 +15,8 @@ from kolors_core.attention import attention, log_multiplicity_bias, split_heads
 from kolors_core.config import ChatGLMConfig
 from kolors_core.tokenizer import TokenBatch
 
+Rotation = tuple[Tensor, Tensor]  # RoPE's cosines and sines, each [B, 1, L, R/2]
+
 
 @dataclass(frozen=True)
 class TextEmbedding:
@@ -83,12 +85,10 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(config.hidden_size, sum(self.widths))
         self.to_out = nn.Linear(self.widths[0], config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor, last_only: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, allowed: Tensor, last_only: bool = False) -> Tensor:
         """Map x [B, L, C] to [B, L, C], or with last_only to the last position's [B, 1, C].
 
-        rotation: two of [B, 1, L, R/2]. allowed: see `attention_mask`, or the logit bias made of it.
+        allowed: see `attention_mask`, or the logit bias made of it.
         """
         q, k, v = self.to_qkv(x).split(self.widths, dim=-1)
         q = apply_rotary(split_heads(q, self.heads), *rotation)  # [B, H, L, D]
@@ -126,9 +126,7 @@ class ChatGLMLayer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], allowed: Tensor, last_only: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, allowed: Tensor, last_only: bool = False) -> Tensor:
         """Map x [B, L, C] to [B, L, C], or with last_only to [B, 1, C]; arguments as for `Attention`."""
         h = self.attention(self.attention_norm(x), rotation, allowed, last_only)
         x = (x[:, -1:] if last_only else x) + h
@@ -168,7 +166,7 @@ def attention_mask(mask: Tensor) -> Tensor:
     return ((causal & mask[:, None, :]) | ~mask[:, :, None])[:, None]  # [B, 1, L, L]
 
 
-def rotary_cos_sin(positions: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(positions: Tensor, width: int, dtype: torch.dtype) -> Rotation:
     """Compute RoPE's cosines and sines (https://arxiv.org/abs/2104.09864, eq. 15): two of [B, 1, L, R/2].
 
     positions: [B, L]; width: R, the rotated dimensions of a head. Computed in float32, then cast.

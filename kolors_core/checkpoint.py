@@ -27,15 +27,9 @@ from kolors_core.module import require_plain
 from kolors_core.schedule import SCHEDULERS, Scheduler
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from weights_convert import TABLES
+from weights_convert import TABLES, safetensors_files
 from weights_convert.atomic_write import write_bytes
-from weights_convert.safetensors_files import (
-    WEIGHT_FILE_STEMS,
-    Source,
-    read_shard_index,
-    save_tensors,
-    weight_files,
-)
+from weights_convert.safetensors_files import Source, weight_files
 from weights_convert.untrusted_files import one_line, read_json_object
 
 
@@ -66,19 +60,14 @@ EMBEDDED_NOTICE = (
     "using the embedded tiny model, which draws emoji at 128x128; for the real one (17 GB) name "
     "Kwai-Kolors/Kolors-diffusers with the variant fp16"
 )
-
 MAX_CONFIG_BYTES = 2**18  # real ones have less than 2**13
-
 logger = logging.getLogger("kolors_core")
 
 
 def resolve(
-    name: str | Path,
-    components: Sequence[str],
-    variant: str | None = None,
-    has_weights: bool = True,
-    **hub: Any,
-) -> Path:
+    name: str | Path, components: Sequence[str], variant: str | None = None, has_weights: bool = True,
+    **hub: Any
+) -> Path:  # fmt: skip
     """Return the local folder of a checkpoint; fetch only the components' files of a hub repository.
 
     "tiny" is the embedded model, and a log line says so; a folder of that name is "./tiny". has_weights:
@@ -110,24 +99,21 @@ def component_files(
     listing: list[str], component: str, subfolder: str, variant: str | None, where: str, has_weights: bool
 ) -> list[str]:
     """Select the files of a repository that one component in a subfolder loads."""
-    paths = [path for path in map(PurePosixPath, listing) if path.parent == PurePosixPath(subfolder)]
-    if not paths:
+    inside = PurePosixPath(subfolder)
+    names = [path.name for path in map(PurePosixPath, listing) if path.parent == inside]
+    if not names:
         raise FileNotFoundError(f"{where}: has no {subfolder}/ folder")
-    names = [path.name for path in paths]
     chosen = [name for name in names if name.endswith(".json") and ".index." not in name]
     chosen += [name for name in names if name == "tokenizer.model" and has_weights]
     if component not in ("tokenizer", "scheduler") and has_weights:
         chosen += weight_files(names, variant, f"{where}/{subfolder}")
-    return [str(PurePosixPath(subfolder) / name) for name in chosen]
+    return [str(inside / name) for name in chosen]
 
 
 def fetch_component(
     name: str | Path, component: str, subfolder: str, variant: str | None, has_weights: bool, **hub: Any
 ) -> Path:
-    """Return the local folder of a checkpoint; fetch only the component in its `subfolder`.
-
-    has_weights, hub: as for `resolve`.
-    """
+    """Return the local folder of a checkpoint; fetch only one component. Arguments as for `resolve`."""
 
     def select(listing: list[str]) -> list[str]:
         return component_files(listing, component, subfolder or ".", variant, str(name), has_weights)
@@ -136,30 +122,22 @@ def fetch_component(
 
 
 def load_component(
-    name: str | Path,
-    component: str,
-    *,
-    subfolder: str | None = None,
-    variant: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    kind: ModelSpec | None = None,
-    **hub: Any,
-) -> Any:
+    name: str | Path, component: str, *, subfolder: str | None = None, variant: str | None = None,
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", kind: ModelSpec | None = None,
+    **hub: Any
+) -> Any:  # fmt: skip
     """Load one model from a checkpoint folder or hub repository, in public names or ours.
 
     subfolder: the component's folder; its name if None. device: on "meta" no weights are read. kind: of a
-    component that is not in `MODEL_SPECS`. hub: as for `resolve`.
-
-    Raises FileNotFoundError or ValueError naming the file, field or tensor, before weights are read.
+    component that is not in `MODEL_SPECS`. hub: as for `resolve`. Raises FileNotFoundError or ValueError
+    naming the file, field or tensor, before weights are read.
     """
     device, subfolder = loading_device(device), component if subfolder is None else subfolder
     has_weights = device.type != "meta"
     folder = fetch_component(name, component, subfolder, variant, has_weights, **hub)
-    opened = open_component(
+    return open_component(
         folder, component, subfolder=subfolder, variant=variant, has_weights=has_weights, kind=kind
-    )
-    return opened.fill(dtype, device)
+    ).fill(dtype, device)
 
 
 class UnloadedModel(NamedTuple):
@@ -179,18 +157,10 @@ class UnloadedModel(NamedTuple):
 
 
 def open_component(
-    folder: str | Path,
-    component: str,
-    *,
-    subfolder: str | None = None,
-    variant: str | None = None,
-    has_weights: bool = True,
-    kind: ModelSpec | None = None,
-) -> UnloadedModel:
-    """Build one model and check that its files fit it, by config and headers; no weight is read.
-
-    Arguments and errors are those of `load_component`.
-    """
+    folder: str | Path, component: str, *, subfolder: str | None = None, variant: str | None = None,
+    has_weights: bool = True, kind: ModelSpec | None = None
+) -> UnloadedModel:  # fmt: skip
+    """Build one model and check by headers that its files fit it; arguments, errors: see `load_component`."""
     kind = MODEL_SPECS[component] if kind is None else kind
     path = Path(folder) / (component if subfolder is None else subfolder)
     if not path.is_dir():
@@ -204,20 +174,13 @@ def open_component(
 
 
 def load_modified(
-    folder: str | Path,
-    component: str,
-    build: Callable[[Any], nn.Module],
-    partial: Mapping[str, Initializer],
-    *,
-    variant: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> tuple[Any, LoadReport]:
+    folder: str | Path, component: str, build: Callable[[Any], nn.Module], partial: Mapping[str, Initializer],
+    *, variant: str | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Any, LoadReport]:  # fmt: skip
     """Load a checkpoint's fitting weights into a modified model; return the model and a report.
 
-    build: builds the model, without values, from the checkpoint's config: a subclass of `UNet`, or
-    `lambda config: UNet(replace(config, in_channels=9))`. partial, and the report: see `loading.load`. Other
-    arguments, and errors: as for `load_component`.
+    build: builds the model from the checkpoint's config: a subclass of `UNet`, or
+    `lambda config: UNet(replace(config, in_channels=9))`. Others: see `loading.load`, `load_component`.
     """
     kind = replace(MODEL_SPECS[component], build=build)
     model = open_component(folder, component, has_weights=False, kind=kind).model
@@ -231,15 +194,13 @@ def open_weights(folder: Path, variant: str | None) -> Source:
     listing = sorted(file.name for file in folder.iterdir())
     for name in listing:
         if ".safetensors.index." in name:
-            read_shard_index(folder / name)
+            safetensors_files.read_shard_index(folder / name)
     return Source([folder / name for name in weight_files(listing, variant, str(folder))])
 
 
 @contextmanager
 def gc_disabled() -> Iterator[None]:
-    """Disable garbage collection: building thousands of modules triggers it repeatedly, for a third of the
-    time that loading takes.
-    """
+    """Disable garbage collection: building thousands of modules triggers it, a third of loading's time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -252,8 +213,7 @@ def gc_disabled() -> Iterator[None]:
 class SkipInit(TorchFunctionMode):
     """Mode in which new parameters stay uninitialized, for models whose weights are loaded.
 
-    On the meta device initialization costs nothing but the import of torch's decompositions, half of the time
-    to start.
+    On the meta device it saves the import of torch's decompositions, half of the time to start.
     """
 
     def __torch_function__(
@@ -283,9 +243,7 @@ def load_scheduler(folder: str | Path) -> Scheduler:
 
 
 def load_index(folder: Path) -> tuple[bool, set[str]]:
-    """Read a Kolors pipeline's `model_index.json`: force_zeros_for_empty_prompt, and the optional components
-    that it lacks. Raises ValueError for another pipeline class.
-    """
+    """Read Kolors' `model_index.json`: force_zeros_for_empty_prompt, and the optional components it lacks."""
     file = folder / "model_index.json"
     index = read_json(file)
     if not str(index.get("_class_name")).startswith("Kolors"):
@@ -299,8 +257,7 @@ def load_index(folder: Path) -> tuple[bool, set[str]]:
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's own tensors, without those of attached adapters."""
-    modules = model.named_modules()
-    adapters = tuple(f"{path}." for path, module in modules if getattr(module, "is_adapter", False))
+    adapters = tuple(f"{path}." for path, m in model.named_modules() if getattr(m, "is_adapter", False))
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(adapters)}
 
 
@@ -310,17 +267,13 @@ def check_savable(model: nn.Module, component: str) -> None:
 
 
 def save_component(
-    model: nn.Module,
-    folder: str | Path,
-    component: str,
-    *,
-    subfolder: str | None = None,
-    variant: str | None = None,
-) -> None:
+    model: nn.Module, folder: str | Path, component: str, *, subfolder: str | None = None,
+    variant: str | None = None
+) -> None:  # fmt: skip
     """Write a model's config and weights under public names, as the reference reads it, without adapters.
 
-    subfolder: the component's folder; its name if None. Raises ValueError for a quantized model, which the
-    reference has no names for, and a variant that is not letters, digits and underscores.
+    subfolder: the component's folder; its name if None. Raises ValueError for a quantized model, and a
+    variant that is not letters, digits and underscores.
     """
     check_savable(model, component)
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
@@ -329,9 +282,9 @@ def save_component(
     path.mkdir(parents=True, exist_ok=True)
     config: Any = model.config
     write_json(config.to_public(), path / "config.json")
-    stem = WEIGHT_FILE_STEMS[component] + (f".{variant}" if variant else "")
+    stem = safetensors_files.WEIGHT_FILE_STEMS[component] + (f".{variant}" if variant else "")
     tensors = {TABLES[component].to_public(name): tensor for name, tensor in base_state(model).items()}
-    save_tensors(tensors, path / f"{stem}.safetensors")
+    safetensors_files.save_tensors(tensors, path / f"{stem}.safetensors")
 
 
 def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
@@ -347,14 +300,11 @@ def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> No
     index = {
         "_class_name": pipeline,
         "force_zeros_for_empty_prompt": components["force_zeros_for_empty_prompt"],
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "text_encoder": ["kolors", "ChatGLMModel"],
-        "tokenizer": ["kolors", "ChatGLMTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", type(scheduler).__name__], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["kolors", "ChatGLMModel"], "tokenizer": ["kolors", "ChatGLMTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "feature_extractor": [None, None],
         "image_encoder": ["transformers", "CLIPVisionModelWithProjection"] if has_clip else [None, None],
-        "feature_extractor": [None, None],
-    }
+    }  # fmt: skip
     write_json(index, folder / "model_index.json")
 
 

@@ -29,18 +29,10 @@ class Residuals(Protocol):
         ...
 
     def prepare(
-        self,
-        schedule: Schedule,
-        conditioning: "Conditioning",
-        repeats: int,
-        *,
-        precompute: bool,
-        wrap_step: WrapStep | None,
-    ) -> StepResiduals:
-        """Return the residuals as a function of a run's steps; called once a run.
-
-        conditioning: of B rows. repeats: B / b. precompute, wrap_step: see `guidance.guided`.
-        """
+        self, schedule: Schedule, conditioning: "Conditioning", repeats: int, *, precompute: bool,
+        wrap_step: WrapStep | None
+    ) -> StepResiduals:  # fmt: skip
+        """Return the residuals as a function of a run's steps; called once a run, with repeats = B / b."""
         ...
 
 
@@ -50,10 +42,9 @@ class Conditioning:
 
     text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32; text_counts None or
     [B, S]; image_prompts one for each attached IP-Adapter; perturbed none, or rows for each TransformerBlock,
-    which `cat` leaves out; see `UNet.forward`. residuals: networks such as ControlNets, whose outputs are
-    `UNet.forward`'s argument of that name. extra [B, channels, H/8, W/8]: input channels after the scaled
-    latents, such as the mask for inpainting. added [B, time_dim]: see `UNet.forward`; ControlNets do not get
-    it.
+    which `cat` leaves out. residuals: networks such as ControlNets, whose outputs are the argument of that
+    name. extra [B, channels, H/8, W/8]: input channels after the scaled latents, such as the mask for
+    inpainting. added [B, time_dim]: not for ControlNets.
     """
 
     text_tokens: Tensor
@@ -70,8 +61,7 @@ class Conditioning:
     def cat(cls, *parts: "Conditioning") -> "Conditioning":
         """Concatenate batches; ValueError if only some have `residuals`, `extra` or `added`."""
         text = TextEmbedding.cat([TextEmbedding(p.text_tokens, p.pooled_text, p.text_counts) for p in parts])
-        prompts = zip(*(p.image_prompts for p in parts), strict=True)
-        images = tuple(ImagePrompt.cat(*batches) for batches in prompts)
+        images = tuple(ImagePrompt.cat(*each) for each in zip(*(p.image_prompts for p in parts), strict=True))
         ids = torch.cat([p.size_ids for p in parts])
         nets, *tensors = (_all_or_none(name, parts) for name in ("residuals", "extra", "added"))
         residuals = nets[0].cat(*nets[1:]) if nets else None
@@ -80,10 +70,8 @@ class Conditioning:
 
     def with_zero_extra_channels(self, channels: int, latents: Sequence[int]) -> "Conditioning":
         """Set `extra` to zeros if a UNet of `channels` input channels needs more than latents of a shape."""
-        missing = channels - latents[1]
-        batch = self.text_tokens.shape[0]
-        zeros = self.text_tokens.new_zeros(batch, missing, *latents[2:]) if missing else None
-        return replace(self, extra=zeros)
+        shape = len(self.text_tokens), channels - latents[1], *latents[2:]
+        return replace(self, extra=self.text_tokens.new_zeros(shape) if shape[1] else None)
 
 
 def _all_or_none(name: str, parts: Sequence[Conditioning]) -> list[Any]:
@@ -94,13 +82,10 @@ def _all_or_none(name: str, parts: Sequence[Conditioning]) -> list[Any]:
 
 
 def concat_extra_channels(latents: Tensor, extra: Tensor | None) -> Tensor:
-    """Concatenate latents [b, 4, H/8, W/8], repeated to B rows, and `extra` [B, channels, H/8, W/8]; without
-    `extra` return the latents.
-    """
+    """Append `extra` [B, channels, H/8, W/8], if any, to latents [b, 4, H/8, W/8] repeated to B rows."""
     if extra is None:
         return latents
-    repeats = extra.shape[0] // latents.shape[0]
-    return torch.cat([latents.repeat(repeats, 1, 1, 1), extra.to(latents)], dim=1)
+    return torch.cat([latents.repeat(extra.shape[0] // latents.shape[0], 1, 1, 1), extra.to(latents)], dim=1)
 
 
 def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tensor:
@@ -127,14 +112,9 @@ def is_default_crop(crop: Size) -> bool:
 
 
 def positive_and_negative_size_ids(
-    image: Size,
-    original: Size | None,
-    crop: Size,
-    target: Size | None,
-    negative_original: Size | None,
-    negative_crop: Size,
-    negative_target: Size | None,
-) -> tuple[Tensor, Tensor]:
+    image: Size, original: Size | None, crop: Size, target: Size | None, negative_original: Size | None,
+    negative_crop: Size, negative_target: Size | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return positive and negative size ids, each [1, 6].
 
     Sizes that are None default to the image's own size; negative ones to the positive ones. If all negative

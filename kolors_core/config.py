@@ -45,25 +45,22 @@ class ChatGLMConfig:
         config = cls(
             vocab_size=fields.integer("padded_vocab_size"), hidden_size=fields.integer("hidden_size"),
             feed_forward_size=fields.integer("ffn_hidden_size"),
-            layers=fields.integer("num_layers", most=1000),
+            layers=fields.integer("num_layers", most=1000), head_dim=fields.integer("kv_channels", most=4096),
             heads=fields.integer("num_attention_heads", most=4096),
-            head_dim=fields.integer("kv_channels", most=4096),
             num_kv_heads=fields.integer("multi_query_group_num"), norm_eps=fields.number("layernorm_epsilon"),
         )  # fmt: skip
         fields.reject_unknown(_CHATGLM_IGNORED_FIELDS)
-        if config.heads % config.num_kv_heads:
-            expected = f"a divisor of the {config.heads} heads"
-            fields.reject("multi_query_group_num", config.num_kv_heads, expected)
-        if config.head_dim % 4:
-            expected = "a multiple of 4, since half of it is rotated in pairs"
-            fields.reject("kv_channels", config.head_dim, expected)
+        if (heads := config.heads) % config.num_kv_heads:
+            fields.reject("multi_query_group_num", config.num_kv_heads, f"a divisor of the {heads} heads")
+        if (width := config.head_dim) % 4:
+            fields.reject("kv_channels", width, "a multiple of 4, since half of it is rotated in pairs")
         return config
 
     def to_public(self) -> dict[str, Any]:
         """Return the `config.json` that the reference's ChatGLMModel reads."""
         return {
-            **_CHATGLM_REQUIRED_VALUES, "architectures": ["ChatGLMModel"],
-            "seq_length": 32768, "padded_vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
+            **_CHATGLM_REQUIRED_VALUES, "architectures": ["ChatGLMModel"], "seq_length": 32768,
+            "padded_vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
             "ffn_hidden_size": self.feed_forward_size, "num_layers": self.layers,
             "num_attention_heads": self.heads, "kv_channels": self.head_dim,
             "multi_query_group_num": self.num_kv_heads, "layernorm_epsilon": self.norm_eps,
@@ -101,8 +98,7 @@ class UNetConfig:
         """Read diffusers' `UNet2DConditionModel` config; ValueError for SDXL's or Stable Diffusion's."""
         fields = ConfigReader(public, where)
         fields.require_fixed(_UNET_REQUIRED_VALUES)
-        channels = fields.integers("block_out_channels")
-        levels = len(channels)
+        levels = len(channels := fields.integers("block_out_channels"))
         has_attention = fields.attention_per_level("Down", levels)
         if fields.attention_per_level("Up", levels) != has_attention[::-1]:
             fields.reject("up_block_types", public["up_block_types"], "the down blocks mirrored")
@@ -118,29 +114,26 @@ class UNetConfig:
             sample_size=fields.integer("sample_size"), in_channels=fields.integer("in_channels"),
             out_channels=fields.integer("out_channels"), channels=channels, heads=heads,
             depths=tuple(depth if on else 0 for depth, on in zip(depths, has_attention, strict=True)),
-            resnets_per_level=fields.single_integer("layers_per_block", levels, most=100),
-            text_dim=text_dim, context_dim=fields.single_integer("cross_attention_dim", levels),
-            size_dim=size_dim, norm_groups=fields.integer("norm_num_groups"),
-            norm_eps=fields.number("norm_eps"),
+            resnets_per_level=fields.single_integer("layers_per_block", levels, most=100), text_dim=text_dim,
+            context_dim=fields.single_integer("cross_attention_dim", levels), size_dim=size_dim,
+            norm_groups=fields.integer("norm_num_groups"), norm_eps=fields.number("norm_eps"),
         )  # fmt: skip
         fields.reject_unknown(_UNET_IGNORED_FIELDS)
         if (blocks := sum(config.depths) * (2 * config.resnets_per_level + 1)) > 1000:
             fields.reject("transformer_layers_per_block", list(depths), f"up to 1,000 in all, not {blocks:,}")
         for width, heads in zip(config.channels, config.heads, strict=True):
             if width % config.norm_groups or width % heads:
-                expected = (
-                    f"multiples of the {config.norm_groups} norm groups and of the heads {config.heads}"
-                )
-                fields.reject("block_out_channels", list(channels), expected)
+                expected = f"multiples of the {config.norm_groups} norm groups and of the heads"
+                fields.reject("block_out_channels", list(channels), f"{expected} {config.heads}")
         return config
 
     def to_public(self) -> dict[str, Any]:
         """Return the `config.json` that diffusers' UNet2DConditionModel reads."""
         attends = [depth > 0 for depth in self.depths]
         return {
-            **_UNET_REQUIRED_VALUES, "sample_size": self.sample_size,
-            "in_channels": self.in_channels, "out_channels": self.out_channels,
-            "block_out_channels": list(self.channels), "attention_head_dim": list(self.heads),
+            **_UNET_REQUIRED_VALUES, "sample_size": self.sample_size, "in_channels": self.in_channels,
+            "out_channels": self.out_channels, "block_out_channels": list(self.channels),
+            "attention_head_dim": list(self.heads),
             "transformer_layers_per_block": [max(depth, 1) for depth in self.depths],
             "down_block_types": ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in attends],
             "up_block_types": ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attends)],
@@ -185,8 +178,8 @@ class VAEConfig:
         )  # fmt: skip
         fields.reject_unknown(_VAE_IGNORED_FIELDS)
         if any(width % config.norm_groups for width in channels):
-            expected = f"multiples of the {config.norm_groups} norm groups"
-            fields.reject("block_out_channels", list(channels), expected)
+            groups = config.norm_groups
+            fields.reject("block_out_channels", list(channels), f"multiples of the {groups} norm groups")
         return config
 
     def to_public(self) -> dict[str, Any]:
@@ -313,10 +306,10 @@ def _is_count(value: Any, most: int) -> bool:
 
 # The values that the code implements. A public config may leave a field out, but not set another value.
 _CHATGLM_REQUIRED_VALUES: dict[str, Any] = {
-    "model_type": "chatglm",
-    "add_bias_linear": False, "add_qkv_bias": True, "apply_residual_connection_post_layernorm": False,
-    "fp32_residual_connection": False, "multi_query_attention": True, "original_rope": True,
-    "post_layer_norm": True, "rmsnorm": True, "quantization_bit": 0, "rope_ratio": 1, "pre_seq_len": None,
+    "model_type": "chatglm", "add_bias_linear": False, "add_qkv_bias": True,
+    "apply_residual_connection_post_layernorm": False, "fp32_residual_connection": False,
+    "multi_query_attention": True, "original_rope": True, "post_layer_norm": True, "rmsnorm": True,
+    "quantization_bit": 0, "rope_ratio": 1, "pre_seq_len": None,
 }  # fmt: skip
 # Fields that transformers writes for any model, or that only training and text generation read.
 TRANSFORMERS_IGNORED_FIELDS = {
@@ -324,22 +317,20 @@ TRANSFORMERS_IGNORED_FIELDS = {
     "attention_dropout", "return_dict", "output_hidden_states", "output_attentions",
     "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "is_decoder", "pruned_heads",
     "problem_type", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "max_length",
-    "min_length", "num_beams", "num_beam_groups", "num_return_sequences", "do_sample",
-    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
-    "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "early_stopping",
-    "finetuning_task",
+    "min_length", "num_beams", "num_beam_groups", "num_return_sequences", "do_sample", "temperature", "top_k",
+    "top_p", "typical_p", "repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "early_stopping", "finetuning_task",
 }  # fmt: skip
 _CHATGLM_IGNORED_FIELDS = TRANSFORMERS_IGNORED_FIELDS | {
-    "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "hidden_dropout",
-    "classifier_dropout", "bias_dropout_fusion", "seq_length", "use_cache", "vocab_size", "prefix_projection",
+    "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "hidden_dropout", "classifier_dropout",
+    "bias_dropout_fusion", "seq_length", "use_cache", "vocab_size", "prefix_projection",
 }  # fmt: skip
 _UNET_REQUIRED_VALUES: dict[str, Any] = {
-    "_class_name": "UNet2DConditionModel",
-    "addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj", "use_linear_projection": True,
-    "act_fn": "silu", "class_embed_type": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
-    "center_input_sample": False, "cross_attention_norm": None, "downsample_padding": 1,
-    "dual_cross_attention": False, "flip_sin_to_cos": True, "freq_shift": 0,
-    "mid_block_only_cross_attention": None,
+    "_class_name": "UNet2DConditionModel", "addition_embed_type": "text_time",
+    "encoder_hid_dim_type": "text_proj", "use_linear_projection": True, "act_fn": "silu",
+    "class_embed_type": None, "conv_in_kernel": 3, "conv_out_kernel": 3, "center_input_sample": False,
+    "cross_attention_norm": None, "downsample_padding": 1, "dual_cross_attention": False,
+    "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_only_cross_attention": None,
     "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False,
     "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "resnet_time_scale_shift": "default",
     "reverse_transformer_layers_per_block": None, "time_cond_proj_dim": None, "time_embedding_act_fn": None,
@@ -351,8 +342,8 @@ _UNET_IGNORED_FIELDS = {
     "attention_head_dim",
 }  # fmt: skip
 _VAE_REQUIRED_VALUES: dict[str, Any] = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None,
-    "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "latents_mean": None, "latents_std": None,
+    "shift_factor": None, "mid_block_add_attention": True, "use_quant_conv": True,
+    "use_post_quant_conv": True,
 }  # fmt: skip
 _VAE_IGNORED_FIELDS = {"force_upcast"}

@@ -19,10 +19,9 @@ class ResizedMasks:
 
     def at(self, height: int, width: int) -> Tensor:
         """Resize to a feature map's size as the reference does: [1 or B, I, N]."""
-        if (height, width) not in self.sizes:
-            resized = F.interpolate(self.masks, size=(height, width), mode="bicubic")
-            self.sizes[height, width] = resized.flatten(2)
-        return self.sizes[height, width]
+        if (size := (height, width)) not in self.sizes:
+            self.sizes[size] = F.interpolate(self.masks, size=size, mode="bicubic").flatten(2)
+        return self.sizes[size]
 
 
 class ImagePrompt(NamedTuple):
@@ -46,8 +45,7 @@ class ImagePrompt(NamedTuple):
 class ImageKeysValues(NamedTuple):
     """Keys and values of an IP-Adapter's images in one cross-attention, each [B, heads, tokens, C/heads].
 
-    There is one pair for all images, or with masks one for each. masks: None, or [1 or B, I, N] after
-    `resize_masks`.
+    One pair is for all images, or with masks for one each. masks: None, or resized [1 or B, I, N].
     """
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
@@ -81,8 +79,7 @@ class KeysValues(NamedTuple):
 class Context(NamedTuple):
     """Context tokens [B, S, context_dim] of an attention, and the image prompt of each attached IP-Adapter.
 
-    bias: None, or logit bias [B, 1, 1, S]. perturbed: for this many of the last rows, the block's
-    self-attention returns its values unchanged.
+    bias: None, or logit bias [B, 1, 1, S]. perturbed: number of last rows whose attention is the identity.
     """
 
     tokens: Tensor
@@ -110,9 +107,8 @@ class Context(NamedTuple):
 
 def resize_masks(context: Context | KeysValues, height: int, width: int) -> Context | KeysValues:
     """Resize the masks of a `Context` or `KeysValues`, if it has any, to a feature map's size."""
-    size = height, width
     images: Any = tuple(
-        image._replace(masks=image.masks.at(*size)) if isinstance(image.masks, ResizedMasks) else image
-        for image in context.images
+        part._replace(masks=part.masks.at(height, width)) if isinstance(part.masks, ResizedMasks) else part
+        for part in context.images
     )
     return context._replace(images=images) if images else context

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
 
-# Advice by dtype, for results that overflow it.
 OVERFLOW_HINT = {torch.float16: "try bfloat16 or float32", torch.bfloat16: "try float32"}
 NO_DTYPE_HELPS = "no precision helps, look at the weights, at adapters' scales and at what was given"
 
@@ -30,8 +29,9 @@ def named_device(name: str | None) -> torch.device:
             raise RuntimeError("nothing is computed on the meta device")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        known = "a device of this machine, such as cpu, cuda:0 or mps"
-        raise ValueError(f"expected {known}, got {name!r}") from None
+        raise ValueError(
+            f"expected a device of this machine, such as cpu, cuda:0 or mps, got {name!r}"
+        ) from None
 
 
 def loading_device(device: torch.device | str) -> torch.device:
@@ -66,8 +66,7 @@ def dtype_of(component: str, torch_dtype: Dtypes) -> torch.dtype:
     """Return the dtype of one component; float32 by default.
 
     torch_dtype: one for all, or a mapping by component with a "default". float16 becomes float32 for the VAE,
-    since SDXL's overflows. TypeError for another type than a floating dtype, ValueError for a mapping's
-    unknown component.
+    since SDXL's overflows. TypeError unless it is a floating dtype, ValueError for an unknown component.
     """
     dtype = torch_dtype
     if isinstance(torch_dtype, Mapping):

@@ -31,17 +31,10 @@ GuidanceRule = Callable[..., Denoiser]  # of `guided`'s signature
 
 
 def guided(
-    unet: UNet,
-    schedule: Schedule,
-    positive: Conditioning,
-    negative: Conditioning | None = None,
-    scale: float = 1.0,
-    *,
-    rescale: float = 0.0,
-    interval: Interval | None = None,
-    precompute: bool = True,
-    wrap_step: WrapStep | None = None,
-) -> Denoiser:
+    unet: UNet, schedule: Schedule, positive: Conditioning, negative: Conditioning | None = None,
+    scale: float = 1.0, *, rescale: float = 0.0, interval: Interval | None = None, precompute: bool = True,
+    wrap_step: WrapStep | None = None
+) -> Denoiser:  # fmt: skip
     """Apply classifier-free guidance: eps = uncond + scale * (cond - uncond) (https://arxiv.org/abs/2207.12598).
 
     Without a negative, with a scale of at most 1, or outside the interval, the UNet runs on the positive
@@ -67,15 +60,10 @@ def guided(
 
 
 def make_denoiser(
-    unet: UNet,
-    schedule: Schedule,
-    conditioning: Conditioning,
-    repeats: int = 1,
-    combine: Callable[[float, Tensor], Tensor] = lambda _timestep, noise: noise,
-    *,
-    precompute: bool = True,
-    wrap_step: WrapStep | None = None,
-) -> Denoiser:
+    unet: UNet, schedule: Schedule, conditioning: Conditioning, repeats: int = 1,
+    combine: Callable[[float, Tensor], Tensor] = lambda _timestep, noise: noise, *, precompute: bool = True,
+    wrap_step: WrapStep | None = None
+) -> Denoiser:  # fmt: skip
     """Return `denoise(x, sigma) -> x0 = x - sigma * combine(timestep, noise)`, with the noise of all rows.
 
     conditioning: rows of B images, `repeats` for each latent. precompute, wrap_step: see `guided`.
@@ -105,10 +93,9 @@ def make_denoiser(
 
 
 def cfg_rescale(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function of guided and conditional noise [B, ...] that interpolates the guided noise's
-    standard deviation in each image towards the conditional one's, by `factor`.
+    """Return a function of guided and conditional noise [B, ...] that rescales the first in each image.
 
-    Guidance raises the standard deviation, which overexposes. factor: from 0 to 1; ValueError otherwise.
+    Guidance raises the standard deviation, which overexposes; `factor`, 0 to 1, moves it to the second's.
     Source: https://arxiv.org/abs/2305.08891, equations 15 and 16; `rescale_noise_cfg` in diffusers.
     """
     check_float("rescale", factor, 0, 1)
@@ -124,10 +111,9 @@ def cfg_rescale(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
 def use_inside_interval(
     interval: Interval, schedule: Schedule, inside: Denoiser, outside: Denoiser
 ) -> Denoiser:
-    """Use `inside` where sigma is in the interval, `outside` elsewhere.
+    """Use `inside` where sigma is in the interval, `outside` elsewhere; errors as in `interval_sigmas`.
 
-    Guidance harms at high noise levels and has little effect at low ones. Errors as in `interval_sigmas`.
-    Source: https://arxiv.org/abs/2404.07724, equation 6.
+    Guidance harms at high noise levels and does little at low ones: https://arxiv.org/abs/2404.07724, eq. 6.
     """
     low, high = interval_sigmas(interval, schedule)
     return lambda x, sigma: (inside if low < sigma <= high else outside)(x, sigma)

@@ -17,19 +17,13 @@ FileSelector = Callable[[list[str]], list[str]]  # a repository's listing -> the
 
 
 def fetch(
-    name: str | Path,
-    select: FileSelector,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-) -> Path:
+    name: str | Path, select: FileSelector, *, revision: str | None = None,
+    cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None
+) -> Path:  # fmt: skip
     """Return the local folder of a checkpoint: `name` itself if it is one, else a hub repository's.
 
-    select: raises FileNotFoundError for missing files. It is not called for a local folder, nor for a cache
-    that is used without the hub.
-    Raises FileNotFoundError, in one line, naming what was looked for.
+    select: not called for a local folder, nor for a cache that is used without the hub; it and this raise
+    FileNotFoundError, in one line, naming what was looked for.
     """
     if not isinstance(name, str | Path) or not str(name):
         raise TypeError(f"expected a checkpoint folder or hub repository, got {name!r}")
@@ -61,11 +55,10 @@ def fetch(
     # and the client refuses a cache that lacks one of them, as ours lacks those that were not needed.
     selected = ["no file"] if listing is None else select(listing)
     try:
-        cached = snapshot_download(
+        return Path(snapshot_download(
             repo, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=selected,
             local_files_only=listing is None,
-        )  # fmt: skip
-        return Path(cached)
+        ))  # fmt: skip
     except (errors.LocalEntryNotFoundError, HTTPError, errors.HFValidationError) as error:
         if listing is None:
             raise FileNotFoundError(f"{repo}: not in the local cache, and {reason}") from None
@@ -73,19 +66,13 @@ def fetch(
 
 
 def find_file(
-    source: str | Path,
-    weight_name: str | None = None,
-    subfolder: str | None = None,
-    *,
-    preferred: Sequence[str] = (),
-    with_files: Collection[str] = (),
-    **hub: Any,
-) -> Path:
+    source: str | Path, weight_name: str | None = None, subfolder: str | None = None, *,
+    preferred: Sequence[str] = (), with_files: Collection[str] = (), **hub: Any
+) -> Path:  # fmt: skip
     """Find a safetensors file: `source` itself, or a file of that folder or hub repository.
 
     weight_name: its name; if None the first existing one of `preferred`, or the only file. with_files: names
-    of files of its folder to fetch too. hub: as for `fetch`. Raises FileNotFoundError or ValueError naming
-    the files found.
+    of files of its folder to fetch too. hub: as for `fetch`. Errors name the files found.
     """
     _check_str(weight_name=weight_name, subfolder=subfolder)
     file = as_path("the source", source)
@@ -112,7 +99,6 @@ def find_file(
 
 
 def _choose(names: Sequence[str], weight_name: str | None, preferred: Sequence[str], where: str) -> str:
-    """Choose a safetensors file of a folder, see `find_file`."""
     found = sorted(name for name in names if name.endswith(".safetensors"))
     accepted = preferred if weight_name is None else (weight_name,)
     if chosen := next((name for name in accepted if name in found), None):
@@ -135,7 +121,6 @@ def reject_unused(source: str, **given: Any) -> None:
 
 
 def _check_str(**given: Any) -> None:
-    """Raise TypeError for an argument that is neither a string, nor a path, nor None."""
     for name, value in given.items():
         if not isinstance(value, str | PathLike | None):
             raise TypeError(f"{name} must be a string, got {value!r}")

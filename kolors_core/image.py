@@ -48,9 +48,8 @@ def load_image(
 ) -> "Image":
     """Load an image from a file, an http(s) URL or PIL, rotated upright by its EXIF tag, as RGB.
 
-    convert_method: called on the upright image instead of the conversion to RGB.
-    Raises, in one line, FileNotFoundError, OSError for a URL that does not answer, ValueError for a file
-    that is not an image.
+    convert_method: called on the upright image instead of the conversion to RGB. Raises FileNotFoundError,
+    OSError for a URL that does not answer, ValueError for a file that is not an image.
     """
     from PIL import Image, ImageOps
 
@@ -78,8 +77,7 @@ def _download(address: str) -> BytesIO:
         with urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
             content = response.read(DOWNLOAD_BYTES + 1)
     except (OSError, HTTPException, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise OSError(f"{address}: cannot be fetched: {reason[:200]}") from None
+        raise OSError(f"{address}: cannot be fetched: {' '.join(str(error).split())[:200]}") from None
     if len(content) > DOWNLOAD_BYTES:
         raise ValueError(f"{address}: larger than {DOWNLOAD_BYTES:,} bytes")
     return BytesIO(content)
@@ -100,11 +98,9 @@ def image_errors(file: str | Path) -> Iterator[None]:
 
 
 def preprocess_vae(
-    images: "Image | np.ndarray | Tensor | Sequence[Image | np.ndarray | Tensor]",
-    height: int | None = None,
-    width: int | None = None,
-    multiple: int = 8,
-) -> Tensor:
+    images: "Image | np.ndarray | Tensor | Sequence[Image | np.ndarray | Tensor]", height: int | None = None,
+    width: int | None = None, multiple: int = 8
+) -> Tensor:  # fmt: skip
     """Convert images for the VAE: [B, 3, H, W] in [-1, 1], float32 unless given as other floats.
 
     PIL images of any mode; arrays [H, W, 3] or [B, H, W, 3] and tensors [3, H, W] or [B, 3, H, W], of uint8
@@ -119,12 +115,9 @@ def preprocess_vae(
 
 
 def preprocess_control(images: Any, height: int | None = None, width: int | None = None) -> Tensor:
-    """Convert images for ControlNets: [B, 3, H, W] in [0, 1].
-
-    Images, sizes and errors as for `preprocess_vae`; negative values are refused too.
-    """
+    """Convert images for ControlNets as `preprocess_vae`, but to [B, 3, H, W] in [0, 1]; others fail."""
     batch = _to_batch(images, height, width, 8)
-    if not bool(((batch >= 0) & (batch <= 1)).all()):
+    if not bool(((batch >= 0) & (batch <= 1)).all()):  # a plan has no values, and takes True
         got = f"{batch.min().item():g} to {batch.max().item():g}"
         raise ValueError(f"a control image's values must lie in [0, 1], got {got}")
     return batch
@@ -202,10 +195,7 @@ def pil_to_tensor(image: "Image") -> Tensor:
 
 
 def to_grayscale(image: "Image", size: Size) -> Tensor:
-    """Resize an image of any mode with Lanczos, and convert it to gray: uint8 [H, W].
-
-    Resized first, as in the reference, so that edges of a mask with one bit a pixel stay hard.
-    """
+    """Resize with Lanczos, then convert to gray: uint8 [H, W]; a mask of one bit a pixel keeps hard edges."""
     from PIL.Image import Resampling
 
     return torch.from_numpy(np.array(image.resize((size[1], size[0]), Resampling.LANCZOS).convert("L")))

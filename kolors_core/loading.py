@@ -5,7 +5,8 @@ copied from the memory-mapped file at most once, and the model gets all of them 
 each is aligned as torch would allocate it, so that the same weights compute the same bits from any file.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -25,13 +26,10 @@ Initializer = Callable[[torch.Size, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Report of a load: tensors by the model's names, in `unexpected` by the checkpoint's.
-
-    missing and misshapen were created by the initializers given for them.
-    """
+    """Report of a load: tensors by the model's names, in `unexpected` by the checkpoint's."""
 
     loaded: list[str]
-    missing: list[str]
+    missing: list[str]  # created by the initializers given for them, as the misshapen
     unexpected: list[str]
     misshapen: list[str]
 
@@ -48,8 +46,7 @@ def zeros(shape: torch.Size, found: Tensor | None) -> Tensor:
 def zero_padded(shape: torch.Size, found: Tensor | None) -> Tensor:
     """Initialize with the checkpoint's tensor at the start of each axis and zeros after it.
 
-    So a convolution with new input channels computes at first what it did without them. Raises ValueError for
-    a tensor that is missing or too large.
+    A widened convolution starts as the narrow one. ValueError for a tensor that is missing or too large.
     """
     if found is None or found.ndim != len(shape) or any(map(int.__gt__, found.shape, shape)):
         got = "none" if found is None else f"one of {list(found.shape)}"
@@ -60,24 +57,18 @@ def zero_padded(shape: torch.Size, found: Tensor | None) -> Tensor:
 
 
 def load(
-    model: nn.Module,
-    source: Source | Tensors,
-    component: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    partial: Mapping[str, Initializer] | None = None,
-) -> LoadReport:
+    model: nn.Module, source: Source | Tensors, component: str, *, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu", partial: Mapping[str, Initializer] | None = None
+) -> LoadReport:  # fmt: skip
     """Load a checkpoint into a model, strictly. The model may be on the meta device; no tensor stays there.
 
     partial: load what fits. Each tensor of the model that the checkpoint lacks, or has in another shape, must
     match one of these names or patterns (`"conv_in.weight"`, `"up.*.bias"`, by our names), and is created by
-    its initializer, such as `zeros` or `zero_padded`; the first match counts. Tensors of the checkpoint that
-    the model does not have are reported.
-
+    its initializer, such as `zeros` or `zero_padded`; the first match counts. Unknown tensors are reported.
     Raises ValueError naming the first tensors that are missing, unexpected or misshapen, an initializer that
     matches no such tensor or returns another shape, or a quantized model; the model is then unchanged.
     """
+    require_plain(model, f"load {source.where} into it; load a plain model, then quantize")
     if partial is None:
         names = check(model, source, component)
         assign_weights(model, source, names, dtype=dtype, device=device)
@@ -86,12 +77,8 @@ def load(
 
 
 def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[str, str]:
-    """Check that a checkpoint fits a model, from headers alone: checkpoint name -> model name.
-
-    Dropped tensors are left out. Raises ValueError as `load` does.
-    """
+    """Check by headers that a checkpoint fits; return checkpoint name -> model name, without dropped ones."""
     where = source.where
-    require_plain(model, f"load {where} into it; load a plain model, then quantize")
     table, is_ours = detect_component(source.keys(), where)
     if table.component != component:
         raise ValueError(f"{where}: expected the {component} of a Kolors checkpoint, got a {table.component}")
@@ -106,14 +93,9 @@ def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[st
 
 
 def assign_weights(
-    model: nn.Module,
-    source: Source | Tensors,
-    names: Mapping[str, str],
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    initialized: Mapping[str, Tensor] | None = None,
-) -> None:
+    model: nn.Module, source: Source | Tensors, names: Mapping[str, str], *, dtype: torch.dtype,
+    device: torch.device | str, initialized: Mapping[str, Tensor] | None = None
+) -> None:  # fmt: skip
     """Assign a checkpoint's tensors (checkpoint name -> model name) and initialized ones to a model."""
     state, copied = dict(initialized or {}), 0
     for public, name in names.items():
@@ -127,22 +109,13 @@ def assign_weights(
 
 
 def _load_what_fits(
-    model: nn.Module,
-    source: Source | Tensors,
-    component: str,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    partial: Mapping[str, Initializer],
-) -> LoadReport:
-    """Load in part, see `load`."""
-    require_plain(model, f"load {source.where} into it; load a plain model, then quantize")
+    model: nn.Module, source: Source | Tensors, component: str, dtype: torch.dtype,
+    device: torch.device | str, partial: Mapping[str, Initializer]
+) -> LoadReport:  # fmt: skip
     target = {name: tensor.shape for name, tensor in model.state_dict().items()}
     internal = _best_key_mapping(source, component, target)  # checkpoint name -> model name
     public = {name: stored for stored, name in internal.items()}
-    fitting = {
-        stored: name for stored, name in internal.items()
-        if name in target and source.shape(stored) == target[name]
-    }  # fmt: skip
+    fitting = {stored: name for stored, name in internal.items() if source.shape(stored) == target.get(name)}
     missing = sorted(target.keys() - public.keys())
     misshapen = sorted(target.keys() & public.keys() - set(fitting.values()))
     _reject_integers(source, [*fitting, *(public[name] for name in misshapen)])
@@ -172,9 +145,7 @@ def _load_what_fits(
     return LoadReport(sorted(fitting.values()), missing, unexpected, misshapen)
 
 
-def _best_key_mapping(
-    source: Source | Tensors, component: str, target: Mapping[str, object]
-) -> dict[str, str]:
+def _best_key_mapping(source: Source | Tensors, component: str, target: Container[str]) -> dict[str, str]:
     """Map the checkpoint's names to the model's, read as public or ours, whichever match more tensors."""
     tables = [table for table in TABLES.values() if table.component == component]
     mappings = [{name: table.to_ours(name) for name in source} for table in tables]
@@ -187,12 +158,9 @@ def _best_key_mapping(
 
 
 def _reject_duplicates(names: Mapping[str, str], where: str) -> None:
-    """Raise ValueError for two tensors that have one name in the model."""
-    seen = set[str]()
-    for stored, name in names.items():
-        if name in seen:
-            raise ValueError(f"{where}: {stored} is there under two names")
-        seen.add(name)
+    counts = Counter(names.values())
+    if twice := [stored for stored, name in names.items() if counts[name] > 1]:
+        raise ValueError(f"{where}: {twice[-1]} is there under two names")
 
 
 def _reject_integers(source: Source | Tensors, names: Iterable[str]) -> None:

@@ -29,8 +29,7 @@ class Savings:
     merge_padding: encode and attend to equal pads of a prompt as one with a multiplicity.
     precompute: see `guidance.guided`.
     cached_prompts: number of prompts, or lists of them, whose embeddings stay in memory; 0 for none.
-    prompt_folder: folder of embeddings as safetensors files, shared with other processes and later runs; see
-    kolors_core/performance/prompt_cache.py.
+    prompt_folder: folder of embeddings, shared with other processes and later runs, see prompt_cache.py.
     """
 
     merge_padding: bool = True
@@ -45,15 +44,11 @@ class Savings:
 
 
 class PrecomputedInputs:
-    """Inputs of a UNet's or ControlNet's blocks that do not depend on the latents, for every step of a run.
-
-    keys_values: of each cross-attention, in the order in which they run.
-    """
+    """Inputs of a UNet's or ControlNet's blocks that do not depend on the latents, for each step of a run."""
 
     def __init__(self, net: UNetEncoder, schedule: Schedule, conditioning: Conditioning) -> None:
         c = conditioning
-        context = net.context(c.text_tokens, c.text_counts, c.image_prompts)
-        unique, rows = context.unique_rows()
+        unique, rows = net.context(c.text_tokens, c.text_counts, c.image_prompts).unique_rows()
         self.net, self.keys_values = net, [kv.select_rows(rows) for kv in net.project_kv(unique)]
         if c.perturbed:
             pairs = zip(self.keys_values, c.perturbed, strict=True)
@@ -84,10 +79,7 @@ def has_default_forward(net: UNetEncoder, kind: type[UNetEncoder]) -> bool:
 
 
 def predict_uncached(unet: UNet, conditioning: Conditioning, repeats: int) -> PredictNoise:
-    """Return a function that calls `unet.forward` in every step.
-
-    Optional inputs are passed only if set, so a custom forward need not accept them.
-    """
+    """Return a function that calls `unet.forward`, with its optional inputs only if they are set."""
     c = conditioning
     optional: dict[str, Any] = {"perturbed": c.perturbed} if c.perturbed else {}
     optional |= {} if c.added is None else {"added": c.added}

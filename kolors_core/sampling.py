@@ -37,21 +37,14 @@ def euler(denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None =
 
 
 def dpmpp_2m(
-    denoise: Denoiser,
-    x: Tensor,
-    sigmas: Sigmas,
-    on_step: OnStep | None = None,
-    *,
-    noise: Callable[[], Tensor] | None = None,
-    order: int = 2,
-    first_order_last: bool = False,
-) -> Tensor:
+    denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None, *,
+    noise: Callable[[], Tensor] | None = None, order: int = 2, first_order_last: bool = False
+) -> Tensor:  # fmt: skip
     """Integrate by DPM-Solver++(2M), written in sigmas: h = log(sigma / next_sigma).
 
-    Source: https://arxiv.org/abs/2211.01095, algorithm 2.
-    x, sigmas, on_step: as for `euler`. noise: draws standard normal noise like x, for the same paper's
-    SDE-DPM-Solver++. order: 1 omits the multistep term. first_order_last: omit it in the last step only; a
-    step to sigma 0 always omits it.
+    Source: https://arxiv.org/abs/2211.01095, algorithm 2. x, sigmas, on_step: as for `euler`. noise: draws
+    standard normal noise like x, for the same paper's SDE-DPM-Solver++. order: 1 omits the multistep term.
+    first_order_last: omit it in the last step only; a step to sigma 0 always omits it.
     """
     last_x0, last_h, steps = None, 0.0, len(sigmas) - 1
     for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
@@ -86,11 +79,9 @@ def make_sampler(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], T
     if not isinstance(scheduler, DPMSolverMultistepScheduler):
         return euler
     return partial(
-        dpmpp_2m,
-        noise=noise if scheduler.algorithm_type == "sde-dpmsolver++" else None,
-        order=scheduler.solver_order,
-        first_order_last=schedule.first_order_last,
-    )
+        dpmpp_2m, noise=noise if scheduler.algorithm_type == "sde-dpmsolver++" else None,
+        order=scheduler.solver_order, first_order_last=schedule.first_order_last
+    )  # fmt: skip
 
 
 def randn_latents(
@@ -99,8 +90,7 @@ def randn_latents(
     """Draw standard normal noise [B, ...] on the generator's own device (the CPU if None), then move it.
 
     generator: one for the whole batch, or one for each of its B images; ValueError for another number. From
-    torch 2.13 on, float16 and bfloat16 noise is float32's, rounded, so that a seed gives the same image in
-    every precision; in torch 2.10 it differs.
+    torch 2.13 on, float16 and bfloat16 noise is float32's, rounded: a seed gives the same image in each.
     """
     if isinstance(generator, torch.Generator) or generator is None:
         source = "cpu" if generator is None else generator.device

@@ -152,12 +152,9 @@ class Scheduler(ABC):
         return ((1 - alphas) / alphas) ** 0.5
 
     def schedule(
-        self,
-        steps: int | None = None,
-        *,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> Schedule:
+        self, steps: int | None = None, *, timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None
+    ) -> Schedule:  # fmt: skip
         """Compute the schedule of a run of `steps` steps, or of given `timesteps` (n) or `sigmas` (n + 1).
 
         ValueError unless exactly one is given and the numbers are strictly descending.

@@ -1,7 +1,4 @@
-"""Tokenizer of ChatGLM3: prompts -> TokenBatch.
-
-Shapes: B prompts, L `max_length`.
-"""
+"""Tokenizer of ChatGLM3: prompts -> TokenBatch. Shapes: B prompts, L `max_length`."""
 
 import logging
 import re
@@ -16,7 +13,6 @@ from torch import Tensor
 from kolors_core.validation import as_path, check_int
 
 logger = logging.getLogger("kolors_core")
-
 # ChatGLM3 numbers its special tokens after the SentencePiece pieces, in this order.
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
@@ -25,8 +21,7 @@ SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 class TokenBatch:
     """Tokens of B prompts: ids [B, L], mask [B, L] (bool, True on real tokens) and positions [B, L].
 
-    Positions are 0 on pads, then 0, 1, 2, ... counts: None, or float32 [B, L], the multiplicity of each token
-    in the full batch.
+    Positions are 0 on pads, then 0, 1, 2, ... counts: None, or float32 [B, L], each token's multiplicity.
     """
 
     ids: Tensor
@@ -79,10 +74,7 @@ class Tokenizer:
         self.size: int = num_pieces + len(SPECIAL_TOKENS)
 
     def encode(self, text: str, words: Mapping[str, Sequence[int]]) -> list[int]:
-        """Encode a text, replacing each of `words`, the longest first, by its ids.
-
-        The text between them is encoded as separate prompts.
-        """
+        """Encode a text with each of `words`, the longest first, as its ids; texts between stay apart."""
         patterns = sorted(map(re.escape, words), key=len, reverse=True)
         parts = re.split(f"({'|'.join(patterns)})", text) if words else [text]
         return [i for part in parts for i in (words[part] if part in words else self.pieces.encode(part))]
@@ -101,8 +93,7 @@ class Tokenizer:
         if check_int("max_length", max_length) <= len(prefix):
             raise ValueError(f"max_length must be more than the prefix's {len(prefix)}, got {max_length}")
         ids = torch.full((len(prompts), max_length), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros((len(prompts), max_length), dtype=torch.bool)
-        positions = torch.zeros((len(prompts), max_length), dtype=torch.int64)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt {row} must be a string, got {type(prompt).__name__}")
@@ -114,15 +105,12 @@ class Tokenizer:
                 cut = [i for i in tokens[max_length:] if i < self.pieces.vocab_size()]
                 _warn_truncated(len(tokens), max_length, self.pieces.decode(cut))
                 tokens = tokens[:max_length]
-            start = max_length - len(tokens)
-            ids[row, start:] = torch.tensor(tokens)
-            mask[row, start:] = True
-            positions[row, start:] = torch.arange(len(tokens))
-        return TokenBatch(ids, mask, positions)
+            ids[row, -len(tokens) :] = torch.tensor(tokens)
+            mask[row, -len(tokens) :] = True
+        return TokenBatch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # once for each truncated text
 def _warn_truncated(count: int, most: int, cut: str) -> None:
-    """Log a warning once for each truncated text."""
     shown = cut if len(cut) <= 120 else f"{cut[:120]}..."
     logger.warning("a prompt of %d tokens is truncated to %d, without %r", count, most, shown)

@@ -119,11 +119,7 @@ class Attention(nn.Module):
         return KeysValues(k, v, context.bias, images, context.perturbed)
 
     def forward(self, x: Tensor, context: Context | KeysValues, perturbed: int = 0) -> Tensor:
-        """Map x [B, N, C] to [B, N, C].
-
-        context: tokens, or their `project_kv`. perturbed: number of last rows whose attention map is replaced
-        by the identity.
-        """
+        """Map x [B, N, C] to [B, N, C]; perturbed: number of last rows with the identity as attention map."""
         q = split_heads(self.to_q(x), self.heads)  # [B, heads, N, C/heads]
         kv = self.project_kv(context) if isinstance(context, Context) else context
         h = attention(q, kv.k, kv.v, kv.bias)
@@ -338,18 +334,10 @@ class UNet(UNetEncoder):
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text_tokens: Tensor,
-        pooled_text: Tensor,
-        size_ids: Tensor,
-        text_counts: Tensor | None = None,
-        image_prompts: Sequence[ImagePrompt] = (),
-        residuals: Sequence[Tensor] = (),
-        perturbed: Sequence[int] = (),
-        added: Tensor | None = None,
-    ) -> Tensor:
+        self, latents: Tensor, timestep: Tensor, text_tokens: Tensor, pooled_text: Tensor, size_ids: Tensor,
+        text_counts: Tensor | None = None, image_prompts: Sequence[ImagePrompt] = (),
+        residuals: Sequence[Tensor] = (), perturbed: Sequence[int] = (), added: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """Predict the noise in `latents`.
 
         latents: [B, in_channels, H, W], any H and W, scaled to unit variance. timestep: [] or [B], 0 to 1099,
@@ -358,8 +346,7 @@ class UNet(UNetEncoder):
         [B, S], the multiplicity of each text token. image_prompts: one for each attached IP-Adapter.
         residuals: ControlNets' (controlnet.py), added to each skip and to the middle, of the same shapes.
         perturbed: none, or for each TransformerBlock the number of last rows whose self-attention map is the
-        identity. added: None, or [B, T], another condition to add to the time. Returns
-        [B, out_channels, H, W].
+        identity. added: None, or [B, T], added to the time. Returns [B, out_channels, H, W].
         """
         time = self.embed_time(timestep.expand(latents.shape[0]))  # [B, T]
         time = time + self.added_embedding(pooled_text, size_ids, added)  # [B, T]
@@ -371,13 +358,9 @@ class UNet(UNetEncoder):
         return self.forward_precomputed(latents, repeat(time), contexts, residuals=residuals)
 
     def forward_precomputed(
-        self,
-        latents: Tensor,
-        times: Iterable[Tensor | TimeShift],
-        contexts: Iterable[Context | KeysValues],
-        copies: int = 1,
-        residuals: Sequence[Tensor] = (),
-    ) -> Tensor:
+        self, latents: Tensor, times: Iterable[Tensor | TimeShift], contexts: Iterable[Context | KeysValues],
+        copies: int = 1, residuals: Sequence[Tensor] = ()
+    ) -> Tensor:  # fmt: skip
         """Compute `forward` from inputs that a run computes once.
 
         latents: [b, in_channels, H, W]. times: for each ResBlock in order of execution (down, mid, up),

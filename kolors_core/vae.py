@@ -187,8 +187,7 @@ def run_channels_last(run_coder: RunCoder, coder: nn.Module, x: Tensor) -> Tenso
 class VAE(nn.Module):
     """VAE of an encoder and a decoder. Outside this class latents are scaled by `config.scaling_factor`.
 
-    run_coder: the function (coder, x) -> result that runs either, `call` by default; that of
-    performance/vae_tiling.py runs them tile by tile.
+    run_coder: the function (coder, x) -> result that runs either; performance/vae_tiling.py's runs tiles.
     """
 
     def __init__(self, config: VAEConfig) -> None:

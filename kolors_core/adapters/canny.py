@@ -19,7 +19,7 @@ def canny(image: "Image", low: float = 100, high: float = 200) -> "Image":
     """Detect edges: an RGB image of the same size, with white edges, one pixel wide, on black.
 
     low, high: thresholds of the gradient's magnitude, up to 2,040. An edge is where it exceeds `high`, and
-    where it exceeds `low` and is connected to such a pixel. Raises TypeError for anything but a PIL image,
+    where it exceeds `low` and is connected to such a pixel. TypeError for anything but a PIL image,
     ValueError for thresholds that are negative or in the wrong order.
     """
     from PIL import Image
@@ -30,11 +30,10 @@ def canny(image: "Image", low: float = 100, high: float = 200) -> "Image":
         raise ValueError(f"expected 0 <= low <= high, got low {low} and high {high}")
     magnitude, dx, dy = _gradient(np.asarray(image.convert("RGB")))
     peaks = _suppress_non_maxima(magnitude, dx, dy, low)
-    edges = _hysteresis(peaks, peaks & (magnitude > high))
-    return Image.fromarray(edges).convert("RGB")
+    return Image.fromarray(_hysteresis(peaks, peaks & (magnitude > high))).convert("RGB")
 
 
-def _gradient(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _gradient(pixels: np.ndarray) -> tuple[np.ndarray, ...]:
     """Compute |dx| + |dy|, dx and dy [H, W] of the color with the largest sum; pixels: uint8 [H, W, 3]."""
     x = np.pad(pixels.astype(np.int16), ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows = x[:-2] + 2 * x[1:-1] + x[2:]  # [H, W + 2, 3]
@@ -42,8 +41,7 @@ def _gradient(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     dx, dy = rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]  # [H, W, 3]
     magnitude = abs(dx) + abs(dy)
     largest = magnitude.argmax(-1, keepdims=True)  # the first of equal ones
-    magnitude, dx, dy = (np.take_along_axis(values, largest, -1)[..., 0] for values in (magnitude, dx, dy))
-    return magnitude, dx, dy
+    return tuple(np.take_along_axis(values, largest, -1)[..., 0] for values in (magnitude, dx, dy))
 
 
 def _suppress_non_maxima(magnitude: np.ndarray, dx: np.ndarray, dy: np.ndarray, low: float) -> np.ndarray:
@@ -54,13 +52,11 @@ def _suppress_non_maxima(magnitude: np.ndarray, dx: np.ndarray, dy: np.ndarray, 
     threshold = TAN_22 * abs(dx)
     is_horizontal = abs(dy) * 2**15 < threshold  # within 22.5 degrees
     is_vertical = abs(dy) * 2**15 > threshold + abs(dx) * 2**16  # tan(67.5) is tan(22.5) + 2
-    is_diagonal = ~(is_horizontal | is_vertical)
     slant = np.where((dx < 0) != (dy < 0), -1, 1)
-    step_y = np.where(is_horizontal, 0, 1)
-    step_x = np.where(is_horizontal, 1, np.where(is_vertical, 0, slant))
+    step_y, step_x = np.where(is_horizontal, 0, 1), np.select([is_horizontal, is_vertical], [1, 0], slant)
     before, after = padded[y + 1 - step_y, x + 1 - step_x], padded[y + 1 + step_y, x + 1 + step_x]
     # Of two equal neighbors the first counts; on a diagonal, neither.
-    is_peak = (center > before) & np.where(is_diagonal, center > after, center >= after)
+    is_peak = (center > before) & np.where(is_horizontal | is_vertical, center >= after, center > after)
     peaks = np.zeros_like(magnitude, dtype=bool)
     peaks[y[is_peak], x[is_peak]] = True
     return peaks
@@ -69,10 +65,9 @@ def _suppress_non_maxima(magnitude: np.ndarray, dx: np.ndarray, dy: np.ndarray, 
 def _hysteresis(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
     """Select the pixels of `weak` that are connected to `strong`, over sides and corners: bool [H, W]."""
     padded = np.pad(weak, 1)
-    stride = padded.shape[1]
     remaining = padded.ravel()
     found = np.zeros_like(remaining)
-    neighbors = np.array([dy * stride + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx])
+    neighbors = np.array([dy * padded.shape[1] + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx])
     front = np.flatnonzero(np.pad(strong, 1))
     while len(front):
         found[front], remaining[front] = True, False

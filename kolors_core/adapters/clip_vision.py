@@ -51,9 +51,8 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_public(cls, public: PublicConfig, where: str = "image_encoder/config.json") -> Self:
-        """Read the config of transformers' `CLIPVisionModelWithProjection`, or of a whole CLIP.
-
-        It must name every size: for a missing one, transformers would take that of another model (ViT-B/32).
+        """Read the config of transformers' `CLIPVisionModelWithProjection`, or of a whole CLIP. It must name
+        every size: for a missing one, transformers would take that of another model (ViT-B/32).
         """
         if public.get("model_type") == "clip":
             public, where = public.get("vision_config") or {}, f"{where}: vision_config"
@@ -89,9 +88,8 @@ class CLIPVisionConfig:
 
 @dataclass(frozen=True)
 class CLIPVisionOutput:
-    """Output in transformers' names: image_embeds [B, projection_dim], last_hidden_state [B, N, C], unnormed.
-
-    hidden_states: None, or the first layer's input and every layer's output, [B, N, C] each.
+    """Output in transformers' names: image_embeds [B, projection_dim], last_hidden_state [B, N, C], unnormed;
+    hidden_states None, or the first layer's input and every layer's output, [B, N, C] each.
     """
 
     image_embeds: Tensor
@@ -124,15 +122,11 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = nn.Linear(width, width)
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, N, C] to [B, N, C]."""
-        projected = (self.to_q(x), self.to_k(x), self.to_v(x))
-        q, k, v = (split_heads(t, self.heads) for t in projected)  # [B, H, N, D]
+        q, k, v = (split_heads(to(x), self.heads) for to in (self.to_q, self.to_k, self.to_v))  # [B, H, N, D]
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, N, C]
 
 
@@ -192,16 +186,6 @@ class CLIPVision(nn.Module):
         embeds = self.projection(self.norm_out(x[:, 0]))  # [B, projection_dim]
         return CLIPVisionOutput(embeds, x, tuple(states) if output_hidden_states else None)
 
-    @property
-    def device(self) -> torch.device:
-        """The encoder's device."""
-        return self.projection.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The encoder's dtype."""
-        return self.projection.weight.dtype
-
     def penultimate(self, pixels: Tensor) -> Tensor:
         """Compute `hidden_states[-2]` [B, N, C], which the IP-Adapter reads, without the last layer."""
         x = self.norm_in(self.embedding(pixels))  # [B, N, C]
@@ -214,8 +198,7 @@ def preprocess_clip(images: "Image | np.ndarray | Sequence[Image | np.ndarray]",
     """Crop images to the center square and normalize them for CLIP: [B, 3, size, size] float32.
 
     images: PIL images of any mode, transparency on white; arrays [H, W, 3] or [B, H, W, 3] of uint8 or in
-    [0, 1]; or a list of them, whose sizes may differ. Raises ValueError for an aspect ratio above 100 or
-    another array, TypeError for other types.
+    [0, 1]; or a list of them. ValueError for an aspect ratio above 100 or another array, or TypeError.
     """
     from PIL.Image import Resampling
 
@@ -227,8 +210,7 @@ def preprocess_clip(images: "Image | np.ndarray | Sequence[Image | np.ndarray]",
             raise ValueError(f"expected {expected}, got {image.height} x {image.width}")
         length = int(size * long / short)
         target = (size, length) if image.width <= image.height else (length, size)
-        square, _ = center_crop(image.resize(target, Resampling.BICUBIC), (size, size))
-        squares.append(pil_to_tensor(square))
+        squares.append(pil_to_tensor(center_crop(image.resize(target, Resampling.BICUBIC), (size, size))[0]))
     pixels = (torch.stack(squares).double() * (1 / 255)).float()  # [B, 3, size, size]
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))  # [3, 1, 1]
     return (pixels - mean) / std
@@ -246,11 +228,10 @@ def _rgb(image: Any) -> "Image":
         raise ValueError(f"expected an array [H, W, 3] or [B, H, W, 3], got one of {list(image.shape)}")
     if image.dtype != np.uint8:
         if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
-            got = f"{image.dtype} up to {image.max():g}"
-            raise ValueError(f"expected pixels of uint8, or floats in [0, 1], got {got}")
+            expected = "pixels of uint8, or floats in [0, 1]"
+            raise ValueError(f"expected {expected}, got {image.dtype} up to {image.max():g}")
         image = (image * 255).round().astype(np.uint8)
     return Image.fromarray(image)
 
 
-# The spec by which `checkpoint.load_component` builds an image encoder.
-IMAGE_ENCODER = ModelSpec(CLIPVisionConfig, CLIPVision)
+IMAGE_ENCODER = ModelSpec(CLIPVisionConfig, CLIPVision)  # for `checkpoint.load_component`

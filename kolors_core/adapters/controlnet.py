@@ -1,8 +1,7 @@
 """ControlNet (https://arxiv.org/abs/2302.05543): conditions the denoiser on edges, depth or pose images.
 
-A copy of the UNet's down path and middle block, with its own weights, reads the latents plus the embedded
-control image. Its outputs pass through convolutions that start at zero, and are added to the UNet's skip
-connections and to its middle block's output.
+A copy of the UNet's down path and middle block reads the latents plus the embedded control image. Its
+outputs, after convolutions that start at zero, are added to the UNet's skip connections and middle block.
 Source: `ControlNetModel` in diffusers' models/controlnets/controlnet.py; it leaves the text projection, which
 the released Kolors ControlNets have, to its caller.
 Shapes: B batch, C channels, H height and W width of latents; a control image is P (8) times as high and wide.
@@ -10,8 +9,8 @@ Shapes: B batch, C channels, H height and W width of latents; a control image is
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import repeat
+from functools import partial, reduce
+from itertools import pairwise, repeat
 from typing import Any, Self
 
 import torch
@@ -31,8 +30,7 @@ _REQUIRED_VALUES: dict[str, Any] = {
     "_class_name": "ControlNetModel", "controlnet_conditioning_channel_order": "rgb",
     "conditioning_channels": 3, "global_pool_conditions": False,
 }  # fmt: skip
-# The UNet's public fields that a ControlNet's constructor takes too.
-_SHARED_FIELDS = {
+_SHARED_FIELDS = {  # the UNet's public fields that a ControlNet's constructor takes too
     "in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "mid_block_type",
     "only_cross_attention", "block_out_channels", "layers_per_block", "downsample_padding",
     "mid_block_scale_factor", "act_fn", "norm_num_groups", "norm_eps", "cross_attention_dim",
@@ -45,7 +43,8 @@ _SHARED_FIELDS = {
 @dataclass(frozen=True, kw_only=True)
 class ControlNetConfig(UNetConfig):
     """Sizes of a ControlNet: those of its UNet, and conditioning_widths, the channels of the image embedding,
-    each at half the resolution of the one before."""
+    each at half the resolution of the one before.
+    """
 
     conditioning_widths: tuple[int, ...] = (16, 32, 96, 256)
 
@@ -58,16 +57,16 @@ class ControlNetConfig(UNetConfig):
         rest = {name: value for name, value in public.items() if name not in fields.read_names}
         if unknown := [name for name in ("sample_size", "out_channels", "up_block_types") if name in rest]:
             fields.reject(unknown[0], rest[unknown[0]], "no such field of a ControlNet")
-        ups = [str(kind).replace("Down", "Up") for kind in reversed(rest.get("down_block_types") or ())]
-        channels = rest.get("in_channels")
+        downs, channels = rest.get("down_block_types") or (), rest.get("in_channels")
+        ups = [str(kind).replace("Down", "Up") for kind in reversed(downs)]
         rest |= {"up_block_types": ups, "out_channels": channels, "sample_size": cls.sample_size}
         return cls(**asdict(UNetConfig.from_public(rest, where)), conditioning_widths=widths)
 
     def to_public(self) -> dict[str, Any]:
         """Return the `config.json` that diffusers' ControlNetModel reads."""
         shared = {name: value for name, value in super().to_public().items() if name in _SHARED_FIELDS}
-        widths = list(self.conditioning_widths)
-        return shared | _REQUIRED_VALUES | {"conditioning_embedding_out_channels": widths}
+        own = {"conditioning_embedding_out_channels": list(self.conditioning_widths)}
+        return shared | _REQUIRED_VALUES | own
 
 
 class ImageEmbedding(nn.Module):
@@ -78,17 +77,15 @@ class ImageEmbedding(nn.Module):
         widths = config.conditioning_widths
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.convs = nn.ModuleList()
-        for width, wider in zip(widths, widths[1:], strict=False):
-            self.convs.append(nn.Conv2d(width, width, 3, padding=1))
-            self.convs.append(nn.Conv2d(width, wider, 3, stride=2, padding=1))
+        for c, next_c in pairwise(widths):
+            self.convs += [nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, next_c, 3, stride=2, padding=1)]
         self.conv_out = nn.Conv2d(widths[-1], config.channels[0], 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map image [B, 3, P * H, P * W] in [0, 1] to [B, C, H, W]."""
-        x = F.silu(self.conv_in(image))
-        for conv in self.convs:
-            x = F.silu(conv(x))
-        return self.conv_out(x)
+        for conv in (self.conv_in, *self.convs):
+            image = F.silu(conv(image))
+        return self.conv_out(image)
 
 
 class ControlNet(UNetEncoder):
@@ -118,9 +115,8 @@ class ControlNet(UNetEncoder):
         sizes = {"in_channels": latents, "conditioning_widths": tuple(conditioning_widths)}
         net = cls(ControlNetConfig(**asdict(unet.config) | sizes)).to(unet.conv_in.weight)
         of_unet, new = unet.state_dict(), ("image_embedding.", "to_skips.", "to_mid.")
-        missing = (name for name in net.state_dict() if name not in of_unet and not name.startswith(new))
-        if (first := next(missing, None)) is not None:
-            raise ValueError(f"the UNet, quantized perhaps, has no plain {first} to start from")
+        if missing := [n for n in net.state_dict() if n not in of_unet and not n.startswith(new)]:
+            raise ValueError(f"the UNet, quantized perhaps, has no plain {missing[0]} to start from")
         state = {name: of_unet.get(name, tensor) for name, tensor in net.state_dict().items()}
         state["conv_in.weight"] = state["conv_in.weight"][:, :latents]
         net.load_state_dict(state)
@@ -132,7 +128,7 @@ class ControlNet(UNetEncoder):
     ) -> list[Tensor]:  # fmt: skip
         """Compute the residuals of the UNet's skip connections and, last, of its middle block, unscaled.
 
-        image: the control image [1 or B, 3, P * H, P * W] in [0, 1]. Other arguments: as for `UNet.forward`.
+        image: the control image [1 or B, 3, P * H, P * W] in [0, 1]. The others: as for `UNet.forward`.
         """
         time = self.embed_time(timestep.expand(latents.shape[0]))  # [B, T]
         time = time + self.added_embedding(pooled_text, size_ids)  # [B, T]
@@ -156,11 +152,9 @@ class ControlNet(UNetEncoder):
 
 @dataclass(frozen=True)
 class ControlInput:
-    """Input and schedule of one ControlNet.
-
-    image: [1 or B, 3, P * H, P * W] in [0, 1], one for all images or one for each. scale: a factor on the
-    residuals. start, end: the ControlNet acts in step i of n if i / n >= start and (i + 1) / n <= end.
-    Raises ValueError for values that would have no effect.
+    """Input and schedule of one ControlNet. image: [1 or B, 3, P * H, P * W] in [0, 1], one for all images or
+    one for each. scale: a factor on the residuals. start, end: the ControlNet acts in step i of n if
+    i / n >= start and (i + 1) / n <= end. Raises ValueError for values that would have no effect.
     """
 
     net: ControlNet
@@ -175,8 +169,8 @@ class ControlInput:
         if self.scale == 0:
             raise ValueError("a ControlNet's scale must be a number that is not 0")
         if not 0 <= self.start < self.end <= 1:
-            got = f"{self.start} and {self.end}"
-            raise ValueError(f"a ControlNet's start must be from 0 to below its end, at most 1, got {got}")
+            expected = "from 0 to below its end, at most 1"
+            raise ValueError(f"a ControlNet's start must be {expected}, got {self.start} and {self.end}")
 
     @classmethod
     def cat(cls, *parts: "ControlInput") -> "ControlInput":
@@ -206,19 +200,15 @@ class ControlResiduals:
     ) -> StepResiduals:  # fmt: skip
         """Return the sum of the residuals as a function of a run's steps; see `conditioning.Residuals`.
 
-        The step is the one in whose interval sigma lies, clamped to the first and the last. ValueError for a
-        control that acts in no step.
+        A step is that in whose interval sigma lies, or the nearest. ValueError if a control has no step.
         """
         active, sigmas = active_controls(self.controls, len(schedule.timesteps)), schedule.sigmas.tolist()
         nets = [_prepare(c, schedule, conditioning, repeats, precompute, wrap_step) for c in self.controls]
 
         def residuals(latents: Tensor, timestep: float, sigma: float) -> list[Tensor]:
             step = min(max(sum(level >= sigma for level in sigmas), 1), len(active)) - 1
-            total: list[Tensor] = []
-            for k in active[step]:
-                scaled = [self.controls[k].scale * residual for residual in nets[k](latents, timestep)]
-                total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
-            return total
+            scaled = [[self.controls[k].scale * r for r in nets[k](latents, timestep)] for k in active[step]]
+            return [reduce(torch.add, row) for row in zip(*scaled, strict=True)]
 
         return residuals
 
@@ -227,7 +217,6 @@ def _prepare(
     control: ControlInput, schedule: Schedule, conditioning: Conditioning, repeats: int, precompute: bool,
     wrap_step: WrapStep | None,
 ) -> Callable[[Tensor, float], list[Tensor]]:  # fmt: skip
-    """Return one ControlNet's residuals as a function of latents and timestep."""
     net, c = control.net, conditioning
     if not (precompute and has_default_forward(net, ControlNet)):
 
@@ -237,8 +226,7 @@ def _prepare(
             return net(*inputs, control.image, c.text_counts)
 
         return call
-    text_only = replace(conditioning, image_prompts=(), perturbed=(), added=None)
-    inputs = PrecomputedInputs(net, schedule, text_only)
+    inputs = PrecomputedInputs(net, schedule, replace(c, image_prompts=(), perturbed=(), added=None))
     constant = inputs.keys_values, net.image_embedding(control.image)
 
     def step(constant: Any, latents: Tensor, shifts: Tensor) -> list[Tensor]:
@@ -251,15 +239,12 @@ def _prepare(
 
 def active_controls(controls: Sequence[ControlInput], steps: int) -> list[tuple[int, ...]]:
     """List the indices of the controls that act in each step. ValueError for one that never acts."""
-    active = [
-        tuple(k for k, c in enumerate(controls) if i / steps >= c.start and (i + 1) / steps <= c.end)
-        for i in range(steps)
-    ]
-    for k, c in enumerate(controls):
-        if not any(k in indices for indices in active):
-            name, part = f"ControlNet {k + 1}", f"from {c.start} to {c.end} of the run"
-            raise ValueError(f"{name} would act in none of the {steps} steps, {part}")
-    return active
+    acts = [[i / steps >= c.start and (i + 1) / steps <= c.end for i in range(steps)] for c in controls]
+    for number, (c, is_active) in enumerate(zip(controls, acts, strict=True), 1):
+        if not any(is_active):
+            part = f"none of the {steps} steps, from {c.start} to {c.end} of the run"
+            raise ValueError(f"ControlNet {number} would act in {part}")
+    return [tuple(k for k, is_active in enumerate(acts) if is_active[i]) for i in range(steps)]
 
 
 def controlnets_of(controlnet: Any) -> list[ControlNet]:

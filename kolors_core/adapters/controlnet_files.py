@@ -5,26 +5,9 @@ from typing import Self
 
 import torch
 
+from kolors_core import checkpoint, devices
 from kolors_core.adapters.controlnet import ControlNet, ControlNetConfig
-from kolors_core.checkpoint import (
-    EMBEDDED,
-    EMBEDDED_NAME,
-    ModelSpec,
-    base_state,
-    fetch_component,
-    load_component,
-    open_weights,
-    read_json,
-    save_component,
-)
-from kolors_core.devices import (
-    Dtypes,
-    check_low_cpu_mem_usage,
-    dtype_of,
-    merge_dtype_arguments,
-    refuse_pickles,
-    unwrap_compiled,
-)
+from kolors_core.devices import Dtypes
 from kolors_core.loading import LoadReport, load
 from kolors_core.module import require_plain
 from kolors_core.unet import UNet
@@ -49,17 +32,15 @@ class KolorsControlNet(ControlNet):
         float32 if None; it must be the UNet's. variant: such as "fp16"; None selects the only one. Raises
         FileNotFoundError or ValueError naming the file, field or tensor.
         """
-        refuse_pickles(use_safetensors)
-        check_low_cpu_mem_usage(low_cpu_mem_usage)
+        devices.refuse_pickles(use_safetensors)
+        devices.check_low_cpu_mem_usage(low_cpu_mem_usage)
         name = pretrained_model_name_or_path
-        net = load_component(
-            EMBEDDED / "controlnet" if name == EMBEDDED_NAME else name, "controlnet", subfolder=subfolder,
-            variant=variant, dtype=dtype_of("unet", merge_dtype_arguments(torch_dtype, dtype)), device=device,
-            kind=ModelSpec(ControlNetConfig, cls), revision=revision, cache_dir=cache_dir,
-            local_files_only=local_files_only, token=token,
+        return checkpoint.load_component(
+            checkpoint.EMBEDDED / "controlnet" if name == checkpoint.EMBEDDED_NAME else name, "controlnet",
+            dtype=devices.dtype_of("unet", devices.merge_dtype_arguments(torch_dtype, dtype)), device=device,
+            kind=checkpoint.ModelSpec(ControlNetConfig, cls), subfolder=subfolder, variant=variant,
+            revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip
-        assert isinstance(net, cls)
-        return net
 
     @classmethod
     def from_sdxl(
@@ -74,25 +55,22 @@ class KolorsControlNet(ControlNet):
         dtype and device, and a report whose `missing` are the copied tensors. Raises FileNotFoundError, or
         ValueError naming what does not fit; also for one with a text projection, see `from_pretrained`.
         """
-        folder = fetch_component(
-            pretrained_model_name_or_path, "controlnet", subfolder, variant, True, revision=revision,
-            cache_dir=cache_dir, local_files_only=local_files_only, token=token,
-        )  # fmt: skip
-        folder = folder / subfolder
-        file, unet = folder / "config.json", unwrap_compiled(unet)
+        hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        folder = checkpoint.fetch_component(
+            pretrained_model_name_or_path, "controlnet", subfolder, variant, True, **hub
+        )
+        file, unet = folder / subfolder / "config.json", devices.unwrap_compiled(unet)
         require_plain(unet, "borrow from it; borrow from a plain UNet, then quantize")
-        public = read_json(file)
+        public = checkpoint.read_json(file)
         if public.get("encoder_hid_dim_type") is not None:
             raise ValueError(f"{file}: it has a text projection: load it by from_pretrained")
         added = unet.config.text_dim + 6 * unet.config.size_dim
-        config = ControlNetConfig.from_public(
-            public | {
-                "encoder_hid_dim_type": "text_proj", "encoder_hid_dim": unet.config.text_dim,
-                "projection_class_embeddings_input_dim": added,
-            },
-            str(file),
-        )  # fmt: skip
-        source: Source | Tensors = open_weights(folder, variant)
+        own = {
+            "encoder_hid_dim_type": "text_proj", "encoder_hid_dim": unet.config.text_dim,
+            "projection_class_embeddings_input_dim": added,
+        }  # fmt: skip
+        config = ControlNetConfig.from_public(public | own, str(file))
+        source: Source | Tensors = checkpoint.open_weights(file.parent, variant)
         from_unet = ["text_proj."]
         if public.get("projection_class_embeddings_input_dim") != added:
             from_unet.append("add_embedding.")  # both of its layers, since they were trained together
@@ -100,7 +78,7 @@ class KolorsControlNet(ControlNet):
             source = Tensors(kept, source.where)
         with torch.device("meta"):
             net = cls(config)
-        state, weight = base_state(unet), unet.conv_in.weight
+        state, weight = checkpoint.base_state(unet), unet.conv_in.weight
         copied = [name for name in net.state_dict() if name.startswith(tuple(from_unet))]
         partial = {name: (lambda shape, found, name=name: state[name]) for name in copied}
         report = load(net, source, "controlnet", dtype=weight.dtype, device=weight.device, partial=partial)
@@ -111,8 +89,7 @@ class KolorsControlNet(ControlNet):
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
         """Write a new folder that the reference and `from_pretrained` load, whole or not at all.
 
-        Raises FileExistsError if `folder` exists and is not empty, ValueError for a variant that is not
-        letters, digits and underscores.
+        FileExistsError if `folder` exists and is not empty, ValueError for a variant that is not a word.
         """
         with atomic_folder(as_path("folder", folder)) as new_folder:
-            save_component(self, new_folder, "controlnet", subfolder="", variant=variant)
+            checkpoint.save_component(self, new_folder, "controlnet", subfolder="", variant=variant)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,9 +96,9 @@ class FaceIDAdapter(ImagePromptAdapter):
     def check_fits(self, unet: UNet) -> None:
         """Raise ValueError if the adapter is for a UNet of another shape, or for another text encoder."""
         super().check_fits(unet)
-        if self.config.width != unet.config.text_dim:
-            got = f"the face adapter makes tokens {self.config.width} wide"
-            raise ValueError(f"{got}, and the UNet reads text {unet.config.text_dim} wide")
+        own, text = self.config.width, unet.config.text_dim
+        if own != text:
+            raise ValueError(f"the face adapter makes tokens {own} wide, and the UNet reads text {text} wide")
 
 
 def load_face_embeds(file: str | Path) -> Tensor:
@@ -107,8 +108,6 @@ def load_face_embeds(file: str | Path) -> Tensor:
     """
     file = as_path("file", file)
     if file.suffix == ".npy":
-        import numpy as np
-
         try:
             vector = torch.as_tensor(np.load(file, allow_pickle=False))
         except (ValueError, TypeError, EOFError) as error:

@@ -65,7 +65,5 @@ class FreeUMethods:
     def freeu(self) -> dict[str, float] | None:
         """The values of s1, s2, b1 and b2; None if FreeU is not enabled."""
         joins = [level.freeu for level in self.unet.up[:2] if isinstance(level.freeu, FreeU)]
-        if len(joins) < 2:
-            return None
         values = [join.skip for join in joins] + [join.backbone for join in joins]
-        return dict(zip(NAMES, values, strict=True))
+        return dict(zip(NAMES, values, strict=True)) if len(joins) == 2 else None

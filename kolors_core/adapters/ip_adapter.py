@@ -8,6 +8,7 @@ models/attention_processor.py, and `Resampler` of the original repository.
 Shapes: B batch, I images an adapter, Q queries (16), C width, P patches of an image (577).
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -25,7 +26,8 @@ from kolors_core.unet import Attention, UNet
 @dataclass(frozen=True, kw_only=True)
 class IPAdapterConfig:
     """Sizes of Kolors-IP-Adapter-Plus. image_dim: width of CLIP's states. cross_attention_widths: of the
-    UNet's cross-attentions, in the file's order."""
+    UNet's cross-attentions, in the file's order.
+    """
 
     image_dim: int = 1024
     width: int = 2048
@@ -42,12 +44,11 @@ class IPAdapterConfig:
         """Infer sizes from shapes by our names, as the file has no config. ValueError for another adapter."""
         try:
             queries, width = shapes["resampler.latents"][1:]
-            heads_times_dim = shapes["resampler.layers.0.attention.to_q.weight"][0]
             keys = (n for n in shapes if n.startswith("branches.") and n.endswith(".to_k.weight"))
             branches = sorted((int(name.split(".")[1]), shapes[name][0]) for name in keys)
             return cls(
                 image_dim=shapes["resampler.proj_in.weight"][1], width=width, queries=queries,
-                heads=heads_times_dim // cls.head_dim,
+                heads=shapes["resampler.layers.0.attention.to_q.weight"][0] // cls.head_dim,
                 feed_forward_size=shapes["resampler.layers.0.feed_forward.proj_in.weight"][0],
                 layers=len({name.split(".")[2] for name in shapes if name.startswith("resampler.layers.")}),
                 context_dim=shapes["resampler.proj_out.weight"][0],
@@ -64,8 +65,7 @@ class ResamplerAttention(nn.Module):
         super().__init__()
         inner = config.heads * config.head_dim
         self.heads = config.heads
-        self.norm_image = nn.LayerNorm(config.width)
-        self.norm_latents = nn.LayerNorm(config.width)
+        self.norm_image, self.norm_latents = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.to_q = nn.Linear(config.width, inner, bias=False)
         self.to_kv = nn.Linear(config.width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, config.width, bias=False)
@@ -79,20 +79,6 @@ class ResamplerAttention(nn.Module):
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # [B, Q, C]
 
 
-class ResamplerFeedForward(nn.Module):
-    """Feed-forward layer: norm, linear, gelu, linear."""
-
-    def __init__(self, config: IPAdapterConfig) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(config.width)
-        self.proj_in = nn.Linear(config.width, config.feed_forward_size, bias=False)
-        self.proj_out = nn.Linear(config.feed_forward_size, config.width, bias=False)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """Map latents [B, Q, C] to [B, Q, C]."""
-        return self.proj_out(nn.functional.gelu(self.proj_in(self.norm(latents))))
-
-
 class ResamplerLayer(nn.Module):
     """Residual attention and feed-forward layer."""
 
@@ -100,8 +86,12 @@ class ResamplerLayer(nn.Module):
 
     def __init__(self, config: IPAdapterConfig) -> None:
         super().__init__()
+        width, inner_width = config.width, config.feed_forward_size
         self.attention = ResamplerAttention(config)
-        self.feed_forward = ResamplerFeedForward(config)
+        self.feed_forward = nn.Sequential(OrderedDict(
+            norm=nn.LayerNorm(width), proj_in=nn.Linear(width, inner_width, bias=False), gelu=nn.GELU(),
+            proj_out=nn.Linear(inner_width, width, bias=False),
+        ))  # fmt: skip
 
     def forward(self, latents: Tensor, image: Tensor) -> Tensor:
         """Map latents [B, Q, C] and image [B, P, C] to [B, Q, C]."""
@@ -140,8 +130,7 @@ class ImageCrossAttention(nn.Module):
 
     def __init__(self, width: int, context_dim: int) -> None:
         super().__init__()
-        self.to_k = nn.Linear(context_dim, width, bias=False)
-        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.to_k, self.to_v = (nn.Linear(context_dim, width, bias=False) for _ in range(2))
         self.scale: float | Sequence[float] = 1.0
         self.handle: AttachedAdapter | None = None  # of its adapter, while attached
 
@@ -183,11 +172,9 @@ def cross_attentions(unet: UNet) -> dict[str, Attention]:
     levels: list[tuple[str, Any]] = [(f"down.{i}", level) for i, level in enumerate(unet.down)]
     levels += [(f"up.{i}", level) for i, level in enumerate(unet.up)] + [("mid", unet.mid)]
     return {
-        f"{path}.attentions.{i}.blocks.{j}.cross_attention": block.cross_attention
-        for path, level in levels
-        for i, transformer in enumerate(level.attentions)
-        for j, block in enumerate(transformer.blocks)
-    }
+        f"{path}.attentions.{i}.blocks.{j}.cross_attention": block.cross_attention for path, level in levels
+        for i, transformer in enumerate(level.attentions) for j, block in enumerate(transformer.blocks)
+    }  # fmt: skip
 
 
 class ImagePromptAdapter(nn.Module):
@@ -195,8 +182,7 @@ class ImagePromptAdapter(nn.Module):
 
     def __init__(self, config: IPAdapterConfig, resampler: nn.Module) -> None:
         super().__init__()
-        self.config = config
-        self.resampler = resampler
+        self.config, self.resampler = config, resampler
         branches = [ImageCrossAttention(width, config.context_dim) for width in config.cross_attention_widths]
         self.branches = nn.ModuleDict({str(2 * i + 1): branch for i, branch in enumerate(branches)})
 
@@ -283,8 +269,7 @@ def attach(unet: UNet, adapter: ImagePromptAdapter, encoder: CLIPVision | None =
     """
     adapter.check_fits(unet)
     attentions = cross_attentions(unet)
-    new = cast("list[ImageCrossAttention]", list(adapter.branches.values()))
-    branches = dict(zip(attentions, new, strict=True))
+    branches: dict[str, Any] = dict(zip(attentions, adapter.branches.values(), strict=True))
     for path, branch in branches.items():
         attentions[path].image_branches.append(branch)
     return AttachedAdapter(unet, adapter, branches, encoder)

@@ -23,9 +23,8 @@ from weights_convert import detect_component
 from weights_convert.safetensors_files import Source, Tensors, save_tensors
 
 ADAPTER_CLASSES: dict[str, tuple[Callable[..., ImagePromptAdapter], type[IPAdapterConfig]]] = {
-    "ip_adapter": (IPAdapter, IPAdapterConfig),
-    "face_id": (FaceIDAdapter, FaceIDConfig),
-}
+    "ip_adapter": (IPAdapter, IPAdapterConfig), "face_id": (FaceIDAdapter, FaceIDConfig),
+}  # fmt: skip
 
 
 class CLIPVisionModelWithProjection:
@@ -73,9 +72,9 @@ def load_adapter(
         encoder = CLIPVisionModelWithProjection.from_pretrained(
             source, subfolder=encoder_folder, dtype=weight.dtype, device=weight.device, **hub
         )
-    if encoder is not None and adapter.config.image_dim != encoder.config.hidden_size:
-        got = f"the image encoder is {encoder.config.hidden_size} wide"
-        raise ValueError(f"{got}, and the IP-Adapter reads {adapter.config.image_dim}")
+    width = adapter.config.image_dim
+    if encoder is not None and width != (got := encoder.config.hidden_size):
+        raise ValueError(f"the image encoder is {got} wide, and the IP-Adapter reads {width}")
     return adapter, encoder
 
 
@@ -99,10 +98,8 @@ def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> 
     reject_unused("a dict of tensors", subfolder=subfolder, weight_name=weight_name, **hub)
     flat: dict[str, Any] = {}
     for name, value in source.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{inner}": tensor for inner, tensor in value.items()}
-        else:
-            flat[name] = value
+        is_nested = isinstance(value, Mapping)
+        flat |= {f"{name}.{inner}": t for inner, t in value.items()} if is_nested else {name: value}
     return Tensors(flat, "the dict of tensors")
 
 
@@ -127,8 +124,8 @@ def save_image_embeds(embeds: Sequence[Tensor], file: str | Path, *, overwrite: 
     """
     if not isinstance(embeds, list | tuple) or not all(isinstance(embed, Tensor) for embed in embeds):
         raise TypeError(f"embeds must be a list of tensors, got {type(embeds).__name__}")
-    file = as_new_path("file", file, overwrite)
-    save_tensors({f"ip_adapter.{i}": embed for i, embed in enumerate(embeds)}, file)
+    state = {f"ip_adapter.{i}": embed for i, embed in enumerate(embeds)}
+    save_tensors(state, as_new_path("file", file, overwrite))
 
 
 def load_image_embeds(file: str | Path) -> list[Tensor]:

@@ -1,8 +1,7 @@
 """Low-rank adapters on linear layers and convolutions (https://arxiv.org/abs/2106.09685).
 
 W x + scale * up(down(x)); a model can have several, each with a name. `attach` returns a handle, whose
-`.detach()` restores the model bit for bit. The layers are in lora_layers.py, the parser of files in
-lora_files.py, the pipelines' methods in pipelines/lora_methods.py.
+`.detach()` restores the model bit for bit. See also lora_layers.py, lora_files.py, pipelines/lora_methods.py.
 Shapes: R rank, I and O the layer's widths.
 """
 
@@ -38,8 +37,7 @@ class LoRAAdapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the trainable parameters: down and up of every layer."""
-        for part in self.parts().values():
-            yield from part.parameters()
+        return (parameter for part in self.parts().values() for parameter in part.parameters())
 
     @property
     def is_active(self) -> bool:
@@ -60,8 +58,7 @@ class LoRAAdapter:
     def set_scale(self, scale: BlockScale) -> None:
         """Scale the adapter: 1 as trained, 0 for no effect (except DoRA, see `LoRAWeights.delta_weight`).
 
-        On a UNet also by blocks, see `block_scales`. ValueError for any other scale, or while adapters are
-        fused.
+        On a UNet also by blocks, see `block_scales`. ValueError for another scale, or while some is fused.
         """
         self.set_scales(self.scales(scale))
 
@@ -76,8 +73,8 @@ class LoRAAdapter:
             if not isinstance(self.model, UNet):
                 kind = type(self.model).__name__
                 raise ValueError(f"a {kind} has no blocks: its scale is a number, got {scale}")
-            by_transformer = block_scales(scale, self.model, default=1.0)
-            scales = {path: _layer_scale(path, by_transformer) for path in self.layers}
+            of_blocks = block_scales(scale, self.model, default=1.0)
+            scales = {path: _layer_scale(path, of_blocks) for path in self.layers}
         return {path: check_float("the scale of an adapter", value) for path, value in scales.items()}
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
@@ -93,35 +90,32 @@ class LoRAAdapter:
         """
         check_not_fused(self.model, f"detach adapter {self.name!r}")
         for path, layer in self.layers.items():
-            if self.name not in layer.lora:
-                continue  # `unload` has removed it
-            del layer.lora[self.name]
-            if not layer.lora:
-                self.model.set_submodule(path, layer.plain())
+            if self.name in layer.lora:  # else `unload` has removed it
+                del layer.lora[self.name]
+                if not layer.lora:
+                    self.model.set_submodule(path, layer.plain())
         self.layers = {}
 
     def public_state(self, component: str) -> dict[str, Tensor]:
         """Return the tensors in diffusers' PEFT names: `unet.<path>.lora_A.weight` [R, I], `lora_B` [O, R].
 
         alpha is folded into B, since files of this spelling have none and readers take alpha = rank; the
-        adapter's strength is not. Raises ValueError for weights without such names: deltas, and magnitudes of
-        columns.
+        adapter's strength is not. ValueError for what has no such name: deltas and magnitudes of columns.
         """
         table, state = TABLES[component], {}
         for path, part in self.parts().items():
             public = f"{component}.{table.to_public(path)}"
             if part.down is None or part.up is None:
                 raise ValueError(f"{path}: adapter {self.name!r} is a delta there (LoHa, LoKr), not factors")
-            state[f"{public}.lora_A.weight"] = part.down.detach().clone()
-            state[f"{public}.lora_B.weight"] = part.up.detach() * part.scale
+            state |= {f"{public}.lora_A.weight": part.down, f"{public}.lora_B.weight": part.up * part.scale}
             if part.bias is not None:
-                state[f"{public}.lora_B.bias"] = part.bias.detach().clone()
+                state[f"{public}.lora_B.bias"] = part.bias
             if part.magnitude is not None:
                 if part.magnitude.numel() != len(part.up):
                     raise ValueError(f"{path}: adapter {self.name!r} has magnitudes of columns, not of rows")
                 shape = (-1,) if part.up.ndim == 2 else (1, -1, 1, 1)  # PEFT's: [O] or [1, O, 1, 1]
-                state[f"{public}.lora_magnitude_vector"] = part.magnitude.detach().reshape(shape).clone()
-        return state
+                state[f"{public}.lora_magnitude_vector"] = part.magnitude.reshape(shape)
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def attach(
@@ -130,8 +124,8 @@ def attach(
 ) -> LoRAAdapter:  # fmt: skip
     """Attach a new adapter, initially zero, to every linear layer whose last name is in `targets`.
 
-    alpha: the rank if None. The factors are float32 and trainable. Raises ValueError for a rank below 1, if
-    no layer matches, or for a name that is in use or invalid.
+    alpha: the rank if None. The factors are float32 and trainable. ValueError for a rank below 1, a name that
+    is in use or invalid, or if no layer matches.
     """
     rank = check_int("rank", rank)
     scale = 1.0 if alpha is None else check_float("alpha", alpha) / rank
@@ -140,10 +134,9 @@ def attach(
     parts = {}
     for path, layer in supported_layers(model).items():
         if isinstance(layer, nn.Linear) and path.split(".")[-1] in targets:
-            device = layer.weight.device
-            down = torch.empty(rank, layer.in_features, device=device, dtype=torch.float32)  # [R, I]
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-            up = torch.zeros(layer.out_features, rank, device=device, dtype=torch.float32)  # [O, R]
+            down = torch.empty(rank, layer.in_features, device=layer.weight.device, dtype=torch.float32)
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # [R, I]
+            up = down.new_zeros(layer.out_features, rank)  # [O, R]
             parts[path] = LoRAWeights({"down": down, "up": up}, scale)
     if not parts:
         raise ValueError(f"no linear layer of this {type(model).__name__} is named {' or '.join(targets)}")
@@ -180,12 +173,9 @@ def check_name(model: nn.Module, name: str) -> None:
 def supported_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that can have adapters, by path, without an IP-Adapter's branches."""
     return {
-        path: layer
-        for path, layer in model.named_modules()
-        if (isinstance(layer, LoRALayer) or lora_class(layer) is not None)
-        and ".image_branches." not in path
-        and ".lora." not in path
-    }
+        path: layer for path, layer in model.named_modules()
+        if lora_class(layer) is not None and not re.search(r"\.(image_branches|lora)\.", path)
+    }  # fmt: skip
 
 
 def attached_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -217,13 +207,11 @@ def check_not_fused(model: nn.Module, action: str) -> None:
 def fuse(model: nn.Module, names: Sequence[str], factor: float = 1.0) -> None:
     """Add adapters, each at its scale times `factor`, to the base weights, which are saved on the CPU.
 
-    Until `unfuse` the model is this sum only: adapters that are not named have no effect. ValueError if a sum
-    is not finite; nothing is fused in that case.
+    Until `unfuse`, others have no effect. ValueError, and nothing is fused, if a sum is not finite.
     """
     check_not_fused(model, f"fuse {', '.join(names)}")
-    layers = attached_layers(model)
     try:
-        for path, layer in layers.items():
+        for path, layer in attached_layers(model).items():
             layer.fuse(names, factor)
             if not torch.isfinite(layer.weight).all():
                 raise ValueError(f"fused with {', '.join(names)}, {path} is not finite: nothing is fused")
@@ -257,17 +245,11 @@ def save_adapters(handles: Mapping[str, LoRAAdapter], file: str | Path, *, overw
 
     Raises FileExistsError for an existing file, unless `overwrite`.
     """
-    state, file = {}, as_new_path("file", file, overwrite)
-    for component, adapter in handles.items():
-        state |= adapter.public_state(component)
-    save_tensors(state, file)
+    file, states = as_new_path("file", file, overwrite), (a.public_state(c) for c, a in handles.items())
+    save_tensors({name: tensor for state in states for name, tensor in state.items()}, file)
 
 
 def _layer_scale(path: str, scales: Mapping[str, Any]) -> Any:
-    """Look up the scale of one layer in the transformers' scales."""
-    for transformer, value in scales.items():
-        if path.startswith(f"{transformer}."):
-            return value
-    if match := re.match(r"((?:down|up)\.\d+)\.(?:resnets\.(\d+)\.|downsample$|upsample$)", path):
-        return scales.get(f"{match[1]}.attentions.{match[2] or 0}", 1.0)
-    return 1.0
+    level = r"((?:down|up)\.\d+|mid(?=\.attentions))"  # the middle block's resnets have no transformer
+    match = re.match(rf"{level}\.(?:(?:attentions|resnets)\.(\d+)\.|downsample$|upsample$)", path)
+    return scales.get(f"{match[1]}.attentions.{match[2] or 0}", 1.0) if match else 1.0

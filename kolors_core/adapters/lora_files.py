@@ -1,15 +1,13 @@
 """LoRA files: tensors of any spelling -> an adapter's weights, checked against the models, with a report.
 
 weights_convert/lora.py parses the names. This file has the decompositions: factors, DoRA, LoHa
-(https://arxiv.org/abs/2108.06098) and LoKr (https://arxiv.org/abs/2309.14859), as LyCORIS, PEFT and kohya
-write them.
+(https://arxiv.org/abs/2108.06098), LoKr (https://arxiv.org/abs/2309.14859), as of LyCORIS, PEFT and kohya.
 Shapes: R rank, I and O the layer's widths, K a convolution's kernel (no axes in a linear layer).
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +15,12 @@ from torch import Tensor, nn
 
 from kolors_core.adapters.lora import supported_layers
 from kolors_core.adapters.lora_layers import LoRAWeights
+from kolors_core.config import PublicConfig
+from kolors_core.validation import is_real
 from weights_convert import TABLES
 from weights_convert.lora import KNOWN_SPELLINGS, parse_keys
 from weights_convert.safetensors_files import Source, Tensors
+from weights_convert.untrusted_files import parse_object
 
 METADATA = "lora_adapter_metadata"  # the reference's name of its configs in a file's metadata
 TensorsByRole = Mapping[str, Tensor]
@@ -29,10 +30,8 @@ Built = tuple[dict[str, Tensor], int | None]  # tensors of a `LoRAWeights`, and 
 
 @dataclass(frozen=True)
 class LoRAReport:
-    """Report of the tensors of a LoRA file, by their names there.
-
-    misshapen: tensors that do not fit their layer, each with the reason. layers: number of the models' layers
-    that got an adapter.
+    """Report of the tensors of a LoRA file, by their names there. misshapen: those that do not fit their
+    layer, each with the reason. layers: number of the models' layers that got an adapter.
     """
 
     adapter: str
@@ -52,7 +51,6 @@ class LoRAReport:
 
 
 def _shown(name: str) -> str:
-    """Format a tensor's name, which may be any string, for one line of an error."""
     line = " ".join(name.split())
     return line if len(line) <= 200 else f"{line[:200]}..."
 
@@ -62,7 +60,7 @@ class IncompatibleTensors(ValueError):
 
 
 def parse_lora(
-    source: Source | Tensors, configs: Mapping[str, Mapping[str, Any]], models: Mapping[str, nn.Module],
+    source: Source | Tensors, configs: Mapping[str, PublicConfig], models: Mapping[str, nn.Module],
     adapter: str, allow_partial: bool,
 ) -> tuple[dict[str, dict[str, LoRAWeights]], LoRAReport]:  # fmt: skip
     """Parse an adapter: its weights by component and layer path, and a report.
@@ -81,7 +79,7 @@ def parse_lora(
     parts: dict[str, dict[str, LoRAWeights]] = {}
     matched, misshapen = [], []
     for (component, path), names in grouped.items():
-        layer, config = layers[component][path], configs.get(component)
+        layer, config = layers[component][path], configs.get(component, {})
         try:
             for role, name in names.items():
                 if role != "alpha" and not source.dtype(name).is_floating_point:
@@ -97,16 +95,14 @@ def parse_lora(
     report = LoRAReport(adapter, count, tuple(matched), tuple(unmatched), tuple(misshapen))
     if not parts:
         example = _shown(next(iter([*misshapen, *unmatched]), "it is empty"))
-        raise ValueError(
-            f"{source.where}: none of its {len(source)} tensors fits this pipeline's {' and '.join(models)}, "
-            f"for example {example}. Known spellings: {KNOWN_SPELLINGS}"
-        )
+        fault = f"none of its {len(source)} tensors fits this pipeline's {' and '.join(models)}, for example"
+        raise ValueError(f"{source.where}: {fault} {example}. Known spellings: {KNOWN_SPELLINGS}")
     if (unmatched or misshapen) and not allow_partial:
         raise ValueError(f"{source.where}: {report}. allow_partial=True takes what matches")
     return parts, report
 
 
-def configs_of(source: Source | Tensors) -> dict[str, Mapping[str, Any]]:
+def configs_of(source: Source | Tensors) -> dict[str, PublicConfig]:
     """Read PEFT's settings by component, from `adapter_config.json` next to the file or the file's metadata.
 
     They give alpha if the tensors do not. Raises ValueError for anything but JSON of such settings.
@@ -114,37 +110,27 @@ def configs_of(source: Source | Tensors) -> dict[str, Mapping[str, Any]]:
     if isinstance(source, Tensors):
         return {}
     file = source.files[0]
-    config_file, embedded = file.with_name("adapter_config.json"), (source.metadata(file) or {}).get(METADATA)
-    if embedded is not None:
-        where, text = f"{file}: {METADATA}", embedded
+    config_file = file.with_name("adapter_config.json")
+    if (embedded := (source.metadata(file) or {}).get(METADATA)) is not None:
+        config = parse_object(embedded.encode(), f"{file}: {METADATA}")
     elif file.name == "adapter_model.safetensors" and config_file.is_file():  # else it is another adapter's
-        where, text = str(config_file), config_file.read_bytes()
+        config = parse_object(config_file.read_bytes(), str(config_file))
     else:
         return {}
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(config).__name__}")
     # The reference writes `unet.lora_alpha`; PEFT, for one model, `lora_alpha`.
-    configs: dict[str, Mapping[str, Any]] = {}
-    for component in ("unet", "text_encoder"):
-        prefix = f"{component}."
+    configs, for_all = {}, config if config.keys() & {"lora_alpha", "alpha"} else {}
+    for prefix in ("unet.", "text_encoder."):
         settings = {name.removeprefix(prefix): config[name] for name in config if name.startswith(prefix)}
-        configs[component] = settings or (config if "lora_alpha" in config or "alpha" in config else {})
+        configs[prefix[:-1]] = settings or for_all
     return configs
 
 
-def _build_weights(
-    roles: TensorsByRole, layer: nn.Module, public: str, config: Mapping[str, Any] | None
-) -> LoRAWeights:
-    """Build one layer's weights from its tensors in the file; IncompatibleTensors if they do not fit it."""
+def _build_weights(roles: TensorsByRole, layer: nn.Module, public: str, config: PublicConfig) -> LoRAWeights:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
     extra = {role: roles.get(role) for role in ("alpha", "dora_scale", "magnitude", "up_bias", "diff_bias")}
     factors = {role: tensor for role, tensor in roles.items() if role not in extra}
-    build = _find_decomposition(factors, roles).build
+    build = _find_decomposition(factors, roles)
     if flat := [role for role, tensor in factors.items() if tensor.ndim < 2]:
         raise IncompatibleTensors(f"{flat[0]} is {list(roles[flat[0]].shape)}, expected at least two axes")
     if broken := [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]:
@@ -174,9 +160,8 @@ def _factors(roles: TensorsByRole, shape: Shape) -> Built:
     down, up = roles["down"], roles["up"]
     if "mid" in roles:  # LoCon's third factor, between the two
         down = torch.einsum("mnkl, ni -> mikl", roles["mid"], down.flatten(1))
-    rank, kernel = len(down), shape[2:]
-    expected = {"down": (rank, *shape[1:]), "up": (shape[0], rank, *(1 for _ in kernel))}
-    factors = {"down": down, "up": up}
+    rank, factors = len(down), {"down": down, "up": up}
+    expected = {"down": (rank, *shape[1:]), "up": (shape[0], rank, *(1 for _ in shape[2:]))}
     for name, factor in factors.items():
         if _without_ones(factor.shape) != _without_ones(expected[name]):
             got = list(factor.shape)
@@ -186,9 +171,8 @@ def _factors(roles: TensorsByRole, shape: Shape) -> Built:
 
 def _loha(roles: TensorsByRole, shape: Shape) -> Built:
     """Compute (w1_a w1_b) * (w2_a w2_b), each with a core t in a Tucker decomposition."""
-    one, two = (
-        _product(roles[f"hada_w{i}_a"], roles[f"hada_w{i}_b"], roles.get(f"hada_t{i}")) for i in (1, 2)
-    )
+    names = ((f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
+    one, two = (_product(roles[a], roles[b], roles.get(core)) for a, b, core in names)
     return {"delta": _reshape_delta(one * two, shape)}, len(roles["hada_w1_b"])
 
 
@@ -196,9 +180,8 @@ def _lokr(roles: TensorsByRole, shape: Shape) -> Built:
     """Compute the Kronecker product of w1 and w2, each whole or as factors; both whole have no rank."""
     rank, matrices = None, []
     for i in (1, 2):
-        w = roles.get(f"lokr_w{i}")
+        w, a, b = (roles.get(f"lokr_w{i}{factor}") for factor in ("", "_a", "_b"))
         if w is None:
-            a, b = roles.get(f"lokr_w{i}_a"), roles.get(f"lokr_w{i}_b")
             if a is None or b is None:
                 raise IncompatibleTensors(f"its layer's lokr_w{i}, or a factor of it, is missing")
             w, rank = _product(a, b, roles.get("lokr_t2") if i == 2 else None), len(b)
@@ -213,30 +196,22 @@ def _full_difference(roles: TensorsByRole, shape: Shape) -> Built:
     return {"delta": _reshape_delta(roles["diff"], shape)}, None
 
 
-@dataclass(frozen=True)
-class Decomposition:
-    """Decomposition of a weight change: the function that builds it for a layer's shape, and its roles."""
-
-    build: Callable[[TensorsByRole, Shape], Built]
-    required: set[str]
-    optional: set[str] = field(default_factory=set)
-
-
-DECOMPOSITIONS = (
-    Decomposition(_factors, {"down", "up"}, {"mid"}),
-    Decomposition(_loha, {f"hada_w{i}_{f}" for i in (1, 2) for f in "ab"}, {"hada_t1", "hada_t2"}),
-    Decomposition(_lokr, set(), {f"lokr_w{i}{f}" for i in (1, 2) for f in ("", "_a", "_b")} | {"lokr_t2"}),
-    Decomposition(_full_difference, {"diff"}),
+Build = Callable[[TensorsByRole, Shape], Built]
+# Decompositions of a weight change: how to build it for a layer's shape, and its required and optional roles.
+DECOMPOSITIONS: tuple[tuple[Build, set[str], set[str]], ...] = (
+    (_factors, {"down", "up"}, {"mid"}),
+    (_loha, {f"hada_w{i}_{f}" for i in (1, 2) for f in "ab"}, {"hada_t1", "hada_t2"}),
+    (_lokr, set(), {f"lokr_w{i}{f}" for i in (1, 2) for f in ("", "_a", "_b")} | {"lokr_t2"}),
+    (_full_difference, {"diff"}, set()),
 )
 
 
-def _find_decomposition(factors: TensorsByRole, roles: TensorsByRole) -> Decomposition:
-    """Find the decomposition that a layer's factors belong to. roles: all its tensors, for the error."""
-    for decomposition in DECOMPOSITIONS:
-        if factors and factors.keys() <= decomposition.required | decomposition.optional:
-            if missing := decomposition.required - factors.keys():
+def _find_decomposition(factors: TensorsByRole, roles: TensorsByRole) -> Build:
+    for build, required, optional in DECOMPOSITIONS:
+        if factors and factors.keys() <= required | optional:
+            if missing := required - factors.keys():
                 raise IncompatibleTensors(f"its layer's {', '.join(sorted(missing))} is missing")
-            return decomposition
+            return build
     raise IncompatibleTensors(f"{', '.join(sorted(roles))} make no form of adapter that is known")
 
 
@@ -258,22 +233,20 @@ def _magnitude(dora_scale: Tensor | None, magnitude: Tensor | None, weight: Tens
     """
     given, ones = (dora_scale if magnitude is None else magnitude), [1] * (weight.ndim - 2)
     assert given is not None
-    if given.numel() == len(weight) and (given is magnitude or given.shape[0] == len(weight)):
+    shape, of_weight = list(given.shape), list(weight.shape)
+    if given.numel() == of_weight[0] and (given is magnitude or shape[0] == of_weight[0]):
         return given.reshape(-1, 1, *ones)
-    if given is dora_scale and given.numel() == weight.shape[1]:
+    if given is dora_scale and given.numel() == of_weight[1]:
         return given.reshape(1, -1, *ones)
-    got = f"{list(given.shape)}, the layer's weight is {list(weight.shape)}"
-    raise IncompatibleTensors(f"DoRA's magnitudes are {got}")
+    raise IncompatibleTensors(f"DoRA's magnitudes are {shape}, the layer's weight is {of_weight}")
 
 
-def _scale(alpha: Tensor | None, rank: int | None, public: str, config: Mapping[str, Any] | None) -> float:
+def _scale(alpha: Tensor | None, rank: int | None, public: str, config: PublicConfig) -> float:
     """Compute alpha / rank, with alpha from the file, or else from PEFT's config, or else the rank."""
     if alpha is not None:
         if alpha.numel() != 1:
             raise IncompatibleTensors(f"alpha is {list(alpha.shape)}, expected one number")
         return alpha.item() / rank if rank is not None else 1.0
-    if not config:
-        return 1.0
     config_alpha = _setting(config, "alpha_pattern", public, config.get("lora_alpha", config.get("alpha")))
     size = _setting(config, "rank_pattern", public, config.get("r")) if rank is None else rank
     if config_alpha is None or size is None:
@@ -281,21 +254,17 @@ def _scale(alpha: Tensor | None, rank: int | None, public: str, config: Mapping[
     return config_alpha / (size**0.5 if config.get("use_rslora") else size)
 
 
-def _setting(config: Mapping[str, Any], pattern: str, public: str, default: Any) -> float | None:
+def _setting(config: PublicConfig, pattern: str, public: str, default: Any) -> float | None:
     """Look up a layer in one of PEFT's patterns, which match the end of its name; else return the default."""
     values = config.get(pattern) or {}
     try:
-        for key, value in values.items():
-            if re.fullmatch(rf"(.*\.)?({key})", public):
-                default = value
-                break
+        found = next((v for key, v in values.items() if re.fullmatch(rf"(.*\.)?({key})", public)), default)
     except (AttributeError, re.error) as error:
         raise ValueError(f"the adapter's config has {values!r} for {pattern}: {error}") from None
-    if default is not None and (isinstance(default, bool) or not isinstance(default, int | float)):
-        raise ValueError(f"the adapter's config has {default!r} for {public}, expected a number")
-    return default
+    if found is not None and not is_real(found):
+        raise ValueError(f"the adapter's config has {found!r} for {public}, expected a number")
+    return found
 
 
 def _without_ones(shape: Shape) -> Shape:
-    """Drop the kernel axes of size 1 from a shape."""
     return (*shape[:2], *(size for size in shape[2:] if size != 1))

@@ -6,8 +6,7 @@ The base weight keeps its name, so every table and checkpoint still fits; adapte
 Shapes: R rank, I and O the layer's widths, K a convolution's kernel (no axes in a linear layer).
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,22 +22,17 @@ class LoRAWeights(nn.Module):
     down: [R, I, *K]; up: [O, R], of a convolution [O, R, 1, 1]. delta: [O, I, *K], the product of other
     decompositions (LoHa, LoKr). magnitude: DoRA's (https://arxiv.org/abs/2402.09353), [O, 1, ...], or
     [1, I, ...] in files that divide by the norms of columns. bias: [O]. scale: alpha / rank. strength: the
-    adapter's weight among others. call_scale: a further factor, during one call. index: larger for adapters
-    that were attached later.
+    adapter's weight among others. call_scale: a factor during one call. index: larger if attached later.
     """
 
     is_adapter = True
-    down: nn.Parameter | None
-    up: nn.Parameter | None
-    delta: nn.Parameter | None
-    magnitude: nn.Parameter | None
-    bias: nn.Parameter | None
 
     def __init__(self, tensors: Mapping[str, Tensor], scale: float) -> None:
         super().__init__()
-        for name in ("down", "up", "delta", "magnitude", "bias"):
-            tensor = tensors.get(name)
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+        given = (tensors.get(name) for name in ("down", "up", "delta", "magnitude", "bias"))
+        self.down, self.up, self.delta, self.magnitude, self.bias = (
+            None if tensor is None else nn.Parameter(tensor) for tensor in given
+        )
         self.scale, self.strength, self.call_scale, self.is_active, self.index = scale, 1.0, 1.0, True, 0
 
     @property
@@ -67,16 +61,16 @@ class LoRAWeights(nn.Module):
         return magnitude / norm * direction - weight
 
 
-class LoRALayer(ReplacedModule, ABC):
-    """Base class of linear layers and convolutions with adapters."""
+class LoRALayer(ReplacedModule):
+    """Base class of linear layers and convolutions with adapters. run: computes input, weight and bias."""
 
     weight: Tensor
     bias: Tensor | None
+    run: Callable[..., Tensor]
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        self.lora = nn.ModuleDict()
-        self.is_enabled = True
+        self.lora, self.is_enabled = nn.ModuleDict(), True
         self.fused: tuple[str, ...] = ()  # adapters that the model's weights contain, in any of its layers
         self.base_backup: tuple[Tensor, ...] = ()  # weight and bias before fusing, on the CPU
 
@@ -92,8 +86,8 @@ class LoRALayer(ReplacedModule, ABC):
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer without adapters plus the active ones' outputs. Fused adapters cost nothing."""
         weight, bias, outputs = self.weight, self.bias, []
-        parts = self.parts().values() if self.is_enabled and not self.fused else ()
-        for part in (part for part in parts if part.is_active):
+        is_on = self.is_enabled and not self.fused
+        for part in (part for part in self.parts().values() if is_on and part.is_active):
             if part.down is None or part.up is None or part.magnitude is not None:
                 weight = weight + part.delta_weight(self.weight)
             else:
@@ -103,10 +97,6 @@ class LoRALayer(ReplacedModule, ABC):
             if part.bias is not None and bias is not None:
                 bias = bias + part.effective_scale * part.bias.to(bias.dtype)
         return sum(outputs, self.run(input, weight, bias))
-
-    @abstractmethod
-    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute the layer with this weight and bias."""
 
     @torch.no_grad()
     def fuse(self, names: Sequence[str], factor: float) -> None:
@@ -133,11 +123,9 @@ class LoRALayer(ReplacedModule, ABC):
 
 
 class LoRALinear(LoRALayer, nn.Linear):
-    """Linear layer with adapters."""
+    """Linear layer with adapters: [..., I] -> [..., O]."""
 
-    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Map input [..., I] to [..., O]."""
-        return F.linear(input, weight, bias)
+    run = staticmethod(F.linear)
 
 
 class LoRAReadOnlyLinear(LoRALinear):
@@ -159,15 +147,15 @@ class LoRAReadOnlyLinear(LoRALinear):
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
-    """Convolution with adapters; `down` has its kernel and stride, `up` is 1x1."""
+    """Convolution with adapters, [B, I, H, W] -> [B, O, H', W']; `down` has its kernel and stride."""
 
-    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Map input [B, I, H, W] to [B, O, H', W'], with the layer's stride and padding."""
-        return self._conv_forward(input, weight, bias)
+    run = nn.Conv2d._conv_forward
 
 
 def lora_class(layer: nn.Module) -> type[LoRALayer] | None:
-    """Return the class that replaces a layer to give it adapters; None for a layer that can have none."""
+    """Return the class of a layer with adapters, or of its replacement with some; None if it has none."""
+    if isinstance(layer, LoRALayer):
+        return type(layer)
     if isinstance(layer, nn.Linear) and getattr(layer, "not_plain", None) is not None:
         return LoRAReadOnlyLinear
-    return LoRALinear if type(layer) is nn.Linear else LoRAConv2d if type(layer) is nn.Conv2d else None
+    return {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}.get(type(layer))

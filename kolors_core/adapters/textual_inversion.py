@@ -1,8 +1,7 @@
 """Textual inversion (https://arxiv.org/abs/2208.01618): a word in a prompt stands for learned vectors.
 
-The vectors are appended to the rows of ChatGLM's embedding table, at ids beyond the vocabulary; the tokenizer
-gets each word's ids. `add_words` appends them, `remove_words` restores the encoder. Saved pipelines do not
-contain them. `learn_words` prepares their training.
+`add_words` appends the vectors to ChatGLM's embedding table, at ids beyond the vocabulary, for the tokenizer;
+`learn_words` prepares their training, `remove_words` restores the encoder. Saved pipelines lack them.
 Source: `TextualInversionLoaderMixin` in diffusers' loaders/textual_inversion.py.
 Shapes: n vectors of a word, C ChatGLM's hidden width.
 """
@@ -50,10 +49,6 @@ class WordEmbedding(ReplacedModule, nn.Embedding):
         base = F.embedding(input.clamp(max=self.num_embeddings - 1), self.weight)
         return torch.where((learned_ids >= 0)[..., None], learned, base)
 
-    def vectors(self) -> dict[str, nn.Parameter]:
-        """Return the learned vectors [n, C] of each word."""
-        return dict(zip(self.words, self.learned, strict=True))
-
 
 def words_of(encoder: ChatGLM) -> dict[str, list[int]]:
     """Return the ids of each learned word of the encoder."""
@@ -66,8 +61,8 @@ def words_of(encoder: ChatGLM) -> dict[str, list[int]]:
 
 def vectors_of(encoder: ChatGLM) -> dict[str, nn.Parameter]:
     """Return the learned vectors [n, C] of each word of the encoder."""
-    embedding = encoder.embedding
-    return embedding.vectors() if isinstance(embedding, WordEmbedding) else {}
+    table = encoder.embedding
+    return dict(zip(table.words, table.learned, strict=True)) if isinstance(table, WordEmbedding) else {}
 
 
 def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
@@ -105,8 +100,8 @@ def learn_words(model: nn.Module, *words: str) -> None:
     The paper (eq. 2) initializes with the embedding of a word that roughly describes the concept: give that
     to `add_words`. ValueError for an unknown word.
     """
-    tables = (module for module in model.modules() if isinstance(module, WordEmbedding))
-    existing = {word: vectors for table in tables for word, vectors in table.vectors().items()}
+    encoders = (module for module in model.modules() if isinstance(module, ChatGLM))
+    existing = {word: vectors for encoder in encoders for word, vectors in vectors_of(encoder).items()}
     if not words:
         raise ValueError("no word to be learned")
     _check_known(words, existing)
@@ -159,10 +154,9 @@ class TextualInversionMethods:
     ) -> None:  # fmt: skip
         """Load words and their vectors; prompts may use a word anywhere, inside other words too.
 
-        pretrained_model_name_or_path: a safetensors file of name -> vectors [n, C], a folder or hub
-        repository with one, its tensors as a dict, or one tensor; or a list of these. token: the word, by
-        default the tensor's name; for a list, a list. Raises FileNotFoundError or ValueError naming the file
-        and what does not fit; nothing is changed then.
+        pretrained_model_name_or_path: a safetensors file of name -> vectors [n, C], a folder or repository
+        with one, its tensors as a dict, or one tensor; or a list of these. token: the word, by default the
+        tensor's name; or a list. Raises FileNotFoundError or ValueError; nothing is changed then.
         """
         encoder = self._word_encoder()
         sources = pretrained_model_name_or_path
@@ -170,24 +164,22 @@ class TextualInversionMethods:
         if not sources or not isinstance(token, str | Sequence | None):
             got = "no file" if not sources else f"the token {token!r}"
             raise ValueError(f"expected files of learned words, and for each a word or None, got {got}")
-        tokens = [token] if isinstance(token, str) else token
-        tokens = [None] * len(sources) if tokens is None else list(tokens)
+        tokens = [None] * len(sources) if token is None else token
+        tokens = [tokens] if isinstance(tokens, str) else list(tokens)
         if len(tokens) != len(sources):
             raise ValueError(f"expected a token for each of {len(sources)} files, got {len(tokens)}")
         vectors = dict[str, Tensor]()
         for source, word in zip(sources, tokens, strict=True):
-            if isinstance(source, Tensor):
-                source = {UNNAMED: source}
-            if isinstance(source, Mapping):
+            if isinstance(source, Mapping | Tensor):
                 unused = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
                 reject_unused("given vectors", **unused)
-                tensors = Tensors(source, "the given vectors")
+                named = {UNNAMED: source} if isinstance(source, Tensor) else source
+                tensors = Tensors(named, "the given vectors")
             else:
-                file = find_file(
+                tensors = Source([find_file(
                     source, weight_name, subfolder, preferred=(WEIGHT_NAME,), revision=revision,
                     cache_dir=cache_dir, local_files_only=local_files_only, token=hf_token,
-                )  # fmt: skip
-                tensors = Source([file])
+                )])  # fmt: skip
             for name, tensor in _vectors_by_word(tensors, word).items():
                 if name in vectors:
                     raise ValueError(f"{tensors.where}: the word {name} comes twice")

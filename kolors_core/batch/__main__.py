@@ -1,15 +1,12 @@
 """Command line for many prompts; see worker.py."""
 
 import argparse
-import sys
+from contextlib import closing
 from pathlib import Path
 
-import torch
-
 from kolors_core.batch.processes import join_processes
-from kolors_core.batch.split_guidance import PeerLost
+from kolors_core.batch.prompt_file import Job
 from kolors_core.batch.worker import Worker
-from kolors_core.checkpoint import logger
 from kolors_core.cli import options as cli
 
 
@@ -41,22 +38,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 1 if a line failed, 2 if none could be tried."""
-    options, level = parser().parse_args(arguments), logger.level
-    worker = None
-    try:
-        worker = Worker(options, join_processes(options.device))
-        failed = worker.run()
-    except KeyboardInterrupt:
-        print("interrupted: the same command resumes", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, TypeError, PeerLost, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        logger.setLevel(level)
-        if worker is not None:
-            worker.locks.close()
-    return 1 if failed else 0
+    return cli.run_command(run, parser().parse_args(arguments), "interrupted: the same command resumes")
+
+
+def run(options: argparse.Namespace) -> list[Job]:
+    """Run this process's part of a batch; return the jobs that failed."""
+    worker = Worker(options, join_processes(options.device))
+    with closing(worker.locks):
+        return worker.run()
 
 
 if __name__ == "__main__":

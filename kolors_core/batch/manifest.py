@@ -1,9 +1,8 @@
 """Work distribution: one lock a job, released when its process exits, and a manifest of results.
 
-A lock is one byte of a file (filelock would need a file a job). The system releases it when its process ends,
-also by a kill, so there are no stale locks, no timeouts and no server that must stay alive. Processes may
-join, leave and be killed, and several runs on one folder share the work. Byte locks work across machines that
-mount one folder by NFS 4, Lustre, CephFS or GPFS; where they do not, a job may run twice, to the same file.
+A lock is one byte of a file. The system releases it when its process ends, also by a kill: no stale locks, no
+timeouts, no server. Processes may join and leave, and several runs on one folder share the work. Byte locks
+work across machines on NFS 4, Lustre, CephFS or GPFS; elsewhere a job may run twice, to the same file.
 """
 
 import fcntl
@@ -25,15 +24,20 @@ class JobLocks:
     def __init__(self, file: Path) -> None:
         self.file, self.descriptor = file, os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
 
-    def acquire(self, number: int) -> bool:
-        """Lock a job; False if another process holds it. OSError if the file system has no locks."""
+    @contextmanager
+    def lock(self, number: int, is_waiting: bool = False) -> Iterator[bool]:
+        """Lock a byte in a `with` block; False if another process holds it. OSError if there are no locks."""
         try:
-            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-        except (BlockingIOError, PermissionError):
-            return False
+            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB), 1, number)
         except OSError as error:
-            raise OSError(f"{self.file}: expected a folder with file locks, got {error}") from None
-        return True
+            if is_waiting or not isinstance(error, BlockingIOError | PermissionError):
+                raise OSError(f"{self.file}: expected a folder with file locks, got {error}") from None
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, number)
 
     def mark_running(self, number: int, is_running: bool) -> None:
         """Record whether a job is running; the record remains if this process is killed."""
@@ -42,19 +46,6 @@ class JobLocks:
     def was_interrupted(self, number: int) -> bool:
         """Return whether a process started the job and did not record its end."""
         return os.pread(self.descriptor, 1, number) == b"\1"
-
-    def release(self, number: int) -> None:
-        """Unlock a job."""
-        fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, number)
-
-    @contextmanager
-    def manifest_lock(self) -> Iterator[None]:
-        """Lock the manifest against writes of other processes, within a `with` block."""
-        fcntl.lockf(self.descriptor, fcntl.LOCK_EX, 1, 0)
-        try:
-            yield
-        finally:
-            self.release(0)
 
     def close(self) -> None:
         """Release all locks."""
@@ -65,8 +56,7 @@ class Manifest:
     """JSON Lines file of results, appended to as jobs end; a job's last record counts."""
 
     def __init__(self, file: Path, locks: JobLocks) -> None:
-        self.file, self.locks = file, locks
-        self.records: dict[int, Record] = {}
+        self.file, self.locks, self.records = file, locks, dict[int, Record]()
         self.inode, self.offset = -1, 0
         self.refresh()
 
@@ -95,25 +85,19 @@ class Manifest:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a record and flush it to the disk."""
-        with self.locks.manifest_lock(), self.file.open("a+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
+        with self.locks.lock(0, is_waiting=True), self.file.open("a+b") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             is_truncated = file.read(1) not in (b"", b"\n")
             file.write((b"\n" if is_truncated else b"") + _to_line(record))
             file.flush()
             os.fsync(file.fileno())
 
     def compact(self, complete: Callable[[dict[int, Record]], None]) -> None:
-        """Rewrite the file atomically with one record a job, sorted by number.
-
-        complete: corrects the records while the manifest is locked.
-        """
-        with self.locks.manifest_lock():
+        """Rewrite the file atomically, sorted; `complete` corrects the records, with the manifest locked."""
+        with self.locks.lock(0, is_waiting=True):
             self.refresh()
             complete(self.records)
-            write_bytes(
-                b"".join(_to_line(self.records[number]) for number in sorted(self.records)), self.file
-            )
+            write_bytes(b"".join(_to_line(record) for _, record in sorted(self.records.items())), self.file)
 
 
 def _to_line(record: Mapping[str, Any]) -> bytes:

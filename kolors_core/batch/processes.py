@@ -24,10 +24,8 @@ def join_processes(name: str | None = None) -> torch.device:
     device = named_device(name)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            _init_with_torchrun_store(backend)
-        else:
-            dist.init_process_group(backend)
+        is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        (_init_with_torchrun_store if is_agents else dist.init_process_group)(backend)
     if device.type == "cuda":
         if name in (None, "cuda"):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -43,7 +41,6 @@ def _init_with_torchrun_store(backend: str) -> None:
         socket.create_connection(address, CONNECT_TIMEOUT.total_seconds()).close()
         store, rank, world = next(rendezvous("env://", timeout=CONNECT_TIMEOUT))
     except (OSError, RuntimeError) as error:
-        reason = one_line(error)
-        raise OSError(f"torchrun, which started this process, cannot be reached: {reason}") from None
+        raise OSError(f"torchrun, which started this process, cannot be reached: {one_line(error)}") from None
     store.set_timeout(default_pg_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)

@@ -35,10 +35,10 @@ class JobSettings:
 
 
 FIELDS = tuple(field.name for field in fields(JobSettings))
+NUMBERS = {"seed": int, "height": int, "width": int, "steps": int, "guidance": float}
 FIELD_NAMES = ", ".join(FIELDS)
 FINGERPRINT_KEY = "batch_line"  # the PNG text chunk with the fingerprint of the image's line
 IEND = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of a PNG
-RawRow = tuple[int, str, Any]  # number, text, and fields, or the ValueError of a line without any
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,13 @@ class Job:
 def read_jobs(file: Path, model: Mapping[str, object], seed: int, steps: int) -> list[Job]:
     """Read the jobs of a file, one for each line that is not empty.
 
-    model: what all images have in common, for the fingerprints. seed: a line without a seed gets this plus
-    its number. steps: the default of a line. Raises OSError for a file that cannot be read, ValueError for a
-    CSV whose first row does not name the fields, or for a file without lines.
+    model: what all images have in common, for the fingerprints. seed: a line without one gets this plus its
+    number. steps: the default of a line. OSError for a file that cannot be read, ValueError for one without
+    lines, or a CSV whose first row does not name the fields.
     """
     text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    rows = _csv(text, file) if file.suffix.lower() == ".csv" else _json_lines(text)
+    lines = ((number, raw, raw) for number, raw in enumerate(text.split("\n"), 1) if raw.strip())
+    rows = _csv(text, file) if file.suffix.lower() == ".csv" else lines
     jobs = []
     for number, raw, row in rows:
         try:
@@ -99,20 +100,7 @@ def png_fingerprint(file: Path) -> str | None:
     return None if fingerprint and not is_whole else fingerprint
 
 
-def _json_lines(text: str) -> Iterator[RawRow]:
-    for number, raw in enumerate(text.split("\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            row = json.loads(raw, object_pairs_hook=reject_duplicate_keys)
-        except json.JSONDecodeError as error:
-            row = ValueError(f"not JSON: {error}")
-        except (ValueError, RecursionError) as error:
-            row = ValueError(str(error))
-        yield number, raw, row
-
-
-def _csv(text: str, file: Path) -> Iterator[RawRow]:
+def _csv(text: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any] | ValueError]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
@@ -126,18 +114,17 @@ def _csv(text: str, file: Path) -> Iterator[RawRow]:
     while True:
         number = reader.line_num + 1
         try:
-            cells = next(reader)
-        except StopIteration:
-            return
+            cells = next(reader, None)
         except csv.Error as error:
             yield number, f"{number}", ValueError(f"not CSV: {error}")
             continue
+        if cells is None:
+            return
         if any(cells):
             yield number, json.dumps(cells), _parse_cells(names, cells)
 
 
 def _parse_cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | ValueError:
-    """Convert a row's cells to fields; numeric fields to numbers where they parse."""
     if len(cells) > len(names):
         return ValueError(f"{len(cells)} cells, and the first row names {len(names)}")
     row: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
@@ -145,17 +132,20 @@ def _parse_cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any] |
         with suppress(ValueError):  # `_settings` reports what the field must be
             if name == "lora":
                 row[name] = [part.strip() for part in cell.split(";")]
-            elif name == "guidance":
-                row[name] = float(cell)
-            elif name in ("seed", "height", "width", "steps"):
-                row[name] = int(cell)
+            elif name in NUMBERS:
+                row[name] = NUMBERS[name](cell)
     return row
 
 
 def _settings(row: Any, seed: int, steps: int) -> JobSettings:
-    """Check a row's fields; ValueError naming the field and what was expected."""
+    """Check a row: a line of JSON, the fields of a CSV's row, or the error of one without any."""
     if isinstance(row, ValueError):
         raise row
+    if isinstance(row, str):
+        try:
+            row = json.loads(row, object_pairs_hook=reject_duplicate_keys)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with the fields {FIELD_NAMES}, got {row!r}")
     if unknown := sorted(set(row) - set(FIELDS)):
@@ -163,8 +153,8 @@ def _settings(row: Any, seed: int, steps: int) -> JobSettings:
     given = {name: value for name, value in row.items() if value is not None}
     if "prompt" not in given:
         raise ValueError("no prompt: say what to draw")
-    lora = given.get("lora", ())
-    lora = (lora,) if isinstance(lora, str) else lora
+    given = {"seed": seed, "steps": steps, "guidance": JobSettings.guidance, "lora": ()} | given
+    lora = [given["lora"]] if isinstance(given["lora"], str) else given["lora"]
     if not isinstance(lora, list | tuple) or not all(isinstance(text, str) and text for text in lora):
         raise ValueError(f"lora must be FROM[:SCALE] or a list of them, got {given['lora']!r}")
     texts = [(name, given[name]) for name in ("prompt", "negative_prompt") if name in given]
@@ -176,9 +166,6 @@ def _settings(row: Any, seed: int, steps: int) -> JobSettings:
     for name, multiple in (("height", 8), ("width", 8), ("steps", 1)):
         if name in given:
             check_int(name, given[name], multiple)
-    return JobSettings(
-        prompt=given["prompt"], negative_prompt=given.get("negative_prompt"),
-        seed=check_int("seed", given.get("seed", seed), least=0, most=LARGEST_SEED),
-        height=given.get("height"), width=given.get("width"), steps=given.get("steps", steps),
-        guidance=check_float("guidance", given.get("guidance", 5.0)), lora=tuple(lora),
-    )  # fmt: skip
+    check_int("seed", given["seed"], least=0, most=LARGEST_SEED)
+    given |= {"guidance": check_float("guidance", given["guidance"]), "lora": tuple(lora)}
+    return JobSettings(**given)

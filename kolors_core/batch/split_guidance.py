@@ -20,19 +20,14 @@ from kolors_core.unet import UNet
 from weights_convert.untrusted_files import one_line
 
 
-class PeerLost(RuntimeError):
+class PeerLost(ConnectionError):
     """Error: another process of the pair, or of the starting run, is gone or no longer in step."""
 
 
-class PeerFailed(ValueError):
-    """Error of the other process of the pair, with its reason."""
-
-
 class GuidancePair:
-    """Pair of processes, ranks 2n and 2n + 1. role: 0 for the leader (unconditional half), or 1."""
+    """Pair of ranks 2n and 2n + 1; role 0 leads (unconditional half). ValueError if one process is left."""
 
     def __init__(self) -> None:
-        """Called in every process. Raises ValueError for an odd number of processes."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % 2:
             raise ValueError(f"--split-guidance needs an even number of processes, got {world}")
@@ -43,38 +38,35 @@ class GuidancePair:
     def broadcast(self, message: Any = None) -> Any:
         """Send the leader's message to the other process; return it in both."""
         messages = [message]
-        self._communicate(lambda: dist.broadcast_object_list(messages, group_src=0, group=self.group))
+        self._communicate(dist.broadcast_object_list, messages, group_src=0)
         return messages[0]
 
     def handshake(self, error: str | None = None) -> None:
-        """Wait for the other process before a run; raise PeerFailed if it reports an error."""
+        """Wait for the other process before a run; raise ValueError if it reports an error."""
         self.handshake_done = True
         errors: list[str | None] = [None, None]
-        self._communicate(lambda: dist.all_gather_object(errors, error, group=self.group))
-        if error is None and errors[1 - self.role] is not None:
-            raise PeerFailed(errors[1 - self.role])
+        self._communicate(dist.all_gather_object, errors, error)
+        if error is None and (reason := errors[1 - self.role]) is not None:
+            raise ValueError(reason)
 
     def all_gather(self, compute: Callable[[], Tensor]) -> list[Tensor]:
-        """Gather both halves' tensors, of one shape; raise PeerFailed if the other process failed."""
+        """Gather both halves' tensors, of one shape; raise ValueError if the other process failed."""
         try:
             own = compute().contiguous()
         except Exception:  # the other process must not wait for this half
             self._both_succeeded(False)
             raise
         if not self._both_succeeded(True):
-            raise PeerFailed("the other process of the pair failed in a step")
+            raise ValueError("the other process of the pair failed in a step")
         both = [torch.empty_like(own) for _ in range(2)]
-        self._communicate(lambda: dist.all_gather(both, own, group=self.group))
+        self._communicate(dist.all_gather, both, own)
         return both
 
     def guided(
         self, unet: UNet, schedule: Schedule, positive: Conditioning, negative: Conditioning | None = None,
         scale: float = 1.0, *, precompute: bool = True, wrap_step: WrapStep | None = None,
     ) -> Denoiser:  # fmt: skip
-        """Build the denoiser of `guidance.guided`, equal within rounding; both processes get its result.
-
-        Without guidance there is nothing to split, and both compute the same.
-        """
+        """Build the denoiser of `guidance.guided`, equal within rounding; unguided, both do the whole."""
         is_guided = negative is not None and scale > 1
         conditioning = (negative, positive)[self.role] if negative is not None and is_guided else positive
         own = guided(unet, schedule, conditioning, precompute=precompute, wrap_step=wrap_step)
@@ -88,12 +80,11 @@ class GuidancePair:
 
     def _both_succeeded(self, is_successful: bool) -> bool:
         succeeded = [torch.zeros(1), torch.zeros(1)]
-        own = torch.tensor([float(is_successful)])
-        self._communicate(lambda: dist.all_gather(succeeded, own, group=self.group))
+        self._communicate(dist.all_gather, succeeded, torch.tensor([float(is_successful)]))
         return all(succeeded)
 
-    def _communicate(self, call: Callable[[], object]) -> None:
+    def _communicate(self, collective: Callable[..., object], *arguments: Any, **keywords: int) -> None:
         try:
-            call()
+            collective(*arguments, group=self.group, **keywords)
         except RuntimeError as error:
             raise PeerLost(f"the other process of this pair is gone: {one_line(error)}") from error

@@ -1,7 +1,6 @@
 """Command `python -m kolors_core explain "PROMPT"`: where in the image each token of the prompt acted."""
 
 import argparse
-import secrets
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.inspection.attention_report import Explanation, render_html, render_png
 from kolors_core.inspection.token_attention import explain_prompt
 from kolors_core.pipelines.png_metadata import attach_metadata
-from kolors_core.validation import LARGEST_SEED, check_int
+from kolors_core.validation import check_int
 from weights_convert.atomic_write import atomic_file
 
 
@@ -39,11 +38,10 @@ def explain(options: argparse.Namespace) -> None:
     name = options.out.with_suffix("") if options.out.suffix in (".png", ".html") else options.out
     outs = [name.with_name(f"{name.name}.{kind}") for kind in ("png", "html")]
     cli.check_output_paths(outs, options.force)
-    for side, pixels in {"height": options.height, "width": options.width}.items():
-        if pixels is not None:
+    for side in ("height", "width"):
+        if (pixels := getattr(options, side)) is not None:
             check_int(side, pixels, 8)
-    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-    check_int("--seed", seed, least=0, most=LARGEST_SEED)
+    seed = cli.select_seed(options)
     steps = cli.default_steps(options.sampler) if options.steps is None else check_int("steps", options.steps)
     name.parent.mkdir(parents=True, exist_ok=True)
     pipe = cli.load_pipeline(options, named_device(options.device))
@@ -54,8 +52,7 @@ def explain(options: argparse.Namespace) -> None:
         guidance_scale=options.guidance, generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     model = [options.weights, *(f"{part} from {file}" for part, file in cli.component_files(options).items())]
-    model += [] if quantized is None else [f"quantized: {quantized}"]
-    explanation.facts["model"] = ", ".join(model)
+    explanation.facts["model"] = ", ".join([*model, *(f"{name}: {text}" for name, text in quantized.items())])
     write(explanation, *outs)
     if not options.quiet:
         size = f"{explanation.image.width}x{explanation.image.height}"

@@ -1,32 +1,30 @@
-"""Flags shared by the command lines, and functions that load what they name."""
+"""Flags shared by the command lines, functions that load what they name, and the exit status."""
 
 import argparse
+import logging
+import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kolors_core.adapters.canny import canny
-from kolors_core.adapters.controlnet_files import KolorsControlNet
-from kolors_core.checkpoint import EMBEDDED_NAME
+from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.devices import best_dtype
 from kolors_core.guidance import cfg_rescale, check_interval, guided
-from kolors_core.image import load_image
 from kolors_core.performance.quantize import BITS
 from kolors_core.pipelines.pag import check_scales, perturbed, perturbed_layers
-from kolors_core.pipelines.quantization_report import QuantizationReport, quantize
-from kolors_core.pipelines.request import CONTROL_SCALE
+from kolors_core.pipelines.quantization_report import quantize
 from kolors_core.pipelines.single_file import open_model
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
+from kolors_core.validation import LARGEST_SEED, check_int
 
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CONTROLNETS = {kind: f"Kwai-Kolors/Kolors-ControlNet-{kind.title()}" for kind in ("canny", "depth", "pose")}
 # Each sets every field that distinguishes it, since the checkpoint's own scheduler may be any of them.
 SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
     name + suffix: (kind, {**fields, "use_karras_sigmas": bool(suffix)})
@@ -46,16 +44,16 @@ def add_model(model: argparse._ArgumentGroup) -> None:
         help="a checkpoint folder or .safetensors file, or a hub repository such as "
         "Kwai-Kolors/Kolors-diffusers (default: the embedded model, which draws emoji)")  # fmt: skip
     for name in MODELS:
-        source = "this .safetensors file, in any naming, and not from --weights"
-        add(f"--{name.replace('_', '-')}", metavar="FILE", help=f"take the {name} from {source}")
+        add(f"--{name.replace('_', '-')}", metavar="FILE",
+            help="take it from this .safetensors file, in any naming, and not from --weights")  # fmt: skip
     add("--variant", help='which weight files, such as "fp16" (default: the only ones there are)')
     add("--revision", help="branch, tag or commit of the hub repository")
     add("--local-files-only", action="store_true", help="never download, use the hub's local cache")
     add("--device", help="cuda, mps, cpu, cuda:1, ... (default: the best there is)")
     add("--dtype", choices=DTYPES, help="precision (default: float16, on a CPU float32)")
-    for name in ("text-encoder", "unet"):
-        effect = "quantize its linear layers to so many bits; reports the error"
-        add(f"--{name}-bits", type=int, choices=BITS, help=effect)
+    for flag in ("--text-encoder-bits", "--unet-bits"):
+        add(flag, type=int, choices=BITS,
+            help="quantize its linear layers to so many bits; reports the error")  # fmt: skip
     add("--offload", choices=("model", "block"),
         help="keep only the running model or block (least memory, slowest) on the device")  # fmt: skip
     add("--vae-tiling", action="store_true", help="decode in tiles, with less memory")
@@ -99,24 +97,38 @@ def add_guidance(sampling: argparse._ArgumentGroup) -> None:
         help="FreeU scales of skip connections and backbone, 0.6 0.4 1.1 1.2 is usual")  # fmt: skip
 
 
-def add_control(images: argparse._ArgumentGroup) -> None:
-    """Add the flags of ControlNets and their images, which are given in the same order."""
-    add = images.add_argument
-    add("--control", action="append", metavar="FROM[:SCALE]",
-        help="a ControlNet: canny, depth or pose for Kwai-Kolors' own, or a folder or hub repository, whose "
-        f"revision may follow an @; its scale (default: {CONTROL_SCALE}); may be repeated")  # fmt: skip
-    add("--control-image", action="append", metavar="FILE",
-        help="its input, used as it is: edges, depth or a pose; one for each --control")  # fmt: skip
-    add("--canny", metavar="FILE", help="instead of one --control-image: the edges of this image")
-    add("--control-end", type=float, metavar="PART", help="turn it off after this part of the steps")
-
-
 def check_output_paths(outs: Sequence[Path], is_forced: bool) -> None:
     """Raise FileExistsError or IsADirectoryError for a file that may not be written."""
     if existing := [out for out in outs if out.exists() and not is_forced]:
         raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
     if folders := [out for out in outs if out.is_dir()]:
         raise IsADirectoryError(f"{folders[0]} is a folder: choose another --out")
+
+
+def run_command(
+    run: Callable[[argparse.Namespace], object], options: argparse.Namespace,
+    interrupted: str = "interrupted, nothing written",
+) -> int:  # fmt: skip
+    """Run a command; return the status: 1 if it returns failures, 2, with one line on stderr, on error."""
+    level = logger.level
+    if options.quiet:
+        logger.setLevel(logging.ERROR)
+    try:
+        return 1 if run(options) else 0
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except (OSError, ValueError, TypeError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        logger.setLevel(level)
+
+
+def select_seed(options: argparse.Namespace) -> int:
+    """Return --seed, checked, or a random seed."""
+    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    return check_int("--seed", seed, least=0, most=LARGEST_SEED)
 
 
 def default_steps(sampler: str) -> int:
@@ -136,8 +148,7 @@ def component_files(options: argparse.Namespace) -> dict[str, str]:
 
 def quantization_bits(options: argparse.Namespace) -> dict[str, int]:
     """Return the bits of each model to quantize."""
-    bits = {"text_encoder": options.text_encoder_bits, "unet": options.unet_bits}
-    return {name: count for name, count in bits.items() if count is not None}
+    return {name: bits for name in ("text_encoder", "unet") if (bits := getattr(options, f"{name}_bits"))}
 
 
 def guidance_kwargs(options: argparse.Namespace) -> dict[str, object]:
@@ -148,29 +159,16 @@ def guidance_kwargs(options: argparse.Namespace) -> dict[str, object]:
         check_scales(options.pag, options.pag_adaptive or 0.0)
     if options.guidance_rescale is not None:
         cfg_rescale(options.guidance_rescale)
-    if options.guidance_interval is not None:
-        check_interval(options.guidance_interval)
-    keywords = {
-        "pag_scale": options.pag, "pag_adaptive_scale": options.pag_adaptive,
-        "pag_applied_layers": options.pag_layers, "rescale": options.guidance_rescale,
-        "interval": options.guidance_interval and tuple(options.guidance_interval),
-    }  # fmt: skip
+    interval = None if options.guidance_interval is None else check_interval(options.guidance_interval)
+    pag = {"pag_scale": options.pag, "pag_adaptive_scale": options.pag_adaptive,
+           "pag_applied_layers": options.pag_layers}  # fmt: skip
+    keywords = pag | {"rescale": options.guidance_rescale, "interval": interval}
     return {name: value for name, value in keywords.items() if value is not None}
 
 
-def check_control(options: argparse.Namespace) -> None:
-    """Raise ValueError unless there are as many control images as ControlNets."""
-    nets, images = options.control or [], len(options.control_image or ()) + (options.canny is not None)
-    if len(nets) != images:
-        got = f"{len(nets)} --control and {images} of --control-image and --canny"
-        raise ValueError(f"expected an image for each ControlNet, got {got}")
-    if options.control_end is not None and not nets:
-        raise ValueError("--control-end has no effect without --control")
-
-
 def load_pipeline(
-    options: argparse.Namespace, device: torch.device, is_planned: bool = False,
-    task: type[Task] = KolorsPipeline,
+    options: argparse.Namespace, device: torch.device, task: type[Task] = KolorsPipeline,
+    is_planned: bool = False,
 ) -> Any:  # fmt: skip
     """Load the pipeline, with the sampler of the options; without weights if it is only planned."""
     files = component_files(options)
@@ -178,20 +176,17 @@ def load_pipeline(
         flag = next(iter(files)).replace("_", "-")
         raise ValueError(f"--{flag} needs --weights, the checkpoint of the other models")
     folder = options.weights if Path(options.weights).is_dir() else None
-    models: dict[str, Any] = {
-        name: open_model(file, name, config=folder, has_weights=not is_planned)
-        for name, file in files.items()
-    }
+    keywords: dict[str, Any] = {"config": folder, "has_weights": not is_planned}
+    models: dict[str, Any] = {name: open_model(file, name, **keywords) for name, file in files.items()}
     is_file = options.weights.endswith(".safetensors")
     pipe = (task.from_single_file if is_file else task.from_pretrained)(
         options.weights, variant=options.variant, revision=options.revision,
         local_files_only=options.local_files_only, torch_dtype=select_dtype(options, device),
         device="meta" if is_planned else "cpu" if options.offload else device, **models,
     )  # fmt: skip
-    if not is_planned and options.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif not is_planned and options.offload == "block":
-        pipe.enable_sequential_cpu_offload(device=device)
+    if options.offload and not is_planned:
+        is_model = options.offload == "model"
+        (pipe.enable_model_cpu_offload if is_model else pipe.enable_sequential_cpu_offload)(device=device)
     if options.vae_tiling:
         pipe.enable_vae_tiling()
     pipe.set_progress_bar_config(disable=options.quiet)
@@ -200,14 +195,14 @@ def load_pipeline(
     return pipe
 
 
-def apply_quantization(pipe: Task, options: argparse.Namespace) -> QuantizationReport | None:
-    """Quantize the models of the options; return the report, None if there are none."""
+def apply_quantization(pipe: Task, options: argparse.Namespace) -> dict[str, str]:
+    """Quantize the models of the options; return the report as metadata, empty if there are none."""
     if not (bits := quantization_bits(options)):
-        return None
+        return {}
     report = quantize(pipe, **bits)
     if not options.quiet:
         print(f"quantized: {report}", file=sys.stderr)
-    return report
+    return {"quantized": str(report)}
 
 
 def apply_guidance(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
@@ -225,9 +220,8 @@ def load_loras(pipe: Task, loras: Sequence[str], is_local: bool, is_quiet: bool)
     for i, text in enumerate(loras):
         source, _ = parse_source_scale(text)
         name, revision = with_revision(source)
-        report = pipe.load_lora_weights(
-            name, adapter_name=f"lora{i}", revision=revision, local_files_only=is_local
-        )
+        keywords = {"revision": revision, "local_files_only": is_local}
+        report = pipe.load_lora_weights(name, adapter_name=f"lora{i}", **keywords)
         if not is_quiet:
             print(f"{source}: {report}", file=sys.stderr)
     set_lora_scales(pipe, loras)
@@ -240,44 +234,8 @@ def set_lora_scales(pipe: Task, loras: Sequence[str]) -> None:
         pipe.set_adapters([f"lora{i}" for i in range(len(loras))], scales)
 
 
-def load_textual_inversions(pipe: Task, files: Sequence[str], is_local: bool) -> None:
-    """Load learned words, each FROM[:WORD]; the default is the word's name in the file."""
-    for text in files:
-        source, word = with_word(text)
-        name, revision = with_revision(source)
-        pipe.load_textual_inversion(name, word, revision=revision, local_files_only=is_local)
-
-
-def load_controls(
-    options: argparse.Namespace, pipe: KolorsPipeline, device: torch.device, is_planned: bool = False
-) -> None:
-    """Load the ControlNets of the options into the pipeline."""
-    nets = []
-    for text in options.control or ():
-        source, _ = parse_source_scale(text, CONTROL_SCALE)
-        name, revision = with_revision(CONTROLNETS.get(source, source))
-        nets.append(KolorsControlNet.from_pretrained(
-            name, revision=revision, local_files_only=options.local_files_only, torch_dtype=pipe.dtype,
-            device="meta" if is_planned else "cpu" if options.offload else device,
-        ))  # fmt: skip
-    if nets:
-        pipe.controlnet = type(pipe).from_pipe(pipe, controlnet=nets).controlnet  # checked there
-
-
-def control_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Build the pipeline's ControlNet arguments; the edges of --canny are the last image."""
-    if not options.control:
-        return {}
-    images = [load_image(file) for file in options.control_image or ()]
-    if options.canny is not None:
-        images.append(canny(load_image(options.canny)))
-    scales = [parse_source_scale(text, CONTROL_SCALE)[1] for text in options.control]
-    end = {} if options.control_end is None else {"control_guidance_end": options.control_end}
-    return {"control_image": images, "controlnet_conditioning_scale": scales} | end
-
-
 def parse_source_scale(text: str, default: float = 1.0) -> tuple[str, float]:
-    """Split FROM[:SCALE], where FROM may contain colons."""
+    """Split FROM[:SCALE]; FROM may contain colons."""
     source, colon, scale = text.rpartition(":")
     try:
         return (source, float(scale)) if colon and source else (text, default)

@@ -1,8 +1,4 @@
-"""Attention maps: how much each pixel attends to each token or pixel, recorded while a UNet runs.
-
-    with record_attention(pipe.unet, "*cross_attention", steps=range(5, 15)) as maps:
-        pipe("一张瓢虫的照片")
-    maps["mid.attentions.0.blocks.0.cross_attention"]  # [2, 32, 32, S]: rows, height, width, text tokens
+"""Attention maps: how much each pixel attends to each token or pixel, recorded in a run; see README.md.
 
 The layer computes its result by the fast kernel as before; the map is computed additionally.
 Shapes: B rows, h and w of the feature map, S keys.
@@ -26,38 +22,33 @@ class MapRecorder:
     """Recorder of one attention's maps."""
 
     def __init__(self, name: str, steps: Steps, whole: bool) -> None:
-        self.calls, self.whole = CallCounter(name, steps), whole
+        self.calls, self.whole, self.num_steps = CallCounter(name, steps), whole, 0  # recorded steps
         self.size = 0, 0  # h, w
         self.maps: list[Tensor] = []  # of each step, or their mean alone
-        self.num_steps = 0  # recorded
 
     def record_size(self, _transformer: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Store h and w: a transformer's hook, before the feature map [B, C, h, w] is flattened."""
         self.size = inputs[0].shape[-2:]
 
-    def observe(self, q: Tensor, k: Tensor, bias: Tensor | None, perturbed: int) -> None:
-        """Record an attention's queries and keys: an observer, see `unet.Attention`."""
-        self.accumulate(q, [k], bias, perturbed)
-
     def observe_images(self, _m: nn.Module, inputs: tuple[Tensor, Tensor, ImageKeysValues], _o: Any) -> None:
         """Record an image branch: its hook. With masks, each image has a softmax of its own."""
-        _, q, images = inputs
-        self.accumulate(q, [k for k, _ in images.keys_values], bias=None, perturbed=0)
+        k, *more = [k for k, _ in inputs[2].keys_values]
+        self.observe(inputs[1], k, None, 0, *more)
 
     @torch.no_grad()
-    def accumulate(self, q: Tensor, keys: list[Tensor], bias: Tensor | None, perturbed: int) -> None:
-        """Add a step's map of q [B, heads, h * w, D] and keys [B, heads, S, D], one for each softmax.
+    def observe(self, q: Tensor, k: Tensor, bias: Tensor | None, perturbed: int, *more: Tensor) -> None:
+        """Record a step's q [B, heads, h * w, D] and k [B, heads, S, D]: an observer, see `unet.Attention`.
 
-        bias, perturbed: see `softmax`. ValueError for another shape than the last map's.
+        bias, perturbed: see `softmax`. more: keys with a softmax of their own. ValueError for a new shape.
         """
         if (step := self.calls.next()) is None:
             return
+        keys = (k, *more)
         heads = (  # one after another, for memory
             torch.cat([softmax(q[:, i], k[:, i], bias, perturbed) for k in keys], dim=-1)  # [B, h * w, S]
             for i in range(q.shape[1])
         )
-        new = torch.stack(list(heads), dim=1) if self.whole else sum(heads) / q.shape[1]
-        assert isinstance(new, Tensor)
+        new: Any = torch.stack(list(heads), dim=1) if self.whole else sum(heads) / q.shape[1]
         new = new.unflatten(-2, self.size)  # [B, heads, h, w, S] or [B, h, w, S]
         if self.maps and new.shape != self.maps[0].shape:
             got = f"in step {step} {list(new.shape)}, and before {list(self.maps[0].shape)}"
@@ -107,9 +98,8 @@ def record_attention(
 ) -> Iterator[AttentionMaps]:
     """Record the attention maps of a UNet's or ControlNet's layers while the block lasts.
 
-    patterns: one or several globs (`fnmatch`) over the names of its attentions, as in
-    "up.1.attentions.2.blocks.0.self_attention", "...cross_attention" and, of the first IP-Adapter,
-    "...cross_attention.image_branches.0".
+    patterns: globs (`fnmatch`) over the names of its attentions: "up.1.attentions.2.blocks.0" and so on with
+    ".self_attention", ".cross_attention" or, of the first IP-Adapter, ".cross_attention.image_branches.0".
     steps: which calls of the net are recorded, from 0; all if None. whole: keep each step's and head's map,
     stacked at each access; if not, keep the mean over both.
     Each map is [B, h, w, S] (whole: [steps, B, heads, h, w, S]) on the layer's device, in float32, of a
@@ -117,19 +107,18 @@ def record_attention(
     ones, whose self-attention is the identity. h, w: of the layer's feature map. S: in self-attention its
     h * w pixels, row by row; in cross-attention the net's text tokens: one column for all equal pads, and for
     a text shorter than the longest columns of 0 on its left; in an image branch the tokens of all its images.
-    A row's sum is 1, with masks in an image branch 1 for each image. An image branch's map includes neither
-    its scale nor masks.
-    The results are those without recording, to the bit. Raises ValueError for a pattern that matches nothing,
-    a compiled net, steps in which a map has other shapes (as where guidance begins or ends) and, on leaving,
-    steps that never came.
+    A row's sum is 1, in a masked image branch 1 for each image; neither scale nor masks are included.
+    The results are those without recording, to the bit. ValueError for a pattern that matches nothing, a
+    compiled net, steps in which a map changes shape (as where guidance begins or ends) and, on leaving, steps
+    that never came.
     """
     if not isinstance(unwrap_compiled(net), UNetEncoder):
         raise TypeError(f"expected a UNet or a ControlNet, such as pipe.unet, got {type(net).__name__}")
-    modules: dict[str, nn.Module] = {}
+    modules = dict[str, nn.Module]()
     for name, module in unwrap_compiled(net).named_modules():
         if isinstance(module, Attention):
-            modules[name] = module
-            modules |= {f"{name}.image_branches.{i}": b for i, b in enumerate(module.image_branches)}
+            branches = {f"{name}.image_branches.{i}": b for i, b in enumerate(module.image_branches)}
+            modules |= {name: module, **branches}
     matches = match_modules(net, modules, patterns)
     recorders = {name: MapRecorder(name, check_steps(steps), whole) for name in matches}
     with ExitStack() as stack:

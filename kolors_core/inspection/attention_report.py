@@ -6,7 +6,6 @@ Shapes: T displayed tokens, h and w of a map.
 import html
 import lzma
 import re
-import unicodedata
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 import torch
 import torch.nn.functional as F
@@ -69,18 +69,15 @@ def colorize(levels: Tensor) -> "Image":
     from PIL import Image
 
     image = Image.fromarray((levels * 255).round().to(torch.uint8).numpy())
-    anchors = np.array([list(bytes.fromhex(color)) for color in HEAT])  # [9, 3]
-    positions = np.linspace(0, len(HEAT) - 1, 256)
-    palette = [np.interp(positions, range(len(HEAT)), channel) for channel in anchors.T]
+    positions, channels = np.linspace(0, len(HEAT) - 1, 256), zip(*map(bytes.fromhex, HEAT), strict=True)
+    palette = [np.interp(positions, range(len(HEAT)), channel) for channel in channels]
     image.putpalette(np.stack(palette, axis=1).round().astype("uint8").tobytes())
     return image
 
 
 def shown(text: str, is_hidden: Callable[[str], bool] = lambda _: False) -> str:
     """Replace characters without a glyph (controls, direction marks) and hidden ones by their code points."""
-    return "".join(
-        f"U+{ord(c):04X}" if unicodedata.category(c)[0] == "C" or is_hidden(c) else c for c in text
-    )
+    return "".join(f"U+{ord(c):04X}" if category(c)[0] == "C" or is_hidden(c) else c for c in text)
 
 
 @cache
@@ -139,8 +136,8 @@ def render_png(explanation: Explanation) -> "Image":
     for i, (tile, label, share) in enumerate(tiles):
         x, y = GAP + i % columns * (TILE + GAP), top + i // columns * row
         sheet.paste(tile, (x, y))
-        room = TILE - font().getlength(share) - LINE
-        draw.text((x, y + h + 2), shortened(label, int(room)), TEXT_COLOR, font())
+        label = shortened(label, int(TILE - font().getlength(share) - LINE))
+        draw.text((x, y + h + 2), label, TEXT_COLOR, font())
         draw.text((x + TILE, y + h + 2), share, MUTED_COLOR, font(), anchor="ra")
     return sheet
 
@@ -154,8 +151,7 @@ def render_html(explanation: Explanation) -> str:
 
     views = []
     for (part, span), maps in explanation.views.items():
-        shares = " ".join(f"{share:.4f}" for share in maps.mean((1, 2)).tolist())
-        h, w = maps.shape[-2:]
+        shares, (h, w) = " ".join(f"{share:.4f}" for share in maps.mean((1, 2)).tolist()), maps.shape[-2:]
         scale = max(1, HTML_MAP_SIZE // max(h, w))  # browsers enlarge linearly, which shows in coarse maps
         levels = F.interpolate(normalize(maps)[None], scale_factor=scale, mode="bicubic")[0].clamp(0, 1)
         levels = F.pad(levels, (0, 0, 0, 0, 0, -len(levels) % MAPS_PER_ROW))  # [rows * MAPS_PER_ROW, h, w]
@@ -174,19 +170,13 @@ def render_html(explanation: Explanation) -> str:
     ]
     spans = {span: "all steps" if span == "all" else f"steps {span}" for _, span in explanation.views}
     fields = {
-        "prompt": escape(explanation.prompt),
-        "picture": data_uri(explanation.image),
-        "width": str(explanation.image.width),
-        "height": str(explanation.image.height),
-        "heat": ", ".join(f"#{color}" for color in HEAT),
-        "strength": str(round(100 * STRENGTH)),
-        "across": str(MAPS_PER_ROW),
-        "tokens": "".join(tokens),
+        "prompt": escape(explanation.prompt), "picture": data_uri(explanation.image),
+        "width": str(explanation.image.width), "height": str(explanation.image.height),
+        "heat": ", ".join(f"#{color}" for color in HEAT), "strength": str(round(100 * STRENGTH)),
+        "across": str(MAPS_PER_ROW), "tokens": "".join(tokens), "facts": "".join(facts),
         "parts": radio_buttons("part", {part: PARTS[part] for part, _ in explanation.views}),
-        "spans": radio_buttons("span", spans),
-        "facts": "".join(facts),
-        "views": "".join(views),
-    }
+        "spans": radio_buttons("span", spans), "views": "".join(views),
+    }  # fmt: skip
     template = (HERE / "attention_report.html").read_text(encoding="utf-8")
     return re.sub(r"{{(\w+)}}", lambda match: fields[match[1]], template)
 

@@ -1,21 +1,15 @@
-"""Features of a model's modules, by name: `capture` records them, `inject` changes them.
-
-    with capture(pipe.unet, "up.1.resnets.[0-9]") as kept:  # name -> an entry for each step
-        pipe("a cat")
-    with inject(pipe.unet, {"mid": lambda x, step: 0.9 * x, **kept}):
-        pipe("a dog")
+"""Features of a model's modules, by name: `capture` records them, `inject` changes them; see README.md.
 
 A pattern is a glob (`fnmatch`, whose * also matches dots) over the names of `model.named_modules()` that can
 be called; "" is the model itself, which no other pattern matches.
 Features are a module's output, or with what="in" its first argument: a tensor, or tensors in lists, tuples
 and dicts, such as the list of skip connections that a level of the down path returns.
 A step is a call of the module since the block began, from 0: for most modules of a UNet one of a run's steps,
-for a ControlNet's one of those in which it is active. Modules whose output is computed once a run
-(`Savings.precompute`) are called once: `text_proj`, `add_embedding`, a cross-attention's `to_k` and `to_v`,
-and for all timesteps at once `time_embedding` and `time_proj`. A hook on the UNet or ControlNet itself, "",
-disables that: it is called as a whole in each step. A prompt in the pipeline's cache is not encoded again,
-and a module that gradient checkpointing computes again is called again.
-Modules in compiled blocks cannot be hooked, only those between them. A step with hooks is no CUDA graph.
+for a ControlNet's one in which it is active. Modules whose output is computed once a run are called once
+(`Savings.precompute`: `text_proj`, `add_embedding`, a cross-attention's `to_k` and `to_v`, and for all
+timesteps at once `time_embedding` and `time_proj`), unless the UNet or ControlNet itself, "", has a hook.
+A prompt in the pipeline's cache is not encoded again, and a module that gradient checkpointing computes again
+is called again. Modules in compiled blocks cannot be hooked. A step with hooks is no CUDA graph.
 """
 
 import difflib
@@ -25,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -46,7 +41,6 @@ def match_modules(
     """Select a model's modules that one of the patterns matches, in their order.
 
     ValueError for a pattern that matches none, and for a module in a compiled one, where no hook is called.
-    TypeError for anything but patterns.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(p, str) for p in patterns):
@@ -60,8 +54,7 @@ def match_modules(
             raise ValueError(f"no module is named {pattern!r}; there are {near}")
         selected |= matches
     for name in selected:
-        parts = name.split(".") if name else []
-        for path in (".".join(parts[:i]) for i in range(len(parts) + 1)):
+        for path in ("", *accumulate(name.split("."), "{}.{}".format)):  # from the model down
             if unwrap_compiled(model) is not model or model.get_submodule(path)._compiled_call_impl:
                 what = f"{path or 'the model'}, which is compiled"
                 raise ValueError(f"{name!r} cannot be seen in {what}: load a model that is not")
@@ -94,25 +87,20 @@ class CallCounter:
         """Raise ValueError if a required call never came."""
         if not self.count:
             raise ValueError(f"{self.name} never ran")
-        if missing := [step for step in sorted(self.required_calls) if step >= self.count]:
-            steps = ", ".join(map(str, missing))
-            raise ValueError(f"{self.name} ran {self.count} times: step {steps} never came")
+        if missing := ", ".join(str(step) for step in sorted(self.required_calls) if step >= self.count):
+            raise ValueError(f"{self.name} ran {self.count} times: step {missing} never came")
 
 
 @contextmanager
 def capture(
-    model: nn.Module,
-    patterns: Patterns,
-    what: Where = "out",
-    steps: Steps = None,
-    *,
+    model: nn.Module, patterns: Patterns, what: Where = "out", steps: Steps = None, *,
     keep: Callable[[Tensor], Tensor] = Tensor.detach,
-) -> Iterator[dict[str, list[Any]]]:
+) -> Iterator[dict[str, list[Any]]]:  # fmt: skip
     """Record features of the matched modules: {name: list}, an entry for each call, or each of `steps`.
 
     keep: converts a tensor, as in `lambda x: x.half().cpu()`; by default it is detached. Anything else than a
-    tensor, or a list, tuple or dict of them, is kept unchanged (a `TextEmbedding`).
-    Raises ValueError for a pattern that matches nothing, and on leaving for a step or module that never came.
+    tensor, or a list, tuple or dict of them, is kept unchanged (a `TextEmbedding`). ValueError for a pattern
+    that matches nothing, and on leaving for a step or module that never came.
     """
     modules = _callable_modules(model, patterns)
     kept: dict[str, list[Any]] = {name: [] for name in modules}
@@ -132,46 +120,44 @@ def inject(
 
     A change is a tensor that replaces the features; a list with an entry for each step, as `capture` records;
     or a function (features, step) -> features. Changes of several patterns that match a module are applied in
-    turn. Raises ValueError for a pattern that matches nothing, for features of another shape, dtype, device
-    or structure than the module's own, where a list is too short, and on leaving for a step, an entry or a
-    module that never came.
+    turn. ValueError for a pattern that matches nothing, features of another shape, dtype, device or structure
+    than the module's own, a list that is too short, and on leaving a step, entry or module that never came.
     """
     if not isinstance(changes, Mapping) or not changes:
         raise TypeError(f"expected changes by pattern, such as {{'mid': tensor}}, got {changes!r}")
     ordered = sorted(check_steps(steps) or ())
     with ExitStack() as stack:
         for pattern, change in changes.items():
-            required: Calls = (0,)
+            required: Calls = range(len(change)) if isinstance(change, list) else (0,)
             if isinstance(change, list):
-                required = range(len(change))
-                if not change or (steps is not None and len(change) != len(ordered)):
-                    count = "at least one" if steps is None else len(ordered)
+                if not change or (ordered and len(change) != len(ordered)):
+                    count = len(ordered) or "at least one"
                     raise ValueError(f"{pattern!r}: expected features of {count} steps, got {len(change)}")
             elif not isinstance(change, Tensor) and not callable(change):
                 got = type(change).__name__
                 raise TypeError(f"{pattern!r}: expected a tensor, a list of them or a function, got {got}")
-            visit = partial(_change, change=change, ordered=ordered)
-            stack.enter_context(_hooked(_callable_modules(model, pattern), what, steps, visit, required))
+            modules, visit = _callable_modules(model, pattern), partial(_change, change, ordered)
+            stack.enter_context(_hooked(modules, what, steps, visit, required))
         yield
 
 
 def _callable_modules(model: nn.Module, patterns: Patterns) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, such as pipe.unet, got {type(model).__name__}")
-    modules = dict(unwrap_compiled(model).named_modules())
-    modules = {name: m for name, m in modules.items() if type(m).forward is not nn.Module.forward}
+    named = unwrap_compiled(model).named_modules()
+    modules = {name: module for name, module in named if type(module).forward is not nn.Module.forward}
     return match_modules(model, modules, patterns)
 
 
-def _change(name: str, features: Any, step: int, *, change: Any, ordered: list[int]) -> Any:
+def _change(change: Any, ordered: list[int], name: str, features: Any, step: int) -> Any:
     where = f"{name or 'the model'}, step {step}"
+    new, entry = change, ordered.index(step) if ordered else step
     if isinstance(change, list):
-        entry = ordered.index(step) if ordered else step
         if entry >= len(change):
             raise ValueError(f"{where}: there are features of {len(change)} steps; name the steps")
         new = change[entry]
-    else:
-        new = change if isinstance(change, Tensor) else change(features, step)
+    elif not isinstance(change, Tensor):
+        new = change(features, step)
     expected, got = (str(tree_map(_describe, tree)) for tree in (features, new))
     if expected != got:
         raise ValueError(f"{where}: expected {expected} to put in, got {got}")
@@ -186,20 +172,16 @@ def _describe(leaf: Any) -> Any:
 def _hooked(
     modules: Mapping[str, nn.Module], what: Where, steps: Steps, visit: Visitor, required: Calls = (0,)
 ) -> Iterator[None]:
-    """Call `visit` with the features of these modules' calls while the block lasts."""
     if what not in ("in", "out"):
         raise ValueError(f'what must be "in" or "out", got {what!r}')
     calls = {name: CallCounter(name, steps, required) for name in modules}
 
     def before(name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        if (step := calls[name].next()) is None:
+        step, first = calls[name].next(), next(iter(inspect.signature(module.forward).parameters))
+        new = None if step is None else visit(name, inputs[0] if inputs else named[first], step)
+        if new is None:
             return None
-        if inputs:
-            new = visit(name, inputs[0], step)
-            return None if new is None else ((new, *inputs[1:]), named)
-        first = next(iter(inspect.signature(module.forward).parameters))
-        new = visit(name, named[first], step)
-        return None if new is None else ((), named | {first: new})
+        return ((new, *inputs[1:]), named) if inputs else ((), named | {first: new})
 
     def after(name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
         step = calls[name].next()

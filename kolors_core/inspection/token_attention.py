@@ -5,7 +5,7 @@ Shapes: S tokens that the UNet reads, T displayed tokens, h and w of a map.
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from itertools import takewhile
+from itertools import pairwise, starmap, takewhile
 from typing import Any, Protocol
 
 import torch
@@ -31,16 +31,12 @@ class TextToImage(Protocol):
 
 
 def explain_prompt(
-    pipe: TextToImage,
-    prompt: str,
-    steps: int,
-    words: Mapping[str, list[int]] | None = None,
-    **arguments: Any,
+    pipe: TextToImage, prompt: str, steps: int, words: Mapping[str, list[int]] | None = None, **arguments: Any
 ) -> Explanation:
     """Generate one image and average its attention to each token, by layers and by thirds of the steps.
 
-    words: learned words and their ids, as of `textual_inversion.words_of`. arguments: further ones of the
-    pipeline's call. ValueError for a pipeline without a tokenizer.
+    words: as of `textual_inversion.words_of`. arguments: further ones of the pipeline's call. ValueError for
+    a pipeline without a tokenizer.
     """
     if pipe.tokenizer is None:
         raise ValueError("this pipeline has no tokenizer, which names the tokens")
@@ -48,22 +44,21 @@ def explain_prompt(
     batch = batch.merge_padding() if pipe.savings.merge_padding else batch
     tokens = display_tokens(pipe.tokenizer, batch, words)
     edges = [round(third * steps / 3) for third in range(4)] if steps >= 3 else [0, steps]
-    spans = [range(first, stop) for first, stop in zip(edges, edges[1:], strict=False)]
+    spans = list(starmap(range, pairwise(edges)))
     with ExitStack() as stack:
         maps = [stack.enter_context(record_attention(pipe.unet, "*cross_attention", span)) for span in spans]
         image = pipe(prompt, num_inference_steps=steps, **arguments)[0][0]
-    means = [average_by_block(each, batch.ids.shape[1]) for each in maps]
+    length = batch.ids.shape[1]
+    means = [(span, average_by_block(each, length)) for span, each in zip(spans, maps, strict=True)]
     views = {}
-    for part in means[0]:
-        weighted = [mean[part] * len(span) for span, mean in zip(spans, means, strict=True)]
-        shares = {"all": torch.stack(weighted).sum(0) / steps}
+    for part in means[0][1]:
+        shares = {"all": torch.stack([mean[part] * len(span) for span, mean in means]).sum(0) / steps}
         if len(spans) > 1:
-            for span, mean in zip(spans, means, strict=True):
-                shares[f"{span.start + 1} to {span.stop}"] = mean[part]
+            shares |= {f"{span.start + 1} to {span.stop}": mean[part] for span, mean in means}
         for name, share in shares.items():
             views[part, name] = torch.stack([share[token.columns].sum(0) for token in tokens])  # [T, h, w]
-    counts = {part: sum(name.startswith(part) for name in maps[0]) for part in means[0]}
-    layers = ", ".join(f"{n} in the {PARTS[part]}" for part, n in counts.items() if n)
+    counts = {place: sum(name.startswith(part) for name in maps[0]) for part, place in PARTS.items()}
+    layers = ", ".join(f"{n} in the {place}" for place, n in counts.items() if n)
     facts = {name: value for name, value in image.info.items() if name != "prompt"} | {
         "maps": "each token's share of the cross-attention to the prompt: the mean over all heads, all steps "
         f"({steps}) and all layers ({layers}), whose maps are enlarged to the largest; each in colors from "
@@ -77,10 +72,7 @@ def explain_prompt(
 def display_tokens(
     tokenizer: Tokenizer, batch: TokenBatch, words: Mapping[str, list[int]] | None = None
 ) -> list[Token]:
-    """List the displayed tokens of a batch's one prompt: all pads as one, the bytes of a character as one.
-
-    words: of textual inversion, each with its ids.
-    """
+    """List the tokens of a batch's one prompt, all pads and a character's bytes as one; words: with ids."""
     ids, pieces = batch.ids[0].tolist(), tokenizer.pieces
     special = {i: name for name, i in tokenizer.special.items()}
     special |= {i: word for word, word_ids in (words or {}).items() for i in word_ids}
@@ -105,14 +97,12 @@ def average_by_block(maps: Mapping[str, Tensor], length: int) -> dict[str, Tenso
 
     maps: [B, h, w, S or more] by the layer's name; length: S. Smaller ones are enlarged to a part's largest.
     """
-    layers: dict[str, list[Tensor]] = {part: [] for part in PARTS}
-    for name, rows in maps.items():
-        for part in ("all", name.split(".")[0]):
-            layers[part].append(rows[-1, :, :, -length:].movedim(-1, 0).float().cpu())  # [S, h, w]
     means = {}
-    for part, listed in layers.items():
-        if listed:
-            size = max(rows.shape[-2:] for rows in listed)
-            resized = [F.interpolate(rows[None], size, mode="bilinear")[0] for rows in listed]
+    for part in PARTS:
+        layers = [rows for name, rows in maps.items() if part in ("all", name.split(".")[0])]
+        if layers:
+            rows = [each[-1, :, :, -length:].movedim(-1, 0).float().cpu() for each in layers]  # [S, h, w]
+            size = max(each.shape[-2:] for each in rows)
+            resized = [F.interpolate(each[None], size, mode="bilinear")[0] for each in rows]
             means[part] = torch.stack(resized).mean(0)
     return means

@@ -21,13 +21,12 @@ Replay = Callable[[], object]
 
 def record(run: Callable[[], Any]) -> tuple[Replay, Any]:
     """Record a function on the GPU; returns what launches it again, and the tensors that hold its result."""
-    stream = torch.cuda.Stream()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compile, choose kernels and allocate before recording
         for _ in range(2):
             run()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()
     return graph.replay, result
@@ -44,9 +43,9 @@ class CapturedStep:
 
 
 class CUDAGraphCache:
-    """Cache of the last few recorded steps by shape, each used by every run of that shape.
+    """Cache, a `module.WrapStep`, of the last few recorded steps by shape, each for all runs of that shape.
 
-    A `module.WrapStep`. recorder: `record`, or a stand-in for it where there is no GPU.
+    recorder: `record`, or a stand-in for it where there is no GPU.
     """
 
     MAX_GRAPHS = 8
@@ -64,7 +63,7 @@ class CUDAGraphCache:
         """
         run, key = object(), (key, forced_kernel(), *map(state_of, nets))
         modules = [module for net in nets for module in net.modules()]
-        hooks = [each for module in modules for each in (module._forward_hooks, module._forward_pre_hooks)]
+        hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
         def replayed(*changing: Tensor) -> Any:
             if any(hooks):
@@ -75,9 +74,9 @@ class CUDAGraphCache:
                 inputs = tree_map_only(Tensor, Tensor.clone, (constant, changing))
                 captured = CapturedStep(inputs, *self.recorder(lambda: step(inputs[0], *inputs[1])))
                 self.captured[key, shapes] = captured
-                if len(self.captured) > self.MAX_GRAPHS:
-                    self.captured.popitem(last=False)
             self.captured.move_to_end((key, shapes))
+            if len(self.captured) > self.MAX_GRAPHS:
+                self.captured.popitem(last=False)
             if captured.run is not run:
                 _copy(captured.inputs[0], constant)
                 captured.run = run

@@ -1,11 +1,10 @@
 """Memory tracking without values: models run on the meta device, and the bytes of a device are counted.
 
-A `MemoryTracker` follows every storage from its allocation until it is freed. It does not see what a kernel
-allocates and frees within one operation; two functions add that: `fused_attention_memory` for torch's
-attention kernels and `conv_workspace_bytes` for a CPU's convolutions. All sizes are in bytes.
+A `MemoryTracker` follows every storage until it is freed. It does not see what a kernel allocates and frees
+within one operation; `fused_attention_memory` and `conv_workspace_bytes` add that. All sizes are in bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 from weakref import finalize
 
@@ -21,24 +20,22 @@ from kolors_core.performance.cuda_graphs import tensors_in
 from kolors_core.performance.offload import Models, Offload, TransferStream
 
 META = torch.device("meta")
+aten = torch.ops.aten
 
 
 class MemoryTracker(TorchDispatchMode):
     """Context that counts the bytes of new storages on the meta device, and keeps the maximum of each stage.
 
-    device_type: of the device whose kernels and memory are simulated. activations: by stage, the maximum
-    without weights. peak: by stage, the maximum of activations and offloaded weights together; the latter are
-    allocated while `is_onloading`. Storages from before are not counted.
+    device_type: of the simulated device. activations, peak: the maximum by stage, without and with offloaded
+    weights, which are allocated while `is_onloading`. Storages from before are not counted.
     """
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
         self.device_type, self.is_onloading = device_type, False
         self.stage: str | None = None
-        self.activations: dict[str | None, int] = {}
-        self.peak: dict[str | None, int] = {}
-        self._kernels = _DeviceKernels(device_type)
-        self._now = {"activations": 0, "offloaded_weights": 0}
+        self.activations, self.peak = dict[str | None, int](), dict[str | None, int]()
+        self._kernels, self._now = _DeviceKernels(device_type), {"activations": 0, "offloaded_weights": 0}
         self._known: set[int] = set()  # storages that are alive
         self._outputs: dict[Any, list[Any]] = {}
 
@@ -51,18 +48,19 @@ class MemoryTracker(TorchDispatchMode):
         self._kernels.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count its new storages; one that reads values gets a fixed result."""
-        inputs = tensors_in((args, kwargs))
-        if func in _VALUE_OPS and inputs[0].is_meta:
-            return _VALUE_OPS[func](inputs[0])
-        for tensor in inputs:
-            self._see(tensor, is_new=False)
-        result = func(*args, **(kwargs or {})) if func.is_view else self._run(func, args, kwargs or {})
-        is_conv = self.device_type == "cpu" and func is torch.ops.aten.convolution.default and result.is_meta
+        inputs, kwargs = tensors_in((args, kwargs)), kwargs or {}
+        if func is aten.equal.default and inputs[0].is_meta:
+            return False  # prompts differ, which takes the most memory
+        if func is aten._local_scalar_dense.default and inputs[0].is_meta:
+            if inputs[0].dtype is torch.bool:
+                return True  # a check, such as that all values are finite
+            raise NotImplementedError(f"a plan has no values, and the model reads one of a {inputs[0].dtype}")
+        self._see(inputs, is_new=False)
+        result = func(*args, **kwargs) if func.is_view else self._run(func, args, kwargs)
+        is_conv = self.device_type == "cpu" and func is aten.convolution.default and result.is_meta
         if is_conv and not args[0].is_contiguous():  # a CPU's convolution keeps channels last
             result = torch.empty_like(result, memory_format=torch.channels_last)
-        for tensor in tensors_in(result):
-            self._see(tensor, is_new=True)
+        self._see(tensors_in(result), is_new=True)
         if is_conv:
             self._count(conv_workspace_bytes(args[0], args[1], result))
         return result
@@ -81,19 +79,16 @@ class MemoryTracker(TorchDispatchMode):
             self._outputs[key] = [(x.shape, x.stride(), x.dtype) for x in outputs]
         return result
 
-    def _see(self, tensor: Tensor, is_new: bool) -> None:
-        if not tensor.is_meta:
-            return
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._known:
-            return
-        self._known.add(storage._cdata)
+    def _see(self, tensors: Sequence[Tensor], is_new: bool) -> None:
         kind = "offloaded_weights" if self.is_onloading else "activations"
-        size = storage.nbytes() if is_new else 0
-        self._now[kind] += size
-        # Torch keeps the Python object of a storage as long as the storage itself.
-        finalize(storage, self._forget, storage._cdata, kind, size)
-        self._count()
+        for storage in [tensor.untyped_storage() for tensor in tensors if tensor.is_meta]:
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                size = storage.nbytes() if is_new else 0
+                self._now[kind] += size
+                # Torch keeps the Python object of a storage as long as the storage itself.
+                finalize(storage, self._forget, storage._cdata, kind, size)
+                self._count()
 
     def _count(self, workspace: int = 0) -> None:
         """Update the maxima; workspace: bytes that an operation allocates and frees."""
@@ -115,17 +110,13 @@ class _DeviceKernels(TorchFunctionMode):
         self.device_type = device_type
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace two functions of torch by their allocations, and call every other one."""
-        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args and args[0].is_meta:
-            return self._attention(*args, **kwargs)
+            return self._attention(*args, **(kwargs or {}))
         if func is F.group_norm and self.device_type == "cpu" and args[0].is_meta:
             return torch.empty_like(args[0])  # keeps channels last; on meta, torch's copies its input
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
-    def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *_: Any, **__: Any
-    ) -> Tensor:
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Run the kernel that this device type selects; torch's fused one only allocates."""
         if forced_kernel() is not None:
             return fused_attention_memory(q, k, v, self.device_type)
@@ -136,21 +127,20 @@ class _DeviceKernels(TorchFunctionMode):
 
 def fused_attention_memory(q: Tensor, k: Tensor, v: Tensor, device_type: str) -> Tensor:
     """Allocate what torch's fused attention does, and on MPS, which has none, one matrix of scores."""
+    # The workspace has a name, so that it is freed only after the result is allocated.
     if device_type == "mps":
-        workspace = q.new_empty(*q.shape[:-1], k.shape[2])  # scores [B, H, L, S]
+        _workspace = q.new_empty(*q.shape[:-1], k.shape[2])  # scores [B, H, L, S]
     else:
-        workspace = q.new_empty(q.shape[:-1], dtype=torch.float32)  # logsumexp [B, H, L]
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)  # [B, H, L, D]
-    del workspace  # only now: both are allocated at once
-    return out
+        _workspace = q.new_empty(q.shape[:-1], dtype=torch.float32)  # logsumexp [B, H, L]
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)  # [B, H, L, D]
 
 
 def conv_workspace_bytes(x: Tensor, weight: Tensor, out: Tensor) -> int:
     """Return the bytes that a convolution allocates and frees on this CPU (from torch's memory events).
 
-    oneDNN copies x [B, ...] and the weight into a blocked layout, frees them, and copies the result out of
-    that layout. A 1x1 kernel in float32 needs none of that, in half precision also float32 sums of one image.
-    Without oneDNN, a convolution is a matrix product of unfolded inputs (im2col).
+    oneDNN copies x [B, ...] and the weight into a blocked layout, frees them, and copies the result back. A
+    1x1 kernel needs none of that in float32, in half precision also float32 sums of one image. Without
+    oneDNN, a convolution is a matrix product of unfolded inputs (im2col).
     """
     kernel, copied = weight.shape[2:].numel(), 0 if x.is_contiguous() else weight.nbytes
     if not onednn_convolves(x.dtype):
@@ -163,23 +153,9 @@ def conv_workspace_bytes(x: Tensor, weight: Tensor, out: Tensor) -> int:
 
 
 def _shapes(tree: Any) -> Any:
-    """Return an operation's arguments as a key, with shapes in place of tensors."""
     if isinstance(tree, Tensor):
         return tree.shape, tree.stride(), tree.dtype, tree.device
     return tuple(map(_shapes, tree)) if isinstance(tree, tuple | list) else (type(tree), tree)
-
-
-def _as_true(tensor: Tensor) -> bool:
-    """Return True for a check, such as that all values are finite; NotImplementedError for other values."""
-    if tensor.dtype is not torch.bool:
-        raise NotImplementedError(f"a plan has no values, and the model reads one of a {tensor.dtype}")
-    return True
-
-
-_VALUE_OPS: Mapping[Any, Callable[[Tensor], bool]] = {
-    torch.ops.aten.equal.default: lambda _: False,  # prompts differ, which takes the most memory
-    torch.ops.aten._local_scalar_dense.default: _as_true,
-}
 
 
 class TrackedTransferStream(TransferStream):
@@ -219,9 +195,8 @@ class MetaCopy(TorchFunctionMode):
     """Context in which copies of tensors are on the meta device: shapes without values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace `clone`, which copies parameters, and `__deepcopy__`, which copies other tensors."""
-        if func is Tensor.clone:
+        if func is Tensor.clone:  # copies parameters
             return torch.empty_like(args[0], device=META)
-        if func is Tensor.__deepcopy__:
+        if func is Tensor.__deepcopy__:  # copies other tensors
             return args[1].setdefault(id(args[0]), torch.empty_like(args[0], device=META))
         return func(*args, **(kwargs or {}))

@@ -1,12 +1,10 @@
 """Offload: models are kept on the CPU and copied to the accelerator to run, as models or block by block.
 
-A parameter's data is kept on the CPU, page-locked for CUDA. `tensor.data = device_data` replaces it and
-`tensor.data = cpu_data` restores it; nothing is copied back unless it was written meanwhile. While a unit (a
-model or a block) runs, the unit that followed it last time is prefetched; a whole model only if both together
-are no larger than the largest, so that this costs no memory. For inference: a backward pass would not find
-the weights.
-Source: `enable_model_cpu_offload` and `enable_sequential_cpu_offload` of diffusers'
-pipelines/pipeline_utils.py, where computation waits for every copy.
+A parameter's data is kept on the CPU, page-locked for CUDA, and copied back only if it was written meanwhile.
+While a unit (a model or a block) runs, the unit that followed it last time is prefetched; a whole model only
+if both together are no larger than the largest, so that this costs no memory. For inference: a backward pass
+would not find the weights.
+Source: diffusers' pipelines/pipeline_utils.py, `enable_{model,sequential}_cpu_offload`; they wait for copies.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,18 +25,13 @@ OffloadUnit = tuple[tuple[nn.Module, str], ...]  # (model, path) of modules that
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the units of a model, by path: its blocks, and outside of them each layer.
-
-    A module that has parameters of its own is one unit with all its children.
-    """
-    own = [*model.parameters(recurse=False), *model.buffers(recurse=False)]
-    if is_block(model) or own:
+    """Find a model's units, by path: blocks, and outside of them modules with parameters of their own."""
+    if is_block(model) or [*model.parameters(recurse=False), *model.buffers(recurse=False)]:
         return {"": model}
     return {
         f"{name}.{path}" if path else name: module
-        for name, child in model.named_children()
-        for path, module in blocks_of(child).items()
-    }
+        for name, child in model.named_children() for path, module in blocks_of(child).items()
+    }  # fmt: skip
 
 
 def as_unit(models: Iterable[nn.Module]) -> OffloadUnit:
@@ -59,20 +52,18 @@ def bytes_of(unit: OffloadUnit) -> int:
 
 def refuse_compiled(models: Models) -> None:
     """Raise ValueError for a compiled model: its blocks cannot wait for their weights while it runs."""
-    for stage, listed in models.items():
-        for model in listed:
-            parts = model.modules()
-            if unwrap_compiled(model) is not model or any(part._compiled_call_impl for part in parts):
-                hint = "it is compiled: use enable_model_cpu_offload"
-                raise ValueError(f"{stage} cannot be offloaded block by block, {hint}")
+    for stage, model in ((stage, model) for stage, listed in models.items() for model in listed):
+        if unwrap_compiled(model) is not model or any(part._compiled_call_impl for part in model.modules()):
+            hint = "it is compiled: use enable_model_cpu_offload"
+            raise ValueError(f"{stage} cannot be offloaded block by block, {hint}")
 
 
 class TransferStream:
     """Stream of copies to the accelerator: on CUDA beside the computation, elsewhere plain copies.
 
     Memory is allocated in the computing stream, which this one waits for before it writes there, and is freed
-    after the computing stream has waited for the copy. So either can use it again at once, and no
-    `record_stream` is needed, whose late frees let memory grow where the CPU runs ahead of the GPU.
+    after the computing stream has waited for the copy: no `record_stream` is needed, whose late frees let
+    memory grow where the CPU runs ahead of the GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -87,15 +78,12 @@ class TransferStream:
     def copy_to_device(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         """Start copies to the accelerator; returns them, and the event to `wait` for before any use."""
         copies = [torch.empty_like(tensor, device=self.device) for tensor in tensors]
-        if self.stream is None:
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):  # does nothing for None
             for copy, tensor in zip(copies, tensors, strict=True):
-                copy.copy_(tensor)
-            return copies, None
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            for copy, tensor in zip(copies, tensors, strict=True):
-                copy.copy_(tensor, non_blocking=True)
-            return copies, self.stream.record_event()
+                copy.copy_(tensor, non_blocking=self.stream is not None)
+        return copies, None if self.stream is None else self.stream.record_event()
 
     def wait(self, event: Any) -> None:
         """Make later computation wait for this event."""
@@ -106,11 +94,6 @@ class TransferStream:
         """Make later computation wait for every copy, also those that an exception left unfinished."""
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-
-    def empty_cache(self) -> None:
-        """Return cached memory to the device, to avoid fragmentation."""
-        if self.stream is not None:
-            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -148,14 +131,12 @@ class Offload:
     """Manager of the weights on the accelerator, of all pipelines that share their models. Off at first.
 
     device: where models run, None while this is off. by_block: whether the units are blocks. running: the
-    unit that runs. bytes_on_device, peak_bytes: of weights, now and the most since `start` or since it was
-    set to 0.
+    unit that runs. peak_bytes: the most `bytes_on_device` since `start` or since it was set to 0.
     """
 
     def __init__(self) -> None:
         self.device: torch.device | None = None
-        self.by_block, self.transfers = False, TransferStream(torch.device("cpu"))
-        self.peak_bytes = 0
+        self.by_block, self.peak_bytes, self.transfers = False, 0, TransferStream(torch.device("cpu"))
         self.running: str | None = None
         self._previous: str | None = None  # the unit that ran before
         self._units: dict[str, OffloadUnit] = {}
@@ -189,14 +170,21 @@ class Offload:
     def enter(self, stage: str | None, models: Models) -> None:
         """Prepare the models of the stage that runs now; None at the end of a run offloads all.
 
-        models: the running pipeline's, searched each time for adapters that were attached or removed.
-        ValueError for a compiled model under block offload.
+        models: the running pipeline's, with its present adapters. ValueError for compiled ones by block.
         """
         if self.device is None:
             return
         if stage is None or self.by_block:
             self.release()
-        self._refresh_units(models)
+        stages = {name: as_unit(models[name]) for name in STAGE_ORDER if name in models}
+        if self.by_block:
+            refuse_compiled(models)
+            self._hook(stages)
+        else:
+            self._units, self._limit = stages, max(map(bytes_of, stages.values()), default=0)
+        for key, tensor in tensors_of(tuple(chain(*stages.values()))).items():
+            if key not in self._on_device and tensor.device.type != "cpu":  # created on the accelerator
+                tensor.data = self.transfers.cpu_copy(tensor.data)
         if stage is not None and not self.by_block:
             self.onload(stage)
 
@@ -212,8 +200,7 @@ class Offload:
             self._followers[self._previous, self.running] = name
             self._previous, self.running = self.running, name
         current, following = tensors_of(self._units[name]), self._likely_next(name)
-        if self._offload_others(current, current | following) and not self.by_block:
-            self.transfers.empty_cache()
+        self._offload_others(current, current | following)
         self._start_copies(current)
         copied = {key: self._prefetched[key] for key in current if key in self._prefetched}
         self._wait(copied.values())
@@ -229,30 +216,24 @@ class Offload:
             self._followers[self._previous, self.running] = None
         self._previous = self.running = None
         self.transfers.synchronize()
-        if self._offload_others({}, {}):
-            self.transfers.empty_cache()
+        self._offload_others({}, {})
 
     def _likely_next(self, name: str) -> dict[int, Tensor]:
-        """Return the tensors of the unit that likely follows, if there is room for it."""
         in_order = dict(pairwise(self._units)).get(name)
         guess = self._followers.get((self._previous, name), in_order)
-        if guess is None or guess not in self._units or guess == name:
+        if guess not in self._units or guess == name:
             return {}
         size = bytes_of(self._units[name]) + bytes_of(self._units[guess])
         return tensors_of(self._units[guess]) if self._limit is None or size <= self._limit else {}
 
     @torch.inference_mode(False)
-    def _offload_others(self, current: Mapping[int, Tensor], kept: Mapping[int, Tensor]) -> bool:
-        """Offload what is not `current`, and free prefetched copies that are not `kept` or are out of date.
-
-        Returns whether anything was offloaded.
-        """
+    def _offload_others(self, current: Mapping[int, Tensor], kept: Mapping[int, Tensor]) -> None:
+        """Offload all but `current`, and free prefetched copies that are outdated or not `kept`."""
         leaving = {key: entry for key, entry in self._on_device.items() if key not in current}
         dropped = {
-            key: entry
-            for key, entry in self._prefetched.items()
+            key: entry for key, entry in self._prefetched.items()
             if key not in kept or not entry.is_unmodified(entry.cpu_data)
-        }
+        }  # fmt: skip
         self._wait([*leaving.values(), *dropped.values()])
         for key, entry in leaving.items():
             tensor, unmodified = entry.tensor, entry.is_unmodified(entry.device_data)
@@ -260,10 +241,10 @@ class Offload:
             del self._on_device[key]
         for key in dropped:
             del self._prefetched[key]
-        return bool(leaving)
+        if leaving and self.transfers.stream is not None and not (self.by_block and current):
+            torch.cuda.empty_cache()  # to avoid fragmentation
 
     def _start_copies(self, tensors: Mapping[int, Tensor]) -> None:
-        """Start to copy what is neither on the device nor being copied."""
         new = [tensor for key, tensor in tensors.items() if key not in self._on_device | self._prefetched]
         for tensor in new:
             tensor.data = self.transfers.cpu_copy(tensor.data)
@@ -276,41 +257,22 @@ class Offload:
         for event in {id(entry.ready): entry.ready for entry in entries}.values():
             self.transfers.wait(event)
 
-    def _refresh_units(self, models: Models) -> None:
-        """Find these models' present units, and move weights created on the accelerator to the CPU."""
-        stages = {name: as_unit(models[name]) for name in STAGE_ORDER if name in models}
-        if self.by_block:
-            refuse_compiled(models)
-            self._hook(stages)
-        else:
-            self._units = stages
-            self._limit = max(map(bytes_of, stages.values()), default=0)
-        for unit in stages.values():
-            for key, tensor in tensors_of(unit).items():
-                if key not in self._on_device and tensor.device.type != "cpu":
-                    tensor.data = self.transfers.cpu_copy(tensor.data)
-
     def _hook(self, stages: Mapping[str, OffloadUnit]) -> None:
         """Register on each module of a block a hook that copies the block: not every block is called itself.
 
-        A module that two models share, such as an IP-Adapter's branch, is of the first one's unit. A model
-        itself has no hook unless it has parameters of its own.
+        A module that two models share, such as an IP-Adapter's branch, is of the first one's unit.
         """
         self._unhook()
-        self._units, owners = {}, dict[nn.Module, str]()
+        self._units, hooked = {}, set[nn.Module]()
         for stage, unit in stages.items():
             for i, (model, _) in enumerate(unit):
                 for path, block in blocks_of(model).items():
-                    if block not in owners:
-                        name = f"{stage}.{i}.{path}"
-                        self._units[name] = ((model, path),)
-                        owners |= {part: name for part in block.modules() if part not in owners}
-        self._hooks = [
-            part.register_forward_pre_hook(OnloadHook(ref(self), name), prepend=True)
-            for part, name in owners.items()
-        ]
+                    if block not in hooked:
+                        name, new = f"{stage}.{i}.{path}", set(block.modules()) - hooked
+                        hooked |= new
+                        hook, self._units[name] = OnloadHook(ref(self), name), ((model, path),)
+                        self._hooks += [part.register_forward_pre_hook(hook, prepend=True) for part in new]
 
     def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        while self._hooks:
+            self._hooks.pop().remove()

@@ -1,8 +1,8 @@
 """Prompt cache: embeddings of encoded prompts, in memory and, if a folder is set, on disk.
 
 The key of an embedding is its tokens and the encoder: every tensor's name, shape, dtype and a sample of its
-values, the embeddings of these very tokens, and the settings of adapters. So an embedding is found again
-after the encoder was moved, and not after it was trained, quantized or adapted.
+values, the embeddings of these very tokens, and the settings of adapters. A moved encoder finds it again, one
+that was trained, quantized or adapted does not.
 """
 
 import hashlib
@@ -36,9 +36,8 @@ class Key(NamedTuple):
     @classmethod
     def of(cls, encoder: ChatGLM, tokens: TokenBatch) -> Self:
         """Make the key of these tokens' embedding by this encoder."""
-        modules = list(encoder.modules())
-        hooks = [hook for module in modules for hook in module._forward_hooks.values()]
-        pre_hooks = [hook for module in modules for hook in module._forward_pre_hooks.values()]
+        hooks = [hook for module in encoder.modules() for hook in module._forward_hooks.values()]
+        pre_hooks = [hook for module in encoder.modules() for hook in module._forward_pre_hooks.values()]
         versions = tuple(parameter._version for parameter in encoder.parameters())
         is_persistable = type(encoder) is ChatGLM and "forward" not in vars(encoder) and not hooks
         memory_key = type(encoder), versions, tuple(map(id, [*hooks, *pre_hooks]))
@@ -53,8 +52,7 @@ class PromptCache:
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type["PromptCache"], tuple[list[tuple[Key, TextEmbedding]]]]:
-        """Copy or pickle the embeddings alone: a lock can be neither copied nor pickled."""
-        return PromptCache, (list(self.kept.items()),)
+        return PromptCache, (list(self.kept.items()),)  # without the lock, which cannot be pickled
 
     def clear(self) -> None:
         """Remove all embeddings from memory."""
@@ -62,11 +60,9 @@ class PromptCache:
 
     def get(self, key: Key, folder: str | Path | None) -> TextEmbedding | None:
         """Return the embedding of this key, or None. ValueError for a damaged file."""
-        if key in self.kept or folder is None or not key.is_persistable:
+        file = _file(key, folder)
+        if key in self.kept or file is None or not file.exists():
             return self.kept.get(key)
-        file = Path(folder) / f"{key.name}.safetensors"
-        if not file.exists():
-            return None
         source = Source([file])
         if not {"tokens", "pooled"} <= set(source) <= {"tokens", "pooled", "counts"}:
             raise ValueError(f"{file}: expected tensors tokens, pooled and counts, got {sorted(source)[:5]}")
@@ -79,25 +75,25 @@ class PromptCache:
             self.kept.move_to_end(key)
             while len(self.kept) > maximum:
                 self.kept.popitem(last=False)
-        if folder is None or not key.is_persistable:
-            return
-        file = Path(folder) / f"{key.name}.safetensors"
-        if not file.exists():
+        file = _file(key, folder)
+        if file is not None and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             save_tensors({name: tensor for name, tensor in vars(text).items() if tensor is not None}, file)
+
+
+def _file(key: Key, folder: str | Path | None) -> Path | None:
+    return Path(folder) / f"{key.name}.safetensors" if folder is not None and key.is_persistable else None
 
 
 def fingerprint(encoder: ChatGLM, tokens: TokenBatch) -> str:
     """Hash what determines the embedding of these tokens, to 64 hexadecimal digits."""
     state = encoder.state_dict()
-    description = [encoder.config, settings(encoder)]
-    description += [(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]
+    description = [encoder.config, settings(encoder), *((n, t.shape, t.dtype) for n, t in state.items())]
     parts = [tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)] for tensor in state.values()]
     ids = tokens.ids.to(encoder.embedding.weight.device).unique()
     parts.append(encoder.embedding.forward(ids))  # without hooks
     values = torch.cat([part.detach().flatten().cpu().double() for part in parts])  # MPS has no float64
-    digest = hashlib.sha256(repr(description).encode())
-    digest.update(values.numpy().tobytes())
+    content = repr(description).encode() + values.numpy().tobytes()
     for tensor in (tokens.ids, tokens.mask, tokens.positions, tokens.counts):
-        digest.update(repr(None if tensor is None else tensor.tolist()).encode())
-    return digest.hexdigest()
+        content += repr(None if tensor is None else tensor.tolist()).encode()
+    return hashlib.sha256(content).hexdigest()

@@ -1,9 +1,8 @@
 """Weights in 8 or 4 bits: integers with a scale, dequantized to the model's dtype layer by layer.
 
 All linear layers of ChatGLM are quantized, and of the UNet those in its transformers, 86% of its weights. Its
-other linear layers have 1.4% of them, and all text and time embeddings pass through: 4 bits there would save
-little and add an eighth to the error. Activations keep their precision: `F.linear` gets a dequantized weight,
-which is freed after it.
+other linear layers, 1.4%, embed text and time: 4 bits there would save little and add an eighth to the error.
+Activations keep their precision: `F.linear` gets a dequantized weight, which is freed after it.
 Source: rounding to nearest by rows and by groups, the baseline of GPTQ (https://arxiv.org/abs/2210.17323).
 Shapes: O and I the layer's output and input widths, g a group of neighbors along I.
 """
@@ -32,10 +31,9 @@ class QuantizedLinear(nn.Linear):
     4 bits: q * scale + lowest, with q from 0 to 15, scale and lowest [O, I/g, 1] of each group, and quantized
     uint8 [O, I/g, g/2]: a group's first half in the low four bits, its second half in the high ones. g is 64,
     or for other widths the largest power of two below that divides I; with `PER_ROW` it is I.
-    All are buffers. scale and lowest have the model's dtype, and so has the weight; they are rounded to the
-    8 bits of bfloat16 before they are used, so that a later change of dtype does not change them.
-    The weight cannot be written or trained; inputs and the bias have gradients. A backward pass keeps each
-    layer's dequantized weight, or with `training.checkpoint_blocks` one block's.
+    All are buffers. scale and lowest have the model's dtype, as the weight, but only bfloat16's 8 significant
+    bits, so that a later change of dtype does not change them. The weight cannot be written or trained. A
+    backward pass keeps each layer's dequantized weight, or with `training.checkpoint_blocks` one block's.
     """
 
     not_plain = "quantized"  # see module.require_plain
@@ -73,10 +71,9 @@ class QuantizedLinear(nn.Linear):
 def quantize(model: nn.Module, bits: int, group: int = GROUP) -> None:
     """Replace each large linear layer of a ChatGLM or UNet by a `QuantizedLinear`.
 
-    This goes layer by layer, so that both whole models are never in memory at once, and cannot be undone but
-    by loading the model again. A model on the meta device gets the shapes, for a quantized state dict to be
-    assigned to. group: with 4 bits, how many weights share a scale; `PER_ROW` for all of a row.
-    ValueError, before anything is changed, as of `quantizable_layers`.
+    This goes layer by layer, never with two whole models in memory, and cannot be undone. A model on the meta
+    device gets the shapes, for a quantized state dict to be assigned to. group: with 4 bits, how many weights
+    share a scale; `PER_ROW` for all of a row. ValueError, before any change, as of `quantizable_layers`.
     """
     for path in quantizable_layers(model, bits):
         parent, _, name = path.rpartition(".")
@@ -87,27 +84,26 @@ def quantize(model: nn.Module, bits: int, group: int = GROUP) -> None:
 def quantizable_layers(model: nn.Module, bits: int) -> list[str]:
     """List the paths of the layers that `quantize` replaces; an IP-Adapter's branches are not among them.
 
-    ValueError for bits other than 4 and 8, a model that is quantized already or has no such layers, and a
-    layer that has a LoRA (attach it after) or, with 4 bits, an odd width.
+    ValueError for other bits, a model that is quantized already or has no such layers, and a layer that has a
+    LoRA (attach it after) or, with 4 bits, an odd width.
     """
     if bits not in BITS:
         raise ValueError(f"a weight has 4 or 8 bits, got {bits!r}")
     require_plain(model, "quantize it again")
     paths = [
-        f"{block_path}.{path}"
-        for block_path, block in model.named_modules()
-        if isinstance(block, ChatGLMLayer | Transformer)
-        for path, layer in block.named_modules()
+        path
+        for prefix, block in model.named_modules() if isinstance(block, ChatGLMLayer | Transformer)
+        for path, layer in block.named_modules(prefix=prefix)
         if isinstance(layer, nn.Linear) and ".image_branches." not in path
-    ]
+    ]  # fmt: skip
     if not paths:
         kind = type(model).__name__
         raise ValueError(f"expected a ChatGLM or a UNet, got a {kind}: it has no transformers to quantize")
     for path in paths:
         layer = model.get_submodule(path)
         if type(layer) is not nn.Linear:
-            expected = "a plain nn.Linear: LoRAs are attached after quantizing"
-            raise ValueError(f"{path} is a {type(layer).__name__}, expected {expected}")
+            got = f"{path} is a {type(layer).__name__}"
+            raise ValueError(f"{got}, expected a plain nn.Linear: LoRAs are attached after quantizing")
         if bits == 4 and layer.in_features % 2:
             raise ValueError(f"{path} is {layer.in_features} wide, expected an even width for 4 bits")
     return paths
@@ -124,7 +120,6 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, None]:
-    """Quantize a weight [O, I] by rows; returns the layer's buffers."""
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     scale = _round_scale(w.abs().amax(dim=1, keepdim=True) / 127, weight.dtype)  # [O, 1]
     q = (w / scale).round_().clamp_(-127, 127).to(torch.int8)  # [O, I]
@@ -132,7 +127,6 @@ def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 def _in_4_bits(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize a weight [O, I] by groups; returns the layer's buffers."""
     group = math.gcd(weight.shape[1], group)
     w = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, group))  # [O, I/g, g]
     lowest, highest = w.amin(dim=-1, keepdim=True), w.amax(dim=-1, keepdim=True)  # [O, I/g, 1]

@@ -1,13 +1,9 @@
 """Tiled VAE: large images in little memory, with the result of the whole computation up to rounding.
 
-    enable_tiling(vae)  # sets `vae.run_coder` to a `TiledCoder`
+A GroupNorm needs statistics of its whole map. So each norm takes two passes over the tiles, bands of rows:
 
-A GroupNorm needs statistics of its whole map. So each norm takes two passes over the tiles, which are bands
-of rows:
-
-    map of level -> tiles -> mean and variance of each, pooled               (statistics)
-    map of level -> tiles, each with the adjacent rows that the convolution reads
-                 -> normalize, silu, convolve -> tiles of the next map       (result)
+    map -> tiles -> mean and variance of each, pooled
+    map -> tiles with the adjacent rows that the convolution reads -> normalize, silu, convolve -> next map
 
 Nothing is blended, and there are no seams. A map that the next norm needs and that is too large to keep is
 computed again (`LazyMap`). The reference normalizes each tile by its own statistics, which tints it
@@ -25,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.vae import VAE, Decoder, DownBlock, Encoder, MidBlock, ResBlock, UpBlock, call
+from kolors_core.validation import check_int
 
 MIN_TILE_ROWS = 8  # below it, recomputing the rows that tiles share dominates
 MIN_TILE_SIDE = 32
@@ -52,28 +49,26 @@ class TiledCoder:
 
     def __call__(self, coder: nn.Module, x: Tensor) -> Tensor:
         """Return coder(x); ValueError or TypeError as of `enable_tiling`, since layers may be new."""
-        run, in_tiles = coder, False
+        run = coder
         if self.use_tiling:
-            _check_side(side := self.tile_sample_min_size)
+            side = check_int("tile_sample_min_size", self.tile_sample_min_size, 8, MIN_TILE_SIDE)
             _check(coder)
-            in_tiles = _pixels(coder, x) > side * side
-            run = partial(_tiled, coder, side=side) if in_tiles else coder
-        if not (in_tiles or self.use_slicing) or x.shape[0] == 1:
-            return run(x)
-        return torch.cat([run(image) for image in x.split(1)])
+            if _pixels(coder, x) > side * side:
+                run = partial(_tiled, coder, side=side)
+        by_image = x.shape[0] > 1 and (self.use_slicing or run is not coder)
+        return torch.cat([run(image) for image in x.split(1)]) if by_image else run(x)
 
 
 def enable_tiling(vae: VAE, *, tile_sample_min_size: int | None = None) -> None:
-    """Run a VAE's encoder and decoder in tiles: less memory, more time, the same result up to rounding.
+    """Run a VAE in tiles, by a `TiledCoder`: less memory, more time, the same result up to rounding.
 
-    tile_sample_min_size: see `TiledCoder`; None keeps the present one, 256 by default. There are no
-    gradients, and of blocks that run in tiles only the layers' hooks are called. ValueError for a side that
-    is no multiple of 8 from 32 on, TypeError naming a module that differs from vae.py, and for a VAE with
-    another `run_coder`.
+    tile_sample_min_size: see `TiledCoder`; None keeps the present one. There are no gradients, and of blocks
+    that run in tiles only the layers' hooks are called. ValueError for a side that is no multiple of 8 from
+    32 on, TypeError naming a module that differs from vae.py, and for a VAE with another `run_coder`.
     """
     coder = tiled_coder(vae)
     side = coder.tile_sample_min_size if tile_sample_min_size is None else tile_sample_min_size
-    _check_side(side)
+    side = check_int("tile_sample_min_size", side, 8, MIN_TILE_SIDE)
     _check(vae.encoder)
     _check(vae.decoder)
     coder.use_tiling, coder.tile_sample_min_size = True, side
@@ -108,8 +103,8 @@ def tiled_coder(vae: VAE) -> TiledCoder:
 def _tiled(coder: Any, x: Tensor, side: int) -> Tensor:
     """Return coder(x) of one image, for vae.py's Encoder and Decoder; side: `tile_sample_min_size`.
 
-    A map that would be computed again is kept where all kept maps take no more than the image and one map of
-    the outermost level, which are in memory in any case. RuntimeError where there would be gradients.
+    Maps are kept, not computed again, where they take no more than the image and one map of the outermost
+    level, which are in memory in any case. RuntimeError where there would be gradients.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *coder.parameters())):
         raise RuntimeError("tiles have no gradients: use torch.no_grad(), or disable tiling")
@@ -132,14 +127,12 @@ class MaterializedMap:
 
     def __init__(self, bands: list[Tensor]) -> None:
         self.bands: list[tuple[int, int, Tensor | None]] = []
-        start = 0
+        self.channels, self.height, self.width = bands[0].shape[1], 0, bands[0].shape[3]
         for band in bands:
-            self.bands.append((start, start + band.shape[2], band))
-            start += band.shape[2]
-        self.channels, self.height, self.width = bands[0].shape[1], start, bands[0].shape[3]
+            self.bands.append((self.height, self.height + band.shape[2], band))
+            self.height += band.shape[2]
         self.resident_values = self.size = self.channels * self.height * self.width
-        self.row = self.channels * self.width
-        self._is_last_read = False
+        self.row, self._is_last_read = self.channels * self.width, False
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Return rows [1, C, R, W] from top to before bottom."""
@@ -160,7 +153,7 @@ class MaterializedMap:
 class LazyMap:
     """Map [1, C, H, W] that is not in memory: rows are computed from another map's when they are read.
 
-    row: values of the largest intermediate map per row. cache_last: whether to keep the rows last read.
+    row: values of the largest intermediate map per row. cache_last: keep the rows last read.
     """
 
     def __init__(
@@ -204,7 +197,6 @@ def _convolve(
 
 
 def _upsample(x: _Map) -> LazyMap:
-    """Double both sides of a map by nearest neighbors."""
 
     def compute(top: int, bottom: int) -> Tensor:
         first = top // 2
@@ -224,17 +216,14 @@ def _downsample(conv: nn.Conv2d, x: _Map) -> LazyMap:
     return LazyMap(x, (conv.out_channels, x.height // 2, x.width // 2), compute, 2 * x.row)
 
 
+@dataclass
 class _TiledRun:
-    """Run of an encoder or decoder.
+    """Run of an encoder or decoder, whose methods compute the forwards of vae.py."""
 
-    tile: maximum values of a tile. limit: maximum values of maps that are kept to save computing them again.
-    """
-
-    def __init__(self, tile: int, limit: int) -> None:
-        self.tile, self.limit = tile, limit
+    tile: int  # maximum values of a tile
+    limit: int  # maximum values of maps that are kept to save computing them again
 
     def encode(self, coder: Any, image: Tensor) -> Tensor:
-        """Compute `Encoder.forward`."""
         x: _Map = _convolve(coder.conv_in, MaterializedMap([image]), cache_last=True)
         for level in coder.down:
             for resnet in level.resnets:
@@ -244,7 +233,6 @@ class _TiledRun:
         return self.head(coder, self.middle(coder.mid, x))
 
     def decode(self, coder: Any, latents: Tensor) -> Tensor:
-        """Compute `Decoder.forward`."""
         x: _Map = self.middle(coder.mid, MaterializedMap([coder.conv_in(latents)]))
         for level in coder.up:
             for resnet in level.resnets:
@@ -254,13 +242,11 @@ class _TiledRun:
         return self.head(coder, x)
 
     def middle(self, block: Any, x: _Map) -> MaterializedMap:
-        """Compute `MidBlock.forward`."""
         x = self.residual(block.resnet_in, x)
         x = MaterializedMap([block.attention(x.read(0, x.height))])
         return self.residual(block.resnet_out, x)
 
     def residual(self, block: Any, x: _Map) -> MaterializedMap:
-        """Compute `ResBlock.forward`; x is freed while the result grows."""
         if max(x.row, block.conv1.out_channels * x.width) * x.height <= self.tile:
             return MaterializedMap([block(x.read(0, x.height))])
         h = self.materialize_if_small(_convolve(block.conv1, x, self.activation(block.norm1, x)))
@@ -271,12 +257,12 @@ class _TiledRun:
             rows = branch.read(top, bottom)
             return block.shortcut(x.read(top, bottom)) + rows
 
+        # x is freed while the result grows
         return self.materialize(LazyMap(x, (branch.channels, x.height, x.width), compute, branch.row))
 
     def head(self, coder: Any, x: _Map) -> Tensor:
-        """Compute conv_out(silu(norm_out(x)))."""
-        out = self.materialize(_convolve(coder.conv_out, x, self.activation(coder.norm_out, x)))
-        return out.read(0, x.height)
+        x = self.materialize(_convolve(coder.conv_out, x, self.activation(coder.norm_out, x)))
+        return x.read(0, x.height)
 
     def activation(self, norm: nn.GroupNorm, x: _Map) -> Pointwise:
         """Return silu(norm(.)) for tiles, by the statistics of the whole map x, in float32 at least."""
@@ -294,32 +280,26 @@ class _TiledRun:
         variance = (shares * (variances + (means - mean) ** 2)).sum(0)
         # Run its hooks: offload copies the weights that are read below to the device.
         norm(torch.zeros(1, x.channels, 1, 2, dtype=norm.weight.dtype, device=mean.device))
-        mean, inverse_std = (
-            value.repeat_interleave(x.channels // norm.num_groups)[:, None, None]
-            for value in (mean, (variance + norm.eps).rsqrt())
-        )  # [C, 1, 1]
+        mean_std = torch.stack((mean, (variance + norm.eps).rsqrt()))[:, :, None, None]  # [2, G, 1, 1]
+        mean, inverse_std = mean_std.repeat_interleave(x.channels // norm.num_groups, dim=1)  # [C, 1, 1]
         scale = norm.weight.to(precision)[:, None, None] * inverse_std
         shift = norm.bias.to(precision)[:, None, None] - mean * scale
-        return lambda rows: F.silu(
-            torch.addcmul(shift, rows.to(precision), scale).to(rows.dtype), inplace=True
-        )
+        return lambda x: F.silu(torch.addcmul(shift, x.to(precision), scale).to(x.dtype), inplace=True)
 
     def tiles(self, x: _Map) -> list[tuple[int, int]]:
         """List (top, bottom) of tiles of about the same height."""
         count = -(-x.height // max(MIN_TILE_ROWS, self.tile // x.row))
         return [(i * x.height // count, (i + 1) * x.height // count) for i in range(count)]
 
-    def materialize(self, x: LazyMap) -> MaterializedMap:
-        """Compute the map, and free what it is computed from."""
-        x.release_after_read()
-        return self.compute(x)
-
     def materialize_if_small(self, x: LazyMap) -> _Map:
         """Compute the map now if there is room for it and the map it is computed from, which is kept."""
-        return self.compute(x) if x.resident_values + x.size <= self.limit else x
+        has_room = x.resident_values + x.size <= self.limit
+        return self.materialize(x, keep_source=True) if has_room else x
 
-    def compute(self, x: LazyMap) -> MaterializedMap:
+    def materialize(self, x: LazyMap, keep_source: bool = False) -> MaterializedMap:
         """Compute all bands; one that is a view of larger memory is copied, to free the rest."""
+        if not keep_source:
+            x.release_after_read()
         bands = []
         for top, bottom in self.tiles(x):
             band = x.read(top, bottom)
@@ -327,28 +307,17 @@ class _TiledRun:
         return MaterializedMap(bands)
 
 
-def _check_side(side: int) -> None:
-    if isinstance(side, bool) or not isinstance(side, int) or side < MIN_TILE_SIDE or side % 8:
-        raise ValueError(
-            f"tile_sample_min_size must be a multiple of 8 from {MIN_TILE_SIDE} on, got {side!r}"
-        )
-
-
 def _check(coder: nn.Module) -> None:
     """Raise TypeError for a module whose forward is not one of those that are reimplemented here."""
     name = "encoder" if isinstance(coder, Encoder) else "decoder" if isinstance(coder, Decoder) else "coder"
     for path, part in coder.named_modules(prefix=name):
-        last = path.rpartition(".")[2]
         forward = getattr(part.forward, "__func__", part.forward)
-        is_attention = path.startswith(f"{name}.mid.attention")
-        if is_attention or forward in SUPPORTED_FORWARDS or isinstance(part, nn.ModuleList | nn.Identity):
-            continue
-        if forward is nn.GroupNorm.forward and part.weight is not None and part.bias is not None:
-            continue
-        if isinstance(part, nn.Conv2d):
+        is_known = forward in SUPPORTED_FORWARDS or isinstance(part, nn.ModuleList | nn.Identity)
+        if forward is nn.GroupNorm.forward:
+            is_known = part.weight is not None and part.bias is not None
+        elif isinstance(part, nn.Conv2d) and part.dilation == (1, 1) and part.padding_mode == "zeros":
             geometry = part.kernel_size, part.stride, part.padding
-            plain = part.dilation == (1, 1) and part.padding_mode == "zeros"
-            if plain and geometry == GEOMETRY.get(last, SAME_SIZE):
-                continue
-        got = f"{type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})"
-        raise TypeError(f"tiling cannot run {path}: expected a module of kolors_core/vae.py, got {got}")
+            is_known = geometry == GEOMETRY.get(path.rpartition(".")[2], SAME_SIZE)
+        if not is_known and not path.startswith(f"{name}.mid.attention"):
+            got = f"{type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})"
+            raise TypeError(f"tiling cannot run {path}: expected a module of kolors_core/vae.py, got {got}")

@@ -39,16 +39,14 @@ class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
 
     def _check_dimensions(self) -> None:
         super()._check_dimensions()
-        scale_factor = unwrap_compiled(self.vae).config.vae_scale_factor
-        check_fits(self.controlnet, unwrap_compiled(self.unet), scale_factor)
+        vae, unet = unwrap_compiled(self.vae), unwrap_compiled(self.unet)
+        check_fits(self.controlnet, unet, vae.config.vae_scale_factor)
 
     def _attached_models(self) -> list[nn.Module]:
-        adapters = [handle.adapter for handle in attached(self.unet)]
-        return [*adapters, *controlnets_of(self.controlnet)]
+        return [*(handle.adapter for handle in attached(self.unet)), *controlnets_of(self.controlnet)]
 
     def _adapter_image_encoder(self) -> Any:
-        loaded = (handle.encoder for handle in attached(self.unet) if handle.encoder is not None)
-        return next(loaded, None)
+        return next((one.encoder for one in attached(self.unet) if one.encoder is not None), None)
 
     def _placeholder_words(self) -> dict[str, Any]:
         words = words_of(unwrap_compiled(self.text_encoder))
@@ -57,10 +55,9 @@ class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
     def _adapter_inputs(
         self, inputs: PipelineInputs, size: Size, batch: int, images_per_prompt: int
     ) -> AdapterInputs:
-        prompts = self._image_prompts(
-            inputs.ip_adapter_image, inputs.ip_adapter_image_embeds,
-            (inputs.cross_attention_kwargs or {}).get("ip_adapter_masks"), batch, inputs.is_guided,
-        )  # fmt: skip
+        masks = (inputs.cross_attention_kwargs or {}).get("ip_adapter_masks")
+        images = inputs.ip_adapter_image, inputs.ip_adapter_image_embeds
+        prompts = self._image_prompts(*images, masks, batch, inputs.is_guided)
         with self._lora_factor(inputs):  # a face's tokens go through a layer of the UNet
             prompts |= self._face_prompts(inputs.face_image, inputs.face_embeds, batch, inputs.is_guided)
         pairs = [prompts[handle] for handle in attached(self.unet)]
@@ -81,9 +78,8 @@ class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
     def _adapter_metadata(self, residuals: Residuals | None) -> dict[str, Any]:
         metadata = {}
         if isinstance(residuals, ControlResiduals):
-            controls = residuals.controls
-            metadata["control_scale"] = ", ".join(str(control.scale) for control in controls)
-            parts = [f"{control.start:g} to {control.end:g}" for control in controls]
+            metadata["control_scale"] = ", ".join(str(control.scale) for control in residuals.controls)
+            parts = [f"{control.start:g} to {control.end:g}" for control in residuals.controls]
             if set(parts) != {"0 to 1"}:
                 metadata["control_steps"] = ", ".join(parts)
         if self.freeu is not None:

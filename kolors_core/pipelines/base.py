@@ -1,7 +1,6 @@
 """Components of a pipeline: its models, loaded, saved, shared with another task, and moved between devices.
 
-Methods that start with an underscore and do nothing here are extended in adapter_methods.py and
-performance_methods.py.
+Private methods that do nothing here are extended in adapter_methods.py and performance_methods.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,33 +11,12 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from kolors_core import checkpoint, devices
 from kolors_core.chatglm import ChatGLM, TextEmbedding
-from kolors_core.checkpoint import (
-    EMBEDDED_NAME,
-    MODEL_SPECS,
-    ModelSpec,
-    UnloadedModel,
-    check_savable,
-    load_index,
-    load_scheduler,
-    open_component,
-    resolve,
-    save_component,
-    save_metadata,
-)
+from kolors_core.checkpoint import EMBEDDED_NAME, MODEL_SPECS, ModelSpec
 from kolors_core.conditioning import Residuals
 from kolors_core.context import ImagePrompt
-from kolors_core.devices import (
-    Dtypes,
-    check_low_cpu_mem_usage,
-    dtype_of,
-    loading_device,
-    merge_dtype_arguments,
-    move_models,
-    named_device,
-    refuse_pickles,
-    unwrap_compiled,
-)
+from kolors_core.devices import Dtypes, dtype_of, unwrap_compiled
 from kolors_core.guidance import guided
 from kolors_core.image import Size
 from kolors_core.module import WrapStep
@@ -72,30 +50,21 @@ class Components:
     _wrap_step: WrapStep | None = None  # of the denoising loop: captures a step as a CUDA graph
 
     def __init__(
-        self,
-        vae: VAE,
-        text_encoder: ChatGLM | None,
-        tokenizer: Tokenizer | None,
-        unet: UNet,
-        scheduler: Scheduler,
-        image_encoder: Any = None,
-        feature_extractor: Callable[..., Any] | None = None,
-        force_zeros_for_empty_prompt: bool = False,
-        controlnet: Any = None,
-    ) -> None:
+        self, vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet,
+        scheduler: Scheduler, image_encoder: Any = None, feature_extractor: Callable[..., Any] | None = None,
+        force_zeros_for_empty_prompt: bool = False, controlnet: Any = None,
+    ) -> None:  # fmt: skip
         """image_encoder: a `CLIPVision`, which only IP-Adapters need. feature_extractor: CLIP's own
         preprocessing if None. controlnet: a `ControlNet` or a list; each needs a control image in every call.
 
         Raises TypeError or ValueError, naming the component, for a component of another type or size.
         """
-        self.runs, self._progress = Runs(), dict[str, Any]()
-        self.controlnet = controlnet
+        self.runs, self.savings, self._progress = Runs(), Savings(), dict[str, Any]()
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.scheduler, self.feature_extractor = scheduler, feature_extractor
-        self.image_encoder = image_encoder
+        self.image_encoder, self.controlnet = image_encoder, controlnet
         self._check_dimensions()
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self.savings = Savings()
         self.guided: Callable[..., Denoiser] = guided  # another rule of its signature may stand here
         self.sampler: Sampler | None = None  # another than the scheduler's, such as a function like `euler`
         self.pag_applied_layers = ["mid"]  # of `KolorsPAGPipeline`; another task keeps them for it
@@ -106,8 +75,7 @@ class Components:
 
     def _check_dimensions(self) -> None:
         """Raise ValueError naming two components whose dimensions differ."""
-        parts = self.vae, self.text_encoder, self.tokenizer, self.unet
-        check_dimensions(*parts, self.accepts_mask_channels)
+        check_dimensions(self.vae, self.text_encoder, self.tokenizer, self.unet, self.accepts_mask_channels)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; TypeError for a component of another type than the constructor takes."""
@@ -116,28 +84,14 @@ class Components:
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path = EMBEDDED_NAME,
-        *,
-        torch_dtype: Dtypes = None,
-        dtype: Dtypes = None,
-        device: torch.device | str = "cpu",
-        variant: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        use_safetensors: bool | None = None,
-        low_cpu_mem_usage: bool = True,
-        text_encoder: ChatGLM | None = _LOAD,
-        tokenizer: Tokenizer | None = _LOAD,
-        unet: UNet = _LOAD,
-        vae: VAE = _LOAD,
-        scheduler: Scheduler = _LOAD,
-        image_encoder: Any = _LOAD,
-        feature_extractor: Callable[..., Any] | None = None,
-        controlnet: Any = None,
-    ) -> Self:
+        cls, pretrained_model_name_or_path: str | Path = EMBEDDED_NAME, *, torch_dtype: Dtypes = None,
+        dtype: Dtypes = None, device: torch.device | str = "cpu", variant: str | None = None,
+        revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
+        token: str | bool | None = None, use_safetensors: bool | None = None, low_cpu_mem_usage: bool = True,
+        text_encoder: ChatGLM | None = _LOAD, tokenizer: Tokenizer | None = _LOAD, unet: UNet = _LOAD,
+        vae: VAE = _LOAD, scheduler: Scheduler = _LOAD, image_encoder: Any = _LOAD,
+        feature_extractor: Callable[..., Any] | None = None, controlnet: Any = None,
+    ) -> Self:  # fmt: skip
         """Load a checkpoint folder or hub repository; the embedded tiny model if none is named.
 
         torch_dtype, or by its newer name dtype: one, or a mapping by component with a "default"; float32 if
@@ -146,9 +100,9 @@ class Components:
         pipeline whose memory is planned (memory_plan.py). The files of a component that is passed in are not
         fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
-        refuse_pickles(use_safetensors)
-        check_low_cpu_mem_usage(low_cpu_mem_usage)
-        asked = merge_dtype_arguments(torch_dtype, dtype)
+        devices.refuse_pickles(use_safetensors)
+        devices.check_low_cpu_mem_usage(low_cpu_mem_usage)
+        asked = devices.merge_dtype_arguments(torch_dtype, dtype)
         parts: dict[str, Any] = {
             "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae,
             "scheduler": scheduler, "image_encoder": image_encoder,
@@ -157,30 +111,27 @@ class Components:
             parts["image_encoder"] = None
         dtypes = {component: dtype_of(component, asked) for component in cls.model_specs}
         wanted = [component for component, value in parts.items() if value is _LOAD]
-        device = loading_device(device)
+        device = devices.loading_device(device)
         has_weights = device.type != "meta"
-        folder = resolve(
+        folder = checkpoint.resolve(
             pretrained_model_name_or_path, wanted, variant, has_weights, revision=revision,
             cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip
-        force_zeros, absent = load_index(folder)
+        force_zeros, absent = checkpoint.load_index(folder)
         for component in wanted:
             if component in absent or (component == "tokenizer" and not has_weights):
                 parts[component] = None
             elif component == "tokenizer":
                 parts[component] = Tokenizer(folder / "tokenizer")
             elif component == "scheduler":
-                parts[component] = load_scheduler(folder)
+                parts[component] = checkpoint.load_scheduler(folder)
             else:
-                parts[component] = open_component(
-                    folder,
-                    component,
-                    variant=variant,
-                    has_weights=has_weights,
-                    kind=cls.model_specs[component],
+                spec = cls.model_specs[component]
+                parts[component] = checkpoint.open_component(
+                    folder, component, variant=variant, has_weights=has_weights, kind=spec
                 )
         for component, part in parts.items():  # all fit: only now are weights read
-            if isinstance(part, UnloadedModel):
+            if isinstance(part, checkpoint.UnloadedModel):
                 parts[component] = part.fill(dtypes[component], device)
         return cls(
             **parts, feature_extractor=feature_extractor, controlnet=controlnet,
@@ -189,10 +140,7 @@ class Components:
 
     @classmethod
     def from_pipe(cls, pipeline: "Components", **changes: Any) -> Self:
-        """Create another task with the very same models; changes: components to replace.
-
-        Adapters are shared too: both tasks see it when one loads or unloads an adapter.
-        """
+        """Create another task with the same models and adapters; changes: components to replace."""
         if not isinstance(pipeline, Components):
             raise TypeError(f"expected a pipeline of kolors_core, got {type(pipeline).__name__}")
         if strangers := sorted(changes.keys() - pipeline.components.keys()):
@@ -206,43 +154,39 @@ class Components:
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
         """Write a new folder that the reference and `from_pretrained` load, whole or not at all.
 
-        ControlNets, IP-Adapters and LoRAs are not saved; a fused LoRA is, in the weights. Raises
-        FileExistsError if `folder` exists and is not empty, ValueError if a model is missing or quantized.
+        Of adapters only a fused LoRA is saved, in the weights. Raises FileExistsError if `folder` exists and
+        is not empty, ValueError if a model is missing or quantized.
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("this pipeline has no text encoder or tokenizer and cannot be saved whole")
         models = {name: unwrap_compiled(model) for name, model in self._own_models().items()}
         for component, model in models.items():
-            check_savable(model, component)
+            checkpoint.check_savable(model, component)
         with atomic_folder(as_path("folder", folder)) as place:
             for component, model in models.items():
-                save_component(model, place, component, variant=variant)
+                checkpoint.save_component(model, place, component, variant=variant)
             task = type(self).__name__.replace("ControlNet", "")  # the reference has no such class for Kolors
-            save_metadata(place, task, self.components)
+            checkpoint.save_metadata(place, task, self.components)
 
     def to(
-        self,
-        *targets: torch.device | str | torch.dtype,
-        device: torch.device | str | None = None,
+        self, *targets: torch.device | str | torch.dtype, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Self:
+    ) -> Self:  # fmt: skip
         """Move every model to a device, a dtype, or both; the VAE takes float32 in place of float16.
 
         A device ends offload. If memory runs out, all models stay where they were. Raises ValueError for a
         device that does not exist, TypeError for a dtype that is not floating; nothing is moved then.
         """
-        asked: list[torch.device | torch.dtype] = []
-        for target in (*targets, device, dtype):  # all are checked before anything is moved
-            if isinstance(target, torch.dtype):
-                dtype_of("unet", target)
-                asked.append(target)
-            elif target is not None:
-                asked.append(named_device(str(target)))
-        for target in asked:
+        checked = [  # all of them before anything is moved
+            dtype_of("unet", target) if isinstance(target, torch.dtype) else devices.named_device(str(target))
+            for target in (*targets, device, dtype)
+            if target is not None
+        ]
+        for target in checked:
             if isinstance(target, torch.device):
                 self._check_loaded()
             self._before_move(target)
-            move_models(
+            devices.move_models(
                 (model, dtype_of(name, target) if isinstance(target, torch.dtype) else target)
                 for name, models in self._models().items()
                 for model in models

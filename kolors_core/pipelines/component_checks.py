@@ -19,23 +19,19 @@ COMPONENT_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "vae": (lambda part: isinstance(part, VAE), "kolors_core's VAE"),
     "scheduler": (lambda part: isinstance(part, Scheduler), "kolors_core's Scheduler"),
     "image_encoder": (
-        lambda part: part is None or hasattr(part, "penultimate"),
-        "kolors_core's CLIPVision or None",
-    ),
+        lambda part: part is None or hasattr(part, "penultimate"), "kolors_core's CLIPVision or None"),
     "text_encoder": (
         lambda part: part is None or (isinstance(part, nn.Module) and hasattr(part, "config")),
-        "a module like kolors_core's ChatGLM or None",
-    ),
+        "a module like kolors_core's ChatGLM or None"),
     "tokenizer": (
         lambda part: part is None or (callable(part) and hasattr(part, "size")),
-        "like kolors_core's Tokenizer or None",
-    ),
+        "like kolors_core's Tokenizer or None"),
     "feature_extractor": (lambda part: part is None or callable(part), "a function or None"),
     "force_zeros_for_empty_prompt": (lambda part: isinstance(part, bool), "True or False"),
     "guided": (callable, "a function like guidance.guided"),
     "sampler": (lambda part: part is None or callable(part), "a function like sampling.euler or None"),
     "savings": (lambda part: isinstance(part, Savings), "a precompute.Savings"),
-}
+}  # fmt: skip
 
 
 def check_component_type(name: str, value: Any) -> None:
@@ -48,34 +44,25 @@ def check_component_type(name: str, value: Any) -> None:
 
 
 def check_dimensions(
-    vae: VAE,
-    text_encoder: ChatGLM | None,
-    tokenizer: Tokenizer | None,
-    unet: UNet,
+    vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet,
     accepts_mask_channels: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Raise ValueError naming two components whose dimensions differ.
 
     accepts_mask_channels: whether the UNet may read a mask and the masked image's latents too.
     """
-    latents, ins = vae.config.latent_channels, unet.config.in_channels
+    latents, ins, outs = vae.config.latent_channels, unet.config.in_channels, unet.config.out_channels
     masked = 2 * latents + 1  # the latents, the mask, and the masked image's latents
-    if (
-        ins not in ((latents, masked) if accepts_mask_channels else (latents,))
-        or unet.config.out_channels != latents
-    ):
-        wanted = f"the VAE's {latents} for both" + (f", or {masked} in" if accepts_mask_channels else "")
-        hint = (
-            ": one with a mask is for KolorsInpaintPipeline"
-            if ins == masked and not accepts_mask_channels
-            else ""
-        )
-        got = f"{ins} in and {unet.config.out_channels} out"
-        raise ValueError(f"the UNet has {got} channels, expected {wanted}{hint}")
+    if outs != latents or ins not in ((latents, masked) if accepts_mask_channels else (latents,)):
+        wanted = f"the VAE's {latents} for both"
+        if accepts_mask_channels:
+            wanted += f", or {masked} in"
+        elif ins == masked:
+            wanted += ": one with a mask is for KolorsInpaintPipeline"
+        raise ValueError(f"the UNet has {ins} in and {outs} out channels, expected {wanted}")
     if text_encoder is None:
         return
-    read, width = unet.config.text_dim, text_encoder.config.hidden_size
-    if width != read:
-        raise ValueError(f"the text encoder is {width} wide, and the UNet reads {read}")
+    if (width := text_encoder.config.hidden_size) != unet.config.text_dim:
+        raise ValueError(f"the text encoder is {width} wide, and the UNet reads {unet.config.text_dim}")
     if tokenizer is not None and tokenizer.size > (words := text_encoder.config.vocab_size):
         raise ValueError(f"the tokenizer has {tokenizer.size} tokens, and the text encoder only {words}")

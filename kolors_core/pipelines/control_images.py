@@ -2,8 +2,7 @@
 
 Source: diffusers' pipelines/controlnet/pipeline_controlnet_sd_xl.py and the community's
 pipeline_controlnet_xl_kolors.py, which projects the text for several ControlNets by the last one's weights;
-here each has its own.
-Shapes: B images to make, P prompts.
+here each has its own. Shapes: B images to make.
 """
 
 from collections.abc import Sequence
@@ -21,20 +20,10 @@ class ControlNetMethods(Components):
     """ControlNet arguments of a pipeline."""
 
     def _controls(
-        self,
-        image: Any,
-        scale: float | Sequence[float],
-        start: float | Sequence[float],
-        end: float | Sequence[float],
-        size: tuple[int, int],
-        count: int,
-        images_per_prompt: int,
-    ) -> ControlResiduals | None:
-        """Prepare control images for B (`count`) images of (height, width).
-
-        Raises ValueError for images without ControlNets, ControlNets without images, numbers that do not
-        match, and arguments without effect.
-        """
+        self, image: Any, scale: float | Sequence[float], start: float | Sequence[float],
+        end: float | Sequence[float], size: tuple[int, int], count: int, images_per_prompt: int,
+    ) -> ControlResiduals | None:  # fmt: skip
+        """Prepare control images for B (`count`) images of (height, width); ValueError for invalid values."""
         nets = controlnets_of(self.controlnet)
         given = {  # and what each is if it is not given
             "controlnet_conditioning_scale": (scale, CONTROL_SCALE),
@@ -51,25 +40,23 @@ class ControlNetMethods(Components):
             return None
         if not nets:
             raise ValueError("a control image is given, and the pipeline has no ControlNet: controlnet=...")
-        images = _per_net("control images", image, len(nets)) if is_multi(self.controlnet) else [image]
-        numbers = [
-            _per_net(name, value, len(nets)) if isinstance(value, list | tuple) else [value] * len(nets)
-            for name, (value, _) in given.items()
-        ]
+        images = _per_net("control images", image, len(nets), is_multi(self.controlnet))
+        numbers = [_per_net(key, n, len(nets), isinstance(n, list | tuple)) for key, (n, _) in given.items()]
         weight, controls = self.unet.conv_in.weight, []
         for net, one, *numbers_of in zip(nets, images, *numbers, strict=True):
             own = net.conv_in.weight
             if (own.dtype, own.device) != (weight.dtype, weight.device):
-                got = f"the ControlNet is {own.dtype} on {own.device}"
-                wanted = f"the UNet {weight.dtype} on {weight.device}"
-                raise ValueError(f"{got}, {wanted}: pipe.to(...) moves both")
+                places = f"{own.dtype} on {own.device}, the UNet {weight.dtype} on {weight.device}"
+                raise ValueError(f"the ControlNet is {places}: pipe.to(...) moves both")
             pixels = _rows(preprocess_control(one, *size), count, images_per_prompt)
             controls.append(ControlInput(net, self._to_model(own, pixels), *numbers_of))
         return ControlResiduals(tuple(controls))
 
 
-def _per_net(name: str, values: Any, count: int) -> list[Any]:
-    """Check a list with one value for each ControlNet."""
+def _per_net(name: str, values: Any, count: int, is_list: bool) -> list[Any]:
+    """Check a list with one value for each ControlNet; a value for all is repeated."""
+    if not is_list:
+        return [values] * count
     if not isinstance(values, list | tuple) or len(values) != count:
         got = f"{len(values)}" if isinstance(values, list | tuple) else type(values).__name__
         raise ValueError(f"{name}: expected a list with one for each of the {count} ControlNets, got {got}")

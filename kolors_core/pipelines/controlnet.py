@@ -1,8 +1,8 @@
 """ControlNet tasks, with the reference's names and argument names.
 
-Every task takes `control_image`; these are the names that scripts know. Source: diffusers'
-pipelines/controlnet/pipeline_controlnet_sd_xl.py and pipeline_controlnet_sd_xl_img2img.py, and the
-community's pipeline_controlnet_xl_kolors.py.
+Every task takes control images, with a list of ControlNets a list with one for each; these are the names that
+scripts know. Source: diffusers' pipelines/controlnet/pipeline_controlnet_sd_xl.py and
+pipeline_controlnet_sd_xl_img2img.py, and the community's pipeline_controlnet_xl_kolors.py.
 """
 
 from typing import Any
@@ -20,18 +20,12 @@ class KolorsControlNetPipeline(KolorsPipeline):
     """Text to image under control images."""
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (the reference's own order)
-        self,
-        prompt: Prompt | None = None,
-        image: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        **arguments: Any,
-    ) -> KolorsPipelineOutput | tuple[Any]:
-        """Make images from prompts and control images.
+        self, prompt: Prompt | None = None, image: Any = None, height: int | None = None,
+        width: int | None = None, **arguments: Any,
+    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
+        """Make images from prompts and control images, `image`; arguments: as for `KolorsPipeline`.
 
-        image: the control image; with a list of ControlNets, a list with one for each. height, width: pixels,
-        multiples of 8; the first control image's own, rounded down, if None. arguments: as for
-        `KolorsPipeline`.
+        height, width: multiples of 8 in pixels; the first control image's own, rounded down, if None.
         """
         if image is None:
             raise ValueError("no image: expected the control image, or one for each of several ControlNets")
@@ -47,45 +41,26 @@ class KolorsControlNetImg2ImgPipeline(KolorsImg2ImgPipeline):
     default_strength = 0.8
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (the reference's own order)
-        self,
-        prompt: Prompt | None = None,
-        image: Any = None,
-        control_image: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        strength: float = default_strength,
+        self, prompt: Prompt | None = None, image: Any = None, control_image: Any = None,
+        height: int | None = None, width: int | None = None, strength: float = default_strength,
         **arguments: Any,
-    ) -> KolorsPipelineOutput | tuple[Any]:
-        """Make images from images, prompts and control images.
-
-        control_image: the control image; with a list of ControlNets, a list with one for each. All others:
-        as for `KolorsImg2ImgPipeline`.
-        """
+    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
+        """Make images from images, prompts and control images; others as for `KolorsImg2ImgPipeline`."""
         if control_image is None:
             raise ValueError("no control_image: expected one, or one for each of several ControlNets")
-        return super().__call__(
-            prompt, image, strength, height, width, control_image=control_image, **arguments
-        )
+        arguments["control_image"] = control_image
+        return super().__call__(prompt, image, strength, height, width, **arguments)
 
 
 class KolorsControlNetInpaintPipeline(KolorsInpaintPipeline):
     """Inpainting under control images."""
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (the reference's own order)
-        self,
-        prompt: Prompt | None = None,
-        image: Any = None,
-        mask_image: Any = None,
-        control_image: Any = None,
-        **arguments: Any,
-    ) -> KolorsPipelineOutput | tuple[Any]:
-        """Inpaint the white part of a mask under control images.
-
-        control_image: the control image; with a list of ControlNets, a list with one for each. All others: as
-        for `KolorsInpaintPipeline`.
-        """
+        self, prompt: Prompt | None = None, image: Any = None, mask_image: Any = None,
+        control_image: Any = None, **arguments: Any,
+    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
+        """Inpaint the white part of a mask under control images; others as for `KolorsInpaintPipeline`."""
         if control_image is None:
             raise ValueError("no control_image: expected one, or one for each of several ControlNets")
-        return super().__call__(
-            prompt, image=image, mask_image=mask_image, control_image=control_image, **arguments
-        )
+        arguments["control_image"] = control_image
+        return super().__call__(prompt, image=image, mask_image=mask_image, **arguments)

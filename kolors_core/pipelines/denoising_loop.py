@@ -7,7 +7,7 @@ Shapes: B images; under guidance the tensors that are not negative have 2B rows,
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,10 @@ from torch import Tensor
 from kolors_core.conditioning import Conditioning
 from kolors_core.devices import check_finite
 from kolors_core.guidance import GuidanceRule
-from kolors_core.module import WrapStep
+from kolors_core.pipelines.base import Components
 from kolors_core.pipelines.runs import Run
-from kolors_core.precompute import Savings
 from kolors_core.sampling import Denoiser, Sampler
-from kolors_core.schedule import Schedule, Scheduler
-from kolors_core.unet import UNet
+from kolors_core.schedule import Schedule
 from kolors_core.validation import check_float, check_int
 
 # The reference's names of a `Conditioning`'s fields: of both halves, and of the negative half alone.
@@ -28,18 +26,9 @@ FIELDS = ("text_tokens", "pooled_text", "size_ids")
 POSITIVE_TENSORS = ("prompt_embeds", "add_text_embeds", "add_time_ids")
 NEGATIVE_TENSORS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_add_time_ids")
 TENSOR_NAMES = ("latents", *POSITIVE_TENSORS, *NEGATIVE_TENSORS)
-CALLBACK_TENSORS = "callback_on_step_end returned"
+RETURNED = "callback_on_step_end returned"
 
 StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
-
-
-class Pipeline(Protocol):
-    """Attributes of a pipeline that a denoising loop reads."""
-
-    unet: UNet
-    scheduler: Scheduler
-    savings: Savings
-    _wrap_step: WrapStep | None
 
 
 class _Interrupted(Exception):
@@ -53,23 +42,13 @@ class DenoisingLoop:
     """Sampling loop of one call, under conditions that the callback may change."""
 
     def __init__(
-        self,
-        pipe: Pipeline,
-        run: Run,
-        schedule: Schedule,
-        positive: Conditioning,
-        negative: Conditioning | None,
-        *,
-        rule: GuidanceRule,
-        scale: float,
-        callback: StepCallback | None,
-        names: Sequence[str],
-        progress: Callable[[], Any],
-    ) -> None:
+        self, pipe: Components, run: Run, schedule: Schedule, positive: Conditioning,
+        negative: Conditioning | None, *, rule: GuidanceRule, scale: float, callback: StepCallback | None,
+        names: Sequence[str], progress: Callable[[], Any],
+    ) -> None:  # fmt: skip
         """run: the state that the callback may set. negative: None without guidance. rule, scale: of
-        guidance. names: of `TENSOR_NAMES`, for the callback. progress: called after each step.
-
-        Raises TypeError for a callback that cannot be called.
+        guidance. names: of `TENSOR_NAMES`, for the callback. progress: called after each step. Raises
+        TypeError for a callback that cannot be called.
         """
         if callback is not None and not callable(callback):
             raise TypeError(f"callback_on_step_end must be a function, got {type(callback).__name__}")
@@ -87,17 +66,16 @@ class DenoisingLoop:
         self.denoise = self._guided(positive, negative)
 
     def _guided(self, positive: Conditioning, negative: Conditioning | None) -> Denoiser:
-        pipe = self.pipe
         return self.rule(
-            pipe.unet, self.schedule, positive, negative, self.run.guidance_scale,
-            precompute=pipe.savings.precompute, wrap_step=pipe._wrap_step,
+            self.pipe.unet, self.schedule, positive, negative, self.run.guidance_scale,
+            precompute=self.pipe.savings.precompute, wrap_step=self.pipe._wrap_step,
         )  # fmt: skip
 
     def __call__(self, sampler: Sampler, x: Tensor) -> Tensor:
         """Run the sampler from x; returns the latents as the reference has them at the last sigma.
 
-        Raises FloatingPointError naming the step after which they were not finite. This is looked for when
-        the run is over: asking in every step would let a GPU wait.
+        Raises FloatingPointError naming the step after which they were not finite, when the run is over:
+        asking in every step would let a GPU wait.
         """
         denoise = self.denoise if self.callback is None else lambda x, sigma: self.denoise(x, sigma)
         try:
@@ -105,7 +83,7 @@ class DenoisingLoop:
             x = x / self._scale(len(self.schedule.timesteps))
         except _Interrupted as stopped:
             x = stopped.x
-        return check_finite(x, self._first_nonfinite_step, self.pipe.unet.conv_in.weight.dtype)
+        return check_finite(x, self._first_nonfinite_step, self.pipe.dtype)
 
     def _first_nonfinite_step(self) -> str:
         first = next((i for i, is_finite in enumerate(self.finite, 1) if not is_finite), len(self.finite))
@@ -122,33 +100,27 @@ class DenoisingLoop:
         return x
 
     def _apply_callback(self, callback: StepCallback, i: int, x: Tensor) -> Tensor:
-        latents = (x / self._scale(i + 1)).to(self.pipe.unet.conv_in.weight.dtype)
+        latents = (x / self._scale(i + 1)).to(self.pipe.dtype)
         seen = {name: latents if name == "latents" else self.tensors[name] for name in self.names}
         scale = self.run.guidance_scale
         answer = callback(self.pipe, i, self.schedule.timesteps[i], seen)
         if not isinstance(answer, dict):
             got = type(answer).__name__
             raise TypeError(f"callback_on_step_end must return a dict of tensors, got {got}")
-        returned = dict(answer)
+        returned, before = dict(answer), self.tensors
         for name, value in returned.items():
-            if not isinstance(value, Tensor) and value is not self.tensors.get(name):
-                raise TypeError(f"{CALLBACK_TENSORS} {name} as {type(value).__name__}, expected a tensor")
-        if strangers := sorted(returned.keys() - set(TENSOR_NAMES)):
-            raise ValueError(
-                f"{CALLBACK_TENSORS} {strangers[0]!r}; expected some of {', '.join(TENSOR_NAMES)}"
-            )
+            if not isinstance(value, Tensor) and value is not before.get(name):
+                raise TypeError(f"{RETURNED} {name} as {type(value).__name__}, expected a tensor")
+        if unknown := sorted(returned.keys() - set(TENSOR_NAMES)):
+            raise ValueError(f"{RETURNED} {unknown[0]!r}; expected some of {', '.join(TENSOR_NAMES)}")
         if (after := returned.pop("latents", None)) is not None:
             if after.shape != x.shape:
-                raise ValueError(f"{CALLBACK_TENSORS} latents {list(after.shape)}, expected {list(x.shape)}")
+                raise ValueError(f"{RETURNED} latents {list(after.shape)}, expected {list(x.shape)}")
             x = after.to(x) * self._scale(i + 1)
-        changed = {
-            name
-            for name in POSITIVE_TENSORS
-            if returned.get(name, self.tensors[name]) is not self.tensors[name]
-        }
+        changed = {name for name in POSITIVE_TENSORS if returned.get(name, before[name]) is not before[name]}
         for name in changed:
-            _refuse_misfit(name, returned[name], self.tensors[name])
-        self.tensors |= returned
+            _refuse_misfit(name, returned[name], before[name])
+        self.tensors = before | returned
         if "prompt_embeds" in changed:
             self.counts = None
         if changed or scale != self.run.guidance_scale:
@@ -166,33 +138,27 @@ class DenoisingLoop:
         for name in POSITIVE_TENSORS:
             if (rows := len(self.tensors[name])) not in allowed:
                 wanted = f"{' or '.join(map(str, allowed))} for {self.batch} images"
-                raise ValueError(f"{CALLBACK_TENSORS} {name} of {rows} rows, expected {wanted}")
+                raise ValueError(f"{RETURNED} {name} of {rows} rows, expected {wanted}")
 
-        def told(half: Conditioning, part: slice) -> Conditioning:
-            counts = None if self.counts is None else self.counts[part]
-            tensors = {
-                field: self.tensors[name][part] for name, field in zip(POSITIVE_TENSORS, FIELDS, strict=True)
-            }
-            return replace(half, **tensors, text_counts=counts)
+        def updated(half: Conditioning, rows: slice) -> Conditioning:
+            counts = None if self.counts is None else self.counts[rows]
+            tensors = (self.tensors[name][rows] for name in POSITIVE_TENSORS)
+            return replace(half, **dict(zip(FIELDS, tensors, strict=True)), text_counts=counts)
 
         positive, negative = self.halves
         last, first = slice(-self.batch, None), slice(None, self.batch)
-        return told(positive, last), told(negative, first) if is_guided else None
+        return updated(positive, last), updated(negative, first) if is_guided else None
 
 
 def _refuse_misfit(name: str, after: Tensor, before: Tensor) -> None:
-    """ValueError for a tensor that the UNet cannot read in the place of the one before."""
     fits = after.ndim == before.ndim and after.shape[-1] == before.shape[-1]
     if not fits or not after.is_floating_point():
         wanted = "floats [" + "any, " * (before.ndim - 1) + f"{before.shape[-1]}]"
-        raise ValueError(f"{CALLBACK_TENSORS} {name} {list(after.shape)} of {after.dtype}, expected {wanted}")
+        raise ValueError(f"{RETURNED} {name} {list(after.shape)} of {after.dtype}, expected {wanted}")
 
 
 class SDXLCFGCutoffCallback:
-    """End guidance after a step, or after a part of the steps: a callback of the reference's name.
-
-    The reference's own keeps only the last row and so fails for two images; this keeps every positive row.
-    """
+    """End guidance after a step, or after a part of the steps. The reference's fails for two images."""
 
     tensor_inputs = POSITIVE_TENSORS
 

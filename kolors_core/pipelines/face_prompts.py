@@ -24,18 +24,11 @@ class FaceIDMethods(IPAdapterMethods):
     """IP-Adapter-FaceID methods of a pipeline."""
 
     def load_ip_adapter_face_id(
-        self,
-        pretrained_model_name_or_path_or_dict: Any,
-        subfolder: str = "",
-        weight_name: str | None = None,
-        image_encoder_folder: str | None = "clip-vit-large-patch14-336",
-        *,
-        revision: str | None = None,
-        cache_dir: Any = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
+        self, pretrained_model_name_or_path_or_dict: Any, subfolder: str = "", weight_name: str | None = None,
+        image_encoder_folder: str | None = "clip-vit-large-patch14-336", *, revision: str | None = None,
+        cache_dir: Any = None, local_files_only: bool = False, token: str | bool | None = None,
         low_cpu_mem_usage: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Load IP-Adapter-FaceID-Plus in place of one loaded before, and CLIP if there is none yet.
 
         IP-Adapters of images and LoRAs stay. Arguments and errors are those of `load_ip_adapter`. The
@@ -43,18 +36,14 @@ class FaceIDMethods(IPAdapterMethods):
         """
         check_low_cpu_mem_usage(low_cpu_mem_usage)
         hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-        adapter, encoder = load_adapter(
-            unwrap_compiled(self.unet), "face_id", pretrained_model_name_or_path_or_dict, subfolder,
-            weight_name, self.image_encoder, image_encoder_folder, hub,
-        )  # fmt: skip
+        unet, source = unwrap_compiled(self.unet), pretrained_model_name_or_path_or_dict
+        given = source, subfolder, weight_name, self.image_encoder, image_encoder_folder, hub
+        adapter, encoder = load_adapter(unet, "face_id", *given)
         self.unload_ip_adapter_face_id()
-        attach(unwrap_compiled(self.unet), adapter, encoder if encoder is not self._image_encoder else None)
+        attach(unet, adapter, encoder if encoder is not self._image_encoder else None)
 
     def set_ip_adapter_face_id_scale(self, scale: BlockScale) -> None:
-        """Scale the face adapter: 1 is as trained (upstream's example takes 0.8), 0 has no effect.
-
-        A number, or by block as in `set_ip_adapter_scale`.
-        """
+        """Scale the face adapter, by a number or by block as in `set_ip_adapter_scale`; upstream: 0.8."""
         self._need_face().set_scale(scale)
 
     def unload_ip_adapter_face_id(self) -> None:
@@ -74,13 +63,12 @@ class FaceIDMethods(IPAdapterMethods):
 
     def _face_prompts(self, image: Any, embeds: Any, batch: int, is_guided: bool) -> ImagePromptPairs:
         """Make the face adapter's tokens for B positive and, under guidance, B negative rows."""
-        if image is None and embeds is None:
-            if self._face is None:
-                return {}
-            raise ValueError(
-                "a face adapter is loaded and no face_embeds given: unload_ip_adapter_face_id() first"
-            )
+        if image is None and embeds is None and self._face is None:
+            return {}
         handle = self._need_face()
+        if image is None and embeds is None:
+            hint = "unload_ip_adapter_face_id() first"
+            raise ValueError(f"a face adapter is loaded and no face_embeds given: {hint}")
         if image is None or embeds is None:
             raise ValueError("face_embeds and face_image need each other")
         adapter = handle.adapter
@@ -107,9 +95,8 @@ class FaceIDMethods(IPAdapterMethods):
         given: dict[str, Any] = {}
 
         def image(handle: AttachedAdapter, *rows: int) -> Tensor:
-            if encoder is None:
-                shape, dtype = (*rows, DEFAULT_NUM_PATCHES, handle.adapter.config.image_dim), self.dtype
-            else:
+            shape, dtype = (*rows, DEFAULT_NUM_PATCHES, handle.adapter.config.image_dim), self.dtype
+            if encoder is not None:
                 shape, dtype = (1, 3, encoder.config.image_size, encoder.config.image_size), torch.float32
             return torch.empty(shape, device=device, dtype=dtype)
 
@@ -135,11 +122,11 @@ class FaceIDMethods(IPAdapterMethods):
 
 def _ids(embeds: Any, width: int) -> Tensor:
     """Check id vectors [n, id_dim]."""
+    expected = f"face_embeds must be floats [1 or more, {width}]"
     try:
         ids = torch.as_tensor(embeds)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"face_embeds must be floats [1 or more, {width}], got {embeds!r:.99}") from None
+        raise TypeError(f"{expected}, got {embeds!r:.99}") from None
     if ids.ndim != 2 or not len(ids) or ids.shape[1] != width or not ids.is_floating_point():
-        got = f"{list(ids.shape)} of {ids.dtype}"
-        raise ValueError(f"face_embeds must be floats [1 or more, {width}], got {got}")
+        raise ValueError(f"{expected}, got {list(ids.shape)} of {ids.dtype}")
     return check_finite(ids, "face_embeds", ids.dtype)

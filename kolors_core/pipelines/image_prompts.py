@@ -7,32 +7,19 @@ Shapes: B images to make, I image prompts of an adapter, P patches of each (577)
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kolors_core.adapters.clip_vision import CLIPVision, preprocess_clip
-from kolors_core.adapters.ip_adapter import (
-    AttachedAdapter,
-    IPAdapter,
-    attach,
-    attached,
-)
+from kolors_core.adapters.ip_adapter import AttachedAdapter, IPAdapter, attach, attached
 from kolors_core.adapters.ip_adapter_files import adapter_sources, load_adapter
 from kolors_core.context import ImagePrompt
-from kolors_core.devices import (
-    check_finite,
-    check_low_cpu_mem_usage,
-    named_device,
-    unwrap_compiled,
-)
+from kolors_core.devices import check_finite, check_low_cpu_mem_usage, named_device, unwrap_compiled
 from kolors_core.image import as_list, to_grayscale
 from kolors_core.pipelines.base import Components
 from kolors_core.validation import check_int
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 # For each attached adapter the image prompts of the positive half and, under guidance, of the negative one.
 ImagePromptPairs = dict[AttachedAdapter, tuple[ImagePrompt, ImagePrompt | None]]
@@ -43,18 +30,11 @@ class IPAdapterMethods(Components):
     """IP-Adapter methods of a pipeline."""
 
     def load_ip_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict: Any,
-        subfolder: str | Sequence[str] = "",
-        weight_name: str | Sequence[str] | None = None,
-        image_encoder_folder: str | None = "image_encoder",
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        low_cpu_mem_usage: bool = True,
-    ) -> None:
+        self, pretrained_model_name_or_path_or_dict: Any, subfolder: str | Sequence[str] = "",
+        weight_name: str | Sequence[str] | None = None, image_encoder_folder: str | None = "image_encoder",
+        *, revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
+        token: str | bool | None = None, low_cpu_mem_usage: bool = True,
+    ) -> None:  # fmt: skip
         """Load one or several IP-Adapters in place of those loaded before, and CLIP if there is none yet.
 
         pretrained_model_name_or_path_or_dict: a folder, hub repository, file, or dict of tensors; or a list.
@@ -65,23 +45,19 @@ class IPAdapterMethods(Components):
         """
         check_low_cpu_mem_usage(low_cpu_mem_usage)
         hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-        encoder = own = self._image_encoder
-        adapters = []
+        unet, encoder, adapters = unwrap_compiled(self.unet), self._image_encoder, []
         for place in adapter_sources(pretrained_model_name_or_path_or_dict, subfolder, weight_name):
-            adapter, encoder = load_adapter(
-                unwrap_compiled(self.unet), "ip_adapter", *place, encoder, image_encoder_folder, hub
-            )
+            adapter, encoder = load_adapter(unet, "ip_adapter", *place, encoder, image_encoder_folder, hub)
             adapters.append(adapter)
         self.unload_ip_adapter()
         for adapter in adapters:
-            attach(unwrap_compiled(self.unet), adapter, encoder if encoder is not own else None)
+            attach(unet, adapter, encoder if encoder is not self._image_encoder else None)
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Scale the adapters: 1 is as trained, 0 has no effect.
 
-        scale: for all adapters, or a list with one for each, of: a number; a list with a number for each
-        masked image; or by block, such as {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": 1.0}}, where
-        missing blocks get 0.
+        scale: for all, or a list of one for each: a number; a list of one for each masked image; or by block,
+        such as {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": 1.0}}, where missing blocks get 0.
         """
         handles = self._need_adapters()
         given = list(scale) if isinstance(scale, list | tuple) else [scale] * len(handles)
@@ -98,54 +74,44 @@ class IPAdapterMethods(Components):
 
     @torch.no_grad()
     def prepare_ip_adapter_image_embeds(
-        self,
-        ip_adapter_image: Images,
-        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
-        device: torch.device | str | None = None,
-        num_images_per_prompt: int = 1,
+        self, ip_adapter_image: Images, ip_adapter_image_embeds: Sequence[Tensor] | None = None,
+        device: torch.device | str | None = None, num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = True,
-    ) -> list[Tensor]:
+    ) -> list[Tensor]:  # fmt: skip
         """Compute CLIP's states of images, for the argument `ip_adapter_image_embeds`.
 
         Returns a tensor for each adapter: [n, I, P, D] for n images a prompt; under guidance n negative rows,
         of an image in the mean color, come first.
         """
         device = self.device if device is None else named_device(str(device))
-        num_images_per_prompt = check_int("num_images_per_prompt", num_images_per_prompt)
-        pairs = self._image_states(ip_adapter_image, ip_adapter_image_embeds, do_classifier_free_guidance)
-        halves = [[states] if negative is None else [negative, states] for states, negative in pairs]
-        return [
-            torch.cat([half.repeat(num_images_per_prompt, 1, 1, 1) for half in both]).to(device)
-            for both in halves
-        ]
+        copies = check_int("num_images_per_prompt", num_images_per_prompt)
+        states = self._image_states(ip_adapter_image, ip_adapter_image_embeds, do_classifier_free_guidance)
+        return [torch.cat([half.repeat(copies, 1, 1, 1) for half in own[::-1]]).to(device) for own in states]
 
     def _image_states(
         self, image: Images, embeds: Sequence[Tensor] | None, is_guided: bool
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Compute each adapter's image states, and under guidance the negative ones: [n, I, P, D]."""
+    ) -> list[Sequence[Tensor]]:
+        """Compute each adapter's image states and then, under guidance, the negative ones: [n, I, P, D]."""
         handles = self._need_adapters()
         if (image is None) == (embeds is None):
-            raise ValueError(
-                "expected either ip_adapter_image or ip_adapter_image_embeds, got both or neither"
-            )
-        given = embeds if image is None else image
+            wanted = "either ip_adapter_image or ip_adapter_image_embeds"
+            raise ValueError(f"expected {wanted}, got both or neither")
+        name, given = ("ip_adapter_image", image) if embeds is None else ("ip_adapter_image_embeds", embeds)
         given = list(given) if isinstance(given, list | tuple) else [given]
         if len(given) != len(handles):
-            name = "ip_adapter_image" if embeds is None else "ip_adapter_image_embeds"
             wanted = f"one, or a list of them, for each of the {len(handles)} IP-Adapters"
             raise ValueError(f"{name} must be a list of {wanted}, got {len(given)}")
         if embeds is not None:
             return [_split_halves(embed, is_guided) for embed in given]
         encoder = self._need_encoder("ip_adapter_image_embeds")
-        pairs = []
-        for pictures in given:
-            pixels = self._pixels(pictures, encoder)  # [I, 3, S, S]
-            states = encoder.penultimate(pixels)[None]  # [1, I, P, D]
-            negative = None
+        states: list[Sequence[Tensor]] = []
+        for images in given:
+            pixels = self._pixels(images, encoder)  # [I, 3, S, S]
+            halves = [encoder.penultimate(pixels)[None]]  # [1, I, P, D]
             if is_guided:  # zeros in place of the normalized image, the same for all of them
-                negative = encoder.penultimate(torch.zeros_like(pixels[:1]))[None].expand_as(states)
-            pairs.append((states, negative))
-        return pairs
+                halves.append(encoder.penultimate(torch.zeros_like(pixels[:1]))[None].expand_as(halves[0]))
+            states.append(halves)
+        return states
 
     def _need_encoder(self, instead: str) -> CLIPVision:
         """Return CLIP on its device; without one, ValueError names the argument for states, `instead`."""
@@ -174,27 +140,25 @@ class IPAdapterMethods(Components):
             return {}
         handles = self._need_adapters()
         if image is None and embeds is None:
-            raise ValueError(
-                "an IP-Adapter is loaded and no ip_adapter_image given: unload_ip_adapter() first"
-            )
-        pairs = self._image_states(image, embeds, is_guided)
+            hint = "unload_ip_adapter() first"
+            raise ValueError(f"an IP-Adapter is loaded and no ip_adapter_image given: {hint}")
+        states = self._image_states(image, embeds, is_guided)
         self._enter_stage("unet")
         prompts: ImagePromptPairs = {}
         listed = _check_masks(masks, len(handles), batch)
-        for handle, pair, mask in zip(handles, pairs, listed, strict=True):
-            if batch % (rows := len(pair[0])):
+        for handle, own, mask in zip(handles, states, listed, strict=True):
+            if batch % (rows := len(own[0])):
                 raise ValueError(f"ip_adapter_image_embeds has {rows} rows, for {batch} images")
             handle.to_unet_device()
             adapter, mask = handle.adapter, None if mask is None else mask.to(self.device)
             assert isinstance(adapter, IPAdapter)
-            tokens = (adapter.tokens(states.to(self.device)) for states in pair if states is not None)
+            tokens = (adapter.tokens(half.to(self.device)) for half in own)
             positive, *negative = (make_image_prompt(one, batch, mask) for one in tokens)
             prompts[handle] = positive, negative[0] if negative else None
         return prompts
 
     @property
     def _ip_adapters(self) -> list[AttachedAdapter]:
-        """The attached adapters of images, without a face's."""
         return [handle for handle in attached(self.unet) if isinstance(handle.adapter, IPAdapter)]
 
     def _need_adapters(self) -> list[AttachedAdapter]:
@@ -204,27 +168,19 @@ class IPAdapterMethods(Components):
 
 
 def make_image_prompt(tokens: Tensor, batch: int, mask: Tensor | None = None) -> ImagePrompt:
-    """Repeat an adapter's tokens [n, I, Q, context_dim] for B (`batch`) rows, a multiple of n.
-
-    FloatingPointError unless they are finite.
-    """
+    """Repeat finite tokens [n, I, Q, context_dim] of an adapter for B (`batch`) rows, a multiple of n."""
     check_finite(tokens, "the tokens of an image or face", tokens.dtype)
     return ImagePrompt(tokens.repeat_interleave(batch // len(tokens), dim=0), mask)
 
 
-def _split_halves(embed: Any, is_guided: bool) -> tuple[Tensor, Tensor | None]:
+def _split_halves(embed: Any, is_guided: bool) -> Sequence[Tensor]:
     """Split given image embeddings under guidance: (positive, negative)."""
     fits = isinstance(embed, Tensor) and embed.ndim == 4 and embed.numel() and embed.is_floating_point()
     if not fits or (is_guided and len(embed) % 2):
         got = list(embed.shape) if isinstance(embed, Tensor) else type(embed).__name__
-        rows = "twice the batch, negative rows first" if is_guided else "batch"
-        raise ValueError(
-            f"ip_adapter_image_embeds must be tensors [{rows}, images, patches, width], got {got}"
-        )
-    if not is_guided:
-        return embed, None
-    negative, positive = embed.chunk(2)
-    return positive, negative
+        shape = f"{'twice the batch, negative rows first' if is_guided else 'batch'}, images, patches, width"
+        raise ValueError(f"ip_adapter_image_embeds must be tensors [{shape}], got {got}")
+    return embed.chunk(2)[::-1] if is_guided else [embed]
 
 
 def _check_masks(masks: Any, count: int, batch: int) -> list[Tensor | None]:
@@ -234,9 +190,7 @@ def _check_masks(masks: Any, count: int, batch: int) -> list[Tensor | None]:
     listed = list(masks.unsqueeze(1)) if isinstance(masks, Tensor) and masks.ndim == 4 else masks
     if not isinstance(listed, list | tuple) or len(listed) != count:
         raise ValueError(f"ip_adapter_masks must be a list of one tensor for each of {count} IP-Adapters")
-    for mask in listed:
-        if mask is None:
-            continue
+    for mask in (given for given in listed if given is not None):
         fits = isinstance(mask, Tensor) and mask.ndim == 4 and mask.numel() and len(mask) in (1, batch)
         if not fits or mask.is_complex():
             got = f"{list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -249,23 +203,19 @@ def _check_masks(masks: Any, count: int, batch: int) -> list[Tensor | None]:
 class IPAdapterMaskProcessor:
     """Processor of masks that limit an IP-Adapter image to a region, as diffusers' class of this name."""
 
-    def preprocess(
-        self, image: "Image | Sequence[Image]", height: int | None = None, width: int | None = None
-    ) -> Tensor:
-        """Binarize one mask or several, of any mode, at middle gray: float32 [n, 1, H, W].
+    def preprocess(self, image: Any, height: int | None = None, width: int | None = None) -> Tensor:
+        """Binarize one PIL image or several, of any mode, at middle gray: float32 [n, 1, H, W].
 
         Each is resized to height and width, or to the first one's size, both rounded down to multiples of 8.
         """
         from PIL import Image
 
         masks = as_list(image)
-        for mask in masks:
-            if not isinstance(mask, Image.Image):
-                raise TypeError(f"expected masks as PIL images, got {type(mask).__name__}")
+        if strangers := [mask for mask in masks if not isinstance(mask, Image.Image)]:
+            raise TypeError(f"expected masks as PIL images, got {type(strangers[0]).__name__}")
         h = masks[0].height if height is None else check_int("height", height)
         w = masks[0].width if width is None else check_int("width", width)
         if h < 8 or w < 8:
             raise ValueError(f"the sides of a mask must be at least 8, got {h} x {w}")
         size = h - h % 8, w - w % 8
-        binary = torch.stack([to_grayscale(mask, size) >= 128 for mask in masks])
-        return binary.float()[:, None]  # [n, 1, H, W]
+        return torch.stack([to_grayscale(mask, size)[None] >= 128 for mask in masks]).float()  # [n, 1, H, W]

@@ -17,8 +17,8 @@ from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.masks import size_of, to_gray
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
-from kolors_core.pipelines.stages import Task
-from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts
+from kolors_core.pipelines.stages import Task, encode_prompts
+from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.sampling import Denoiser, Generators, OnStep, Sampler, Sigmas, randn_latents
 from kolors_core.schedule import Schedule
 from kolors_core.validation import check_fraction
@@ -37,30 +37,29 @@ class FromImage(Task):
             schedule = whole.last_steps(strength)
         elif strength != self.default_strength:
             raise ValueError(f"strength has no effect beside denoising_start, got {strength} and {start}")
-        elif end is not None and check_fraction("denoising_start", start) >= check_fraction(
-            "denoising_end", end
-        ):
-            raise ValueError(f"denoising_start must be before denoising_end, got {start} and {end}")
         else:
             schedule = whole.after(start)
+            if end is not None and start >= check_fraction("denoising_end", end):
+                raise ValueError(f"denoising_start must be before denoising_end, got {start} and {end}")
         return schedule if end is None else schedule.before(end)
 
-    def _encoded(
-        self, image: Any, height: int | None, width: int | None, is_only_size: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encode images to the VAE's mean and standard deviation [b, 4, H/8, W/8]; None for given latents.
+    def _read_image(self, image: Any, height: int | None, width: int | None) -> Tensor:
+        """Read images, resized, as [b, 3, H, W] in [-1, 1], or return given latents [b, 4, H/8, W/8]."""
+        latents = self._as_latents(image, height, width)
+        scale = self.vae.config.vae_scale_factor
+        return preprocess_vae(image, height, width, scale) if latents is None else latents
 
-        is_only_size: return a tensor of the shape on the meta device, and encode nothing.
-        """
-        if image is None:
-            raise ValueError("no image: expected the image to start from, or its latents")
-        if (latents := self._as_latents(image, height, width)) is not None:
-            return latents, None
-        pixels = preprocess_vae(image, height, width, self.vae.config.vae_scale_factor)  # [b, 3, H, W]
-        if is_only_size:
-            height, width = pixels.shape[-2:]
-            return torch.empty(self._latent_shape(len(pixels), (height, width)), device="meta"), None
-        return self.encode_mean_std(pixels)
+    def _is_latents(self, image: Tensor) -> bool:
+        return image.shape[1] == self.vae.config.latent_channels
+
+    def _pixel_size(self, image: Tensor) -> Size:
+        """Return (height, width) in pixels of images or latents."""
+        scale = self.vae.config.vae_scale_factor if self._is_latents(image) else 1
+        return image.shape[-2] * scale, image.shape[-1] * scale
+
+    def _mean_and_std(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode images to the VAE's mean and standard deviation [b, 4, H/8, W/8]; None for latents."""
+        return (image, None) if self._is_latents(image) else self.encode_mean_std(image)
 
     def _as_latents(self, image: Any, height: int | None, width: int | None) -> Tensor | None:
         """Return given latents [b, 4, H/8, W/8], or None for images; ValueError for another size."""
@@ -104,94 +103,70 @@ class KolorsImg2ImgPipeline(FromImage):
 
     @inference_call
     def __call__(
-        self,
-        prompt: Prompt | None = None,
-        image: Any = None,
-        strength: float = default_strength,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        denoising_start: float | None = None,
-        denoising_end: float | None = None,
-        guidance_scale: float = 5.0,
-        negative_prompt: Prompt | None = None,
-        num_images_per_prompt: int = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        ip_adapter_image: Any = None,
-        ip_adapter_image_embeds: list[Tensor] | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        original_size: Size | None = None,
-        crops_coords_top_left: Size = (0, 0),
-        target_size: Size | None = None,
-        negative_original_size: Size | None = None,
-        negative_crops_coords_top_left: Size = (0, 0),
-        negative_target_size: Size | None = None,
+        self, prompt: Prompt | None = None, image: Any = None, strength: float = default_strength,
+        height: int | None = None, width: int | None = None, num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None,
+        denoising_start: float | None = None, denoising_end: float | None = None, guidance_scale: float = 5.0,
+        negative_prompt: Prompt | None = None, num_images_per_prompt: int = 1, eta: float = 0.0,
+        generator: Generators = None, latents: Tensor | None = None, prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None, negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None, ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None, output_type: str = "pil",
+        return_dict: bool = True, cross_attention_kwargs: Mapping[str, Any] | None = None,
+        original_size: Size | None = None, crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None, negative_original_size: Size | None = None,
+        negative_crops_coords_top_left: Size = (0, 0), negative_target_size: Size | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int = MAX_TOKENS,
-        strength_map: Any = None,
-        **extras: Unpack[Extras],
-    ) -> KolorsPipelineOutput | tuple[Any]:
+        max_sequence_length: int = MAX_TOKENS, strength_map: Any = None, **extras: Unpack[Extras],
+    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
         """Make images from images and prompts.
 
         image: a PIL image, an array [H, W, 3], a tensor [3, H, W] in [0, 1] or [-1, 1], or latents [4, H/8,
         W/8]; or a batch or list of them, one for all, for each prompt or for each of the B images.
         strength: above 0 and at most 1; int(steps * strength) steps are done, from that much noise.
         height, width: pixels, multiples of 8, to which the image is resized; its own if None.
-        strength_map: a gray image of how much each place may change (https://arxiv.org/abs/2306.00950): as
-        at `strength` where it is white, less where it is darker, not at all where it is black. Its forms are
-        those of `masks.to_gray`; one for all, for each prompt or for each image. (The community's
-        differential pipeline has it inverted, as `map`.)
+        strength_map: a gray image of how much each place may change (https://arxiv.org/abs/2306.00950): as at
+        `strength` where it is white, less where it is darker, not at all where it is black; in the forms of
+        `masks.to_gray`, one for all, for each prompt or for each image. (The community's differential
+        pipeline has it inverted, as `map`.)
         denoising_start: take the image as one on which `denoising_end` has left off, and add no noise.
         latents: [B, 4, H/8, W/8], noisy already, in place of the image's: `callback_on_step_end` sees such.
-        All others, and `Extras`, are described at `kolors_core.pipelines.request.PipelineInputs`.
-        Raises ValueError or TypeError naming the argument, what came and what was expected.
+        All others, and `Extras`: see `kolors_core.pipelines.request.PipelineInputs`. Raises ValueError or
+        TypeError naming the argument, what came and what was expected.
         """
         check_extras(extras)
         inputs = PipelineInputs(
-            prompt=prompt, num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
-            guidance_scale=guidance_scale, negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
-            prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds, ip_adapter_image=ip_adapter_image,
-            ip_adapter_image_embeds=ip_adapter_image_embeds, output_type=output_type,
-            return_dict=return_dict, cross_attention_kwargs=cross_attention_kwargs,
-            original_size=original_size, crops_coords_top_left=crops_coords_top_left,
-            target_size=target_size, negative_original_size=negative_original_size,
-            negative_crops_coords_top_left=negative_crops_coords_top_left,
-            negative_target_size=negative_target_size, callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length, **extras,
+            prompt=prompt, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas, eta=eta,
+            guidance_scale=guidance_scale, num_images_per_prompt=num_images_per_prompt, generator=generator,
+            ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds,
+            original_size=original_size, target_size=target_size, crops_coords_top_left=crops_coords_top_left,
+            negative_original_size=negative_original_size, negative_target_size=negative_target_size,
+            negative_crops_coords_top_left=negative_crops_coords_top_left, output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end, max_sequence_length=max_sequence_length,
+            cross_attention_kwargs=cross_attention_kwargs, **extras,
         )  # fmt: skip
         whole = self._schedule(inputs)
         schedule = self._select_steps(whole, strength, denoising_start, denoising_end)
-        mean, std = self._encoded(image, height, width, is_only_size=latents is not None)  # [b, 4, H/8, W/8]
-        scale = self.vae.config.vae_scale_factor
-        size = mean.shape[-2] * scale, mean.shape[-1] * scale
-        texts = embed_prompts(
-            self, prompt, inputs.is_guided, negative_prompt, prompt_embeds, pooled_prompt_embeds,
-            negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length,
-        )  # fmt: skip
-        positive, negative = self._prepare_conditioning(inputs, size, *texts)
+        if image is None:
+            raise ValueError("no image: expected the image to start from, or its latents")
+        read = self._read_image(image, height, width)  # [b, 3, H, W] or [b, 4, H/8, W/8]
+        size = self._pixel_size(read)
+        start = self._mean_and_std(read) if latents is None else None
+        text, negative_text = encode_prompts(self, prompt, inputs)
+        positive, negative = self._condition(inputs, size, text, negative_text)
         count, wrap_sampler = len(positive.size_ids), None
         if strength_map is not None and (latents is not None or denoising_start is not None):
             raise ValueError("strength_map needs noise that is drawn here: no latents, no denoising_start")
-        if latents is not None:
+        if start is None:
             given = self._given_latents(latents, self._latent_shape(count, size))
             x = self._first_latents(schedule, given, None)
         else:
-            clean = self.sample_latents(mean, std, count, num_images_per_prompt, generator)
+            clean = self.sample_latents(*start, count, num_images_per_prompt, generator)
             noise = self._draw(clean.shape, generator) if denoising_start is None else None
             x = self._first_latents(schedule, clean, noise)
             if strength_map is not None and noise is not None:
@@ -205,11 +180,10 @@ class KolorsImg2ImgPipeline(FromImage):
 def preserve_masked_latents(sampler: Sampler, *, clean: Tensor, noise: Tensor, strength: Tensor) -> Sampler:
     """Wrap a sampler so that latents are reset, after each step, where their first step has not come yet.
 
-    clean: the image's latents; noise: as in x = clean + sigma * noise. strength: from 0 to 1, the part of the
-    steps that change a latent: int(strength * n) of n steps, the last ones, as in image to image. So 0
-    preserves it to the end and 1 never, which is inpainting. All are [B, 4, H/8, W/8], or have 1 in place of
-    B or 4. After each step, preserved latents become clean + sigma * noise of the sigma reached.
-    Source: Levin and Fried, https://arxiv.org/abs/2306.00950, and the blending of diffusers'
+    clean: the image's latents, reset to clean + sigma * noise of the sigma reached. strength: from 0 to 1,
+    the part of the steps that change a latent: the last int(strength * n) of n. 0 preserves it to the end and
+    1 never, which is inpainting. All are [B, 4, H/8, W/8], or have 1 in place of B or 4. Source: Levin and
+    Fried, https://arxiv.org/abs/2306.00950, and the blending of diffusers'
     pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl_inpaint.py.
     """
 
@@ -217,8 +191,7 @@ def preserve_masked_latents(sampler: Sampler, *, clean: Tensor, noise: Tensor, s
         steps = len(sigmas) - 1
 
         def hold(i: int, x: Tensor) -> Tensor:
-            is_held = strength * steps < steps - i
-            x = torch.where(is_held, clean + noise * float(sigmas[i + 1]), x)
+            x = torch.where(strength * steps < steps - i, clean + noise * float(sigmas[i + 1]), x)
             return x if on_step is None else on_step(i, x)
 
         return sampler(denoise, x, sigmas, hold)
@@ -239,10 +212,9 @@ def repeat_per_image(clean: Tensor, count: int, images_per_prompt: int, name: st
 def as_latents(image: Any, channels: int) -> Tensor | None:
     """Return latents [b, 4, h, w] of a tensor or list of them; None for anything else."""
     listed = list(image) if isinstance(image, list | tuple) else [image]
-    for one in listed:
-        if not isinstance(one, Tensor) or one.ndim not in (3, 4) or one.shape[-3] != channels:
-            return None
-    if not listed:
+    if not listed or not all(isinstance(one, Tensor) and one.ndim in (3, 4) for one in listed):
+        return None
+    if any(one.shape[-3] != channels for one in listed):
         return None
     if len({one.shape[-2:] for one in listed}) > 1:
         raise ValueError(f"latents of different sizes: {', '.join(str(list(one.shape)) for one in listed)}")

@@ -13,18 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kolors_core.adapters import lora
 from kolors_core.adapters.block_scales import BlockScale
-from kolors_core.adapters.lora import (
-    adapters,
-    add_adapter,
-    check_name,
-    check_not_fused,
-    enable,
-    fuse,
-    fused_names,
-    unfuse,
-    unload,
-)
 from kolors_core.adapters.lora_files import METADATA, LoRAReport, configs_of, parse_lora
 from kolors_core.chatglm import ChatGLM
 from kolors_core.devices import check_low_cpu_mem_usage, unwrap_compiled
@@ -59,68 +49,55 @@ class LoRAMethods:
     text_encoder: ChatGLM | None
 
     def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
-        adapter_name: str | None = None,
-        *,
-        weight_name: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        low_cpu_mem_usage: bool = True,
-        allow_partial: bool = False,
-    ) -> LoRAReport:
+        self, pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None, *, weight_name: str | None = None, subfolder: str | None = None,
+        revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
+        token: str | bool | None = None, low_cpu_mem_usage: bool = True, allow_partial: bool = False,
+    ) -> LoRAReport:  # fmt: skip
         """Attach a LoRA in any known naming scheme, and make it the only active one.
 
         pretrained_model_name_or_path_or_dict: a file, a folder, a hub repository or the tensors.
         adapter_name: "default_0", "default_1", ... if None. weight_name: the file, where there are several.
         LoHa, LoKr and whole differences are merged as a delta, each as large as its layer's weight.
-        All of it is attached or nothing: raises FileNotFoundError naming what was looked for, ValueError
-        where a name is in use, nothing matches, or, unless `allow_partial`, something does not; the report
-        says what.
+        All of it is attached or nothing: FileNotFoundError names what was looked for, ValueError a name in
+        use, and what does not match; with `allow_partial` the report names it unless nothing matches.
         """
         check_low_cpu_mem_usage(low_cpu_mem_usage)
         models, taken = self._lora_models(), self._attached_names()
         free = (f"default_{i}" for i in count(len(taken)))
         name = next(own for own in free if own not in taken) if adapter_name is None else adapter_name
         for model in models.values():
-            check_name(model, name)
+            lora.check_name(model, name)
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, Mapping):
-            unused = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
-            reject_unused("a dict of tensors", **unused)
+            places = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
+            reject_unused("a dict of tensors", **places)
             tensors = Tensors(source, "the given LoRA")
         else:
             hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
             tensors = Source([find_lora(source, weight_name, subfolder, token=token, **hub)])
         parts, report = parse_lora(tensors, configs_of(tensors), models, name, allow_partial)
         for component, model in models.items():
-            for other in adapters(model).values():
+            for other in lora.adapters(model).values():
                 other.set_active(False)
             if component in parts:
-                add_adapter(model, name, parts[component])
+                lora.add_adapter(model, name, parts[component])
         return report
 
     def set_adapters(
-        self,
-        adapter_names: str | Sequence[str],
+        self, adapter_names: str | Sequence[str],
         adapter_weights: BlockScale | Sequence[BlockScale | None] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Make these adapters the active ones, each with its weight: 1 if None.
 
-        A weight is a number, or a mapping {"unet": ..., "text_encoder": number}, where the UNet's may again
-        be by blocks (see `block_scales`) and what is left out is 1. One weight is for all adapters, a
-        list has one for each. Raises ValueError, and changes nothing, for an unknown adapter, component or
-        block, or while adapters are fused.
+        adapter_weights: one for all or a list of one for each, of a number, or of a mapping {"unet": ...,
+        "text_encoder": number}, where the UNet's may be by blocks (see `block_scales`) and what is left out
+        is 1. ValueError, and no change, for unknown adapters, components or blocks, or if some are fused.
         """
-        names, models = _names(adapter_names), self._lora_models()
-        self._refuse_unknown(names)
+        names = self._known_names(adapter_names)
         if len(set(names)) < len(names):
             raise ValueError(f"an adapter has one weight, got {', '.join(names)}")
-        for model in models.values():
-            check_not_fused(model, f"set {', '.join(names)}")
+        models = self._unfused_models(f"set {', '.join(names)}")
         weights: list[Any] = [adapter_weights] * len(names)
         if isinstance(adapter_weights, Sequence) and not isinstance(adapter_weights, str):
             weights = list(adapter_weights)
@@ -129,13 +106,13 @@ class LoRAMethods:
         chosen = dict(zip(names, weights, strict=True))
         for name, weight in chosen.items():
             if isinstance(weight, Mapping):
-                have = [component for component, model in models.items() if name in adapters(model)]
+                have = [component for component, model in models.items() if name in lora.adapters(model)]
                 if unknown := [component for component in weight if component not in have]:
                     parts = f"it has parts in {' and '.join(have)}"
                     raise ValueError(f"adapter {name!r} has nothing in {unknown[0]!r}, {parts}")
         changes = []
         for component, model in models.items():
-            for name, adapter in adapters(model).items():
+            for name, adapter in lora.adapters(model).items():
                 weight = chosen.get(name)
                 own = weight.get(component) if isinstance(weight, Mapping) else weight
                 changes.append((adapter, name in chosen, adapter.scales(1.0 if own is None else own)))
@@ -146,14 +123,13 @@ class LoRAMethods:
 
     def get_active_adapters(self) -> list[str]:
         """Return the active adapters, whether or not adapters are enabled."""
-        models = self._lora_models().values()
-        names = [name for model in models for name, one in adapters(model).items() if one.is_active]
-        return list(dict.fromkeys(names))
+        found = [one for model in self._lora_models().values() for one in lora.adapters(model).values()]
+        return list(dict.fromkeys(adapter.name for adapter in found if adapter.is_active))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Return the attached adapters by component; a component without any is left out."""
-        found = {component: list(adapters(model)) for component, model in self._lora_models().items()}
-        return {component: names for component, names in found.items() if names}
+        models = self._lora_models().items()
+        return {component: names for component, model in models if (names := list(lora.adapters(model)))}
 
     def enable_lora(self) -> None:
         """Let the active adapters act again after `disable_lora`."""
@@ -164,11 +140,8 @@ class LoRAMethods:
         self._switch_lora(False)
 
     def _switch_lora(self, is_enabled: bool) -> None:
-        models = self._lora_models().values()
-        for model in models:
-            check_not_fused(model, "switch adapters")
-        for model in models:
-            enable(model, is_enabled)
+        for model in self._unfused_models("switch adapters").values():
+            lora.enable(model, is_enabled)
 
     @contextmanager
     def lora_scaled(self, factor: float) -> Iterator[None]:
@@ -178,8 +151,8 @@ class LoRAMethods:
         effect: no adapter is active, or one is fused.
         """
         factor, unet = check_float("the scale of LoRAs", factor), unwrap_compiled(self.unet)
-        check_not_fused(unet, "scale adapters")
-        attached = adapters(unet).values()
+        lora.check_not_fused(unet, "scale adapters")
+        attached = lora.adapters(unet).values()
         if not any(adapter.is_active and adapter.is_enabled for adapter in attached):
             raise ValueError("no LoRA is active on the UNet, so that a scale has no effect")
         parts = [part for adapter in attached for part in adapter.parts().values()]
@@ -192,27 +165,21 @@ class LoRAMethods:
                 part.call_scale = 1.0
 
     def fuse_lora(
-        self,
-        components: Sequence[str] | None = None,
-        lora_scale: float = 1.0,
-        safe_fusing: bool = True,
+        self, components: Sequence[str] | None = None, lora_scale: float = 1.0, safe_fusing: bool = True,
         adapter_names: str | Sequence[str] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Add adapters, the active ones if None, to the weights of the components, all if None.
 
         Each counts at its weight times `lora_scale`. safe_fusing: that the sums are finite is always checked,
         and nothing is fused if they are not. The weights from before are kept on the CPU. Until
         `unfuse_lora`, other adapters do nothing and none can be loaded, weighed or deleted; but
-        `unload_lora_weights` makes the fused weights the pipeline's own. Raises ValueError if there is
-        nothing to fuse, something is fused already, or a model is quantised.
+        `unload_lora_weights` makes the fused weights the pipeline's own. ValueError if there is nothing to
+        fuse, something is fused already, or a model is quantised.
         """
-        names = self.get_active_adapters() if adapter_names is None else _names(adapter_names)
-        self._refuse_unknown(names)
+        names = self._known_names(self.get_active_adapters() if adapter_names is None else adapter_names)
         lora_scale, action = check_float("lora_scale", lora_scale), f"fuse {', '.join(names) or 'adapters'}"
-        models = self._lora_models(components)
-        for model in models.values():
-            check_not_fused(model, action)
-        own = [(model, [name for name in names if name in adapters(model)]) for model in models.values()]
+        models = self._unfused_models(action, components)
+        own = [(model, [name for name in names if name in lora.adapters(model)]) for model in models.values()]
         found = [(model, names) for model, names in own if names]
         if not found:
             raise ValueError(f"no active adapter to fuse in {' or '.join(models)}")
@@ -220,7 +187,7 @@ class LoRAMethods:
             require_plain(model, action)
         try:
             for model, names in found:
-                fuse(model, names, lora_scale)
+                lora.fuse(model, names, lora_scale)
         except BaseException:
             self.unfuse_lora(components)
             raise
@@ -228,12 +195,12 @@ class LoRAMethods:
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Undo `fuse_lora`: the weights are what they were, bit for bit."""
         for model in self._lora_models(components).values():
-            unfuse(model)
+            lora.unfuse(model)
 
     @property
     def fused_loras(self) -> set[str]:
         """The adapters that the weights contain now."""
-        return {name for model in self._lora_models().values() for name in fused_names(model)}
+        return {name for model in self._lora_models().values() for name in lora.fused_names(model)}
 
     @property
     def num_fused_loras(self) -> int:
@@ -242,12 +209,9 @@ class LoRAMethods:
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Detach adapters; the others stay as they are. ValueError if unknown, or one is fused."""
-        names, models = _names(adapter_names), self._lora_models().values()
-        self._refuse_unknown(names)
-        for model in models:
-            check_not_fused(model, f"delete {', '.join(names)}")
-        for model in models:
-            for name, adapter in adapters(model).items():
+        names = self._known_names(adapter_names)
+        for model in self._unfused_models(f"delete {', '.join(names)}").values():
+            for name, adapter in lora.adapters(model).items():
                 if name in names:
                     adapter.detach()
 
@@ -257,22 +221,17 @@ class LoRAMethods:
         Fused adapters stay in the weights, as in the reference, and can no longer be unfused.
         """
         for model in self._lora_models().values():
-            unload(model)
+            lora.unload(model)
 
     @ClassAndInstanceMethod
     def save_lora_weights(
-        self: "LoRAMethods | None",
-        save_directory: str | Path,
+        self: "LoRAMethods | None", save_directory: str | Path,
         unet_lora_layers: Mapping[str, Tensor] | None = None,
-        text_encoder_lora_layers: Mapping[str, Tensor] | None = None,
-        is_main_process: bool = True,
-        weight_name: str | None = None,
-        safe_serialization: bool = True,
-        *,
-        adapter_name: str | None = None,
+        text_encoder_lora_layers: Mapping[str, Tensor] | None = None, is_main_process: bool = True,
+        weight_name: str | None = None, safe_serialization: bool = True, *, adapter_name: str | None = None,
         unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
         text_encoder_lora_adapter_metadata: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Write a LoRA in diffusers' names, whole or not at all; a file of the name is replaced.
 
         Of a pipeline, the attached adapter `adapter_name`, or the only one. With `unet_lora_layers` or
@@ -309,13 +268,12 @@ class LoRAMethods:
 
     def _state_of(self, name: str | None) -> dict[str, Tensor]:
         """Return an attached adapter's tensors in diffusers' names; the only adapter if the name is None."""
-        names = self._attached_names() if name is None else [name]
+        names = self._known_names(self._attached_names() if name is None else [name])
         if len(names) != 1:
             raise ValueError(f"which adapter? There are {', '.join(names) or 'none'}: give adapter_name")
-        self._refuse_unknown(names)
         state: dict[str, Tensor] = {}
         for component, model in self._lora_models().items():
-            if adapter := adapters(model).get(names[0]):
+            if adapter := lora.adapters(model).get(names[0]):
                 state |= adapter.public_state(component)
         return state
 
@@ -324,16 +282,22 @@ class LoRAMethods:
         names = COMPONENTS if components is None else _names(components)
         if unknown := [name for name in names if name not in COMPONENTS]:
             raise ValueError(f"LoRA goes into {' and '.join(COMPONENTS)}, not into {unknown[0]!r}")
-        models = {name: unwrap_compiled(getattr(self, name)) for name in names}
-        return {name: model for name, model in models.items() if model is not None}
+        return {name: unwrap_compiled(model) for name in names if (model := getattr(self, name)) is not None}
+
+    def _unfused_models(self, action: str, components: Sequence[str] | None = None) -> dict[str, nn.Module]:
+        models = self._lora_models(components)
+        for model in models.values():
+            lora.check_not_fused(model, action)
+        return models
 
     def _attached_names(self) -> list[str]:
         return list(dict.fromkeys(name for names in self.get_list_adapters().values() for name in names))
 
-    def _refuse_unknown(self, names: Sequence[str]) -> None:
-        have = self._attached_names()
-        if unknown := [name for name in names if name not in have]:
+    def _known_names(self, names: str | Sequence[str]) -> list[str]:
+        listed, have = _names(names), self._attached_names()
+        if unknown := [name for name in listed if name not in have]:
             raise ValueError(f"no adapter is named {unknown[0]!r}; attached: {', '.join(have) or 'none'}")
+        return listed
 
 
 def _names(names: str | Sequence[str]) -> list[str]:

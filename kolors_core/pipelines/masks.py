@@ -50,10 +50,12 @@ def to_gray(masks: Any, size: Size, image_sizes: Sequence[Size], name: str = "ma
         for plane in [mask] if isinstance(mask, Image.Image) else _planes(mask, name):
             h, w = (plane.height, plane.width) if isinstance(plane, Image.Image) else plane.shape
             if all(abs(h * p[1] - w * p[0]) > SHAPE_TOLERANCE * h * p[1] for p in image_sizes):
-                shapes = " or ".join(dict.fromkeys(f"{p[0]} x {p[1]}" for p in image_sizes))
-                wanted = f"its image's shape, {shapes}"
-                raise ValueError(f"{name} is {h} x {w} (height x width), expected {wanted}")
-            planes.append(_resized(plane, size))
+                own = " or ".join(dict.fromkeys(f"{p[0]} x {p[1]}" for p in image_sizes))
+                raise ValueError(f"{name} is {h} x {w} (height x width), expected its image's shape, {own}")
+            if isinstance(plane, Image.Image):
+                planes.append(to_grayscale(plane, size).float() / 255)
+            else:
+                planes.append(F.interpolate(plane[None, None], size=size)[0, 0])
     if not planes:
         raise ValueError(f"{name} is an empty list")
     return torch.stack(planes)[:, None]  # [m, 1, H, W]
@@ -82,18 +84,8 @@ def _planes(mask: Any, name: str) -> Iterator[Tensor]:
     yield from values
 
 
-def _resized(plane: "Image | Tensor", size: Size) -> Tensor:
-    """Resize a gray image: [H, W] in [0, 1]."""
-    if isinstance(plane, Tensor):
-        return F.interpolate(plane[None, None], size=size)[0, 0]
-    return to_grayscale(plane, size).float() / 255
-
-
 def binarize_mask(mask: Tensor, size: Size, name: str = "mask_image") -> tuple[Tensor, Tensor]:
-    """Binarize masks at a half: at their own size, and at the latents' size (nearest pixel).
-
-    ValueError if one of them marks nothing.
-    """
+    """Binarize masks at a half: at their own and at the latents' size. ValueError if one marks nothing."""
     binary = (mask >= 0.5).to(mask)
     small = F.interpolate(binary, size=size)  # [m, 1, H/8, W/8]
     for part, trouble in ((binary, NO_WHITE), (small, "what is white is too fine for the latents")):
@@ -103,9 +95,8 @@ def binarize_mask(mask: Tensor, size: Size, name: str = "mask_image") -> tuple[T
 
 
 def mask_region(mask: "Image", size: Size, padding: int) -> Box:
-    """Return the box of a mask's non-black part with `padding` pixels around it.
-
-    It is expanded to the aspect of `size` as far as the image allows. ValueError for an all-black mask.
+    """Return the box of a mask's non-black part with `padding` pixels around it, expanded to the aspect of
+    `size` as far as the image allows. ValueError for an all-black mask.
     """
     found = mask.convert("L").getbbox()
     if found is None:
@@ -135,35 +126,31 @@ def resize_to_fit(image: "Image", size: Size, covers: bool = False) -> "Image":
 
     height, width = size
     is_wider = image.width * height > width * image.height
-    if is_wider != covers:
-        scaled = image.resize((width, image.height * width // image.width), Image.Resampling.LANCZOS)
-    else:
-        scaled = image.resize((image.width * height // image.height, height), Image.Resampling.LANCZOS)
+    fits_width = width, image.height * width // image.width
+    fits_height = image.width * height // image.height, height
+    scaled = image.resize(fits_width if is_wider != covers else fits_height, Image.Resampling.LANCZOS)
     left, top = width // 2 - scaled.width // 2, height // 2 - scaled.height // 2
     page = Image.new(image.mode, (width, height))
     page.paste(scaled, (left, top))
     if top > 0:
-        end = scaled.height
-        page.paste(scaled.resize((width, top), box=(0, 0, width, 0)), (0, 0))
-        page.paste(scaled.resize((width, top), box=(0, end, width, end)), (0, top + end))
+        for edge, start in ((0, 0), (scaled.height, top + scaled.height)):
+            page.paste(scaled.resize((width, top), box=(0, edge, width, edge)), (0, start))
     if left > 0:
-        end = scaled.width
-        page.paste(scaled.resize((left, height), box=(0, 0, 0, height)), (0, 0))
-        page.paste(scaled.resize((left, height), box=(end, 0, end, height)), (left + end, 0))
+        for edge, start in ((0, 0), (scaled.width, left + scaled.width)):
+            page.paste(scaled.resize((left, height), box=(edge, 0, edge, height)), (start, 0))
     return page
 
 
 def paste(generated: Tensor, given: Tensor, mask: Tensor, box: Box | None = None) -> Tensor:
     """Paste generated images into given ones where the mask is 1; where it is 0 the given pixels stay.
 
-    made: [B, 3, h, w] in [-1, 1], scaled to the box, which is the whole image if None. given: [B, 3, H, W];
-    mask: [B, 1, H, W]. Returns [B, 3, H, W] in float32 or better.
+    generated: [B, 3, h, w] in [-1, 1], scaled to the box, which is the whole image if None. given: [B, 3, H,
+    W]; mask: [B, 1, H, W]. Returns [B, 3, H, W] in float32 or better.
     """
     given = given.to(generated.device, torch.promote_types(generated.dtype, torch.float32))
     mask = mask.to(given)
     left, top, right, bottom = (0, 0, given.shape[-1], given.shape[-2]) if box is None else box
-    size = bottom - top, right - left
-    if generated.shape[-2:] != size:
+    if generated.shape[-2:] != (size := (bottom - top, right - left)):
         images = to_images(generated, "pil")
         generated = preprocess_vae([resize_to_fit(image, size, covers=True) for image in images], multiple=1)
     page = given.clone()

@@ -4,12 +4,11 @@
 
 A copy of the pipeline whose models are on the meta device runs a few steps. Nothing is computed, no weight is
 read or copied, and a changed architecture is planned as it stands: performance/memory_tracker.py counts.
-Sizes are bytes inside and GiB (2^30 bytes) in a `Plan`. Shapes: B images, L text tokens.
 """
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -28,13 +27,14 @@ from kolors_core.performance.offload import Models, Offload, as_unit, bytes_of
 from kolors_core.pipelines.pag import KolorsPAGPipeline
 from kolors_core.pipelines.request import PipelineInputs
 from kolors_core.pipelines.runs import Runs
-from kolors_core.pipelines.stages import Task
-from kolors_core.pipelines.text_prompts import MAX_TOKENS, embed_prompts
+from kolors_core.pipelines.stages import Task, encode_prompts
+from kolors_core.pipelines.text_prompts import MAX_TOKENS
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.vae import run_channels_last
 from kolors_core.validation import check_int
 
 STEPS = 2  # of the denoiser: in the second the next block is known, and the sampler has a past
+GIB = 2**30
 MODES = {"resident": "all resident", "by_model": "model by model", "by_block": "block by block"}
 
 
@@ -54,11 +54,10 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Memory of a run on its device in GiB: by stage, in the run's order, and in three modes.
+    """Memory of a run on its device in GiB (2^30 bytes): by stage, in the run's order, and in three modes.
 
     resident: all models are on the device. by_model: as after `enable_model_cpu_offload`. by_block: as after
-    `enable_sequential_cpu_offload`. mode: which of the three is on now; None for weights that are not loaded.
-    run: what was planned, in words.
+    `enable_sequential_cpu_offload`. mode: the name of the one on now; None for weights that are not loaded.
     """
 
     stages: Mapping[str, Stage]
@@ -81,99 +80,79 @@ class Plan:
 
 @torch.no_grad()
 def plan(
-    pipe: Task,
-    height: int | None = None,
-    width: int | None = None,
-    batch: int = 1,
-    *,
-    num_images_per_prompt: int = 1,
-    guidance_scale: float = 5.0,
-    max_sequence_length: int = MAX_TOKENS,
-    pag_scale: float | None = None,
-    device: torch.device | str | None = None,
-) -> Plan:
+    pipe: Task, height: int | None = None, width: int | None = None, batch: int = 1, *,
+    num_images_per_prompt: int = 1, guidance_scale: float = 5.0, max_sequence_length: int = MAX_TOKENS,
+    pag_scale: float | None = None, device: torch.device | str | None = None,
+) -> Plan:  # fmt: skip
     """Print and return what each stage of a pipeline needs on its device, before anything is computed.
 
-    height, width, num_images_per_prompt, guidance_scale: as for the pipeline. batch: the number of prompts.
-    max_sequence_length: tokens of the longest. pag_scale: as for `KolorsPAGPipeline`, its default if None.
-    device: whose kernels are meant, such as "cuda", which this machine need not have; if None the pipeline's
-    own, or on the meta device the best there is.
+    batch: the number of prompts. max_sequence_length: tokens of the longest. Others and errors: as for the
+    pipeline. device: whose kernels are meant, such as "cuda", which this machine need not have; if None the
+    pipeline's own, or on the meta device the best there is.
     Quantized models, adapters (with one image each) and offloading count as they are now. Not counted: what
     the device's own libraries keep, and the workspaces of an accelerator's convolutions. Compiled models may
     need less. Encoding an image to start from needs less than decoding.
-    Raises ValueError or TypeError as the pipeline does.
     """
     size = pipe._size("height", height), pipe._size("width", width)
-    prompts = check_int("batch", batch)
-    copies = check_int("num_images_per_prompt", num_images_per_prompt)
+    prompts, copies = check_int("batch", batch), check_int("num_images_per_prompt", num_images_per_prompt)
     length = check_int("max_sequence_length", max_sequence_length, least=3, most=MAX_TOKENS)
     inputs = PipelineInputs(
         guidance_scale=guidance_scale, num_images_per_prompt=copies, output_type="pt",
         generator=torch.Generator(), callback_on_step_end=_stop, guidance_rule=_rule(pipe, pag_scale),
     )  # fmt: skip
-    own = None if pipe.device.type == "meta" else pipe.device
-    target = planned_device(own if device is None else device)
+    target = planned_device(pipe.device if device is None and pipe.device.type != "meta" else device)
     tracker = MemoryTracker(target.type)
-    twin = meta_copy(pipe, TrackedOffload(tracker, by_block=True))
-    vae, weight = unwrap_compiled(twin.vae), twin._vae_weight
-    if target.type == "cpu" and weight.dtype.itemsize == 2:  # as a VAE on a CPU does
-        vae.run_coder = partial(run_channels_last, vae.run_coder)
+    twin = _meta_copy(pipe, TrackedOffload(tracker, by_block=True))
+    if target.type == "cpu" and twin._vae_weight.dtype.itemsize == 2:  # as a VAE on a CPU does
+        twin.vae.run_coder = partial(run_channels_last, twin.vae.run_coder)
     with tracker:
         _run(twin, inputs, size, prompts, length)
     twin.offload.end()
-    by_model = _peak_weights_by_stage(list(tracker.activations), twin._models(), tracker)
-    models = pipe._models()
+    by_model = _peak_weights_by_stage(twin._models(), tracker)
+    models, work, peak = pipe._models(), tracker.activations, tracker.peak
     weights = {stage: bytes_of(as_unit(listed)) for stage, listed in models.items()}
     images = "1 image" if prompts * copies == 1 else f"{prompts * copies} images"
+    guidance = f"{'with' if inputs.is_guided else 'without'} guidance"
+    mode = None if pipe.device.type == "meta" else "resident"
+    if pipe.offload.device is not None:
+        mode = "by_block" if pipe.offload.by_block else "by_model"
     result = Plan(
         stages={
-            stage: Stage(weights=_gib(weights[stage]), work=_gib(work), by_block=_gib(tracker.peak[stage]))
-            for stage, work in tracker.activations.items()
+            stage: Stage(weights=weights[stage] / GIB, work=work[stage] / GIB, by_block=peak[stage] / GIB)
+            for stage in work
             if stage is not None
         },
-        resident=_gib(bytes_of(as_unit(chain(*models.values()))) + max(tracker.activations.values())),
-        by_model=_gib(max(by_model[stage] + work for stage, work in tracker.activations.items())),
-        by_block=_gib(max(tracker.peak.values())),
-        mode=_mode(pipe),
-        run=f"{images} of {size[1]}x{size[0]} {'with' if inputs.is_guided else 'without'} guidance "
-        f"on {target.type}",
+        resident=(bytes_of(as_unit(chain(*models.values()))) + max(work.values())) / GIB,
+        by_model=max(by_model[stage] + work[stage] for stage in work) / GIB,
+        by_block=max(peak.values()) / GIB,
+        mode=mode,
+        run=f"{images} of {size[1]}x{size[0]} {guidance} on {target.type}",
     )
     print(result)
     return result
 
 
-def _mode(pipe: Task) -> str | None:
-    """Return the name in a `Plan` of the mode that a pipeline is in."""
-    if pipe.offload.device is not None:
-        return "by_block" if pipe.offload.by_block else "by_model"
-    return None if pipe.device.type == "meta" else "resident"
-
-
 def _rule(pipe: Task, pag_scale: float | None) -> GuidanceRule:
-    """Return the guidance rule that a pipeline's call has, without its interval."""
-    rule = None
+    """Return the rule of a call without its interval: every step then needs what the costliest one needs."""
+    rule = pipe.guided
     if isinstance(pipe, KolorsPAGPipeline):
-        rule = pipe.pag_rule(3.0 if pag_scale is None else pag_scale)
+        rule = pipe.pag_rule(3.0 if pag_scale is None else pag_scale) or rule
     elif pag_scale is not None:
         raise TypeError(f"pag_scale is for a KolorsPAGPipeline, got a {type(pipe).__name__}")
-    return without_interval(pipe.guided if rule is None else rule)
+    if not isinstance(rule, partial):
+        return rule
+    kept = {name: value for name, value in rule.keywords.items() if name != "interval"}
+    return partial(rule.func, *rule.args, **kept)
 
 
-def meta_copy(pipe: Task, offload: Offload) -> Task:
+def _meta_copy(pipe: Task, offload: Offload) -> Task:
     """Copy a pipeline and its models, without values or hooks and not compiled."""
-    models = {
-        name: unwrap_compiled(model)
-        for name in pipe.model_specs
-        if (model := getattr(pipe, name)) is not None
-    }
+    models = {name: unwrap_compiled(model) for name, model in pipe._own_models().items()}
     nets = [unwrap_compiled(net) for net in controlnets_of(pipe.controlnet)]
     parts = [*models.values(), *(handle.adapter for handle in attached(models["unet"])), *nets]
-    memo = {
-        id(hooks): OrderedDict()
-        for module in (module for part in parts for module in part.modules())
-        for name, hooks in vars(module).items()
-        if name.endswith("_hooks")
-    }
+    modules = chain.from_iterable(part.modules() for part in parts)
+    hooks = (value for module in modules for name, value in vars(module).items() if name.endswith("_hooks"))
+    memo = {id(own): OrderedDict() for own in hooks}
     with MetaCopy():
         copies = copy.deepcopy(models | {"controlnet": nets or None}, memo)
     if pipe._image_encoder is None:
@@ -186,7 +165,6 @@ def meta_copy(pipe: Task, offload: Offload) -> Task:
 
 
 def _run(twin: Task, inputs: PipelineInputs, size: tuple[int, int], prompts: int, length: int) -> None:
-    """Run some steps on the meta device, by the pipeline's own stages."""
     text = _encoded(twin, prompts, length)
     given: dict[str, Any] = {"prompt_embeds": text.tokens, "pooled_prompt_embeds": text.pooled}
     if inputs.is_guided:
@@ -196,11 +174,7 @@ def _run(twin: Task, inputs: PipelineInputs, size: tuple[int, int], prompts: int
     if nets := controlnets_of(twin.controlnet):
         given["control_image"] = [torch.empty(1, 3, *size, device=META)] * len(nets)
     inputs = PipelineInputs(**vars(inputs) | given)
-    texts = embed_prompts(
-        twin, None, inputs.is_guided, None, inputs.prompt_embeds, inputs.pooled_prompt_embeds,
-        inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds, MAX_TOKENS,
-    )  # fmt: skip
-    halves = twin._prepare_conditioning(inputs, size, *texts)
+    halves = twin._condition(inputs, size, *encode_prompts(twin, None, inputs))
     shape, channels = twin._latent_shape(len(halves[0].size_ids), size), twin.unet.config.in_channels
     positive, negative = (half and half.with_zero_extra_channels(channels, shape) for half in halves)
     assert positive is not None
@@ -213,7 +187,7 @@ def _run(twin: Task, inputs: PipelineInputs, size: tuple[int, int], prompts: int
 
 
 def _encoded(twin: Task, prompts: int, length: int) -> TextEmbedding:
-    """Encode prompts that are L tokens long, or return empty embeddings where there is no text encoder."""
+    """Encode prompts of `length` tokens, or return empty embeddings where there is no text encoder."""
     shape = prompts, length
     if twin.text_encoder is None:
         width, place = twin.unet.config.text_dim, {"device": META, "dtype": twin.dtype}
@@ -225,33 +199,16 @@ def _encoded(twin: Task, prompts: int, length: int) -> TextEmbedding:
 
 
 def _stop(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """End the run early: a callback."""
     pipe._interrupt = step + 1 >= STEPS
     return {}
 
 
-def _peak_weights_by_stage(
-    order: Sequence[str | None], models: Models, tracker: MemoryTracker
-) -> dict[str | None, int]:
-    """Return the most bytes of weights on the device in each stage under model offload, in two runs.
-
-    The second run prefetches in the order that the first has shown.
-    """
+def _peak_weights_by_stage(models: Models, tracker: MemoryTracker) -> dict[str | None, int]:
+    """Return the most bytes of weights on the device in each stage under model offload."""
+    order = list(tracker.activations)
     offload, peak = TrackedOffload(tracker, by_block=False), dict.fromkeys(order, 0)
-    for stage in (*order, None, *order, None):
+    for stage in (*order, None, *order, None):  # the second run prefetches in the order of the first
         offload.enter(stage, models)
         peak[stage] = max(peak.get(stage, 0), offload.bytes_on_device)
     offload.end()
     return peak
-
-
-def _gib(count: int) -> float:
-    return count / 2**30
-
-
-def without_interval(rule: GuidanceRule) -> GuidanceRule:
-    """Return a guidance rule without its interval, so that every step needs what the costliest one needs."""
-    if not isinstance(rule, partial):
-        return rule
-    kept = {name: value for name, value in rule.keywords.items() if name != "interval"}
-    return partial(rule.func, *rule.args, **kept)

@@ -15,17 +15,11 @@ from typing import Any, Self, Unpack
 
 from torch import Tensor
 
+from kolors_core import guidance
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.conditioning import Conditioning
 from kolors_core.devices import unwrap_compiled
-from kolors_core.guidance import (
-    GuidanceRule,
-    Interval,
-    cfg_rescale,
-    guided,
-    make_denoiser,
-    use_inside_interval,
-)
+from kolors_core.guidance import GuidanceRule, Interval, guided
 from kolors_core.image import Size
 from kolors_core.module import WrapStep
 from kolors_core.pipelines.base import Components
@@ -43,30 +37,20 @@ Layers = str | Sequence[str]
 
 
 def perturbed(
-    unet: UNet,
-    schedule: Schedule,
-    positive: Conditioning,
-    negative: Conditioning | None = None,
-    scale: float = 1.0,
-    *,
-    pag_scale: float = 3.0,
-    pag_adaptive_scale: float = 0.0,
-    pag_applied_layers: Layers = "mid",
-    rescale: float = 0.0,
-    interval: Interval | None = None,
-    precompute: bool = True,
-    wrap_step: WrapStep | None = None,
-) -> Denoiser:
+    unet: UNet, schedule: Schedule, positive: Conditioning, negative: Conditioning | None = None,
+    scale: float = 1.0, *, pag_scale: float = 3.0, pag_adaptive_scale: float = 0.0,
+    pag_applied_layers: Layers = "mid", rescale: float = 0.0, interval: Interval | None = None,
+    precompute: bool = True, wrap_step: WrapStep | None = None,
+) -> Denoiser:  # fmt: skip
     """Make a denoiser: `guidance.guided` plus pag_scale * (cond - perturbed), for any guidance scale.
 
-    pag_adaptive_scale: takes this much off pag_scale, but no more than all, for each training timestep that
-    is denoised already: of the schedule's own number (1,100), where the reference counts from 1,000.
-    pag_applied_layers: see `perturbed_layers`. rescale, interval: see kolors_core/guidance.py; outside of
-    the interval the positive alone is run. Raises ValueError for a scale that is not above 0, and for an
-    adaptive one below 0.
+    pag_adaptive_scale: takes this much off pag_scale, down to 0, for each training timestep denoised already:
+    of the schedule's own number (1,100), where the reference counts from 1,000. pag_applied_layers: see
+    `perturbed_layers`. rescale, interval: see guidance.py; outside of the interval the positive alone is run.
+    Raises ValueError for a scale that is not above 0, and for an adaptive one below 0.
     """
     check_scales(pag_scale, pag_adaptive_scale)
-    rescaled = cfg_rescale(rescale)
+    rescaled = guidance.cfg_rescale(rescale)
     parts = (positive, positive) if negative is None or scale <= 1 else (negative, positive, positive)
 
     def combine(timestep: float, noise: Tensor) -> Tensor:
@@ -78,14 +62,16 @@ def perturbed(
         return rescaled(conditional + away, conditional)
 
     rows = [len(positive.text_tokens) * is_one for is_one in perturbed_layers(unet, pag_applied_layers)]
-    told = replace(Conditioning.cat(*parts), perturbed=tuple(rows))
-    x0_of = partial(make_denoiser, unet, schedule, precompute=precompute, wrap_step=wrap_step)
-    inside = x0_of(told, len(parts), combine)
-    return inside if interval is None else use_inside_interval(interval, schedule, inside, x0_of(positive))
+    perturbed_parts = replace(Conditioning.cat(*parts), perturbed=tuple(rows))
+    x0_of = partial(guidance.make_denoiser, unet, schedule, precompute=precompute, wrap_step=wrap_step)
+    inside = x0_of(perturbed_parts, len(parts), combine)
+    if interval is None:
+        return inside
+    return guidance.use_inside_interval(interval, schedule, inside, x0_of(positive))
 
 
 def check_scales(pag_scale: float, pag_adaptive_scale: float) -> None:
-    """ValueError for what `perturbed` cannot take."""
+    """Raise ValueError for scales that `perturbed` cannot take."""
     if check_float("pag_scale", pag_scale) <= 0:
         raise ValueError(f"pag_scale must be above 0, got {pag_scale}: without it, use `guided`")
     check_float("pag_adaptive_scale", pag_adaptive_scale, 0)
@@ -99,11 +85,10 @@ def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
     or "up.block_0.attentions_1". Raises ValueError or TypeError for what matches no layer, or is no name.
     """
     names = [names] if isinstance(names, str) else names
-    layers = [
-        TABLES["unet"].to_public(f"{path}.self_attention.to_q.weight").removesuffix(".to_q.weight")
-        for path, module in unwrap_compiled(unet).named_modules()
-        if isinstance(module, TransformerBlock)
-    ]
+    modules = unwrap_compiled(unet).named_modules()
+    paths = [path for path, module in modules if isinstance(module, TransformerBlock)]
+    weights = (TABLES["unet"].to_public(f"{path}.self_attention.to_q.weight") for path in paths)
+    layers = [name.removesuffix(".to_q.weight") for name in weights]
     if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
         raise TypeError(f"the layers to perturb must be a name or several, got {names!r}")
     if not names:
@@ -131,18 +116,14 @@ class KolorsPAGPipeline(KolorsPipeline):
     """Text to image with perturbed-attention guidance (PAG)."""
 
     def __init__(self, *parts: Any, pag_applied_layers: Layers = "mid", **named: Any) -> None:
-        """parts, named: as for `KolorsPipeline`. pag_applied_layers: as for `set_pag_applied_layers`."""
         super().__init__(*parts, **named)
         self.set_pag_applied_layers(pag_applied_layers)
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path = EMBEDDED_NAME,
-        *,
-        pag_applied_layers: Layers = "mid",
+        cls, pretrained_model_name_or_path: str | Path = EMBEDDED_NAME, *, pag_applied_layers: Layers = "mid",
         **options: Any,
-    ) -> Self:
+    ) -> Self:  # fmt: skip
         """Load as `KolorsPipeline.from_pretrained` does; layers as for `set_pag_applied_layers`."""
         pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
         pipe.set_pag_applied_layers(pag_applied_layers)
@@ -161,46 +142,26 @@ class KolorsPAGPipeline(KolorsPipeline):
     def set_pag_applied_layers(self, pag_applied_layers: Layers) -> None:
         """Choose the layers whose self-attention is perturbed; names and errors: see `perturbed_layers`."""
         perturbed_layers(self.unet, pag_applied_layers)
-        is_one = isinstance(pag_applied_layers, str)
-        self.pag_applied_layers = [pag_applied_layers] if is_one else list(pag_applied_layers)
+        one = isinstance(pag_applied_layers, str)
+        self.pag_applied_layers = [pag_applied_layers] if one else list(pag_applied_layers)
 
     def __call__(
-        self,
-        prompt: Prompt | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        denoising_end: float | None = None,
-        guidance_scale: float = 5.0,
-        negative_prompt: Prompt | None = None,
-        num_images_per_prompt: int = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        ip_adapter_image: Any = None,
-        ip_adapter_image_embeds: list[Tensor] | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        original_size: Size | None = None,
-        crops_coords_top_left: Size = (0, 0),
-        target_size: Size | None = None,
-        negative_original_size: Size | None = None,
-        negative_crops_coords_top_left: Size = (0, 0),
-        negative_target_size: Size | None = None,
-        callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        pag_scale: float = 3.0,
-        pag_adaptive_scale: float = 0.0,
-        max_sequence_length: int = MAX_TOKENS,
-        **extras: Unpack[Extras],
-    ) -> KolorsPipelineOutput | tuple[Any]:
+        self, prompt: Prompt | None = None, height: int | None = None, width: int | None = None,
+        num_inference_steps: int = 50, timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None, denoising_end: float | None = None,
+        guidance_scale: float = 5.0, negative_prompt: Prompt | None = None, num_images_per_prompt: int = 1,
+        eta: float = 0.0, generator: Generators = None, latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None, pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None, negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None, ip_adapter_image_embeds: list[Tensor] | None = None,
+        output_type: str = "pil", return_dict: bool = True,
+        cross_attention_kwargs: Mapping[str, Any] | None = None, original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0), target_size: Size | None = None,
+        negative_original_size: Size | None = None, negative_crops_coords_top_left: Size = (0, 0),
+        negative_target_size: Size | None = None, callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), pag_scale: float = 3.0,
+        pag_adaptive_scale: float = 0.0, max_sequence_length: int = MAX_TOKENS, **extras: Unpack[Extras],
+    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
         """Make images from prompts.
 
         pag_scale: how strongly; 0 is `KolorsPipeline`. pag_adaptive_scale: see `perturbed`.
@@ -210,36 +171,32 @@ class KolorsPAGPipeline(KolorsPipeline):
         if (rule := self.pag_rule(pag_scale, pag_adaptive_scale)) is not None:
             extras["guidance_rule"] = rule
         return super().__call__(
-            prompt=prompt, height=height, width=width, num_inference_steps=num_inference_steps,
-            timesteps=timesteps, sigmas=sigmas, denoising_end=denoising_end, guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt, num_images_per_prompt=num_images_per_prompt, eta=eta,
-            generator=generator, latents=latents, prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds, ip_adapter_image=ip_adapter_image,
-            ip_adapter_image_embeds=ip_adapter_image_embeds, output_type=output_type,
-            return_dict=return_dict, cross_attention_kwargs=cross_attention_kwargs,
-            original_size=original_size, crops_coords_top_left=crops_coords_top_left,
-            target_size=target_size, negative_original_size=negative_original_size,
-            negative_crops_coords_top_left=negative_crops_coords_top_left,
-            negative_target_size=negative_target_size, callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length, **extras,
+            height=height, width=width, denoising_end=denoising_end, latents=latents,
+            prompt=prompt, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas, eta=eta,
+            guidance_scale=guidance_scale, num_images_per_prompt=num_images_per_prompt, generator=generator,
+            ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds,
+            original_size=original_size, target_size=target_size, crops_coords_top_left=crops_coords_top_left,
+            negative_original_size=negative_original_size, negative_target_size=negative_target_size,
+            negative_crops_coords_top_left=negative_crops_coords_top_left, output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end, max_sequence_length=max_sequence_length,
+            cross_attention_kwargs=cross_attention_kwargs, **extras,
         )  # fmt: skip
 
     def pag_rule(self, pag_scale: float, pag_adaptive_scale: float = 0.0) -> GuidanceRule | None:
-        """Return perturbed-attention guidance with these scales; None if pag_scale is 0.
-
-        Raises ValueError for another rule at `pipe.guided`, and for scales without effect.
+        """Return perturbed-attention guidance with these scales; None if pag_scale is 0. ValueError for
+        another rule at `pipe.guided`, and for scales without effect.
         """
-        if check_float("pag_scale", pag_scale) == 0:
-            if pag_adaptive_scale != 0:
-                got = f"got {pag_adaptive_scale}"
-                raise ValueError(f"pag_adaptive_scale has no effect with pag_scale 0, {got}")
+        is_off = check_float("pag_scale", pag_scale) == 0
+        if is_off and pag_adaptive_scale != 0:
+            raise ValueError(f"pag_adaptive_scale has no effect with pag_scale 0, got {pag_adaptive_scale}")
+        if is_off:
             return None
         if self.guided is not guided:
             wanted = "a KolorsPipeline with functools.partial(perturbed, ...) at its `guided`"
             raise ValueError(f"pipe.guided is another rule already: for both, take {wanted}")
-        return partial(
-            perturbed, pag_scale=pag_scale, pag_adaptive_scale=pag_adaptive_scale,
-            pag_applied_layers=self.pag_applied_layers,
-        )  # fmt: skip
+        scales = {"pag_scale": pag_scale, "pag_adaptive_scale": pag_adaptive_scale}
+        return partial(perturbed, **scales, pag_applied_layers=self.pag_applied_layers)

@@ -9,7 +9,6 @@ import torch
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import named_device, unwrap_compiled
-from kolors_core.module import WrapStep
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.performance.offload import Offload, refuse_compiled
@@ -19,18 +18,15 @@ from kolors_core.pipelines.base import Components
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import UNetEncoder
 
+Device = torch.device | str | None
+
 
 class PerformanceMethods(Components):
     """A pipeline that can offload and compile its models, run its VAE in tiles, and cache prompts."""
 
-    offload: Offload
-    prompt_cache: PromptCache
-    _wrap_step: WrapStep | None
-
     def _init_state(self) -> None:
         super()._init_state()
         self.offload, self.prompt_cache = Offload(), PromptCache()
-        self._wrap_step = None  # set by `compile` where it asks for CUDA graphs
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of copies and pickles, without cached prompts and captured graphs."""
@@ -40,9 +36,8 @@ class PerformanceMethods(Components):
     def from_pipe(cls, pipeline: Components, **changes: Any) -> Self:
         """Create another task with the very same models, offload and cached prompts; see `Components`."""
         pipe = super().from_pipe(pipeline, **changes)
-        if isinstance(pipeline, PerformanceMethods):
-            pipe.offload, pipe.prompt_cache = pipeline.offload, pipeline.prompt_cache
-            pipe._wrap_step = pipeline._wrap_step
+        for name in ("offload", "prompt_cache", "_wrap_step"):
+            setattr(pipe, name, getattr(pipeline, name))
         return pipe
 
     def compile(self, mode: str | None = None, backend: str = "inductor") -> None:
@@ -59,26 +54,21 @@ class PerformanceMethods(Components):
         has_graphs = mode in CUDA_GRAPH_MODES and self.device.type == "cuda"
         self._wrap_step = CUDAGraphCache() if has_graphs else None
 
-    def enable_model_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Device = None) -> None:
         """Keep on the accelerator only the model that runs: text encoder, CLIP, UNet or VAE.
 
         The next one is copied meanwhile, if both together are no larger than the largest. All others are on
         the CPU, for CUDA in page-locked memory. `pipe.offload.peak_bytes` is the peak of weights.
-        gpu_id: of CUDA; or device; the best there is if both are None. On a machine without an accelerator
+        gpu_id: of CUDA; or device; the best there is if both are None; on a machine without an accelerator
         nothing changes. ValueError for a device that is not there.
         """
         self._start_offload(gpu_id, device, by_block=False)
 
-    def enable_sequential_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: Device = None) -> None:
         """Keep on the accelerator only the block that runs and the next one, which is copied meanwhile.
 
-        The least memory, and every step waits for the UNet's weights. A module that has parameters of its own
-        is one block with all its submodules. Arguments and errors as in `enable_model_cpu_offload`;
-        ValueError also for a compiled model.
+        The least memory, and every step waits for the UNet's weights. A module with parameters of its own is
+        a block with its submodules. As `enable_model_cpu_offload`; ValueError also for a compiled model.
         """
         self._start_offload(gpu_id, device, by_block=True)
 
@@ -90,8 +80,7 @@ class PerformanceMethods(Components):
     def enable_vae_tiling(self, *, tile_sample_min_size: int | None = None) -> None:
         """Run the VAE in tiles: a fifth of the memory at 1024 x 1024, the same image.
 
-        Holds for every pipeline with this VAE. Arguments and errors as in
-        `kolors_core.performance.vae_tiling.enable_tiling`.
+        Holds for every pipeline with this VAE. Arguments and errors as in `vae_tiling.enable_tiling`.
         """
         enable_tiling(unwrap_compiled(self.vae), tile_sample_min_size=tile_sample_min_size)
 
@@ -107,7 +96,7 @@ class PerformanceMethods(Components):
         """Run the VAE on all images of a batch at once."""
         disable_slicing(unwrap_compiled(self.vae))
 
-    def _start_offload(self, gpu_id: int | None, device: torch.device | str | None, by_block: bool) -> None:
+    def _start_offload(self, gpu_id: int | None, device: Device, by_block: bool) -> None:
         if gpu_id is not None and device is not None:
             raise ValueError("give either gpu_id or device, not both")
         name = device if gpu_id is None else f"cuda:{gpu_id}"

@@ -18,8 +18,8 @@ def attach_metadata(image: "Image", metadata: Mapping[str, Any]) -> None:
 
     chunks = PngInfo()
     for name, value in metadata.items():
+        image.info[name] = str(value)
         chunks.add_itxt(name, str(value))
-    image.info.update({name: str(value) for name, value in metadata.items()})
     image.encoderinfo = {"pnginfo": chunks}
 
 
@@ -36,9 +36,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     from PIL import Image
 
     with image_errors(path), Image.open(as_path("path", path)) as image:
-        kind = image.format
-        if kind == "PNG":
+        if image.format == "PNG":
             image.load()
-    if kind != "PNG":
-        raise ValueError(f"{path}: expected a PNG, got {kind}")
+    if image.format != "PNG":
+        raise ValueError(f"{path}: expected a PNG, got {image.format}")
     return {str(name): value for name, value in image.info.items() if isinstance(value, str)}

@@ -1,12 +1,11 @@
-"""Quantization of a pipeline's models, and its measured error against full precision.
+"""Quantization of a pipeline's models (performance/quantize.py), and its error against full precision.
 
-    report = quantize(pipe, text_encoder=8, unet=4)
-
-performance/quantize.py quantizes the models themselves.
+report = quantize(pipe, text_encoder=8, unet=4)
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +26,8 @@ from kolors_core.sampling import make_sampler, randn_latents
 CALIBRATION_PROMPTS = (
     "一张瓢虫的照片，微距，变焦，高质量，电影",
     "a photo of a red panda beside a blue fire truck, in the style of an oil painting",
-    "雪人",
-    "",
-)
+    "雪人", "",
+)  # fmt: skip
 STEPS, GUIDANCE = 4, 5.0
 
 
@@ -64,8 +62,7 @@ class QuantizedComponent:
     bytes_after: int
 
     def __str__(self) -> str:
-        before, after = (count / 2**20 for count in (self.bytes_before, self.bytes_after))
-        return f"int{self.bits}, {before:.1f} -> {after:.1f} MiB"
+        return f"int{self.bits}, {self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +70,8 @@ class QuantizationReport:
     """Quantized models, and the errors of their results against those before, in the pipeline's precision.
 
     text_encoder, unet: None for a model that was not quantized; it then has no error of its own.
-    tokens, pooled: the text encoder's embeddings of `CALIBRATION_PROMPTS`. noise: one prediction of the UNet
-    for the text from before, in the middle of the schedule. latents: the result of both models together after
-    four guided steps.
+    tokens, pooled: of the text encoder for `CALIBRATION_PROMPTS`. noise: of the UNet for the text from
+    before, in the middle of the schedule. latents: of both models together after four guided steps.
     """
 
     text_encoder: QuantizedComponent | None
@@ -101,11 +97,9 @@ def quantize(pipe: Task, *, text_encoder: int | None = None, unet: int | None = 
     None leaves a model as it is. Both models run before and after, where and as the pipeline runs them;
     `performance.quantize.quantize` of a model alone runs nothing. To go back, load again. LoRAs are loaded
     after it. An IP-Adapter may be loaded already; it is measured with image tokens of zeros.
-    Raises ValueError, before anything is changed, if no bits are given, if there is no text encoder, and for
-    what `quantizable_layers` refuses.
+    ValueError, before any change, without bits or text encoder, and for what `quantizable_layers` refuses.
     """
-    asked = {"text_encoder": text_encoder, "unet": unet}
-    bits = {name: value for name, value in asked.items() if value is not None}
+    bits = {name: n for name, n in (("text_encoder", text_encoder), ("unet", unet)) if n is not None}
     if not bits:
         raise ValueError("nothing to quantize: give text_encoder=8 or 4, unet=8 or 4, or both")
     if pipe.text_encoder is None or pipe.tokenizer is None:
@@ -125,13 +119,11 @@ def quantize(pipe: Task, *, text_encoder: int | None = None, unet: int | None = 
     new_noise = noise if unet is None else _predict(pipe, texts[0])
     compare = QuantizationError.between
     report = QuantizationReport(
-        text_encoder=quantized.get("text_encoder"),
-        unet=quantized.get("unet"),
+        text_encoder=quantized.get("text_encoder"), unet=quantized.get("unet"),
         tokens=compare([text.tokens for text in new_texts], [text.tokens for text in texts]),
         pooled=compare([text.pooled for text in new_texts], [text.pooled for text in texts]),
-        noise=compare([new_noise], [noise]),
-        latents=compare([_denoise(pipe, new_texts)], [latents]),
-    )
+        noise=compare([new_noise], [noise]), latents=compare([_denoise(pipe, new_texts)], [latents]),
+    )  # fmt: skip
     pipe._enter_stage()
     return report
 
@@ -141,10 +133,8 @@ def _encode(pipe: Task) -> list[TextEmbedding]:
     assert pipe.text_encoder is not None and pipe.tokenizer is not None
     pipe._enter_stage("text_encoder")
     place = pipe._compute_device(unwrap_compiled(pipe.text_encoder).embedding.weight)
-    return [
-        pipe.text_encoder(pipe.tokenizer([prompt]).merge_padding().to(place))
-        for prompt in CALIBRATION_PROMPTS
-    ]
+    batches = (pipe.tokenizer([prompt]).merge_padding() for prompt in CALIBRATION_PROMPTS)
+    return [pipe.text_encoder(tokens.to(place)) for tokens in batches]
 
 
 def _condition(pipe: Task, text: TextEmbedding) -> Conditioning:
@@ -161,8 +151,8 @@ def _condition(pipe: Task, text: TextEmbedding) -> Conditioning:
 
 def _noise(pipe: Task) -> Tensor:
     """Draw standard normal noise [1, 4, H/8, W/8] at the UNet's own size, the same every time."""
-    config = pipe.unet.config
-    shape = (1, config.out_channels, config.sample_size, config.sample_size)
+    side = pipe.unet.config.sample_size
+    shape = (1, pipe.unet.config.out_channels, side, side)
     return randn_latents(shape, torch.Generator().manual_seed(0), pipe.device, torch.float32)
 
 
@@ -170,13 +160,10 @@ def _predict(pipe: Task, text: TextEmbedding) -> Tensor:
     """Predict the UNet's noise for one text, in the middle of the schedule, flat."""
     pipe._enter_stage("unet")
     timestep = torch.tensor(pipe.scheduler.num_train_timesteps // 2, device=pipe.device)
-    conditioning = _condition(pipe, text)
-    latents = concat_extra_channels(_noise(pipe).to(pipe.dtype), conditioning.extra)
-    noise = pipe.unet(
-        latents, timestep, conditioning.text_tokens, conditioning.pooled_text, conditioning.size_ids,
-        conditioning.text_counts, conditioning.image_prompts,
-    )  # fmt: skip
-    return noise.flatten()
+    c = _condition(pipe, text)
+    latents = concat_extra_channels(_noise(pipe).to(pipe.dtype), c.extra)
+    inputs = c.text_tokens, c.pooled_text, c.size_ids, c.text_counts, c.image_prompts
+    return pipe.unet(latents, timestep, *inputs).flatten()
 
 
 def _denoise(pipe: Task, texts: Sequence[TextEmbedding]) -> Tensor:
@@ -185,8 +172,6 @@ def _denoise(pipe: Task, texts: Sequence[TextEmbedding]) -> Tensor:
     positive, negative = (_condition(pipe, text) for text in (texts[0], texts[-1]))
     schedule, generator = pipe.scheduler.schedule(STEPS), torch.Generator().manual_seed(1)
     x = _noise(pipe) * schedule.init_noise_sigma
-    sampler = make_sampler(
-        pipe.scheduler, schedule, lambda: randn_latents(tuple(x.shape), generator, pipe.device, torch.float32)
-    )
+    noise = partial(randn_latents, tuple(x.shape), generator, pipe.device, torch.float32)
     denoise = guided(pipe.unet, schedule, positive, negative, GUIDANCE)
-    return sampler(denoise, x, schedule.sigmas).flatten()
+    return make_sampler(pipe.scheduler, schedule, noise)(denoise, x, schedule.sigmas).flatten()

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from kolors_core.image import OUTPUT_TYPES, Size
 from kolors_core.pipelines.denoising_loop import TENSOR_NAMES, StepCallback
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.sampling import Generators
+from kolors_core.validation import is_real
 
 CONTROL_SCALE = 0.8  # the default controlnet_conditioning_scale
 
@@ -47,27 +47,24 @@ def check_extras(extras: Mapping[str, Any]) -> None:
 class PipelineInputs:
     """Arguments of every task, under the reference's names and defaults.
 
-    prompt: one or several, Chinese or English; or prompt_embeds and pooled_prompt_embeds from
-    `encode_prompt`.
+    prompt: one or several, Chinese or English; or prompt_embeds and pooled_prompt_embeds (`encode_prompt`).
     num_inference_steps: or else `timesteps`, or `sigmas` with the last one where the run ends.
     guidance_scale: 1 or less runs without guidance; whatever is negative is then an error.
     generator: one for all images, or one for each; noise is drawn on its device, the CPU's if None.
-    ip_adapter_image: for each loaded IP-Adapter an image, or a list of them; or ip_adapter_image_embeds
-    from `prepare_ip_adapter_image_embeds`.
+    ip_adapter_image: for each loaded IP-Adapter an image, or a list of them; or ip_adapter_image_embeds from
+    `prepare_ip_adapter_image_embeds`.
     face_embeds, face_image: for a loaded face adapter the id vector of the face, [1 or more, 512] as
     insightface's antelopev2 gives it (`embedding`, not normed), and a square image of it, or CLIP's states
     of that [1 or more, 577, 1024]; one for all, or one for each prompt or image.
     output_type: "pil", "np", "pt", or "latent" for what the VAE would decode.
-    cross_attention_kwargs: {"ip_adapter_masks": masks} of where images act, and {"scale": a factor on
-    every loaded LoRA}.
+    cross_attention_kwargs: {"ip_adapter_masks": where images act}, {"scale": a factor on every loaded LoRA}.
     original_size, crops_coords_top_left, target_size: SDXL's size conditions, (height, width) in pixels;
     what is not given for the negative prompt is as for the prompt.
-    callback_on_step_end: see kolors_core/pipelines/denoising_loop.py; it gets the tensors that
-    `callback_on_step_end_tensor_inputs` names.
+    callback_on_step_end: see denoising_loop.py; it gets what `callback_on_step_end_tensor_inputs` names.
     control_image: what the ControlNet sees, resized to the image: one for all, for each prompt or for each
     image; of a list of ControlNets a list of these. controlnet_conditioning_scale, control_guidance_start,
-    control_guidance_end: how much it says, and the part of the run's steps in which it does, from 0 to 1; a
-    number for all ControlNets or a list with one for each.
+    control_guidance_end: its weight, and the part of the run's steps in which it acts, from 0 to 1; a number
+    for all ControlNets or a list with one for each.
     guidance_rule: a function of `guidance.guided`'s signature for this call; the pipeline's `guided` if None.
     eta: only DDIM uses it, which is not here: ValueError if it is set.
     """
@@ -127,7 +124,7 @@ class PipelineInputs:
             "negative_target_size": self.negative_target_size,
             "negative_crops_coords_top_left": None if is_default_crop(crop) else crop,
         }  # fmt: skip
-        if isinstance(scale, bool) or not isinstance(scale, Real):
+        if not is_real(scale):
             raise TypeError(f"guidance_scale must be a number, got {scale!r}")
         if not math.isfinite(scale):
             raise ValueError(f"guidance_scale must be finite, got {scale}")

@@ -19,11 +19,11 @@ R = TypeVar("R")
 
 
 class Run:
-    """The state of one call of a pipeline."""
+    """State of one call of a pipeline."""
 
-    def __init__(self) -> None:
+    def __init__(self, needs_alone: str | None = None) -> None:
         self.guidance_scale, self.num_timesteps, self.is_interrupted = 1.0, 0, False
-        self.needs_alone: str | None = None  # why no call in another thread may run beside it
+        self.needs_alone = needs_alone  # why no call in another thread may run beside it
 
 
 _own: ContextVar[tuple[Run, ...]] = ContextVar("the calls of this thread, the innermost last", default=())
@@ -47,12 +47,9 @@ class Runs:
 
         Raises RuntimeError if such a call is running in another thread.
         """
-        run, own = Run(), self._of_thread()
+        run = Run(needs_alone)
         with self._lock:
-            for other in self._active:
-                if other not in own and (reason := needs_alone or other.needs_alone) is not None:
-                    raise RuntimeError(_refusal(reason))
-            run.needs_alone = needs_alone
+            self._check_others(needs_alone)
             self._active.append(run)
             self._last = run
         token = _own.set((*_own.get(), run))
@@ -65,12 +62,18 @@ class Runs:
 
     def require_alone(self, reason: str) -> None:
         """Let this thread's call be the only one from now on; RuntimeError if another is running."""
-        own = self._of_thread()
         with self._lock:
-            if any(other not in own for other in self._active):
-                raise RuntimeError(_refusal(reason))
-            for run in own:
+            self._check_others(reason)
+            for run in self._of_thread():
                 run.needs_alone = reason
+
+    def _check_others(self, needs_alone: str | None) -> None:
+        own = self._of_thread()
+        for other in self._active:
+            if other not in own and (reason := needs_alone or other.needs_alone) is not None:
+                why = f"is drawing in another thread, and {reason} cannot be shared by two threads"
+                hint = "wait until that call is over, or load a second pipeline"
+                raise RuntimeError(f"this pipeline {why}: {hint}")
 
     def _of_thread(self) -> list[Run]:
         return [run for run in _own.get() if run in self._active]
@@ -82,24 +85,13 @@ class Runs:
 
     def interrupt(self, is_asked: bool = True) -> None:
         """End this thread's call after its step; outside of a call, all that are running."""
-        own = self._of_thread()
         with self._lock:
-            for run in own[-1:] or [*self._active, self._last]:
+            for run in self._of_thread()[-1:] or [*self._active, self._last]:
                 run.is_interrupted = is_asked
 
 
-def _refusal(reason: str) -> str:
-    return (
-        f"this pipeline is drawing in another thread, and {reason} cannot be shared by two threads: "
-        "wait until that call is over, or load a second pipeline"
-    )
-
-
 def inference_call(call: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Decorate a pipeline's `__call__`: no gradients, a `Run` of its own, all models offloaded afterwards.
-
-    Ctrl-C, lack of memory and every other exception pass through here; the pipeline works again afterwards.
-    """
+    """Decorate a pipeline's `__call__`: no gradients, a `Run`, all models offloaded however it ends."""
 
     @wraps(call)
     @torch.no_grad()
@@ -117,15 +109,13 @@ def inference_call(call: Callable[Concatenate[Any, P], R]) -> Callable[Concatena
 
 
 class Interrupt:
-    """`pipe.interrupt`: called, it ends a call after its step; as a truth value, it is whether that was asked
-    for. The reference has the second only, and asks by `pipe._interrupt = True`.
-    """
+    """Value of `pipe.interrupt`: called, it ends a call after its step; true if that was asked for."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
 
     def __call__(self) -> None:
-        """Ask for the end: of the call of this thread, or outside of one of all that are running."""
+        """End this thread's call, or outside of one all that are running."""
         self.runs.interrupt()
 
     def __bool__(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kolors_core.checkpoint import MODEL_SPECS, ModelSpec, UnloadedModel, read_json, resolve, write_json
+from kolors_core.checkpoint import MODEL_SPECS, UnloadedModel, read_json, resolve, write_json
 from kolors_core.config import UNetConfig
 from kolors_core.devices import loading_device
 from kolors_core.hub import find_file
@@ -24,7 +24,6 @@ from kolors_core.pipelines.base import Components
 from kolors_core.validation import as_path
 from weights_convert.atomic_write import locked_scratch_dir
 from weights_convert.folder_to_single_file import extract_files, to_single
-from weights_convert.safetensors_files import Source
 from weights_convert.single_file import SubModel, open_models
 
 # The scheduler and pipeline configs of Kolors, for files without any.
@@ -34,9 +33,7 @@ SCHEDULER = {
 }  # fmt: skip
 INDEX = {"_class_name": "KolorsPipeline", "force_zeros_for_empty_prompt": False}
 NEEDED = ("unet", "vae", "text_encoder", "tokenizer")
-_LINK = re.compile(
-    r"https?://[^/]+/(?P<repo>[^/]+/[^/]+)/(?:blob|resolve)/(?P<revision>[^/]+)/(?P<path>[^?]+)"
-)
+_LINK = re.compile(r"https?://[^/]+/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)")  # repo, revision, path
 
 
 class OpenedQuantized(UnloadedModel):
@@ -56,13 +53,9 @@ class OpenedQuantized(UnloadedModel):
 
 
 def load_model(
-    file: str | Path,
-    component: str,
-    *,
-    config: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> nn.Module:
+    file: str | Path, component: str, *, config: str | Path | None = None,
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+) -> nn.Module:  # fmt: skip
     """Load one model of a file, "unet", "text_encoder", "vae" or "image_encoder", to pass to a pipeline.
 
     The file may hold others too. config: a checkpoint folder whose config.json gives the sizes, for a model
@@ -70,8 +63,7 @@ def load_model(
     Raises FileNotFoundError or ValueError naming the file and the tensor, before weights are read.
     """
     device = loading_device(device)
-    has_weights = device.type != "meta"
-    return open_model(file, component, config=config, has_weights=has_weights).fill(dtype, device)
+    return open_model(file, component, config=config, has_weights=device.type != "meta").fill(dtype, device)
 
 
 def open_model(
@@ -79,10 +71,9 @@ def open_model(
 ) -> UnloadedModel:
     """Build one model of a file and check that its tensors fit; arguments and errors as in `load_model`."""
     file = _file(file)
-    parts, whole, small = open_models(file)
-    if component not in parts:
-        raise ValueError(f"{file}: expected the {component}, got the {' and the '.join(parts)}")
-    with _unpacked(file, whole, small) as own:
+    with _unpacked(file) as (parts, own):
+        if component not in parts:
+            raise ValueError(f"{file}: expected the {component}, got the {' and the '.join(parts)}")
         place = own if (own / component / "config.json").exists() or config is None else Path(config)
         return _open(parts[component], place, has_weights)
 
@@ -92,18 +83,11 @@ class SingleFileMethods(Components):
 
     @classmethod
     def from_single_file(
-        cls,
-        pretrained_model_link_or_path: str | Path,
-        *,
-        config: str | Path | None = None,
-        device: torch.device | str = "cpu",
-        variant: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
+        cls, pretrained_model_link_or_path: str | Path, *, config: str | Path | None = None,
+        device: torch.device | str = "cpu", variant: str | None = None, revision: str | None = None,
+        cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None,
         **arguments: Any,
-    ) -> Self:
+    ) -> Self:  # fmt: skip
         """Load a pipeline from a safetensors file with all of it, or a part.
 
         pretrained_model_link_or_path: the file, or its address on the hub. config: a checkpoint folder or hub
@@ -114,33 +98,31 @@ class SingleFileMethods(Components):
         hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
         file = _file(pretrained_model_link_or_path, **hub)
         has_weights = loading_device(device).type != "meta"
-        parts, whole, small = open_models(file)
-        wanted = [component for component in parts if component not in arguments]
-        with _unpacked(file, whole, small) as own:
+        with _unpacked(file) as (parts, own):
+            wanted = [component for component in parts if component not in arguments]
             is_whole = (own / "model_index.json").exists()
             if is_whole and config is not None:
                 raise ValueError(f"config has no effect: {file} has its own configs")
-            place = own
+            place = folder = own
             if config is not None:
-                hub["revision"] = revision
+                folder, hub["revision"] = config, revision
                 place = resolve(config, wanted, variant, has_weights=False, **hub)
             elif (variant, revision) != (None, None):
                 raise ValueError("variant and revision have no effect without config, whose they are")
             opened: dict[str, Any] = {part: _open(parts[part], place, has_weights) for part in wanted}
             if config is None and not is_whole:
-                _must_have(file, {*opened, *arguments}, has_weights)
+                _check_complete(file, {*opened, *arguments}, has_weights)
                 (own / "scheduler").mkdir(exist_ok=True)
                 write_json(SCHEDULER, own / "scheduler" / "scheduler_config.json")
                 write_json(INDEX, own / "model_index.json")
-            folder = own if config is None else config
             return cls.from_pretrained(folder, device=device, variant=variant, **hub, **opened, **arguments)
 
     def save_single_file(self, file: str | Path, *, variant: str | None = None) -> None:
         """Write the whole pipeline as one new file, which `from_single_file` loads.
 
-        UNet and VAE have SGM's names and prefixes, as ComfyUI's nodes for Kolors look for them.
-        variant: what the weight files of a folder made of it are called by. The folder that `save_pretrained`
-        makes is written beside it first, so that the disk needs twice the room. Raises as `save_pretrained`.
+        UNet and VAE have SGM's names and prefixes, as ComfyUI's nodes for Kolors look for them. variant: of
+        the weight files in a folder made of it. The folder of `save_pretrained` is written beside it first,
+        so that the disk needs twice the room. Raises as `save_pretrained`.
         """
         file = as_path("file", file)
         if file.exists() or file.suffix != ".safetensors":
@@ -152,12 +134,13 @@ class SingleFileMethods(Components):
 
 
 @contextmanager
-def _unpacked(file: Path, whole: Source, small: list[str]) -> Iterator[Path]:
-    """Unpack a file's small files into a temporary folder; errors name the file in its place."""
+def _unpacked(file: Path) -> Iterator[tuple[dict[str, SubModel], Path]]:
+    """Open a file's models, and unpack its small files into a temporary folder; errors name the file."""
+    parts, whole, small = open_models(file)
     with TemporaryDirectory() as scratch:
         try:
             extract_files(whole, small, Path(scratch))
-            yield Path(scratch)
+            yield parts, Path(scratch)
         except (ValueError, FileNotFoundError) as error:
             if scratch not in str(error):
                 raise
@@ -165,18 +148,13 @@ def _unpacked(file: Path, whole: Source, small: list[str]) -> Iterator[Path]:
             raise kind(str(error).replace(scratch, str(file))) from None
 
 
-def _spec(component: str) -> ModelSpec:
-    """Return how a component is built."""
-    if component != "image_encoder":
-        return MODEL_SPECS[component]
-    from kolors_core.adapters.clip_vision import IMAGE_ENCODER  # of files with CLIP only
-
-    return IMAGE_ENCODER
-
-
 def _open(part: SubModel, place: Path, has_weights: bool) -> UnloadedModel:
     """Build the model by the config in its folder of `place`, or of Kolors' sizes, and check the tensors."""
-    spec, file = _spec(part.component), place / part.component / "config.json"
+    if part.component == "image_encoder":
+        from kolors_core.adapters.clip_vision import IMAGE_ENCODER as spec  # of files with CLIP only
+    else:
+        spec = MODEL_SPECS[part.component]
+    file = place / part.component / "config.json"
     is_own = file.exists()
     config = spec.config.from_public(read_json(file), str(file)) if is_own else spec.config()
     is_inpainting = "conv_in.weight" in part and part.shape("conv_in.weight")[1:2] == (9,)
@@ -199,7 +177,6 @@ def _open(part: SubModel, place: Path, has_weights: bool) -> UnloadedModel:
 
 
 def _check_quantized(model: nn.Module, part: SubModel, names: dict[str, str]) -> None:
-    """ValueError unless just the layers that can be quantised are."""
     scaled = {names[name].removesuffix(".weight") for name in part.scales}
     layers = {path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     if odd := sorted(scaled ^ layers):
@@ -221,13 +198,10 @@ def _buffers(part: SubModel, public: str, own: str) -> dict[str, Tensor]:
 def _file(source: str | Path, **hub: Any) -> Path:
     """Find a local file, or fetch that of an address on the hub."""
     link = _LINK.fullmatch(str(source))
-    if link is None:
-        return find_file(source)
-    return find_file(link["repo"], link["path"], revision=link["revision"], **hub)
+    return find_file(source) if link is None else find_file(link[1], link[3], revision=link[2], **hub)
 
 
-def _must_have(file: Path, have: Iterable[str], has_weights: bool) -> None:
-    """Raise FileNotFoundError naming a missing component that a pipeline needs."""
+def _check_complete(file: Path, have: Iterable[str], has_weights: bool) -> None:
     for name in NEEDED:
         if name not in have and (has_weights or name != "tokenizer"):
             wanted = "as config a checkpoint that has it, such as Kwai-Kolors/Kolors-diffusers"

@@ -24,7 +24,7 @@ from kolors_core.pipelines.performance_methods import PerformanceMethods
 from kolors_core.pipelines.png_metadata import attach_metadata
 from kolors_core.pipelines.request import KolorsPipelineOutput, PipelineInputs
 from kolors_core.pipelines.single_file import SingleFileMethods
-from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts
+from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts, repeat_text
 from kolors_core.sampling import Generators, Sampler, make_sampler, randn_latents
 from kolors_core.schedule import Schedule
 from kolors_core.validation import check_int
@@ -35,18 +35,12 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
 
     @torch.no_grad()
     def encode_prompt(
-        self,
-        prompt: Prompt | None = None,
-        device: torch.device | str | None = None,
-        num_images_per_prompt: int = 1,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: Prompt | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        max_sequence_length: int = MAX_TOKENS,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        self, prompt: Prompt | None = None, device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1, do_classifier_free_guidance: bool = True,
+        negative_prompt: Prompt | None = None, prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None, negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None, max_sequence_length: int = MAX_TOKENS,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
         """Encode prompts and repeat each embedding for its images: prompt by prompt, image by image.
 
         Returns prompt and negative embeddings [B, S, text_dim], then both pooled ones [B, text_dim]; the
@@ -58,43 +52,32 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         )  # fmt: skip
         place = self.device if device is None else named_device(str(device))
         copies = check_int("num_images_per_prompt", num_images_per_prompt)
-
-        def repeated(text: TextEmbedding | None) -> tuple[Tensor | None, Tensor | None]:
-            if text is None:
-                return None, None
-            text = text.expand_padding()
-            tokens, pooled = text.tokens.to(place), text.pooled.to(place)
-            return tokens.repeat_interleave(copies, dim=0), pooled.repeat_interleave(copies, dim=0)
-
-        (tokens, pooled), (negative_tokens, negative_pooled) = repeated(text), repeated(negative)
-        assert tokens is not None and pooled is not None
-        return tokens, negative_tokens, pooled, negative_pooled
+        text = repeat_text(text.expand_padding(), copies, place)
+        negative = negative and repeat_text(negative.expand_padding(), copies, place)
+        return text.tokens, negative and negative.tokens, text.pooled, negative and negative.pooled
 
     def _schedule(self, inputs: PipelineInputs) -> Schedule:
         """Return the schedule of all steps, of which a task may take a part."""
-        custom = inputs.timesteps is not None or inputs.sigmas is not None
-        return self.scheduler.schedule(
-            None if custom else inputs.num_inference_steps, timesteps=inputs.timesteps,
-            sigmas=inputs.sigmas,
-        )  # fmt: skip
+        is_custom = inputs.timesteps is not None or inputs.sigmas is not None
+        steps = None if is_custom else inputs.num_inference_steps
+        return self.scheduler.schedule(steps, timesteps=inputs.timesteps, sigmas=inputs.sigmas)
 
     def _size(self, name: str, value: int | None) -> int:
         """Check a side in pixels, a multiple of 8; the UNet's own (1024) if None."""
         scale = self.vae.config.vae_scale_factor
         return check_int(name, self.unet.config.sample_size * scale if value is None else value, scale)
 
-    def _prepare_conditioning(
+    def _condition(
         self, inputs: PipelineInputs, size: Size, text: TextEmbedding, negative_text: TextEmbedding | None
     ) -> tuple[Conditioning, Conditioning | None]:
         """Combine text, sizes and the adapters' inputs for B images of (height, width).
 
-        Returns the positive conditioning, and the negative one unless negative_text is None.
+        Returns the positive conditioning, and the negative one or, without guidance, None.
         """
         copies = check_int("num_images_per_prompt", inputs.num_images_per_prompt)
         ids, negative_ids = positive_and_negative_size_ids(
             size, inputs.original_size, inputs.crops_coords_top_left, inputs.target_size,
-            inputs.negative_original_size, inputs.negative_crops_coords_top_left,
-            inputs.negative_target_size,
+            inputs.negative_original_size, inputs.negative_crops_coords_top_left, inputs.negative_target_size,
         )  # fmt: skip
         given = self._adapter_inputs(inputs, size, len(text.tokens) * copies, copies)
         sees_tokens = {"prompt_embeds", "negative_prompt_embeds"}.intersection(inputs.callback_tensors)
@@ -102,15 +85,10 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         def conditioning(text: TextEmbedding, ids: Tensor, images: tuple[ImagePrompt, ...]) -> Conditioning:
             check_finite(text.tokens, "the prompt's embeddings", text.tokens.dtype)
             text = text.expand_padding() if sees_tokens else text  # a callback knows no counts
-            tokens, pooled = (
-                part.to(self.device, self.dtype).repeat_interleave(copies, dim=0)
-                for part in (text.tokens, text.pooled)
-            )
-            counts = text.counts
-            if counts is not None:
-                counts = counts.to(self.device).repeat_interleave(copies, dim=0)
+            text = repeat_text(text, copies, self.device)
+            tokens, pooled = text.tokens.to(self.dtype), text.pooled.to(self.dtype)
             ids = ids.to(self.device).expand(len(tokens), -1)
-            return Conditioning(tokens, pooled, ids, counts, images, residuals=given.residuals)
+            return Conditioning(tokens, pooled, ids, text.counts, images, residuals=given.residuals)
 
         positive = conditioning(text, ids, given.image_prompts)
         if negative_text is None:
@@ -120,7 +98,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
     def _rule(self, inputs: PipelineInputs) -> GuidanceRule:
         return self.guided if inputs.guidance_rule is None else inputs.guidance_rule
 
-    def _latent_shape(self, count: int, size: Size) -> tuple[int, ...]:
+    def _latent_shape(self, count: int, size: Size) -> tuple[int, int, int, int]:
         scale = self.vae.config.vae_scale_factor
         return count, self.vae.config.latent_channels, size[0] // scale, size[1] // scale
 
@@ -143,25 +121,16 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         return torch.promote_types(self.dtype, torch.float32)
 
     def _denoise(
-        self,
-        inputs: PipelineInputs,
-        schedule: Schedule,
-        x: Tensor,
-        positive: Conditioning,
-        negative: Conditioning | None,
-        wrap_sampler: Callable[[Sampler], Sampler] | None = None,
-    ) -> Tensor:
+        self, inputs: PipelineInputs, schedule: Schedule, x: Tensor, positive: Conditioning,
+        negative: Conditioning | None, wrap_sampler: Callable[[Sampler], Sampler] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Denoise x = clean latents + sigma * noise along the schedule: [B, 4, H/8, W/8].
 
         wrap_sampler: wraps the pipeline's sampler, such as `preserve_masked_latents`.
         """
-        sampler = self.sampler
-        if sampler is None:
-            shape, generator = tuple(x.shape), inputs.generator
-            draw = partial(randn_latents, shape, generator, self.device, torch.float32)
-            sampler = make_sampler(self.scheduler, schedule, draw)
-        if wrap_sampler is not None:
-            sampler = wrap_sampler(sampler)
+        draw = partial(randn_latents, tuple(x.shape), inputs.generator, self.device, torch.float32)
+        sampler = make_sampler(self.scheduler, schedule, draw) if self.sampler is None else self.sampler
+        sampler = sampler if wrap_sampler is None else wrap_sampler(sampler)
         self._enter_stage("unet")
         with self._lora_factor(inputs), self._progress_bar(len(schedule.timesteps)) as bar:
             loop = DenoisingLoop(
@@ -172,17 +141,12 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
             return loop(sampler, x)
 
     def _output(
-        self,
-        inputs: PipelineInputs,
-        latents: Tensor,
-        positive: Conditioning,
-        metadata: Mapping[str, Any],
+        self, inputs: PipelineInputs, latents: Tensor, positive: Conditioning, metadata: Mapping[str, Any],
         postprocess: Callable[[Tensor], Tensor] | None = None,
-    ) -> KolorsPipelineOutput | tuple[Any]:
+    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
         """Decode latents and return images of the `output_type`.
 
-        metadata: the task's part of the PNG metadata. postprocess: maps decoded to final images [B, 3, H, W],
-        both in [-1, 1].
+        metadata: the task's part of it. postprocess: maps decoded to final images [B, 3, H, W] in [-1, 1].
         """
         if inputs.output_type == "latent":
             images: Any = latents.to(self.dtype)
@@ -211,19 +175,17 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         self, images: Any, inputs: PipelineInputs, metadata: Mapping[str, Any], positive: Conditioning
     ) -> None:
         """Attach to each PIL image the arguments that it was made with."""
-        rule, sampler = self._rule(inputs), self.scheduler.describe()
-        if self.sampler is not None:
-            sampler = f"{_call_text(self.sampler)} with {sampler}"
-        shared: dict[str, Any] = {**metadata, "sampler": sampler, "guidance_scale": inputs.guidance_scale}
-        if (name := _call_text(rule)) != "guided":
-            shared["guidance"] = name
+        own_sampler = "" if self.sampler is None else f"{_call_text(self.sampler)} with "
+        shared = dict(metadata, sampler=f"{own_sampler}{self.scheduler.describe()}")
+        shared["guidance_scale"] = inputs.guidance_scale
+        if (rule := _call_text(self._rule(inputs))) != "guided":
+            shared["guidance"] = rule
         shared |= self._adapter_metadata(positive.residuals)
         for i, image in enumerate(images):
             own: dict[str, Any] = {}
             for name in ("prompt", "negative_prompt"):
                 if (texts := getattr(inputs, name)) is not None:
-                    texts = [texts] if isinstance(texts, str) else texts
-                    own[name] = texts[i * len(texts) // len(images)]
+                    own[name] = texts if isinstance(texts, str) else texts[i * len(texts) // len(images)]
             if isinstance(inputs.generator, torch.Generator):
                 own["seed"] = inputs.generator.initial_seed()
                 if len(images) > 1:
@@ -232,6 +194,17 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
                 own["seed"] = inputs.generator[i].initial_seed()
             size = f"{image.width}x{image.height}"
             attach_metadata(image, own | shared | {"size": size, "software": f"kolors_core {VERSION}"})
+
+
+def encode_prompts(
+    pipe: Task, prompt: Prompt | None, inputs: PipelineInputs
+) -> tuple[TextEmbedding, TextEmbedding | None]:
+    """Encode a call's prompts, or check its embeddings; see `embed_prompts`."""
+    return embed_prompts(
+        pipe, prompt, inputs.is_guided, inputs.negative_prompt, inputs.prompt_embeds,
+        inputs.pooled_prompt_embeds, inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds,
+        inputs.max_sequence_length,
+    )  # fmt: skip
 
 
 def _call_text(function: Callable[..., Any]) -> str:

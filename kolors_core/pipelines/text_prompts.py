@@ -19,21 +19,15 @@ MAX_TOKENS = 256
 
 
 def embed_prompts(
-    pipe: Components,
-    prompt: Prompt | None,
-    is_guided: bool,
-    negative_prompt: Prompt | None,
-    prompt_embeds: Tensor | None,
-    pooled_prompt_embeds: Tensor | None,
-    negative_prompt_embeds: Tensor | None,
-    negative_pooled_prompt_embeds: Tensor | None,
-    max_sequence_length: int,
-) -> tuple[TextEmbedding, TextEmbedding | None]:
+    pipe: Components, prompt: Prompt | None, is_guided: bool, negative_prompt: Prompt | None,
+    prompt_embeds: Tensor | None, pooled_prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None,
+    negative_pooled_prompt_embeds: Tensor | None, max_sequence_length: int,
+) -> tuple[TextEmbedding, TextEmbedding | None]:  # fmt: skip
     """Encode prompts, or check given embeddings, and under guidance the negative ones too.
 
     No negative prompt is the encoded empty one, or zeros if the checkpoint says
-    `force_zeros_for_empty_prompt`; a single one serves all prompts. Raises ValueError naming what was
-    given twice, not at all, or does not fit.
+    `force_zeros_for_empty_prompt`; a single one serves all prompts. Raises ValueError naming what was given
+    twice, not at all, or does not fit.
     """
     pipe._check_loaded()
     width = pipe.unet.config.text_dim
@@ -50,8 +44,7 @@ def embed_prompts(
     if not is_guided:
         return text, None
     if negative is None and negative_prompt is None and pipe.force_zeros_for_empty_prompt:
-        zeros = torch.zeros_like(text.tokens), torch.zeros_like(text.pooled)
-        negative = TextEmbedding(*zeros, text.counts)
+        negative = TextEmbedding(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled), text.counts)
     elif negative is None:
         wanted = "" if negative_prompt is None else negative_prompt
         negative = _encode(pipe, "negative_prompt", wanted, text.length)
@@ -88,10 +81,20 @@ def _given(prefix: str, tokens: Tensor | None, pooled: Tensor | None, width: int
     return TextEmbedding(tokens, pooled)
 
 
+def repeat_text(text: TextEmbedding, copies: int, device: torch.device) -> TextEmbedding:
+    """Move embeddings to a device and repeat each for its images."""
+
+    def repeated(part: Tensor) -> Tensor:
+        return part.to(device).repeat_interleave(copies, dim=0)
+
+    counts = None if text.counts is None else repeated(text.counts)
+    return TextEmbedding(repeated(text.tokens), repeated(text.pooled), counts)
+
+
 def _matched(negative: TextEmbedding, positive: TextEmbedding) -> TextEmbedding:
     """Expand a single negative embedding to all prompts; ValueError if shapes differ otherwise."""
     count = len(positive.tokens)
-    if len(negative.tokens) == 1:
+    if len(negative.tokens) == 1:  # a view: the plan of memory counts no copy
         counts = None if negative.counts is None else negative.counts.expand(count, -1)
         tokens, pooled = negative.tokens.expand(count, -1, -1), negative.pooled.expand(count, -1)
         negative = TextEmbedding(tokens, pooled, counts)

@@ -8,7 +8,7 @@ Shapes: B images of the whole batch, b of one rank's rows, H and W pixels of a b
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kolors_core import image as images
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import size_ids
-from kolors_core.image import (
-    Size,
-    center_crop,
-    flatten_alpha,
-    image_errors,
-    load_image,
-    pil_to_tensor,
-    preprocess_control,
-    to_images,
-)
+from kolors_core.image import Size
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.training.trainer import TrainingConfig
 from kolors_core.vae import VAE
@@ -55,14 +47,6 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One image of a batch: the example's index and the drawn caption ("" if dropped)."""
-
-    example_index: int
-    caption: str
-
-
-@dataclass(frozen=True)
 class Batch:
     """Inputs of the loss for one rank's images. text: embedded, or tokens for the loss to encode."""
 
@@ -80,35 +64,33 @@ def read_folder(folder: str | Path) -> list[Example]:
     from PIL import ExifTags, Image
 
     folder = as_path("folder", folder)
-    captioned = _from_metadata(folder) if (folder / "metadata.jsonl").exists() else _from_text_files(folder)
-    if not captioned:
+    read = _from_metadata if (folder / "metadata.jsonl").exists() else _from_text_files
+    if not (captioned := list(read(folder))):
         raise FileNotFoundError(f"{folder}: no images with captions (name.png + name.txt, or metadata.jsonl)")
     examples = []
     for file, captions in captioned:
-        with image_errors(file), Image.open(file) as image:
+        with images.image_errors(file), Image.open(file) as image:
             is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # `load_image` rotates back
             size = image.size if is_rotated else image.size[::-1]
             examples.append(Example(file, captions, *size))
     return examples
 
 
-def _from_text_files(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
+def _from_text_files(folder: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    captioned = []
     for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES):
         text = file.with_suffix(".txt")
         if not text.exists():
             raise FileNotFoundError(f"{text}: no such file, expected the captions of {file.name}")
-        with image_errors(text):
+        with images.image_errors(text):
             lines = text.read_text(encoding="utf-8-sig").splitlines()
-        captioned.append((file, tuple(line.strip() for line in lines if line.strip()) or ("",)))
-    return captioned
+        yield file, tuple(line.strip() for line in lines if line.strip()) or ("",)
 
 
-def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
-    captioned, file = [], folder / "metadata.jsonl"
-    with image_errors(file):
+def _from_metadata(folder: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    file = folder / "metadata.jsonl"
+    with images.image_errors(file):
         text = file.read_text(encoding="utf-8-sig")
     for number, line in enumerate(text.split("\n"), start=1):  # `splitlines` would also split captions
         if not line.strip():
@@ -126,8 +108,7 @@ def _from_metadata(folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
             raise ValueError(f"{where}: text must be a caption or a list of them, got {row['text']!r}")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{where}: {folder / name} does not exist")
-        captioned.append((folder / name, captions))
-    return captioned
+        yield folder / name, captions
 
 
 def buckets(resolution: int, step: int = 64) -> list[Size]:
@@ -156,11 +137,11 @@ def load_pixels(example: Example, size: Size) -> tuple[Tensor, tuple[int, int]]:
     from PIL.Image import Resampling
 
     height, width = size
-    image = load_image(example.file, flatten_alpha)
+    image = images.load_image(example.file, images.flatten_alpha)
     scale = max(height / image.height, width / image.width)
     cover = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image, corner = center_crop(image.resize(cover, Resampling.LANCZOS), size)
-    return pil_to_tensor(image) / 127.5 - 1, corner
+    image, corner = images.center_crop(image.resize(cover, Resampling.LANCZOS), size)
+    return images.pil_to_tensor(image) / 127.5 - 1, corner
 
 
 class Batches:
@@ -184,27 +165,21 @@ class Batches:
         for i, example in enumerate(examples):
             self.members.setdefault(nearest_bucket(example, sizes), []).append(i)
 
-    def samples(self, step: int) -> tuple[Size, list[Sample]]:
-        """Draw a step's bucket, with probability proportional to its number of images, and samples."""
+    def samples(self, step: int) -> tuple[Size, list[tuple[int, str]]]:
+        """Draw a step's bucket, in proportion to its number of images, and its (example's index, caption)."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
         sizes = sorted(self.members)
         weights = torch.tensor([float(len(self.members[size])) for size in sizes])
         size = sizes[int(torch.multinomial(weights, 1, generator=generator))]
-        samples = []
-        for i in self._shuffled(self.members[size], generator):
+        chosen, samples = [], []
+        while len(chosen) < self.batch_size:
+            chosen += torch.randperm(len(self.members[size]), generator=generator).tolist()
+        for i in (self.members[size][k] for k in chosen[: self.batch_size]):
             captions = self.examples[i].captions
             caption = captions[int(torch.randint(len(captions), (), generator=generator))]
-            is_dropped = float(torch.rand((), generator=generator)) < self.dropout
-            samples.append(Sample(i, "" if is_dropped else caption))
+            is_kept = float(torch.rand((), generator=generator)) >= self.dropout
+            samples.append((i, caption if is_kept else ""))
         return size, samples
-
-    def _shuffled(self, members: list[int], generator: torch.Generator) -> list[int]:
-        """Draw a batch of images without replacement; a batch larger than the bucket repeats them."""
-        chosen: list[int] = []
-        while len(chosen) < self.batch_size:
-            order = torch.randperm(len(members), generator=generator).tolist()
-            chosen += [members[i] for i in order[: self.batch_size - len(chosen)]]
-        return chosen
 
 
 class LatentDataset:
@@ -214,52 +189,48 @@ class LatentDataset:
     control: maps an image to a ControlNet's control image; each is computed once and kept in 8 bits.
     """
 
+    @torch.no_grad()
     def __init__(
         self, examples: Sequence[Example], batches: Batches, vae: VAE, tokenizer: Tokenizer,
         config: TrainingConfig, frozen_text: ChatGLM | None, timesteps: int = 1100,
-        words: Mapping[str, Sequence[int]] | None = None,
-        control: "Callable[[Image], Image] | None" = None,
+        words: Mapping[str, Sequence[int]] | None = None, control: "Callable[[Image], Image] | None" = None,
     ) -> None:  # fmt: skip
         self.examples, self.batches, self.vae, self.config = examples, batches, vae, config
         self.tokenizer = partial(tokenizer, max_length=config.max_tokens, words=words)
         self.timesteps = timesteps
-        self.latents: dict[int, tuple[Tensor, Tensor]] = {}  # mean and standard deviation [4, H/8, W/8]
+        self.latents: dict[int, Tensor] = {}  # mean and standard deviation [2, 4, H/8, W/8]
         self.sizes: dict[int, Tensor] = {}
         self.controls: dict[int, Tensor] = {}  # uint8 [3, H, W]
         for size, members in batches.members.items():
             for i in members:
                 pixels, crop = load_pixels(examples[i], size)
-                with torch.no_grad():
-                    encoded = vae.encode(pixels[None].to(vae.post_quant_conv.weight))
+                encoded = vae.encode(pixels[None].to(vae.post_quant_conv.weight))
                 if control is not None:
-                    image = to_images(pixels[None], "pil")[0]
-                    self.controls[i] = (255 * preprocess_control(control(image))[0]).round().byte()
-                self.latents[i] = (encoded.mean[0].float().cpu(), encoded.std[0].float().cpu())
+                    image = images.to_images(pixels[None], "pil")[0]
+                    self.controls[i] = (255 * images.preprocess_control(control(image))[0]).round().byte()
+                self.latents[i] = torch.cat([encoded.mean, encoded.std]).float().cpu()
                 self.sizes[i] = size_ids((examples[i].height, examples[i].width), crop, size)
         self.text: dict[str, TextEmbedding] = {}
         if frozen_text is not None:
             for caption in sorted({caption for example in examples for caption in example.captions} | {""}):
-                with torch.no_grad():
-                    text = frozen_text(self._tokens([caption]).to(frozen_text.embedding.weight.device))
-                self.text[caption] = text.to("cpu")
+                tokens = self._tokens([caption]).to(frozen_text.embedding.weight.device)
+                self.text[caption] = frozen_text(tokens).to("cpu")
 
     def batch(self, step: int, rows: slice, device: torch.device) -> Batch:
         """Build the `rows` of a step's batch; noise and timesteps are drawn for the whole batch."""
-        _, samples = self.batches.samples(step)
+        indices, captions = zip(*self.batches.samples(step)[1], strict=True)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, 1))
-        mean, std = (torch.stack([self.latents[s.example_index][k] for s in samples]) for k in (0, 1))
+        mean, std = torch.stack([self.latents[i] for i in indices], dim=1)  # [B, 4, H/8, W/8]
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         noise = torch.randn(mean.shape, generator=generator)
         if self.config.noise_offset:
             noise += self.config.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=generator)
-        timesteps = torch.randint(self.timesteps, (len(samples),), generator=generator)
-        ids = torch.cat([self.sizes[sample.example_index] for sample in samples])
+        timesteps = torch.randint(self.timesteps, (len(indices),), generator=generator)
+        ids = torch.cat([self.sizes[i] for i in indices])
         latents, ids, timesteps, noise = (x[rows].to(device) for x in (latents, ids, timesteps, noise))
-        control = None
-        if self.controls:
-            control = torch.stack([self.controls[s.example_index] for s in samples[rows]]).to(device) / 255
-        captions = [sample.caption for sample in samples[rows]]
-        text = TextEmbedding.cat([self.text[c] for c in captions]) if self.text else self._tokens(captions)
+        own, controls = captions[rows], [self.controls[i] for i in indices[rows] if self.controls]
+        control = torch.stack(controls).to(device) / 255 if controls else None
+        text = TextEmbedding.cat([self.text[caption] for caption in own]) if self.text else self._tokens(own)
         return Batch(latents, text.to(device), ids, timesteps, noise, control)
 
     def _tokens(self, captions: Sequence[str]) -> TokenBatch:
@@ -273,17 +244,16 @@ class MaskedLatentDataset(LatentDataset):
     Masks are drawn on the CPU from (seed, step) for the whole batch, as noise is.
     """
 
+    @torch.no_grad()
     def batch(self, step: int, rows: slice, device: torch.device) -> Batch:
         """Build the batch of `LatentDataset.batch`, with `extra`."""
         batch = super().batch(step, rows, device)
         size, samples = self.batches.samples(step)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, 2))
-        masks = random_masks(len(samples), *size, generator)
+        masks = random_masks(len(samples), *size, generator)[rows]
         noise = torch.randn(len(samples), *batch.latents.shape[1:], generator=generator)[rows]
-        masks = masks[rows]
-        pixels = torch.stack([load_pixels(self.examples[s.example_index], size)[0] for s in samples[rows]])
-        with torch.no_grad():
-            encoded = self.vae.encode((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
+        pixels = torch.stack([load_pixels(self.examples[i], size)[0] for i, _ in samples[rows]])
+        encoded = self.vae.encode((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
         masked = encoded.mean.float() + encoded.std.float() * noise.to(encoded.std.device)  # [b, 4, H/8, W/8]
         masks = F.interpolate(masks, size=masked.shape[-2:])  # [b, 1, H/8, W/8]
         return replace(batch, extra=torch.cat([masks.to(device), masked.to(device)], dim=1))

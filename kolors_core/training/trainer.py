@@ -1,8 +1,7 @@
 """Training loop for full models, LoRA, ControlNets and learned words, on one process or many.
 
-Each rank takes its rows of a batch that depends on seed and step alone (data.py), so a resumed run has the
-same losses, and many processes train as one does. Run under `torchrun` for DDP, or with `shard=True` for
-FSDP2.
+A resumed run has the same losses, and many processes train as one, each on its rows of every batch (data.py).
+Run under `torchrun` for DDP, or with `shard=True` for FSDP2.
 """
 
 import math
@@ -108,22 +107,16 @@ class Trainer:
             raise ValueError(f"batch_size must be a multiple of {parts}, got {config.batch_size}")
         if not any(parameter.requires_grad for parameter in loss.parameters()):
             raise ValueError("nothing to train: no parameter requires a gradient")
-        if config.checkpoint_blocks:
-            checkpoint_blocks(loss)
-        self.module = self._distribute()
+        blocks = [module for module in loss.modules() if is_block(module)]
+        for block in blocks if config.checkpoint_blocks else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for module in [*blocks, loss] if config.shard else ():
+            fully_shard(module)
+        self.module = DistributedDataParallel(loss) if self.world > 1 and not config.shard else loss
         self.named = {n: p for n, p in loss.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.named.values(), weight_decay=config.weight_decay)
         self.ema = {n: p.detach().clone() for n, p in self.named.items()} if config.ema_decay else {}
         self.step = 0
-
-    def _distribute(self) -> nn.Module:
-        """Wrap the loss: as it is on one process, in DDP, or sharded in place by FSDP2."""
-        if self.config.shard:
-            for block in _blocks(self.loss):
-                fully_shard(block)
-            fully_shard(self.loss)
-            return self.loss
-        return DistributedDataParallel(self.loss) if self.world > 1 else self.loss
 
     def fit(self) -> list[float]:
         """Train to the end; return the loss of each step of this call."""
@@ -146,7 +139,11 @@ class Trainer:
         for i in range(config.gradient_accumulation_steps):
             start = self.rank * rows + i * size
             batch = self.data.batch(self.step, slice(start, start + size), self.device)
-            self._sync_gradients(i == config.gradient_accumulation_steps - 1)
+            is_last = i == config.gradient_accumulation_steps - 1
+            if config.shard:  # only the last micro-batch reduces gradients over ranks
+                self.module.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+            elif self.world > 1:
+                self.module.require_backward_grad_sync = is_last  # type: ignore[assignment]
             with torch.autocast(self.device.type, config.dtype, enabled=config.dtype != torch.float32):
                 loss = self.module(batch) / config.gradient_accumulation_steps
             loss.backward()
@@ -155,7 +152,9 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.named.values(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._update_ema()
+        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, average in self.ema.items():
+            average.lerp_(self.named[name].detach(), 1 - decay)
         if self.world > 1:
             dist.all_reduce(total)
         loss = total.item() / self.world
@@ -164,22 +163,12 @@ class Trainer:
             raise FloatingPointError(f"the loss of step {self.step} is {loss}: {hint}")
         return loss
 
-    def _sync_gradients(self, is_last: bool) -> None:
-        """Reduce gradients over ranks only in a step's last micro-batch."""
-        if self.config.shard:
-            self.module.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-        elif self.world > 1:
-            self.module.require_backward_grad_sync = is_last  # type: ignore[assignment]
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        for name, average in self.ema.items():
-            average.lerp_(self.named[name], 1 - decay)
-
     def save(self) -> None:
         """Write step, weights, moments and average to `folder/state.safetensors` atomically."""
-        tensors = {name: _gather(tensor) for name, tensor in self._state().items()}
+        tensors = {}
+        for name, tensor in self._state().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensors[name] = whole.detach().cpu().contiguous()
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(tensors, self.folder / "state.safetensors", {"step": str(self.step)})
@@ -213,40 +202,17 @@ class Trainer:
         self.step = int(step)
         tensors = load_file(file, device=str(self.device))
         for name, tensor in state.items():
-            _scatter(tensor, tensors[name])
+            value = tensors[name]
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            tensor.copy_(value)
         for parameter in self.named.values():
             self.optimizer.state[parameter]["step"].fill_(self.step)
 
     @torch.no_grad()
     def load_ema_weights(self) -> None:
-        """Copy the moving average to the weights, for inference; training from there is another run.
-
-        Raises ValueError if `ema_decay` is 0.
-        """
+        """Copy the moving average to the weights, for inference; ValueError if `ema_decay` is 0."""
         if not self.ema:
             raise ValueError(f"there is no moving average to load: ema_decay is {self.config.ema_decay}")
         for name, average in self.ema.items():
             self.named[name].copy_(average)
-
-
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Recompute the activations of every block (`is_block` of module.py) in the backward pass."""
-    for block in _blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if is_block(module)]
-
-
-def _gather(tensor: Tensor) -> Tensor:
-    """Gather a tensor from all ranks if it is sharded, and copy it to the CPU."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().cpu().contiguous()
-
-
-def _scatter(tensor: Tensor, value: Tensor) -> None:
-    """Copy a full value to the tensor, or this rank's shard of it."""
-    if isinstance(tensor, DTensor):
-        value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-    tensor.copy_(value)

@@ -268,7 +268,8 @@ def test_neither_saved_nor_loaded_as_if_it_were_whole(
     wanted = "this UNet is quantized: cannot save the unet for the reference"
     with pytest.raises(ValueError, match=wanted), monkeypatch.context() as patch:
         patch.setattr(
-            "kolors_core.pipelines.base.save_component", lambda *_, **__: pytest.fail("12 GB for nothing")
+            "kolors_core.pipelines.base.checkpoint.save_component",
+            lambda *_, **__: pytest.fail("12 GB for nothing"),
         )
         pipe.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match=wanted):

@@ -79,8 +79,8 @@ def test_the_unet_sees_what_the_mask_leaves(
     extra = data.batch(0, slice(0, 4), CPU).extra
     size, samples = data.batches.samples(0)
     assert extra is not None and len(seen) == 1
-    for pixels, sample, mask in zip(seen[0], samples, extra[:, :1], strict=True):
-        given = load_pixels(data.examples[sample.example_index], size)[0]
+    for pixels, (i, _), mask in zip(seen[0], samples, extra[:, :1], strict=True):
+        given = load_pixels(data.examples[i], size)[0]
         stays = (pixels == given).all(0)
         assert ((pixels == 0).all(0) | stays).all(), "the image, or grey"
         assert torch.equal(F.interpolate((~stays).float()[None, None], size=mask.shape[-2:])[0], mask)
