@@ -42,12 +42,11 @@ if TYPE_CHECKING:
 _NAMES_IN = {
     "adapters.canny": ("canny",), "adapters.controlnet_files": ("KolorsControlNet",),
     "adapters.ip_adapter_files": ("CLIPVisionModelWithProjection", "load_image_embeds", "save_image_embeds"),
-    "image": ("load_image",),
-    "inspection.attention_maps": ("record_attention",), "inspection.features": ("capture", "inject"),
+    "image": ("load_image",), "inspection.attention_maps": ("record_attention",),
+    "inspection.features": ("capture", "inject"), "pipelines.denoising_loop": ("SDXLCFGCutoffCallback",),
     "pipelines.controlnet": (
         "KolorsControlNetImg2ImgPipeline", "KolorsControlNetInpaintPipeline", "KolorsControlNetPipeline",
     ),
-    "pipelines.denoising_loop": ("SDXLCFGCutoffCallback",),
     "pipelines.image_prompts": ("IPAdapterMaskProcessor",),
     "pipelines.image_to_image": ("KolorsImg2ImgPipeline",),
     "pipelines.inpainting": ("KolorsInpaintPipeline",), "pipelines.pag": ("KolorsPAGPipeline",),

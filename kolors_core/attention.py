@@ -120,15 +120,13 @@ def _matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 KERNELS: dict[str, Kernel] = {
-    "sdpa": _sdpa,
-    "flash": _with_backends(SDPBackend.FLASH_ATTENTION),
+    "sdpa": _sdpa, "flash": _with_backends(SDPBackend.FLASH_ATTENTION),
     "cudnn": _with_backends(SDPBackend.CUDNN_ATTENTION),
     "efficient": _with_backends(SDPBackend.EFFICIENT_ATTENTION),
     "cudnn_first": _with_backends(
         SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
         SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
     ),
-    "chunked": _chunked,
-    "matmul": _matmul,
+    "chunked": _chunked, "matmul": _matmul,
 }  # fmt: skip
 _forced: str | None = None

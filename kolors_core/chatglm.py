@@ -20,14 +20,11 @@ Rotation = tuple[Tensor, Tensor]  # RoPE's cosines and sines, each [B, 1, L, R/2
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """Embedding of B prompts: tokens [B, L, C], pads included, and pooled [B, C], the last token's state.
-
-    counts: None, or [B, L], the multiplicity of each token (see `TokenBatch.merge_padding`); 0 for fill.
-    """
+    """Embedding of B prompts: tokens [B, L, C], pads included, and pooled [B, C], the last token's state."""
 
     tokens: Tensor
     pooled: Tensor
-    counts: Tensor | None = None
+    counts: Tensor | None = None  # [B, L], each token's multiplicity (`TokenBatch.merge_padding`), 0 for fill
 
     @classmethod
     def cat(cls, parts: Sequence["TextEmbedding"]) -> "TextEmbedding":

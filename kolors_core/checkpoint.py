@@ -54,8 +54,7 @@ MODEL_SPECS = {
 OPTIONAL_COMPONENTS = {"image_encoder"}  # a checkpoint may lack them
 
 # The small Kolors in this package, and its name for `resolve`.
-EMBEDDED = Path(__file__).parent / "tiny"
-EMBEDDED_NAME = "tiny"
+EMBEDDED, EMBEDDED_NAME = Path(__file__).parent / "tiny", "tiny"
 EMBEDDED_NOTICE = (
     "using the embedded tiny model, which draws emoji at 128x128; for the real one (17 GB) name "
     "Kwai-Kolors/Kolors-diffusers with the variant fp16"
@@ -89,10 +88,8 @@ def files_to_download(
     listing: list[str], components: Iterable[str], variant: str | None, where: str, has_weights: bool = True
 ) -> list[str]:
     """Select the files of a repository that the components load: configs, tokenizer and chosen weights."""
-    needed = [path for path in listing if path == "model_index.json"]
-    for component in components:
-        needed += component_files(listing, component, component, variant, where, has_weights)
-    return needed
+    files = (component_files(listing, name, name, variant, where, has_weights) for name in components)
+    return sum(files, [path for path in listing if path == "model_index.json"])
 
 
 def component_files(
@@ -128,9 +125,8 @@ def load_component(
 ) -> Any:  # fmt: skip
     """Load one model from a checkpoint folder or hub repository, in public names or ours.
 
-    subfolder: the component's folder; its name if None. device: on "meta" no weights are read. kind: of a
-    component that is not in `MODEL_SPECS`. hub: as for `resolve`. Raises FileNotFoundError or ValueError
-    naming the file, field or tensor, before weights are read.
+    subfolder: the component's folder; its name if None. device: on "meta" no weights are read. kind: of one
+    not in `MODEL_SPECS`. hub: as for `resolve`. FileNotFoundError or ValueError names file, field or tensor.
     """
     device, subfolder = loading_device(device), component if subfolder is None else subfolder
     has_weights = device.type != "meta"
@@ -167,10 +163,8 @@ def open_component(
         raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
     file = path / "config.json"
     model = kind.empty(kind.config.from_public(read_json(file), str(file)))
-    if not has_weights:
-        return UnloadedModel(model, None, {})
-    source = open_weights(path, variant)
-    return UnloadedModel(model, source, check(model, source, component))
+    source = open_weights(path, variant) if has_weights else None
+    return UnloadedModel(model, source, {} if source is None else check(model, source, component))
 
 
 def load_modified(
@@ -192,9 +186,8 @@ def load_modified(
 def open_weights(folder: Path, variant: str | None) -> Source:
     """Open the weights of a folder; ValueError for a damaged index."""
     listing = sorted(file.name for file in folder.iterdir())
-    for name in listing:
-        if ".safetensors.index." in name:
-            safetensors_files.read_shard_index(folder / name)
+    for index in (name for name in listing if ".safetensors.index." in name):
+        safetensors_files.read_shard_index(folder / index)
     return Source([folder / name for name in weight_files(listing, variant, str(folder))])
 
 
@@ -216,9 +209,7 @@ class SkipInit(TorchFunctionMode):
     On the meta device it saves the import of torch's decompositions, half of the time to start.
     """
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the tensor of an `nn.init` function unchanged; run all other functions."""
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
@@ -228,8 +219,7 @@ class SkipInit(TorchFunctionMode):
 def load_scheduler(folder: str | Path) -> Scheduler:
     """Load the scheduler of a checkpoint folder, of the class named in its config."""
     file = Path(folder) / "scheduler" / "scheduler_config.json"
-    config = read_json(file)
-    name = config.get("_class_name")
+    name = (config := read_json(file)).get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(f"{file}: _class_name is {name!r}, expected one of {', '.join(SCHEDULERS)}")
     # The reference's defaults for these are not Kolors', so a missing field would be ambiguous.
@@ -244,8 +234,7 @@ def load_scheduler(folder: str | Path) -> Scheduler:
 
 def load_index(folder: Path) -> tuple[bool, set[str]]:
     """Read Kolors' `model_index.json`: force_zeros_for_empty_prompt, and the optional components it lacks."""
-    file = folder / "model_index.json"
-    index = read_json(file)
+    index = read_json(file := folder / "model_index.json")
     if not str(index.get("_class_name")).startswith("Kolors"):
         raise ValueError(f"{file}: _class_name is {index.get('_class_name')!r}, expected Kolors")
     force_zeros = index.get("force_zeros_for_empty_prompt", False)
@@ -272,8 +261,7 @@ def save_component(
 ) -> None:  # fmt: skip
     """Write a model's config and weights under public names, as the reference reads it, without adapters.
 
-    subfolder: the component's folder; its name if None. Raises ValueError for a quantized model, and a
-    variant that is not letters, digits and underscores.
+    subfolder: the component's folder; its name if None. ValueError for a quantized model or a bad variant.
     """
     check_savable(model, component)
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
@@ -289,21 +277,20 @@ def save_component(
 
 def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
     """Write a pipeline's files other than its models: tokenizer, scheduler and `model_index.json`."""
-    scheduler, tokenizer = components["scheduler"], components["tokenizer"]
+    scheduler, tokenizer, clip = (components[name] for name in ("scheduler", "tokenizer", "image_encoder"))
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     write_bytes(tokenizer.model_bytes, folder / "tokenizer" / "tokenizer.model")
     config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
     write_json(config, folder / "tokenizer" / "tokenizer_config.json")
     write_json(scheduler.to_public(), folder / "scheduler" / "scheduler_config.json")
-    has_clip = components["image_encoder"] is not None
     index = {
         "_class_name": pipeline,
         "force_zeros_for_empty_prompt": components["force_zeros_for_empty_prompt"],
         "scheduler": ["diffusers", type(scheduler).__name__], "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["kolors", "ChatGLMModel"], "tokenizer": ["kolors", "ChatGLMTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"], "feature_extractor": [None, None],
-        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"] if has_clip else [None, None],
+        "image_encoder": [None, None] if clip is None else ["transformers", "CLIPVisionModelWithProjection"],
     }  # fmt: skip
     write_json(index, folder / "model_index.json")
 

@@ -38,24 +38,17 @@ class Residuals(Protocol):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Inputs of the UNet except latents and timestep: a field here is an argument of `UNet.forward`.
+    """Inputs of the UNet except latents and timestep: a field here is an argument of `UNet.forward`."""
 
-    text_tokens [B, S, text_dim]; pooled_text [B, text_dim]; size_ids [B, 6] float32; text_counts None or
-    [B, S]; image_prompts one for each attached IP-Adapter; perturbed none, or rows for each TransformerBlock,
-    which `cat` leaves out. residuals: networks such as ControlNets, whose outputs are the argument of that
-    name. extra [B, channels, H/8, W/8]: input channels after the scaled latents, such as the mask for
-    inpainting. added [B, time_dim]: not for ControlNets.
-    """
-
-    text_tokens: Tensor
-    pooled_text: Tensor
-    size_ids: Tensor
-    text_counts: Tensor | None = None
-    image_prompts: tuple[ImagePrompt, ...] = ()
-    perturbed: tuple[int, ...] = ()
-    residuals: Residuals | None = None
-    extra: Tensor | None = None
-    added: Tensor | None = None
+    text_tokens: Tensor  # [B, S, text_dim]
+    pooled_text: Tensor  # [B, text_dim]
+    size_ids: Tensor  # float32 [B, 6]
+    text_counts: Tensor | None = None  # [B, S]
+    image_prompts: tuple[ImagePrompt, ...] = ()  # one for each attached IP-Adapter
+    perturbed: tuple[int, ...] = ()  # none, or rows for each TransformerBlock; `cat` leaves them out
+    residuals: Residuals | None = None  # networks whose outputs are the argument of that name
+    extra: Tensor | None = None  # [B, channels, H/8, W/8], after the scaled latents, such as a mask
+    added: Tensor | None = None  # [B, time_dim]; not for ControlNets
 
     @classmethod
     def cat(cls, *parts: "Conditioning") -> "Conditioning":
@@ -120,8 +113,7 @@ def positive_and_negative_size_ids(
     Sizes that are None default to the image's own size; negative ones to the positive ones. If all negative
     arguments have their defaults, the crop (0, 0) among them, the negative ids are the positive ones.
     """
-    original = image if original is None else original
-    target = image if target is None else target
+    original, target = (image if size is None else size for size in (original, target))
     ids = size_ids(original, crop, target)
     if negative_original is None and negative_target is None and is_default_crop(negative_crop):
         return ids, ids

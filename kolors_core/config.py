@@ -18,10 +18,9 @@ class ConfigDict(dict[str, Any]):
     """Dict whose items are attributes too, as scripts written for the reference expect of a `.config`."""
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the config has no field {name!r}") from None
+        if name not in self:
+            raise AttributeError(f"the config has no field {name!r}")
+        return self[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +68,7 @@ class ChatGLMConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """Config of the denoiser. Tuples have one entry a level, outermost first; depth 0 means no attention.
-
-    text_dim: width of a text token and of the pooled text. context_dim: width that cross-attentions read.
-    size_dim: sinusoid width of each of the six size ids.
-    """
+    """Config of the denoiser. Tuples have one entry a level, outermost first; depth 0 means no attention."""
 
     sample_size: int = 128
     in_channels: int = 4
@@ -82,9 +77,9 @@ class UNetConfig:
     heads: tuple[int, ...] = (5, 10, 20)
     depths: tuple[int, ...] = (0, 2, 10)
     resnets_per_level: int = 2
-    text_dim: int = 4096
-    context_dim: int = 2048
-    size_dim: int = 256
+    text_dim: int = 4096  # width of a text token and of the pooled text
+    context_dim: int = 2048  # width that cross-attentions read
+    size_dim: int = 256  # sinusoid width of each of the six size ids
     norm_groups: int = 32
     norm_eps: float = 1e-5
 

@@ -25,13 +25,10 @@ class ResizedMasks:
 
 
 class ImagePrompt(NamedTuple):
-    """Image tokens [B, I, Q, context_dim] for one attached IP-Adapter (ip_adapter.py).
-
-    masks: None, or the regions where each image acts: [1 or B, I, any height, any width], from 0 to 1.
-    """
+    """Image tokens [B, I, Q, context_dim] for one attached IP-Adapter (ip_adapter.py)."""
 
     tokens: Tensor
-    masks: Tensor | ResizedMasks | None = None
+    masks: Tensor | ResizedMasks | None = None  # where each acts: [1 or B, I, any height, any width], 0 to 1
 
     @classmethod
     def cat(cls, *parts: "ImagePrompt") -> "ImagePrompt":
@@ -43,26 +40,20 @@ class ImagePrompt(NamedTuple):
 
 
 class ImageKeysValues(NamedTuple):
-    """Keys and values of an IP-Adapter's images in one cross-attention, each [B, heads, tokens, C/heads].
+    """Keys and values of an IP-Adapter's images in one cross-attention, each [B, heads, tokens, C/heads]."""
 
-    One pair is for all images, or with masks for one each. masks: None, or resized [1 or B, I, N].
-    """
-
-    keys_values: tuple[tuple[Tensor, Tensor], ...]
-    masks: ResizedMasks | Tensor | None
+    keys_values: tuple[tuple[Tensor, Tensor], ...]  # a pair for all images, or with masks one for each
+    masks: ResizedMasks | Tensor | None  # resized: [1 or B, I, N]
 
 
 class KeysValues(NamedTuple):
-    """Keys and values [B, heads, S, C/heads] of one cross-attention, with those of its image branches.
-
-    bias: None, or logit bias [B, 1, 1, S]. perturbed: as in `Context`.
-    """
+    """Keys and values [B, heads, S, C/heads] of one cross-attention, with those of its image branches."""
 
     k: Tensor
     v: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # logit bias [B, 1, 1, S]
     images: tuple[ImageKeysValues, ...]
-    perturbed: int = 0
+    perturbed: int = 0  # as in `Context`
 
     def select_rows(self, rows: Tensor) -> "KeysValues":
         """Select rows [B] of all tensors but the masks, which have all B rows already."""
@@ -77,15 +68,12 @@ class KeysValues(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Context tokens [B, S, context_dim] of an attention, and the image prompt of each attached IP-Adapter.
-
-    bias: None, or logit bias [B, 1, 1, S]. perturbed: number of last rows whose attention is the identity.
-    """
+    """Context tokens [B, S, context_dim] of an attention, and the image prompt of each IP-Adapter."""
 
     tokens: Tensor
-    bias: Tensor | None = None
+    bias: Tensor | None = None  # logit bias [B, 1, 1, S]
     images: tuple[ImagePrompt, ...] = ()
-    perturbed: int = 0
+    perturbed: int = 0  # number of last rows whose attention is the identity
 
     def unique_rows(self) -> tuple["Context", Tensor]:
         """Return the distinct rows, and for each of the B rows the index of its equal among them: [B].

@@ -29,9 +29,8 @@ def named_device(name: str | None) -> torch.device:
             raise RuntimeError("nothing is computed on the meta device")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise ValueError(
-            f"expected a device of this machine, such as cpu, cuda:0 or mps, got {name!r}"
-        ) from None
+        message = f"expected a device of this machine, such as cpu, cuda:0 or mps, got {name!r}"
+        raise ValueError(message) from None
 
 
 def loading_device(device: torch.device | str) -> torch.device:

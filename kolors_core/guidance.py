@@ -68,14 +68,11 @@ def make_denoiser(
 
     conditioning: rows of B images, `repeats` for each latent. precompute, wrap_step: see `guided`.
     """
-    dtype = unet.conv_in.weight.dtype
-    extra = conditioning.extra  # a local, so that `denoise` does not keep the whole conditioning alive
+    dtype, extra = unet.conv_in.weight.dtype, conditioning.extra  # `denoise` must not keep the rest alive
     repeats = repeats if extra is None else 1  # with it, `concat_extra_channels` has repeated the latents
-    step_residuals = None
-    if (residuals := conditioning.residuals) is not None:
-        step_residuals = residuals.prepare(
-            schedule, conditioning, repeats, precompute=precompute, wrap_step=wrap_step
-        )
+    residuals = None
+    if (nets := conditioning.residuals) is not None:
+        residuals = nets.prepare(schedule, conditioning, repeats, precompute=precompute, wrap_step=wrap_step)
     if precompute and has_default_forward(unet, UNet):
         predict = predict_precomputed(unet, schedule, conditioning, repeats, wrap_step)
     else:
@@ -86,7 +83,7 @@ def make_denoiser(
     def denoise(x: Tensor, sigma: float) -> Tensor:
         latents = concat_extra_channels((x / (sigma**2 + 1) ** 0.5).to(dtype), extra)
         timestep = timestep_at[sigma] if sigma in timestep_at else schedule.timestep(sigma)
-        added = [] if step_residuals is None else step_residuals(latents, timestep, sigma)
+        added = [] if residuals is None else residuals(latents, timestep, sigma)
         return x - sigma * combine(timestep, predict(latents, timestep, added).to(x.dtype))
 
     return denoise
@@ -139,8 +136,7 @@ def check_interval(interval: Interval) -> tuple[float, float]:
     if not isinstance(interval, tuple | list) or len(interval) != 2:
         raise ValueError(f"a guidance interval must be two numbers, got {interval!r}")
     low, high = (check_float("an end of the guidance interval", end) for end in interval)
-    is_sigma = isinstance(interval, SigmaInterval)
-    if not 0 <= low < high <= (math.inf if is_sigma else 1):
-        expected = "rise from 0 or more" + ("" if is_sigma else " to 1 at most")
-        raise ValueError(f"a guidance interval must {expected}, got {low} to {high}")
+    most, end = (math.inf, "") if isinstance(interval, SigmaInterval) else (1, " to 1 at most")
+    if not 0 <= low < high <= most:
+        raise ValueError(f"a guidance interval must rise from 0 or more{end}, got {low} to {high}")
     return low, high

@@ -106,8 +106,7 @@ def _choose(names: Sequence[str], weight_name: str | None, preferred: Sequence[s
     if weight_name is None and len(found) == 1:
         return found[0]
     pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if pickle := next((name for name in pickles if name == weight_name or not found), None):
-        file = f"{where}/{pickle}"
+    if file := next((f"{where}/{name}" for name in pickles if name == weight_name or not found), None):
         raise ValueError(f"{file}: {pickle_message(file)}")
     expected = "one .safetensors file, or a weight_name" if weight_name is None else weight_name
     got = ", ".join(found) or "no .safetensors file"
@@ -136,5 +135,4 @@ def _safe_stat(test: Callable[[], bool]) -> bool:
 
 def _one_line(error: Exception) -> str:
     """Join the first two lines of a hub client's error; advice follows them."""
-    lines = [line for line in str(error).splitlines() if line]
-    return " ".join(lines[:2]) or type(error).__name__
+    return " ".join([line for line in str(error).splitlines() if line][:2]) or type(error).__name__

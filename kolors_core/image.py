@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]  # (height, width) in pixels
 OUTPUT_TYPES = ("pil", "np", "pt")
-DOWNLOAD_SECONDS = 30  # without an answer
-DOWNLOAD_BYTES = 256 * 2**20
+DOWNLOAD_SECONDS, DOWNLOAD_BYTES = 30, 256 * 2**20  # seconds without an answer
 LARGEST_VALUE = 2.0  # a decoder overshoots [-1, 1] a little; [0, 255] in floats is another scale
 
 
@@ -56,8 +55,7 @@ def load_image(
     if isinstance(image, Image.Image):
         upright = ImageOps.exif_transpose(image)
     elif isinstance(image, str | Path):
-        is_address = str(image).lower().startswith(("http://", "https://"))
-        content = _download(str(image)) if is_address else image
+        content = _download(str(image)) if str(image).lower().startswith(("http://", "https://")) else image
         with image_errors(image), Image.open(content) as opened:
             upright = ImageOps.exif_transpose(opened)
     else:
@@ -148,9 +146,8 @@ def _to_batch(images: Any, height: int | None, width: int | None, multiple: int)
 
 def as_list(images: Any) -> list[Any]:
     """List the single images of an image, a sequence, or arrays and tensors that stack several."""
-    single = []
-    for image in images if isinstance(images, list | tuple) else [images]:
-        single += list(image) if getattr(image, "ndim", 0) == 4 else [image]
+    given = images if isinstance(images, list | tuple) else [images]
+    single = [one for image in given for one in (image if getattr(image, "ndim", 0) == 4 else [image])]
     if not single:
         raise ValueError("expected at least one image, got none")
     return single

@@ -44,10 +44,7 @@ def zeros(shape: torch.Size, found: Tensor | None) -> Tensor:
 
 
 def zero_padded(shape: torch.Size, found: Tensor | None) -> Tensor:
-    """Initialize with the checkpoint's tensor at the start of each axis and zeros after it.
-
-    A widened convolution starts as the narrow one. ValueError for a tensor that is missing or too large.
-    """
+    """Initialize with the checkpoint's tensor, zeros after it on each axis; ValueError if it does not fit."""
     if found is None or found.ndim != len(shape) or any(map(int.__gt__, found.shape, shape)):
         got = "none" if found is None else f"one of {list(found.shape)}"
         raise ValueError(f"cannot pad to {list(shape)}: expected a tensor no larger, got {got}")
@@ -121,8 +118,7 @@ def _load_what_fits(
     _reject_integers(source, [*fitting, *(public[name] for name in misshapen)])
     patterns = dict[str, str]()
     for name in (*missing, *misshapen):
-        pattern = next((pattern for pattern in partial if fnmatchcase(name, pattern)), None)
-        if pattern is None:
+        if (pattern := next((key for key in partial if fnmatchcase(name, key)), None)) is None:
             got = f"is {list(source.shape(public[name]))}" if name in public else "is missing"
             expected = f"the model wants {list(target[name])}: give an initializer for it in partial"
             raise ValueError(f"{source.where}: {name} {got}, {expected}")
@@ -147,9 +143,8 @@ def _load_what_fits(
 
 def _best_key_mapping(source: Source | Tensors, component: str, target: Container[str]) -> dict[str, str]:
     """Map the checkpoint's names to the model's, read as public or ours, whichever match more tensors."""
-    tables = [table for table in TABLES.values() if table.component == component]
-    mappings = [{name: table.to_ours(name) for name in source} for table in tables]
-    mappings.append({name: name for name in source})
+    readers = [table.to_ours for table in TABLES.values() if table.component == component]
+    mappings = [{name: read(name) for name in source} for read in (*readers, str)]  # str: ours already
     best = max(mappings, key=lambda names: sum(name in target for name in names.values()))
     if not any(name in target for name in best.values()):
         raise ValueError(f"{source.where}: has no tensor of the model, a {component}")

@@ -24,18 +24,12 @@ PredictNoise = Callable[[Tensor, float, list[Tensor]], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Savings:
-    """Savings of work that do not change a pipeline's result; each can be switched off, to compare.
+    """Savings of work that do not change a pipeline's result; each can be switched off, to compare."""
 
-    merge_padding: encode and attend to equal pads of a prompt as one with a multiplicity.
-    precompute: see `guidance.guided`.
-    cached_prompts: number of prompts, or lists of them, whose embeddings stay in memory; 0 for none.
-    prompt_folder: folder of embeddings, shared with other processes and later runs, see prompt_cache.py.
-    """
-
-    merge_padding: bool = True
-    precompute: bool = True
-    cached_prompts: int = 32
-    prompt_folder: str | Path | None = None
+    merge_padding: bool = True  # encode and attend to equal pads of a prompt as one with a multiplicity
+    precompute: bool = True  # see `guidance.guided`
+    cached_prompts: int = 32  # prompts, or lists of them, whose embeddings stay in memory; 0 for none
+    prompt_folder: str | Path | None = None  # of embeddings, shared with other processes: prompt_cache.py
 
     def __post_init__(self) -> None:
         check_int("cached_prompts", self.cached_prompts, least=0)

@@ -24,20 +24,14 @@ from kolors_core.validation import check_fraction, check_int
 
 @dataclass(frozen=True)
 class Schedule:
-    """Schedule of one run of n steps.
+    """Schedule of one run of n steps."""
 
-    sigmas: float64 [n + 1], descending; the run ends at the last, usually 0. timesteps: float64 [n], the
-    UNet's input at each sigma. init_noise_sigma: factor on the initial standard normal noise.
-    training_sigmas: float32 [T], one for each training timestep. whole_timesteps: whether the UNet gets
-    rounded ones. first_order_last: whether the last step omits DPM-Solver++'s multistep term.
-    """
-
-    sigmas: Tensor
-    timesteps: Tensor
-    init_noise_sigma: float
-    training_sigmas: Tensor
-    whole_timesteps: bool
-    first_order_last: bool = False
+    sigmas: Tensor  # float64 [n + 1], descending; the run ends at the last, usually 0
+    timesteps: Tensor  # float64 [n], the UNet's input at each sigma
+    init_noise_sigma: float  # factor on the initial standard normal noise
+    training_sigmas: Tensor  # float32 [T], one for each training timestep
+    whole_timesteps: bool  # whether the UNet gets rounded ones
+    first_order_last: bool = False  # whether the last step omits DPM-Solver++'s multistep term
 
     def timestep(self, sigma: float) -> float:
         """Return the timestep of a sigma: the step's if it is one of the run's, else interpolated."""
@@ -51,8 +45,7 @@ class Schedule:
         """Keep the steps in the first `fraction` of the T training timesteps (`denoising_end`)."""
         if check_fraction("denoising_end", fraction) == 1:
             return self
-        steps = int((self.timesteps >= self._cutoff_timestep(fraction)).sum())
-        if steps == 0:
+        if (steps := int((self.timesteps >= self._cutoff_timestep(fraction)).sum())) == 0:
             raise ValueError(f"denoising_end {fraction} leaves none of the {len(self.timesteps)} steps")
         kept = {"sigmas": self.sigmas[: steps + 1], "timesteps": self.timesteps[:steps]}
         return replace(self, **kept, first_order_last=self.first_order_last and steps == len(self.timesteps))
@@ -60,15 +53,13 @@ class Schedule:
     def after(self, fraction: float) -> Self:
         """Keep the steps that `before` with the same fraction drops (`denoising_start`)."""
         cutoff = self._cutoff_timestep(check_fraction("denoising_start", fraction))
-        steps = int((self.timesteps < cutoff).sum())
-        if steps == 0:
+        if (steps := int((self.timesteps < cutoff).sum())) == 0:
             raise ValueError(f"denoising_start {fraction} leaves none of the {len(self.timesteps)} steps")
         return self._keep_last(steps)
 
     def last_steps(self, strength: float) -> Self:
         """Keep the last int(n * strength) of n steps, for an image noised with this strength."""
-        steps = int(len(self.timesteps) * check_fraction("strength", strength))
-        if steps == 0:
+        if (steps := int(len(self.timesteps) * check_fraction("strength", strength))) == 0:
             got = f"{strength} times {len(self.timesteps)}"
             raise ValueError(f"no step is left: strength times steps must be at least 1, got {got}")
         return self._keep_last(steps)
@@ -113,8 +104,7 @@ class Scheduler(ABC):
 
     def describe(self) -> str:
         """Return the scheduler's name and the fields that differ from the released Kolors'."""
-        values = [(field, getattr(self, field.name)) for field in fields(self)]
-        changed = [f"{field.name}={value}" for field, value in values if value != field.default]
+        changed = [f"{f.name}={value}" for f in fields(self) if (value := getattr(self, f.name)) != f.default]
         return type(self).__name__ + (f"({', '.join(changed)})" if changed else "")
 
     @classmethod

@@ -19,15 +19,12 @@ SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Tokens of B prompts: ids [B, L], mask [B, L] (bool, True on real tokens) and positions [B, L].
-
-    Positions are 0 on pads, then 0, 1, 2, ... counts: None, or float32 [B, L], each token's multiplicity.
-    """
+    """Tokens of B prompts: ids [B, L], mask [B, L] (bool, True on real tokens) and positions [B, L]."""
 
     ids: Tensor
     mask: Tensor
-    positions: Tensor
-    counts: Tensor | None = None
+    positions: Tensor  # 0 on pads, then 0, 1, 2, ...
+    counts: Tensor | None = None  # float32 [B, L], each token's multiplicity
 
     def merge_padding(self) -> "TokenBatch":
         """Keep as many columns as the longest prompt and one pad need, and count the removed pads.

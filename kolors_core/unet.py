@@ -275,8 +275,7 @@ class UNetEncoder(nn.Module):
         self.down, self.skip_channels, width = nn.ModuleList(), [first], first
         for level, channels in enumerate(config.channels):
             self.down.append(DownBlock(width, level, config))
-            is_last = level == len(config.channels) - 1
-            self.skip_channels += [channels] * (config.resnets_per_level + (not is_last))
+            self.skip_channels += [channels] * (config.resnets_per_level + (level < len(config.channels) - 1))
             width = channels
         self.mid = MidBlock(config)
 

@@ -29,10 +29,8 @@ def block_scales(scale: BlockScale, unet: UNet, default: float) -> dict[str, Any
     if not isinstance(scale, Mapping):
         return _per_transformer("the scale", [scale], [path for paths in blocks.values() for path in paths])
     values = dict.fromkeys(blocks, default) | _flatten(scale, blocks)
-    scales: dict[str, Any] = {}
-    for block, paths in blocks.items():
-        scales |= _per_transformer(block, values[block], paths)
-    return scales
+    parts = (_per_transformer(block, values[block], paths) for block, paths in blocks.items())
+    return {path: number for part in parts for path, number in part.items()}
 
 
 def _flatten(scale: Mapping[str, Any], blocks: Mapping[str, list[str]]) -> dict[str, Any]:
@@ -57,13 +55,12 @@ def _check_exists(block: str, existing: Sequence[str]) -> None:
 
 def _per_transformer(where: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
     """Assign a block's value to its transformers: one for all, or a list with one for each."""
-    values = _as_list(value)
-    if len(values) not in (1, len(paths)):
-        expected = f"{len(paths)} transformers and takes one scale or {len(paths)}"
-        raise ValueError(f"{where} has {expected}, got {values}")
+    values, count = _as_list(value), len(paths)
+    if len(values) not in (1, count):
+        raise ValueError(f"{where} has {count} transformers and takes one scale or {count}, got {values}")
     for number in (number for given in values for number in _as_list(given)):
         check_float(f"{where}: a scale", number)
-    return dict(zip(paths, values * (len(paths) // len(values)), strict=True))
+    return dict(zip(paths, values * (count // len(values)), strict=True))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,8 +1,7 @@
 """Canny edge detection, as the control image of a Canny ControlNet.
 
-J. Canny, A Computational Approach to Edge Detection (IEEE PAMI 8, 1986), with the choices of OpenCV's
-default: no blur, Sobel 3x3, |dx| + |dy| as the gradient's magnitude, the strongest of three colors.
-Shapes: H and W of the image in pixels.
+J. Canny, A Computational Approach to Edge Detection (IEEE PAMI 8, 1986), as by OpenCV's default: no blur,
+Sobel 3x3, |dx| + |dy| as magnitude, the strongest of three colors. Shapes: H and W of the image in pixels.
 """
 
 from typing import TYPE_CHECKING
@@ -18,9 +17,8 @@ TAN_22 = 13573  # tan(22.5 degrees) in units of 2^-15, as OpenCV rounds it
 def canny(image: "Image", low: float = 100, high: float = 200) -> "Image":
     """Detect edges: an RGB image of the same size, with white edges, one pixel wide, on black.
 
-    low, high: thresholds of the gradient's magnitude, up to 2,040. An edge is where it exceeds `high`, and
-    where it exceeds `low` and is connected to such a pixel. TypeError for anything but a PIL image,
-    ValueError for thresholds that are negative or in the wrong order.
+    low, high: thresholds of the gradient's magnitude, up to 2,040: an edge is above `high`, or above `low`
+    and connected to such a pixel. TypeError for no PIL image, ValueError for negative or swapped thresholds.
     """
     from PIL import Image
 

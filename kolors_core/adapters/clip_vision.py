@@ -135,8 +135,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, inner_width: int) -> None:
         super().__init__()
-        self.proj_in = nn.Linear(width, inner_width)
-        self.proj_out = nn.Linear(inner_width, width)
+        self.proj_in, self.proj_out = nn.Linear(width, inner_width), nn.Linear(inner_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, N, C] to [B, N, C]."""
@@ -151,11 +150,9 @@ class CLIPLayer(nn.Module):
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.attention_norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.attention = Attention(width, config.heads)
-        self.mlp_norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.mlp = FeedForward(width, config.feed_forward_size)
+        width, eps = config.hidden_size, config.norm_eps
+        self.attention_norm, self.attention = nn.LayerNorm(width, eps=eps), Attention(width, config.heads)
+        self.mlp_norm, self.mlp = nn.LayerNorm(width, eps=eps), FeedForward(width, config.feed_forward_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, N, C] to [B, N, C]."""

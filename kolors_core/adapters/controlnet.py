@@ -108,8 +108,7 @@ class ControlNet(UNetEncoder):
     ) -> Self:
         """Initialize a ControlNet for training from the UNet's weights; its residuals are zero.
 
-        The text projection is included; of an inpainting UNet's inputs, only the latents' channels are.
-        ValueError for a quantized UNet.
+        It has the text projection; of an inpainting UNet's inputs, only the latents. ValueError if quantized.
         """
         latents = unet.config.out_channels
         sizes = {"in_channels": latents, "conditioning_widths": tuple(conditioning_widths)}
@@ -144,8 +143,7 @@ class ControlNet(UNetEncoder):
         latents: [b, ..., H, W], only the first `in_channels` are read. image: [1 or B, C, H, W], embedded.
         """
         x = self.conv_in(latents[:, : self.config.in_channels])
-        if copies > 1:
-            x = x.repeat(copies, 1, 1, 1)  # [B, C, H, W]
+        x = x.repeat(copies, 1, 1, 1) if copies > 1 else x  # [B, C, H, W]
         skips, mid = self.encode(x + image, iter(times), iter(contexts))
         return [conv(skip) for conv, skip in zip(self.to_skips, skips, strict=True)] + [self.to_mid(mid)]
 
@@ -268,10 +266,9 @@ def check_fits(controlnet: Any, unet: UNet, vae_scale_factor: int) -> None:
     """Raise ValueError if a ControlNet is for another UNet or another size of latents."""
     of_unet = vars(unet.config) | {"in_channels": unet.config.out_channels}
     for net in controlnets_of(controlnet):
-        of_net, pixels = vars(net.config), 2 ** (len(net.config.conditioning_widths) - 1)
+        of_net, side = vars(net.config), 2 ** (len(net.config.conditioning_widths) - 1)
         for name in ("in_channels", "channels", "resnets_per_level", "text_dim", "size_dim"):
             if of_net[name] != of_unet[name]:
                 raise ValueError(f"the ControlNet's {name} is {of_net[name]}, and the UNet's {of_unet[name]}")
-        if pixels != vae_scale_factor:
-            got = f"{pixels} pixels one latent, and the VAE {vae_scale_factor}"
-            raise ValueError(f"the ControlNet makes {got}")
+        if side != vae_scale_factor:
+            raise ValueError(f"the ControlNet makes {side} pixels one latent, and the VAE {vae_scale_factor}")

@@ -56,10 +56,9 @@ class KolorsControlNet(ControlNet):
         ValueError naming what does not fit; also for one with a text projection, see `from_pretrained`.
         """
         hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-        folder = checkpoint.fetch_component(
-            pretrained_model_name_or_path, "controlnet", subfolder, variant, True, **hub
-        )
-        file, unet = folder / subfolder / "config.json", devices.unwrap_compiled(unet)
+        name, unet = pretrained_model_name_or_path, devices.unwrap_compiled(unet)
+        folder = checkpoint.fetch_component(name, "controlnet", subfolder, variant, True, **hub)
+        file = folder / subfolder / "config.json"
         require_plain(unet, "borrow from it; borrow from a plain UNet, then quantize")
         public = checkpoint.read_json(file)
         if public.get("encoder_hid_dim_type") is not None:
@@ -69,15 +68,14 @@ class KolorsControlNet(ControlNet):
             "encoder_hid_dim_type": "text_proj", "encoder_hid_dim": unet.config.text_dim,
             "projection_class_embeddings_input_dim": added,
         }  # fmt: skip
-        config = ControlNetConfig.from_public(public | own, str(file))
+        with torch.device("meta"):
+            net = cls(ControlNetConfig.from_public(public | own, str(file)))
         source: Source | Tensors = checkpoint.open_weights(file.parent, variant)
         from_unet = ["text_proj."]
         if public.get("projection_class_embeddings_input_dim") != added:
             from_unet.append("add_embedding.")  # both of its layers, since they were trained together
             kept = {name: source[name] for name in source if not name.startswith("add_embedding.")}
             source = Tensors(kept, source.where)
-        with torch.device("meta"):
-            net = cls(config)
         state, weight = checkpoint.base_state(unet), unet.conv_in.weight
         copied = [name for name in net.state_dict() if name.startswith(tuple(from_unet))]
         partial = {name: (lambda shape, found, name=name: state[name]) for name in copied}

@@ -63,8 +63,7 @@ class FaceResampler(nn.Module):
         self.id_norm = nn.LayerNorm(config.width)
         self.proj_in = nn.Linear(config.image_dim, config.width)
         self.layers = nn.ModuleList([ResamplerLayer(config) for _ in range(config.layers)])
-        self.proj_out = nn.Linear(config.width, config.width)
-        self.norm_out = nn.LayerNorm(config.width)
+        self.proj_out, self.norm_out = nn.Linear(config.width, config.width), nn.LayerNorm(config.width)
 
     def forward(self, ids: Tensor, states: Tensor) -> Tensor:
         """Map ids [B, id_dim] and states [B, P, image_dim], CLIP's last but one, to tokens [B, Q, C]."""
@@ -86,18 +85,13 @@ class FaceIDAdapter(ImagePromptAdapter):
         super().__init__(config, FaceResampler(config))
 
     def tokens(self, unet: UNet, ids: Tensor, states: Tensor) -> Tensor:
-        """Resample ids [B, id_dim] and states [B, P, image_dim] to tokens [B, 1, Q, context_dim].
-
-        unet: its projection of the text maps the tokens from C to context_dim.
-        """
-        tokens = self.resampler(ids, states)  # [B, Q, C]
-        return unet.text_proj(tokens.to(unet.text_proj.weight.dtype))[:, None]
+        """Resample ids [B, id_dim], states [B, P, image_dim] to [B, 1, Q, context_dim] by unet.text_proj."""
+        return unet.text_proj(self.resampler(ids, states).to(unet.text_proj.weight.dtype))[:, None]
 
     def check_fits(self, unet: UNet) -> None:
         """Raise ValueError if the adapter is for a UNet of another shape, or for another text encoder."""
         super().check_fits(unet)
-        own, text = self.config.width, unet.config.text_dim
-        if own != text:
+        if (own := self.config.width) != (text := unet.config.text_dim):
             raise ValueError(f"the face adapter makes tokens {own} wide, and the UNet reads text {text} wide")
 
 

@@ -25,9 +25,7 @@ from kolors_core.unet import Attention, UNet
 
 @dataclass(frozen=True, kw_only=True)
 class IPAdapterConfig:
-    """Sizes of Kolors-IP-Adapter-Plus. image_dim: width of CLIP's states. cross_attention_widths: of the
-    UNet's cross-attentions, in the file's order.
-    """
+    """Sizes of Kolors-IP-Adapter-Plus. image_dim: of CLIP. cross_attention_widths: in the file's order."""
 
     image_dim: int = 1024
     width: int = 2048
@@ -63,8 +61,7 @@ class ResamplerAttention(nn.Module):
 
     def __init__(self, config: IPAdapterConfig) -> None:
         super().__init__()
-        inner = config.heads * config.head_dim
-        self.heads = config.heads
+        self.heads, inner = config.heads, config.heads * config.head_dim
         self.norm_image, self.norm_latents = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.to_q = nn.Linear(config.width, inner, bias=False)
         self.to_kv = nn.Linear(config.width, 2 * inner, bias=False)
@@ -113,18 +110,14 @@ class Resampler(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Map states [B, P, image_dim], CLIP's last but one, to tokens [B, Q, context_dim]."""
-        image = self.proj_in(states)  # [B, P, C]
-        latents = self.latents.expand(states.shape[0], -1, -1)  # [B, Q, C]
+        image, latents = self.proj_in(states), self.latents.expand(states.shape[0], -1, -1)  # [B, P or Q, C]
         for layer in self.layers:
             latents = layer(latents, image)
         return self.norm_out(self.proj_out(latents))
 
 
 class ImageCrossAttention(nn.Module):
-    """Branch of one cross-attention that attends to images and is added to the text's result.
-
-    scale: a number for all images, or one for each; a list needs masks, which separate the images.
-    """
+    """Branch of a cross-attention that adds images to text. scale: a number or, with masks, one for each."""
 
     is_adapter = True
 
@@ -162,8 +155,7 @@ class ImageCrossAttention(nn.Module):
             raise ValueError(f"expected a mask and a scale for each of the {count} images, got {got}")
         for i, (scale, (k, v)) in enumerate(zip(scales, images.keys_values, strict=True)):
             if scale != 0:
-                mask = masks[:, i, None, :, None].to(h.dtype)  # [1 or B, 1, N, 1]
-                h = h + scale * (attention(q, k, v) * mask)
+                h = h + scale * (attention(q, k, v) * masks[:, i, None, :, None].to(h.dtype))
         return h
 
 
@@ -263,10 +255,7 @@ def attached(unet: UNet) -> list[AttachedAdapter]:
 
 
 def attach(unet: UNet, adapter: ImagePromptAdapter, encoder: CLIPVision | None = None) -> AttachedAdapter:
-    """Add an adapter's branches to a UNet, after those of adapters attached before; return its handle.
-
-    ValueError if it does not fit; the UNet is then untouched.
-    """
+    """Add an adapter's branches after earlier ones. ValueError, and nothing attached, if it does not fit."""
     adapter.check_fits(unet)
     attentions = cross_attentions(unet)
     branches: dict[str, Any] = dict(zip(attentions, adapter.branches.values(), strict=True))

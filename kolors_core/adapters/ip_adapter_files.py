@@ -45,10 +45,9 @@ class CLIPVisionModelWithProjection:
         """
         check_low_cpu_mem_usage(low_cpu_mem_usage)
         return load_component(
-            pretrained_model_name_or_path, "image_encoder", kind=IMAGE_ENCODER, subfolder=subfolder,
+            pretrained_model_name_or_path, "image_encoder", kind=IMAGE_ENCODER, device=device, token=token,
             variant=variant, dtype=dtype_of("image_encoder", merge_dtype_arguments(torch_dtype, dtype)),
-            device=device, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
-            token=token,
+            subfolder=subfolder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
         )  # fmt: skip
 
 
@@ -72,8 +71,7 @@ def load_adapter(
         encoder = CLIPVisionModelWithProjection.from_pretrained(
             source, subfolder=encoder_folder, dtype=weight.dtype, device=weight.device, **hub
         )
-    width = adapter.config.image_dim
-    if encoder is not None and width != (got := encoder.config.hidden_size):
+    if encoder is not None and (got := encoder.config.hidden_size) != (width := adapter.config.image_dim):
         raise ValueError(f"the image encoder is {got} wide, and the IP-Adapter reads {width}")
     return adapter, encoder
 
@@ -124,8 +122,7 @@ def save_image_embeds(embeds: Sequence[Tensor], file: str | Path, *, overwrite: 
     """
     if not isinstance(embeds, list | tuple) or not all(isinstance(embed, Tensor) for embed in embeds):
         raise TypeError(f"embeds must be a list of tensors, got {type(embeds).__name__}")
-    state = {f"ip_adapter.{i}": embed for i, embed in enumerate(embeds)}
-    save_tensors(state, as_new_path("file", file, overwrite))
+    save_tensors({f"ip_adapter.{i}": t for i, t in enumerate(embeds)}, as_new_path("file", file, overwrite))
 
 
 def load_image_embeds(file: str | Path) -> list[Tensor]:

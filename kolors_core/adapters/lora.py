@@ -84,10 +84,7 @@ class LoRAAdapter:
             part.strength = scales[path]
 
     def detach(self) -> None:
-        """Remove the adapter; removing the last one restores the plain layers, with their own weights.
-
-        ValueError while adapters are fused.
-        """
+        """Remove the adapter; after the last, the layers are plain again. ValueError while any is fused."""
         check_not_fused(self.model, f"detach adapter {self.name!r}")
         for path, layer in self.layers.items():
             if self.name in layer.lora:  # else `unload` has removed it
@@ -156,8 +153,7 @@ def add_adapter(model: nn.Module, name: str, parts: Mapping[str, LoRAWeights]) -
             layer = kind(layer)
             layer.is_enabled = all(other.is_enabled for other in present)
             model.set_submodule(path, layer)
-        layer.lora[name], part.index = part, index
-        layers[path] = layer
+        layer.lora[name], part.index, layers[path] = part, index, layer
     return LoRAAdapter(model, name, layers)
 
 

@@ -86,11 +86,10 @@ def parse_lora(
                     raise IncompatibleTensors(f"expected floating-point numbers, got {source.dtype(name)}")
             tensors = {role: source[name] for role, name in names.items()}
             part = _build_weights(tensors, layer, TABLES[component].to_public(path), config)
-        except IncompatibleTensors as error:
-            misshapen += [f"{name} ({error})" for name in names.values()]
-        else:
             parts.setdefault(component, {})[path] = part
             matched += names.values()
+        except IncompatibleTensors as error:
+            misshapen += [f"{name} ({error})" for name in names.values()]
     count = sum(map(len, parts.values()))
     report = LoRAReport(adapter, count, tuple(matched), tuple(unmatched), tuple(misshapen))
     if not parts:
@@ -109,8 +108,7 @@ def configs_of(source: Source | Tensors) -> dict[str, PublicConfig]:
     """
     if isinstance(source, Tensors):
         return {}
-    file = source.files[0]
-    config_file = file.with_name("adapter_config.json")
+    file, config_file = source.files[0], source.files[0].with_name("adapter_config.json")
     if (embedded := (source.metadata(file) or {}).get(METADATA)) is not None:
         config = parse_object(embedded.encode(), f"{file}: {METADATA}")
     elif file.name == "adapter_model.safetensors" and config_file.is_file():  # else it is another adapter's

@@ -19,10 +19,9 @@ from kolors_core.module import ReplacedModule
 class LoRAWeights(nn.Module):
     """Weights of one adapter in one layer: two factors, or a delta of the weight's shape.
 
-    down: [R, I, *K]; up: [O, R], of a convolution [O, R, 1, 1]. delta: [O, I, *K], the product of other
-    decompositions (LoHa, LoKr). magnitude: DoRA's (https://arxiv.org/abs/2402.09353), [O, 1, ...], or
-    [1, I, ...] in files that divide by the norms of columns. bias: [O]. scale: alpha / rank. strength: the
-    adapter's weight among others. call_scale: a factor during one call. index: larger if attached later.
+    down: [R, I, *K]; up: [O, R], of a convolution [O, R, 1, 1]. delta: [O, I, *K], of LoHa or LoKr. bias:
+    [O]. magnitude: DoRA's (https://arxiv.org/abs/2402.09353), [O, 1, ...], or of columns [1, I, ...]. scale:
+    alpha / rank. strength: among adapters. call_scale: during one call. index: larger if attached later.
     """
 
     is_adapter = True

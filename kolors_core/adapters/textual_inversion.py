@@ -32,10 +32,7 @@ class LearnedVectors(nn.ParameterList):
 
 
 class WordEmbedding(ReplacedModule, nn.Embedding):
-    """Embedding table followed by the learned vectors of `words`, one word after another.
-
-    The table keeps its name; the vectors add keys, `learned.<i>` [n, C].
-    """
+    """Embedding table followed by the learned vectors of `words`, at the added keys `learned.<i>` [n, C]."""
 
     def __init__(self, base: nn.Embedding) -> None:
         super().__init__(base)
@@ -71,8 +68,7 @@ def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
     Raises ValueError for a word that exists already, is empty or has space around it, and for vectors that
     are not finite floating-point numbers, of another width, or none; nothing is added then.
     """
-    table, existing = encoder.embedding.weight, vectors_of(encoder)
-    checked = {}
+    table, existing, checked = encoder.embedding.weight, vectors_of(encoder), {}
     for word, given in vectors.items():
         if not isinstance(word, str) or not word or word.strip() != word:
             raise ValueError(f"a learned word must be some text without space around it, got {word!r}")
@@ -87,8 +83,7 @@ def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{word}: expected finite floating-point vectors, got {rows.dtype}")
         checked[word] = nn.Parameter(rows.detach().to(table, copy=True))
     if checked:
-        embedding = encoder.embedding
-        if not isinstance(embedding, WordEmbedding):
+        if not isinstance(embedding := encoder.embedding, WordEmbedding):
             embedding = encoder.embedding = WordEmbedding(embedding)
         embedding.words += checked
         embedding.learned.extend(checked.values())
@@ -100,8 +95,7 @@ def learn_words(model: nn.Module, *words: str) -> None:
     The paper (eq. 2) initializes with the embedding of a word that roughly describes the concept: give that
     to `add_words`. ValueError for an unknown word.
     """
-    encoders = (module for module in model.modules() if isinstance(module, ChatGLM))
-    existing = {word: vectors for encoder in encoders for word, vectors in vectors_of(encoder).items()}
+    existing = {w: v for m in model.modules() if isinstance(m, ChatGLM) for w, v in vectors_of(m).items()}
     if not words:
         raise ValueError("no word to be learned")
     _check_known(words, existing)
@@ -118,8 +112,7 @@ def remove_words(encoder: ChatGLM, words: Iterable[str] | None = None) -> None:
     existing = vectors_of(encoder)
     removed = list(existing) if words is None else list(words)
     _check_known(removed, existing)
-    embedding = encoder.embedding
-    if isinstance(embedding, WordEmbedding):
+    if isinstance(embedding := encoder.embedding, WordEmbedding):
         embedding.words = [word for word in existing if word not in removed]
         embedding.learned = LearnedVectors([existing[word] for word in embedding.words])
         if not embedding.words:
@@ -158,8 +151,7 @@ class TextualInversionMethods:
         with one, its tensors as a dict, or one tensor; or a list of these. token: the word, by default the
         tensor's name; or a list. Raises FileNotFoundError or ValueError; nothing is changed then.
         """
-        encoder = self._word_encoder()
-        sources = pretrained_model_name_or_path
+        encoder, sources = self._word_encoder(), pretrained_model_name_or_path
         sources = list(sources) if isinstance(sources, list | tuple) else [sources]
         if not sources or not isinstance(token, str | Sequence | None):
             got = "no file" if not sources else f"the token {token!r}"
@@ -200,8 +192,7 @@ class TextualInversionMethods:
 
 def _vectors_by_word(source: Source | Tensors, word: str | None) -> dict[str, Tensor]:
     """Read a file's vectors by word; `word` replaces the name of its only tensor."""
-    names = list(source)
-    if not names:
+    if not (names := list(source)):
         raise ValueError(f"{source.where}: has no vectors")
     if word is None:
         if UNNAMED in names:

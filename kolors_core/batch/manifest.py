@@ -84,11 +84,10 @@ class Manifest:
         return records
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Append a record and flush it to the disk."""
+        """Append a record, on a line of its own, and flush it to the disk."""
         with self.locks.lock(0, is_waiting=True), self.file.open("a+b") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            is_truncated = file.read(1) not in (b"", b"\n")
-            file.write((b"\n" if is_truncated else b"") + _to_line(record))
+            file.write((b"" if file.read(1) in (b"", b"\n") else b"\n") + _to_line(record))
             file.flush()
             os.fsync(file.fileno())
 

@@ -68,9 +68,8 @@ def read_jobs(file: Path, model: Mapping[str, object], seed: int, steps: int) ->
     """
     text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     lines = ((number, raw, raw) for number, raw in enumerate(text.split("\n"), 1) if raw.strip())
-    rows = _csv(text, file) if file.suffix.lower() == ".csv" else lines
     jobs = []
-    for number, raw, row in rows:
+    for number, raw, row in _csv(text, file) if file.suffix.lower() == ".csv" else lines:
         try:
             settings, reason = _settings(row, seed + number, steps), None
         except (ValueError, RecursionError) as error:

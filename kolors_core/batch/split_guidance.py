@@ -32,8 +32,7 @@ class GuidancePair:
         if world % 2:
             raise ValueError(f"--split-guidance needs an even number of processes, got {world}")
         groups: list[Any] = [dist.new_group([rank, rank + 1]) for rank in range(0, world, 2)]
-        self.group, self.role = groups[dist.get_rank() // 2], dist.get_rank() % 2
-        self.handshake_done = False
+        self.group, self.role, self.handshake_done = groups[dist.get_rank() // 2], dist.get_rank() % 2, False
 
     def broadcast(self, message: Any = None) -> Any:
         """Send the leader's message to the other process; return it in both."""

@@ -44,8 +44,7 @@ class Worker:
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.options, self.device, self.folder = options, device, options.out
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.is_quiet = options.quiet
-        options.quiet = options.quiet or self.rank > 0  # one process reports for all
+        self.is_quiet, options.quiet = options.quiet, options.quiet or self.rank > 0  # one reports for all
         if options.quiet:
             logger.setLevel(logging.ERROR)
         model = {name: getattr(options, name) for name in ("weights", "variant", "revision", "sampler")}
@@ -108,8 +107,7 @@ class Worker:
         from tqdm.auto import tqdm
 
         pending = self._job_order([job for job in self.jobs if not self._is_done(job)])
-        unseen = {job.number for job in pending}
-        total, quiet = len(self.jobs), self.options.quiet
+        unseen, total, quiet = {job.number for job in pending}, len(self.jobs), self.options.quiet
         with tqdm(total=total, initial=total - len(pending), unit="image", smoothing=0, disable=quiet) as bar:
             while pending:
                 locked = []  # by other processes

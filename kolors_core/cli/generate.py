@@ -152,7 +152,6 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _pipeline_kwargs(options: argparse.Namespace) -> dict[str, Any]:
-    """Build the pipeline's arguments; reads the images."""
     steps = cli.default_steps(options.sampler) if options.steps is None else options.steps
     if options.timesteps or options.sigmas:
         steps = 50  # the pipeline's default, which it takes as unset
@@ -248,7 +247,6 @@ def _pipeline_class(options: argparse.Namespace) -> type[Task]:
 
 
 def _load_adapters(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
-    """Load the LoRAs, learned words, IP-Adapters, guidance rule and ControlNets of the options."""
     is_local = options.local_files_only
     cli.load_loras(pipe, options.lora, is_local, options.quiet)
     for text in options.textual_inversion:

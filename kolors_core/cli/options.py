@@ -178,8 +178,7 @@ def load_pipeline(
     folder = options.weights if Path(options.weights).is_dir() else None
     keywords: dict[str, Any] = {"config": folder, "has_weights": not is_planned}
     models: dict[str, Any] = {name: open_model(file, name, **keywords) for name, file in files.items()}
-    is_file = options.weights.endswith(".safetensors")
-    pipe = (task.from_single_file if is_file else task.from_pretrained)(
+    pipe = (task.from_single_file if options.weights.endswith(".safetensors") else task.from_pretrained)(
         options.weights, variant=options.variant, revision=options.revision,
         local_files_only=options.local_files_only, torch_dtype=select_dtype(options, device),
         device="meta" if is_planned else "cpu" if options.offload else device, **models,

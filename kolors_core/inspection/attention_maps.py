@@ -43,9 +43,8 @@ class MapRecorder:
         """
         if (step := self.calls.next()) is None:
             return
-        keys = (k, *more)
-        heads = (  # one after another, for memory
-            torch.cat([softmax(q[:, i], k[:, i], bias, perturbed) for k in keys], dim=-1)  # [B, h * w, S]
+        heads = (  # [B, h * w, S] each, one after another, for memory
+            torch.cat([softmax(q[:, i], keys[:, i], bias, perturbed) for keys in (k, *more)], dim=-1)
             for i in range(q.shape[1])
         )
         new: Any = torch.stack(list(heads), dim=1) if self.whole else sum(heads) / q.shape[1]
@@ -109,8 +108,7 @@ def record_attention(
     a text shorter than the longest columns of 0 on its left; in an image branch the tokens of all its images.
     A row's sum is 1, in a masked image branch 1 for each image; neither scale nor masks are included.
     The results are those without recording, to the bit. ValueError for a pattern that matches nothing, a
-    compiled net, steps in which a map changes shape (as where guidance begins or ends) and, on leaving, steps
-    that never came.
+    compiled net, steps where a map changes shape (as guidance begins or ends), and on leaving missing steps.
     """
     if not isinstance(unwrap_compiled(net), UNetEncoder):
         raise TypeError(f"expected a UNet or a ControlNet, such as pipe.unet, got {type(net).__name__}")

@@ -184,8 +184,7 @@ def _hooked(
         return ((new, *inputs[1:]), named) if inputs else ((), named | {first: new})
 
     def after(name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
-        step = calls[name].next()
-        return None if step is None else visit(name, output, step)
+        return None if (step := calls[name].next()) is None else visit(name, output, step)
 
     with ExitStack() as stack:
         for name, module in modules.items():

@@ -35,8 +35,7 @@ def explain_prompt(
 ) -> Explanation:
     """Generate one image and average its attention to each token, by layers and by thirds of the steps.
 
-    words: as of `textual_inversion.words_of`. arguments: further ones of the pipeline's call. ValueError for
-    a pipeline without a tokenizer.
+    words: as of `textual_inversion.words_of`. arguments: the call's others. ValueError without a tokenizer.
     """
     if pipe.tokenizer is None:
         raise ValueError("this pipeline has no tokenizer, which names the tokens")
@@ -48,8 +47,7 @@ def explain_prompt(
     with ExitStack() as stack:
         maps = [stack.enter_context(record_attention(pipe.unet, "*cross_attention", span)) for span in spans]
         image = pipe(prompt, num_inference_steps=steps, **arguments)[0][0]
-    length = batch.ids.shape[1]
-    means = [(span, average_by_block(each, length)) for span, each in zip(spans, maps, strict=True)]
+    means = [(s, average_by_block(each, batch.ids.shape[1])) for s, each in zip(spans, maps, strict=True)]
     views = {}
     for part in means[0][1]:
         shares = {"all": torch.stack([mean[part] * len(span) for span, mean in means]).sum(0) / steps}

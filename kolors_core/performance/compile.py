@@ -32,8 +32,7 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(str, MODES))}, got {mode!r}")
-    mode = CUDA_GRAPH_MODES.get(mode, mode)
-    options: dict[str, Any] = {"fullgraph": True, "mode": mode, "backend": backend}
+    options = dict[str, Any](fullgraph=True, mode=CUDA_GRAPH_MODES.get(mode, mode), backend=backend)
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13; before, 8 are allowed
         options["recompile_limit"] = RECOMPILE_LIMIT
     compiled: dict[Any, Callable[..., Any]] = {}  # by kind
@@ -41,8 +40,7 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
         kind = type(block), tuple(tensor.shape for tensor in block.state_dict().values())
         if kind not in compiled:
             # torch finds, and limits, compiled variants by code object: each kind gets its own.
-            call = FunctionType(_call.__code__.replace(), _call.__globals__)
-            compiled[kind] = torch.compile(call, **options)
+            compiled[kind] = torch.compile(FunctionType(_call.__code__.replace(), globals()), **options)
         block._compiled_call_impl = partial(compiled[kind], block)
     return len(compiled)
 

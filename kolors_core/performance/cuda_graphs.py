@@ -62,15 +62,13 @@ class CUDAGraphCache:
         A recorded step would call no hook: where one of the nets' modules has any, the step itself runs.
         """
         run, key = object(), (key, forced_kernel(), *map(state_of, nets))
-        modules = [module for net in nets for module in net.modules()]
-        hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        hooks = [h for net in nets for m in net.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
 
         def replayed(*changing: Tensor) -> Any:
             if any(hooks):
                 return step(constant, *changing)
             shapes = tuple((x.shape, x.dtype, x.device) for x in tensors_in((constant, changing)))
-            captured = self.captured.get((key, shapes))
-            if captured is None:
+            if (captured := self.captured.get((key, shapes))) is None:
                 inputs = tree_map_only(Tensor, Tensor.clone, (constant, changing))
                 captured = CapturedStep(inputs, *self.recorder(lambda: step(inputs[0], *inputs[1])))
                 self.captured[key, shapes] = captured

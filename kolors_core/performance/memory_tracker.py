@@ -37,7 +37,6 @@ class MemoryTracker(TorchDispatchMode):
         self.activations, self.peak = dict[str | None, int](), dict[str | None, int]()
         self._kernels, self._now = _DeviceKernels(device_type), {"activations": 0, "offloaded_weights": 0}
         self._known: set[int] = set()  # storages that are alive
-        self._outputs: dict[Any, list[Any]] = {}
 
     def __enter__(self) -> Self:
         self._kernels.__enter__()
@@ -56,27 +55,13 @@ class MemoryTracker(TorchDispatchMode):
                 return True  # a check, such as that all values are finite
             raise NotImplementedError(f"a plan has no values, and the model reads one of a {inputs[0].dtype}")
         self._see(inputs, is_new=False)
-        result = func(*args, **kwargs) if func.is_view else self._run(func, args, kwargs)
+        result = func(*args, **kwargs)
         is_conv = self.device_type == "cpu" and func is aten.convolution.default and result.is_meta
         if is_conv and not args[0].is_contiguous():  # a CPU's convolution keeps channels last
             result = torch.empty_like(result, memory_format=torch.channels_last)
         self._see(tensors_in(result), is_new=True)
         if is_conv:
             self._count(conv_workspace_bytes(args[0], args[1], result))
-        return result
-
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation once for each kind of inputs; later calls get empty outputs, which is faster."""
-        key = func, _shapes(args), _shapes(tuple(kwargs.items()))
-        if key in self._outputs:
-            layouts = self._outputs[key]
-            outputs = [torch.empty_strided(*shape, dtype=dtype, device=META) for *shape, dtype in layouts]
-            return outputs[0] if len(func._schema.returns) == 1 else tuple(outputs)
-        result = func(*args, **kwargs)
-        outputs = tensors_in(result)
-        is_plain = isinstance(result, Tensor) or 1 < len(outputs) == len(func._schema.returns)
-        if is_plain and all(x.is_meta and x.untyped_storage()._cdata not in self._known for x in outputs):
-            self._outputs[key] = [(x.shape, x.stride(), x.dtype) for x in outputs]
         return result
 
     def _see(self, tensors: Sequence[Tensor], is_new: bool) -> None:
@@ -128,10 +113,8 @@ class _DeviceKernels(TorchFunctionMode):
 def fused_attention_memory(q: Tensor, k: Tensor, v: Tensor, device_type: str) -> Tensor:
     """Allocate what torch's fused attention does, and on MPS, which has none, one matrix of scores."""
     # The workspace has a name, so that it is freed only after the result is allocated.
-    if device_type == "mps":
-        _workspace = q.new_empty(*q.shape[:-1], k.shape[2])  # scores [B, H, L, S]
-    else:
-        _workspace = q.new_empty(q.shape[:-1], dtype=torch.float32)  # logsumexp [B, H, L]
+    scores, logsumexp = (*q.shape[:-1], k.shape[2]), q.shape[:-1]  # [B, H, L, S] and [B, H, L]
+    _workspace = q.new_empty(scores) if device_type == "mps" else q.new_empty(logsumexp, dtype=torch.float32)
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)  # [B, H, L, D]
 
 
@@ -150,12 +133,6 @@ def conv_workspace_bytes(x: Tensor, weight: Tensor, out: Tensor) -> int:
     if kernel > 1:
         return max(x.nbytes + weight.nbytes, out.nbytes)
     return 0 if x.dtype == torch.float32 else x.nbytes + weight.nbytes + 4 * out[0].numel()
-
-
-def _shapes(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.shape, tree.stride(), tree.dtype, tree.device
-    return tuple(map(_shapes, tree)) if isinstance(tree, tuple | list) else (type(tree), tree)
 
 
 class TrackedTransferStream(TransferStream):

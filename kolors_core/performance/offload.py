@@ -1,9 +1,8 @@
 """Offload: models are kept on the CPU and copied to the accelerator to run, as models or block by block.
 
 A parameter's data is kept on the CPU, page-locked for CUDA, and copied back only if it was written meanwhile.
-While a unit (a model or a block) runs, the unit that followed it last time is prefetched; a whole model only
-if both together are no larger than the largest, so that this costs no memory. For inference: a backward pass
-would not find the weights.
+While a unit (model or block) runs, the next, as observed before, is prefetched; a whole model only if
+both together are no larger than the largest, which costs no memory. A backward pass would find no weights.
 Source: diffusers' pipelines/pipeline_utils.py, `enable_{model,sequential}_cpu_offload`; they wait for copies.
 """
 
@@ -61,14 +60,12 @@ def refuse_compiled(models: Models) -> None:
 class TransferStream:
     """Stream of copies to the accelerator: on CUDA beside the computation, elsewhere plain copies.
 
-    Memory is allocated in the computing stream, which this one waits for before it writes there, and is freed
-    after the computing stream has waited for the copy: no `record_stream` is needed, whose late frees let
-    memory grow where the CPU runs ahead of the GPU.
+    Memory is allocated in the computing stream, which this one waits for before it writes, and is freed after
+    that has waited for the copy: no `record_stream` is needed, whose late frees would let memory grow.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device, self.stream = device, torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def cpu_copy(self, data: Tensor) -> Tensor:
         """Return the same data on the CPU, page-locked for CUDA; `data` itself if it is so already."""
@@ -147,8 +144,7 @@ class Offload:
         self._hooks: list[Any] = []
 
     def __getstate__(self) -> tuple[Any, ...]:
-        """Keep only the mode: a copy's or pickle's models are its own and on the CPU."""
-        return self.device, self.by_block
+        return self.device, self.by_block  # a copy's or pickle's models are its own and on the CPU
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__()
@@ -219,8 +215,7 @@ class Offload:
         self._offload_others({}, {})
 
     def _likely_next(self, name: str) -> dict[int, Tensor]:
-        in_order = dict(pairwise(self._units)).get(name)
-        guess = self._followers.get((self._previous, name), in_order)
+        guess = self._followers.get((self._previous, name), dict(pairwise(self._units)).get(name))
         if guess not in self._units or guess == name:
             return {}
         size = bytes_of(self._units[name]) + bytes_of(self._units[guess])

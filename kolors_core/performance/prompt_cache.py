@@ -1,8 +1,7 @@
 """Prompt cache: embeddings of encoded prompts, in memory and, if a folder is set, on disk.
 
 The key of an embedding is its tokens and the encoder: every tensor's name, shape, dtype and a sample of its
-values, the embeddings of these very tokens, and the settings of adapters. A moved encoder finds it again, one
-that was trained, quantized or adapted does not.
+values, these tokens' embeddings and adapters' settings. A moved encoder finds it again, a changed one not.
 """
 
 import hashlib
@@ -48,8 +47,7 @@ class PromptCache:
     """Cache of the embeddings used last, each on the device that computed it; several threads may use it."""
 
     def __init__(self, kept: Iterable[tuple[Key, TextEmbedding]] = ()) -> None:
-        self.kept = OrderedDict(kept)
-        self._lock = Lock()
+        self.kept, self._lock = OrderedDict(kept), Lock()
 
     def __reduce__(self) -> tuple[type["PromptCache"], tuple[list[tuple[Key, TextEmbedding]]]]:
         return PromptCache, (list(self.kept.items()),)  # without the lock, which cannot be pickled
@@ -75,8 +73,7 @@ class PromptCache:
             self.kept.move_to_end(key)
             while len(self.kept) > maximum:
                 self.kept.popitem(last=False)
-        file = _file(key, folder)
-        if file is not None and not file.exists():
+        if (file := _file(key, folder)) is not None and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             save_tensors({name: tensor for name, tensor in vars(text).items() if tensor is not None}, file)
 

@@ -121,9 +121,8 @@ def model_bytes(model: nn.Module) -> int:
 
 def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, None]:
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    scale = _round_scale(w.abs().amax(dim=1, keepdim=True) / 127, weight.dtype)  # [O, 1]
-    q = (w / scale).round_().clamp_(-127, 127).to(torch.int8)  # [O, I]
-    return q, scale, None
+    scale = _round_scale(w.abs().amax(dim=1, keepdim=True) / 127, weight.dtype)
+    return (w / scale).round_().clamp_(-127, 127).to(torch.int8), scale, None  # [O, I], [O, 1]
 
 
 def _in_4_bits(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -171,8 +171,7 @@ class LazyMap:
             return self._last[2][:, :, top - self._last[0] : bottom - self._last[0]]
         self._last = None  # freed before the new rows are computed
         rows = self.compute(top, bottom)
-        if self._cache_last:
-            self._last = top, bottom, rows
+        self._last = (top, bottom, rows) if self._cache_last else None
         return rows
 
     def release_after_read(self) -> None:
@@ -190,14 +189,12 @@ def _convolve(
 
     def compute(top: int, bottom: int) -> Tensor:
         first, last = max(top - 1, 0), min(bottom + 1, x.height)
-        rows = conv(change(x.read(first, last)))
-        return rows[:, :, top - first : bottom - first]  # [1, C, R, W]
+        return conv(change(x.read(first, last)))[:, :, top - first : bottom - first]  # [1, C, R, W]
 
     return LazyMap(x, (conv.out_channels, x.height, x.width), compute, x.row, cache_last)
 
 
 def _upsample(x: _Map) -> LazyMap:
-
     def compute(top: int, bottom: int) -> Tensor:
         first = top // 2
         rows = F.interpolate(x.read(first, (bottom + 1) // 2), scale_factor=2.0, mode="nearest")
@@ -293,8 +290,7 @@ class _TiledRun:
 
     def materialize_if_small(self, x: LazyMap) -> _Map:
         """Compute the map now if there is room for it and the map it is computed from, which is kept."""
-        has_room = x.resident_values + x.size <= self.limit
-        return self.materialize(x, keep_source=True) if has_room else x
+        return self.materialize(x, keep_source=True) if x.resident_values + x.size <= self.limit else x
 
     def materialize(self, x: LazyMap, keep_source: bool = False) -> MaterializedMap:
         """Compute all bands; one that is a view of larger memory is copied, to free the rest."""

@@ -69,8 +69,7 @@ class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
         return AdapterInputs(tuple(prompt for prompt, _ in pairs), negative, residuals)
 
     def _lora_factor(self, inputs: PipelineInputs) -> AbstractContextManager[None]:
-        factor = (inputs.cross_attention_kwargs or {}).get("scale")
-        if factor is None:
+        if (factor := (inputs.cross_attention_kwargs or {}).get("scale")) is None:
             return nullcontext()
         self.runs.require_alone("a LoRA scale of its own")
         return self.lora_scaled(factor)

@@ -74,11 +74,9 @@ class Components:
         """Set attributes that other files' methods need."""
 
     def _check_dimensions(self) -> None:
-        """Raise ValueError naming two components whose dimensions differ."""
         check_dimensions(self.vae, self.text_encoder, self.tokenizer, self.unet, self.accepts_mask_channels)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; TypeError for a component of another type than the constructor takes."""
         check_component_type(name, value)
         super().__setattr__(name, value)
 
@@ -223,7 +221,6 @@ class Components:
         return weight.device
 
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
-        """Encode tokens where the text encoder runs."""
         encoder: Any = self.text_encoder
         self._enter_stage("text_encoder")
         return encoder(tokens.to(self._compute_device(unwrap_compiled(encoder).embedding.weight)))
@@ -295,9 +292,7 @@ class Components:
 
     @property
     def interrupt(self) -> Interrupt:
-        """A function that ends a call after its current step, from a callback or another thread, and decodes
-        the images as they are. As a truth value: whether it was called since that call began.
-        """
+        """A function that ends a call after its step and decodes the images as they are; see `Interrupt`."""
         return Interrupt(self.runs)
 
     @property

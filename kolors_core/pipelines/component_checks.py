@@ -44,18 +44,14 @@ def check_component_type(name: str, value: Any) -> None:
 
 
 def check_dimensions(
-    vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet,
-    accepts_mask_channels: bool,
-) -> None:  # fmt: skip
-    """Raise ValueError naming two components whose dimensions differ.
-
-    accepts_mask_channels: whether the UNet may read a mask and the masked image's latents too.
-    """
+    vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet, accepts_masks: bool
+) -> None:
+    """Raise ValueError naming two components whose dimensions differ."""
     latents, ins, outs = vae.config.latent_channels, unet.config.in_channels, unet.config.out_channels
     masked = 2 * latents + 1  # the latents, the mask, and the masked image's latents
-    if outs != latents or ins not in ((latents, masked) if accepts_mask_channels else (latents,)):
+    if outs != latents or ins not in ((latents, masked) if accepts_masks else (latents,)):
         wanted = f"the VAE's {latents} for both"
-        if accepts_mask_channels:
+        if accepts_masks:
             wanted += f", or {masked} in"
         elif ins == masked:
             wanted += ": one with a mask is for KolorsInpaintPipeline"

@@ -62,5 +62,4 @@ class KolorsControlNetInpaintPipeline(KolorsInpaintPipeline):
         """Inpaint the white part of a mask under control images; others as for `KolorsInpaintPipeline`."""
         if control_image is None:
             raise ValueError("no control_image: expected one, or one for each of several ControlNets")
-        arguments["control_image"] = control_image
-        return super().__call__(prompt, image=image, mask_image=mask_image, **arguments)
+        return super().__call__(prompt, image, mask_image, control_image=control_image, **arguments)

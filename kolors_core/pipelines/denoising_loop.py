@@ -46,9 +46,8 @@ class DenoisingLoop:
         negative: Conditioning | None, *, rule: GuidanceRule, scale: float, callback: StepCallback | None,
         names: Sequence[str], progress: Callable[[], Any],
     ) -> None:  # fmt: skip
-        """run: the state that the callback may set. negative: None without guidance. rule, scale: of
-        guidance. names: of `TENSOR_NAMES`, for the callback. progress: called after each step. Raises
-        TypeError for a callback that cannot be called.
+        """run: state that the callback may set. negative: None without guidance. rule, scale: of guidance.
+        names: of `TENSOR_NAMES`. progress: called after each step. TypeError for a callback of another type.
         """
         if callback is not None and not callable(callback):
             raise TypeError(f"callback_on_step_end must be a function, got {type(callback).__name__}")
@@ -74,8 +73,7 @@ class DenoisingLoop:
     def __call__(self, sampler: Sampler, x: Tensor) -> Tensor:
         """Run the sampler from x; returns the latents as the reference has them at the last sigma.
 
-        Raises FloatingPointError naming the step after which they were not finite, when the run is over:
-        asking in every step would let a GPU wait.
+        FloatingPointError names the first step that was not finite, at the end: asking earlier stalls a GPU.
         """
         denoise = self.denoise if self.callback is None else lambda x, sigma: self.denoise(x, sigma)
         try:
@@ -100,9 +98,8 @@ class DenoisingLoop:
         return x
 
     def _apply_callback(self, callback: StepCallback, i: int, x: Tensor) -> Tensor:
-        latents = (x / self._scale(i + 1)).to(self.pipe.dtype)
+        latents, scale = (x / self._scale(i + 1)).to(self.pipe.dtype), self.run.guidance_scale
         seen = {name: latents if name == "latents" else self.tensors[name] for name in self.names}
-        scale = self.run.guidance_scale
         answer = callback(self.pipe, i, self.schedule.timesteps[i], seen)
         if not isinstance(answer, dict):
             got = type(answer).__name__
@@ -119,7 +116,11 @@ class DenoisingLoop:
             x = after.to(x) * self._scale(i + 1)
         changed = {name for name in POSITIVE_TENSORS if returned.get(name, before[name]) is not before[name]}
         for name in changed:
-            _refuse_misfit(name, returned[name], before[name])
+            new, old = returned[name], before[name]
+            fits = new.ndim == old.ndim and new.shape[-1] == old.shape[-1]
+            if not fits or not new.is_floating_point():
+                wanted = "floats [" + "any, " * (old.ndim - 1) + f"{old.shape[-1]}]"
+                raise ValueError(f"{RETURNED} {name} {list(new.shape)} of {new.dtype}, expected {wanted}")
         self.tensors = before | returned
         if "prompt_embeds" in changed:
             self.counts = None
@@ -148,13 +149,6 @@ class DenoisingLoop:
         positive, negative = self.halves
         last, first = slice(-self.batch, None), slice(None, self.batch)
         return updated(positive, last), updated(negative, first) if is_guided else None
-
-
-def _refuse_misfit(name: str, after: Tensor, before: Tensor) -> None:
-    fits = after.ndim == before.ndim and after.shape[-1] == before.shape[-1]
-    if not fits or not after.is_floating_point():
-        wanted = "floats [" + "any, " * (before.ndim - 1) + f"{before.shape[-1]}]"
-        raise ValueError(f"{RETURNED} {name} {list(after.shape)} of {after.dtype}, expected {wanted}")
 
 
 class SDXLCFGCutoffCallback:

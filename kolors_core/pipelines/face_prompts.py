@@ -53,8 +53,7 @@ class FaceIDMethods(IPAdapterMethods):
 
     @property
     def _face(self) -> AttachedAdapter | None:
-        handles = (handle for handle in attached(self.unet) if isinstance(handle.adapter, FaceIDAdapter))
-        return next(handles, None)
+        return next((one for one in attached(self.unet) if isinstance(one.adapter, FaceIDAdapter)), None)
 
     def _need_face(self) -> AttachedAdapter:
         if (handle := self._face) is None:

@@ -145,8 +145,7 @@ class IPAdapterMethods(Components):
         states = self._image_states(image, embeds, is_guided)
         self._enter_stage("unet")
         prompts: ImagePromptPairs = {}
-        listed = _check_masks(masks, len(handles), batch)
-        for handle, own, mask in zip(handles, states, listed, strict=True):
+        for handle, own, mask in zip(handles, states, _check_masks(masks, len(handles), batch), strict=True):
             if batch % (rows := len(own[0])):
                 raise ValueError(f"ip_adapter_image_embeds has {rows} rows, for {batch} images")
             handle.to_unet_device()
@@ -217,5 +216,4 @@ class IPAdapterMaskProcessor:
         w = masks[0].width if width is None else check_int("width", width)
         if h < 8 or w < 8:
             raise ValueError(f"the sides of a mask must be at least 8, got {h} x {w}")
-        size = h - h % 8, w - w % 8
-        return torch.stack([to_grayscale(mask, size)[None] >= 128 for mask in masks]).float()  # [n, 1, H, W]
+        return torch.stack([to_grayscale(one, (h - h % 8, w - w % 8))[None] >= 128 for one in masks]).float()

@@ -63,13 +63,20 @@ class FromImage(Task):
 
     def _as_latents(self, image: Any, height: int | None, width: int | None) -> Tensor | None:
         """Return given latents [b, 4, H/8, W/8], or None for images; ValueError for another size."""
-        scale = self.vae.config.vae_scale_factor
-        if (latents := as_latents(image, self.vae.config.latent_channels)) is None:
+        channels, scale = self.vae.config.latent_channels, self.vae.config.vae_scale_factor
+        listed = list(image) if isinstance(image, list | tuple) else [image]
+        fits = (isinstance(t, Tensor) and t.ndim in (3, 4) and t.shape[-3] == channels for t in listed)
+        if not listed or not all(fits):
             return None
-        for name, side, own in (("height", height, latents.shape[2]), ("width", width, latents.shape[3])):
+        if len({t.shape[-2:] for t in listed}) > 1:
+            raise ValueError(f"latents of different sizes: {', '.join(str(list(t.shape)) for t in listed)}")
+        x = torch.cat([t if t.ndim == 4 else t[None] for t in listed])
+        if not x.numel() or not x.is_floating_point():
+            raise ValueError(f"latents as image must be some floats, got {list(x.shape)} of {x.dtype}")
+        for name, side, own in (("height", height, x.shape[2]), ("width", width, x.shape[3])):
             if side not in (None, own * scale):
                 raise ValueError(f"{name} of given latents is {own * scale}, and cannot become {side}")
-        return latents.to(self.device, self.precision)
+        return x.to(self.device, self.precision)
 
     def _first_latents(self, schedule: Schedule, clean: Tensor, noise: Tensor | None) -> Tensor:
         """Add noise of the first sigma to clean latents; None for latents that have it already."""
@@ -155,8 +162,7 @@ class KolorsImg2ImgPipeline(FromImage):
         if image is None:
             raise ValueError("no image: expected the image to start from, or its latents")
         read = self._read_image(image, height, width)  # [b, 3, H, W] or [b, 4, H/8, W/8]
-        size = self._pixel_size(read)
-        start = self._mean_and_std(read) if latents is None else None
+        size, start = self._pixel_size(read), self._mean_and_std(read) if latents is None else None
         text, negative_text = encode_prompts(self, prompt, inputs)
         positive, negative = self._condition(inputs, size, text, negative_text)
         count, wrap_sampler = len(positive.size_ids), None
@@ -207,19 +213,3 @@ def repeat_per_image(clean: Tensor, count: int, images_per_prompt: int, name: st
         wanted = f"one, {count // images_per_prompt} (one a prompt) or {count} (one an image)"
         raise ValueError(f"expected {wanted} {name}, got {len(clean)}")
     return clean.repeat(count // len(clean), 1, 1, 1)
-
-
-def as_latents(image: Any, channels: int) -> Tensor | None:
-    """Return latents [b, 4, h, w] of a tensor or list of them; None for anything else."""
-    listed = list(image) if isinstance(image, list | tuple) else [image]
-    if not listed or not all(isinstance(one, Tensor) and one.ndim in (3, 4) for one in listed):
-        return None
-    if any(one.shape[-3] != channels for one in listed):
-        return None
-    if len({one.shape[-2:] for one in listed}) > 1:
-        raise ValueError(f"latents of different sizes: {', '.join(str(list(one.shape)) for one in listed)}")
-    latents = torch.cat([one if one.ndim == 4 else one[None] for one in listed])
-    if not latents.numel() or not latents.is_floating_point():
-        got = f"{list(latents.shape)} of {latents.dtype}"
-        raise ValueError(f"latents as image must be some floats, got {got}")
-    return latents

@@ -100,7 +100,12 @@ class KolorsInpaintPipeline(FromImage):
             cross_attention_kwargs=cross_attention_kwargs, **extras,
         )  # fmt: skip
         has_mask_channels = self.unet.config.in_channels > self.vae.config.latent_channels
-        _refuse_useless(has_mask_channels, masked_image_latents, denoising_start, latents)
+        if masked_image_latents is not None and not has_mask_channels:
+            raise ValueError("masked_image_latents has no effect: this UNet reads no mask, it has 4 channels")
+        if denoising_start is not None and not has_mask_channels:
+            raise ValueError("denoising_start needs a UNet that reads the mask: what stays could not be held")
+        if denoising_start is not None and latents is not None:
+            raise ValueError("latents, the noise to start with, has no effect beside denoising_start")
         if output_type == "latent" and (paste_back or padding_mask_crop is not None):
             raise ValueError("paste_back and padding_mask_crop need images, and output_type is 'latent'")
         whole = self._schedule(inputs)
@@ -112,13 +117,12 @@ class KolorsInpaintPipeline(FromImage):
             control = _control_region(inputs.control_image, image, size, prepared.box)
             inputs = replace(inputs, control_image=control)
         mask, small = masks.binarize_mask(prepared.mask, self._latent_shape(1, size)[2:])
-        start = None  # in pure noise the image itself is not seen
-        if not has_mask_channels or strength < 1 or denoising_start is not None:
-            start = self._mean_and_std(prepared.image)
+        is_pure_noise = has_mask_channels and not strength < 1 and denoising_start is None  # hides the image
+        start = None if is_pure_noise else self._mean_and_std(prepared.image)
         masked = self._masked(prepared.image, mask, masked_image_latents) if has_mask_channels else None
         text, negative_text = encode_prompts(self, prompt, inputs)
         positive, negative = self._condition(inputs, size, text, negative_text)
-        shape = self._latent_shape(len(positive.size_ids), size)
+        shape, wrap_sampler = self._latent_shape(len(positive.size_ids), size), None
         clean = None if start is None else self.sample_latents(*start, shape[0], copies, generator)
         noise = self._draw(shape, generator) if latents is None else self._given_latents(latents, shape)
         if clean is None or (strength == 1 and denoising_start is None):
@@ -126,10 +130,8 @@ class KolorsInpaintPipeline(FromImage):
         else:
             x = self._first_latents(schedule, clean, noise if denoising_start is None else None)
         small = repeat_per_image(small, shape[0], copies, "masks").to(x)  # [B, 1, H/8, W/8]
-        wrap_sampler = None
         if masked is not None:
-            seen = self.sample_latents(*masked, shape[0], copies, generator)
-            extra = torch.cat([small, seen], dim=1)
+            extra = torch.cat([small, self.sample_latents(*masked, shape[0], copies, generator)], dim=1)
             positive, negative = replace(positive, extra=extra), negative and replace(negative, extra=extra)
         elif clean is not None:
             wrap_sampler = partial(preserve_masked_latents, clean=clean, noise=noise, strength=small)
@@ -165,8 +167,7 @@ class KolorsInpaintPipeline(FromImage):
             marked[..., box[1] : box[3], box[0] : box[2]] = 1
 
         def postprocess(generated: Tensor) -> Tensor:
-            count = len(generated)
-            whole, mask = (repeat_per_image(part, count, images_per_prompt) for part in (given, marked))
+            whole, mask = (repeat_per_image(x, len(generated), images_per_prompt) for x in (given, marked))
             return masks.paste(generated, whole, mask, box)
 
         return InpaintInputs(read, mask, postprocess, box)
@@ -174,8 +175,7 @@ class KolorsInpaintPipeline(FromImage):
     def _masked(self, image: Tensor, mask: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Encode the image with its masked region gray, or check given latents: mean and deviation."""
         if given is not None:
-            latents = self._as_latents(given, *self._pixel_size(image))
-            if latents is None:
+            if (latents := self._as_latents(given, *self._pixel_size(image))) is None:
                 raise ValueError("masked_image_latents must be latents, a tensor [b, 4, H/8, W/8]")
             return latents, None
         if self._is_latents(image):
@@ -214,12 +214,3 @@ def _need_pil(name: str, value: Any, image: "Image") -> None:
     if value.size != image.size:
         got = f"{value.height} x {value.width} and {image.height} x {image.width}"
         raise ValueError(f"padding_mask_crop needs {name} and image of one size (height x width), got {got}")
-
-
-def _refuse_useless(has_mask_channels: bool, masked: Any, start: float | None, latents: Any) -> None:
-    if masked is not None and not has_mask_channels:
-        raise ValueError("masked_image_latents has no effect: this UNet reads no mask, it has 4 channels")
-    if start is not None and not has_mask_channels:
-        raise ValueError("denoising_start needs a UNet that reads the mask: what stays could not be held")
-    if start is not None and latents is not None:
-        raise ValueError("latents, the noise to start with, has no effect beside denoising_start")

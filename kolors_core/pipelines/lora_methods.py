@@ -147,8 +147,7 @@ class LoRAMethods:
     def lora_scaled(self, factor: float) -> Iterator[None]:
         """Multiply every adapter's scale in the UNet by `factor`, within a `with` block.
 
-        A call's `cross_attention_kwargs={"scale": factor}` does this. Raises ValueError where it has no
-        effect: no adapter is active, or one is fused.
+        A call's `cross_attention_kwargs={"scale": factor}` does so. ValueError if none is on or one is fused.
         """
         factor, unet = check_float("the scale of LoRAs", factor), unwrap_compiled(self.unet)
         lora.check_not_fused(unet, "scale adapters")
@@ -216,10 +215,7 @@ class LoRAMethods:
                     adapter.detach()
 
     def unload_lora_weights(self) -> None:
-        """Detach all adapters: the models are what they were, bit for bit.
-
-        Fused adapters stay in the weights, as in the reference, and can no longer be unfused.
-        """
+        """Detach all adapters, bit for bit; fused ones stay in the weights for good, as in the reference."""
         for model in self._lora_models().values():
             lora.unload(model)
 

@@ -95,18 +95,14 @@ def binarize_mask(mask: Tensor, size: Size, name: str = "mask_image") -> tuple[T
 
 
 def mask_region(mask: "Image", size: Size, padding: int) -> Box:
-    """Return the box of a mask's non-black part with `padding` pixels around it, expanded to the aspect of
-    `size` as far as the image allows. ValueError for an all-black mask.
-    """
-    found = mask.convert("L").getbbox()
-    if found is None:
+    """Return the padded box of a mask's non-black part, in the aspect of `size` if it fits."""
+    if (found := mask.convert("L").getbbox()) is None:
         raise ValueError(f"mask_image leaves nothing to repaint: {NO_WHITE}")
     left, top = (max(side - padding, 0) for side in found[:2])
     right, bottom = min(found[2] + padding, mask.width), min(found[3] + padding, mask.height)
     aspect = size[1] / size[0]
     if (right - left) / (bottom - top) > aspect:
-        more = int((right - left) / aspect - (bottom - top))
-        top, bottom = _expand(top, bottom, more, mask.height)
+        top, bottom = _expand(top, bottom, int((right - left) / aspect - (bottom - top)), mask.height)
     else:
         left, right = _expand(left, right, int((bottom - top) * aspect - (right - left)), mask.width)
     return left, top, right, bottom

@@ -69,9 +69,8 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"GiB for {self.run}", f"{'':<16}{'weights':>9}{'work':>9}{'both':>9}{'by block':>10}"]
-        for name, stage in self.stages.items():
-            numbers = f"{stage.weights:>9.3f}{stage.work:>9.3f}{stage.total:>9.3f}{stage.by_block:>10.3f}"
-            lines.append(f"{name:<16}{numbers}")
+        for name, s in self.stages.items():
+            lines.append(f"{name:<16}{s.weights:>9.3f}{s.work:>9.3f}{s.total:>9.3f}{s.by_block:>10.3f}")
         for name, words in MODES.items():
             remark = "  as it is now" if name == self.mode else ""
             lines.append(f"{words:<34}{getattr(self, name):>9.3f}{remark}")
@@ -205,9 +204,8 @@ def _stop(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) ->
 
 def _peak_weights_by_stage(models: Models, tracker: MemoryTracker) -> dict[str | None, int]:
     """Return the most bytes of weights on the device in each stage under model offload."""
-    order = list(tracker.activations)
-    offload, peak = TrackedOffload(tracker, by_block=False), dict.fromkeys(order, 0)
-    for stage in (*order, None, *order, None):  # the second run prefetches in the order of the first
+    offload, peak = TrackedOffload(tracker, by_block=False), dict.fromkeys(tracker.activations, 0)
+    for stage in (*peak, None, *peak, None):  # the second run prefetches in the order of the first
         offload.enter(stage, models)
         peak[stage] = max(peak.get(stage, 0), offload.bytes_on_device)
     offload.end()

@@ -19,7 +19,7 @@ from kolors_core import guidance
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.conditioning import Conditioning
 from kolors_core.devices import unwrap_compiled
-from kolors_core.guidance import GuidanceRule, Interval, guided
+from kolors_core.guidance import GuidanceRule, Interval, guided, use_inside_interval
 from kolors_core.image import Size
 from kolors_core.module import WrapStep
 from kolors_core.pipelines.base import Components
@@ -65,9 +65,7 @@ def perturbed(
     perturbed_parts = replace(Conditioning.cat(*parts), perturbed=tuple(rows))
     x0_of = partial(guidance.make_denoiser, unet, schedule, precompute=precompute, wrap_step=wrap_step)
     inside = x0_of(perturbed_parts, len(parts), combine)
-    if interval is None:
-        return inside
-    return guidance.use_inside_interval(interval, schedule, inside, x0_of(positive))
+    return inside if interval is None else use_inside_interval(interval, schedule, inside, x0_of(positive))
 
 
 def check_scales(pag_scale: float, pag_adaptive_scale: float) -> None:
@@ -85,8 +83,7 @@ def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
     or "up.block_0.attentions_1". Raises ValueError or TypeError for what matches no layer, or is no name.
     """
     names = [names] if isinstance(names, str) else names
-    modules = unwrap_compiled(unet).named_modules()
-    paths = [path for path, module in modules if isinstance(module, TransformerBlock)]
+    paths = [path for path, own in unwrap_compiled(unet).named_modules() if isinstance(own, TransformerBlock)]
     weights = (TABLES["unet"].to_public(f"{path}.self_attention.to_q.weight") for path in paths)
     layers = [name.removesuffix(".to_q.weight") for name in weights]
     if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
@@ -187,9 +184,7 @@ class KolorsPAGPipeline(KolorsPipeline):
         )  # fmt: skip
 
     def pag_rule(self, pag_scale: float, pag_adaptive_scale: float = 0.0) -> GuidanceRule | None:
-        """Return perturbed-attention guidance with these scales; None if pag_scale is 0. ValueError for
-        another rule at `pipe.guided`, and for scales without effect.
-        """
+        """Return the rule with these scales; None if pag_scale is 0. ValueError if another is at `guided`."""
         is_off = check_float("pag_scale", pag_scale) == 0
         if is_off and pag_adaptive_scale != 0:
             raise ValueError(f"pag_adaptive_scale has no effect with pag_scale 0, got {pag_adaptive_scale}")

@@ -47,9 +47,8 @@ class PerformanceMethods(Components):
         CUDA graph, where the UNet is on CUDA. Other image sizes, LoRAs and weights work as before. See
         kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
-        attached = [unwrap_compiled(model) for model in self._attached_models()]
-        controlnets = [model for model in attached if isinstance(model, UNetEncoder)]
-        for model in (*self._own_models().values(), *controlnets):
+        nets = [net for net in self._attached_models() if isinstance(unwrap_compiled(net), UNetEncoder)]
+        for model in (*self._own_models().values(), *nets):
             compile_blocks(unwrap_compiled(model), mode, backend)
         has_graphs = mode in CUDA_GRAPH_MODES and self.device.type == "cuda"
         self._wrap_step = CUDAGraphCache() if has_graphs else None
@@ -127,8 +126,7 @@ class PerformanceMethods(Components):
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         """Return the cached embedding of these tokens, or encode and cache it."""
         savings, key = self.savings, Key.of(unwrap_compiled(self.text_encoder), tokens)
-        text = self.prompt_cache.get(key, savings.prompt_folder)
-        if text is None:
+        if (text := self.prompt_cache.get(key, savings.prompt_folder)) is None:
             text = super()._run_text_encoder(tokens)
         self.prompt_cache.put(key, text, savings.cached_prompts, savings.prompt_folder)
         return text

@@ -45,9 +45,8 @@ class QuantizationError:
     def between(cls, got: Sequence[Tensor], expected: Sequence[Tensor]) -> "QuantizationError":
         """Compare tensors of the same shapes, one by one, and return the worst."""
         pairs = [(x.float(), y.float()) for x, y in zip(got, expected, strict=True)]
-        cosines = [F.cosine_similarity(x, y, dim=-1).min().item() for x, y in pairs]
-        errors = [((x - y).norm() / y.norm()).item() for x, y in pairs]
-        return cls(min(cosines), max(errors))
+        cosine = min(F.cosine_similarity(x, y, dim=-1).min().item() for x, y in pairs)
+        return cls(cosine, max(((x - y).norm() / y.norm()).item() for x, y in pairs))
 
     def __str__(self) -> str:
         return f"cosine {self.cosine:.5f}, error {self.error:.2%}"

@@ -130,8 +130,7 @@ class PipelineInputs:
             raise ValueError(f"guidance_scale must be finite, got {scale}")
         if self.eta:
             raise ValueError(f"eta is {self.eta!r}, but only DDIM has a use for it, and that is not here")
-        given = [name for name, value in negatives.items() if value is not None]
-        if not self.is_guided and given:
+        if not self.is_guided and (given := [name for name, value in negatives.items() if value is not None]):
             raise ValueError(f"{given[0]} has no effect without guidance, and guidance_scale is {scale}")
         _one_of("output_type", (self.output_type,), (*OUTPUT_TYPES, "latent"))
         _one_of("callback_on_step_end_tensor_inputs", self.callback_tensors, TENSOR_NAMES)

@@ -37,8 +37,7 @@ class Runs:
         self._active: list[Run] = []
         self._last = Run()  # the call that began last, whose state can be read when it is over
 
-    def __reduce__(self) -> tuple[type["Runs"], tuple[()]]:
-        """Make copies and pickles without the running calls."""
+    def __reduce__(self) -> tuple[type["Runs"], tuple[()]]:  # copies and pickles have no running calls
         return Runs, ()
 
     @contextmanager

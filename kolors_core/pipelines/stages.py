@@ -91,9 +91,8 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
             return Conditioning(tokens, pooled, ids, text.counts, images, residuals=given.residuals)
 
         positive = conditioning(text, ids, given.image_prompts)
-        if negative_text is None:
-            return positive, None
-        return positive, conditioning(negative_text, negative_ids, given.negative_image_prompts)
+        images = given.negative_image_prompts
+        return positive, negative_text and conditioning(negative_text, negative_ids, images)
 
     def _rule(self, inputs: PipelineInputs) -> GuidanceRule:
         return self.guided if inputs.guidance_rule is None else inputs.guidance_rule

@@ -71,8 +71,7 @@ def read_folder(folder: str | Path) -> list[Example]:
     for file, captions in captioned:
         with images.image_errors(file), Image.open(file) as image:
             is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # `load_image` rotates back
-            size = image.size if is_rotated else image.size[::-1]
-            examples.append(Example(file, captions, *size))
+            examples.append(Example(file, captions, *(image.size if is_rotated else image.size[::-1])))
     return examples
 
 
@@ -197,10 +196,8 @@ class LatentDataset:
     ) -> None:  # fmt: skip
         self.examples, self.batches, self.vae, self.config = examples, batches, vae, config
         self.tokenizer = partial(tokenizer, max_length=config.max_tokens, words=words)
-        self.timesteps = timesteps
         self.latents: dict[int, Tensor] = {}  # mean and standard deviation [2, 4, H/8, W/8]
-        self.sizes: dict[int, Tensor] = {}
-        self.controls: dict[int, Tensor] = {}  # uint8 [3, H, W]
+        self.sizes, self.controls = dict[int, Tensor](), dict[int, Tensor]()  # controls: uint8 [3, H, W]
         for size, members in batches.members.items():
             for i in members:
                 pixels, crop = load_pixels(examples[i], size)
@@ -210,7 +207,7 @@ class LatentDataset:
                     self.controls[i] = (255 * images.preprocess_control(control(image))[0]).round().byte()
                 self.latents[i] = torch.cat([encoded.mean, encoded.std]).float().cpu()
                 self.sizes[i] = size_ids((examples[i].height, examples[i].width), crop, size)
-        self.text: dict[str, TextEmbedding] = {}
+        self.timesteps, self.text = timesteps, dict[str, TextEmbedding]()
         if frozen_text is not None:
             for caption in sorted({caption for example in examples for caption in example.captions} | {""}):
                 tokens = self._tokens([caption]).to(frozen_text.embedding.weight.device)
@@ -262,8 +259,7 @@ class MaskedLatentDataset(LatentDataset):
 def random_masks(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Draw masks [count, 1, H, W] of 1 (to be generated) and 0: one to three boxes, or everywhere.
 
-    Source: the boxes of https://arxiv.org/abs/2109.07161, section 2.3. A full mask keeps the model able to
-    generate from the prompt alone.
+    Source: boxes of https://arxiv.org/abs/2109.07161, section 2.3. Full masks keep text-to-image possible.
     """
     masks = torch.zeros(count, 1, height, width)
     for mask in masks:

@@ -99,8 +99,7 @@ class Trainer:
         on_step: Callable[[int, float], None] = lambda step, loss: None,
     ) -> None:  # fmt: skip
         self.loss, self.data, self.config, self.on_step = loss, data, config, on_step
-        self.folder = Path(folder)
-        self.device = next(loss.parameters()).device
+        self.folder, self.step, self.device = Path(folder), 0, next(loss.parameters()).device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size % (self.world * (accumulated := config.gradient_accumulation_steps)):
             parts = f"{self.world} processes times gradient_accumulation_steps {accumulated}"
@@ -116,7 +115,6 @@ class Trainer:
         self.named = {n: p for n, p in loss.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.named.values(), weight_decay=config.weight_decay)
         self.ema = {n: p.detach().clone() for n, p in self.named.items()} if config.ema_decay else {}
-        self.step = 0
 
     def fit(self) -> list[float]:
         """Train to the end; return the loss of each step of this call."""
@@ -187,9 +185,8 @@ class Trainer:
         file = self.folder / "state.safetensors"
         if not file.exists():
             return
-        for parameter in self.named.values():  # the state that AdamW creates before its first step
-            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        for p in self.named.values():  # the state that AdamW creates before its first step
+            self.optimizer.state[p] = {"step": torch.tensor(0.0), **{m: torch.zeros_like(p) for m in MOMENTS}}
         source, state = Source([file]), self._state()
         step = (source.metadata(file) or {}).get("step", "")
         for name, tensor in state.items():
@@ -199,8 +196,7 @@ class Trainer:
                 raise ValueError(f"{file}: is of another run: {name} is {got}, expected {expected}")
         if not step.isdecimal():
             raise ValueError(f"{file}: its metadata give step {step[:100]!r}, expected a whole number")
-        self.step = int(step)
-        tensors = load_file(file, device=str(self.device))
+        self.step, tensors = int(step), load_file(file, device=str(self.device))
         for name, tensor in state.items():
             value = tensors[name]
             if isinstance(tensor, DTensor):
