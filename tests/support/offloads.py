@@ -31,6 +31,10 @@ class LateTransfers(TransferStream):
         self.under_way = [other for other in self.under_way if other is not event]
         event.clear()
 
+    def synchronize(self) -> None:
+        while self.under_way:
+            self.wait(self.under_way[0])
+
 
 @contextmanager
 def offloaded(pipe: Task, by_block: bool = False) -> Iterator[Offload]:
