@@ -26,6 +26,11 @@ torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 warnings.filterwarnings("ignore", module="diffusers")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Two processes of one thread, or one of more: two of two wait for each other, 20 times as long."""
+    return max(1, 2 // torch.get_num_threads())
+
+
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of a few hundred pieces, trained here."""
