@@ -88,8 +88,10 @@ def files_to_download(
     listing: list[str], components: Iterable[str], variant: str | None, where: str, has_weights: bool = True
 ) -> list[str]:
     """Select the files of a repository that the components load: configs, tokenizer and chosen weights."""
-    files = (component_files(listing, name, name, variant, where, has_weights) for name in components)
-    return sum(files, [path for path in listing if path == "model_index.json"])
+    files = [path for path in listing if path == "model_index.json"]
+    for name in components:
+        files += component_files(listing, name, name, variant, where, has_weights)
+    return files
 
 
 def component_files(
@@ -157,6 +159,8 @@ def open_component(
     has_weights: bool = True, kind: ModelSpec | None = None
 ) -> UnloadedModel:  # fmt: skip
     """Build one model and check by headers that its files fit it; arguments, errors: see `load_component`."""
+    if kind is None and component not in MODEL_SPECS:
+        raise ValueError(f"component must be of {', '.join(MODEL_SPECS)}, or have a kind, got {component!r}")
     kind = MODEL_SPECS[component] if kind is None else kind
     path = Path(folder) / (component if subfolder is None else subfolder)
     if not path.is_dir():

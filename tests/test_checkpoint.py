@@ -212,6 +212,8 @@ def test_pickles_and_bad_names_are_refused(reference_folder: Path, tmp_path: Pat
         KolorsPipeline.from_pretrained(reference_folder, torch_dtype=torch.int8)
     with pytest.raises(ValueError, match="torch_dtype names 'image'"):
         KolorsPipeline.from_pretrained(reference_folder, torch_dtype={"image": torch.float32})
+    with pytest.raises(ValueError, match="component must be of .*, or have a kind, got 'image_encoder'"):
+        load_component(reference_folder, "image_encoder")
     with pytest.raises(ValueError, match="two names of one argument"):
         KolorsPipeline.from_pretrained(reference_folder, torch_dtype=torch.float32, dtype=torch.float32)
     with pytest.raises(FileNotFoundError, match="variant 'fp32', found 'fp16'"):

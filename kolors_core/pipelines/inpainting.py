@@ -117,22 +117,23 @@ class KolorsInpaintPipeline(FromImage):
             control = _control_region(inputs.control_image, image, size, prepared.box)
             inputs = replace(inputs, control_image=control)
         mask, small = masks.binarize_mask(prepared.mask, self._latent_shape(1, size)[2:])
-        is_pure_noise = has_mask_channels and not strength < 1 and denoising_start is None  # hides the image
-        start = None if is_pure_noise else self._mean_and_std(prepared.image)
+        is_pure_noise = strength == 1 and denoising_start is None  # where masks are read, no image is
+        start = None if has_mask_channels and is_pure_noise else self._mean_and_std(prepared.image)
         masked = self._masked(prepared.image, mask, masked_image_latents) if has_mask_channels else None
         text, negative_text = encode_prompts(self, prompt, inputs)
         positive, negative = self._condition(inputs, size, text, negative_text)
         shape, wrap_sampler = self._latent_shape(len(positive.size_ids), size), None
         clean = None if start is None else self.sample_latents(*start, shape[0], copies, generator)
         noise = self._draw(shape, generator) if latents is None else self._given_latents(latents, shape)
-        if clean is None or (strength == 1 and denoising_start is None):
+        if clean is None or is_pure_noise:
             x = noise * schedule.init_noise_sigma
         else:
             x = self._first_latents(schedule, clean, noise if denoising_start is None else None)
         small = repeat_per_image(small, shape[0], copies, "masks").to(x)  # [B, 1, H/8, W/8]
         if masked is not None:
             extra = torch.cat([small, self.sample_latents(*masked, shape[0], copies, generator)], dim=1)
-            positive, negative = replace(positive, extra=extra), negative and replace(negative, extra=extra)
+            positive = replace(positive, extra=extra)
+            negative = None if negative is None else replace(negative, extra=extra)
         elif clean is not None:
             wrap_sampler = partial(preserve_masked_latents, clean=clean, noise=noise, strength=small)
         denoised = self._denoise(inputs, schedule, x, positive, negative, wrap_sampler)

@@ -53,8 +53,10 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         place = self.device if device is None else named_device(str(device))
         copies = check_int("num_images_per_prompt", num_images_per_prompt)
         text = repeat_text(text.expand_padding(), copies, place)
-        negative = negative and repeat_text(negative.expand_padding(), copies, place)
-        return text.tokens, negative and negative.tokens, text.pooled, negative and negative.pooled
+        if negative is None:
+            return text.tokens, None, text.pooled, None
+        negative = repeat_text(negative.expand_padding(), copies, place)
+        return text.tokens, negative.tokens, text.pooled, negative.pooled
 
     def _schedule(self, inputs: PipelineInputs) -> Schedule:
         """Return the schedule of all steps, of which a task may take a part."""
@@ -91,8 +93,9 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
             return Conditioning(tokens, pooled, ids, text.counts, images, residuals=given.residuals)
 
         positive = conditioning(text, ids, given.image_prompts)
-        images = given.negative_image_prompts
-        return positive, negative_text and conditioning(negative_text, negative_ids, images)
+        if negative_text is None:
+            return positive, None
+        return positive, conditioning(negative_text, negative_ids, given.negative_image_prompts)
 
     def _rule(self, inputs: PipelineInputs) -> GuidanceRule:
         return self.guided if inputs.guidance_rule is None else inputs.guidance_rule
