@@ -240,7 +240,8 @@ class Offload:
             torch.cuda.empty_cache()  # to avoid fragmentation
 
     def _start_copies(self, tensors: Mapping[int, Tensor]) -> None:
-        new = [tensor for key, tensor in tensors.items() if key not in self._on_device | self._prefetched]
+        present = self._on_device.keys() | self._prefetched.keys()
+        new = [tensor for key, tensor in tensors.items() if key not in present]
         for tensor in new:
             tensor.data = self.transfers.cpu_copy(tensor.data)
         copies, ready = self.transfers.copy_to_device([tensor.data for tensor in new]) if new else ([], None)

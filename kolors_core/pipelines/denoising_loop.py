@@ -133,7 +133,7 @@ class DenoisingLoop:
         return self.pipe.scheduler.latent_scale(self.schedule.sigmas[step].item())
 
     def _conditions(self) -> tuple[Conditioning, Conditioning | None]:
-        """Conditions from the tensors; once guidance has ended, the positive rows are enough."""
+        """Build the conditions from the tensors; once guidance has ended, the positive rows are enough."""
         is_guided = self.run.guidance_scale > 1
         allowed = (2 * self.batch,) if is_guided else (self.batch, 2 * self.batch)
         for name in POSITIVE_TENSORS:
@@ -164,7 +164,7 @@ class SDXLCFGCutoffCallback:
         self.ratio, self.index = cutoff_step_ratio, cutoff_step_index
 
     def __call__(self, pipe: Any, i: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Called by the pipeline after step i."""
+        """End guidance if step i is the last one with it."""
         last = self.index if self.index is not None else int(pipe.num_timesteps * (self.ratio or 0.0))
         if i == last and pipe.guidance_scale > 1:
             pipe._guidance_scale = 0.0

@@ -173,7 +173,7 @@ class LoRAMethods:
         and nothing is fused if they are not. The weights from before are kept on the CPU. Until
         `unfuse_lora`, other adapters do nothing and none can be loaded, weighed or deleted; but
         `unload_lora_weights` makes the fused weights the pipeline's own. ValueError if there is nothing to
-        fuse, something is fused already, or a model is quantised.
+        fuse, something is fused already, or a model is quantized.
         """
         names = self._known_names(self.get_active_adapters() if adapter_names is None else adapter_names)
         lora_scale, action = check_float("lora_scale", lora_scale), f"fuse {', '.join(names) or 'adapters'}"
