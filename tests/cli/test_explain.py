@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from kolors_core import KolorsPipeline
 from kolors_core.cli.explain import write
 from kolors_core.cli.generate import main
 from kolors_core.inspection.attention_report import (
@@ -30,29 +29,14 @@ from kolors_core.inspection.attention_report import (
     shown,
     wrapped,
 )
-from kolors_core.inspection.token_attention import explain_prompt
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.tokenizer import Tokenizer
 from tests.support.browser import BROWSER, Browser
+from tests.support.explained import TINY, explained
 from tests.support.pipelines import picture
 
-TINY = Path(__file__).parents[2] / "kolors_core" / "tiny" / "tokenizer"
-PROMPT = "一张瓢虫的照片 🐞"
 HOSTILE = '<script>alert("x")</script>\n\0 \'"><img src=x onerror=alert(1)>{{tokens}} مرحبا\u202egnp.exe'
 CORNERS = [(1, 1), (1, 6), (4, 1), (4, 6)]  # of maps of 6 by 8, row and column
-
-
-@pytest.fixture(scope="module")
-def tiny() -> KolorsPipeline:
-    pipe = KolorsPipeline.from_pretrained("tiny")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def drawn(tiny: KolorsPipeline) -> Explanation:
-    """Four steps, so that their thirds are of 1, 2 and 1; of an image that is wider than high."""
-    return explain_prompt(tiny, PROMPT, 4, height=64, width=96, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +133,9 @@ def check_page(text: str, made: Explanation) -> None:
         assert told == pytest.approx(shares.mean((1, 2)).tolist(), abs=1e-4)
 
 
-def test_a_page_stands_alone_and_takes_a_prompt_for_text(made: Explanation, drawn: Explanation) -> None:
+def test_a_page_stands_alone_and_takes_a_prompt_for_text(made: Explanation) -> None:
     check_page(render_html(made), made)
-    check_page(render_html(drawn), drawn)
+    check_page(render_html(explained()), explained())
 
 
 def test_the_command_writes_both_and_overwrites_nothing(

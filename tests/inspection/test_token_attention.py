@@ -3,29 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
-from kolors_core import KolorsPipeline, record_attention
-from kolors_core.inspection.attention_report import Explanation
+from kolors_core import record_attention
 from kolors_core.inspection.token_attention import display_tokens, explain_prompt
 from kolors_core.tokenizer import Tokenizer
-
-TINY = Path(__file__).parents[2] / "kolors_core" / "tiny" / "tokenizer"
-PROMPT = "一张瓢虫的照片 🐞"
-
-
-@pytest.fixture(scope="module")
-def tiny() -> KolorsPipeline:
-    pipe = KolorsPipeline.from_pretrained("tiny")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def drawn(tiny: KolorsPipeline) -> Explanation:
-    """Four steps, so that their thirds are of 1, 2 and 1; of an image that is wider than high."""
-    return explain_prompt(tiny, PROMPT, 4, height=64, width=96, generator=torch.Generator().manual_seed(0))
+from tests.support.explained import PROMPT, TINY, explained, tiny
 
 
 def labels(tokenizer: Tokenizer, prompt: str, length: int = 64) -> list[str]:
@@ -54,11 +37,12 @@ def test_chatglms_tokens_are_labelled(chatglm_tokenizer: Path) -> None:
     assert found == ["53 pads", "[gMASK]", "sop", "一", "张", "瓢", "虫", "的照片", "🐞"]
 
 
-def test_the_views_are_the_recorded_maps(tiny: KolorsPipeline, drawn: Explanation) -> None:
+def test_the_views_are_the_recorded_maps() -> None:
     """Averaged over layers, and steps, by hand, in the same run made again."""
+    drawn = explained()
     named = {"height": 64, "width": 96, "num_inference_steps": 4}
-    with record_attention(tiny.unet, "*cross_attention", whole=True) as maps:
-        again = tiny(PROMPT, generator=torch.Generator().manual_seed(0), **named)[0][0]
+    with record_attention(tiny().unet, "*cross_attention", whole=True) as maps:
+        again = tiny()(PROMPT, generator=torch.Generator().manual_seed(0), **named)[0][0]
     assert np.array_equal(np.asarray(again), np.asarray(drawn.image)), "recording changes nothing"
     assert {part for part, _ in drawn.views} == {"all", "down", "mid", "up"}
     assert {span for _, span in drawn.views} == {"all", "1 to 1", "2 to 3", "4 to 4"}
@@ -78,10 +62,10 @@ def test_the_views_are_the_recorded_maps(tiny: KolorsPipeline, drawn: Explanatio
     assert sizes == {"all": (4, 6), "down": (4, 6), "mid": (2, 3), "up": (4, 6)}
 
 
-def test_a_longer_negative_prompt_shifts_no_label(tiny: KolorsPipeline) -> None:
+def test_a_longer_negative_prompt_shifts_no_label() -> None:
     """Of the shorter prompt the UNet reads columns that count nothing, on the left."""
     runs = [
-        explain_prompt(tiny, "cat", 1, height=64, width=64, negative_prompt=negative,
+        explain_prompt(tiny(), "cat", 1, height=64, width=64, negative_prompt=negative,
                   generator=torch.Generator().manual_seed(0))
         for negative in ("", "a red and blue photo of many dogs")
     ]  # fmt: skip
