@@ -200,7 +200,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
         self.run_coder: RunCoder = call
 
-    def encode(self, images: Tensor) -> LatentDistribution:
+    def encode_images(self, images: Tensor) -> LatentDistribution:
         """Encode images [B, 3, H, W] in [-1, 1], whose sides are multiples of 8, to a latent distribution."""
         side, (height, width) = self.config.vae_scale_factor, images.shape[-2:]
         if height % side or width % side:
@@ -209,7 +209,7 @@ class VAE(nn.Module):
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return LatentDistribution(mean * self.config.scaling_factor, std * self.config.scaling_factor)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode scaled latents [B, 4, H/8, W/8] to images [B, 3, H, W] of about [-1, 1], not clamped."""
         return self._run(self.decoder, self.post_quant_conv(latents / self.config.scaling_factor))
 

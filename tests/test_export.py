@@ -49,7 +49,7 @@ def encode_text(model: Any, ids: Tensor, real: Tensor, positions: Tensor, counts
 
 
 def encode_image(model: Any, images: Tensor) -> Any:
-    found = model.encode(images)
+    found = model.encode_images(images)
     return found.mean, found.std
 
 
@@ -89,7 +89,7 @@ CASES = {
     "ChatGLM": Case(lambda: ChatGLM(SMALL.text_encoder), encode_text, (("B", "S"),) * 4, whole=True),
     "VAE, encode": Case(lambda: VAE(VAE_CONFIG), encode_image, (("B", 3, "8H", "8W"),)),
     "VAE, decode": Case(
-        lambda: VAE(VAE_CONFIG), lambda model, latents: model.decode(latents), (("B", 4, "H", "W"),)
+        lambda: VAE(VAE_CONFIG), lambda model, latents: model.decode_latents(latents), (("B", 4, "H", "W"),)
     ),
     "CLIP vision": Case(lambda: CLIPVision(SMALL_CLIP), vision, (("B", 3, 28, 28),)),
 }

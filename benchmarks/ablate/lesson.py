@@ -109,7 +109,7 @@ class Lesson:
         shape = self.held_out[0].latents.shape
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)
-        return self.vae.decode(latents).clamp(-1, 1)
+        return self.vae.decode_latents(latents).clamp(-1, 1)
 
     def detect_component(self, images: Tensor) -> list[int]:
         """Of each prompt's image [P, 3, H, W] the thing whose training image is nearest."""

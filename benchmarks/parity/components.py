@@ -101,7 +101,7 @@ class Inputs:
 
 def encode(model: Any, given: Tensors) -> Tensors:
     """Our VAE's encoder."""
-    found = model.encode(**given)
+    found = model.encode_images(**given)
     return {"mean": found.mean, "std": found.std}
 
 
@@ -113,7 +113,7 @@ def encode_reference(model: Any, given: Tensors) -> Tensors:
 
 def decode(model: Any, given: Tensors) -> Tensors:
     """Our VAE's decoder."""
-    return {"image": model.decode(**given)}
+    return {"image": model.decode_latents(**given)}
 
 
 def decode_reference(model: Any, given: Tensors) -> Tensors:

@@ -40,8 +40,8 @@ class Reconstruction(nn.Module):
 
     def forward(self, batch: Pixels) -> Tensor:
         """The mean loss of the batch."""
-        found = self.vae.encode(batch.images)
-        images = self.vae.decode(found.sample(batch.noise)).float()
+        found = self.vae.encode_images(batch.images)
+        images = self.vae.decode_latents(found.sample(batch.noise)).float()
         mean, std = (t.float() / self.vae.config.scaling_factor for t in (found.mean, found.std))
         loss = KL_WEIGHT * 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
         for factor, weight in SCALES:
@@ -114,7 +114,7 @@ def standardise(vae: VAE, images: Tensor) -> None:
 
     The change goes into the 1x1 convolutions at both sides of the latents.
     """
-    means = torch.cat([vae.encode(image[None]).mean for image in images])  # [B, 4, H/8, W/8]
+    means = torch.cat([vae.encode_images(image[None]).mean for image in images])  # [B, 4, H/8, W/8]
     shift, scale = means.mean((0, 2, 3)), means.std((0, 2, 3))  # [4]
     inner, outer = vae.quant_conv, vae.post_quant_conv
     assert inner.bias is not None and outer.bias is not None

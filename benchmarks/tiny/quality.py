@@ -59,7 +59,7 @@ def generate(pipe: KolorsPipeline, prompts: Sequence[str], scale: float, seed: i
     ]
     start = torch.stack(noise).to(pipe.device) * schedule.init_noise_sigma
     latents = dpmpp_2m(guided(pipe.unet, schedule, positive, negative, scale), start, schedule.sigmas)
-    return pipe.vae.decode(latents).clamp(-1, 1)
+    return pipe.vae.decode_latents(latents).clamp(-1, 1)
 
 
 def nearest(images: Tensor, known: Tensor) -> list[int]:

@@ -87,7 +87,7 @@ class FromImage(Task):
         """Encode images [b, 3, H, W] to the VAE's mean and standard deviation, one by one to save memory."""
         self._enter_stage("vae")
         weight = self._vae_weight
-        found = [self.vae.encode(self._to_model(weight, image[None])) for image in pixels]
+        found = [self.vae.encode_images(self._to_model(weight, image[None])) for image in pixels]
         mean, std = (torch.cat([getattr(one, part) for one in found]) for part in ("mean", "std"))
         return check_finite(mean, "the given image's latents", weight.dtype), std
 

@@ -163,7 +163,8 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         """Decode latents [B, 4, H/8, W/8] to images [B, 3, H, W] in the VAE's own precision."""
         self._enter_stage("vae")
         weight = self._vae_weight
-        return check_finite(self.vae.decode(self._to_model(weight, latents)), "the VAE's image", weight.dtype)
+        decoded = self.vae.decode_latents(self._to_model(weight, latents))
+        return check_finite(decoded, "the VAE's image", weight.dtype)
 
     @property
     def _vae_weight(self) -> Tensor:

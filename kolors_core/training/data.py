@@ -201,7 +201,7 @@ class LatentDataset:
         for size, members in batches.members.items():
             for i in members:
                 pixels, crop = load_pixels(examples[i], size)
-                encoded = vae.encode(pixels[None].to(vae.post_quant_conv.weight))
+                encoded = vae.encode_images(pixels[None].to(vae.post_quant_conv.weight))
                 if control is not None:
                     image = images.to_images(pixels[None], "pil")[0]
                     self.controls[i] = (255 * images.preprocess_control(control(image))[0]).round().byte()
@@ -250,7 +250,7 @@ class MaskedLatentDataset(LatentDataset):
         masks = random_masks(len(samples), *size, generator)[rows]
         noise = torch.randn(len(samples), *batch.latents.shape[1:], generator=generator)[rows]
         pixels = torch.stack([load_pixels(self.examples[i], size)[0] for i, _ in samples[rows]])
-        encoded = self.vae.encode((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
+        encoded = self.vae.encode_images((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
         masked = encoded.mean.float() + encoded.std.float() * noise.to(encoded.std.device)  # [b, 4, H/8, W/8]
         masks = F.interpolate(masks, size=masked.shape[-2:])  # [b, 1, H/8, W/8]
         return replace(batch, extra=torch.cat([masks.to(device), masked.to(device)], dim=1))

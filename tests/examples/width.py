@@ -49,4 +49,4 @@ with torch.no_grad():
     denoise = guided(unet, schedule, positive, negative, scale=5.0)  # (x, sigma) -> x0
     noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
     latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)  # [1, 4, H/8, W/8]
-    to_images(vae.decode(latents), "pil")[0].save("ladybug.png")
+    to_images(vae.decode_latents(latents), "pil")[0].save("ladybug.png")

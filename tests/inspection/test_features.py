@@ -178,7 +178,7 @@ def test_every_model_can_be_looked_into(pipes: Pair) -> None:
     )
     latents = torch.randn(1, 4, 4, 5, dtype=torch.float64)
     with capture(ours.vae, "decoder*.conv_out") as kept:
-        image = ours.vae.decode(latents)
+        image = ours.vae.decode_latents(latents)
     assert torch.equal(kept["decoder.conv_out"][0], image)
     clip, _ = pair("image_encoder", torch.float64)
     with inject(clip, {"layers.0": lambda x, _step: 0 * x}), capture(clip, "layers.1", "in") as kept:
@@ -280,7 +280,7 @@ def test_what_cannot_be_is_named(
 def test_what_never_ran_is_named_unless_another_exception_is(pipes: Pair) -> None:
     ours = pipes[0]
     with pytest.raises(ValueError, match="encoder.conv_in never ran"), capture(ours.vae, "encoder.conv_in"):
-        ours.vae.decode(torch.zeros(1, 4, 2, 2, dtype=torch.float64))
+        ours.vae.decode_latents(torch.zeros(1, 4, 2, 2, dtype=torch.float64))
     with pytest.raises(KeyError), inject(ours.unet, {"mid": lambda x, _step: x}), capture(ours.unet, "mid"):
         raise KeyError("this")
     kept = [torch.zeros(2, 128, 2, 3, dtype=torch.float64)]

@@ -66,11 +66,11 @@ def test_text_encoder_and_vae_have_no_graph_break() -> None:
     ).merge_padding()
     assert torch.equal(whole(chatglm)(batch).pooled, chatglm(batch).pooled)
     latents = torch.randn(1, 4, 4, 5, generator=generator, dtype=torch.float64)
-    decode = torch.compile(vae.decode, backend="eager", fullgraph=True)
-    picture = vae.decode(latents)
+    decode = torch.compile(vae.decode_latents, backend="eager", fullgraph=True)
+    picture = vae.decode_latents(latents)
     assert torch.equal(decode(latents), picture)
-    encode = torch.compile(vae.encode, backend="eager", fullgraph=True)
-    assert torch.equal(encode(picture).mean, vae.encode(picture).mean)
+    encode = torch.compile(vae.encode_images, backend="eager", fullgraph=True)
+    assert torch.equal(encode(picture).mean, vae.encode_images(picture).mean)
 
 
 @torch.no_grad()

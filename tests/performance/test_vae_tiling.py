@@ -48,8 +48,8 @@ def noise(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def both_ways(vae: VAE, latents: Tensor, images: Tensor) -> list[Tensor]:
-    found = vae.encode(images)
-    return [vae.decode(latents), found.mean, found.std]
+    found = vae.encode_images(images)
+    return [vae.decode_latents(latents), found.mean, found.std]
 
 
 def errors(vae: VAE, batch: int, height: int, width: int, side: int = SIDE) -> list[float]:
@@ -77,9 +77,9 @@ def test_other_precisions_and_layouts() -> None:
     assert max(errors(vae, 1, 13, 11)) < 5e-6
     latents = noise(1, 4, 13, 11, dtype=torch.float32)
     with torch.inference_mode():
-        whole = vae.decode(latents)
+        whole = vae.decode_latents(latents)
         enable_tiling(vae.to(memory_format=torch.channels_last), tile_sample_min_size=SIDE)
-        tiled = vae.decode(latents.to(memory_format=torch.channels_last))
+        tiled = vae.decode_latents(latents.to(memory_format=torch.channels_last))
         assert tiled.is_contiguous(memory_format=torch.channels_last)
         assert relative_error(tiled, whole) < 5e-6
         # In bfloat16 tiles are as far from float32's result as the whole is: there is only rounding.
@@ -87,7 +87,7 @@ def test_other_precisions_and_layouts() -> None:
         far = []
         for tiles in (True, False):
             (enable_tiling if tiles else disable_tiling)(vae)
-            far.append((vae.decode(latents.bfloat16()).float() - whole).square().mean().sqrt().item())
+            far.append((vae.decode_latents(latents.bfloat16()).float() - whole).square().mean().sqrt().item())
     assert far[0] < 1.1 * far[1]
 
 
@@ -100,13 +100,13 @@ def test_the_references_tiles_are_another_picture() -> None:
     """Statistics of each tile tint it, and seams are blended."""
     ours, theirs = pair("vae", torch.float64)
     latents = noise(1, 4, 13, 11)
-    whole, scaled = ours.decode(latents), latents / ours.config.scaling_factor
+    whole, scaled = ours.decode_latents(latents), latents / ours.config.scaling_factor
     assert decibels(theirs.decode(scaled).sample, whole) > 200
     theirs.enable_tiling()
     theirs.tile_sample_min_size, theirs.tile_latent_min_size = 64, 8
     enable_tiling(ours, tile_sample_min_size=64)
     assert decibels(theirs.decode(scaled).sample, whole) < 40
-    assert decibels(ours.decode(latents), whole) > 200
+    assert decibels(ours.decode_latents(latents), whole) > 200
 
 
 def alone(conv: nn.Conv2d, x: Any, change: Callable[[Tensor], Tensor] = lambda x: x, **_: Any) -> Any:
@@ -129,13 +129,13 @@ def test_a_seam_or_a_tint_would_be_seen(spoil: str, monkeypatch: pytest.MonkeyPa
     assert min(errors(small(), 1, 13, 11)) > 1e4 * EXACT
 
 
-@pytest.mark.parametrize(("way", "least"), [("decode", 4.5), ("encode", 3.5)])
+@pytest.mark.parametrize(("way", "least"), [("decode_latents", 4.5), ("encode_images", 3.5)])
 @torch.no_grad()
 def test_tiles_take_little_memory(way: str, least: float) -> None:
     """The full-size autoencoder at 1024 x 1024, without numbers."""
     with torch.device("meta"):
         vae = VAE(KOLORS.vae)
-        x = torch.empty((1, 4, 128, 128) if way == "decode" else (1, 3, 1024, 1024))
+        x = torch.empty((1, 4, 128, 128) if way == "decode_latents" else (1, 3, 1024, 1024))
     peaks = []
     for tiles in (False, True):
         (enable_tiling if tiles else disable_tiling)(vae)
@@ -168,9 +168,9 @@ def test_a_picture_of_one_tile_is_run_whole() -> None:
     vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     enable_tiling(vae, tile_sample_min_size=64)
     with torch.no_grad():
-        vae.decode(noise(2, 4, 8, 8))
+        vae.decode_latents(noise(2, 4, 8, 8))
         assert seen == [2]
-        vae.decode(noise(1, 4, 8, 9))
+        vae.decode_latents(noise(1, 4, 8, 9))
         assert seen == [2]
 
 
@@ -198,7 +198,7 @@ def test_sides_that_are_refused(side: Any) -> None:
     assert not tiled_coder(vae).use_tiling
     vae.run_coder = TiledCoder(use_tiling=True, tile_sample_min_size=side)
     with pytest.raises(ValueError, match=f"multiple of 8 from 32 to 16777216, got {side!r}"):
-        vae.decode(noise(1, 4, 13, 11))
+        vae.decode_latents(noise(1, 4, 13, 11))
 
 
 class Louder(ResBlock):
@@ -212,11 +212,11 @@ def test_parts_that_are_not_known_are_refused() -> None:
     own, resnets = Louder(32, 32, 32), vae.decoder.up[3].resnets
     resnets[1] = own.double()
     with pytest.raises(TypeError, match=r"decoder\.up\.3\.resnets\.1: expected a module of .*Louder\(\)"):
-        vae.decode(noise(1, 4, 13, 11))
+        vae.decode_latents(noise(1, 4, 13, 11))
     with pytest.raises(TypeError, match=r"cannot run decoder\.up\.3"):
         enable_tiling(vae)
     disable_tiling(vae)
-    vae.decode(noise(1, 4, 5, 5))
+    vae.decode_latents(noise(1, 4, 5, 5))
     resnets[1] = ResBlock(32, 32, 32)
     vae.encoder.conv_in = nn.Conv2d(3, 32, 5, padding=2)
     with pytest.raises(TypeError, match=r"encoder\.conv_in: .*got torch.*kernel_size=\(5, 5\)"):
@@ -225,10 +225,10 @@ def test_parts_that_are_not_known_are_refused() -> None:
     enable_tiling(vae, tile_sample_min_size=SIDE)
     vae.decoder.norm_out = nn.GroupNorm(32, 32, affine=False)
     with pytest.raises(TypeError, match=r"decoder\.norm_out: expected a module of .*affine=False"):
-        vae.decode(noise(1, 4, 13, 11))
+        vae.decode_latents(noise(1, 4, 13, 11))
     vae.decoder = nn.Sequential(nn.ConvTranspose2d(4, 3, 8, 8))
     with pytest.raises(TypeError, match=r"cannot run coder: .*got torch.*Sequential\(\)"):
-        vae.decode(noise(1, 4, 13, 11))
+        vae.decode_latents(noise(1, 4, 13, 11))
 
 
 def test_a_coder_of_the_users_own_is_called_and_is_not_replaced() -> None:
@@ -263,11 +263,11 @@ def test_a_new_attention_and_a_subclass_with_the_old_forward_are_run() -> None:
 def test_gradients_are_refused() -> None:
     vae = small()
     enable_tiling(vae, tile_sample_min_size=SIDE)
-    for run in (lambda: vae.decode(noise(1, 4, 13, 11)), lambda: vae.encode(noise(1, 3, 104, 88))):
+    for run, shape in ((vae.decode_latents, (1, 4, 13, 11)), (vae.encode_images, (1, 3, 104, 88))):
         with pytest.raises(RuntimeError, match="tiles have no gradients"):
-            run()
+            run(noise(*shape))
     vae.requires_grad_(False)
-    assert not vae.decode(noise(1, 4, 13, 11)).requires_grad
+    assert not vae.decode_latents(noise(1, 4, 13, 11)).requires_grad
 
 
 @pytest.mark.parametrize("kind", [KolorsPipeline, KolorsImg2ImgPipeline])
@@ -307,8 +307,8 @@ def test_a_compiled_autoencoder_is_run_in_pieces_too() -> None:
     enable_tiling(vae, tile_sample_min_size=SIDE)
     latents = noise(1, 4, 13, 11)
     with torch.no_grad():
-        tiled = vae.decode(latents)
+        tiled = vae.decode_latents(latents)
         assert counters["stats"]["unique_graphs"] == 2, "a ResBlock's and the attention's"
         disable_tiling(vae)
-        assert relative_error(tiled, vae.decode(latents)) < EXACT
+        assert relative_error(tiled, vae.decode_latents(latents)) < EXACT
     torch.compiler.reset()

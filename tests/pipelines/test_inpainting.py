@@ -163,7 +163,7 @@ def test_arguments_mean_what_they_mean_elsewhere(pipes: Pair, nine: Nine) -> Non
     with torch.no_grad():
         clean, shown = (
             found.mean + found.std * torch.randn(found.mean.shape, generator=draw)
-            for found in map(ours.vae.encode, (pixels.double(), (pixels * mask).double()))
+            for found in map(ours.vae.encode_images, (pixels.double(), (pixels * mask).double()))
         )
     given = inpaint_steps(ours, image=clean, masked_image_latents=shown, **noise)
     assert all(relative_error(a, b) < FLOAT32 for a, b in zip(plain, given, strict=True))
