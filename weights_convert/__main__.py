@@ -38,7 +38,7 @@ from weights_convert.safetensors_files import (
     weight_files,
     write_tensors,
 )
-from weights_convert.untrusted_files import one_line, read_json_object
+from weights_convert.untrusted_files import one_line, printable, read_json_object
 
 
 def convert(source: Path, destination: Path, *, to_public: bool = False, prune: bool = False) -> list[str]:
@@ -217,12 +217,12 @@ def main(arguments: list[str] | None = None) -> int:
             to_public = options.to == "diffusers"
             report = convert(options.source, options.destination, to_public=to_public, prune=options.prune)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, None)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted, nothing written", file=sys.stderr)
         return 130
-    print("\n".join(report))
+    print(*map(printable, report), sep="\n")
     return 0
 
 

@@ -14,6 +14,7 @@ from kolors_core.inspection.token_attention import explain_prompt
 from kolors_core.pipelines.png_metadata import attach_metadata
 from kolors_core.validation import check_int
 from weights_convert.atomic_write import atomic_file
+from weights_convert.untrusted_files import printable
 
 
 def explain_parser() -> argparse.ArgumentParser:
@@ -56,7 +57,7 @@ def explain(options: argparse.Namespace) -> None:
     write(explanation, *outs)
     if not options.quiet:
         size = f"{explanation.image.width}x{explanation.image.height}"
-        print(f"{outs[0]}, {outs[1]}  {size}  seed {seed}", file=sys.stderr)
+        print(printable(f"{outs[0]}, {outs[1]}  {size}  seed {seed}"), file=sys.stderr)
 
 
 def write(explanation: Explanation, png: Path, html: Path) -> None:

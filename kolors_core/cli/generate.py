@@ -11,6 +11,7 @@ from kolors_core.adapters.canny import canny
 from kolors_core.adapters.controlnet_files import KolorsControlNet
 from kolors_core.adapters.face_id import load_face_embeds
 from kolors_core.checkpoint import EMBEDDED_NAME
+from kolors_core.cli import from_png
 from kolors_core.cli import options as cli
 from kolors_core.cli.explain import explain, explain_parser
 from kolors_core.config import VERSION
@@ -26,6 +27,7 @@ from kolors_core.pipelines.request import CONTROL_SCALE
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import check_int
+from weights_convert.untrusted_files import printable
 
 CONTROLNETS = {kind: f"Kwai-Kolors/Kolors-ControlNet-{kind.title()}" for kind in ("canny", "depth", "pose")}
 
@@ -43,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("-o", "--out", type=Path, default=Path("kolors.png"), metavar="PNG",
         help="the image to write; --images 3 numbers it: out-1.png (default: %(default)s)")  # fmt: skip
     add("--force", action="store_true", help="overwrite a file that exists")
+    add("--exactly", type=Path, metavar="PNG", help=argparse.SUPPRESS)  # of from_png.arguments_of
     add("--info", type=Path, metavar="PNG", help="print an image's metadata, and do nothing else")
     add("--plan", action="store_true",
         help="print the memory that each stage will need, load no weights and generate no image")  # fmt: skip
@@ -129,26 +132,29 @@ def _print_info(options: argparse.Namespace) -> None:
     if options.prompt is not None or options.weights != EMBEDDED_NAME:
         raise ValueError("--info stands alone: it prints an image's metadata, and draws none")
     for name, value in read_metadata(options.info).items():
-        print(f"{name}: {value}")
+        print(printable(f"{name}: {value}"))
 
 
 def _generate(options: argparse.Namespace) -> None:
+    facts, has_seed = from_png.read_facts(options), options.seed is not None
     outs, arguments = _validate(options), _pipeline_kwargs(options)  # images are read before weights
+    arguments |= from_png.call_arguments(facts, has_seed)
     device = named_device(options.device)
     outs[0].parent.mkdir(parents=True, exist_ok=True)
     pipe = cli.load_pipeline(options, device, _pipeline_class(options))
     quantized = cli.apply_quantization(pipe, options)
     _load_adapters(pipe, options)
-    images = pipe(**arguments)[0]
-    flags = ("image", "mask", "strength_map", "padding_mask_crop", "lora", "textual_inversion", "ip_adapter",
-             "ip_image", "face_adapter", "face_image", "control", "control_image", "canny")  # fmt: skip
-    given = {flag: value for flag in flags if (value := getattr(options, flag)) not in (None, [])}
-    metadata = {flag: ", ".join(value) if isinstance(value, list) else value for flag, value in given.items()}
+    from_png.prepare(pipe, facts)
+    images = from_png.select_image(pipe(**arguments)[0], facts, has_seed)
+    files = cli.component_files(options) | {"face_embeds": options.face_embeds}
+    metadata = {f"{name}_file": file for name, file in files.items() if file is not None}
+    metadata |= {} if options.canny is None else {"canny": options.canny}
     for image, out in zip(images, outs, strict=True):
         attach_metadata(image, image.info | metadata | quantized)
         save_png(image, out)
         if not options.quiet:
-            print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)
+            seed = f"  seed {image.info['seed']}" if "seed" in image.info else ""
+            print(printable(f"{out}  {image.width}x{image.height}{seed}"), file=sys.stderr)
 
 
 def _pipeline_kwargs(options: argparse.Namespace) -> dict[str, Any]:

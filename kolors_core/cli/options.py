@@ -22,6 +22,7 @@ from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
 from kolors_core.validation import LARGEST_SEED, check_int
+from weights_convert.untrusted_files import one_line, printable
 
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -119,7 +120,7 @@ def run_command(
         print(interrupted, file=sys.stderr)
         return 130
     except (OSError, ValueError, TypeError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, None)}", file=sys.stderr)
         return 2
     finally:
         logger.setLevel(level)
@@ -222,7 +223,7 @@ def load_loras(pipe: Task, loras: Sequence[str], is_local: bool, is_quiet: bool)
         keywords = {"revision": revision, "local_files_only": is_local}
         report = pipe.load_lora_weights(name, adapter_name=f"lora{i}", **keywords)
         if not is_quiet:
-            print(f"{source}: {report}", file=sys.stderr)
+            print(printable(f"{source}: {report}"), file=sys.stderr)
     set_lora_scales(pipe, loras)
 
 
