@@ -37,11 +37,11 @@ CROPS = ("crops_coords_top_left", "negative_crops_coords_top_left")
 def describe_call(inputs: PipelineInputs, **given: Any) -> dict[str, str]:
     """Describe a call's arguments, before any noise is drawn; empty unless its images are to be PIL's.
 
-    given: the task's own arguments, of which None is left out.
+    given: the task's own arguments; None is left out.
     """
     if inputs.output_type != "pil":
         return {}
-    values = given | {name: getattr(inputs, name) for name in (*IMAGES, *TENSORS)}
+    values = {name: getattr(inputs, name) for name in (*IMAGES, *TENSORS)} | given
     facts = {name: _describe(value) for name, value in values.items() if value is not None}
     for name in ("timesteps", "sigmas"):
         if (numbers := getattr(inputs, name)) is not None:
