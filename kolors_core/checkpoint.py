@@ -30,7 +30,7 @@ from kolors_core.vae import VAE
 from weights_convert import TABLES, safetensors_files
 from weights_convert.atomic_write import write_bytes
 from weights_convert.safetensors_files import Source, weight_files
-from weights_convert.untrusted_files import one_line, read_json_object
+from weights_convert.untrusted_files import one_line, printable, read_json_object
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,14 @@ EMBEDDED_NOTICE = (
 )
 MAX_CONFIG_BYTES = 2**18  # real ones have less than 2**13
 logger = logging.getLogger("kolors_core")
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()  # names and texts may be from files
+    return True
+
+
+logger.addFilter(_make_printable)
 
 
 def local_name(name: str | Path) -> str | Path:

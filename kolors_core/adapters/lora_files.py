@@ -20,7 +20,7 @@ from kolors_core.validation import is_real
 from weights_convert import TABLES
 from weights_convert.lora import KNOWN_SPELLINGS, parse_keys
 from weights_convert.safetensors_files import Source, Tensors
-from weights_convert.untrusted_files import parse_object
+from weights_convert.untrusted_files import parse_object, printable
 
 METADATA = "lora_adapter_metadata"  # the reference's name of its configs in a file's metadata
 TensorsByRole = Mapping[str, Tensor]
@@ -51,7 +51,7 @@ class LoRAReport:
 
 
 def _shown(name: str) -> str:
-    line = " ".join(name.split())
+    line = printable(" ".join(name.split()))
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 

@@ -19,6 +19,7 @@ from kolors_core.guidance import GuidanceRule
 from kolors_core.image import Size, to_images
 from kolors_core.pipelines.adapter_methods import AdapterMethods
 from kolors_core.pipelines.denoising_loop import DenoisingLoop
+from kolors_core.pipelines.embedded import warn_unknown
 from kolors_core.pipelines.performance_methods import PerformanceMethods
 from kolors_core.pipelines.provenance import describe_images
 from kolors_core.pipelines.request import KolorsPipelineOutput, PipelineInputs
@@ -76,6 +77,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         Returns the positive conditioning, and the negative one or, without guidance, None.
         """
         copies = check_int("num_images_per_prompt", inputs.num_images_per_prompt)
+        warn_unknown(self, inputs.prompt, size)
         ids, negative_ids = positive_and_negative_size_ids(
             size, inputs.original_size, inputs.crops_coords_top_left, inputs.target_size,
             inputs.negative_original_size, inputs.negative_crops_coords_top_left, inputs.negative_target_size,
