@@ -23,7 +23,8 @@ from kolors_core.pipelines.base import AdapterInputs
 from kolors_core.pipelines.control_images import ControlNetMethods
 from kolors_core.pipelines.face_prompts import FaceIDMethods
 from kolors_core.pipelines.lora_methods import LoRAMethods
-from kolors_core.pipelines.request import PipelineInputs
+from kolors_core.pipelines.request import PipelineInputs, warn_unused
+from kolors_core.validation import check_float
 
 MODELS = MODEL_SPECS | {"image_encoder": IMAGE_ENCODER}
 
@@ -56,6 +57,8 @@ class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
         self, inputs: PipelineInputs, size: Size, batch: int, images_per_prompt: int
     ) -> AdapterInputs:
         masks = (inputs.cross_attention_kwargs or {}).get("ip_adapter_masks")
+        if "scale" in (inputs.cross_attention_kwargs or {}) and not self.has_acting_lora:
+            warn_unused("the scale in cross_attention_kwargs", "without an active LoRA on the UNet")
         images = inputs.ip_adapter_image, inputs.ip_adapter_image_embeds
         prompts = self._image_prompts(*images, masks, batch, inputs.is_guided)
         with self._lora_factor(inputs):  # a face's tokens go through a layer of the UNet
@@ -70,6 +73,9 @@ class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
 
     def _lora_factor(self, inputs: PipelineInputs) -> AbstractContextManager[None]:
         if (factor := (inputs.cross_attention_kwargs or {}).get("scale")) is None:
+            return nullcontext()
+        check_float("the scale of LoRAs", factor)
+        if not self.has_acting_lora and not self.fused_loras:
             return nullcontext()
         self.runs.require_alone("a LoRA scale of its own")
         return self.lora_scaled(factor)

@@ -4,6 +4,7 @@ Source: `StableDiffusionLoraLoaderMixin` and `LoraBaseMixin` in diffusers' loade
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ from kolors_core.validation import as_path, check_float
 from weights_convert.safetensors_files import PICKLES, Source, Tensors, save_tensors
 
 COMPONENTS = ("unet", "text_encoder")
+logger = logging.getLogger("kolors_core")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 # The file of a LoRA, by the names that diffusers and PEFT give it; PEFT's settings are fetched with it.
 find_lora = partial(
@@ -92,7 +94,8 @@ class LoRAMethods:
 
         adapter_weights: one for all or a list of one for each, of a number, or of a mapping {"unet": ...,
         "text_encoder": number}, where the UNet's may be by blocks (see `block_scales`) and what is left out
-        is 1. ValueError, and no change, for unknown adapters, components or blocks, or if some are fused.
+        is 1. A component without the adapter is named in a warning. ValueError, and no change, for unknown
+        adapters or blocks, or if some are fused.
         """
         names = self._known_names(adapter_names)
         if len(set(names)) < len(names):
@@ -107,9 +110,11 @@ class LoRAMethods:
         for name, weight in chosen.items():
             if isinstance(weight, Mapping):
                 have = [component for component, model in models.items() if name in lora.adapters(model)]
-                if unknown := [component for component in weight if component not in have]:
-                    parts = f"it has parts in {' and '.join(have)}"
-                    raise ValueError(f"adapter {name!r} has nothing in {unknown[0]!r}, {parts}")
+                for component in (component for component in weight if component not in have):
+                    if component not in (*COMPONENTS, "text_encoder_2"):  # the latter: scripts for SDXL
+                        raise ValueError(f"LoRA goes into {' and '.join(COMPONENTS)}, not {component!r}")
+                    parts = f"adapter {name!r} has parts in {' and '.join(have)} only"
+                    logger.warning("adapter_weights for %r have no effect: %s", component, parts)
         changes = []
         for component, model in models.items():
             for name, adapter in lora.adapters(model).items():
@@ -151,10 +156,9 @@ class LoRAMethods:
         """
         factor, unet = check_float("the scale of LoRAs", factor), unwrap_compiled(self.unet)
         lora.check_not_fused(unet, "scale adapters")
-        attached = lora.adapters(unet).values()
-        if not any(adapter.is_active and adapter.is_enabled for adapter in attached):
+        if not self.has_acting_lora:
             raise ValueError("no LoRA is active on the UNet, so that a scale has no effect")
-        parts = [part for adapter in attached for part in adapter.parts().values()]
+        parts = [part for adapter in lora.adapters(unet).values() for part in adapter.parts().values()]
         try:
             for part in parts:
                 part.call_scale = factor
@@ -162,6 +166,12 @@ class LoRAMethods:
         finally:
             for part in parts:
                 part.call_scale = 1.0
+
+    @property
+    def has_acting_lora(self) -> bool:
+        """Whether an adapter on the UNet is active, and adapters are enabled."""
+        unet = unwrap_compiled(self.unet)
+        return any(one.is_active and one.is_enabled for one in lora.adapters(unet).values())
 
     def fuse_lora(
         self, components: Sequence[str] | None = None, lora_scale: float = 1.0, safe_fusing: bool = True,

@@ -145,7 +145,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
     def _output(
         self, inputs: PipelineInputs, latents: Tensor, positive: Conditioning, metadata: Mapping[str, Any],
         postprocess: Callable[[Tensor], Tensor] | None = None,
-    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
+    ) -> KolorsPipelineOutput:  # fmt: skip
         """Decode latents and return images of the `output_type`.
 
         metadata: the task's part of it. postprocess: maps decoded to final images [B, 3, H, W] in [-1, 1].
@@ -157,7 +157,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
             images = to_images(decoded if postprocess is None else postprocess(decoded), inputs.output_type)
         if inputs.output_type == "pil":
             self._describe(images, inputs, metadata, positive)
-        return KolorsPipelineOutput(images) if inputs.return_dict else (images,)
+        return KolorsPipelineOutput(images)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Decode latents [B, 4, H/8, W/8] to images [B, 3, H, W] in the VAE's own precision."""
@@ -202,7 +202,8 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
 def encode_prompts(
     pipe: Task, prompt: Prompt | None, inputs: PipelineInputs
 ) -> tuple[TextEmbedding, TextEmbedding | None]:
-    """Encode a call's prompts, or check its embeddings; see `embed_prompts`."""
+    """Encode a call's prompts, or check its embeddings, see `embed_prompts`; warn of unused arguments."""
+    inputs.warn_of_unused()
     return embed_prompts(
         pipe, prompt, inputs.is_guided, inputs.negative_prompt, inputs.prompt_embeds,
         inputs.pooled_prompt_embeds, inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds,

@@ -4,6 +4,7 @@ Source: `encode_prompt` of diffusers' pipelines/kolors/pipeline_kolors.py.
 Shapes: B images (prompts times images per prompt), S text tokens.
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from kolors_core.validation import check_int
 Prompt = str | Sequence[str]
 
 MAX_TOKENS = 256
+logger = logging.getLogger("kolors_core")
 
 
 def embed_prompts(
@@ -36,7 +38,7 @@ def embed_prompts(
     if (prompt is None) == (text is None):
         raise ValueError("give either prompt or prompt_embeds, not both and not neither")
     if text is not None and max_sequence_length != MAX_TOKENS:
-        raise ValueError("max_sequence_length has no effect on given prompt_embeds")
+        logger.warning("max_sequence_length has no effect on given prompt_embeds")
     if negative_prompt is not None and negative is not None:
         raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
     if text is None:
