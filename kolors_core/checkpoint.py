@@ -29,7 +29,7 @@ from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES, safetensors_files
 from weights_convert.atomic_write import write_bytes
-from weights_convert.safetensors_files import Source, weight_files
+from weights_convert.safetensors_files import Source, is_weight_file, weight_files
 from weights_convert.untrusted_files import one_line, read_json_object
 
 
@@ -51,6 +51,10 @@ MODEL_SPECS = {
     "unet": ModelSpec(UNetConfig, UNet),
     "vae": ModelSpec(VAEConfig, VAE),
 }
+# The files of a saved pipeline's folders other than its models.
+OWN_FILES = {
+    "tokenizer": {"tokenizer.model", "tokenizer_config.json"}, "scheduler": {"scheduler_config.json"},
+}  # fmt: skip
 OPTIONAL_COMPONENTS = {"image_encoder"}  # a checkpoint may lack them
 
 # The small Kolors in this package, and its name for `resolve`.
@@ -261,22 +265,55 @@ def check_savable(model: nn.Module, component: str) -> None:
 
 def save_component(
     model: nn.Module, folder: str | Path, component: str, *, subfolder: str | None = None,
-    variant: str | None = None
+    variant: str | None = None, max_shard_size: int | str | None = None
 ) -> None:  # fmt: skip
     """Write a model's config and weights under public names, as the reference reads it, without adapters.
 
-    subfolder: the component's folder; its name if None. ValueError for a quantized model or a bad variant.
+    subfolder: the component's folder; its name if None. max_shard_size: such as "5GB", of each file of
+    weights; None for one file. ValueError for a quantized model, a bad variant or size.
     """
     check_savable(model, component)
+    if max_shard_size is not None:
+        safetensors_files.parse_size(max_shard_size)
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
         raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
     path = Path(folder) / (component if subfolder is None else subfolder)
     path.mkdir(parents=True, exist_ok=True)
     config: Any = model.config
     write_json(config.to_public(), path / "config.json")
-    stem = safetensors_files.WEIGHT_FILE_STEMS[component] + (f".{variant}" if variant else "")
     tensors = {TABLES[component].to_public(name): tensor for name, tensor in base_state(model).items()}
-    safetensors_files.save_tensors(tensors, path / f"{stem}.safetensors")
+    stem = safetensors_files.WEIGHT_FILE_STEMS[component]
+    safetensors_files.save_shards(tensors, path, stem, variant, max_shard_size)
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Return whether a folder is a saved Kolors, or a model of one, and holds only files that we write.
+
+    Such a folder may be replaced by a newer one: `atomic_folder(folder, is_own_folder)`.
+    """
+    entries = {entry.name for entry in folder.iterdir()}
+    if "model_index.json" not in entries:
+        return "config.json" in entries and _holds_only(folder, {"config.json"}, has_weights=True)
+    try:
+        load_index(folder)
+    except (OSError, ValueError):
+        return False
+    others = entries - {"model_index.json"}
+    models = others & safetensors_files.WEIGHT_FILE_STEMS.keys()
+    return (
+        all(_holds_only(folder / name, {"config.json"}, has_weights=True) for name in models)
+        and all(_holds_only(folder / name, OWN_FILES.get(name, set())) for name in others - models)
+        and others <= models | OWN_FILES.keys()
+    )
+
+
+def _holds_only(folder: Path, names: set[str], has_weights: bool = False) -> bool:
+    """Return whether a folder, and no link, has only files of these names, and perhaps a model's weights."""
+    return folder.is_dir() and not folder.is_symlink() and all(
+        (file.name in names or (has_weights and is_weight_file(file.name)))
+        and file.is_file() and not file.is_symlink()
+        for file in folder.iterdir()
+    )  # fmt: skip
 
 
 def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
