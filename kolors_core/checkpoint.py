@@ -318,22 +318,27 @@ def _holds_only(folder: Path, names: set[str], has_weights: bool = False) -> boo
 
 def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
     """Write a pipeline's files other than its models: tokenizer, scheduler and `model_index.json`."""
-    scheduler, tokenizer, clip = (components[name] for name in ("scheduler", "tokenizer", "image_encoder"))
+    scheduler, tokenizer = components["scheduler"], components["tokenizer"]
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     write_bytes(tokenizer.model_bytes, folder / "tokenizer" / "tokenizer.model")
     config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
     write_json(config, folder / "tokenizer" / "tokenizer_config.json")
     write_json(scheduler.to_public(), folder / "scheduler" / "scheduler_config.json")
-    index = {
-        "_class_name": pipeline,
-        "force_zeros_for_empty_prompt": components["force_zeros_for_empty_prompt"],
-        "scheduler": ["diffusers", type(scheduler).__name__], "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["kolors", "ChatGLMModel"], "tokenizer": ["kolors", "ChatGLMTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"], "feature_extractor": [None, None],
-        "image_encoder": [None, None] if clip is None else ["transformers", "CLIPVisionModelWithProjection"],
+    write_json(model_index(pipeline, components), folder / "model_index.json")
+
+
+def model_index(pipeline: str, components: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of `model_index.json`: the reference's class of each component, by its library."""
+    names = {
+        "scheduler": ["diffusers", type(components["scheduler"]).__name__],
+        "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["kolors", "ChatGLMModel"],
+        "tokenizer": ["kolors", "ChatGLMTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
     }  # fmt: skip
-    write_json(index, folder / "model_index.json")
+    classes = {name: [None, None] if components[name] is None else entry for name, entry in names.items()}
+    force_zeros = {"force_zeros_for_empty_prompt": components["force_zeros_for_empty_prompt"]}
+    return {"_class_name": pipeline} | force_zeros | classes | {"feature_extractor": [None, None]}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
     def _check_dimensions(self) -> None:
         super()._check_dimensions()
         vae, unet = unwrap_compiled(self.vae), unwrap_compiled(self.unet)
-        check_fits(self.controlnet, unet, vae.config.vae_scale_factor)
+        if unet is not None and vae is not None:
+            check_fits(self.controlnet, unet, vae.config.vae_scale_factor)
 
     def _attached_models(self) -> list[nn.Module]:
         return [*(handle.adapter for handle in attached(self.unet)), *controlnets_of(self.controlnet)]

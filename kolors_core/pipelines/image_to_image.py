@@ -146,6 +146,7 @@ class KolorsImg2ImgPipeline(FromImage):
         `masks.to_gray`, one for all, for each prompt or for each image. (The community's differential
         pipeline has it inverted, as `map`.)
         denoising_start: take the image as one on which `denoising_end` has left off, and add no noise.
+        denoising_end: as in `KolorsPipeline`.
         latents: [B, 4, H/8, W/8], noisy already, in place of the image's: `callback_on_step_end` sees such.
         All others, and `Extras`: see `kolors_core.pipelines.request.PipelineInputs`. Raises ValueError or
         TypeError naming the argument, what came and what was expected.

@@ -84,6 +84,7 @@ class KolorsInpaintPipeline(FromImage):
         strength: above 0 and at most 1, as in `KolorsImg2ImgPipeline`; 1 starts from noise alone. Kolors'
         makers use 0.999, and a guidance_scale of 6.
         denoising_start: take the image as one on which `denoising_end` has left off; for 9 channels only.
+        denoising_end: as in `KolorsPipeline`.
         latents: [B, 4, H/8, W/8] standard normal noise in place of drawn noise.
         paste_back: put only what the mask marks into the given image, of its own size unless height or width
         is given: where the mask is black the pixels stay, bit for bit; where it is gray both are mixed. The

@@ -234,7 +234,8 @@ class LoRAMethods:
         self: "LoRAMethods | None", save_directory: str | Path,
         unet_lora_layers: Mapping[str, Tensor] | None = None,
         text_encoder_lora_layers: Mapping[str, Tensor] | None = None, is_main_process: bool = True,
-        weight_name: str | None = None, safe_serialization: bool = True, *, adapter_name: str | None = None,
+        weight_name: str | None = None, save_function: Callable[[dict[str, Tensor], str], Any] | None = None,
+        safe_serialization: bool = True, *, adapter_name: str | None = None,
         unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
         text_encoder_lora_adapter_metadata: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
@@ -243,7 +244,8 @@ class LoRAMethods:
         Of a pipeline, the attached adapter `adapter_name`, or the only one. With `unet_lora_layers` or
         `text_encoder_lora_layers`, also on the class, these tensors, by the names of their model, with PEFT's
         settings as metadata. weight_name: pytorch_lora_weights.safetensors if None. is_main_process: others
-        write nothing. Raises ValueError if it is not clear what to write, or the names cannot say it.
+        write nothing. save_function: called with tensors and path to write them another way. Raises
+        ValueError if it is not clear what to write, or the names cannot say it.
         """
         weight_name = WEIGHT_NAME if weight_name is None else weight_name
         if not isinstance(weight_name, str):
@@ -270,7 +272,10 @@ class LoRAMethods:
         text = json.dumps(settings, sort_keys=True, default=sorted)  # PEFT's settings have sets
         folder = as_path("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(state, folder / weight_name, {METADATA: text} if settings else None)
+        if save_function is not None:
+            save_function(state, str(folder / weight_name))
+        else:
+            save_tensors(state, folder / weight_name, {METADATA: text} if settings else None)
 
     def _state_of(self, name: str | None) -> dict[str, Tensor]:
         """Return an attached adapter's tensors in diffusers' names; the only adapter if the name is None."""

@@ -60,6 +60,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
 
     def _schedule(self, inputs: PipelineInputs) -> Schedule:
         """Return the schedule of all steps, of which a task may take a part."""
+        self._check_can_draw()
         is_custom = inputs.timesteps is not None or inputs.sigmas is not None
         steps = None if is_custom else inputs.num_inference_steps
         return self.scheduler.schedule(steps, timesteps=inputs.timesteps, sigmas=inputs.sigmas)

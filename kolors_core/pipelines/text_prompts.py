@@ -6,6 +6,7 @@ Shapes: B images (prompts times images per prompt), S text tokens.
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def embed_prompts(
     twice, not at all, or does not fit.
     """
     pipe._check_loaded()
-    width = pipe.unet.config.text_dim
+    encoder: Any = pipe.text_encoder
+    width = encoder.config.hidden_size if pipe.unet is None else pipe.unet.config.text_dim
     text = _given("", prompt_embeds, pooled_prompt_embeds, width)
     negative = _given("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, width)
     if (prompt is None) == (text is None):
