@@ -17,6 +17,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "inspection": (),
     "training": (),
     "pipelines": ("adapters", "performance", "inspection", "training"),
+    "compat": ("adapters", "performance", "inspection", "training", "pipelines"),
     "cli": ("adapters", "performance", "inspection", "training", "pipelines"),
     "batch": ("adapters", "performance", "inspection", "training", "pipelines", "cli"),
 }
