@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,8 @@ EMBEDDED_NOTICE = (
     "Kwai-Kolors/Kolors-diffusers with the variant fp16"
 )
 MAX_CONFIG_BYTES = 2**18  # real ones have less than 2**13
+SCHEDULER_FILE = "scheduler_config.json"
+AnyScheduler = TypeVar("AnyScheduler", bound=Scheduler)
 logger = logging.getLogger("kolors_core")
 
 
@@ -226,16 +228,22 @@ class SkipInit(TorchFunctionMode):
 
 def load_scheduler(folder: str | Path) -> Scheduler:
     """Load the scheduler of a checkpoint folder, of the class named in its config."""
-    file = Path(folder) / "scheduler" / "scheduler_config.json"
-    name = (config := read_json(file)).get("_class_name")
+    file = Path(folder) / "scheduler" / SCHEDULER_FILE
+    name = read_json(file).get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(f"{file}: _class_name is {name!r}, expected one of {', '.join(SCHEDULERS)}")
+    return open_scheduler(file, SCHEDULERS[name])
+
+
+def open_scheduler(file: Path, kind: type[AnyScheduler]) -> AnyScheduler:
+    """Build a scheduler of this class from a config file, whatever class it names."""
+    config = read_json(file)
     # The reference's defaults for these are not Kolors', so a missing field would be ambiguous.
     for field in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing"):
         if field not in config:
             raise ValueError(f"{file}: the field {field} is missing")
     try:
-        return SCHEDULERS[name].from_config({"steps_offset": 0} | config)
+        return kind.from_config({"steps_offset": 0} | config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {one_line(error)}") from None
 
@@ -324,7 +332,7 @@ def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> No
     write_bytes(tokenizer.model_bytes, folder / "tokenizer" / "tokenizer.model")
     config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
     write_json(config, folder / "tokenizer" / "tokenizer_config.json")
-    write_json(scheduler.to_public(), folder / "scheduler" / "scheduler_config.json")
+    write_json(scheduler.to_public(), folder / "scheduler" / SCHEDULER_FILE)
     write_json(model_index(pipeline, components), folder / "model_index.json")
 
 
