@@ -18,12 +18,13 @@ FileSelector = Callable[[list[str]], list[str]]  # a repository's listing -> the
 
 def fetch(
     name: str | Path, select: FileSelector, *, revision: str | None = None,
-    cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None
+    cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None,
+    force_download: bool = False,
 ) -> Path:  # fmt: skip
     """Return the local folder of a checkpoint: `name` itself if it is one, else a hub repository's.
 
     select: not called for a local folder, nor for a cache that is used without the hub; it and this raise
-    FileNotFoundError, in one line, naming what was looked for.
+    FileNotFoundError, in one line, naming what was looked for. force_download: fetch cached files again.
     """
     if not isinstance(name, str | Path) or not str(name):
         raise TypeError(f"expected a checkpoint folder or hub repository, got {name!r}")
@@ -54,7 +55,7 @@ def fetch(
     try:
         return Path(snapshot_download(
             repo, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=selected,
-            local_files_only=listing is None,
+            local_files_only=listing is None, force_download=force_download and listing is not None,
         ))  # fmt: skip
     except (errors.LocalEntryNotFoundError, HTTPError, errors.HFValidationError) as error:
         if listing is None:
