@@ -287,13 +287,15 @@ def save_component(
 
 
 def is_own_folder(folder: Path) -> bool:
-    """Return whether a folder is a saved Kolors, or a model of one, and holds only files that we write.
+    """Return whether a folder is a saved Kolors or a part of one, and holds only files that we write.
 
     Such a folder may be replaced by a newer one: `atomic_folder(folder, is_own_folder)`.
     """
     entries = {entry.name for entry in folder.iterdir()}
+    if "config.json" in entries:
+        return _holds_only(folder, {"config.json"}, has_weights=True)
     if "model_index.json" not in entries:
-        return "config.json" in entries and _holds_only(folder, {"config.json"}, has_weights=True)
+        return any(_holds_only(folder, names) for names in OWN_FILES.values())
     try:
         load_index(folder)
     except (OSError, ValueError):
@@ -321,9 +323,7 @@ def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> No
     scheduler, tokenizer, clip = (components[name] for name in ("scheduler", "tokenizer", "image_encoder"))
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_bytes(tokenizer.model_bytes, folder / "tokenizer" / "tokenizer.model")
-    config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
-    write_json(config, folder / "tokenizer" / "tokenizer_config.json")
+    save_tokenizer(tokenizer, folder / "tokenizer")
     write_json(scheduler.to_public(), folder / "scheduler" / "scheduler_config.json")
     index = {
         "_class_name": pipeline,
@@ -334,6 +334,13 @@ def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> No
         "image_encoder": [None, None] if clip is None else ["transformers", "CLIPVisionModelWithProjection"],
     }  # fmt: skip
     write_json(index, folder / "model_index.json")
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files, as the reference reads them."""
+    write_bytes(tokenizer.model_bytes, folder / "tokenizer.model")
+    config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
+    write_json(config, folder / "tokenizer_config.json")
 
 
 def read_json(file: Path) -> dict[str, Any]:
