@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kolors_core import changed_models
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
 from kolors_core.devices import loading_device
@@ -171,24 +172,36 @@ def open_component(
     path = Path(folder) / (component if subfolder is None else subfolder)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
-    file = path / "config.json"
-    model = kind.empty(kind.config.from_public(read_json(file), str(file)))
-    source = open_weights(path, variant) if has_weights else None
-    return UnloadedModel(model, source, {} if source is None else check(model, source, component))
+    public = read_json(file := path / "config.json")
+    changed = changed_models.describe(public, component) if changed_models.is_ours(kind.build) else ""
+    try:
+        model = kind.empty(changed_models.read_config(kind.config, public, str(file)))
+        source = open_weights(path, variant) if has_weights else None
+        names = {} if source is None else check(model, source, component)
+    except ValueError as error:
+        raise ValueError(f"{error}; {changed}" if changed else str(error)) from None
+    if changed:  # it fits, and computes something else
+        raise ValueError(f"{file}: {changed}")
+    return UnloadedModel(model, source, names)
 
 
 def load_modified(
-    folder: str | Path, component: str, build: Callable[[Any], nn.Module], partial: Mapping[str, Initializer],
-    *, variant: str | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: str | Path, component: str, build: "Callable[[Any], nn.Module] | ModelSpec",
+    partial: Mapping[str, Initializer], *, variant: str | None = None, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu"
 ) -> tuple[Any, LoadReport]:  # fmt: skip
     """Load a checkpoint's fitting weights into a modified model; return the model and a report.
 
     build: builds the model from the checkpoint's config: a subclass of `UNet`, or
-    `lambda config: UNet(replace(config, in_channels=9))`. Others: see `loading.load`, `load_component`.
+    `lambda config: UNet(replace(config, in_channels=9))`; a `ModelSpec` for a config with more fields.
+    Others: see `loading.load`, `load_component`.
     """
-    kind = replace(MODEL_SPECS[component], build=build)
-    model = open_component(folder, component, has_weights=False, kind=kind).model
-    source = open_weights(Path(folder) / component, variant)
+    kind = build if isinstance(build, ModelSpec) else replace(MODEL_SPECS[component], build=build)
+    if not (path := Path(folder) / component).is_dir():
+        raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
+    file = path / "config.json"
+    model = kind.empty(changed_models.read_config(kind.config, read_json(file), str(file)))
+    source = open_weights(path, variant)
     report = load(model, source, component, dtype=dtype, device=loading_device(device), partial=partial)
     return model.eval(), report
 
@@ -287,21 +300,22 @@ def save_component(
         raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
     path = Path(folder) / (component if subfolder is None else subfolder)
     path.mkdir(parents=True, exist_ok=True)
-    config: Any = model.config
-    write_json(config.to_public(), path / "config.json")
+    write_json(changed_models.public_config(model), path / "config.json")
     tensors = {TABLES[component].to_public(name): tensor for name, tensor in base_state(model).items()}
     stem = safetensors_files.WEIGHT_FILE_STEMS[component]
     safetensors_files.save_shards(tensors, path, stem, variant, max_shard_size)
 
 
 def is_own_folder(folder: Path) -> bool:
-    """Return whether a folder is a saved Kolors, or a model of one, and holds only files that we write.
+    """Return whether a folder is a saved Kolors or a part of one, and holds only files that we write.
 
     Such a folder may be replaced by a newer one: `atomic_folder(folder, is_own_folder)`.
     """
     entries = {entry.name for entry in folder.iterdir()}
+    if "config.json" in entries:
+        return _holds_only(folder, {"config.json"}, has_weights=True)
     if "model_index.json" not in entries:
-        return "config.json" in entries and _holds_only(folder, {"config.json"}, has_weights=True)
+        return any(_holds_only(folder, names) for names in OWN_FILES.values())
     try:
         load_index(folder)
     except (OSError, ValueError):
@@ -329,9 +343,7 @@ def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> No
     scheduler, tokenizer = components["scheduler"], components["tokenizer"]
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_bytes(tokenizer.model_bytes, folder / "tokenizer" / "tokenizer.model")
-    config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
-    write_json(config, folder / "tokenizer" / "tokenizer_config.json")
+    save_tokenizer(tokenizer, folder / "tokenizer")
     write_json(scheduler.to_public(), folder / "scheduler" / SCHEDULER_FILE)
     write_json(model_index(pipeline, components), folder / "model_index.json")
 
@@ -347,6 +359,13 @@ def model_index(pipeline: str, components: dict[str, Any]) -> dict[str, Any]:
     classes = {name: [None, None] if components[name] is None else entry for name, entry in names.items()}
     force_zeros = {"force_zeros_for_empty_prompt": components["force_zeros_for_empty_prompt"]}
     return {"_class_name": pipeline} | force_zeros | classes | {"feature_extractor": [None, None]}
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files, as the reference reads them."""
+    write_bytes(tokenizer.model_bytes, folder / "tokenizer.model")
+    config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
+    write_json(config, folder / "tokenizer_config.json")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def fetch(
     """Return the local folder of a checkpoint: `name` itself if it is one, else a hub repository's.
 
     select: not called for a local folder, nor for a cache that is used without the hub; it and this raise
-    FileNotFoundError, in one line, naming what was looked for.
+    FileNotFoundError, in one line, naming what was looked for. force_download: fetch cached files again.
     """
     if not isinstance(name, str | Path) or not str(name):
         raise TypeError(f"expected a checkpoint folder or hub repository, got {name!r}")
