@@ -167,7 +167,7 @@ class Components:
         return pipe
 
     def save_pretrained(
-        self, save_directory: str | Path, *, variant: str | None = None,
+        self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None,
         max_shard_size: int | str | None = None,
     ) -> None:  # fmt: skip
         """Write a folder that the reference and `from_pretrained` load, whole or not at all.
@@ -176,6 +176,8 @@ class Components:
         weights; one file for each model if None. A folder of a saved pipeline and nothing else is replaced.
         Raises FileExistsError for another folder, ValueError if a model is missing or quantized.
         """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle: only safetensors are written")
         folder, needed = as_path("save_directory", save_directory), ("tokenizer", *MODEL_SPECS, "scheduler")
         if absent := next((name for name in needed if getattr(self, name) is None), None):
             raise ValueError(f"this pipeline has no {absent} and cannot be saved whole")
