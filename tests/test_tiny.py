@@ -195,7 +195,7 @@ def test_a_strange_prompt_and_size_are_warned_of(
     assert said(prompt="zorp", height=64) == []
     adapter.detach()
     other = KolorsPipeline.from_pipe(pipe)
-    other.origin = other.origin._replace(name="somewhere/else")
+    other.name_or_path = "somewhere/else"
     other("zorp", num_inference_steps=1)
     assert caplog.records == []
 
@@ -215,4 +215,4 @@ def test_its_name_works_wherever_a_checkpoint_is_named(tmp_path: Path, capsys: p
     assert "controlnet: skipped, a ControlNet is a model beside the pipeline" in capsys.readouterr().out
     whole = KolorsPipeline.from_single_file(tmp_path / "x.safetensors")
     assert fingerprint(whole.unet) == fingerprint(unet)
-    assert whole.origin.name == str(tmp_path / "x.safetensors")
+    assert whole.name_or_path == str(tmp_path / "x.safetensors")

@@ -249,9 +249,9 @@ class AttachedAdapter:
         self.branches = {}
 
 
-def attached(unet: UNet) -> list[AttachedAdapter]:
+def attached(unet: UNet | None) -> list[AttachedAdapter]:
     """List the handles of a UNet's adapters, in the order in which it takes their images."""
-    first: Any = next(iter(cross_attentions(unet).values()), None)
+    first: Any = None if unet is None else next(iter(cross_attentions(unet).values()), None)
     return [] if first is None else [branch.handle for branch in first.image_branches]
 
 

@@ -72,7 +72,7 @@ def warn_unknown(pipe: Components, prompts: str | Sequence[str] | None, size: Si
 
     With a LoRA, learned words or another UNet it may know more, and there is none.
     """
-    if pipe.origin.name not in (EMBEDDED_NAME, str(EMBEDDED)) or prompts is None:
+    if pipe.name_or_path not in (EMBEDDED_NAME, str(EMBEDDED)) or prompts is None:
         return
     unet: Any = unwrap_compiled(pipe.unet)
     if settings(unet) or pipe._placeholder_words() or fingerprint(unet) != _fingerprint():
