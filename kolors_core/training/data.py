@@ -60,13 +60,18 @@ class Batch:
     extra: Tensor | None = None  # [b, C, H/8, W/8], for a UNet with C more input channels
 
 
-def read_folder(folder: str | Path) -> list[Example]:
-    """List the captioned images of a folder; errors name the file and line at fault."""
+def read_folder(folder: str | Path, *, default_captions: Sequence[str] = ()) -> list[Example]:
+    """List the captioned images of a folder; errors name the file and line at fault.
+
+    default_captions: captions of an image without a .txt, which else is an error.
+    """
     from PIL import ExifTags, Image
 
     folder = as_path("folder", folder)
-    read = _from_metadata if (folder / "metadata.jsonl").exists() else _from_text_files
-    if not (captioned := list(read(folder))):
+    has_metadata, defaults = (folder / "metadata.jsonl").exists(), tuple(default_captions)
+    if not (
+        captioned := list(_from_metadata(folder) if has_metadata else _from_text_files(folder, defaults))
+    ):
         raise FileNotFoundError(f"{folder}: no images with captions (name.png + name.txt, or metadata.jsonl)")
     examples = []
     for file, captions in captioned:
@@ -76,11 +81,14 @@ def read_folder(folder: str | Path) -> list[Example]:
     return examples
 
 
-def _from_text_files(folder: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+def _from_text_files(folder: Path, defaults: tuple[str, ...]) -> Iterator[tuple[Path, tuple[str, ...]]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES):
         text = file.with_suffix(".txt")
+        if not text.exists() and defaults:
+            yield file, defaults
+            continue
         if not text.exists():
             raise FileNotFoundError(f"{text}: no such file, expected the captions of {file.name}")
         with images.image_errors(text):
