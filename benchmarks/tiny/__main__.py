@@ -137,7 +137,7 @@ def train_unet(
             print(f"UNet step {step}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
 
     trainer = Trainer(objective, data, config, folder, report)
-    trainer.fit()
+    trainer.fit(progress=False)
     trainer.load_ema_weights()
     return unet.eval()
 

@@ -117,11 +117,12 @@ class LoRAAdapter:
 
 def attach(
     model: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] = UNET_TARGETS,
-    name: str = "default",
+    name: str = "default", generator: torch.Generator | None = None,
 ) -> LoRAAdapter:  # fmt: skip
     """Attach a new adapter, initially zero, to every linear layer whose last name is in `targets`.
 
-    alpha: the rank if None. The factors are float32 and trainable. ValueError for a rank below 1, a name that
+    alpha: the rank if None. The factors are float32 and trainable. generator: of the down factors' first
+    values, which are drawn on the CPU; torch's own if None. ValueError for a rank below 1, a name that
     is in use or invalid, or if no layer matches.
     """
     rank = check_int("rank", rank)
@@ -131,8 +132,9 @@ def attach(
     parts = {}
     for path, layer in supported_layers(model).items():
         if isinstance(layer, nn.Linear) and path.split(".")[-1] in targets:
-            down = torch.empty(rank, layer.in_features, device=layer.weight.device, dtype=torch.float32)
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # [R, I]
+            down = torch.empty(rank, layer.in_features, dtype=torch.float32)
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)  # [R, I]
+            down = down.to(layer.weight.device)
             up = down.new_zeros(layer.out_features, rank)  # [O, R]
             parts[path] = LoRAWeights({"down": down, "up": up}, scale)
     if not parts:
