@@ -70,6 +70,11 @@ class Tokenizer:
         self.pad_id: int = self.pieces.unk_id()
         self.size: int = num_pieces + len(SPECIAL_TOKENS)
 
+    def __repr__(self) -> str:
+        """Return the numbers of pieces and special tokens, and the file."""
+        pieces = f"{self.pieces.vocab_size():,} pieces and {len(self.special)} special tokens"
+        return f"{type(self).__name__}({pieces}, from {self.file})"
+
     def encode_text(self, text: str, words: Mapping[str, Sequence[int]]) -> list[int]:
         """Encode a text with each of `words`, the longest first, as its ids; texts between stay apart."""
         patterns = sorted(map(re.escape, words), key=len, reverse=True)

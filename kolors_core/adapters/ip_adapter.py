@@ -218,6 +218,11 @@ class AttachedAdapter:
     encoder: CLIPVision | None
     source: str | None = None  # the file, folder or repository that it was loaded from
 
+    def __repr__(self) -> str:
+        """Return the kind of adapter, its source, and its number of branches."""
+        source = f" from {self.source}" if self.source else ""
+        return f"<{type(self.adapter).__name__}{source} on {len(self.branches)} cross-attentions>"
+
     def __post_init__(self) -> None:
         for branch in self.branches.values():
             branch.handle = self

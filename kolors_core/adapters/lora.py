@@ -31,6 +31,14 @@ class LoRAAdapter:
     def __init__(self, model: nn.Module, name: str, layers: dict[str, LoRALayer]) -> None:
         self.model, self.name, self.layers = model, name, layers
 
+    def __repr__(self) -> str:
+        """Return the name, the number of layers, and whether it acts."""
+        scales = {part.strength for part in self.parts().values()}
+        weight = "by layer" if len(scales) > 1 else next(iter(scales), "none")
+        state = "" if self.is_active and self.is_enabled else ", off"
+        layers = f"{len(self.layers)} layers of a {type(self.model).__name__}"
+        return f"{type(self).__name__}({self.name!r} on {layers}, weight {weight}{state})"
+
     def parts(self) -> dict[str, LoRAWeights]:
         """Return the adapter's weights in each layer, by the layer's path."""
         return {path: layer.parts()[self.name] for path, layer in self.layers.items()}

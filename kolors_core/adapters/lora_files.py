@@ -49,6 +49,10 @@ class LoRAReport:
                 text += f"; {len(names)} {kind}: {', '.join(map(_shown, names[:3]))}{more}"
         return text
 
+    def __repr__(self) -> str:
+        """Return the text, without the names of all tensors."""
+        return f"<{type(self).__name__} {self}>"
+
 
 def _shown(name: str) -> str:
     line = printable(" ".join(name.split()))

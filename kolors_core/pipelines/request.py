@@ -14,6 +14,7 @@ from kolors_core.conditioning import is_default_crop
 from kolors_core.guidance import GuidanceRule
 from kolors_core.image import OUTPUT_TYPES, Size
 from kolors_core.pipelines.denoising_loop import TENSOR_NAMES, StepCallback
+from kolors_core.pipelines.pipeline_repr import row_of_images
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.sampling import Generators
 from kolors_core.validation import is_real, short_repr
@@ -30,6 +31,18 @@ class KolorsPipelineOutput(NamedTuple):
     """
 
     images: Any
+
+    def __repr__(self) -> str:
+        """Return the kind and number of images, without their pixels."""
+        images = self.images
+        if isinstance(images, list):
+            got = f"{len(images)} of {images[0].width}x{images[0].height}" if images else "none"
+        else:
+            got = f"{type(images).__name__} {list(images.shape)} of {images.dtype}"
+        return f"{type(self).__name__}(images: {got})"
+
+    def _repr_png_(self) -> bytes | None:  # in notebooks
+        return row_of_images(self.images) if isinstance(self.images, list) and self.images else None
 
     def __getitem__(self, key: Any) -> Any:
         """Return the item of a name, an index or a slice."""

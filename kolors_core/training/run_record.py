@@ -6,6 +6,7 @@ of a model (its names, shapes and a sample of its values), of each image and of 
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.module import settings
+from kolors_core.training.loss_curve import curve_png
 from kolors_core.validation import short_repr
 from weights_convert.untrusted_files import parse_object
 
@@ -39,6 +41,9 @@ class Losses(list[float]):
         tenth = max(1, len(self) // 10)
         ends = f"{self.mean(slice(tenth)):.4f} -> {self.mean(slice(-tenth, None)):.4f}"
         return f"Losses(steps {self.first} to {self.first + len(self) - 1}: {ends}, means of {tenth})"
+
+    def _repr_png_(self) -> bytes | None:  # in notebooks
+        return curve_png(self, self.first) if any(0 < loss < math.inf for loss in self) else None
 
 
 def digest(*contents: bytes | Tensor) -> str:
