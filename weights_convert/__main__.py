@@ -198,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
     add("--to", choices=("kolors_core", "diffusers", "single"), help="direction; kolors_core if not given")
     add("--prune", action="store_true", help="leave out the tensors that the model never reads")
     add("--pickle", action="store_true",
-        help="open SRC, a pickle from where you trust, for tensors alone; write them as they are named")  # fmt: skip
+        help="open SRC, a pickle from where you trust, for tensors alone; keep their names")  # fmt: skip
     return top
 
 

@@ -107,7 +107,7 @@ def _read_text(file: Path) -> str:
 
 
 def _decisive(settings: JobSettings) -> dict[str, Any]:
-    """Return what decides an image; unset options are left out, so that earlier images keep their fingerprint."""
+    """Return what decides an image, less what is unset: images of versions before keep their fingerprint."""
     return {name: value for name, value in vars(settings).items() if name != "lora_partial" or value}
 
 

@@ -111,7 +111,7 @@ class Worker:
         return failed
 
     def _check_folder(self) -> None:
-        """Raise FileExistsError, with what differs, if OUT has an image of another line with a job's number."""
+        """Raise FileExistsError, with what differs, if OUT has an image of another line of a job's number."""
         for job in self.jobs:
             record = self.manifest.records.get(job.number, {})
             file, is_done = str(record.get("file")), record.get("status") == "done"

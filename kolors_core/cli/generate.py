@@ -61,6 +61,8 @@ def _print_info(options: argparse.Namespace) -> None:
 
 def _with_metadata(arguments: list[str] | None, options: argparse.Namespace) -> argparse.Namespace:
     """Return the options that an image's metadata give, overridden by those of the command."""
+    from kolors_core.cli.from_png import arguments_of
+
     flags, unknown = arguments_of(options.from_png)
     for sentence in unknown:
         print(sentence, file=sys.stderr)
@@ -211,9 +213,11 @@ def _load_adapters(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
     for text in options.control or ():
         source, _ = cli.parse_source_scale(text, CONTROL_SCALE)
         name, revision = cli.with_revision(CONTROLNETS.get(source, source))
-        nets.append(KolorsControlNet.from_pretrained(
-            name, revision=revision, local_files_only=is_local, torch_dtype=pipe.dtype,
-            device=pipe.unet.conv_in.weight.device,
-        ))  # fmt: skip
+        keywords: dict[str, Any] = {"torch_dtype": pipe.dtype, "device": pipe.unet.conv_in.weight.device}
+        if name.endswith(".safetensors"):
+            nets.append(KolorsControlNet.from_single_file(name, **keywords))
+        else:
+            keywords |= {"revision": revision, "local_files_only": is_local}
+            nets.append(KolorsControlNet.from_pretrained(name, **keywords))
     if nets:
         pipe.controlnet = type(pipe).from_pipe(pipe, controlnet=nets).controlnet  # checked there

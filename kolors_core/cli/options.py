@@ -170,7 +170,10 @@ def load_loras(
         source, _ = parse_source_scale(text)
         name, revision = with_revision(source)
         keywords = {"revision": revision, "local_files_only": is_local, "allow_partial": is_partial}
-        report = pipe.load_lora_weights(name, adapter_name=f"lora{i}", **keywords)
+        try:
+            report = pipe.load_lora_weights(name, adapter_name=f"lora{i}", **keywords)
+        except ValueError as error:
+            raise ValueError(str(error).replace("allow_partial=True", "--lora-partial")) from None
         if not is_quiet:
             print(f"{source}: {report}", file=sys.stderr)
     set_lora_scales(pipe, loras)

@@ -29,7 +29,7 @@ MOST_COMMENT_BYTES = 65_000  # a JPEG's EXIF ends at 65,533
 
 
 def save_image(image: "Image", out: Path) -> None:
-    """Write an image in the format of its name, whole or not at all, and print the path. OSError naming it."""
+    """Write an image in the format of its name, whole or not at all; print the path. OSError naming it."""
     if out == STANDARD_OUTPUT:
         with io.BytesIO() as content:
             image.save(content, "PNG")
@@ -46,7 +46,7 @@ def save_image(image: "Image", out: Path) -> None:
 
 
 def read_image_metadata(file: Path) -> dict[str, str]:
-    """Read the metadata of a file that `save_image` wrote. FileNotFoundError or ValueError naming the file."""
+    """Read the metadata of a file of `save_image`. FileNotFoundError or ValueError naming the file."""
     from PIL import Image
 
     if file.exists() and not file.is_file():

@@ -19,7 +19,7 @@ SAMPLERS = tuple(
     name + suffix for name in ("euler", "dpmpp-2m", "dpmpp-2m-sde") for suffix in ("", "-karras")
 )
 OUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-CONTROL_SCALE = 0.8
+CONTROL_SCALE = 0.8  # of pipelines/request.py
 
 
 class Parser(argparse.ArgumentParser):
@@ -169,7 +169,7 @@ def add_guidance(sampling: argparse._ArgumentGroup) -> None:
 def add_lora_partial(model: argparse._ActionsContainer) -> None:
     """Add the flag for LoRAs with tensors of other models."""
     model.add_argument("--lora-partial", action="store_true",
-        help="take from LoRAs what fits, and report the rest, such as tensors for SDXL's text encoders")  # fmt: skip
+        help="take from LoRAs what fits, and report the rest, such as SDXL's text encoders")  # fmt: skip
 
 
 def draw_parser(command: str = "draw") -> Parser:
@@ -177,7 +177,7 @@ def draw_parser(command: str = "draw") -> Parser:
     top = Parser(
         command, usage="kolors [draw] PROMPT [flags]",
         description="Generate images with Kolors from a Chinese or English prompt.",
-        epilog='Example: kolors "一张瓢虫的照片" -w Kwai-Kolors/Kolors-diffusers --variant fp16 -o ladybug.png',
+        epilog='Example: kolors "一张瓢虫的照片" -w Kwai-Kolors/Kolors-diffusers --variant fp16 -o bug.png',
     )  # fmt: skip
     add = top.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="what to draw, in Chinese or English")
