@@ -33,7 +33,7 @@ HELP = f"""\
 usage: kolors PROMPT [flags]
        kolors COMMAND ... [flags]
 
-Kolors {VERSION}: images from Chinese or English prompts. The flags of a command: kolors COMMAND --help.
+Kolors {VERSION}: images from Chinese or English prompts. Flags of a command: kolors COMMAND --help.
 
 an image
   draw         generate an image of a prompt; the command where none is named
