@@ -63,6 +63,11 @@ MAX_CONFIG_BYTES = 2**18  # real ones have less than 2**13
 logger = logging.getLogger("kolors_core")
 
 
+def local_name(name: str | Path) -> str | Path:
+    """Return the embedded model's folder for its name "tiny", and any other name as it is."""
+    return EMBEDDED if name == EMBEDDED_NAME else name
+
+
 def resolve(
     name: str | Path, components: Sequence[str], variant: str | None = None, has_weights: bool = True,
     **hub: Any
@@ -78,7 +83,7 @@ def resolve(
         present = [component for component in components if component not in OPTIONAL_COMPONENTS - folders]
         return files_to_download(listing, present, variant, str(name), has_weights)
 
-    folder = fetch(EMBEDDED if name == EMBEDDED_NAME else name, select, **hub)
+    folder = fetch(local_name(name), select, **hub)
     if name == EMBEDDED_NAME:
         logger.warning(EMBEDDED_NOTICE)
     return folder
@@ -117,7 +122,7 @@ def fetch_component(
     def select(listing: list[str]) -> list[str]:
         return component_files(listing, component, subfolder or ".", variant, str(name), has_weights)
 
-    return fetch(name, select, **hub)
+    return fetch(local_name(name), select, **hub)
 
 
 def load_component(
@@ -127,6 +132,7 @@ def load_component(
 ) -> Any:  # fmt: skip
     """Load one model from a checkpoint folder or hub repository, in public names or ours.
 
+    name: "tiny" is the embedded model, as in `resolve`.
     subfolder: the component's folder; its name if None. device: on "meta" no weights are read. kind: of one
     not in `MODEL_SPECS`. hub: as for `resolve`. FileNotFoundError or ValueError names file, field or tensor.
     """
@@ -162,7 +168,7 @@ def open_component(
     if kind is None and component not in MODEL_SPECS:
         raise ValueError(f"component must be of {', '.join(MODEL_SPECS)}, or have a kind, got {component!r}")
     kind = MODEL_SPECS[component] if kind is None else kind
-    path = Path(folder) / (component if subfolder is None else subfolder)
+    path = Path(local_name(folder)) / (component if subfolder is None else subfolder)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
     file = path / "config.json"
@@ -182,7 +188,7 @@ def load_modified(
     """
     kind = replace(MODEL_SPECS[component], build=build)
     model = open_component(folder, component, has_weights=False, kind=kind).model
-    source = open_weights(Path(folder) / component, variant)
+    source = open_weights(Path(local_name(folder)) / component, variant)
     report = load(model, source, component, dtype=dtype, device=loading_device(device), partial=partial)
     return model.eval(), report
 

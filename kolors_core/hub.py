@@ -65,6 +65,24 @@ def fetch(
         raise FileNotFoundError(f"{repo}: cannot be had from the hub: {_one_line(error)}") from None
 
 
+def hub_commit(path: Path) -> str | None:
+    """Return the commit of a file or folder in the hub's cache, which its path contains; None elsewhere."""
+    parts = Path(path).parts
+    places = [i for i, part in enumerate(parts[:-1]) if part == "snapshots"]
+    found = [parts[i + 1] for i in places if re.fullmatch(r"[0-9a-f]{40}", parts[i + 1])]
+    return found[-1] if found else None
+
+
+def named_source(name: Any, path: Path, **places: str | None) -> str:
+    """Describe where a file was found, for metadata: repository@commit, or its path.
+
+    places: `weight_name` or `subfolder`, beside which the repository's name would not be enough.
+    """
+    commit = hub_commit(path)
+    is_enough = commit is not None and not any(places.values())
+    return f"{name}@{commit}" if is_enough else str(path if commit or any(places.values()) else name)
+
+
 def find_file(
     source: str | Path, weight_name: str | None = None, subfolder: str | None = None, *,
     preferred: Sequence[str] = (), with_files: Collection[str] = (), **hub: Any

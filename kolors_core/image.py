@@ -60,7 +60,10 @@ def load_image(
             upright = ImageOps.exif_transpose(opened)
     else:
         raise TypeError(f"expected a path, an http(s) address or a PIL image, got {type(image).__name__}")
-    return upright.convert("RGB") if convert_method is None else convert_method(upright)
+    converted = upright.convert("RGB") if convert_method is None else convert_method(upright)
+    if isinstance(image, str | Path):
+        vars(converted)["filename"] = str(image)  # as of `Image.open`: an image's metadata name it
+    return converted
 
 
 def _download(address: str) -> BytesIO:

@@ -38,7 +38,7 @@ from weights_convert.safetensors_files import (
     weight_files,
     write_tensors,
 )
-from weights_convert.untrusted_files import one_line, read_json_object
+from weights_convert.untrusted_files import one_line, printable, read_json_object
 
 
 def convert(source: Path, destination: Path, *, to_public: bool = False, prune: bool = False) -> list[str]:
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted, nothing written", file=sys.stderr)
         return 130
-    print(*report, sep="\n", file=sys.stderr)
+    print(*map(printable, report), sep="\n", file=sys.stderr)
     print(options.destination)
     return 0
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -172,6 +173,19 @@ def reject_duplicate_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def printable(text: object) -> str:
+    """Format a text for a terminal: controls, bidirectional overrides and what has no glyph are escaped.
+
+    All letters, such as Chinese ones, spaces of any width and emoji, also joined ones, stay as they are.
+    """
+    kept = "\u200d"  # the joiner of emoji
+    return "".join(
+        char if char.isprintable() or char == kept or category(char) == "Zs"
+        else char.encode("unicode_escape").decode()
+        for char in str(text)
+    )  # fmt: skip
+
+
 def one_line(error: BaseException, most: int | None = 300) -> str:
-    """Format an error's message, or its class if it has none, in one line of at most `most` characters."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    """Format an error's message, or its class if it has none, in one printable line of `most` characters."""
+    return printable(" ".join(str(error).split()))[:most] or type(error).__name__

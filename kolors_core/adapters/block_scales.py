@@ -65,3 +65,27 @@ def _per_transformer(where: str, value: Any, paths: Sequence[str]) -> dict[str, 
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def summarize_scales(scales: Mapping[str, Any], unet: UNet, default: float) -> Any:
+    """Return a value that `block_scales` expands to these: the inverse, a number or a mapping by block.
+
+    scales: by paths of transformers; those without one, and other paths, do not count.
+    """
+    blocks: dict[str, list[Any]] = {}
+    for path, module in unet.named_modules():
+        if isinstance(module, Transformer):
+            part, level, *_ = path.split(".")
+            name = "mid" if part == "mid" else f"{part}.block_{level}"
+            blocks.setdefault(name, []).append(scales.get(path, default))
+    if len({str(value) for values in blocks.values() for value in values}) == 1:
+        return next(iter(blocks.values()))[0]
+    found: dict[str, Any] = {}
+    for name, values in blocks.items():
+        part, _, block = name.partition(".")
+        value = values[0] if len({str(value) for value in values}) == 1 else values
+        if value != default and block:
+            found.setdefault(part, {})[block] = value
+        elif value != default:
+            found[part] = value
+    return found

@@ -19,6 +19,8 @@ from weights_convert.safetensors_files import Source, Tensors
 class KolorsControlNet(ControlNet):
     """ControlNet that can be loaded and saved, such as Kwai-Kolors/Kolors-ControlNet-Canny."""
 
+    source: str | None = None  # the folder or repository that it was loaded from
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, subfolder: str = "", torch_dtype: Dtypes = None,
@@ -35,12 +37,15 @@ class KolorsControlNet(ControlNet):
         devices.refuse_pickles(use_safetensors)
         devices.check_low_cpu_mem_usage(low_cpu_mem_usage)
         name = pretrained_model_name_or_path
-        return checkpoint.load_component(
-            checkpoint.EMBEDDED / "controlnet" if name == checkpoint.EMBEDDED_NAME else name, "controlnet",
+        is_embedded = name == checkpoint.EMBEDDED_NAME and not subfolder
+        net = checkpoint.load_component(
+            name, "controlnet", subfolder="controlnet" if is_embedded else subfolder, variant=variant,
             dtype=devices.dtype_of("unet", devices.merge_dtype_arguments(torch_dtype, dtype)), device=device,
-            kind=checkpoint.ModelSpec(ControlNetConfig, cls), subfolder=subfolder, variant=variant,
-            revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
+            kind=checkpoint.ModelSpec(ControlNetConfig, cls), token=token,
+            revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
         )  # fmt: skip
+        net.source = str(Path(name, subfolder)) + (f"@{revision}" if revision else "")
+        return net
 
     @classmethod
     def from_sdxl(

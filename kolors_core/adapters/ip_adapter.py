@@ -216,6 +216,7 @@ class AttachedAdapter:
     adapter: ImagePromptAdapter
     branches: dict[str, ImageCrossAttention]
     encoder: CLIPVision | None
+    source: str | None = None  # the file, folder or repository that it was loaded from
 
     def __post_init__(self) -> None:
         for branch in self.branches.values():
@@ -254,11 +255,13 @@ def attached(unet: UNet) -> list[AttachedAdapter]:
     return [] if first is None else [branch.handle for branch in first.image_branches]
 
 
-def attach(unet: UNet, adapter: ImagePromptAdapter, encoder: CLIPVision | None = None) -> AttachedAdapter:
+def attach(
+    unet: UNet, adapter: ImagePromptAdapter, encoder: CLIPVision | None = None, source: str | None = None
+) -> AttachedAdapter:
     """Add an adapter's branches after earlier ones. ValueError, and nothing attached, if it does not fit."""
     adapter.check_fits(unet)
     attentions = cross_attentions(unet)
     branches: dict[str, Any] = dict(zip(attentions, adapter.branches.values(), strict=True))
     for path, branch in branches.items():
         attentions[path].image_branches.append(branch)
-    return AttachedAdapter(unet, adapter, branches, encoder)
+    return AttachedAdapter(unet, adapter, branches, encoder, source)

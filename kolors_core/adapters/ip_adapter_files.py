@@ -89,6 +89,13 @@ def adapter_sources(
     return list(zip(*(v * count if len(v) == 1 else v for v in lists.values()), strict=True))
 
 
+def describe_source(source: Any, subfolder: str, weight_name: str | None, revision: str | None) -> str | None:
+    """Describe where an adapter was loaded from, for metadata; None for a dict of tensors."""
+    if isinstance(source, Mapping):
+        return None
+    return str(Path(source, subfolder, weight_name or "")) + (f"@{revision}" if revision else "")
+
+
 def _tensors(source: Any, subfolder: str, weight_name: str | None, hub: Any) -> Source | Tensors:
     """Open an adapter's tensors; a dict may be nested, {"image_proj": {...}, "ip_adapter": {...}}."""
     if not isinstance(source, Mapping):

@@ -25,6 +25,7 @@ class LoRAWeights(nn.Module):
     """
 
     is_adapter = True
+    source: str | None = None  # the file or repository that it was loaded from
 
     def __init__(self, tensors: Mapping[str, Tensor], scale: float) -> None:
         super().__init__()

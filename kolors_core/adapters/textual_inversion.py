@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.devices import unwrap_compiled
-from kolors_core.hub import find_file, reject_unused
+from kolors_core.hub import find_file, named_source, reject_unused
 from kolors_core.module import ReplacedModule
 from kolors_core.validation import as_new_path
 from weights_convert.safetensors_files import Source, Tensors, save_tensors
@@ -37,6 +37,7 @@ class WordEmbedding(ReplacedModule, nn.Embedding):
     def __init__(self, base: nn.Embedding) -> None:
         super().__init__(base)
         self.words: list[str] = []
+        self.sources: dict[str, str] = {}  # file or repository of the words that were loaded
         self.learned = LearnedVectors()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ class TextualInversionMethods:
         tokens = [tokens] if isinstance(tokens, str) else list(tokens)
         if len(tokens) != len(sources):
             raise ValueError(f"expected a token for each of {len(sources)} files, got {len(tokens)}")
-        vectors = dict[str, Tensor]()
+        vectors, origins = dict[str, Tensor](), dict[str, str]()
         for source, word in zip(sources, tokens, strict=True):
             if isinstance(source, Mapping | Tensor):
                 unused = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
@@ -168,15 +169,26 @@ class TextualInversionMethods:
                 named = {UNNAMED: source} if isinstance(source, Tensor) else source
                 tensors = Tensors(named, "the given vectors")
             else:
-                tensors = Source([find_file(
-                    source, weight_name, subfolder, preferred=(WEIGHT_NAME,), revision=revision,
-                    cache_dir=cache_dir, local_files_only=local_files_only, token=hf_token,
-                )])  # fmt: skip
+                file = find_file(
+                    source,
+                    weight_name,
+                    subfolder,
+                    preferred=(WEIGHT_NAME,),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    token=hf_token,
+                )
+                tensors = Source([file])
+                origin = named_source(source, file, weight_name=weight_name, subfolder=subfolder)
+                origins |= dict.fromkeys(_vectors_by_word(tensors, word), origin)
             for name, tensor in _vectors_by_word(tensors, word).items():
                 if name in vectors:
                     raise ValueError(f"{tensors.where}: the word {name} comes twice")
                 vectors[name] = tensor
         add_words(encoder, vectors)
+        if isinstance(encoder.embedding, WordEmbedding):
+            encoder.embedding.sources |= origins
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
         """Remove these words, or all: the text encoder is what it was, bit for bit. ValueError if unknown."""

@@ -35,7 +35,7 @@ from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import short_repr
 from weights_convert.atomic_write import remove_stale_scratch
-from weights_convert.untrusted_files import one_line
+from weights_convert.untrusted_files import one_line, printable
 
 POLL_SECONDS = 0.2  # between attempts to lock jobs that other processes run
 IMAGE_NAME = re.compile(r"\d{6,}-\d+\.png")
@@ -175,8 +175,7 @@ class Worker:
             pipe = self.pipe
             try:
                 image = self._generate(pipe, settings)
-                lora = {"lora": ", ".join(settings.lora)} if settings.lora else {}
-                attach_metadata(image, image.info | lora | self.metadata | {FINGERPRINT_KEY: job.fingerprint})
+                attach_metadata(image, image.info | self.metadata | {FINGERPRINT_KEY: job.fingerprint})
                 save_png(image, self._path(job))
             except Exception as error:
                 self._check_recoverable(error)
@@ -279,7 +278,7 @@ class Worker:
         for job in failed:
             reason = self._record(job).get("reason") or "another run on this OUT has a line of its number"
             report.append(f"line {job.number} failed: {reason}")
-        print(*report, sep="\n", file=sys.stderr)
+        print(*map(printable, report), sep="\n", file=sys.stderr)
 
 
 def _defaults(options: argparse.Namespace) -> dict[str, object]:

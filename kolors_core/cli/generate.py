@@ -12,7 +12,8 @@ import torch
 from kolors_core.adapters.canny import canny
 from kolors_core.adapters.controlnet_files import KolorsControlNet
 from kolors_core.adapters.face_id import load_face_embeds
-from kolors_core.checkpoint import EMBEDDED_NAME
+from kolors_core.checkpoint import EMBEDDED_NAME, logger
+from kolors_core.cli import from_png
 from kolors_core.cli import options as cli
 from kolors_core.cli.output import STANDARD_OUTPUT, read_image_metadata, save_image
 from kolors_core.cli.parsers import OUT_SUFFIXES, draw_parser
@@ -28,8 +29,15 @@ from kolors_core.pipelines.request import CONTROL_SCALE
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import check_int
+from weights_convert.untrusted_files import printable
 
 CONTROLNETS = {kind: f"Kwai-Kolors/Kolors-ControlNet-{kind.title()}" for kind in ("canny", "depth", "pose")}
+
+# What metadata say beside the flags that `from_png.arguments_of` gives, by the flags that override it.
+FACTS_OF = {
+    "sampler": ["scheduler"], "lora": ["lora", "lora_scale"], "ip_scale": ["ip_adapter_scale"],
+    "face_scale": ["face_scale"], "control": ["control_steps"], "control_end": ["control_steps"],
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,46 +57,53 @@ def _run(arguments: list[str] | None, options: argparse.Namespace) -> None:
     for image, out in zip(images, outs, strict=True):
         save_image(image, out)
         if not options.quiet:
-            print(f"{out}  {image.width}x{image.height}  seed {image.info['seed']}", file=sys.stderr)
+            seed = f"  seed {image.info['seed']}" if "seed" in image.info else ""
+            print(printable(f"{out}  {image.width}x{image.height}{seed}"), file=sys.stderr)
 
 
 def _print_info(options: argparse.Namespace) -> None:
     if options.prompt is not None or options.weights != EMBEDDED_NAME:
         raise ValueError("--info stands alone: it prints an image's metadata, and draws none")
     for name, value in read_image_metadata(options.info).items():
-        print(f"{name}: {value}")
+        print(printable(f"{name}: {value}"))
 
 
 def _with_metadata(arguments: list[str] | None, options: argparse.Namespace) -> argparse.Namespace:
     """Return the options that an image's metadata give, overridden by those of the command."""
-    from kolors_core.cli.from_png import arguments_of
-
-    flags, unknown = arguments_of(options.from_png)
+    flags, unknown = from_png.arguments_of(options.from_png)
     for sentence in unknown:
-        print(sentence, file=sys.stderr)
+        logger.warning("%s", sentence)
     parser = draw_parser()
     # What is not given remains None: defaults do not replace attributes that are there.
     given = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(options))))
     again = parser.parse_args(flags)
     if given.steps is not None or given.timesteps or given.sigmas:
         again.steps = again.timesteps = again.sigmas = None
+    if again.seed is None and any((given.prompt, given.negative, given.images)):  # one of a batch, no longer
+        again.seed = int(read_image_metadata(options.from_png).get("seed", 0))
+    flags = [flag for flag in FACTS_OF if getattr(given, flag) is not None]
+    again.overridden = [name for flag in flags for name in FACTS_OF[flag]]
     vars(again).update({name: value for name, value in vars(given).items() if value is not None})
     return again
 
 
 def _generate(options: argparse.Namespace) -> tuple[list[Path], list[Any]]:
     """Generate the images; return the files to write and the images with their metadata."""
+    facts = from_png.read_facts(options)
+    facts = {name: text for name, text in facts.items() if name not in options.overridden}
+    has_seed = options.seed is not None
     outs, arguments = _validate(options), _pipeline_kwargs(options)  # images are read before weights
+    arguments |= from_png.call_arguments(facts, has_seed)
     device = named_device(options.device)
     outs[0].parent.mkdir(parents=True, exist_ok=True)
     pipe = cli.load_pipeline(options, device, _pipeline_class(options))
     quantized = cli.apply_quantization(pipe, options)
     _load_adapters(pipe, options)
-    images = pipe(**arguments)[0]
-    flags = ("image", "mask", "strength_map", "padding_mask_crop", "lora", "textual_inversion", "ip_adapter",
-             "ip_image", "face_adapter", "face_image", "control", "control_image", "canny")  # fmt: skip
-    given = {flag: value for flag in flags if (value := getattr(options, flag)) is not None}
-    metadata = {flag: ", ".join(value) if isinstance(value, list) else value for flag, value in given.items()}
+    from_png.prepare(pipe, facts)
+    images = from_png.select_image(pipe(**arguments)[0], facts, has_seed)
+    files = cli.component_files(options) | {"face_embeds": options.face_embeds}
+    metadata = {f"{name}_file": file for name, file in files.items() if file is not None}
+    metadata |= {} if options.canny is None else {"canny": options.canny}
     for image in images:
         attach_metadata(image, image.info | metadata | quantized)
     return outs, images

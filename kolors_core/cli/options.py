@@ -23,7 +23,7 @@ from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
 from kolors_core.validation import LARGEST_SEED, check_int
-from weights_convert.untrusted_files import one_line
+from weights_convert.untrusted_files import one_line, printable
 
 MODELS = parsers.MODELS
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -175,7 +175,7 @@ def load_loras(
         except ValueError as error:
             raise ValueError(str(error).replace("allow_partial=True", "--lora-partial")) from None
         if not is_quiet:
-            print(f"{source}: {report}", file=sys.stderr)
+            print(printable(f"{source}: {report}"), file=sys.stderr)
     set_lora_scales(pipe, loras)
 
 

@@ -188,6 +188,7 @@ def draw_parser(command: str = "draw") -> Parser:
         help="overwrite a file that exists, and go on where the memory plan does not fit")  # fmt: skip
     add("--from", dest="from_png", type=Path, metavar="PNG",
         help="draw this image again from its metadata; other flags given override it")  # fmt: skip
+    add("--exactly", type=Path, metavar="PNG", help=argparse.SUPPRESS)  # of from_png.arguments_of
     add("--info", type=Path, metavar="FILE", help="print an image's metadata, and do nothing else")
     add("--plan", action="store_true",
         help="print the memory that each stage will need, load no weights and generate no image")  # fmt: skip
@@ -218,7 +219,7 @@ def draw_parser(command: str = "draw") -> Parser:
     add("--sigmas", type=numbers, metavar="S,S,...", help="noise levels, of which the last ends the run")
     add("--denoising-end", type=number, metavar="PART", help="stop after this part of the noise schedule")
     _add_sizes(top.add_argument_group("size conditions (SDXL's), as HEIGHT,WIDTH or TOP,LEFT in pixels"))
-    top.set_defaults(crop=(0, 0), negative_crop=(0, 0))
+    top.set_defaults(crop=(0, 0), negative_crop=(0, 0), overridden=())
     return top
 
 

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from kolors_core.adapters.clip_vision import IMAGE_ENCODER
-from kolors_core.adapters.controlnet import ControlResiduals, check_fits, controlnets_of
-from kolors_core.adapters.face_id import FaceIDAdapter
+from kolors_core.adapters.controlnet import check_fits, controlnets_of
 from kolors_core.adapters.freeu import FreeUMethods
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.adapters.textual_inversion import TextualInversionMethods, words_of
@@ -19,6 +18,12 @@ from kolors_core.checkpoint import MODEL_SPECS
 from kolors_core.conditioning import Residuals
 from kolors_core.devices import unwrap_compiled
 from kolors_core.image import Size
+from kolors_core.pipelines.adapter_metadata import (
+    control_metadata,
+    image_prompt_metadata,
+    lora_metadata,
+    word_metadata,
+)
 from kolors_core.pipelines.base import AdapterInputs
 from kolors_core.pipelines.control_images import ControlNetMethods
 from kolors_core.pipelines.face_prompts import FaceIDMethods
@@ -75,20 +80,8 @@ class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
         return self.lora_scaled(factor)
 
     def _adapter_metadata(self, residuals: Residuals | None) -> dict[str, Any]:
-        metadata = {}
-        if isinstance(residuals, ControlResiduals):
-            metadata["control_scale"] = ", ".join(str(control.scale) for control in residuals.controls)
-            parts = [f"{control.start:g} to {control.end:g}" for control in residuals.controls]
-            if set(parts) != {"0 to 1"}:
-                metadata["control_steps"] = ", ".join(parts)
+        metadata = control_metadata(residuals)
         if self.freeu is not None:
             metadata["freeu"] = ", ".join(f"{name}={value}" for name, value in self.freeu.items())
-        if names := self.get_active_adapters():
-            metadata["lora"] = ", ".join(names)
-        if self.text_encoder is not None and (words := words_of(unwrap_compiled(self.text_encoder))):
-            metadata["learned_words"] = ", ".join(words)
-        for handle in attached(self.unet):
-            name = "face_scale" if isinstance(handle.adapter, FaceIDAdapter) else "ip_adapter_scale"
-            scale = str(next(iter(handle.branches.values())).scale)
-            metadata[name] = f"{metadata[name]}, {scale}" if name in metadata else scale
-        return metadata
+        metadata |= lora_metadata(self._lora_models()) | word_metadata(self.text_encoder)
+        return metadata | image_prompt_metadata(self.unet)

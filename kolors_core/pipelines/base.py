@@ -18,6 +18,7 @@ from kolors_core.conditioning import Residuals
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import Dtypes, dtype_of, unwrap_compiled
 from kolors_core.guidance import guided
+from kolors_core.hub import hub_commit
 from kolors_core.image import Size
 from kolors_core.module import WrapStep
 from kolors_core.pipelines.component_checks import check_component_type, check_dimensions
@@ -40,6 +41,14 @@ class AdapterInputs(NamedTuple):
     image_prompts: tuple[ImagePrompt, ...] = ()
     negative_image_prompts: tuple[ImagePrompt, ...] = ()
     residuals: Residuals | None = None
+
+
+class Origin(NamedTuple):
+    """Origin of a pipeline: the name or path it was loaded by, the hub's commit or None, and the variant."""
+
+    name: str = ""
+    revision: str | None = None
+    variant: str | None = None
 
 
 class Components:
@@ -65,6 +74,7 @@ class Components:
         self.image_encoder, self.controlnet = image_encoder, controlnet
         self._check_dimensions()
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
+        self.origin = Origin()
         self.guided: Callable[..., Denoiser] = guided  # another rule of its signature may stand here
         self.sampler: Sampler | None = None  # another than the scheduler's, such as a function like `euler`
         self.pag_applied_layers = ["mid"]  # of `KolorsPAGPipeline`; another task keeps them for it
@@ -131,10 +141,12 @@ class Components:
         for component, part in parts.items():  # all fit: only now are weights read
             if isinstance(part, checkpoint.UnloadedModel):
                 parts[component] = part.fill(dtypes[component], device)
-        return cls(
+        pipe = cls(
             **parts, feature_extractor=feature_extractor, controlnet=controlnet,
             force_zeros_for_empty_prompt=force_zeros,
         )  # fmt: skip
+        pipe.origin = Origin(str(pretrained_model_name_or_path), hub_commit(folder), variant)
+        return pipe
 
     @classmethod
     def from_pipe(cls, pipeline: "Components", **changes: Any) -> Self:
@@ -145,7 +157,7 @@ class Components:
             raise TypeError(f"{strangers[0]!r} is no component; expected {', '.join(pipeline.components)}")
         changes = {"image_encoder": pipeline._image_encoder} | changes  # not one that an IP-Adapter brought
         pipe = cls(**pipeline.components | changes)
-        for name in ("runs", "_progress", "savings", "guided", "sampler", "pag_applied_layers"):
+        for name in ("runs", "_progress", "savings", "guided", "sampler", "pag_applied_layers", "origin"):
             setattr(pipe, name, getattr(pipeline, name))
         return pipe
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kolors_core.adapters.clip_vision import CLIPVision, preprocess_clip
 from kolors_core.adapters.ip_adapter import AttachedAdapter, IPAdapter, attach, attached
-from kolors_core.adapters.ip_adapter_files import adapter_sources, load_adapter
+from kolors_core.adapters.ip_adapter_files import adapter_sources, describe_source, load_adapter
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import check_finite, check_low_cpu_mem_usage, named_device, unwrap_compiled
 from kolors_core.image import as_list, to_grayscale
@@ -45,13 +45,13 @@ class IPAdapterMethods(Components):
         """
         check_low_cpu_mem_usage(low_cpu_mem_usage)
         hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-        unet, encoder, adapters = unwrap_compiled(self.unet), self._image_encoder, []
+        unet, encoder, adapters = unwrap_compiled(self.unet), self._image_encoder, list[Any]()
         for place in adapter_sources(pretrained_model_name_or_path_or_dict, subfolder, weight_name):
             adapter, encoder = load_adapter(unet, "ip_adapter", *place, encoder, image_encoder_folder, hub)
-            adapters.append(adapter)
+            adapters.append((adapter, describe_source(*place, revision)))
         self.unload_ip_adapter()
-        for adapter in adapters:
-            attach(unet, adapter, encoder if encoder is not self._image_encoder else None)
+        for adapter, origin in adapters:
+            attach(unet, adapter, encoder if encoder is not self._image_encoder else None, origin)
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Scale the adapters: 1 is as trained, 0 has no effect.

@@ -15,6 +15,7 @@ from kolors_core.devices import check_finite
 from kolors_core.image import Size, preprocess_vae
 from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.masks import size_of, to_gray
+from kolors_core.pipelines.provenance import describe_call
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import Task, encode_prompts
@@ -157,6 +158,11 @@ class KolorsImg2ImgPipeline(FromImage):
             callback_on_step_end=callback_on_step_end, max_sequence_length=max_sequence_length,
             cross_attention_kwargs=cross_attention_kwargs, **extras,
         )  # fmt: skip
+        facts = describe_call(
+            inputs, start_image=image, strength=strength if denoising_start is None else None, height=height,
+            width=width, strength_map=strength_map, denoising_start=denoising_start,
+            denoising_end=denoising_end, latents=latents,
+        )  # fmt: skip
         whole = self._schedule(inputs)
         schedule = self._select_steps(whole, strength, denoising_start, denoising_end)
         if image is None:
@@ -180,7 +186,7 @@ class KolorsImg2ImgPipeline(FromImage):
                 mask = repeat_per_image(mask, count, num_images_per_prompt, "strength maps")
                 wrap_sampler = partial(preserve_masked_latents, clean=clean, noise=noise, strength=mask)
         denoised = self._denoise(inputs, schedule, x, positive, negative, wrap_sampler)
-        return self._output(inputs, denoised, positive, {"steps": len(whole.timesteps), "strength": strength})
+        return self._output(inputs, denoised, positive, facts | {"steps": len(whole.timesteps)})
 
 
 def preserve_masked_latents(sampler: Sampler, *, clean: Tensor, noise: Tensor, strength: Tensor) -> Sampler:

@@ -18,6 +18,7 @@ from kolors_core.pipelines import masks
 from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.image_to_image import FromImage, preserve_masked_latents, repeat_per_image
 from kolors_core.pipelines.masks import Box, size_of, to_gray
+from kolors_core.pipelines.provenance import describe_call
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import encode_prompts
@@ -108,6 +109,12 @@ class KolorsInpaintPipeline(FromImage):
             raise ValueError("latents, the noise to start with, has no effect beside denoising_start")
         if output_type == "latent" and (paste_back or padding_mask_crop is not None):
             raise ValueError("paste_back and padding_mask_crop need images, and output_type is 'latent'")
+        facts = describe_call(
+            inputs, start_image=image, mask_image=mask_image, masked_image_latents=masked_image_latents,
+            height=height, width=width, padding_mask_crop=padding_mask_crop, paste_back=paste_back,
+            strength=strength if denoising_start is None else None, denoising_start=denoising_start,
+            denoising_end=denoising_end, latents=latents,
+        )  # fmt: skip
         whole = self._schedule(inputs)
         schedule = self._select_steps(whole, strength, denoising_start, denoising_end)
         copies = num_images_per_prompt
@@ -137,8 +144,8 @@ class KolorsInpaintPipeline(FromImage):
         elif clean is not None:
             wrap_sampler = partial(preserve_masked_latents, clean=clean, noise=noise, strength=small)
         denoised = self._denoise(inputs, schedule, x, positive, negative, wrap_sampler)
-        metadata = {"steps": len(whole.timesteps), "strength": strength}
-        return self._output(inputs, denoised, positive, metadata, prepared.postprocess)
+        facts["steps"] = len(whole.timesteps)
+        return self._output(inputs, denoised, positive, facts, prepared.postprocess)
 
     def _prepare(
         self, image: Any, mask_image: Any, height: int | None, width: int | None, padding: int | None,

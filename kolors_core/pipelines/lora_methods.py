@@ -18,7 +18,7 @@ from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.lora_files import METADATA, LoRAReport, configs_of, parse_lora
 from kolors_core.chatglm import ChatGLM
 from kolors_core.devices import check_low_cpu_mem_usage, unwrap_compiled
-from kolors_core.hub import find_file, reject_unused
+from kolors_core.hub import find_file, named_source, reject_unused
 from kolors_core.module import require_plain
 from kolors_core.unet import UNet
 from kolors_core.validation import as_path, check_float
@@ -72,16 +72,19 @@ class LoRAMethods:
         if isinstance(source, Mapping):
             places = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
             reject_unused("a dict of tensors", **places)
-            tensors = Tensors(source, "the given LoRA")
+            tensors, origin = Tensors(source, "the given LoRA"), None
         else:
             hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-            tensors = Source([find_lora(source, weight_name, subfolder, token=token, **hub)])
+            file = find_lora(source, weight_name, subfolder, token=token, **hub)
+            tensors = Source([file])
+            origin = named_source(source, file, weight_name=weight_name, subfolder=subfolder)
         parts, report = parse_lora(tensors, configs_of(tensors), models, name, allow_partial)
         for component, model in models.items():
             for other in lora.adapters(model).values():
                 other.set_active(False)
             if component in parts:
-                lora.add_adapter(model, name, parts[component])
+                for part in lora.add_adapter(model, name, parts[component]).parts().values():
+                    part.source = origin
         return report
 
     def set_adapters(

@@ -1,5 +1,6 @@
 """PNG metadata of generated images: text chunks, attached, written and read."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,11 @@ from weights_convert.atomic_write import atomic_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+def as_json(value: Any) -> str:
+    """Format a value as JSON in one line, with Chinese characters as they are."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def attach_metadata(image: "Image", metadata: Mapping[str, Any]) -> None:

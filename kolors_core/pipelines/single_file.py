@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from kolors_core.checkpoint import MODEL_SPECS, UnloadedModel, read_json, resolve, write_json
 from kolors_core.config import UNetConfig
 from kolors_core.devices import loading_device
-from kolors_core.hub import find_file
+from kolors_core.hub import find_file, hub_commit
 from kolors_core.loading import check
-from kolors_core.pipelines.base import Components
+from kolors_core.pipelines.base import Components, Origin
 from kolors_core.validation import as_path
 from weights_convert.atomic_write import locked_scratch_dir
 from weights_convert.folder_to_single_file import extract_files, to_single
@@ -115,7 +115,9 @@ class SingleFileMethods(Components):
                 (own / "scheduler").mkdir(exist_ok=True)
                 write_json(SCHEDULER, own / "scheduler" / "scheduler_config.json")
                 write_json(INDEX, own / "model_index.json")
-            return cls.from_pretrained(folder, device=device, variant=variant, **hub, **opened, **arguments)
+            pipe = cls.from_pretrained(folder, device=device, variant=variant, **hub, **opened, **arguments)
+            pipe.origin = Origin(str(pretrained_model_link_or_path), hub_commit(file))
+            return pipe
 
     def save_single_file(self, file: str | Path, *, variant: str | None = None) -> None:
         """Write the whole pipeline as one new file, which `from_single_file` loads.

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.conditioning import Conditioning, positive_and_negative_size_ids
-from kolors_core.config import VERSION
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import check_finite, named_device
 from kolors_core.guidance import GuidanceRule
@@ -21,7 +20,7 @@ from kolors_core.image import Size, to_images
 from kolors_core.pipelines.adapter_methods import AdapterMethods
 from kolors_core.pipelines.denoising_loop import DenoisingLoop
 from kolors_core.pipelines.performance_methods import PerformanceMethods
-from kolors_core.pipelines.png_metadata import attach_metadata
+from kolors_core.pipelines.provenance import describe_images
 from kolors_core.pipelines.request import KolorsPipelineOutput, PipelineInputs
 from kolors_core.pipelines.single_file import SingleFileMethods
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts, repeat_text
@@ -148,7 +147,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
     ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
         """Decode latents and return images of the `output_type`.
 
-        metadata: the task's part of it. postprocess: maps decoded to final images [B, 3, H, W] in [-1, 1].
+        metadata: of `describe_call`. postprocess: maps decoded to final images [B, 3, H, W] in [-1, 1].
         """
         if inputs.output_type == "latent":
             images: Any = latents.to(self.dtype)
@@ -156,7 +155,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
             decoded = self._decode(latents)
             images = to_images(decoded if postprocess is None else postprocess(decoded), inputs.output_type)
         if inputs.output_type == "pil":
-            self._describe(images, inputs, metadata, positive)
+            describe_images(self, images, inputs, metadata, positive)
         return KolorsPipelineOutput(images) if inputs.return_dict else (images,)
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -174,30 +173,6 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
             raise ValueError("the VAE overflows in float16: pipe.vae.to(torch.float32)")
         return weight
 
-    def _describe(
-        self, images: Any, inputs: PipelineInputs, metadata: Mapping[str, Any], positive: Conditioning
-    ) -> None:
-        """Attach to each PIL image the arguments that it was made with."""
-        own_sampler = "" if self.sampler is None else f"{_call_text(self.sampler)} with "
-        shared = dict(metadata, sampler=f"{own_sampler}{self.scheduler.describe()}")
-        shared["guidance_scale"] = inputs.guidance_scale
-        if (rule := _call_text(self._rule(inputs))) != "guided":
-            shared["guidance"] = rule
-        shared |= self._adapter_metadata(positive.residuals)
-        for i, image in enumerate(images):
-            own: dict[str, Any] = {}
-            for name in ("prompt", "negative_prompt"):
-                if (texts := getattr(inputs, name)) is not None:
-                    own[name] = texts if isinstance(texts, str) else texts[i * len(texts) // len(images)]
-            if isinstance(inputs.generator, torch.Generator):
-                own["seed"] = inputs.generator.initial_seed()
-                if len(images) > 1:
-                    own["picture"] = f"{i + 1} of {len(images)} of this seed"
-            elif inputs.generator is not None:
-                own["seed"] = inputs.generator[i].initial_seed()
-            size = f"{image.width}x{image.height}"
-            attach_metadata(image, own | shared | {"size": size, "software": f"kolors_core {VERSION}"})
-
 
 def encode_prompts(
     pipe: Task, prompt: Prompt | None, inputs: PipelineInputs
@@ -208,11 +183,3 @@ def encode_prompts(
         inputs.pooled_prompt_embeds, inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds,
         inputs.max_sequence_length,
     )  # fmt: skip
-
-
-def _call_text(function: Callable[..., Any]) -> str:
-    """Return a function's name, and the arguments that `partial` has bound to it."""
-    if not isinstance(function, partial):
-        return getattr(function, "__name__", type(function).__name__)
-    bound = ", ".join(f"{name}={value!r}" for name, value in function.keywords.items())
-    return f"{_call_text(function.func)}({bound})"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kolors_core.image import Size
 from kolors_core.pipelines.denoising_loop import StepCallback
+from kolors_core.pipelines.provenance import describe_call
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import Task, encode_prompts
@@ -62,6 +63,7 @@ class KolorsPipeline(Task):
             callback_on_step_end=callback_on_step_end, max_sequence_length=max_sequence_length,
             cross_attention_kwargs=cross_attention_kwargs, **extras,
         )  # fmt: skip
+        facts = describe_call(inputs, denoising_end=denoising_end, latents=latents)
         whole = self._schedule(inputs)
         schedule = whole if denoising_end is None else whole.before(denoising_end)
         size = self._size("height", height), self._size("width", width)
@@ -70,4 +72,4 @@ class KolorsPipeline(Task):
         shape = self._latent_shape(len(positive.size_ids), size)
         noise = self._draw(shape, generator) if latents is None else self._given_latents(latents, shape)
         denoised = self._denoise(inputs, schedule, noise * schedule.init_noise_sigma, positive, negative)
-        return self._output(inputs, denoised, positive, {"steps": len(whole.timesteps)})
+        return self._output(inputs, denoised, positive, facts | {"steps": len(whole.timesteps)})

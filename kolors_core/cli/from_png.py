@@ -1,0 +1,308 @@
+"""Drawing an image again by its metadata: `--from PNG`, which is `arguments_of` and the flag `--exactly`.
+
+What flags can say becomes flags; the rest (a scheduler's fields, the batch that the image is one of, scales
+by block) `--exactly PNG` reads from the image. Metadata are text from a file: paths in them are opened as
+checkpoints, LoRAs or images only, as if typed, and no address is fetched.
+"""
+
+import argparse
+import ast
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kolors_core.adapters.controlnet import controlnets_of
+from kolors_core.checkpoint import logger
+from kolors_core.devices import unwrap_compiled
+from kolors_core.image import load_image
+from kolors_core.pipelines.fingerprint import fingerprint
+from kolors_core.pipelines.png_metadata import read_metadata
+from kolors_core.pipelines.provenance import TENSORS, describe_pipeline, pixel_hash
+from kolors_core.pipelines.seeds import seeded_generator
+from kolors_core.pipelines.stages import Task
+from kolors_core.schedule import SCHEDULERS
+from weights_convert.untrusted_files import one_line, printable
+
+Facts = Mapping[str, str]
+# Images by their fact: the flag of their file, and what they are for a sentence.
+IMAGES = {
+    "start_image": ("image", "the image to start from"), "mask_image": ("mask", "the mask"),
+    "strength_map": ("strength-map", "the strength map"), "face_image": ("face-image", "the face"),
+    "ip_adapter_image": ("ip-image", "the image prompt"),
+    "control_image": ("control-image", "the control image"),
+}  # fmt: skip
+PLAIN = {  # facts whose text is a flag's
+    "negative_prompt": "negative", "seed": "seed", "guidance_scale": "guidance", "variant": "variant",
+    "strength": "strength", "padding_mask_crop": "padding-mask-crop", "denoising_end": "denoising-end",
+    "max_sequence_length": "max-tokens", "face_adapter": "face-adapter", "face_embeds_file": "face-embeds",
+    "unet_file": "unet", "text_encoder_file": "text-encoder", "vae_file": "vae",
+}  # fmt: skip
+SIZES = {
+    "original_size": "original-size", "target_size": "target-size", "crops_coords_top_left": "crop",
+    "negative_original_size": "negative-original-size", "negative_target_size": "negative-target-size",
+    "negative_crops_coords_top_left": "negative-crop",
+}  # fmt: skip
+RULES = {
+    "pag_scale": "pag", "pag_adaptive_scale": "pag-adaptive", "pag_applied_layers": "pag-layers",
+    "rescale": "guidance-rescale", "interval": "guidance-interval",
+}  # fmt: skip
+GIVEN = {  # tensors and functions of a call, which an image cannot hold
+    **{name: name for name in TENSORS if name != "face_embeds"}, "latents": "latents",
+    "masked_image_latents": "masked_image_latents", "ip_adapter_masks": "ip_adapter_masks",
+    "denoising_start": "denoising_start", "callback_on_step_end": "callback_on_step_end",
+}  # fmt: skip
+
+
+def arguments_of(file: Path) -> tuple[list[str], list[str]]:
+    """Return the arguments of the command line that draw a PNG again, and sentences on what is not known.
+
+    The prompt is the last argument, after "--". Raises FileNotFoundError, or ValueError for a file that is no
+    PNG, or that does not say how it was made.
+    """
+    facts = read_metadata(file)
+    if "scheduler" not in facts or "software" not in facts:
+        raise ValueError(f"{file}: does not say how it was made, or was made by an older version")
+    try:
+        found = _Arguments(file, facts)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, SyntaxError) as error:
+        raise ValueError(f"{file}: its metadata are damaged: {one_line(error)}") from None
+    return found.flags, [printable(sentence) for sentence in found.unknown]
+
+
+class _Arguments:
+    """Flags and sentences of one image, collected."""
+
+    def __init__(self, file: Path, facts: Facts) -> None:
+        self.facts, self.flags, self.unknown = facts, [f"--exactly={file}"], list[str]()
+        self._model()
+        self._adapters()
+        for name, flag in PLAIN.items():
+            if name in facts and not (name == "seed" and "batch" in facts):
+                self._add(flag, facts[name])
+        for name, (flag, what) in IMAGES.items():
+            if name in facts:
+                self._images(flag, what, _flat(json.loads(facts[name])))
+        self._sampling()
+        for name in (name for name in GIVEN if name in facts):
+            self.unknown.append(f"{name} was given, and is not in the image")
+        if "noise" in facts and "batch" not in facts:
+            self.unknown.append(f"the noise is {facts['noise']}")
+        if "noise_device" in facts:
+            self.unknown.append(f"the noise was drawn on {facts['noise_device']}, here it is the CPU's")
+        if facts.get("batch") and any(one.get("drawn", 0) is None for one in _generators(facts)):
+            self.unknown.append(f"the noise is {facts.get('noise', 'of a generator in use')}")
+        if "prompt" in facts:
+            self.flags += ["--", facts["prompt"]]
+        else:
+            self.unknown.append("the prompt is not known")
+
+    def _add(self, flag: str, value: Any) -> None:
+        self.flags.append(f"--{flag}={value}")
+
+    def _model(self) -> None:
+        facts = self.facts
+        if facts["model"].startswith("unknown"):
+            self.unknown.append("no name of the model is known: give --weights")
+        else:
+            self._add("weights", facts["model"])
+        if "revision" in facts and not Path(facts["model"]).exists():
+            self._add("revision", facts["revision"])
+        for component, bits in json.loads(facts.get("bits", "{}")).items():
+            self._add(f"{component.replace('_', '-')}-bits", bits)
+        dtype = facts["dtype"]
+        if dtype.startswith("{"):
+            dtypes = json.loads(dtype)
+            dtype = dtypes["unet"]
+            if dtypes != dict.fromkeys(dtypes, dtype) | ({"vae": "float32"} if dtype == "float16" else {}):
+                self.unknown.append(f"the models were in several dtypes, {facts['dtype']}; here in {dtype}")
+        self._add("dtype", dtype)
+        device = facts["device"]
+        if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
+            self._add("device", device)
+        else:
+            self.unknown.append(f"it was drawn on {device}, which rounds otherwise")
+
+    def _adapters(self) -> None:
+        facts = self.facts
+        for one in json.loads(facts.get("lora", "[]")):
+            if one["from"] is None or one.get("fused"):
+                why = "was fused into the weights" if one.get("fused") else "was given as tensors"
+                self.unknown.append(f"the LoRA {one['name']} {why}, and its file is not known: give --lora")
+            else:
+                weight = one["weight"]
+                self._add("lora", f"{one['from']}:{weight if isinstance(weight, int | float) else 1.0}")
+        words = json.loads(facts.get("textual_inversion", "{}"))
+        for word, source in words.items():
+            if source is None:
+                self.unknown.append(f"the vectors of the word {word} were given, and are not in the image")
+        for source in dict.fromkeys(source for source in words.values() if source is not None):
+            own = [word for word, other in words.items() if other == source]
+            self._add("textual-inversion", f"{source}:{own[0]}" if len(own) == 1 else source)
+        if "ip_adapter" in facts:
+            if facts["ip_adapter"].startswith("[") or facts["ip_adapter"] == "null":
+                self.unknown.append("there were several IP-Adapters, or one given as tensors")
+            else:
+                self._add("ip-adapter", facts["ip_adapter"])
+        sources = json.loads(facts.get("control", "[]"))
+        for source, scale in zip(sources, facts.get("control_scale", "").split(", "), strict=False):
+            if source is None:
+                self.unknown.append("a ControlNet was given, and its folder is not known: give --control")
+            else:
+                self._add("control", f"{source}:{scale}")
+
+    def _images(self, flag: str, what: str, images: Iterable[Any]) -> None:
+        images = list(images)
+        if flag == "control-image" and "canny" in self.facts:
+            self._add("canny", self.facts["canny"])
+            images = images[:-1]
+        for image in images:
+            name = image.get("file") if isinstance(image, dict) else None
+            if name is None or re.match(r"\w+://", name):
+                self.unknown.append(f"{what} is known by its pixels' hash only: give --{flag}")
+                continue
+            self._add(flag, name)
+            if not Path(name).is_file():
+                self.unknown.append(f"{what}, {name}, is not there")
+            elif image["sha256"] not in _file_hashes(name, flag):
+                self.unknown.append(f"{what}, {name}, has changed")
+
+    def _sampling(self) -> None:
+        facts = self.facts
+        own = [f"--{name}={','.join(map(str, json.loads(facts[name])))}" for name in ("timesteps", "sigmas")
+               if name in facts]  # fmt: skip
+        self.flags += [*own, "--sampler=euler"] if own else [f"--steps={facts['steps']}"]
+        is_from_image = "start_image" in facts
+        width, height = facts["size"].split("x")
+        for side, pixels in (("height", height), ("width", width)):
+            if not is_from_image or side in facts:
+                self._add(side, facts[side] if is_from_image else pixels)
+        for name, numbers in json.loads(facts.get("size_conditions", "{}")).items():
+            self._add(SIZES[name], ",".join(map(str, numbers)))
+        if facts.get("paste_back") == "False":
+            self.flags.append("--no-paste-back")
+        if "freeu" in facts:
+            self.flags += ["--freeu", *(part.partition("=")[2] for part in facts["freeu"].split(", "))]
+        if " with " in facts["sampler"]:
+            self.unknown.append(f"the sampler was an own function, {facts['sampler'].partition(' with ')[0]}")
+        self._rule(facts.get("guidance", "guided"))
+
+    def _rule(self, text: str) -> None:
+        call = ast.parse(text, mode="eval").body
+        name = call.func if isinstance(call, ast.Call) else call
+        keywords = call.keywords if isinstance(call, ast.Call) else []
+        if not isinstance(name, ast.Name) or name.id not in ("guided", "perturbed"):
+            self.unknown.append(f"the guidance rule was an own function, {text}")
+            return
+        for keyword in keywords:
+            value = ast.literal_eval(keyword.value)
+            listed = [value] if not isinstance(value, list | tuple) else value
+            if value is not None and value != 0.0:
+                self.flags += [f"--{RULES[str(keyword.arg)]}", *map(str, listed)]
+
+
+def read_facts(options: argparse.Namespace) -> Facts:
+    """Read the metadata of the image of `--exactly`, empty without one.
+
+    Raises ValueError for an image, LoRA or adapter of them that the flags lack.
+    """
+    if options.exactly is None:
+        return {}
+    facts = read_metadata(options.exactly)
+    flags = {name: flag for name, (flag, _) in IMAGES.items()} | {"lora": "lora", "control": "control"}
+    for name, flag in (flags | {"ip_adapter": "ip-adapter", "face_adapter": "face-adapter"}).items():
+        has_canny = flag == "control-image" and options.canny is not None
+        if name in facts and not getattr(options, flag.replace("-", "_")) and not has_canny:
+            raise ValueError(
+                f"{options.exactly} was made with an input that is not known here: give --{flag}"
+            )
+    return facts
+
+
+def call_arguments(facts: Facts, has_seed: bool) -> dict[str, Any]:
+    """Return the arguments of a call that no flag has: the batch, a LoRA scale, when ControlNets act.
+
+    has_seed: whether a seed is given instead of the image's batch.
+    """
+    found: dict[str, Any] = {}
+    if "batch" in facts and not has_seed:
+        batch = json.loads(facts["batch"])
+        one = [seeded_generator(each["seed"], each.get("drawn") or 0) for each in _generators(facts)]
+        found["generator"] = one if isinstance(batch["generators"], list) else one[0]
+        names = ("prompt", "negative_prompt", "num_images_per_prompt")
+        found |= {name: batch[name] for name in names if name in batch}
+    if "lora_scale" in facts:
+        found["cross_attention_kwargs"] = {"scale": float(facts["lora_scale"])}
+    if "control_steps" in facts:
+        parts = [part.split(" to ") for part in facts["control_steps"].split(", ")]
+        found["control_guidance_start"] = [float(start) for start, _ in parts]
+        found["control_guidance_end"] = [float(end) for _, end in parts]
+    return found
+
+
+def select_image(images: Sequence[Any], facts: Facts, has_seed: bool) -> Sequence[Any]:
+    """Select the image that the metadata are of from its batch; all images without one."""
+    index = json.loads(facts["batch"])["image"] - 1 if "batch" in facts and not has_seed else None
+    return images if index is None else [images[index]]
+
+
+def prepare(pipe: Task, facts: Facts) -> None:
+    """Set what no flag says: the scheduler and scales by block; log what differs from the image's making."""
+    if not facts:
+        return
+    if "scheduler" in facts:
+        scheduler = json.loads(facts["scheduler"])
+        pipe.scheduler = SCHEDULERS[scheduler["_class_name"]].from_config(scheduler)
+    weights = [one["weight"] for one in json.loads(facts.get("lora", "[]"))]
+    if any(isinstance(weight, dict) for weight in weights):
+        pipe.set_adapters(pipe.get_active_adapters(), weights)
+    if "ip_adapter_scale" in facts:
+        pipe.set_ip_adapter_scale(json.loads(facts["ip_adapter_scale"]))
+    if "face_scale" in facts:
+        pipe.set_ip_adapter_face_id_scale(json.loads(facts["face_scale"]))
+    for sentence in differences(pipe, facts):
+        logger.warning("%s", printable(sentence))
+
+
+def differences(pipe: Task, facts: Facts) -> list[str]:
+    """Return sentences on what of a pipeline differs from an image's metadata: weights, dtypes, versions."""
+    own = describe_pipeline(pipe) | pipe._adapter_metadata(None)
+    nets = map(unwrap_compiled, controlnets_of(pipe.controlnet))
+    own["control_fingerprint"] = " ".join(map(fingerprint, nets))
+    expected, got = (json.loads(each["fingerprint"]) for each in (facts, own))
+    found = [f"the {name} is another than the image's: {got.get(name)}, expected {digest}"
+             for name, digest in expected.items() if got.get(name) != digest]  # fmt: skip
+    loras, have = (
+        [one["fingerprint"] for one in json.loads(each.get("lora", "[]"))] for each in (facts, own)
+    )
+    if loras != have:
+        found.append(f"the LoRAs are others than the image's: {have}, expected {loras}")
+    for kind in ("ip_adapter", "face_adapter", "textual_inversion", "control"):
+        key = f"{kind}_fingerprint"
+        if key in facts and facts[key] != own.get(key):
+            found.append(f"{kind} is another than the image's: {own.get(key)}, expected {facts[key]}")
+    for name in ("torch", "software", "device", "threads", "dtype", "bits"):
+        if facts.get(name) != own.get(name):
+            found.append(f"{name} is {own.get(name)}, and was {facts.get(name)}: pixels may differ a little")
+    return found
+
+
+def _generators(facts: Facts) -> list[dict[str, Any]]:
+    given = json.loads(facts["batch"])["generators"]
+    return given if isinstance(given, list) else [given]
+
+
+def _flat(content: Any) -> list[Any]:
+    return [one for part in content for one in _flat(part)] if isinstance(content, list) else [content]
+
+
+def _file_hashes(name: str, flag: str) -> list[str]:
+    """Hash an image's file as the command line reads it, masks also in color; empty for what is no image."""
+    try:
+        color, gray = load_image(name), load_image(name, lambda image: image.convert("L"))
+    except (OSError, ValueError):
+        return []
+    return [pixel_hash(image) for image in ((color, gray) if flag in ("mask", "strength-map") else (color,))]

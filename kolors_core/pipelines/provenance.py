@@ -1,0 +1,199 @@
+"""Provenance: an image's metadata, which say all that makes the image again, or that it cannot be known.
+
+Values are printable text: a word, a number, or JSON. `cli/from_png.py` reads them. Given images, tensors and
+functions are not kept: an image by its file's name and a hash of its pixels, the others by what they are.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kolors_core.conditioning import Conditioning, is_default_crop
+from kolors_core.config import VERSION
+from kolors_core.devices import unwrap_compiled
+from kolors_core.pipelines.base import Components
+from kolors_core.pipelines.fingerprint import fingerprint
+from kolors_core.pipelines.png_metadata import as_json, attach_metadata
+from kolors_core.pipelines.request import PipelineInputs
+from kolors_core.pipelines.seeds import numbers_drawn
+from kolors_core.pipelines.text_prompts import MAX_TOKENS
+
+UNKNOWN = "given, and cannot be known from here"
+IMAGES = ("ip_adapter_image", "face_image", "control_image")
+TENSORS = (
+    "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
+    "ip_adapter_image_embeds", "face_embeds",
+)  # fmt: skip
+SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
+CROPS = ("crops_coords_top_left", "negative_crops_coords_top_left")
+
+
+def describe_call(inputs: PipelineInputs, **given: Any) -> dict[str, str]:
+    """Describe a call's arguments, before any noise is drawn; empty unless its images are to be PIL's.
+
+    given: the task's own arguments, of which None is left out.
+    """
+    if inputs.output_type != "pil":
+        return {}
+    values = given | {name: getattr(inputs, name) for name in (*IMAGES, *TENSORS)}
+    facts = {name: _describe(value) for name, value in values.items() if value is not None}
+    for name in ("timesteps", "sigmas"):
+        if (numbers := getattr(inputs, name)) is not None:
+            facts[name] = as_json([float(number) for number in numbers])
+    sizes = {name: list(size) for name in SIZES if (size := getattr(inputs, name)) is not None}
+    sizes |= {name: list(crop) for name in CROPS if not is_default_crop(crop := getattr(inputs, name))}
+    if sizes:
+        facts["size_conditions"] = as_json(sizes)
+    if inputs.max_sequence_length != MAX_TOKENS:
+        facts["max_sequence_length"] = str(inputs.max_sequence_length)
+    if (masks := (inputs.cross_attention_kwargs or {}).get("ip_adapter_masks")) is not None:
+        facts["ip_adapter_masks"] = _describe(masks)
+    if inputs.callback_on_step_end is not None:
+        facts["callback_on_step_end"] = f"{call_text(inputs.callback_on_step_end)}: {UNKNOWN}"
+    return facts | {"generators": as_json(describe_generators(inputs.generator))}
+
+
+def describe_generators(generators: Any) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """Describe one generator, or each of a list: its seed, and how many numbers were drawn from it before.
+
+    drawn: left out if none were; None if it cannot be known. None for torch's global generator.
+    """
+    if generators is None:
+        return None
+    if isinstance(generators, torch.Generator):
+        drawn, device = numbers_drawn(generators), generators.device.type
+        facts: dict[str, Any] = {"seed": generators.initial_seed()} | ({} if drawn == 0 else {"drawn": drawn})
+        return facts | ({} if device == "cpu" else {"device": device})
+    if not isinstance(generators, Sequence) or not all(isinstance(g, torch.Generator) for g in generators):
+        return None  # an error, which the drawing of noise describes
+    listed = [describe_generators(generator) for generator in generators]
+    twice = len(set(map(id, generators))) < len(generators)  # each row but the first finds it in use
+    return [one | {"drawn": None} if twice else one for one in listed if isinstance(one, dict)]
+
+
+def describe_images(
+    pipe: Components, images: Sequence[Any], inputs: PipelineInputs, facts: Mapping[str, Any],
+    positive: Conditioning,
+) -> None:  # fmt: skip
+    """Attach to each image of a call the metadata that make it again. facts: of `describe_call`."""
+    sampler = "" if pipe.sampler is None else f"{call_text(pipe.sampler)} with "
+    shared = dict(facts, sampler=f"{sampler}{pipe.scheduler.describe()}", task=type(pipe).__name__)
+    generators = json.loads(shared.pop("generators", "null"))
+    shared["scheduler"] = as_json(pipe.scheduler.to_public())
+    shared["guidance_scale"] = inputs.guidance_scale
+    rule = call_text(pipe.guided if inputs.guidance_rule is None else inputs.guidance_rule)
+    if rule != "guided":
+        shared["guidance"] = rule
+    shared |= pipe._adapter_metadata(positive.residuals)
+    factor = (inputs.cross_attention_kwargs or {}).get("scale")
+    if factor is not None and "lora" in shared:
+        shared["lora_scale"] = float(factor)
+    shared |= describe_pipeline(pipe)
+    for i, image in enumerate(images):
+        own = _texts(inputs, i, len(images)) | _noise(inputs, generators, i, len(images))
+        attach_metadata(image, own | {"size": f"{image.width}x{image.height}"} | shared)
+
+
+def describe_pipeline(pipe: Components) -> dict[str, str]:
+    """Describe models and machine: names, fingerprints, dtypes, device, versions."""
+    models = {name: unwrap_compiled(model) for name, model in pipe._own_models().items()}
+    models.pop("image_encoder", None)  # which only adapters need
+    dtypes = {name: _dtype(model) for name, model in models.items()}
+    bits = {name: n for name, model in models.items() if (n := _bits(model)) is not None}
+    found = {
+        "model": pipe.origin.name or "unknown: no folder or repository was named",
+        "revision": pipe.origin.revision,
+        "variant": pipe.origin.variant,
+        "fingerprint": as_json({name: fingerprint(model) for name, model in models.items()}),
+        "bits": as_json(bits) if bits else None,
+        "dtype": dtypes["unet"] if len(set(dtypes.values())) == 1 else as_json(dtypes),
+        "device": pipe.device.type,
+        "threads": str(torch.get_num_threads()) if pipe.device.type == "cpu" else None,
+        "torch": torch.__version__,
+        "software": f"kolors_core {VERSION}",
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def call_text(function: Callable[..., Any]) -> str:
+    """Return a function's name, and the arguments that `partial` has bound to it."""
+    if not isinstance(function, partial):
+        return getattr(function, "__name__", type(function).__name__)
+    bound = ", ".join(f"{name}={value!r}" for name, value in function.keywords.items())
+    return f"{call_text(function.func)}({bound})"
+
+
+def pixel_hash(image: Any) -> str:
+    """Hash the pixels of a PIL image as RGB, or the numbers of an array or tensor, and their size."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().double().numpy() if image.is_floating_point() else image.cpu().numpy()
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+    content = f"{pixels.shape} {pixels.dtype} ".encode() + np.ascontiguousarray(pixels).tobytes()
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, bool | int | float | str):
+        return str(value)
+    return as_json(_content(value))
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_content(part) for part in value]
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return {kind: list(value.shape), "sha256": pixel_hash(value)}
+    if hasattr(value, "convert"):  # a PIL image
+        file = {"file": str(value.filename)} if getattr(value, "filename", "") else {}
+        return file | {"size": f"{value.width}x{value.height}", "sha256": pixel_hash(value)}
+    return None if value is None else UNKNOWN
+
+
+def _texts(inputs: PipelineInputs, i: int, count: int) -> dict[str, str]:
+    found = {}
+    for name in ("prompt", "negative_prompt"):
+        if (texts := getattr(inputs, name)) is not None:
+            found[name] = texts if isinstance(texts, str) else texts[i * len(texts) // count]
+    return found
+
+
+def _noise(inputs: PipelineInputs, generators: Any, i: int, count: int) -> dict[str, Any]:
+    """Describe an image's noise: its seed, where the seed alone makes it, and the batch that it is one of."""
+    found: dict[str, Any] = {}
+    own = generators[i] if isinstance(generators, list) else generators
+    if own is None:
+        found["noise"] = "of torch's global generator, whose state cannot be known"
+    elif count > 1 and not isinstance(generators, list):
+        found["batch_seed"] = own["seed"] if own.get("drawn", 0) == 0 else None
+    elif own.get("drawn", 0) == 0:
+        found["seed"] = own["seed"]
+    if own is not None and own.get("drawn", 0) != 0:
+        drawn = "some" if own["drawn"] is None else own["drawn"]
+        found["noise"] = f"of a generator in use: {drawn} numbers had been drawn since its seed {own['seed']}"
+    if own is not None and "device" in own:
+        found["noise_device"] = own["device"]
+    if own is not None and (count > 1 or own.get("drawn", 0) != 0):
+        batch: dict[str, Any] = {"image": i + 1, "generators": generators}
+        for name in ("prompt", "negative_prompt"):
+            if isinstance(texts := getattr(inputs, name), list | tuple):
+                batch[name] = list(texts)
+        found |= {"image": f"{i + 1} of {count}"} if count > 1 else {}
+        found["batch"] = as_json(batch | {"num_images_per_prompt": inputs.num_images_per_prompt})
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _dtype(model: torch.nn.Module) -> str:
+    tensor = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return "unknown" if tensor is None else str(tensor.dtype).removeprefix("torch.")
+
+
+def _bits(model: torch.nn.Module) -> int | None:
+    found = (getattr(layer, "bits", None) for layer in model.modules())
+    return next((bits for bits in found if isinstance(bits, int)), None)
