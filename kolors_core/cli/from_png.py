@@ -113,6 +113,7 @@ class _Arguments:
             self._add("revision", facts["revision"])
         for component, bits in json.loads(facts.get("bits", "{}")).items():
             self._add(f"{component.replace('_', '-')}-bits", bits)
+        self.flags += ["--vae-tiling"] if "vae_tiling" in facts else []
         dtype = facts["dtype"]
         if dtype.startswith("{"):
             dtypes = json.loads(dtype)

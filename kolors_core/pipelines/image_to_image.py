@@ -158,11 +158,6 @@ class KolorsImg2ImgPipeline(FromImage):
             callback_on_step_end=callback_on_step_end, max_sequence_length=max_sequence_length,
             cross_attention_kwargs=cross_attention_kwargs, **extras,
         )  # fmt: skip
-        facts = describe_call(
-            inputs, start_image=image, strength=strength if denoising_start is None else None, height=height,
-            width=width, strength_map=strength_map, denoising_start=denoising_start,
-            denoising_end=denoising_end, latents=latents,
-        )  # fmt: skip
         whole = self._schedule(inputs)
         schedule = self._select_steps(whole, strength, denoising_start, denoising_end)
         if image is None:
@@ -171,6 +166,11 @@ class KolorsImg2ImgPipeline(FromImage):
         size, start = self._pixel_size(read), self._mean_and_std(read) if latents is None else None
         text, negative_text = encode_prompts(self, prompt, inputs)
         positive, negative = self._condition(inputs, size, text, negative_text)
+        facts = describe_call(
+            inputs, start_image=image, strength=strength if denoising_start is None else None, height=height,
+            width=width, strength_map=strength_map, denoising_start=denoising_start,
+            denoising_end=denoising_end, latents=latents,
+        )  # fmt: skip
         count, wrap_sampler = len(positive.size_ids), None
         if strength_map is not None and (latents is not None or denoising_start is not None):
             raise ValueError("strength_map needs noise that is drawn here: no latents, no denoising_start")

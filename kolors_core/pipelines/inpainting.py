@@ -109,19 +109,14 @@ class KolorsInpaintPipeline(FromImage):
             raise ValueError("latents, the noise to start with, has no effect beside denoising_start")
         if output_type == "latent" and (paste_back or padding_mask_crop is not None):
             raise ValueError("paste_back and padding_mask_crop need images, and output_type is 'latent'")
-        facts = describe_call(
-            inputs, start_image=image, mask_image=mask_image, masked_image_latents=masked_image_latents,
-            height=height, width=width, padding_mask_crop=padding_mask_crop, paste_back=paste_back,
-            strength=strength if denoising_start is None else None, denoising_start=denoising_start,
-            denoising_end=denoising_end, latents=latents,
-        )  # fmt: skip
         whole = self._schedule(inputs)
         schedule = self._select_steps(whole, strength, denoising_start, denoising_end)
         copies = num_images_per_prompt
         prepared = self._prepare(image, mask_image, height, width, padding_mask_crop, paste_back, copies)
         size = self._pixel_size(prepared.image)
-        if prepared.box is not None and inputs.control_image is not None:
-            control = _control_region(inputs.control_image, image, size, prepared.box)
+        given_control = inputs.control_image
+        if prepared.box is not None and given_control is not None:
+            control = _control_region(given_control, image, size, prepared.box)
             inputs = replace(inputs, control_image=control)
         mask, small = masks.binarize_mask(prepared.mask, self._latent_shape(1, size)[2:])
         is_pure_noise = strength == 1 and denoising_start is None  # where masks are read, no image is
@@ -129,6 +124,13 @@ class KolorsInpaintPipeline(FromImage):
         masked = self._masked(prepared.image, mask, masked_image_latents) if has_mask_channels else None
         text, negative_text = encode_prompts(self, prompt, inputs)
         positive, negative = self._condition(inputs, size, text, negative_text)
+        facts = describe_call(
+            inputs, start_image=image, mask_image=mask_image, control_image=given_control,
+            height=height, width=width, padding_mask_crop=padding_mask_crop, paste_back=paste_back,
+            masked_image_latents=masked_image_latents,
+            strength=strength if denoising_start is None else None, denoising_start=denoising_start,
+            denoising_end=denoising_end, latents=latents,
+        )  # fmt: skip
         shape, wrap_sampler = self._latent_shape(len(positive.size_ids), size), None
         clean = None if start is None else self.sample_latents(*start, shape[0], copies, generator)
         noise = self._draw(shape, generator) if latents is None else self._given_latents(latents, shape)

@@ -34,14 +34,14 @@ SIZES = ("original_size", "target_size", "negative_original_size", "negative_tar
 CROPS = ("crops_coords_top_left", "negative_crops_coords_top_left")
 
 
-def describe_call(inputs: PipelineInputs, **given: Any) -> dict[str, str]:
+def describe_call(inputs: PipelineInputs, **given: Any) -> dict[str, Any]:
     """Describe a call's arguments, before any noise is drawn; empty unless its images are to be PIL's.
 
-    given: the task's own arguments, of which None is left out.
+    given: the task's own arguments; None is left out.
     """
     if inputs.output_type != "pil":
         return {}
-    values = given | {name: getattr(inputs, name) for name in (*IMAGES, *TENSORS)}
+    values = {name: getattr(inputs, name) for name in (*IMAGES, *TENSORS)} | given
     facts = {name: _describe(value) for name, value in values.items() if value is not None}
     for name in ("timesteps", "sigmas"):
         if (numbers := getattr(inputs, name)) is not None:
@@ -112,6 +112,7 @@ def describe_pipeline(pipe: Components) -> dict[str, str]:
         "variant": pipe.origin.variant,
         "fingerprint": as_json({name: fingerprint(model) for name, model in models.items()}),
         "bits": as_json(bits) if bits else None,
+        "vae_tiling": "on" if getattr(models["vae"].run_coder, "use_tiling", False) else None,
         "dtype": dtypes["unet"] if len(set(dtypes.values())) == 1 else as_json(dtypes),
         "device": pipe.device.type,
         "threads": str(torch.get_num_threads()) if pipe.device.type == "cpu" else None,

@@ -63,12 +63,12 @@ class KolorsPipeline(Task):
             callback_on_step_end=callback_on_step_end, max_sequence_length=max_sequence_length,
             cross_attention_kwargs=cross_attention_kwargs, **extras,
         )  # fmt: skip
-        facts = describe_call(inputs, denoising_end=denoising_end, latents=latents)
         whole = self._schedule(inputs)
         schedule = whole if denoising_end is None else whole.before(denoising_end)
         size = self._size("height", height), self._size("width", width)
         text, negative_text = encode_prompts(self, prompt, inputs)
         positive, negative = self._condition(inputs, size, text, negative_text)
+        facts = describe_call(inputs, denoising_end=denoising_end, latents=latents)
         shape = self._latent_shape(len(positive.size_ids), size)
         noise = self._draw(shape, generator) if latents is None else self._given_latents(latents, shape)
         denoised = self._denoise(inputs, schedule, noise * schedule.init_noise_sigma, positive, negative)

@@ -332,7 +332,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert main(["a red apple", *command, "-o", str(plain)]) == 0
     assert Image.open(out).tobytes() == Image.open(plain).tobytes()
     told = read_metadata(out)
-    assert (told["learned_words"], told["textual_inversion"]) == ("<x>", f"{file}:<x>")
+    assert (told["learned_words"], told["textual_inversion"]) == ("<x>", f'{{"<x>": "{file}"}}')
     assert main(["<x>", *command, "-o", str(tmp_path / "no.png"), "--textual-inversion", str(file)]) == 2
     assert "emb_params names no word" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
-"""An image drawn again from its own metadata, bit for bit, whether the library or the command line made it."""
+"""An image drawn again from its own metadata, bit for bit, made by the library or the command line."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,14 +25,13 @@ from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.cli.from_png import arguments_of
 from kolors_core.cli.generate import main
 from kolors_core.image import load_image
-from kolors_core.pipelines.png_metadata import save_png
+from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from tests.support.pipelines import picture
 
 pytestmark = pytest.mark.numerical
 
 SIZE = {"height": 64, "width": 72, "num_inference_steps": 3}
 START = {"num_inference_steps": 4, "strength": 0.6}
-seed = torch.Generator().manual_seed
 
 
 def generator(number: int, drawn: int = 0) -> torch.Generator:
@@ -95,7 +95,9 @@ def batch_of_one_generator(pipe: Any, files: Path) -> list[Image.Image]:
 
 
 def batch_of_several(pipe: Any, files: Path) -> list[Image.Image]:
-    return pipe("a cat", **SIZE, generator=[generator(n) for n in (5, 3, 8)], num_images_per_prompt=3).images[2:]
+    return pipe("a cat", **SIZE, generator=[generator(n) for n in (5, 3, 8)], num_images_per_prompt=3).images[
+        2:
+    ]
 
 
 def generator_in_use(pipe: Any, files: Path) -> list[Image.Image]:
@@ -115,7 +117,9 @@ def loras(pipe: Any, files: Path) -> list[Image.Image]:
 def image_to_image(pipe: Any, files: Path) -> list[Image.Image]:
     own = KolorsImg2ImgPipeline.from_pipe(pipe)
     with Image.open(files / "start.png") as start:
-        return own("a cat", start, **START, generator=generator(5), strength_map=load_image(files / "mask.png")).images
+        return own(
+            "a cat", start, **START, generator=generator(5), strength_map=load_image(files / "mask.png")
+        ).images
 
 
 def inpainting(pipe: Any, files: Path) -> list[Image.Image]:
@@ -133,7 +137,11 @@ def inpainting_a_region(pipe: Any, files: Path) -> list[Image.Image]:
 
 def controlnet(pipe: Any, files: Path) -> list[Image.Image]:
     own = KolorsControlNetPipeline.from_pipe(pipe, controlnet=KolorsControlNet.from_pretrained("tiny"))
-    given = {"controlnet_conditioning_scale": 0.35, "control_guidance_start": 1 / 3, "control_guidance_end": 0.9}
+    given = {
+        "controlnet_conditioning_scale": 0.35,
+        "control_guidance_start": 1 / 3,
+        "control_guidance_end": 0.9,
+    }
     edges = load_image(files / "mask.png")
     return own("a cat", edges, num_inference_steps=3, **given, generator=generator(5)).images
 
@@ -175,3 +183,122 @@ def test_an_image_of_the_library_is_drawn_again(
     finally:
         own.unload_lora_weights()
         own.disable_freeu()
+
+
+def test_an_image_of_the_command_line_is_drawn_again(files: Path, tmp_path: Path) -> None:
+    """Its flags come back from the file, also those that the library does not have."""
+    flags = ["a red cat", "--seed", "4", "--steps", "2", "--height", "64", "--width", "64", "-q"]
+    more = ["--lora", f"{files}/0.safetensors:0.4", "--control", "tiny:0.5", "--canny", f"{files}/start.png",
+            "--control-end", "0.75", "--unet-bits", "8", "--sampler", "dpmpp-2m-sde", "--dtype", "float32",
+            "--images", "2", "--image", f"{files}/start.png", "--strength", "1", "--vae-tiling"]  # fmt: skip
+    assert main([*flags, *more, "-o", str(tmp_path / "x.png")]) == 0
+    for i in (1, 2):
+        made = Image.open(tmp_path / f"x-{i}.png")
+        found, unknown = arguments_of(tmp_path / f"x-{i}.png")
+        assert main([*found[:-2], "-o", str(tmp_path / f"again{i}.png"), "-q", *found[-2:]]) == 0
+        again = Image.open(tmp_path / f"again{i}.png")
+        assert np.array_equal(np.asarray(made), np.asarray(again)) and not unknown
+        same = {key: value for key, value in again.info.items() if key not in ("batch", "image", "quantized")}
+        assert same.items() <= made.info.items()
+
+
+def test_another_seed_is_another_image_of_it(pipe: KolorsPipeline, tmp_path: Path) -> None:
+    """A seed that is given takes the place of the batch."""
+    made = pipe("a cat", **SIZE, generator=generator(5), num_images_per_prompt=2).images[1]
+    save_png(made, tmp_path / "made.png")
+    flags, _ = arguments_of(tmp_path / "made.png")
+    assert main(["-o", str(tmp_path / "9.png"), "--seed", "9", "-q", *flags]) == 0
+    expected = pipe("a cat", **SIZE, generator=generator(9)).images[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "9.png")), np.asarray(expected))
+
+
+def test_what_is_not_known_is_said(pipe: KolorsPipeline, files: Path, tmp_path: Path) -> None:
+    """Each input that an image cannot hold is a sentence, and an image that is needed is asked for."""
+    own = KolorsImg2ImgPipeline.from_pipe(pipe)
+    own.load_lora_weights({**_lora(files)}, adapter_name="toy")
+    own.sampler = _sampler
+    try:
+        made = own("a cat", picture(9), **START, callback_on_step_end=lambda *_: {}).images[0]
+    finally:
+        own.unload_lora_weights()
+    made.info["model"] = "unknown: built by hand"
+    attach_metadata(made, made.info)
+    save_png(made, tmp_path / "made.png")
+    flags, unknown = arguments_of(tmp_path / "made.png")
+    assert unknown == [
+        "no name of the model is known: give --weights",
+        "the LoRA toy was given as tensors, and its file is not known: give --lora",
+        "the image to start from is known by its pixels' hash only: give --image",
+        "the sampler was an own function, _sampler",
+        "callback_on_step_end was given, and is not in the image",
+        "the noise is of torch's global generator, whose state cannot be known",
+    ]  # fmt: skip
+    assert main(["-o", str(tmp_path / "x.png"), "-q", *flags]) == 2, "an input is missing"
+
+
+def _sampler(denoise: Any, x: torch.Tensor, sigmas: Any, on_step: Any = None) -> torch.Tensor:
+    return denoise(x, float(sigmas[0]))
+
+
+def _lora(files: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(files / "0.safetensors")
+
+
+def test_a_changed_input_is_said(
+    pipe: KolorsPipeline, files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another image under the name, another LoRA, other weights, another version of torch."""
+    for name in ("start.png", "1.safetensors"):
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+    own = KolorsImg2ImgPipeline.from_pipe(pipe)
+    own.load_lora_weights(tmp_path / "1.safetensors")
+    try:
+        made = own("a cat", load_image(tmp_path / "start.png"), **START, generator=generator(1)).images[0]
+    finally:
+        own.unload_lora_weights()
+    facts = json.loads(made.info["fingerprint"]) | {"vae": "0123456789abcdef"}
+    attach_metadata(made, made.info | {"torch": "1.0", "fingerprint": json.dumps(facts)})
+    save_png(made, tmp_path / "made.png")
+    picture(8).save(tmp_path / "start.png")
+    (tmp_path / "1.safetensors").write_bytes((files / "0.safetensors").read_bytes())
+    flags, unknown = arguments_of(tmp_path / "made.png")
+    assert unknown == [f"the image to start from, {tmp_path}/start.png, has changed"]
+    caplog.clear()
+    assert main(["-o", str(tmp_path / "x.png"), *flags]) == 0
+    said = "\n".join(record.message for record in caplog.records)
+    for part in (
+        "the vae is another than the image's",
+        "the LoRAs are others",
+        f"torch is {torch.__version__}, and was 1.0",
+    ):
+        assert part in said, said
+    assert "the unet is another" not in said
+
+
+def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    picture().save(tmp_path / "plain.png")
+    with pytest.raises(ValueError, match="plain.png: does not say how it was made"):
+        arguments_of(tmp_path / "plain.png")
+    damaged = picture()
+    attach_metadata(damaged, {"software": "x", "scheduler": "{}", "model": "tiny", "lora": "[{]"})
+    save_png(damaged, tmp_path / "damaged.png")
+    with pytest.raises(ValueError, match="damaged.png: its metadata are damaged"):
+        arguments_of(tmp_path / "damaged.png")
+
+
+def test_no_address_in_an_image_is_fetched_and_no_text_reaches_the_terminal(tmp_path: Path) -> None:
+    """An image from a stranger names an address and has control characters in its texts."""
+    made = picture()
+    facts = {
+        "software": "x", "scheduler": "{}", "model": "unknown", "dtype": "float32", "device": "\x1b[31mmars",
+        "steps": "2", "size": "64x64", "sampler": "x", "prompt": "cat", "seed": "1",
+        "start_image": json.dumps({"file": "http://127.0.0.1:9/x.png", "sha256": "0"}),
+    }  # fmt: skip
+    attach_metadata(made, facts)
+    save_png(made, tmp_path / "made.png")
+    flags, unknown = arguments_of(tmp_path / "made.png")
+    assert not [flag for flag in flags if flag.startswith("--image")]
+    assert "the image to start from is known by its pixels' hash only: give --image" in unknown
+    assert r"it was drawn on \x1b[31mmars, which rounds otherwise" in unknown

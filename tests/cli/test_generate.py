@@ -1,5 +1,6 @@
 """The command line: the reference's image from a folder, its description, and one-line errors."""
 
+import json
 import subprocess
 import sys
 from functools import partial
@@ -70,10 +71,13 @@ def test_a_picture_tells_how_it_was_made(
     assert capsys.readouterr() == (f"{out}\n", ""), "quiet means: what was written, and nothing else"
     assert main(["--info", str(out)]) == 0
     printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    fingerprint, scheduler = (json.loads(printed.pop(name)) for name in ("fingerprint", "scheduler"))
+    assert fingerprint.keys() == {"text_encoder", "unet", "vae"} and scheduler["use_karras_sigmas"] is True
     assert printed == {
         "prompt": "cat", "negative_prompt": "dog", "seed": "5", "steps": "2", "guidance_scale": "3.5",
         "sampler": "DPMSolverMultistepScheduler(use_karras_sigmas=True)", "size": "128x64",
-        "software": "kolors_core 0.1.0",
+        "task": "KolorsPipeline", "model": str(reference_folder), "dtype": "float32", "device": "cpu",
+        "threads": str(torch.get_num_threads()), "torch": torch.__version__, "software": "kolors_core 0.1.0",
     }  # fmt: skip
 
 
@@ -168,8 +172,9 @@ def test_pictures_and_adapters_do_what_they_do_in_the_pipeline(
         assert draw(reference_folder, tmp_path / f"{i}.png", "--seed", "3", *fewer, *steps) == 0
         assert abs(pixels(tmp_path / f"{i}.png") - pixels(tmp_path / "all.png")).max() > 1, left_out
     told = read_metadata(tmp_path / "all.png")
-    assert (told["image"], told["strength"]) == (f"{guides}/cat.png", "1.0")
-    assert told["lora"] == f"{guides}/0.safetensors:0.5, {guides}/1.safetensors"
+    assert (json.loads(told["start_image"])["file"], told["strength"]) == (f"{guides}/cat.png", "1.0")
+    loras = [(lora["from"], lora["weight"]) for lora in json.loads(told["lora"])]
+    assert loras == [(f"{guides}/0.safetensors", 0.5), (f"{guides}/1.safetensors", 1.0)]
     assert (told["ip_adapter"], told["ip_adapter_scale"]) == (f"{guides}/plus", "0.5")
 
 
@@ -342,8 +347,9 @@ def test_controlnets_see_a_picture_and_the_edges_of_another(reference_folder: Pa
     out = tmp_path / "out.png"
     assert draw(reference_folder, out, *flags) == 0
     told = read_metadata(out)
-    assert told["control"] == f"{nets[0]}:0.6, {nets[1]}"
-    assert (told["control_image"], told["canny"]) == (f"{tmp_path}/depth.png", f"{tmp_path}/photo.png")
+    assert json.loads(told["control"]) == nets
+    assert json.loads(told["control_image"])[0]["file"] == f"{tmp_path}/depth.png"
+    assert told["canny"] == f"{tmp_path}/photo.png"
     assert (told["control_scale"], told["control_steps"]) == ("0.6, 0.8", "0 to 0.5, 0 to 0.5")
     assert told["size"] == "88x64", "the control image's own"
 
