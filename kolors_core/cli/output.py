@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from kolors_core.checkpoint import logger
 from kolors_core.image import image_errors
-from kolors_core.pipelines.png_metadata import read_metadata, save_png
-from weights_convert.atomic_write import atomic_file
+from kolors_core.pipelines.png_metadata import read_metadata
+from weights_convert.atomic_write import write_bytes
 from weights_convert.untrusted_files import parse_object
 
 if TYPE_CHECKING:
@@ -30,18 +30,14 @@ MOST_COMMENT_BYTES = 65_000  # a JPEG's EXIF ends at 65,533
 
 def save_image(image: "Image", out: Path) -> None:
     """Write an image in the format of its name, whole or not at all; print the path. OSError naming it."""
+    kind = FORMATS.get(out.suffix.lower(), "PNG")
+    content = io.BytesIO()  # on a full disk PIL's JPEG encoder would end early, without an error
+    image.save(content, kind, **({} if kind == "PNG" else {"exif": _exif(image, out), **OPTIONS[kind]}))
     if out == STANDARD_OUTPUT:
-        with io.BytesIO() as content:
-            image.save(content, "PNG")
-            sys.stdout.buffer.write(content.getvalue())
-            sys.stdout.flush()
+        sys.stdout.buffer.write(content.getvalue())
+        sys.stdout.flush()
         return
-    if (kind := FORMATS.get(out.suffix.lower())) is None:
-        save_png(image, out)
-    else:
-        exif = _exif(image, out)
-        with atomic_file(out) as scratch:
-            image.save(scratch, kind, exif=exif, **OPTIONS[kind])
+    write_bytes(content.getvalue(), out)
     print(out, flush=True)
 
 
