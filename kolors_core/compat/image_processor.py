@@ -96,7 +96,8 @@ class VaeImageProcessor:
     def _from_pil(
         self, images: "list[Image]", height: int | None, width: int | None, resize_mode: str, box: Box | None
     ) -> Tensor:
-        images = [_known_mode(one if box is None else one.crop(box)) for one in images]
+        images = [one if box is None else one.crop(box) for one in images]
+        images = [one if one.mode == "1" else _known_mode(one) for one in images]  # one bit keeps hard edges
         if self.do_resize:
             size = self.get_default_height_width(images[0], height, width)
             images = [self.resize(one, *size, resize_mode) for one in images]
@@ -106,14 +107,19 @@ class VaeImageProcessor:
 
     def _to_batch(self, image: np.ndarray | Tensor) -> Tensor:
         """Convert an array or a tensor, of one image or of several, to floats [B, C, H, W]."""
-        pixels = torch.from_numpy(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
-        if pixels.ndim not in (2, 3, 4):
-            raise ValueError(f"expected images of 2 to 4 axes, got one of {list(pixels.shape)}")
-        is_array, is_gray = isinstance(image, np.ndarray), self.do_convert_grayscale
-        if is_array and pixels.ndim > 2 and not (is_gray and pixels.ndim == 3 and pixels.shape[-1] != 1):
-            pixels = pixels.movedim(-1, -3)  # [C, H, W] or [B, C, H, W]
+        if image.ndim not in (2, 3, 4):
+            raise ValueError(f"expected images of 2 to 4 axes, got one of {list(image.shape)}")
+        if isinstance(image, Tensor):
+            pixels = image
+        elif image.dtype.kind not in "fu" or not image.dtype.isnative:
+            raise ValueError(f"expected pixels of uint8 or floats, got {image.dtype}")
+        else:
+            pixels = torch.from_numpy(np.array(image))
+            is_masks = self.do_convert_grayscale and pixels.ndim == 3 and pixels.shape[-1] != 1
+            if pixels.ndim > 2 and not is_masks:
+                pixels = pixels.movedim(-1, -3)  # [C, H, W] or [B, C, H, W]
         if pixels.ndim == 3:  # gray ones are several masks [B, H, W]
-            pixels = pixels[:, None] if is_gray else pixels[None]
+            pixels = pixels[:, None] if self.do_convert_grayscale else pixels[None]
         pixels = pixels[None, None] if pixels.ndim == 2 else pixels
         if pixels.dtype == torch.uint8:
             return pixels.float() / 255

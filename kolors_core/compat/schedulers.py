@@ -27,6 +27,7 @@ from kolors_core.checkpoint import (
     write_json,
 )
 from kolors_core.config import ConfigDict
+from kolors_core.devices import loading_device
 from kolors_core.sampling import Generators, dpmpp_step, euler, randn_latents
 from kolors_core.schedule import ONE_VALUE_FIELDS, UNUSED_FIELDS, Schedule, Scheduler
 from kolors_core.validation import as_path, check_int
@@ -196,7 +197,7 @@ class StatefulScheduler(Scheduler):
     ) -> None:  # fmt: skip
         """Begin a loop of so many steps, or of given timesteps (n) or sigmas (n + 1); see `schedule`."""
         schedule = self.schedule(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-        state = _begin(schedule, device)
+        state = _begin(schedule, "cpu" if device is None else loading_device(device))
         state.num_inference_steps = len(schedule.timesteps)
         object.__setattr__(self, "_state", state)
 
@@ -341,7 +342,7 @@ def of(scheduler: Scheduler) -> Scheduler:
     return scheduler if kind is None else kind(**asdict(scheduler))
 
 
-def _begin(schedule: Schedule, device: torch.device | str | None) -> LoopState:
+def _begin(schedule: Schedule, device: torch.device | str) -> LoopState:
     dtype = torch.int64 if schedule.whole_timesteps else torch.float32
     return LoopState(schedule, schedule.timesteps.to(device, dtype), schedule.sigmas.float())
 

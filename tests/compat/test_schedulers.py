@@ -27,8 +27,8 @@ from tests.support.small import FLOAT32, relative_error
 pytestmark = pytest.mark.numerical
 
 KINDS = (EulerDiscreteScheduler, DPMSolverMultistepScheduler)
-# The reference rounds sigmas and samples to float32 in float64 too; there and in float16 each step is compared by
-# itself, from the same latents.
+# The reference rounds sigmas and samples to float32 in float64 too; there, and in float16, each step is
+# compared by itself, from the same latents.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: FLOAT32, torch.float16: 2e-3}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 SPACINGS = [{"timestep_spacing": spacing} for spacing in ("leading", "linspace", "trailing")]
@@ -187,7 +187,7 @@ def test_noise_at_any_timestep(kind: type[StatefulScheduler]) -> None:
 
 
 def test_before_set_timesteps_there_is_a_step_for_each_training_timestep() -> None:
-    """As a training script uses it. The reference's DPM-Solver++ noises by sigmas that run against its timesteps."""
+    """As training scripts use it; the reference's DPM-Solver++ has its sigmas in the opposite order then."""
     clean, noise = torch.randn(2, 3, *SHAPE[1:], generator=torch.Generator().manual_seed(1))
     timesteps = torch.tensor([0, 500, 1099])
     theirs, ours = reference(EulerDiscreteScheduler, {}), EulerDiscreteScheduler()
@@ -279,7 +279,7 @@ def test_a_pipeline_draws_the_same_by_the_stateful_scheduler(kind: type[Stateful
     (lambda s: s.set_timesteps(5, timesteps=[3]), "exactly one of"),
     (lambda s: s.set_timesteps(0), "the number of steps must be"),
     (lambda s: s.add_noise(torch.ones(SHAPE), torch.ones(SHAPE), torch.tensor([2.5])), "got 2.5"),
-    (lambda s: [s.step(torch.ones(SHAPE), t, torch.ones(SHAPE)) for t in (*s.timesteps, 5.0)], "all 5 steps are"),
+    (lambda s: [s.step(torch.ones(SHAPE), t, torch.ones(SHAPE)) for t in (*s.timesteps, 5.0)], "all 5 steps"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_calls(kind: type[StatefulScheduler], call: Any, message: str) -> None:
