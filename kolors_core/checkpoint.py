@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kolors_core import changed_models
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
 from kolors_core.devices import loading_device
@@ -29,7 +30,7 @@ from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES, safetensors_files
 from weights_convert.atomic_write import write_bytes
-from weights_convert.safetensors_files import Source, weight_files
+from weights_convert.safetensors_files import Source, is_weight_file, weight_files
 from weights_convert.untrusted_files import one_line, read_json_object
 
 
@@ -51,6 +52,10 @@ MODEL_SPECS = {
     "unet": ModelSpec(UNetConfig, UNet),
     "vae": ModelSpec(VAEConfig, VAE),
 }
+# The files of a saved pipeline's folders other than its models.
+OWN_FILES = {
+    "tokenizer": {"tokenizer.model", "tokenizer_config.json"}, "scheduler": {"scheduler_config.json"},
+}  # fmt: skip
 OPTIONAL_COMPONENTS = {"image_encoder"}  # a checkpoint may lack them
 
 # The small Kolors in this package, and its name for `resolve`.
@@ -167,24 +172,36 @@ def open_component(
     path = Path(folder) / (component if subfolder is None else subfolder)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
-    file = path / "config.json"
-    model = kind.empty(kind.config.from_public(read_json(file), str(file)))
-    source = open_weights(path, variant) if has_weights else None
-    return UnloadedModel(model, source, {} if source is None else check(model, source, component))
+    public = read_json(file := path / "config.json")
+    changed = changed_models.describe(public, component) if changed_models.is_ours(kind.build) else ""
+    try:
+        model = kind.empty(changed_models.read_config(kind.config, public, str(file)))
+        source = open_weights(path, variant) if has_weights else None
+        names = {} if source is None else check(model, source, component)
+    except ValueError as error:
+        raise ValueError(f"{error}; {changed}" if changed else str(error)) from None
+    if changed:  # it fits, and computes something else
+        raise ValueError(f"{file}: {changed}")
+    return UnloadedModel(model, source, names)
 
 
 def load_modified(
-    folder: str | Path, component: str, build: Callable[[Any], nn.Module], partial: Mapping[str, Initializer],
-    *, variant: str | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: str | Path, component: str, build: "Callable[[Any], nn.Module] | ModelSpec",
+    partial: Mapping[str, Initializer], *, variant: str | None = None, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu"
 ) -> tuple[Any, LoadReport]:  # fmt: skip
     """Load a checkpoint's fitting weights into a modified model; return the model and a report.
 
     build: builds the model from the checkpoint's config: a subclass of `UNet`, or
-    `lambda config: UNet(replace(config, in_channels=9))`. Others: see `loading.load`, `load_component`.
+    `lambda config: UNet(replace(config, in_channels=9))`; a `ModelSpec` for a config with more fields.
+    Others: see `loading.load`, `load_component`.
     """
-    kind = replace(MODEL_SPECS[component], build=build)
-    model = open_component(folder, component, has_weights=False, kind=kind).model
-    source = open_weights(Path(folder) / component, variant)
+    kind = build if isinstance(build, ModelSpec) else replace(MODEL_SPECS[component], build=build)
+    if not (path := Path(folder) / component).is_dir():
+        raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
+    file = path / "config.json"
+    model = kind.empty(changed_models.read_config(kind.config, read_json(file), str(file)))
+    source = open_weights(path, variant)
     report = load(model, source, component, dtype=dtype, device=loading_device(device), partial=partial)
     return model.eval(), report
 
@@ -269,22 +286,56 @@ def check_savable(model: nn.Module, component: str) -> None:
 
 def save_component(
     model: nn.Module, folder: str | Path, component: str, *, subfolder: str | None = None,
-    variant: str | None = None
+    variant: str | None = None, max_shard_size: int | str | None = None
 ) -> None:  # fmt: skip
     """Write a model's config and weights under public names, as the reference reads it, without adapters.
 
-    subfolder: the component's folder; its name if None. ValueError for a quantized model or a bad variant.
+    subfolder: the component's folder; its name if None. max_shard_size: such as "5GB", of each file of
+    weights; None for one file. ValueError for a quantized model, a bad variant or size.
     """
     check_savable(model, component)
+    if max_shard_size is not None:
+        safetensors_files.parse_size(max_shard_size)
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
         raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
     path = Path(folder) / (component if subfolder is None else subfolder)
     path.mkdir(parents=True, exist_ok=True)
-    config: Any = model.config
-    write_json(config.to_public(), path / "config.json")
-    stem = safetensors_files.WEIGHT_FILE_STEMS[component] + (f".{variant}" if variant else "")
+    write_json(changed_models.public_config(model), path / "config.json")
     tensors = {TABLES[component].to_public(name): tensor for name, tensor in base_state(model).items()}
-    safetensors_files.save_tensors(tensors, path / f"{stem}.safetensors")
+    stem = safetensors_files.WEIGHT_FILE_STEMS[component]
+    safetensors_files.save_shards(tensors, path, stem, variant, max_shard_size)
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Return whether a folder is a saved Kolors or a part of one, and holds only files that we write.
+
+    Such a folder may be replaced by a newer one: `atomic_folder(folder, is_own_folder)`.
+    """
+    entries = {entry.name for entry in folder.iterdir()}
+    if "config.json" in entries:
+        return _holds_only(folder, {"config.json"}, has_weights=True)
+    if "model_index.json" not in entries:
+        return any(_holds_only(folder, names) for names in OWN_FILES.values())
+    try:
+        load_index(folder)
+    except (OSError, ValueError):
+        return False
+    others = entries - {"model_index.json"}
+    models = others & safetensors_files.WEIGHT_FILE_STEMS.keys()
+    return (
+        all(_holds_only(folder / name, {"config.json"}, has_weights=True) for name in models)
+        and all(_holds_only(folder / name, OWN_FILES.get(name, set())) for name in others - models)
+        and others <= models | OWN_FILES.keys()
+    )
+
+
+def _holds_only(folder: Path, names: set[str], has_weights: bool = False) -> bool:
+    """Return whether a folder, and no link, has only files of these names, and perhaps a model's weights."""
+    return folder.is_dir() and not folder.is_symlink() and all(
+        (file.name in names or (has_weights and is_weight_file(file.name)))
+        and file.is_file() and not file.is_symlink()
+        for file in folder.iterdir()
+    )  # fmt: skip
 
 
 def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
@@ -292,9 +343,7 @@ def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> No
     scheduler, tokenizer, clip = (components[name] for name in ("scheduler", "tokenizer", "image_encoder"))
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_bytes(tokenizer.model_bytes, folder / "tokenizer" / "tokenizer.model")
-    config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
-    write_json(config, folder / "tokenizer" / "tokenizer_config.json")
+    save_tokenizer(tokenizer, folder / "tokenizer")
     write_json(scheduler.to_public(), folder / "scheduler" / SCHEDULER_FILE)
     index = {
         "_class_name": pipeline,
@@ -305,6 +354,13 @@ def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> No
         "image_encoder": [None, None] if clip is None else ["transformers", "CLIPVisionModelWithProjection"],
     }  # fmt: skip
     write_json(index, folder / "model_index.json")
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files, as the reference reads them."""
+    write_bytes(tokenizer.model_bytes, folder / "tokenizer.model")
+    config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
+    write_json(config, folder / "tokenizer_config.json")
 
 
 def read_json(file: Path) -> dict[str, Any]:
