@@ -11,21 +11,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kolors_core import checkpoint
 from kolors_core import schedule as plain
-from kolors_core.checkpoint import (
-    EMBEDDED,
-    EMBEDDED_NAME,
-    SCHEDULER_FILE,
-    fetch_component,
-    open_scheduler,
-    write_json,
-)
+from kolors_core.checkpoint import SCHEDULER_FILE
+from kolors_core.compat.model_outputs import ModelOutput
 from kolors_core.config import ConfigDict
 from kolors_core.devices import loading_device
 from kolors_core.sampling import Generators, dpmpp_step, euler, randn_latents
@@ -70,17 +65,18 @@ class Fields(TypedDict, total=False):
     time_shift_type: str
 
 
-class EulerDiscreteSchedulerOutput(NamedTuple):
-    """Result of a step: the next latents, and the predicted clean ones."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
-
-
-class SchedulerOutput(NamedTuple):
+@dataclass(frozen=True)
+class SchedulerOutput(ModelOutput):
     """Result of a step: the next latents."""
 
     prev_sample: Tensor
+
+
+@dataclass(frozen=True)
+class EulerDiscreteSchedulerOutput(SchedulerOutput):
+    """Result of a step: the next latents, and the predicted clean ones."""
+
+    pred_original_sample: Tensor
 
 
 @dataclass(eq=False)
@@ -120,24 +116,31 @@ class StatefulScheduler(Scheduler):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **hub: Any
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, *,
+        revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
+        token: str | bool | None = None, force_download: bool = False,
     ) -> Self:  # fmt: skip
-        """Load from a folder, a hub repository or "tiny", whichever class of scheduler is saved there.
+        """Load from a folder or hub repository, or "tiny", whichever class of scheduler is saved there.
 
-        subfolder: usually "scheduler". hub: as for `kolors_core.hub.fetch`, which raises the errors.
+        subfolder: "scheduler", of a whole Kolors. FileNotFoundError or ValueError names the file or field.
         """
-        name = pretrained_model_name_or_path
-        source = EMBEDDED if name == EMBEDDED_NAME else name
-        folder = fetch_component(source, "scheduler", subfolder or "", None, False, **hub) / (subfolder or "")
-        if not (folder / SCHEDULER_FILE).is_file() and (folder / "scheduler" / SCHEDULER_FILE).is_file():
-            raise FileNotFoundError(f"{folder / SCHEDULER_FILE}: no such file, give subfolder='scheduler'")
-        return open_scheduler(folder / SCHEDULER_FILE, cls)
+        name, inside = pretrained_model_name_or_path, subfolder or ""
+        if name == checkpoint.EMBEDDED_NAME:
+            name, inside = checkpoint.EMBEDDED, inside or "scheduler"
+        folder = checkpoint.fetch_component(
+            name, "scheduler", inside, None, False, revision=revision, cache_dir=cache_dir,
+            local_files_only=local_files_only, token=token, force_download=force_download,
+        )  # fmt: skip
+        file = folder / inside / SCHEDULER_FILE
+        if not file.exists() and (folder / "scheduler" / SCHEDULER_FILE).exists():
+            raise FileNotFoundError(f"{file}: no such file, give subfolder='scheduler'")
+        return checkpoint.open_scheduler(file, cls)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `scheduler_config.json` into a folder, for this class and the reference's."""
         folder = as_path("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.to_public(), folder / SCHEDULER_FILE)
+        checkpoint.write_json(self.to_public(), folder / SCHEDULER_FILE)
 
     @property
     def config(self) -> ConfigDict:
@@ -262,8 +265,8 @@ class EulerDiscreteScheduler(StatefulScheduler, plain.EulerDiscreteScheduler):
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, s_churn: float = 0.0,
         s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
         generator: Generators = None, return_dict: bool = True
-    ) -> EulerDiscreteSchedulerOutput:  # fmt: skip
-        """Compute the latents at the next timestep from the UNet's output; the result is a tuple too.
+    ) -> Any:  # fmt: skip
+        """Compute an `EulerDiscreteSchedulerOutput` from the UNet's output, or a tuple without return_dict.
 
         s_churn, s_tmin, s_tmax, s_noise: noise added in each step, as in Karras et al., algorithm 2.
         """
@@ -279,7 +282,8 @@ class EulerDiscreteScheduler(StatefulScheduler, plain.EulerDiscreteScheduler):
             x = x + noise * s_noise * math.sqrt(raised**2 - sigma**2)
         x0 = x - raised * model_output
         x = euler(lambda _x, _sigma: x0, x, (raised, next_sigma))
-        return EulerDiscreteSchedulerOutput(x.to(model_output.dtype), x0)
+        output = EulerDiscreteSchedulerOutput(x.to(model_output.dtype), x0)
+        return output if return_dict else output.to_tuple()
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Compute the velocity of v-prediction, (noise - sigma * sample) / sqrt(sigma^2 + 1).
@@ -309,8 +313,8 @@ class DPMSolverMultistepScheduler(StatefulScheduler, plain.DPMSolverMultistepSch
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, generator: Generators = None,
         variance_noise: Tensor | None = None, return_dict: bool = True
-    ) -> SchedulerOutput:  # fmt: skip
-        """Compute the latents at the next timestep from the UNet's output; the result is a tuple too.
+    ) -> Any:  # fmt: skip
+        """Compute a `SchedulerOutput` from the UNet's output, or a tuple without return_dict.
 
         variance_noise: of the SDE form, drawn from the generator if None.
         """
@@ -327,7 +331,8 @@ class DPMSolverMultistepScheduler(StatefulScheduler, plain.DPMSolverMultistepSch
         last = None if self.solver_order == 1 or is_last else state.last
         x = dpmpp_step(sample.to(torch.float32) * scale, x0, sigma, next_sigma, last, noise)
         state.last = x0, sigma
-        return SchedulerOutput((x / self.latent_scale(next_sigma)).to(x0.dtype))
+        output = SchedulerOutput((x / self.latent_scale(next_sigma)).to(x0.dtype))
+        return output if return_dict else output.to_tuple()
 
 
 _STATEFUL: dict[type[Scheduler], type[StatefulScheduler]] = {

@@ -127,12 +127,12 @@ def test_numbers_that_the_reference_takes_for_others() -> None:
     """Bytes for [0, 1], a palette's indices for gray, one bit for 1/255, and alpha for a color."""
     processor = VaeImageProcessor()
     expected = processor.preprocess(RGB[0])
-    for image in (
-        np.asarray(RGB[0]),
-        torch.from_numpy(np.array(RGB[0])).movedim(-1, 0),
-        RGB[0].convert("RGBA"),
-    ):
+    pixels = np.array(RGB[0])
+    bytes_of_a_tensor = torch.from_numpy(pixels).movedim(-1, 0)
+    for image in (pixels, np.uint16(257) * pixels, bytes_of_a_tensor, RGB[0].convert("RGBA")):
         assert torch.equal(processor.preprocess(image), expected)
+    deep = Image.fromarray(np.uint16(257) * np.asarray(GRAY[0]))
+    assert deep.mode == "I;16" and torch.equal(processor.preprocess(deep), processor.preprocess(GRAY[0]))
     palette = RGB[0].quantize(16)
     assert torch.equal(processor.preprocess(palette), processor.preprocess(palette.convert("RGB")))
     assert processor.preprocess(Image.new("1", (8, 8), 1)).unique().tolist() == [1.0]
@@ -146,7 +146,7 @@ def test_numbers_that_the_reference_takes_for_others() -> None:
     (lambda p: p.preprocess([RGB[0], PIXELS]), "got Image, ndarray"),
     (lambda p: p.preprocess(255 * PIXELS), r"must lie in \[0, 1\] or \[-1, 1\], got one of size 2"),
     (lambda p: p.preprocess(PIXELS * np.float32("nan")), "got one of size nan"),
-    (lambda p: p.preprocess(PIXELS.astype(np.int64)), "expected pixels of uint8 or floats, got int64"),
+    (lambda p: p.preprocess(PIXELS.astype(np.int64)), "uint8, uint16 or floats, got int64"),
     (lambda p: p.preprocess(np.ones((1, 8, 8, 4))), "1 or 3 channels, got 4"),
     (lambda p: p.preprocess(np.ones(5)), r"2 to 4 axes, got one of \[5\]"),
     (lambda p: p.preprocess([TENSORS, TENSORS[..., :8]]), "images of different shapes"),

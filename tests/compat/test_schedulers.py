@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from kolors_core.compat.schedulers import (
     StatefulScheduler,
     of,
 )
+from tests.support.hub import environment, files_of, serving
 from tests.support.reference_folder import KOLORS_SCHEDULER
 from tests.support.small import FLOAT32, relative_error
 
@@ -225,7 +228,7 @@ def test_results_by_name_and_as_a_tuple(kind: type[StatefulScheduler]) -> None:
     timestep, latents = scheduler.timesteps[0], torch.ones(SHAPE)
     names = {"prev_sample"} | ({"pred_original_sample"} if kind is EulerDiscreteScheduler else set())
     named = scheduler.step(latents, timestep, scheduler.scale_model_input(latents, timestep))
-    assert named[0] is named.prev_sample and set(named._fields) == names and len(named) == len(names)
+    assert named[0] is named.prev_sample is named["prev_sample"] and {*named.keys()} == names
     assert scheduler.order == 1 and set(scheduler.compatibles) == set(KINDS)
 
 
@@ -309,7 +312,25 @@ def test_saved_and_loaded_by_both_libraries(kind: type[StatefulScheduler], tmp_p
     assert kind.from_pretrained(tmp_path / "theirs") == scheduler
     with pytest.raises(FileNotFoundError, match="no such file, give subfolder='scheduler'"):
         kind.from_pretrained(tmp_path)
-    assert kind.from_pretrained("tiny", subfolder="scheduler") == kind()  # saved as Euler's
+    assert kind.from_pretrained("tiny") == kind.from_pretrained("tiny", "scheduler") == kind()  # Euler's file
+
+
+def test_of_a_hub_repository_one_file_is_fetched(tmp_path: Path) -> None:
+    EulerDiscreteScheduler(steps_offset=3).save_pretrained(tmp_path / "scheduler")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    program = """
+from kolors_core.compat.schedulers import DPMSolverMultistepScheduler
+scheduler = DPMSolverMultistepScheduler.from_pretrained("someone/kolors", subfolder="scheduler")
+print(scheduler.steps_offset)
+"""
+    with serving({"someone/kolors": {"main": files_of(tmp_path)}}) as hub:
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=environment(hub.endpoint, tmp_path / "home"),
+            cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        )  # fmt: skip
+    assert (run.returncode, run.stdout) == (0, "3\n"), run.stderr
+    assert hub.fetched("someone/kolors") == ["scheduler/scheduler_config.json"]
 
 
 def test_a_faulty_config_names_the_file(tmp_path: Path) -> None:
