@@ -35,6 +35,7 @@ MASKS: dict[str, Any] = {
     "PIL": GRAY[0], "RGB": RGB[0], "one bit": GRAY[0].convert("1"), "PILs": GRAY, "array": PIXELS[0, ..., 0],
     "arrays": PIXELS[..., 0], "one channel": PIXELS[0, ..., :1], "list of arrays": [*PIXELS[..., 0]],
     "tensor": TENSORS[0, 0], "tensors": TENSORS[:, 0], "channel": TENSORS[0, :1], "batch": TENSORS[:, :1],
+    "a half": torch.linspace(0, 1, 9)[:, None].expand(9, 16),
 }  # fmt: skip
 SIZES = [{}, {"height": 64, "width": 32}, {"height": 30}, {"width": 100}]
 

@@ -33,17 +33,18 @@ KINDS = (EulerDiscreteScheduler, DPMSolverMultistepScheduler)
 # The reference rounds sigmas and samples to float32 in float64 too; there, and in float16, each step is
 # compared by itself, from the same latents.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: FLOAT32, torch.float16: 2e-3}
+KARRAS = {"use_karras_sigmas": True}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 SPACINGS = [{"timestep_spacing": spacing} for spacing in ("leading", "linspace", "trailing")]
 RUNS = [
-    *((kind, changes) for kind in KINDS for changes in (*SPACINGS, {"use_karras_sigmas": True})),
+    *((kind, changes) for kind in KINDS for changes in (*SPACINGS, KARRAS)),
     (EulerDiscreteScheduler, {"final_sigmas_type": "sigma_min"}),
     (EulerDiscreteScheduler, {"beta_schedule": "linear", "steps_offset": 0}),
     (DPMSolverMultistepScheduler, {"solver_order": 1}),
     (DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
     (DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min", "lower_order_final": False}),
     (DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min", "euler_at_final": True}),
-    *((DPMSolverMultistepScheduler, SDE | changes) for changes in (*SPACINGS, {"use_karras_sigmas": True})),
+    *((DPMSolverMultistepScheduler, SDE | changes) for changes in (*SPACINGS, KARRAS)),
     (DPMSolverMultistepScheduler, SDE | {"solver_order": 1}),
 ]
 NAMES = [f"{kind.__name__[:5]}-{'-'.join(map(str, changes.values()))}" for kind, changes in RUNS]
@@ -187,6 +188,25 @@ def test_noise_at_any_timestep(kind: type[StatefulScheduler]) -> None:
     assert len(results[0]) == 4
     for i, (theirs, ours) in enumerate(zip(*results, strict=True)):
         assert relative_error(ours, theirs) < (1e-3 if i == 3 else FLOAT32), i
+
+
+def test_of_a_timestep_that_is_there_twice_the_second_counts() -> None:
+    """Karras' sigmas are so dense at the end that their rounded timesteps repeat."""
+    theirs, ours = reference(DPMSolverMultistepScheduler, KARRAS), DPMSolverMultistepScheduler(**KARRAS)
+    clean, noise = torch.randn(2, 100, *SHAPE[1:], generator=torch.Generator().manual_seed(1))
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(100)
+    assert len(ours.timesteps.unique()) < 100
+    expected = theirs.add_noise(clean, noise, theirs.timesteps)
+    assert relative_error(ours.add_noise(clean, noise, ours.timesteps), expected) < FLOAT32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_loop_knows_nothing_of_the_first(kind: type[StatefulScheduler]) -> None:
+    scheduler = kind()
+    loop(scheduler, {"num_inference_steps": 10})
+    again, fresh = (loop(one, {"num_inference_steps": 5})[0] for one in (scheduler, kind()))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(again, fresh, strict=True))
 
 
 def test_before_set_timesteps_there_is_a_step_for_each_training_timestep() -> None:
