@@ -227,15 +227,21 @@ class StatefulScheduler(Scheduler):
         scale = _column([self.latent_scale(sigma) for sigma in sigmas], original_samples)
         return (original_samples + noise * _column(sigmas, original_samples)) / scale
 
-    def _advance(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> tuple[float, float]:
-        """Return the sigmas that a step leads from and to, and count it."""
+    def _sigmas_of(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor
+    ) -> tuple[float, float]:  # fmt: skip
+        """Return the sigmas that a step leads from and to."""
         if model_output.shape != sample.shape:
             got = f"{list(model_output.shape)}, {list(sample.shape)}"
             raise ValueError(f"model_output and sample must be of one shape, got {got}")
         index = self._locate(timestep)
-        self._state.step_index = index + 1
         sigma, next_sigma = self._state.schedule.sigmas[index : index + 2].tolist()
         return sigma, next_sigma
+
+    def _count(self, output: ModelOutput, return_dict: bool) -> Any:
+        """Count a step; return its result, as a tuple without return_dict."""
+        self._state.step_index = (self._state.step_index or 0) + 1
+        return output if return_dict else output.to_tuple()
 
     def _locate(self, timestep: float | Tensor) -> int:
         """Return the index of the next step: at the first the begin index, or else the timestep's."""
@@ -272,7 +278,7 @@ class EulerDiscreteScheduler(StatefulScheduler, plain.EulerDiscreteScheduler):
         """
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
             raise ValueError(f"timestep must be one of scheduler.timesteps, got the integer {timestep}")
-        sigma, next_sigma = self._advance(model_output, timestep, sample)
+        sigma, next_sigma = self._sigmas_of(model_output, timestep, sample)
         churn = min(s_churn / len(self.timesteps), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
         raised = sigma * (churn + 1)
         x = sample.to(torch.float32)
@@ -282,8 +288,7 @@ class EulerDiscreteScheduler(StatefulScheduler, plain.EulerDiscreteScheduler):
             x = x + noise * s_noise * math.sqrt(raised**2 - sigma**2)
         x0 = x - raised * model_output
         x = euler(lambda _x, _sigma: x0, x, (raised, next_sigma))
-        output = EulerDiscreteSchedulerOutput(x.to(model_output.dtype), x0)
-        return output if return_dict else output.to_tuple()
+        return self._count(EulerDiscreteSchedulerOutput(x.to(model_output.dtype), x0), return_dict)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Compute the velocity of v-prediction, (noise - sigma * sample) / sqrt(sigma^2 + 1).
@@ -318,7 +323,7 @@ class DPMSolverMultistepScheduler(StatefulScheduler, plain.DPMSolverMultistepSch
 
         variance_noise: of the SDE form, drawn from the generator if None.
         """
-        sigma, next_sigma = self._advance(model_output, timestep, sample)
+        sigma, next_sigma = self._sigmas_of(model_output, timestep, sample)
         state, scale = self._state, self.latent_scale(sigma)
         x0 = (sample - sigma / scale * model_output) * scale
         noise = None
@@ -327,12 +332,11 @@ class DPMSolverMultistepScheduler(StatefulScheduler, plain.DPMSolverMultistepSch
             if noise is None:
                 noise = randn_latents(tuple(x0.shape), generator, x0.device, torch.float32)
             noise = noise.to(x0.device, torch.float32)
-        is_last = state.step_index == len(state.timesteps) and state.schedule.first_order_last
+        is_last = state.step_index == len(state.timesteps) - 1 and state.schedule.first_order_last
         last = None if self.solver_order == 1 or is_last else state.last
         x = dpmpp_step(sample.to(torch.float32) * scale, x0, sigma, next_sigma, last, noise)
         state.last = x0, sigma
-        output = SchedulerOutput((x / self.latent_scale(next_sigma)).to(x0.dtype))
-        return output if return_dict else output.to_tuple()
+        return self._count(SchedulerOutput((x / self.latent_scale(next_sigma)).to(x0.dtype)), return_dict)
 
 
 _STATEFUL: dict[type[Scheduler], type[StatefulScheduler]] = {

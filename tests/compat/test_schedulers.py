@@ -312,6 +312,15 @@ def test_wrong_calls(kind: type[StatefulScheduler], call: Any, message: str) -> 
         call(scheduler)
 
 
+def test_a_step_that_fails_does_not_count() -> None:
+    scheduler, latents = DPMSolverMultistepScheduler(**SDE), torch.ones(SHAPE)
+    scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match="a list of 2, one for each image"):
+        scheduler.step(latents, scheduler.timesteps[0], latents, generator=[torch.Generator()])
+    scheduler.step(latents, scheduler.timesteps[0], latents)
+    assert scheduler.step_index == 1
+
+
 def test_eulers_step_takes_no_index() -> None:
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(5)
