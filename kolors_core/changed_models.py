@@ -77,7 +77,7 @@ def _record(public: PublicConfig) -> Mapping[str, Any]:
     record = public.get(FIELD)
     if not isinstance(record, dict):
         return {}
-    names = {key: str(record.get(key)) for key in ("class", "config")}
+    names = {key: str(record.get(key, "")) for key in ("class", "config")}
     return record | {k: name if _NAME.fullmatch(name) else "an unknown class" for k, name in names.items()}
 
 

@@ -183,7 +183,9 @@ class ModelMethods(nn.Module):
     def disable_gradient_checkpointing(self) -> None:
         """Keep activations for the backward pass again."""
         for block in filter(_is_recomputed, self.modules()):
-            block.forward = vars(block)["forward"].args[0]
+            before = vars(block).pop("forward").args[0]
+            if before != block.forward:  # it was set on the block itself
+                block.forward = before
 
     @property
     def is_gradient_checkpointing(self) -> bool:
