@@ -129,5 +129,6 @@ def _read_npy(file: Path) -> Tensor:
         if any(type(side) is not int or side < 0 for side in shape) or expected != got:
             raise ValueError(f"its header has the shape {shape} of {dtype}, and {got:,} bytes follow")
         return torch.as_tensor(np.load(file, allow_pickle=False))
-    except (ValueError, TypeError, EOFError, OSError, TokenError, MemoryError, RecursionError) as error:
+    except (ValueError, TypeError, EOFError, OSError, SyntaxError, TokenError, MemoryError,
+            RecursionError) as error:  # fmt: skip
         raise ValueError(f"{file}: not an array of numbers: {one_line(error, 200)}") from None
