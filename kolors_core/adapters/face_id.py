@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Self
 
 import numpy as np
@@ -128,5 +129,6 @@ def _read_npy(file: Path) -> Tensor:
         if any(type(side) is not int or side < 0 for side in shape) or expected != got:
             raise ValueError(f"its header has the shape {shape} of {dtype}, and {got:,} bytes follow")
         return torch.as_tensor(np.load(file, allow_pickle=False))
-    except (ValueError, TypeError, EOFError, OSError) as error:
+    except (ValueError, TypeError, EOFError, OSError, SyntaxError, TokenError, MemoryError,
+            RecursionError) as error:  # fmt: skip
         raise ValueError(f"{file}: not an array of numbers: {one_line(error, 200)}") from None

@@ -194,7 +194,7 @@ HOSTILE = {
     "a bomb of pixels": (png(30_000, 30_000), "900,000,000 pixels, expected at most 89,478,485"),
     "compressed text": (png(4, 1, text(b"zTXt", ZEROS)), "Decompressed data too large"),
     "compressed text, any language": (png(4, 1, text(b"iTXt", ZEROS)), "Decompressed data too large"),
-    "plain text": (png(4, 1, text(b"tEXt", b"a" * 2**23)), "8,388,609 letters of text, expected at most 4,19"),
+    "plain text": (png(4, 1, text(b"tEXt", b"a" * 2**23)), "8,388,609 letters of text, expected at most 4"),
     "many texts": (png(4, 1, *[text(b"zTXt", zlib.compress(bytes(2**20 - 9)))] * 99), "Too much memory used"),
     "cut short": (png(40, 40)[:45], "truncated"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Mutated safetensors headers, configs and indexes: each is read, or refused by a documented error.
+"""Mutated safetensors headers, configs, indexes and arrays: each is read, or refused by a documented error.
 
 `python -m tests.support.fuzz --count 100000` prints how many of each kind were read and refused, and by which
 message, the longest time and the largest allocation. It exits with 1 at the first case that raises anything
@@ -27,6 +27,8 @@ import torch
 from safetensors.torch import save
 
 from kolors_core.adapters.clip_vision import CLIPVisionConfig
+from kolors_core.adapters.controlnet import ControlNetConfig
+from kolors_core.adapters.face_id import load_face_embeds
 from kolors_core.checkpoint import load_index, load_scheduler, read_json
 from kolors_core.config import KOLORS
 from kolors_core.pipelines.adapter_methods import MODELS
@@ -131,6 +133,19 @@ def weights(rng: random.Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
+def array(rng: random.Random) -> bytes:
+    """A small .npy file, damaged in its shape or anywhere."""
+    shape = (6,) if rng.random() < 0.5 else rng.choice([*ODD, (2, 3), (-1, 6), (2**62, 4), (6,) * 70])
+    content = {
+        "descr": rng.choice(("<f4", ">f8", "|O", "<U9", "<M8[s]", "")),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    header = repr(content).encode("ascii", "replace") + b"\n"
+    whole = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(24)
+    return mutated_bytes(whole, rng) if rng.random() < 0.5 else whole
+
+
 def config(of: Any, rng: random.Random) -> bytes:
     """A JSON file of these fields, with some changed, and sometimes bytes too."""
     for _ in range(rng.randint(1, 3)):
@@ -162,6 +177,9 @@ CASES: dict[str, tuple[Callable[[random.Random], bytes], str, Callable[[Path], o
     "pipeline": (lambda rng: config(PIPELINE, rng), "model_index.json", lambda file: load_index(file.parent)),
     "scheduler": (lambda rng: config(EulerDiscreteScheduler().to_public(), rng),
                   "scheduler/scheduler_config.json", lambda file: load_scheduler(file.parent.parent)),
+    "controlnet": (lambda rng: config(ControlNetConfig().to_public(), rng), "controlnet.json",
+                   lambda file: ControlNetConfig.from_public(read_json(file), str(file))),
+    "array": (array, "id.npy", load_face_embeds),
 } | {
     component: (lambda rng, public=public: config(public, rng), f"{component}.json", read_config(component))
     for component, public in CONFIGS.items()

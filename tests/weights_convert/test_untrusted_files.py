@@ -25,6 +25,7 @@ from kolors_core.pipelines.adapter_methods import MODELS
 from tests.support.fuzz import CONFIGS, outcome
 from tests.support.small import SMALL_CLIP
 from weights_convert.__main__ import convert, main
+from weights_convert.folder_to_single_file import to_single
 from weights_convert.safetensors_files import Source, read_shard_index, save_tensors
 from weights_convert.untrusted_files import DTYPES, MAX_HEADER_BYTES, MAX_TENSORS, read_json_object
 
@@ -111,13 +112,18 @@ def test_a_long_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, reference_folder: Path) -> None:
     os.mkfifo(tmp_path / "w.safetensors")
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ValueError, match="w.safetensors: not a file"):
         Source([tmp_path / "w.safetensors"])
     with pytest.raises(ValueError, match="config.json: not a file"):
         read_json(tmp_path / "config.json")
+    shutil.copytree(reference_folder / "vae", tmp_path / "k" / "vae")
+    os.mkfifo(tmp_path / "k" / "vae" / "notes")
+    for convert_to in (convert, to_single):
+        with pytest.raises(ValueError, match="notes: not a file"):
+            convert_to(tmp_path / "k", tmp_path / "out.safetensors")
 
 
 def index(folder: Path, **files: str) -> Path:
