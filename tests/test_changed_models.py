@@ -134,6 +134,9 @@ def test_models_of_the_library_carry_no_record(tmp_path: Path) -> None:
         "unet": UNet(SMALL.unet), "controlnet": ControlNet(NET),
         "compat": UNet2DConditionModel(SMALL.unet),
     }  # fmt: skip
+    adapter = nn.Module()
+    adapter.is_adapter, adapter.louder = True, Louder(8)
+    models["unet"].adapter = adapter  # a user's own, which is not saved
     for name, model in models.items():
         component = "controlnet" if name == "controlnet" else "unet"
         save_component(model, tmp_path / name, component)

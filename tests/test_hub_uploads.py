@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load
 
 from kolors_core.compat.models import AutoencoderKL
+from kolors_core.compat.tokenizer import ChatGLMTokenizer
 from tests.support.hub import environment, serving
 
 UPLOAD = """
 import sys
 from pathlib import Path
 from kolors_core.compat.models import AutoencoderKL
+from kolors_core.compat.tokenizer import ChatGLMTokenizer
 from kolors_core.hub import push_folder
 
 vae = AutoencoderKL.from_pretrained("tiny")
@@ -45,14 +47,21 @@ def test_a_model_is_pushed_and_loads_again_from_the_hub(tmp_path: Path) -> None:
 attempt(lambda: vae.push_to_hub("someone/vae", token=TOKEN, variant="fp16", max_shard_size="1MB"))
 attempt(lambda: vae.save_pretrained(home / "named", push_to_hub=True, token=TOKEN, commit_message="mine"))
 again = AutoencoderKL.from_pretrained("someone/vae", variant="fp16", force_download=True)
+for force in (False, True):
+    AutoencoderKL.from_pretrained("someone/vae", variant="fp16", force_download=force)
+ChatGLMTokenizer.from_pretrained("tiny").save_pretrained(home / "tokenizer")
+push_folder(home / "tokenizer", "someone/kolors", token=TOKEN)
+print(ChatGLMTokenizer.from_pretrained("someone/kolors").encode("cat"))
 pairs = zip(again.parameters(), vae.parameters(), strict=True)
 print(again.name_or_path, all((one == other).all() for one, other in pairs))
 """
     with serving({}) as hub:
         lines = upload(hub.endpoint, tmp_path, program)
         assert lines[0].startswith(f"{hub.endpoint}/someone/vae/commit/")
-        assert lines[1:] == ["None", "someone/vae True"]
-        assert hub.repositories.keys() == {"someone/vae", "someone/named"}
+        ids = ChatGLMTokenizer.from_pretrained("tiny").encode("cat")
+        assert lines[1:] == ["None", str(ids), "someone/vae True"]
+        assert hub.repositories.keys() == {"someone/vae", "someone/named", "someone/kolors"}
+        assert hub.fetched("someone/vae").count("config.json") == 2, "once more by force"
         names = set(hub.repositories["someone/vae"]["main"])
         assert {"config.json", "diffusion_pytorch_model.safetensors.index.fp16.json"} < names and len(
             names

@@ -28,6 +28,7 @@ from kolors_core.compat.models import (
     UNet2DConditionModel,
 )
 from kolors_core.config import TINY, UNetConfig
+from kolors_core.performance.prompt_cache import Key
 from kolors_core.pipelines.adapter_methods import MODELS
 from kolors_core.precompute import has_default_forward
 from kolors_core.tokenizer import Tokenizer
@@ -262,6 +263,8 @@ def test_what_loading_and_saving_refuse(tmp_path: Path, caplog: pytest.LogCaptur
     assert vae.decode(SAMPLE.half()).sample.dtype == torch.float32
     with pytest.raises(ValueError, match="torch_dtype must be a dtype or its name.*, got 'float17'"):
         AutoencoderKL.from_pretrained("tiny", torch_dtype="float17")
+    with pytest.raises(ValueError, match="is a whole Kolors, expected a subfolder, such as 'vae'"):
+        AutoencoderKL.from_pretrained(EMBEDDED)
     with pytest.raises(ValueError, match="device_map must be one device, got {'a': 0, 'b': 1}"):
         AutoencoderKL.from_pretrained("tiny", device_map={"a": 0, "b": 1})
     with pytest.raises(ValueError, match="two names of one argument"):
@@ -373,6 +376,13 @@ def test_what_would_change_the_result_is_refused(more: dict[str, Any], message: 
         image = {"controlnet_cond": IMAGE} if component == "controlnet" else {}
         with pytest.raises(ValueError, match=message):
             both(component)[0](SAMPLE, 7, **given, **image)
+
+
+def test_cached_prompts_are_shared_with_the_plain_encoder() -> None:
+    encoders = [load_component(EMBEDDED, "text_encoder"), ChatGLMModel.from_pretrained("tiny")]
+    tokens = Tokenizer(EMBEDDED / "tokenizer")(["cat"])
+    plain, named = (Key.of(encoder, tokens) for encoder in encoders)
+    assert plain.name == named.name and plain.is_persistable and named.is_persistable
 
 
 def test_a_users_config_is_kept() -> None:
