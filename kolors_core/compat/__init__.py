@@ -1,1 +1,1 @@
-"""What only scripts written for the reference need: its classes, built on the plain ones."""
+"""Drop-in classes: what only scripts written for the reference need, built on the plain ones."""
