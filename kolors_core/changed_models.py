@@ -33,12 +33,10 @@ def public_config(model: nn.Module) -> dict[str, Any]:
     changed = next((type(part) for part in model.modules() if not is_ours(type(part))), None)
     if changed is None and is_ours(type(config)):
         return public
-    added = _added_fields(type(config))
+    added = {name: getattr(config, name) for name in _added_fields(type(config))}
     try:
         again = type(config).from_public(public) if added else config
-        lost = {
-            name: getattr(config, name) for name in added if getattr(again, name) != getattr(config, name)
-        }
+        lost = {name: value for name, value in added.items() if getattr(again, name) != value}
         json.dumps(lost)
     except TypeError as error:  # a field without a default, or no JSON
         how = "give its new fields JSON values and defaults, or extend to_public and from_public"
@@ -69,14 +67,9 @@ def describe(public: PublicConfig, component: str) -> str:
 
 def _added_fields(kind: Any) -> set[str]:
     """Return the fields that a class of config has and the library's own class that it extends lacks."""
-    if not is_dataclass(kind):
-        return set()
-    own: Any = next((base for base in kind.__mro__ if is_ours(base)), kind)
-    return (
-        {field.name for field in fields(kind)} - {field.name for field in fields(own)}
-        if is_dataclass(kind)
-        else set()
-    )
+    own = next((base for base in kind.__mro__ if is_ours(base)), kind)
+    known, names = ({f.name for f in fields(one)} if is_dataclass(one) else set() for one in (own, kind))
+    return names - known
 
 
 def _record(public: PublicConfig) -> Mapping[str, Any]:
@@ -85,9 +78,7 @@ def _record(public: PublicConfig) -> Mapping[str, Any]:
     if not isinstance(record, dict):
         return {}
     names = {key: str(record.get(key)) for key in ("class", "config")}
-    return record | {
-        key: name if _NAME.fullmatch(name) else "an unknown class" for key, name in names.items()
-    }
+    return record | {k: name if _NAME.fullmatch(name) else "an unknown class" for k, name in names.items()}
 
 
 def _name(kind: Any) -> str:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from kolors_core.validation import as_path, check_int
+from weights_convert.untrusted_files import check_file
 
 logger = logging.getLogger("kolors_core")
 # ChatGLM3 numbers its special tokens after the SentencePiece pieces, in this order.
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+MAX_MODEL_BYTES = 2**26  # ChatGLM's model has 2**20; SentencePiece aborts the process on some of 2**31
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Tokenizer:
 
     Source: `ChatGLMTokenizer` in diffusers' pipelines/kolors/tokenizer.py. A special token's name inside a
     prompt is plain text. FileNotFoundError if `path` (the folder, or `tokenizer.model` in it) does not exist,
-    ValueError if it is not a SentencePiece model.
+    ValueError if it is not a SentencePiece model of at most `MAX_MODEL_BYTES`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -58,8 +60,9 @@ class Tokenizer:
 
         file = as_path("the tokenizer", path)
         self.file = file / "tokenizer.model" if file.is_dir() else file
-        if not self.file.is_file():
+        if not self.file.exists():
             raise FileNotFoundError(f"{self.file}: no such file, expected ChatGLM's SentencePiece model")
+        check_file(self.file, MAX_MODEL_BYTES)
         try:
             self.model_bytes = self.file.read_bytes()  # kept for saving: the file may be temporary
             self.pieces = SentencePieceProcessor(model_proto=self.model_bytes)

@@ -1,5 +1,6 @@
 """Pixels for the VAE against the reference's own processor; and loading an image."""
 
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,8 +15,9 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from kolors_core import image as image_module
-from kolors_core.image import load_image, preprocess_vae
-from tests.support.images import MODES, array, noise_image
+from kolors_core.image import flatten_alpha, load_image, preprocess_control, preprocess_vae, to_8_bits
+from tests.support.bombs import png
+from tests.support.images import DEEP, MODES, array, deepened, noise_image
 
 PROCESSOR = VaeImageProcessor(vae_scale_factor=8)
 
@@ -63,6 +65,9 @@ def test_vae_pixels_of_bytes_are_those_of_the_picture() -> None:
     assert torch.equal(preprocess_vae(whole), expected)
     assert torch.equal(preprocess_vae(torch.from_numpy(whole).permute(2, 0, 1)), expected)
     assert torch.equal(preprocess_vae((whole / 255).astype(np.float32)), expected)
+    deep = whole.astype(np.uint16) * 257
+    assert torch.equal(preprocess_vae(deep), expected)
+    assert torch.equal(preprocess_vae(torch.from_numpy(deep).permute(2, 0, 1)), expected)
     assert expected.min() >= -1 and expected.max() <= 1
 
 
@@ -83,7 +88,8 @@ def test_vae_pixels_of_bytes_are_those_of_the_picture() -> None:
             r"must lie in \[0, 1\] or \[-1, 1\], got one of size 255",
         ),
         (torch.full((3, 8, 8), float("nan")), {}, ValueError, "got one of size nan"),
-        (torch.zeros(3, 8, 8, dtype=torch.int64), {}, ValueError, "uint8 or floats, got torch.int64"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), {}, ValueError, "uint16 or floats, got torch.int64"),
+        (np.zeros((8, 8, 3), np.uint32), {}, ValueError, "uint8, uint16 or floats, got uint32"),
         ([noise_image(), torch.zeros(3, 22, 37)], {}, ValueError, "different kinds, PIL, torch.float32"),
     ],
 )
@@ -126,12 +132,114 @@ def test_what_is_no_picture_is_named_in_one_line(tmp_path: Path) -> None:
         (tmp_path / "none.png", FileNotFoundError, "none.png: no such file"),
         (text, ValueError, "text.png: not an image"),
         (str(cut), ValueError, "cut.png: .*truncated"),
-        (tmp_path, ValueError, f"{tmp_path}: .*directory"),
+        (tmp_path, ValueError, f"{tmp_path}: not a file"),
         (3, TypeError, "expected a path, an http.s. address or a PIL image, got int"),
     ):
         with pytest.raises(error, match=message) as raised:
             load_image(source)
         assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_an_image_of_more_bits_is_the_same_image(kind: str, tmp_path: Path) -> None:
+    """Of every 8-bit gray, without rounding; PIL's own conversion clips them to white."""
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    deep = deepened(ramp, kind)
+    assert to_8_bits(deep).mode == "L" and np.array_equal(np.asarray(to_8_bits(deep)), np.asarray(ramp))
+    for read in (load_image, flatten_alpha, preprocess_vae, preprocess_control):
+        assert np.array_equal(np.asarray(read(deep)), np.asarray(read(ramp)))
+    deep.save(tmp_path / "deep.tif")
+    assert np.array_equal(np.asarray(load_image(tmp_path / "deep.tif")), np.asarray(ramp.convert("RGB")))
+    assert load_image(deep, lambda upright: upright).mode == deep.mode, (
+        "a conversion of one's own sees all bits"
+    )
+    if DEEP[kind] != 1:
+        assert not np.array_equal(np.asarray(deep.convert("RGB")), np.asarray(ramp.convert("RGB")))
+
+
+def test_sixteen_bits_are_rounded_to_the_nearest_gray_and_turned_upright(tmp_path: Path) -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    assert np.array_equal(to_8_bits(Image.fromarray(values)), np.rint(values / 65535 * 255).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(values[:2]).save(tmp_path / "photo.png", exif=exif)
+    assert load_image(tmp_path / "photo.png").size == (2, 256)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[0, 65536]], np.int32), "mode 'I': .* from 0 to 255 or from 0 to 65535, got 0 to 65536"),
+        (np.array([[-1, 7]], np.int32), "mode 'I': .*, got -1 to 7"),
+        (
+            np.array([[0, 256]], np.float32),
+            "mode 'F': expected .* from 0 to 1 or from 0 to 255, got 0 to 256",
+        ),
+        (np.array([[-0.5, 0.5]], np.float32), "mode 'F': .*, got -0.5 to 0.5"),
+        (np.array([[0, np.nan]], np.float32), "mode 'F': .*, got nan to nan"),
+        (np.array([[0, np.inf]], np.float32), "mode 'F': .*, got 0 to inf"),
+    ],
+)
+def test_values_of_no_known_range_are_refused(values: np.ndarray, message: str, tmp_path: Path) -> None:
+    image = Image.fromarray(values)
+    with pytest.raises(ValueError, match=f"^the image: {message}"):
+        preprocess_vae(image, 8, 8)
+    image.save(tmp_path / "a.tif")
+    for read in (load_image, lambda file: preprocess_vae(Image.open(file), 8, 8)):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/a.tif: {message}"):
+            read(tmp_path / "a.tif")
+
+
+BOMBS = {  # width, height, and what is said of them
+    "a bomb": (13300, 13300, "176,890,000 pixels, expected at most 89,478,485: PIL.Image.MAX_IMAGE_PIXELS"),
+    "a larger bomb": (20000, 20000, "400,000,000 pixels, expected at most 89,478,485"),
+    "a wide bomb": (1_000_000, 170, "170,000,000 pixels, expected at most 89,478,485"),
+    "a line": (80_000_000, 1, "1 x 80000000 .height x width., expected sides of at most 1,048,576"),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_too_many_pixels_are_refused_by_number_before_they_are_read(case: str, tmp_path: Path) -> None:
+    width, height, message = BOMBS[case]
+    file = tmp_path / "bomb.png"
+    file.write_bytes(png(width, height))
+    with pytest.raises(ValueError, match=f"^{file}: .*{message}"):
+        load_image(file)
+    opened = Image.new("L", (1, 1))
+    opened._size = width, height  # as of a file that is opened and not yet read
+    for read in (load_image, flatten_alpha, lambda image: preprocess_vae(image, 64, 64)):
+        with pytest.raises(ValueError, match=f"^the image: .*{message}"):
+            read(opened)
+
+
+def test_a_caller_sets_the_limit_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.png"
+    noise_image().save(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 37 * 22 - 1)
+    with pytest.raises(
+        ValueError, match="a.png: 814 pixels, expected at most 813: PIL.Image.MAX_IMAGE_PIXELS"
+    ):
+        load_image(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 37 * 22)
+    assert load_image(file).size == (37, 22)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert load_image(file).size == (37, 22)
+
+
+def test_a_file_that_is_opened_and_cut_short_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "cut.png"
+    noise_image().save(file)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"^{file}: .*truncated"):
+        preprocess_vae(Image.open(file), 8, 8)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_a_pipe_and_a_device_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    for file in (tmp_path / "a.png", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"^{file}: not a file$"):
+            load_image(file)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Token ids, masks and positions: equal to the reference's, on difficult prompts."""
 
+import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,24 @@ def test_bad_input_is_named(small_tokenizer: Path, tmp_path: Path) -> None:
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="not a SentencePiece model"):
+        Tokenizer(tmp_path)
+
+
+def test_a_huge_model_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """SentencePiece ends the process on a file of 2 GiB; this one is a hole, without room on the disk."""
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        file.truncate(2**31)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="tokenizer.model: 2,147,483,648 bytes, expected at most 67,108,864"):
+        Tokenizer(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match="tokenizer.model: not a file"):
         Tokenizer(tmp_path)
 
 

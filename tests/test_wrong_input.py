@@ -81,7 +81,7 @@ CALLS: list[Wrong] = [
     (from_image([]), ValueError, "expected at least one image, got none"),
     (from_image(torch.zeros(0, 4, 8, 8)), ValueError, "latents as image must be some floats"),
     (from_image(torch.zeros(4, 8, 8).long()), ValueError, "latents as image must be some floats"),
-    (from_image(np.zeros((8, 8, 3), object)), ValueError, "pixels of uint8 or floats, got object"),
+    (from_image(np.zeros((8, 8, 3), object)), ValueError, "pixels of uint8, uint16 or floats, got object"),
     (from_image(PICTURE, denoising_start=0.5, denoising_end="x"), ValueError, "denoising_end must be"),
     (setting("scheduler", "euler"), TypeError, "scheduler must be kolors_core's Scheduler or None, got str"),
     (setting("unet", torch.nn.Linear(1, 1)), TypeError, "unet must be kolors_core's UNet or None, got torch"),

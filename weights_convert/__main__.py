@@ -38,7 +38,7 @@ from weights_convert.safetensors_files import (
     weight_files,
     write_tensors,
 )
-from weights_convert.untrusted_files import one_line, read_json_object
+from weights_convert.untrusted_files import check_file, one_line, read_json_object
 
 
 def convert(source: Path, destination: Path, *, to_public: bool = False, prune: bool = False) -> list[str]:
@@ -126,6 +126,7 @@ def _convert_folder(source: Path, destination: Path, to_public: bool, prune: boo
             elif ".safetensors.index." in name:
                 _convert_index(folder / name, target / name, to_public, prune)
             else:
+                check_file(folder / name)
                 copy_file(folder / name, target / name)
     return report
 

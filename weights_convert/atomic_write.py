@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -85,7 +86,8 @@ def _aside(folder: Path) -> Path:
 
 def _exchange_in_one_step(one: Path, other: Path) -> bool:
     """Exchange two folders by the system's own call; return whether it could."""
-    names, libc = (os.fsencode(one), os.fsencode(other)), ctypes.CDLL(None) if fcntl is not None else None
+    names: tuple[bytes, bytes] = os.fsencode(one), os.fsencode(other)
+    libc: Any = ctypes.CDLL(None) if fcntl is not None else None
     if hasattr(libc, "renameat2"):  # Linux; -100: relative to the working directory, 2: exchange
         return libc.renameat2(-100, names[0], -100, names[1], 2) == 0
     if hasattr(libc, "renamex_np"):  # macOS; 2: swap

@@ -37,7 +37,7 @@ from weights_convert.single_file import (
     open_models,
     to_stored_names,
 )
-from weights_convert.untrusted_files import parse_object, read_json_object
+from weights_convert.untrusted_files import check_file, parse_object, read_json_object
 
 Metadata = dict[str, str] | None
 # File of the folder -> its metadata and tensors; None for all tensors of its component.
@@ -237,8 +237,7 @@ def _relative_path(path: str, where: str) -> PurePosixPath:
 
 def _read_tensor(file: Path) -> Tensor:
     """Read a small file as a tensor of its bytes."""
-    if (size := file.stat().st_size) > MAX_FILE_BYTES:
-        raise ValueError(f"{file}: {size:,} bytes, expected at most {MAX_FILE_BYTES:,} of what is no weight")
+    check_file(file, MAX_FILE_BYTES)
     return _as_tensor(file.read_bytes())
 
 

@@ -96,23 +96,23 @@ def walk_files(source: Path) -> Iterator[tuple[Path, list[str]]]:
 def read_shard_index(index: Path) -> dict[str, str]:
     """Read the `weight_map` of an index of shards: tensor name -> file name, all in the index's own folder.
 
-    Raises ValueError for a file that is not an index, and for a shard elsewhere, by its name or by a link;
-    links of a Hugging Face cache, from snapshots/ to blobs/, are followed.
+    Raises ValueError for a file that is not an index, and for a shard elsewhere by its name. A link in the
+    folder is followed, as it is without an index.
     """
     content = read_json_object(index, MAX_INDEX_BYTES)
     files = content.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index}: not an index of shards: weight_map is not a map from tensors to files")
-    parent = index.parent.resolve()
-    allowed = {parent, *(folder.parent / "blobs" for folder in parent.parents if folder.name == "snapshots")}
     for name, file in files.items():
         if file in ("", ".", "..") or not file.isprintable() or set(file) & set("/\\"):
             got = f"weight_map[{name[:100]!r}] is {file[:100]!r}"
             raise ValueError(f"{index}: {got}, expected a file beside the index")
-    for file in sorted(set(files.values())):
-        if (folder := (parent / file).resolve().parent) not in allowed:
-            raise ValueError(f"{index}: {file} is a link to {folder}, expected a file beside the index")
     return files
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 if it is of 8-bit floats, with which nothing computes; else itself."""
+    return tensor.float() if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -132,7 +132,8 @@ def aligned(tensor: Tensor) -> Tensor:
 class Source(Mapping[str, Tensor]):
     """Source of tensors by name: safetensors files, from which each tensor is read on access.
 
-    `source[name]` is ready to compute with (see `aligned`), `source.mapped(name)` is the file's own memory.
+    `source[name]` is ready to compute with (see `aligned`, `widened`), `source.mapped(name)` is the file's
+    own memory.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -146,7 +147,7 @@ class Source(Mapping[str, Tensor]):
                 self._file_of[name] = file
 
     def __getitem__(self, name: str) -> Tensor:
-        return aligned(self.mapped(name))
+        return aligned(widened(self.mapped(name)))
 
     def mapped(self, name: str) -> Tensor:
         """Return one tensor of the mapped file, at any alignment."""
@@ -179,11 +180,7 @@ class Source(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype from the header, without reading the tensor."""
-        file = self._file_of[name]
-        code = self._handles[file].get_slice(name).get_dtype()
-        if code not in DTYPES:
-            raise ValueError(f"{file}: tensor {name} has dtype {code}, which torch cannot hold")
-        return DTYPES[code]
+        return DTYPES[self._handles[self._file_of[name]].get_slice(name).get_dtype()]
 
     def nbytes(self, name: str) -> int:
         """Return the bytes of one tensor in the file."""
@@ -211,7 +208,7 @@ class Tensors(dict[str, Tensor]):
                 raise ValueError(f"{where}: {name} is {type(tensor).__name__}, expected a tensor")
 
     def __getitem__(self, name: str) -> Tensor:
-        return aligned(self.mapped(name))
+        return aligned(widened(self.mapped(name)))
 
     def mapped(self, name: str) -> Tensor:
         """Return one tensor as given, at any alignment."""

@@ -1,4 +1,4 @@
-"""Untrusted files: JSON objects and safetensors headers, checked before use.
+"""Untrusted files: regular files, JSON objects and safetensors headers, checked before use.
 
 A damaged file is rejected with one line that names the file and the fault, before any tensor is read. The
 format has no checksum: a flipped bit in a tensor's values goes undetected.
@@ -24,14 +24,13 @@ MAX_HEADER_BYTES = 2**24
 MAX_EXPLAINED_BYTES = 2**20  # a longer faulty header is not searched for the fault
 MAX_NAME_LENGTH = 500  # characters
 MAX_TENSORS = 2**14  # in one file; all of Kolors has under 3,000
+MAX_AXES = 16  # of a tensor; those of Kolors have at most 4
 _LIST = re.compile(rb'\w"\s*:\s*\[')  # a field whose value is a list, however its name is escaped
 
 
 def read_json_object(file: Path, longest: int) -> dict[str, Any]:
     """Read a JSON object of at most `longest` bytes. FileNotFoundError or ValueError naming the file."""
-    size = _size(file)
-    if size > longest:
-        raise ValueError(f"{file}: {size:,} bytes, expected at most {longest:,}")
+    check_file(file, longest)
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -53,9 +52,10 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
 def open_safetensors(file: Path) -> Any:
     """Open a safetensors file and check its header against the file's length; return a handle.
 
-    Raises FileNotFoundError, or ValueError naming the file and the faulty tensor or number.
+    Raises FileNotFoundError, or ValueError naming the file and the faulty tensor or number, also for a dtype
+    that is not in `DTYPES`.
     """
-    size, header = _size(file), b""
+    size, header = check_file(file), b""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -76,6 +76,11 @@ def open_safetensors(file: Path) -> Any:
     for name in names:
         if len(name) > MAX_NAME_LENGTH or not name.isprintable():
             raise ValueError(f"{file}: a tensor has the name {name[:100]!r}, expected a short, printable one")
+        entry = handle.get_slice(name)
+        if (dtype := entry.get_dtype()) not in DTYPES:
+            raise ValueError(f"{file}: tensor {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
+        if (axes := len(entry.get_shape())) > MAX_AXES:
+            raise ValueError(f"{file}: tensor {name} has {axes} axes, expected at most {MAX_AXES}")
     return handle
 
 
@@ -89,13 +94,31 @@ def metadata_of(file: Path) -> dict[str, str] | None:
     return json.loads(header).get("__metadata__")
 
 
-def _size(file: Path) -> int:
-    """Return the size of a regular file, or of a link's target, in bytes."""
+def check_file(file: Path, longest: int | None = None) -> int:
+    """Return the size of a regular file, or of a link's target, in bytes, before it is opened.
+
+    A folder, pipe, socket or device raises ValueError, as more than `longest` bytes do; nothing there raises
+    FileNotFoundError. Both name the file.
+    """
     if not file.is_file():
         if file.exists():
             raise ValueError(f"{file}: not a file")
         raise FileNotFoundError(f"{file}: no such file")
-    return file.stat().st_size
+    size = file.stat().st_size
+    if longest is not None and size > longest:
+        raise ValueError(f"{file}: {size:,} bytes, expected at most {longest:,}")
+    return size
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Raise ValueError for a file that leaves the folder, by its path or by a link.
+
+    Links of a Hugging Face cache, from snapshots/ to blobs/, are followed.
+    """
+    real, root = file.resolve(), folder.resolve()
+    blobs = (parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")
+    if not any(real.is_relative_to(allowed) for allowed in (root, *blobs)):
+        raise ValueError(f"{file}: {real} is outside of {folder}")
 
 
 def _length_fault(length: int, size: int) -> str | None:

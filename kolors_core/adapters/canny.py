@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kolors_core.image import to_8_bits
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -26,7 +28,7 @@ def canny(image: "Image", low: float = 100, high: float = 200) -> "Image":
         raise TypeError(f"expected a PIL image, got {type(image).__name__}")
     if not 0 <= low <= high:
         raise ValueError(f"expected 0 <= low <= high, got low {low} and high {high}")
-    magnitude, dx, dy = _gradient(np.asarray(image.convert("RGB")))
+    magnitude, dx, dy = _gradient(np.asarray(to_8_bits(image).convert("RGB")))
     peaks = _suppress_non_maxima(magnitude, dx, dy, low)
     return Image.fromarray(_hysteresis(peaks, peaks & (magnitude > high))).convert("RGB")
 

@@ -194,8 +194,8 @@ class CLIPVision(nn.Module):
 def preprocess_clip(images: "Image | np.ndarray | Sequence[Image | np.ndarray]", size: int = 336) -> Tensor:
     """Crop images to the center square and normalize them for CLIP: [B, 3, size, size] float32.
 
-    images: PIL images of any mode, transparency on white; arrays [H, W, 3] or [B, H, W, 3] of uint8 or in
-    [0, 1]; or a list of them. ValueError for an aspect ratio above 100 or another array, or TypeError.
+    images: PIL images of any mode, transparency on white; arrays [H, W, 3] or [B, H, W, 3] of uint8, uint16
+    or in [0, 1]; or a list of them. ValueError for an aspect ratio above 100 or another array, or TypeError.
     """
     from PIL.Image import Resampling
 
@@ -214,7 +214,7 @@ def preprocess_clip(images: "Image | np.ndarray | Sequence[Image | np.ndarray]",
 
 
 def _rgb(image: Any) -> "Image":
-    """Convert a PIL image, or an array [H, W, 3] of uint8 or in [0, 1], to an RGB image."""
+    """Convert a PIL image, or an array [H, W, 3] of uint8, uint16 or in [0, 1], to an RGB image."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -223,9 +223,11 @@ def _rgb(image: Any) -> "Image":
         raise TypeError(f"expected a PIL image or an array, got {type(image).__name__}")
     if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"expected an array [H, W, 3] or [B, H, W, 3], got one of {list(image.shape)}")
+    if image.dtype == np.uint16:
+        image = np.rint(image / 257).astype(np.uint8)  # 65535 / 255
     if image.dtype != np.uint8:
         if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
-            expected = "pixels of uint8, or floats in [0, 1]"
+            expected = "pixels of uint8 or uint16, or floats in [0, 1]"
             raise ValueError(f"expected {expected}, got {image.dtype} up to {image.max():g}")
         image = (image * 255).round().astype(np.uint8)
     return Image.fromarray(image)

@@ -57,8 +57,12 @@ class ControlNetConfig(UNetConfig):
         rest = {name: value for name, value in public.items() if name not in fields.read_names}
         if unknown := [name for name in ("sample_size", "out_channels", "up_block_types") if name in rest]:
             fields.reject(unknown[0], rest[unknown[0]], "no such field of a ControlNet")
-        downs, channels = rest.get("down_block_types") or (), rest.get("in_channels")
-        ups = [str(kind).replace("Down", "Up") for kind in reversed(downs)]
+        downs, channels = rest.get("down_block_types"), rest.get("in_channels")
+        ups = (
+            [str(kind).replace("Down", "Up") for kind in downs[::-1]]
+            if isinstance(downs, list | tuple)
+            else []
+        )
         rest |= {"up_block_types": ups, "out_channels": channels, "sample_size": cls.sample_size}
         return cls(**asdict(UNetConfig.from_public(rest, where)), conditioning_widths=widths)
 

@@ -85,9 +85,10 @@ class KolorsControlNet(ControlNet):
         return net.eval(), report
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
-        """Write a new folder that the reference and `from_pretrained` load, whole or not at all.
+        """Write a folder that the reference and `from_pretrained` load, whole or not at all.
 
-        FileExistsError if `folder` exists and is not empty, ValueError for a variant that is not a word.
+        A saved model's folder is replaced. FileExistsError if `folder` has other files, ValueError for a
+        variant that is not a word.
         """
-        with atomic_folder(as_path("folder", folder)) as new_folder:
+        with atomic_folder(as_path("folder", folder), checkpoint.is_own_folder) as new_folder:
             checkpoint.save_component(self, new_folder, "controlnet", subfolder="", variant=variant)

@@ -9,6 +9,7 @@ models/embeddings.py. The model of the id vector, insightface's antelopev2 there
 Shapes: B faces, Q tokens each (6), C width (the text's, 4096), P patches of an image (577).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from kolors_core.hub import find_file
 from kolors_core.unet import UNet
 from kolors_core.validation import as_path
 from weights_convert.safetensors_files import Source
-from weights_convert.untrusted_files import one_line
+from weights_convert.untrusted_files import check_file, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +103,30 @@ def load_face_embeds(file: str | Path) -> Tensor:
     """
     file = as_path("file", file)
     if file.suffix == ".npy":
-        try:
-            vector = torch.as_tensor(np.load(file, allow_pickle=False))
-        except (ValueError, TypeError, EOFError) as error:
-            raise ValueError(f"{file}: not an array of numbers: {one_line(error, 200)}") from None
+        vector = _read_npy(file)
     else:
         source = Source([find_file(file)])
         if len(source) != 1:
             raise ValueError(f"{file}: expected one tensor, a face's id vector, got {len(source)}")
         vector = next(iter(source.values()))
-    if vector.ndim not in (1, 2) or vector.numel() != vector.shape[-1]:
+    if vector.ndim not in (1, 2) or not vector.numel() or vector.numel() != vector.shape[-1]:
         raise ValueError(f"{file}: expected one id vector, got {list(vector.shape)}")
+    if not vector.is_floating_point():
+        raise ValueError(f"{file}: expected an id vector of floats, got {vector.dtype}")
     return vector.reshape(1, -1)
+
+
+def _read_npy(file: Path) -> Tensor:
+    """Read a .npy file whose header agrees with the file's size; ValueError naming any other."""
+    size = check_file(file)
+    try:
+        with file.open("rb") as stream:
+            if (version := np.lib.format.read_magic(stream)) != (1, 0):  # numpy's own for every plain array
+                raise ValueError(f"its format is {version}, expected (1, 0)")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            expected, got = math.prod(shape) * dtype.itemsize, size - stream.tell()
+        if any(type(side) is not int or side < 0 for side in shape) or expected != got:
+            raise ValueError(f"its header has the shape {shape} of {dtype}, and {got:,} bytes follow")
+        return torch.as_tensor(np.load(file, allow_pickle=False))
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise ValueError(f"{file}: not an array of numbers: {one_line(error, 200)}") from None

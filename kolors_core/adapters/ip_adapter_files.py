@@ -131,4 +131,8 @@ def load_image_embeds(file: str | Path) -> list[Tensor]:
     names = [f"ip_adapter.{i}" for i in range(len(source))]
     if not names or set(names) != set(source):
         raise ValueError(f"{file}: no image embeddings, expected tensors ip_adapter.0 and so on")
+    for name in names:
+        if len(shape := source.shape(name)) != 4 or not source.dtype(name).is_floating_point:
+            got = f"{name} is {list(shape)} of {source.dtype(name)}"
+            raise ValueError(f"{file}: {got}, expected floats [batch, images, patches, width]")
     return [source[name] for name in names]

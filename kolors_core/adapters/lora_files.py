@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kolors_core.adapters.lora import supported_layers
 from kolors_core.adapters.lora_layers import LoRAWeights
+from kolors_core.checkpoint import read_json
 from kolors_core.config import PublicConfig
 from kolors_core.validation import is_real
 from weights_convert import TABLES
@@ -110,9 +111,9 @@ def configs_of(source: Source | Tensors) -> dict[str, PublicConfig]:
         return {}
     file, config_file = source.files[0], source.files[0].with_name("adapter_config.json")
     if (embedded := (source.metadata(file) or {}).get(METADATA)) is not None:
-        config = parse_object(embedded.encode(), f"{file}: {METADATA}")
+        config = parse_object(embedded.encode(errors="replace"), f"{file}: {METADATA}")
     elif file.name == "adapter_model.safetensors" and config_file.is_file():  # else it is another adapter's
-        config = parse_object(config_file.read_bytes(), str(config_file))
+        config = read_json(config_file)
     else:
         return {}
     # The reference writes `unet.lora_alpha`; PEFT, for one model, `lora_alpha`.

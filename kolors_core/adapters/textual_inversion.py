@@ -68,25 +68,32 @@ def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
     Raises ValueError for a word that exists already, is empty or has space around it, and for vectors that
     are not finite floating-point numbers, of another width, or none; nothing is added then.
     """
-    table, existing, checked = encoder.embedding.weight, vectors_of(encoder), {}
+    table, checked = encoder.embedding.weight, dict[str, nn.Parameter]()
     for word, given in vectors.items():
-        if not isinstance(word, str) or not word or word.strip() != word:
-            raise ValueError(f"a learned word must be some text without space around it, got {word!r}")
-        if word in existing:
-            raise ValueError(f"{word} is a learned word already: unload_textual_inversion({word!r}) first")
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{word}: expected vectors as a tensor, got {type(given).__name__}")
-        rows = given[None] if given.ndim == 1 else given
-        if rows.ndim != 2 or not len(rows) or rows.shape[1] != table.shape[1]:
-            raise ValueError(f"{word}: expected vectors [n, {table.shape[1]}], got {list(given.shape)}")
-        if not rows.is_floating_point() or not torch.isfinite(rows).all():
-            raise ValueError(f"{word}: expected finite floating-point vectors, got {rows.dtype}")
+        rows = _check_vectors(encoder, word, given)
         checked[word] = nn.Parameter(rows.detach().to(table, copy=True))
     if checked:
         if not isinstance(embedding := encoder.embedding, WordEmbedding):
             embedding = encoder.embedding = WordEmbedding(embedding)
         embedding.words += checked
         embedding.learned.extend(checked.values())
+
+
+def _check_vectors(encoder: ChatGLM, word: str, given: Tensor) -> Tensor:
+    """Check a word and its vectors for `add_words`; return them as [n, C]."""
+    width = encoder.embedding.weight.shape[1]
+    if not isinstance(word, str) or not word or word.strip() != word:
+        raise ValueError(f"a learned word must be some text without space around it, got {word!r}")
+    if word in vectors_of(encoder):
+        raise ValueError(f"{word} is a learned word already: unload_textual_inversion({word!r}) first")
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{word}: expected vectors as a tensor, got {type(given).__name__}")
+    rows = given[None] if given.ndim == 1 else given
+    if rows.ndim != 2 or not len(rows) or rows.shape[1] != width:
+        raise ValueError(f"{word}: expected vectors [n, {width}], got {list(given.shape)}")
+    if not rows.is_floating_point() or not torch.isfinite(rows).all():
+        raise ValueError(f"{word}: expected finite floating-point vectors, got {rows.dtype}")
+    return rows
 
 
 def learn_words(model: nn.Module, *words: str) -> None:
@@ -175,7 +182,10 @@ class TextualInversionMethods:
             for name, tensor in _vectors_by_word(tensors, word).items():
                 if name in vectors:
                     raise ValueError(f"{tensors.where}: the word {name} comes twice")
-                vectors[name] = tensor
+                try:
+                    vectors[name] = _check_vectors(encoder, name, tensor)
+                except ValueError as error:
+                    raise ValueError(f"{tensors.where}: {error}") from None
         add_words(encoder, vectors)
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from kolors_core.performance.quantize import quantize
 from kolors_core.pipelines.controlnet import KolorsControlNetPipeline
 from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
 from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
+from kolors_core.pipelines.masks import load_mask
 from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.png_metadata import attach_metadata, read_metadata, save_png
 from kolors_core.pipelines.request import CONTROL_SCALE
@@ -176,7 +177,7 @@ def _pipeline_kwargs(options: argparse.Namespace) -> dict[str, Any]:
         arguments["image"] = load_image(options.image)
     for name, file in {"mask_image": options.mask, "strength_map": options.strength_map}.items():
         if file is not None:
-            arguments[name] = load_image(file, lambda image: image.convert("L"))
+            arguments[name] = load_mask(file, name)
     if options.ip_image:
         arguments["ip_adapter_image"] = [[load_image(file) for file in options.ip_image]]
     if options.face_adapter is not None:

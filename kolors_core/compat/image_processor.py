@@ -1,7 +1,7 @@
 """Image processor under the reference's names, for scripts that convert images beside the pipeline.
 
-Equal to the reference's except where that takes numbers for others: integers are scaled to [0, 1], palettes,
-one-bit and transparent images are converted to RGB or gray first, and unfit values are refused.
+Equal to the reference's except where that misreads numbers: integers are scaled to [0, 1], images of 16 bits,
+palettes, one bit and transparency are converted to RGB or gray, and values out of range are refused.
 Source: `VaeImageProcessor` in diffusers' image_processor.py.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kolors_core.config import ConfigDict
-from kolors_core.image import LARGEST_VALUE, OUTPUT_TYPES, to_images
+from kolors_core.image import LARGEST_VALUE, OUTPUT_TYPES, scale_integers, to_8_bits, to_images
 from kolors_core.pipelines.masks import Box, mask_region, resize_to_fit
 from kolors_core.validation import check_int
 
@@ -63,7 +63,7 @@ class VaeImageProcessor:
         """Convert images to [B, C, H, W] in [-1, 1], or in [0, 1] without do_normalize.
 
         image: PIL images; arrays [H, W], [H, W, C] or [B, H, W, C] and tensors [H, W], [C, H, W] or [B, C, H,
-        W], of uint8 or in [0, 1] or [-1, 1]; or a list of them.
+        W], of uint8, uint16, in [0, 1] or in [-1, 1]; or a list of them.
         crops_coords: the box cut out of PIL images first. resize_mode: of PIL images, see `resize`.
         ValueError naming what came for anything else.
         """
@@ -96,7 +96,8 @@ class VaeImageProcessor:
     def _from_pil(
         self, images: "list[Image]", height: int | None, width: int | None, resize_mode: str, box: Box | None
     ) -> Tensor:
-        images = [_known_mode(one if box is None else one.crop(box)) for one in images]
+        images = [one if box is None else one.crop(box) for one in images]
+        images = [one if one.mode == "1" else _known_mode(one) for one in images]  # one bit keeps hard edges
         if self.do_resize:
             size = self.get_default_height_width(images[0], height, width)
             images = [self.resize(one, *size, resize_mode) for one in images]
@@ -106,19 +107,23 @@ class VaeImageProcessor:
 
     def _to_batch(self, image: np.ndarray | Tensor) -> Tensor:
         """Convert an array or a tensor, of one image or of several, to floats [B, C, H, W]."""
-        pixels = torch.from_numpy(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
-        if pixels.ndim not in (2, 3, 4):
-            raise ValueError(f"expected images of 2 to 4 axes, got one of {list(pixels.shape)}")
-        is_array, is_gray = isinstance(image, np.ndarray), self.do_convert_grayscale
-        if is_array and pixels.ndim > 2 and not (is_gray and pixels.ndim == 3 and pixels.shape[-1] != 1):
-            pixels = pixels.movedim(-1, -3)  # [C, H, W] or [B, C, H, W]
+        if image.ndim not in (2, 3, 4):
+            raise ValueError(f"expected images of 2 to 4 axes, got one of {list(image.shape)}")
+        if isinstance(image, Tensor):
+            pixels = image
+        elif image.dtype.kind not in "fu" or not image.dtype.isnative:
+            raise ValueError(f"expected pixels of uint8, uint16 or floats, got {image.dtype}")
+        else:
+            pixels = torch.from_numpy(np.array(image))
+            is_masks = self.do_convert_grayscale and pixels.ndim == 3 and pixels.shape[-1] != 1
+            if pixels.ndim > 2 and not is_masks:
+                pixels = pixels.movedim(-1, -3)  # [C, H, W] or [B, C, H, W]
         if pixels.ndim == 3:  # gray ones are several masks [B, H, W]
-            pixels = pixels[:, None] if is_gray else pixels[None]
+            pixels = pixels[:, None] if self.do_convert_grayscale else pixels[None]
         pixels = pixels[None, None] if pixels.ndim == 2 else pixels
-        if pixels.dtype == torch.uint8:
-            return pixels.float() / 255
+        pixels = scale_integers(pixels)
         if not pixels.is_floating_point():
-            raise ValueError(f"expected pixels of uint8 or floats, got {image.dtype}")
+            raise ValueError(f"expected pixels of uint8, uint16 or floats, got {image.dtype}")
         return pixels
 
     def postprocess(
@@ -261,5 +266,6 @@ class VaeImageProcessor:
 
 
 def _known_mode(image: "Image") -> "Image":
-    """Convert modes whose numbers are not gray or RGB levels."""
+    """Convert modes whose numbers are not 8-bit gray or RGB levels."""
+    image = to_8_bits(image)
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")

@@ -64,7 +64,8 @@ def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
 
 
 def _is_recomputed(module: nn.Module) -> bool:
-    return isinstance(module.forward, partial) and module.forward.func is _recomputed
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func is _recomputed
 
 
 class ModelMethods(nn.Module):
@@ -182,7 +183,7 @@ class ModelMethods(nn.Module):
     def disable_gradient_checkpointing(self) -> None:
         """Keep activations for the backward pass again."""
         for block in filter(_is_recomputed, self.modules()):
-            block.forward = block.forward.args[0]
+            block.forward = vars(block)["forward"].args[0]
 
     @property
     def is_gradient_checkpointing(self) -> bool:

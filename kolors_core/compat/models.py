@@ -74,7 +74,7 @@ class UNet2DConditionModel(ModelMethods, UNet):
         return UNet2DConditionOutput(noise) if return_dict else (noise,)
 
 
-class ControlNetModel(ModelMethods, KolorsControlNet):
+class ControlNetModel(ModelMethods, KolorsControlNet):  # pyright: ignore[reportIncompatibleMethodOverride]
     """ControlNet that may also be called as the reference's: with `added_cond_kwargs`."""
 
     component, config_type = "controlnet", configs.ControlNetConfig

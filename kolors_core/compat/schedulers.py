@@ -11,22 +11,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kolors_core import checkpoint
 from kolors_core import schedule as plain
-from kolors_core.checkpoint import (
-    EMBEDDED,
-    EMBEDDED_NAME,
-    SCHEDULER_FILE,
-    fetch_component,
-    open_scheduler,
-    write_json,
-)
+from kolors_core.checkpoint import SCHEDULER_FILE
+from kolors_core.compat.model_outputs import ModelOutput
 from kolors_core.config import ConfigDict
+from kolors_core.devices import loading_device
 from kolors_core.sampling import Generators, dpmpp_step, euler, randn_latents
 from kolors_core.schedule import ONE_VALUE_FIELDS, UNUSED_FIELDS, Schedule, Scheduler
 from kolors_core.validation import as_path, check_int
@@ -69,17 +65,18 @@ class Fields(TypedDict, total=False):
     time_shift_type: str
 
 
-class EulerDiscreteSchedulerOutput(NamedTuple):
-    """Result of a step: the next latents, and the predicted clean ones."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
-
-
-class SchedulerOutput(NamedTuple):
+@dataclass(frozen=True)
+class SchedulerOutput(ModelOutput):
     """Result of a step: the next latents."""
 
     prev_sample: Tensor
+
+
+@dataclass(frozen=True)
+class EulerDiscreteSchedulerOutput(SchedulerOutput):
+    """Result of a step: the next latents, and the predicted clean ones."""
+
+    pred_original_sample: Tensor
 
 
 @dataclass(eq=False)
@@ -119,24 +116,31 @@ class StatefulScheduler(Scheduler):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **hub: Any
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, *,
+        revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
+        token: str | bool | None = None, force_download: bool = False,
     ) -> Self:  # fmt: skip
-        """Load from a folder, a hub repository or "tiny", whichever class of scheduler is saved there.
+        """Load from a folder or hub repository, or "tiny", whichever class of scheduler is saved there.
 
-        subfolder: usually "scheduler". hub: as for `kolors_core.hub.fetch`, which raises the errors.
+        subfolder: "scheduler", of a whole Kolors. FileNotFoundError or ValueError names the file or field.
         """
-        name = pretrained_model_name_or_path
-        source = EMBEDDED if name == EMBEDDED_NAME else name
-        folder = fetch_component(source, "scheduler", subfolder or "", None, False, **hub) / (subfolder or "")
-        if not (folder / SCHEDULER_FILE).is_file() and (folder / "scheduler" / SCHEDULER_FILE).is_file():
-            raise FileNotFoundError(f"{folder / SCHEDULER_FILE}: no such file, give subfolder='scheduler'")
-        return open_scheduler(folder / SCHEDULER_FILE, cls)
+        name, inside = pretrained_model_name_or_path, subfolder or ""
+        if name == checkpoint.EMBEDDED_NAME:
+            name, inside = checkpoint.EMBEDDED, inside or "scheduler"
+        folder = checkpoint.fetch_component(
+            name, "scheduler", inside, None, False, revision=revision, cache_dir=cache_dir,
+            local_files_only=local_files_only, token=token, force_download=force_download,
+        )  # fmt: skip
+        file = folder / inside / SCHEDULER_FILE
+        if not file.exists() and (folder / "scheduler" / SCHEDULER_FILE).exists():
+            raise FileNotFoundError(f"{file}: no such file, give subfolder='scheduler'")
+        return checkpoint.open_scheduler(file, cls)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `scheduler_config.json` into a folder, for this class and the reference's."""
         folder = as_path("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.to_public(), folder / SCHEDULER_FILE)
+        checkpoint.write_json(self.to_public(), folder / SCHEDULER_FILE)
 
     @property
     def config(self) -> ConfigDict:
@@ -196,7 +200,7 @@ class StatefulScheduler(Scheduler):
     ) -> None:  # fmt: skip
         """Begin a loop of so many steps, or of given timesteps (n) or sigmas (n + 1); see `schedule`."""
         schedule = self.schedule(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-        state = _begin(schedule, device)
+        state = _begin(schedule, "cpu" if device is None else loading_device(device))
         state.num_inference_steps = len(schedule.timesteps)
         object.__setattr__(self, "_state", state)
 
@@ -223,15 +227,21 @@ class StatefulScheduler(Scheduler):
         scale = _column([self.latent_scale(sigma) for sigma in sigmas], original_samples)
         return (original_samples + noise * _column(sigmas, original_samples)) / scale
 
-    def _advance(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> tuple[float, float]:
-        """Return the sigmas that a step leads from and to, and count it."""
+    def _sigmas_of(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor
+    ) -> tuple[float, float]:  # fmt: skip
+        """Return the sigmas that a step leads from and to."""
         if model_output.shape != sample.shape:
             got = f"{list(model_output.shape)}, {list(sample.shape)}"
             raise ValueError(f"model_output and sample must be of one shape, got {got}")
         index = self._locate(timestep)
-        self._state.step_index = index + 1
         sigma, next_sigma = self._state.schedule.sigmas[index : index + 2].tolist()
         return sigma, next_sigma
+
+    def _count(self, output: ModelOutput, return_dict: bool) -> Any:
+        """Count a step; return its result, as a tuple without return_dict."""
+        self._state.step_index = (self._state.step_index or 0) + 1
+        return output if return_dict else output.to_tuple()
 
     def _locate(self, timestep: float | Tensor) -> int:
         """Return the index of the next step: at the first the begin index, or else the timestep's."""
@@ -261,14 +271,14 @@ class EulerDiscreteScheduler(StatefulScheduler, plain.EulerDiscreteScheduler):
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, s_churn: float = 0.0,
         s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
         generator: Generators = None, return_dict: bool = True
-    ) -> EulerDiscreteSchedulerOutput:  # fmt: skip
-        """Compute the latents at the next timestep from the UNet's output; the result is a tuple too.
+    ) -> Any:  # fmt: skip
+        """Compute an `EulerDiscreteSchedulerOutput` from the UNet's output, or a tuple without return_dict.
 
         s_churn, s_tmin, s_tmax, s_noise: noise added in each step, as in Karras et al., algorithm 2.
         """
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
             raise ValueError(f"timestep must be one of scheduler.timesteps, got the integer {timestep}")
-        sigma, next_sigma = self._advance(model_output, timestep, sample)
+        sigma, next_sigma = self._sigmas_of(model_output, timestep, sample)
         churn = min(s_churn / len(self.timesteps), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
         raised = sigma * (churn + 1)
         x = sample.to(torch.float32)
@@ -278,7 +288,7 @@ class EulerDiscreteScheduler(StatefulScheduler, plain.EulerDiscreteScheduler):
             x = x + noise * s_noise * math.sqrt(raised**2 - sigma**2)
         x0 = x - raised * model_output
         x = euler(lambda _x, _sigma: x0, x, (raised, next_sigma))
-        return EulerDiscreteSchedulerOutput(x.to(model_output.dtype), x0)
+        return self._count(EulerDiscreteSchedulerOutput(x.to(model_output.dtype), x0), return_dict)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Compute the velocity of v-prediction, (noise - sigma * sample) / sqrt(sigma^2 + 1).
@@ -308,12 +318,12 @@ class DPMSolverMultistepScheduler(StatefulScheduler, plain.DPMSolverMultistepSch
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, generator: Generators = None,
         variance_noise: Tensor | None = None, return_dict: bool = True
-    ) -> SchedulerOutput:  # fmt: skip
-        """Compute the latents at the next timestep from the UNet's output; the result is a tuple too.
+    ) -> Any:  # fmt: skip
+        """Compute a `SchedulerOutput` from the UNet's output, or a tuple without return_dict.
 
         variance_noise: of the SDE form, drawn from the generator if None.
         """
-        sigma, next_sigma = self._advance(model_output, timestep, sample)
+        sigma, next_sigma = self._sigmas_of(model_output, timestep, sample)
         state, scale = self._state, self.latent_scale(sigma)
         x0 = (sample - sigma / scale * model_output) * scale
         noise = None
@@ -322,11 +332,11 @@ class DPMSolverMultistepScheduler(StatefulScheduler, plain.DPMSolverMultistepSch
             if noise is None:
                 noise = randn_latents(tuple(x0.shape), generator, x0.device, torch.float32)
             noise = noise.to(x0.device, torch.float32)
-        is_last = state.step_index == len(state.timesteps) and state.schedule.first_order_last
+        is_last = state.step_index == len(state.timesteps) - 1 and state.schedule.first_order_last
         last = None if self.solver_order == 1 or is_last else state.last
         x = dpmpp_step(sample.to(torch.float32) * scale, x0, sigma, next_sigma, last, noise)
         state.last = x0, sigma
-        return SchedulerOutput((x / self.latent_scale(next_sigma)).to(x0.dtype))
+        return self._count(SchedulerOutput((x / self.latent_scale(next_sigma)).to(x0.dtype)), return_dict)
 
 
 _STATEFUL: dict[type[Scheduler], type[StatefulScheduler]] = {
@@ -341,7 +351,7 @@ def of(scheduler: Scheduler) -> Scheduler:
     return scheduler if kind is None else kind(**asdict(scheduler))
 
 
-def _begin(schedule: Schedule, device: torch.device | str | None) -> LoopState:
+def _begin(schedule: Schedule, device: torch.device | str) -> LoopState:
     dtype = torch.int64 if schedule.whole_timesteps else torch.float32
     return LoopState(schedule, schedule.timesteps.to(device, dtype), schedule.sigmas.float())
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
+from kolors_core.changed_models import is_ours
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.module import settings
 from kolors_core.tokenizer import TokenBatch
@@ -25,7 +26,7 @@ class Key(NamedTuple):
     """Key of an embedding: `name` in a folder, and also `memory_key` in memory.
 
     is_persistable: whether the name identifies the embedding; not for an encoder with forward hooks or
-    another forward. A pre-hook is taken for one that only copies weights (offload.py).
+    another class or forward. A pre-hook is taken for one that only copies weights (offload.py).
     """
 
     name: str
@@ -38,7 +39,7 @@ class Key(NamedTuple):
         hooks = [hook for module in encoder.modules() for hook in module._forward_hooks.values()]
         pre_hooks = [hook for module in encoder.modules() for hook in module._forward_pre_hooks.values()]
         versions = tuple(parameter._version for parameter in encoder.parameters())
-        is_plain = type(encoder).forward is ChatGLM.forward and "forward" not in vars(encoder)
+        is_plain = is_ours(type(encoder)) and "forward" not in vars(encoder)
         memory_key = type(encoder), versions, tuple(map(id, [*hooks, *pre_hooks]))
         return cls(fingerprint(encoder, tokens), memory_key, is_plain and not hooks)
 

@@ -17,8 +17,9 @@ from kolors_core.adapters.ip_adapter import AttachedAdapter, IPAdapter, attach, 
 from kolors_core.adapters.ip_adapter_files import adapter_sources, load_adapter
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import check_finite, check_low_cpu_mem_usage, named_device, unwrap_compiled
-from kolors_core.image import as_list, to_grayscale
+from kolors_core.image import as_list, to_8_bits, to_grayscale
 from kolors_core.pipelines.base import Components
+from kolors_core.pipelines.masks import warn_alpha_only
 from kolors_core.validation import check_int
 
 # For each attached adapter the image prompts of the positive half and, under guidance, of the negative one.
@@ -122,12 +123,16 @@ class IPAdapterMethods(Components):
 
     def _pixels(self, pictures: Any, encoder: CLIPVision) -> Tensor:
         """Preprocess images for CLIP: [I, 3, S, S]; a tensor is taken as preprocessed."""
+        from PIL import Image
+
         if isinstance(pictures, Tensor):
             if not pictures.is_floating_point():
                 raise ValueError(f"a tensor must be pixels as CLIP sees them, floats, got {pictures.dtype}")
             pixels = pictures
         elif self.feature_extractor is not None:
-            pixels = self.feature_extractor(pictures, return_tensors="pt").pixel_values
+            given = pictures if isinstance(pictures, list | tuple) else [pictures]
+            given = [to_8_bits(one) if isinstance(one, Image.Image) else one for one in given]
+            pixels = self.feature_extractor(given, return_tensors="pt").pixel_values
         else:
             pixels = preprocess_clip(pictures, encoder.config.image_size)
         return self._to_model(encoder.projection.weight, pixels)
@@ -212,6 +217,7 @@ class IPAdapterMaskProcessor:
         masks = as_list(image)
         if strangers := [mask for mask in masks if not isinstance(mask, Image.Image)]:
             raise TypeError(f"expected masks as PIL images, got {type(strangers[0]).__name__}")
+        warn_alpha_only(masks, "a mask of an IP-Adapter")
         h = masks[0].height if height is None else check_int("height", height)
         w = masks[0].width if width is None else check_int("width", width)
         if h < 8 or w < 8:

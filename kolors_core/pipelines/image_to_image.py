@@ -14,7 +14,7 @@ from torch import Tensor
 from kolors_core.devices import check_finite
 from kolors_core.image import Size, preprocess_vae
 from kolors_core.pipelines.denoising_loop import StepCallback
-from kolors_core.pipelines.masks import size_of, to_gray
+from kolors_core.pipelines.masks import size_of, to_gray, warn_alpha_only
 from kolors_core.pipelines.request import (
     Extras,
     KolorsPipelineOutput,
@@ -185,6 +185,7 @@ class KolorsImg2ImgPipeline(FromImage):
             noise = self._draw(clean.shape, generator) if denoising_start is None else None
             x = self._first_latents(schedule, clean, noise)
             if strength_map is not None and noise is not None:
+                warn_alpha_only(strength_map, "strength_map")
                 mask = to_gray(strength_map, size_of(clean), (size_of(image), size), "strength_map").to(x)
                 mask = repeat_per_image(mask, count, num_images_per_prompt, "strength maps")
                 wrap_sampler = partial(preserve_masked_latents, clean=clean, noise=noise, strength=mask)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from kolors_core.image import Size, preprocess_vae
+from kolors_core.image import Size, preprocess_vae, to_8_bits
 from kolors_core.pipelines import masks
 from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.image_to_image import FromImage, preserve_masked_latents, repeat_per_image
@@ -156,6 +156,7 @@ class KolorsInpaintPipeline(FromImage):
         for name, value in (("image", image), ("mask_image", mask_image)):
             if value is None:
                 raise ValueError(f"no {name}: expected an image and a mask of the part to inpaint")
+        masks.warn_alpha_only(mask_image, "mask_image")
         if padding is not None:
             size = self._size("height", height), self._size("width", width)
             read, mask, box = _region(image, mask_image, size, padding)
@@ -201,8 +202,8 @@ def _region(image: Any, mask: Any, size: Size, padding: int) -> tuple[Tensor, Te
     if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
         raise ValueError(f"padding_mask_crop must be a whole number of pixels from 0, got {padding!r}")
     box = masks.mask_region(mask, size, padding)
-    image = masks.resize_to_fit(image.convert("RGB").crop(box), size)
-    mask = masks.resize_to_fit(mask.convert("L").crop(box), size)
+    image = masks.resize_to_fit(to_8_bits(image).convert("RGB").crop(box), size)
+    mask = masks.resize_to_fit(to_8_bits(mask).convert("L").crop(box), size)
     return preprocess_vae(image, multiple=1), to_gray(mask, size, (size,)), box
 
 
@@ -211,7 +212,7 @@ def _control_region(given: Any, image: "Image", size: Size, box: Box) -> Any:
     if isinstance(given, list | tuple):
         return [_control_region(one, image, size, box) for one in given]
     _need_pil("control_image", given, image)
-    return masks.resize_to_fit(given.convert("RGB").crop(box), size)
+    return masks.resize_to_fit(to_8_bits(given).convert("RGB").crop(box), size)
 
 
 def _need_pil(name: str, value: Any, image: "Image") -> None:

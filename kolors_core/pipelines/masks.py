@@ -4,6 +4,7 @@ Masks are [m, 1, H, W] from 0 (preserved) to 1 (generated).
 Source: `VaeImageProcessor` in diffusers' image_processor.py, with its binarization, "fill" and "crop".
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_core.image import Size, preprocess_vae, to_grayscale, to_images
+from kolors_core.image import (
+    Size,
+    check_pixels,
+    load_image,
+    preprocess_vae,
+    scale_integers,
+    to_8_bits,
+    to_grayscale,
+    to_images,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 SHAPE_TOLERANCE = 0.02  # by which a mask's aspect may differ from its image's
 NO_WHITE = "white is repainted, and there is none"
+logger = logging.getLogger("kolors_core")
 
 
 def size_of(image: Any) -> Size:
@@ -35,11 +46,38 @@ def size_of(image: Any) -> Size:
     return height, width
 
 
+def load_mask(file: str, name: str) -> "Image":
+    """Load a mask from a file or http(s) URL as gray ("L"); `name` is that of its argument, for warnings."""
+
+    def convert(image: "Image") -> "Image":
+        warn_alpha_only(image, name)
+        return to_8_bits(image, file).convert("L")
+
+    return load_image(file, convert)
+
+
+def warn_alpha_only(masks: Any, name: str) -> None:
+    """Log a mask whose gray is the same everywhere while its alpha, which is not read, has a shape."""
+    from PIL import Image
+
+    for mask in masks if isinstance(masks, list | tuple) else [masks]:
+        if isinstance(mask, Image.Image) and mask.has_transparency_data:
+            bands = to_8_bits(mask).convert("L"), mask.convert("RGBA").getchannel("A")
+            is_constant, is_opaque = (
+                lowest == highest for lowest, highest in (b.getextrema() for b in bands)
+            )
+            if is_constant and not is_opaque:
+                hint = "give image.getchannel('A'), or ImageOps.invert of it to repaint what is transparent"
+                fault = "its gray is the same everywhere and its shape is in its alpha, which is not read"
+                logger.warning("%s: %s: %s", name, fault, hint)
+
+
 def to_gray(masks: Any, size: Size, image_sizes: Sequence[Size], name: str = "mask_image") -> Tensor:
     """Convert masks to gray float32 [m, 1, H, W] in [0, 1] of this size.
 
     masks: PIL images of any mode, resized with Lanczos; arrays [H, W], [H, W, 1] or [m, H, W], and tensors
-    [H, W], [m, H, W] or [m, 1, H, W], of bool, uint8 or in [0, 1], resized to the nearest pixel; or a list.
+    [H, W], [m, H, W] or [m, 1, H, W], of bool, uint8, uint16 or in [0, 1], resized to the nearest pixel; or a
+    list.
     image_sizes: of the images that they belong to; each mask must have the aspect of one of them.
     Raises ValueError or TypeError naming the argument, what came and what was expected.
     """
@@ -74,10 +112,9 @@ def _planes(mask: Any, name: str) -> Iterator[Tensor]:
     values = values[None] if values.ndim == 2 else values  # [m, H, W]
     if values.ndim != 3 or not values.numel():
         raise ValueError(f"{name} must be {wanted}, got one of {list(mask.shape)}")
-    if values.dtype == torch.uint8:
-        values = values / 255
+    values = scale_integers(values)
     if values.dtype != torch.bool and not values.is_floating_point():
-        raise ValueError(f"{name} must hold bool, uint8 or floats, got {mask.dtype}")
+        raise ValueError(f"{name} must hold bool, uint8, uint16 or floats, got {mask.dtype}")
     values = values.float()
     if not 0 <= values.min() <= values.max() <= 1:
         raise ValueError(f"{name} must be from 0 to 1, got {values.min():g} to {values.max():g}")
@@ -96,7 +133,7 @@ def binarize_mask(mask: Tensor, size: Size, name: str = "mask_image") -> tuple[T
 
 def mask_region(mask: "Image", size: Size, padding: int) -> Box:
     """Return the padded box of a mask's non-black part, in the aspect of `size` if it fits."""
-    if (found := mask.convert("L").getbbox()) is None:
+    if (found := to_8_bits(mask).convert("L").getbbox()) is None:
         raise ValueError(f"mask_image leaves nothing to repaint: {NO_WHITE}")
     left, top = (max(side - padding, 0) for side in found[:2])
     right, bottom = min(found[2] + padding, mask.width), min(found[3] + padding, mask.height)
@@ -124,7 +161,9 @@ def resize_to_fit(image: "Image", size: Size, covers: bool = False) -> "Image":
     is_wider = image.width * height > width * image.height
     fits_width = width, image.height * width // image.width
     fits_height = image.width * height // image.height, height
-    scaled = image.resize(fits_width if is_wider != covers else fits_height, Image.Resampling.LANCZOS)
+    scaled_size = fits_width if is_wider != covers else fits_height
+    check_pixels(*scaled_size)
+    scaled = image.resize(scaled_size, Image.Resampling.LANCZOS)
     left, top = width // 2 - scaled.width // 2, height // 2 - scaled.height // 2
     page = Image.new(image.mode, (width, height))
     page.paste(scaled, (left, top))

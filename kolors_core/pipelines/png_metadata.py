@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kolors_core.image import image_errors
+from kolors_core.image import open_image
 from kolors_core.validation import as_path
 from weights_convert.atomic_write import atomic_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+MAX_TEXT = 2**22  # letters of all text chunks; pillow alone bounds one that is compressed, at 2**20
 
 
 def attach_metadata(image: "Image", metadata: Mapping[str, Any]) -> None:
@@ -32,12 +34,15 @@ def save_png(image: "Image", path: str | Path) -> None:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Read the text chunks of a PNG. FileNotFoundError or ValueError naming the file if it is none."""
-    from PIL import Image
+    """Read the text chunks of a PNG, which end after its pixels.
 
-    with image_errors(path), Image.open(as_path("path", path)) as image:
-        if image.format == "PNG":
-            image.load()
-    if image.format != "PNG":
-        raise ValueError(f"{path}: expected a PNG, got {image.format}")
-    return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
+    FileNotFoundError or ValueError naming the file if it is none, is damaged, or has over `MAX_TEXT` letters.
+    """
+    with open_image(as_path("path", path)) as image:
+        if image.format != "PNG":
+            raise ValueError(f"expected a PNG, got {image.format}")
+        image.load()
+        texts = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
+        if (size := sum(len(name) + len(value) for name, value in texts.items())) > MAX_TEXT:
+            raise ValueError(f"{size:,} letters of text, expected at most {MAX_TEXT:,}")
+    return texts

@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
@@ -21,26 +23,28 @@ from kolors_core.compat.schedulers import (
     StatefulScheduler,
     of,
 )
+from tests.support.hub import environment, files_of, serving
 from tests.support.reference_folder import KOLORS_SCHEDULER
 from tests.support.small import FLOAT32, relative_error
 
 pytestmark = pytest.mark.numerical
 
 KINDS = (EulerDiscreteScheduler, DPMSolverMultistepScheduler)
-# The reference rounds sigmas and samples to float32 in float64 too; there and in float16 each step is compared by
-# itself, from the same latents.
+# The reference rounds sigmas and samples to float32 in float64 too; there, and in float16, each step is
+# compared by itself, from the same latents.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: FLOAT32, torch.float16: 2e-3}
+KARRAS = {"use_karras_sigmas": True}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 SPACINGS = [{"timestep_spacing": spacing} for spacing in ("leading", "linspace", "trailing")]
 RUNS = [
-    *((kind, changes) for kind in KINDS for changes in (*SPACINGS, {"use_karras_sigmas": True})),
+    *((kind, changes) for kind in KINDS for changes in (*SPACINGS, KARRAS)),
     (EulerDiscreteScheduler, {"final_sigmas_type": "sigma_min"}),
     (EulerDiscreteScheduler, {"beta_schedule": "linear", "steps_offset": 0}),
     (DPMSolverMultistepScheduler, {"solver_order": 1}),
     (DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
     (DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min", "lower_order_final": False}),
     (DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min", "euler_at_final": True}),
-    *((DPMSolverMultistepScheduler, SDE | changes) for changes in (*SPACINGS, {"use_karras_sigmas": True})),
+    *((DPMSolverMultistepScheduler, SDE | changes) for changes in (*SPACINGS, KARRAS)),
     (DPMSolverMultistepScheduler, SDE | {"solver_order": 1}),
 ]
 NAMES = [f"{kind.__name__[:5]}-{'-'.join(map(str, changes.values()))}" for kind, changes in RUNS]
@@ -186,8 +190,27 @@ def test_noise_at_any_timestep(kind: type[StatefulScheduler]) -> None:
         assert relative_error(ours, theirs) < (1e-3 if i == 3 else FLOAT32), i
 
 
+def test_of_a_timestep_that_is_there_twice_the_second_counts() -> None:
+    """Karras' sigmas are so dense at the end that their rounded timesteps repeat."""
+    theirs, ours = reference(DPMSolverMultistepScheduler, KARRAS), DPMSolverMultistepScheduler(**KARRAS)
+    clean, noise = torch.randn(2, 100, *SHAPE[1:], generator=torch.Generator().manual_seed(1))
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(100)
+    assert len(ours.timesteps.unique()) < 100
+    expected = theirs.add_noise(clean, noise, theirs.timesteps)
+    assert relative_error(ours.add_noise(clean, noise, ours.timesteps), expected) < FLOAT32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_loop_knows_nothing_of_the_first(kind: type[StatefulScheduler]) -> None:
+    scheduler = kind()
+    loop(scheduler, {"num_inference_steps": 10})
+    again, fresh = (loop(one, {"num_inference_steps": 5})[0] for one in (scheduler, kind()))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(again, fresh, strict=True))
+
+
 def test_before_set_timesteps_there_is_a_step_for_each_training_timestep() -> None:
-    """As a training script uses it. The reference's DPM-Solver++ noises by sigmas that run against its timesteps."""
+    """As training scripts use it; the reference's DPM-Solver++ has its sigmas in the opposite order then."""
     clean, noise = torch.randn(2, 3, *SHAPE[1:], generator=torch.Generator().manual_seed(1))
     timesteps = torch.tensor([0, 500, 1099])
     theirs, ours = reference(EulerDiscreteScheduler, {}), EulerDiscreteScheduler()
@@ -225,7 +248,7 @@ def test_results_by_name_and_as_a_tuple(kind: type[StatefulScheduler]) -> None:
     timestep, latents = scheduler.timesteps[0], torch.ones(SHAPE)
     names = {"prev_sample"} | ({"pred_original_sample"} if kind is EulerDiscreteScheduler else set())
     named = scheduler.step(latents, timestep, scheduler.scale_model_input(latents, timestep))
-    assert named[0] is named.prev_sample and set(named._fields) == names and len(named) == len(names)
+    assert named[0] is named.prev_sample is named["prev_sample"] and {*named.keys()} == names
     assert scheduler.order == 1 and set(scheduler.compatibles) == set(KINDS)
 
 
@@ -279,7 +302,7 @@ def test_a_pipeline_draws_the_same_by_the_stateful_scheduler(kind: type[Stateful
     (lambda s: s.set_timesteps(5, timesteps=[3]), "exactly one of"),
     (lambda s: s.set_timesteps(0), "the number of steps must be"),
     (lambda s: s.add_noise(torch.ones(SHAPE), torch.ones(SHAPE), torch.tensor([2.5])), "got 2.5"),
-    (lambda s: [s.step(torch.ones(SHAPE), t, torch.ones(SHAPE)) for t in (*s.timesteps, 5.0)], "all 5 steps are"),
+    (lambda s: [s.step(torch.ones(SHAPE), t, torch.ones(SHAPE)) for t in (*s.timesteps, 5.0)], "all 5 steps"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_calls(kind: type[StatefulScheduler], call: Any, message: str) -> None:
@@ -287,6 +310,15 @@ def test_wrong_calls(kind: type[StatefulScheduler], call: Any, message: str) -> 
     scheduler.set_timesteps(5)
     with pytest.raises(ValueError, match=message):
         call(scheduler)
+
+
+def test_a_step_that_fails_does_not_count() -> None:
+    scheduler, latents = DPMSolverMultistepScheduler(**SDE), torch.ones(SHAPE)
+    scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match="a list of 2, one for each image"):
+        scheduler.step(latents, scheduler.timesteps[0], latents, generator=[torch.Generator()])
+    scheduler.step(latents, scheduler.timesteps[0], latents)
+    assert scheduler.step_index == 1
 
 
 def test_eulers_step_takes_no_index() -> None:
@@ -309,7 +341,25 @@ def test_saved_and_loaded_by_both_libraries(kind: type[StatefulScheduler], tmp_p
     assert kind.from_pretrained(tmp_path / "theirs") == scheduler
     with pytest.raises(FileNotFoundError, match="no such file, give subfolder='scheduler'"):
         kind.from_pretrained(tmp_path)
-    assert kind.from_pretrained("tiny", subfolder="scheduler") == kind()  # saved as Euler's
+    assert kind.from_pretrained("tiny") == kind.from_pretrained("tiny", "scheduler") == kind()  # Euler's file
+
+
+def test_of_a_hub_repository_one_file_is_fetched(tmp_path: Path) -> None:
+    EulerDiscreteScheduler(steps_offset=3).save_pretrained(tmp_path / "scheduler")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    program = """
+from kolors_core.compat.schedulers import DPMSolverMultistepScheduler
+scheduler = DPMSolverMultistepScheduler.from_pretrained("someone/kolors", subfolder="scheduler")
+print(scheduler.steps_offset)
+"""
+    with serving({"someone/kolors": {"main": files_of(tmp_path)}}) as hub:
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=environment(hub.endpoint, tmp_path / "home"),
+            cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        )  # fmt: skip
+    assert (run.returncode, run.stdout) == (0, "3\n"), run.stderr
+    assert hub.fetched("someone/kolors") == ["scheduler/scheduler_config.json"]
 
 
 def test_a_faulty_config_names_the_file(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_masks_of_every_form_are_the_references() -> None:
         ([], "mask_image is an empty list"),
         (np.zeros(5), r"mask_image must be .*, got one of \[5\]"),
         (np.zeros((64, 72, 3, 1)), "mask_image is 72 x 3 "),
-        (np.full((64, 72), 255), "mask_image must hold bool, uint8 or floats, got int64"),
+        (np.full((64, 72), 255), "mask_image must hold bool, uint8, uint16 or floats, got int64"),
         (torch.full((64, 72), 255.0), "mask_image must be from 0 to 1, got 255 to 255"),
         (torch.full((64, 72), -1.0), "mask_image must be from 0 to 1, got -1 to -1"),
         (torch.full((64, 72), float("nan")), "mask_image must be from 0 to 1, got nan to nan"),

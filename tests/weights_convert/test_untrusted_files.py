@@ -67,6 +67,11 @@ BAD_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "name twice, spelled otherwise": (
         with_header(json.dumps(entry() | B | B)[:-1].replace('"data_off', '"data\\u005foff', 1)
                     + ', "b": ' + json.dumps(B["b"]) + "}"), "its header: 'b' is given twice"),
+    "70 axes": (with_header(entry(shape=[1] * 69 + [6]) | B), "tensor a has 70 axes, expected at most 16"),
+    "an exotic dtype": (with_header({"a": {"dtype": "F8_E8M0", "shape": [40], "data_offsets": [0, 40]}}),
+                        "tensor a has dtype F8_E8M0, expected one of F64, F32, "),
+    "half a byte": (with_header({"a": {"dtype": "F4", "shape": [80], "data_offsets": [0, 40]}}),
+                    "tensor a has dtype F4, expected one of F64, F32, "),
     "too many": (with_header({f"files.{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
                               for i in range(MAX_TENSORS + 1)}, b""), "16,385 tensors, expected at most"),
     "not an object": (with_header([1]), "its header is list, expected an object"),
@@ -131,23 +136,26 @@ def test_an_index_names_files_beside_it_only(name: str, tmp_path: Path) -> None:
         read_shard_index(index(tmp_path, a=name))
 
 
-def test_an_index_follows_links_within_a_hub_cache_only(tmp_path: Path) -> None:
-    blobs, snapshot = (
-        tmp_path / "models--a--b" / "blobs",
-        tmp_path / "models--a--b" / "snapshots" / "c0ffee" / "unet",
-    )
-    for folder in (blobs, snapshot, tmp_path / "plain"):
-        folder.mkdir(parents=True)
-    (blobs / "5ec").write_bytes(WHOLE)
-    (snapshot / "w.safetensors").symlink_to("../../../blobs/5ec")
-    assert read_shard_index(index(snapshot, a="w.safetensors")) == {"a": "w.safetensors"}
-    (tmp_path / "secret").write_bytes(WHOLE)
-    for folder in (snapshot, tmp_path / "plain"):
-        (folder / "x.safetensors").symlink_to(tmp_path / "secret")
-        with pytest.raises(
-            ValueError, match="index.json: x.safetensors is a link to .*expected a file beside"
-        ):
-            read_shard_index(index(folder, a="x.safetensors"))
+def test_links_in_a_folder_are_followed_with_and_without_an_index(
+    reference_folder: Path, tmp_path: Path
+) -> None:
+    """Within a hub's cache, whose snapshots link to blobs, and to wherever a user keeps the weights."""
+    cache, plain = tmp_path / "models--a--b", tmp_path / "plain"
+    for folder, kept in (
+        (cache / "snapshots" / "c0ffee" / "unet", cache / "blobs"),
+        (plain, tmp_path / "disk"),
+    ):
+        shutil.copytree(reference_folder / "unet", folder)
+        kept.mkdir()
+        for number, shard in enumerate(sorted(folder.glob("*.safetensors"))):
+            shard.rename(kept / f"{number}")
+            shard.symlink_to(os.path.relpath(kept / f"{number}", folder))
+        (place,) = folder.glob("*.index.*")
+        assert set(read_shard_index(place).values()) == {file.name for file in folder.glob("*.safetensors")}
+        with_index = load_component(folder.parent, "unet", subfolder=folder.name).state_dict()
+        place.unlink()
+        without = load_component(folder.parent, "unet", subfolder=folder.name).state_dict()
+        assert all(torch.equal(with_index[name], without[name]) for name in without)
 
 
 def test_a_component_is_not_loaded_past_such_an_index(reference_folder: Path, tmp_path: Path) -> None:
