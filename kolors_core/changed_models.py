@@ -30,7 +30,11 @@ def public_config(model: nn.Module) -> dict[str, Any]:
     """
     config: Any = model.config
     public: dict[str, Any] = config.to_public()
-    changed = next((type(part) for part in model.modules() if not is_ours(type(part))), None)
+    attached = {
+        part for one in model.modules() if getattr(one, "is_adapter", False) for part in one.modules()
+    }
+    own = (type(part) for part in model.modules() if part not in attached)  # an adapter is not saved with it
+    changed = next((kind for kind in own if not is_ours(kind)), None)
     if changed is None and is_ours(type(config)):
         return public
     added = {name: getattr(config, name) for name in _added_fields(type(config))}
@@ -77,7 +81,7 @@ def _record(public: PublicConfig) -> Mapping[str, Any]:
     record = public.get(FIELD)
     if not isinstance(record, dict):
         return {}
-    names = {key: str(record.get(key)) for key in ("class", "config")}
+    names = {key: str(record.get(key, "")) for key in ("class", "config")}
     return record | {k: name if _NAME.fullmatch(name) else "an unknown class" for k, name in names.items()}
 
 

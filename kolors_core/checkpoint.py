@@ -173,7 +173,8 @@ def open_component(
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
     public = read_json(file := path / "config.json")
-    changed = changed_models.describe(public, component) if changed_models.is_ours(kind.build) else ""
+    is_ours = changed_models.is_ours(kind.build) and changed_models.is_ours(kind.config)
+    changed = changed_models.describe(public, component) if is_ours else ""
     try:
         model = kind.empty(changed_models.read_config(kind.config, public, str(file)))
         source = open_weights(path, variant) if has_weights else None

@@ -45,7 +45,7 @@ NOT_RUN = {
 }
 RUN = {
     FRONT: ["Tokenizer(folder"],
-    "kolors_core/README.md": ["load_modified("],
+    "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/performance/README.md": ["quantize(pipe", "plan(pipe"],
     "kolors_core/inspection/README.md": ["record_attention("],
@@ -155,8 +155,18 @@ def test_the_example_of_a_plan_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_example_of_loading_in_part_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = "kolors_core/README.md"
-    run(block_with("load_modified(", page).replace('"kolors"', repr(str(EMBEDDED))), page)
+    run(block_with("zero_padded", page).replace('"kolors"', repr(str(EMBEDDED))), page)
     assert capsys.readouterr().out.rstrip().endswith(" loaded; 1 misshapen: conv_in.weight")
+
+
+def test_the_example_of_a_changed_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = "kolors_core/README.md"
+    names = run(block_with("GatedUNet", page).replace('"kolors"', repr(str(EMBEDDED))), page)
+    assert names["report"].missing == ["gates.bias", "gates.weight"]
+    assert type(names["pipe"].unet) is names["GatedUNet"] and names["unet"].config.gates == 1
+    with pytest.raises(ValueError, match=r"GatedUNet: load it by .*from_pretrained\(FOLDER, unet="):
+        KolorsPipeline.from_pretrained("gated")
 
 
 def test_the_path_written_out_is_about_thirty_lines() -> None:

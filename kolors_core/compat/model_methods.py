@@ -94,6 +94,8 @@ class ModelMethods(nn.Module):
         name = pretrained_model_name_or_path
         if name == checkpoint.EMBEDDED_NAME:
             name, subfolder = checkpoint.EMBEDDED, subfolder or cls.component
+        elif not subfolder and isinstance(name, str | Path) and (Path(name) / "model_index.json").is_file():
+            raise ValueError(f"{name}: is a whole Kolors, expected a subfolder, such as {cls.component!r}")
         dtypes = (parse_dtype("torch_dtype", torch_dtype), parse_dtype("dtype", dtype))
         wanted = devices.merge_dtype_arguments(*dtypes)
         if (chosen := devices.dtype_of(cls.component, wanted)) != wanted and wanted is not None:
@@ -183,7 +185,9 @@ class ModelMethods(nn.Module):
     def disable_gradient_checkpointing(self) -> None:
         """Keep activations for the backward pass again."""
         for block in filter(_is_recomputed, self.modules()):
-            block.forward = vars(block)["forward"].args[0]
+            before = vars(block).pop("forward").args[0]
+            if before != block.forward:  # it was set on the block itself
+                block.forward = before
 
     @property
     def is_gradient_checkpointing(self) -> bool:

@@ -1,5 +1,6 @@
 """A small hub on this machine: repositories by name and revision, and a note of every request."""
 
+import base64
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ class Request(NamedTuple):
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories, by name and revision, behind what a download asks of a hub; every request is noted."""
+    """Repositories, by name and revision, behind what loads and uploads ask of a hub; requests are noted."""
 
     def __init__(self, repositories: dict[str, dict[str, Files]]) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -78,6 +79,41 @@ class Answer(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        """Create a repository, or add a commit, whose files are all sent with it."""
+        url, token = unquote(urlsplit(self.path).path), self.headers["Authorization"]
+        self.server.seen.append(Request(self.command, url, token))
+        lines = self.body().splitlines()
+        if token is None:
+            return self.send(401, b"{}", {"X-Error-Message": "Invalid username or password."})
+        if url == "/api/repos/create":
+            made = json.loads(lines[0])
+            repo = f"{made.get('organization') or 'someone'}/{made['name']}"
+            self.server.repositories.setdefault(repo, {"main": {}})
+            return self.send(200, json.dumps({"url": f"{self.server.endpoint}/{repo}"}).encode())
+        repo, view, revision = url.removeprefix("/api/models/").rsplit("/", 2)
+        if view == "preupload":
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for file in json.loads(lines[0])["files"]]  # fmt: skip
+            return self.send(200, json.dumps({"files": files}).encode())
+        items = [item["value"] for item in map(json.loads, lines) if item["key"] == "file"]
+        sent = {item["path"]: base64.b64decode(item["content"]) for item in items}
+        self.server.repositories[repo][revision] |= sent
+        oid = commit(repo, revision)
+        address = f"{self.server.endpoint}/{repo}/commit/{oid}"
+        self.send(200, json.dumps({"success": True, "commitOid": oid, "commitUrl": address}).encode())
+
+    def body(self) -> bytes:
+        """What was sent, at once or in chunks."""
+        if (length := self.headers["Content-Length"]) is not None:
+            return self.rfile.read(int(length))
+        content = b""
+        while size := int(self.rfile.readline(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
+
     def refuse(self, code: str, message: str) -> None:
         self.send(404, b"", {"X-Error-Code": code, "X-Error-Message": message})
 
@@ -86,7 +122,7 @@ class Answer(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:

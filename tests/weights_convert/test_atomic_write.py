@@ -192,6 +192,75 @@ def test_long_names_and_a_file_that_is_mapped(tmp_path: Path) -> None:
     assert isinstance(mapped, Tensor) and mapped.tolist() == [1.0] * 3
 
 
+REPLACED = """
+import os, random, signal, sys, time
+from contextlib import suppress
+from pathlib import Path
+from weights_convert import atomic_write
+from weights_convert.atomic_write import atomic_folder, write_bytes
+
+root, rng = Path(sys.argv[1]), random.Random(0)
+if sys.argv[2] == "renames":
+    atomic_write._exchange_in_one_step = lambda one, other: False
+folder = root / "model"
+
+def write(version):
+    with atomic_folder(folder, lambda _: True) as scratch:
+        for name in "abc":
+            write_bytes(str(version).encode() * 5_000, scratch / f"{name}{version % 7}")
+
+write(0)
+missing = 0
+for start in range(1, 15_001, 1000):
+    if (child := os.fork()) == 0:
+        for version in range(start, start + 1000):
+            write(version)
+        os._exit(0)
+    time.sleep(rng.uniform(0.002, 0.03))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if not folder.exists():
+        missing += 1
+        with suppress(FileExistsError), atomic_folder(folder):
+            raise AssertionError("the old folder is not back")
+    contents = {file.read_bytes() for file in folder.iterdir()}
+    names = sorted(file.name for file in folder.iterdir())
+    assert len(contents) == 1 and names == [f"{name}{names[0][1]}" for name in "abc"], names
+    write(0)
+    assert [path.name for path in root.iterdir()] == ["model"], list(root.iterdir())
+print(missing)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("way", ["exchange", "renames"])
+def test_a_killed_writer_leaves_the_old_folder_or_the_new_one(way: str, tmp_path: Path) -> None:
+    """Fifteen writers that replace a folder; where it cannot be exchanged, the next write restores it."""
+    run = subprocess.run(
+        [sys.executable, "-c", REPLACED, str(tmp_path), way], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    assert way == "renames" or int(run.stdout) == 0
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    for version in ("old", "new"):
+        with atomic_folder(folder, lambda _: True) as scratch:
+            write_bytes(version.encode(), scratch / version)
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    with pytest.raises(KeyError), atomic_folder(folder, lambda _: True) as scratch:
+        write_bytes(b"half", scratch / "half")
+        raise KeyError
+    with pytest.raises(FileExistsError, match="exists already"), atomic_folder(folder, lambda _: False):
+        pass
+    (tmp_path / "link").symlink_to(folder)
+    with atomic_folder(tmp_path / "link", lambda _: True) as scratch:
+        write_bytes(b"through a link", scratch / "linked")
+    assert (tmp_path / "link").is_symlink() and [path.name for path in folder.iterdir()] == ["linked"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model"]
+
+
 TEXTS = {
     f"k{i}": text for i, text in enumerate(['"\\/', "\b\f\n\r\t", "\x00\x1f\x7f", "猫 \u2028 🐱", "", "{}:,"])
 }
