@@ -48,10 +48,8 @@ def draw(place: Path, without: tuple[str, ...], program: str) -> bytes:
     left_out = shutil.ignore_patterns("__pycache__", "tiny")
     for package in ("kolors_core", "weights_convert"):
         shutil.copytree(ROOT / package, place / package, ignore=left_out)
-    for folder in without:
+    for folder in {*without} | ({"compat"} if METHODS.keys() & {*without} else set()):
         shutil.rmtree(place / "kolors_core" / folder)
-        if folder in METHODS:
-            shutil.rmtree(place / "kolors_core" / "compat", ignore_errors=True)
         if folder in METHODS and "pipelines" not in without:
             delete_methods(place / "kolors_core" / "pipelines", folder)
     (place / "kolors_core" / "tiny").symlink_to(ROOT / "kolors_core" / "tiny")

@@ -354,7 +354,6 @@ def test_a_map_for_each_prompt(pipes: Pair) -> None:
         ({"padding_mask_crop": 2, "output_type": "latent"}, "need images, and output_type is 'latent'"),
         ({"paste_back": True, "output_type": "latent"}, "need images, and output_type is 'latent'"),
         ({"paste_back": True, "image": torch.zeros(1, 4, 8, 9)}, "paste_back needs an image to paste into"),
-        ({"eta": 0.5}, "eta is 0.5"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -210,5 +210,5 @@ def test_ctrl_c_on_the_command_line_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_an_argument_that_no_task_has_is_named(pipe: KolorsPipeline) -> None:
-    with pytest.raises(TypeError, match="'promt' is no argument of this task, nor of face_embeds"):
+    with pytest.raises(TypeError, match="'promt' is no argument of KolorsPipeline, did you mean prompt"):
         pipe("a red apple", promt="a red apple")  # type: ignore[call-arg]

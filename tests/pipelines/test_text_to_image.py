@@ -333,19 +333,6 @@ def test_models_that_do_not_fit_together_are_named(pipes: Pair) -> None:
         KolorsPipeline(**parts | {"unet": torch.nn.Linear(1, 1)})
 
 
-def test_a_pipeline_without_unet_or_vae_encodes_and_says_what_it_cannot(pipes: Pair) -> None:
-    ours, parts = pipes[0], pipes[0].components
-    alone = KolorsPipeline(**parts | {"unet": None, "vae": None})
-    assert (alone.device, alone.dtype) == (ours.device, ours.dtype)
-    for a, b in zip(alone.encode_prompt("cat"), ours.encode_prompt("cat"), strict=True):
-        assert a is not None and b is not None and torch.equal(a, b)
-    for without in ("unet", "vae", "scheduler"):
-        with pytest.raises(ValueError, match=f"this pipeline has no {without}: it encodes prompts, and cann"):
-            KolorsPipeline(**parts | {without: None})("cat")
-        with pytest.raises(ValueError, match=f"this pipeline has no {without} and cannot be saved whole"):
-            KolorsPipeline(**parts | {without: None}).save_pretrained("nowhere")
-
-
 def test_without_a_text_encoder_embeddings_are_asked_for(reference_folder: Path, pipes: Pair) -> None:
     pipe = KolorsPipeline.from_pretrained(reference_folder, text_encoder=None, tokenizer=None)
     pipe.set_progress_bar_config(disable=True)
