@@ -67,10 +67,10 @@ class Batch:
 
 def read_folder(
     folder: str | Path, *, default_captions: Sequence[str] = (), allow_outside: bool = False
-) -> list[Example]:  # fmt: skip
+) -> list[Example]:
     """List the captioned images of a folder; a log line counts the files that are left out.
 
-    default_captions: captions of an image that has none, which is left out if there are no such captions.
+    default_captions: captions of an image without a .txt, which else is left out.
     allow_outside: read files too that leave the folder, by a link or by their name in `metadata.jsonl`; else
     they are an error, except a Hugging Face cache's own links. Raises FileNotFoundError or ValueError naming
     the file and line at fault, such as a captioned image that is damaged.
@@ -83,9 +83,8 @@ def read_folder(
     root, metadata = None if allow_outside else folder, folder / "metadata.jsonl"
     has_metadata = metadata.exists()
     defaults = tuple(default_captions)
-    captioned = list(
-        _from_metadata(metadata, root) if has_metadata else _from_text_files(folder, root, defaults)
-    )
+    found = _from_metadata(metadata, root) if has_metadata else _from_text_files(folder, root, defaults)
+    captioned = list(found)
     examples = []
     for file, captions in captioned:
         _check_place(file, root)
@@ -97,9 +96,9 @@ def read_folder(
     folders = {folder} | {p for file in used for p in file.parents if p.is_relative_to(folder)}
     left_out = _left_out(folders, used | texts, has_metadata)
     if not examples:
-        found = f"; {left_out}" if left_out else ""
+        there = f"; {left_out}" if left_out else ""
         wanted = "name.png + name.txt, or metadata.jsonl"
-        raise FileNotFoundError(f"{folder}: no images with captions ({wanted}){found}")
+        raise FileNotFoundError(f"{folder}: no images with captions ({wanted}){there}")
     if left_out:
         logger.warning("%s: %d captioned images are read, others left out; %s", folder, len(used), left_out)
     return examples
@@ -144,7 +143,7 @@ def _read_text(file: Path, longest: int, root: Path | None) -> str:
 
 def _from_text_files(
     folder: Path, root: Path | None, defaults: tuple[str, ...]
-) -> Iterator[tuple[Path, tuple[str, ...]]]:  # fmt: skip
+) -> Iterator[tuple[Path, tuple[str, ...]]]:
     suffixes = _image_suffixes()
     for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes):
         if (text := file.with_suffix(".txt")).exists():

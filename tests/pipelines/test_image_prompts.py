@@ -261,7 +261,7 @@ def test_a_picture_without_an_adapter_is_an_error(both: Both) -> None:
     both[0].unload_ip_adapter()  # nothing to do, and nothing happens
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "LAB"])  # PIL makes no gray of it
 @pytest.mark.parametrize("sides", [(None, None), (64, 24), (50, None)])
 def test_masks_are_the_references(mode: str, sides: tuple[int | None, int | None]) -> None:
     masks = [noise_image(mode, seed=seed) for seed in (1, 2)]

@@ -90,6 +90,7 @@ def test_missing_captions_and_folders_are_named(tmp_path: Path) -> None:
     found = r"no images with captions .*; images without a caption: 1 .'a.png'.$"
     with pytest.raises(FileNotFoundError, match=found):
         read_folder(tmp_path)
+    assert [example.captions for example in read_folder(tmp_path, default_captions=["a"])] == [("a",)]
 
 
 FORMATS = {  # as pillow names them, and a suffix of each
