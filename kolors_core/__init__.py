@@ -10,6 +10,7 @@ Names are imported on first use: `import kolors_core.unet` loads only what the U
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kolors_core.config import VERSION as __version__
@@ -22,22 +23,37 @@ if TYPE_CHECKING:
         load_image_embeds,
         save_image_embeds,
     )
-    from kolors_core.image import load_image
-    from kolors_core.inspection.attention_maps import record_attention
-    from kolors_core.inspection.features import capture, inject
-    from kolors_core.pipelines.controlnet import (
+    from kolors_core.compat.auto import (
+        AutoPipelineForImage2Image,
+        AutoPipelineForInpainting,
+        AutoPipelineForText2Image,
+        DiffusionPipeline,
+    )
+    from kolors_core.compat.image_processor import VaeImageProcessor
+    from kolors_core.compat.models import (
+        AutoencoderKL,
+        ChatGLMModel,
+        ControlNetModel,
+        UNet2DConditionModel,
+    )
+    from kolors_core.compat.pipelines import (
         KolorsControlNetImg2ImgPipeline,
         KolorsControlNetInpaintPipeline,
         KolorsControlNetPipeline,
+        KolorsImg2ImgPipeline,
+        KolorsInpaintPipeline,
+        KolorsPAGPipeline,
+        KolorsPipeline,
     )
+    from kolors_core.compat.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+    from kolors_core.compat.tokenizer import ChatGLMTokenizer
+    from kolors_core.compat.utils import make_image_grid
+    from kolors_core.image import load_image
+    from kolors_core.inspection.attention_maps import record_attention
+    from kolors_core.inspection.features import capture, inject
     from kolors_core.pipelines.denoising_loop import SDXLCFGCutoffCallback
     from kolors_core.pipelines.image_prompts import IPAdapterMaskProcessor
-    from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
-    from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
-    from kolors_core.pipelines.pag import KolorsPAGPipeline
     from kolors_core.pipelines.request import KolorsPipelineOutput
-    from kolors_core.pipelines.text_to_image import KolorsPipeline
-    from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 _NAMES_IN = {
     "adapters.canny": ("canny",), "adapters.controlnet_files": ("KolorsControlNet",),
@@ -53,15 +69,34 @@ _NAMES_IN = {
     "pipelines.request": ("KolorsPipelineOutput",), "pipelines.text_to_image": ("KolorsPipeline",),
     "schedule": ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
 }  # fmt: skip
+# The drop-in classes, which stand before the plain ones of the same names; without compat/ those remain.
+_COMPAT_NAMES_IN = {
+    "compat.auto": (
+        "AutoPipelineForImage2Image", "AutoPipelineForInpainting", "AutoPipelineForText2Image",
+        "DiffusionPipeline",
+    ),
+    "compat.image_processor": ("VaeImageProcessor",),
+    "compat.models": ("AutoencoderKL", "ChatGLMModel", "ControlNetModel", "UNet2DConditionModel"),
+    "compat.pipelines": (
+        "KolorsControlNetImg2ImgPipeline", "KolorsControlNetInpaintPipeline", "KolorsControlNetPipeline",
+        "KolorsImg2ImgPipeline", "KolorsInpaintPipeline", "KolorsPAGPipeline", "KolorsPipeline",
+    ),
+    "compat.schedulers": ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
+    "compat.tokenizer": ("ChatGLMTokenizer",), "compat.utils": ("make_image_grid",),
+}  # fmt: skip
+if (Path(__file__).parent / "compat").is_dir():
+    _NAMES_IN |= _COMPAT_NAMES_IN
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
 __all__ = [
-    "CLIPVisionModelWithProjection", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler",
-    "IPAdapterMaskProcessor", "KolorsControlNet", "KolorsControlNetImg2ImgPipeline",
-    "KolorsControlNetInpaintPipeline", "KolorsControlNetPipeline", "KolorsImg2ImgPipeline",
-    "KolorsInpaintPipeline", "KolorsPAGPipeline", "KolorsPipeline", "KolorsPipelineOutput",
-    "SDXLCFGCutoffCallback", "__version__", "canny", "capture", "inject", "load_image", "load_image_embeds",
-    "record_attention", "save_image_embeds",
+    "AutoPipelineForImage2Image", "AutoPipelineForInpainting", "AutoPipelineForText2Image", "AutoencoderKL",
+    "CLIPVisionModelWithProjection", "ChatGLMModel", "ChatGLMTokenizer", "ControlNetModel",
+    "DPMSolverMultistepScheduler", "DiffusionPipeline", "EulerDiscreteScheduler", "IPAdapterMaskProcessor",
+    "KolorsControlNet", "KolorsControlNetImg2ImgPipeline", "KolorsControlNetInpaintPipeline",
+    "KolorsControlNetPipeline", "KolorsImg2ImgPipeline", "KolorsInpaintPipeline", "KolorsPAGPipeline",
+    "KolorsPipeline", "KolorsPipelineOutput", "SDXLCFGCutoffCallback", "UNet2DConditionModel",
+    "VaeImageProcessor", "__version__", "canny", "capture", "inject", "load_image", "load_image_embeds",
+    "make_image_grid", "record_attention", "save_image_embeds",
 ]  # fmt: skip
 
 

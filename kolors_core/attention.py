@@ -73,14 +73,20 @@ def select_kernel(q: Tensor, k: Tensor, device_type: str | None = None) -> str:
 @contextmanager
 def attention_kernel(name: str) -> Iterator[None]:
     """Force the kernel of this name in `KERNELS` within the block; ValueError for another name."""
-    global _forced
-    if name not in KERNELS:
-        raise ValueError(f"attention kernel {name!r} is not one of {', '.join(KERNELS)}")
-    before, _forced = _forced, name
+    before = _forced
+    force_kernel(name)
     try:
         yield
     finally:
-        _forced = before
+        force_kernel(before)
+
+
+def force_kernel(name: str | None) -> None:
+    """Force the kernel of this name in `KERNELS`, of all models, or none; ValueError for another name."""
+    global _forced
+    if name is not None and name not in KERNELS:
+        raise ValueError(f"attention kernel {name!r} is not one of {', '.join(KERNELS)}")
+    _forced = name
 
 
 def forced_kernel() -> str | None:

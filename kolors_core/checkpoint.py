@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kolors_core import changed_models
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
 from kolors_core.devices import loading_device
@@ -29,8 +30,8 @@ from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES, safetensors_files
 from weights_convert.atomic_write import write_bytes
-from weights_convert.safetensors_files import Source, weight_files
-from weights_convert.untrusted_files import one_line, read_json_object
+from weights_convert.safetensors_files import Source, is_weight_file, weight_files
+from weights_convert.untrusted_files import one_line, printable, read_json_object
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ MODEL_SPECS = {
     "unet": ModelSpec(UNetConfig, UNet),
     "vae": ModelSpec(VAEConfig, VAE),
 }
+# The files of a saved pipeline's folders other than its models.
+OWN_FILES = {
+    "tokenizer": {"tokenizer.model", "tokenizer_config.json"}, "scheduler": {"scheduler_config.json"},
+}  # fmt: skip
 OPTIONAL_COMPONENTS = {"image_encoder"}  # a checkpoint may lack them
 
 # The small Kolors in this package, and its name for `resolve`.
@@ -60,7 +65,17 @@ EMBEDDED_NOTICE = (
     "Kwai-Kolors/Kolors-diffusers with the variant fp16"
 )
 MAX_CONFIG_BYTES = 2**18  # real ones have less than 2**13
+SCHEDULER_FILE = "scheduler_config.json"
+AnyScheduler = TypeVar("AnyScheduler", bound=Scheduler)
 logger = logging.getLogger("kolors_core")
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()  # names and texts may be from files
+    return True
+
+
+logger.addFilter(_make_printable)
 
 
 def local_name(name: str | Path) -> str | Path:
@@ -171,24 +186,36 @@ def open_component(
     path = Path(local_name(folder)) / (component if subfolder is None else subfolder)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
-    file = path / "config.json"
-    model = kind.empty(kind.config.from_public(read_json(file), str(file)))
-    source = open_weights(path, variant) if has_weights else None
-    return UnloadedModel(model, source, {} if source is None else check(model, source, component))
+    public = read_json(file := path / "config.json")
+    changed = changed_models.describe(public, component) if changed_models.is_ours(kind.build) else ""
+    try:
+        model = kind.empty(changed_models.read_config(kind.config, public, str(file)))
+        source = open_weights(path, variant) if has_weights else None
+        names = {} if source is None else check(model, source, component)
+    except ValueError as error:
+        raise ValueError(f"{error}; {changed}" if changed else str(error)) from None
+    if changed:  # it fits, and computes something else
+        raise ValueError(f"{file}: {changed}")
+    return UnloadedModel(model, source, names)
 
 
 def load_modified(
-    folder: str | Path, component: str, build: Callable[[Any], nn.Module], partial: Mapping[str, Initializer],
-    *, variant: str | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: str | Path, component: str, build: "Callable[[Any], nn.Module] | ModelSpec",
+    partial: Mapping[str, Initializer], *, variant: str | None = None, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu"
 ) -> tuple[Any, LoadReport]:  # fmt: skip
     """Load a checkpoint's fitting weights into a modified model; return the model and a report.
 
     build: builds the model from the checkpoint's config: a subclass of `UNet`, or
-    `lambda config: UNet(replace(config, in_channels=9))`. Others: see `loading.load`, `load_component`.
+    `lambda config: UNet(replace(config, in_channels=9))`; a `ModelSpec` for a config with more fields.
+    Others: see `loading.load`, `load_component`.
     """
-    kind = replace(MODEL_SPECS[component], build=build)
-    model = open_component(folder, component, has_weights=False, kind=kind).model
-    source = open_weights(Path(local_name(folder)) / component, variant)
+    kind = build if isinstance(build, ModelSpec) else replace(MODEL_SPECS[component], build=build)
+    if not (path := Path(local_name(folder)) / component).is_dir():
+        raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
+    file = path / "config.json"
+    model = kind.empty(changed_models.read_config(kind.config, read_json(file), str(file)))
+    source = open_weights(path, variant)
     report = load(model, source, component, dtype=dtype, device=loading_device(device), partial=partial)
     return model.eval(), report
 
@@ -228,16 +255,22 @@ class SkipInit(TorchFunctionMode):
 
 def load_scheduler(folder: str | Path) -> Scheduler:
     """Load the scheduler of a checkpoint folder, of the class named in its config."""
-    file = Path(folder) / "scheduler" / "scheduler_config.json"
-    name = (config := read_json(file)).get("_class_name")
+    file = Path(folder) / "scheduler" / SCHEDULER_FILE
+    name = read_json(file).get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(f"{file}: _class_name is {name!r}, expected one of {', '.join(SCHEDULERS)}")
+    return open_scheduler(file, SCHEDULERS[name])
+
+
+def open_scheduler(file: Path, kind: type[AnyScheduler]) -> AnyScheduler:
+    """Build a scheduler of this class from a config file, whatever class it names."""
+    config = read_json(file)
     # The reference's defaults for these are not Kolors', so a missing field would be ambiguous.
     for field in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing"):
         if field not in config:
             raise ValueError(f"{file}: the field {field} is missing")
     try:
-        return SCHEDULERS[name].from_config({"steps_offset": 0} | config)
+        return kind.from_config({"steps_offset": 0} | config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {one_line(error)}") from None
 
@@ -267,42 +300,86 @@ def check_savable(model: nn.Module, component: str) -> None:
 
 def save_component(
     model: nn.Module, folder: str | Path, component: str, *, subfolder: str | None = None,
-    variant: str | None = None
+    variant: str | None = None, max_shard_size: int | str | None = None
 ) -> None:  # fmt: skip
     """Write a model's config and weights under public names, as the reference reads it, without adapters.
 
-    subfolder: the component's folder; its name if None. ValueError for a quantized model or a bad variant.
+    subfolder: the component's folder; its name if None. max_shard_size: such as "5GB", of each file of
+    weights; None for one file. ValueError for a quantized model, a bad variant or size.
     """
     check_savable(model, component)
+    if max_shard_size is not None:
+        safetensors_files.parse_size(max_shard_size)
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
         raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
     path = Path(folder) / (component if subfolder is None else subfolder)
     path.mkdir(parents=True, exist_ok=True)
-    config: Any = model.config
-    write_json(config.to_public(), path / "config.json")
-    stem = safetensors_files.WEIGHT_FILE_STEMS[component] + (f".{variant}" if variant else "")
+    write_json(changed_models.public_config(model), path / "config.json")
     tensors = {TABLES[component].to_public(name): tensor for name, tensor in base_state(model).items()}
-    safetensors_files.save_tensors(tensors, path / f"{stem}.safetensors")
+    stem = safetensors_files.WEIGHT_FILE_STEMS[component]
+    safetensors_files.save_shards(tensors, path, stem, variant, max_shard_size)
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Return whether a folder is a saved Kolors or a part of one, and holds only files that we write.
+
+    Such a folder may be replaced by a newer one: `atomic_folder(folder, is_own_folder)`.
+    """
+    entries = {entry.name for entry in folder.iterdir()}
+    if "config.json" in entries:
+        return _holds_only(folder, {"config.json"}, has_weights=True)
+    if "model_index.json" not in entries:
+        return any(_holds_only(folder, names) for names in OWN_FILES.values())
+    try:
+        load_index(folder)
+    except (OSError, ValueError):
+        return False
+    others = entries - {"model_index.json"}
+    models = others & safetensors_files.WEIGHT_FILE_STEMS.keys()
+    return (
+        all(_holds_only(folder / name, {"config.json"}, has_weights=True) for name in models)
+        and all(_holds_only(folder / name, OWN_FILES.get(name, set())) for name in others - models)
+        and others <= models | OWN_FILES.keys()
+    )
+
+
+def _holds_only(folder: Path, names: set[str], has_weights: bool = False) -> bool:
+    """Return whether a folder, and no link, has only files of these names, and perhaps a model's weights."""
+    return folder.is_dir() and not folder.is_symlink() and all(
+        (file.name in names or (has_weights and is_weight_file(file.name)))
+        and file.is_file() and not file.is_symlink()
+        for file in folder.iterdir()
+    )  # fmt: skip
 
 
 def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> None:
     """Write a pipeline's files other than its models: tokenizer, scheduler and `model_index.json`."""
-    scheduler, tokenizer, clip = (components[name] for name in ("scheduler", "tokenizer", "image_encoder"))
+    scheduler, tokenizer = components["scheduler"], components["tokenizer"]
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_bytes(tokenizer.model_bytes, folder / "tokenizer" / "tokenizer.model")
-    config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
-    write_json(config, folder / "tokenizer" / "tokenizer_config.json")
-    write_json(scheduler.to_public(), folder / "scheduler" / "scheduler_config.json")
-    index = {
-        "_class_name": pipeline,
-        "force_zeros_for_empty_prompt": components["force_zeros_for_empty_prompt"],
-        "scheduler": ["diffusers", type(scheduler).__name__], "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["kolors", "ChatGLMModel"], "tokenizer": ["kolors", "ChatGLMTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"], "feature_extractor": [None, None],
-        "image_encoder": [None, None] if clip is None else ["transformers", "CLIPVisionModelWithProjection"],
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    write_json(scheduler.to_public(), folder / "scheduler" / SCHEDULER_FILE)
+    write_json(model_index(pipeline, components), folder / "model_index.json")
+
+
+def model_index(pipeline: str, components: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of `model_index.json`: the reference's class of each component, by its library."""
+    names = {
+        "scheduler": ["diffusers", type(components["scheduler"]).__name__],
+        "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["kolors", "ChatGLMModel"],
+        "tokenizer": ["kolors", "ChatGLMTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
     }  # fmt: skip
-    write_json(index, folder / "model_index.json")
+    classes = {name: [None, None] if components[name] is None else entry for name, entry in names.items()}
+    force_zeros = {"force_zeros_for_empty_prompt": components["force_zeros_for_empty_prompt"]}
+    return {"_class_name": pipeline} | force_zeros | classes | {"feature_extractor": [None, None]}
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files, as the reference reads them."""
+    write_bytes(tokenizer.model_bytes, folder / "tokenizer.model")
+    config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
+    write_json(config, folder / "tokenizer_config.json")
 
 
 def read_json(file: Path) -> dict[str, Any]:

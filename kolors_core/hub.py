@@ -1,4 +1,4 @@
-"""Checkpoint files on this machine: in a local folder, or fetched from a hub repository.
+"""Checkpoint files on this machine: in a local folder, or fetched from a hub repository; and uploads to one.
 
 No network is touched unless a repository is named. `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's cache are
 respected, and the cache serves when the hub cannot be reached.
@@ -18,19 +18,17 @@ FileSelector = Callable[[list[str]], list[str]]  # a repository's listing -> the
 
 def fetch(
     name: str | Path, select: FileSelector, *, revision: str | None = None,
-    cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None
+    cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None,
+    force_download: bool = False,
 ) -> Path:  # fmt: skip
     """Return the local folder of a checkpoint: `name` itself if it is one, else a hub repository's.
 
     select: not called for a local folder, nor for a cache that is used without the hub; it and this raise
-    FileNotFoundError, in one line, naming what was looked for.
+    FileNotFoundError, in one line, naming what was looked for. force_download: fetch cached files again.
     """
     if not isinstance(name, str | Path) or not str(name):
         raise TypeError(f"expected a checkpoint folder or hub repository, got {name!r}")
-    if not isinstance(token, str | bool | None):
-        raise TypeError(f"token must be a string, True, False or None, got {type(token).__name__}")
-    if isinstance(token, str) and re.fullmatch(r"[!-~]*", token) is None:  # the client would show it
-        raise ValueError("token has a space, a line break or another character that no token has")
+    _check_token(token)
     _check_str(revision=revision, cache_dir=cache_dir)
     folder = Path(name)
     if _safe_stat(folder.is_dir):
@@ -57,7 +55,7 @@ def fetch(
     try:
         return Path(snapshot_download(
             repo, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=selected,
-            local_files_only=listing is None,
+            local_files_only=listing is None, force_download=force_download and listing is not None,
         ))  # fmt: skip
     except (errors.LocalEntryNotFoundError, HTTPError, errors.HFValidationError) as error:
         if listing is None:
@@ -81,6 +79,31 @@ def named_source(name: Any, path: Path, **places: str | None) -> str:
     commit = hub_commit(path)
     is_enough = commit is not None and not any(places.values())
     return f"{name}@{commit}" if is_enough else str(path if commit or any(places.values()) else name)
+
+
+def push_folder(
+    folder: str | Path, repo_id: str, *, commit_message: str | None = None, private: bool | None = None,
+    token: str | bool | None = None, create_pr: bool = False, revision: str | None = None,
+) -> str:  # fmt: skip
+    """Upload a folder to a hub repository, which is created if it is missing; return the commit's address.
+
+    repo_id: "owner/name", or a name, of the token's owner. OSError, in one line, if the hub refuses it.
+    """
+    _check_token(token)
+    _check_str(repo_id=repo_id, commit_message=commit_message, revision=revision)
+    from huggingface_hub import HfApi, errors
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
+        message = "Upload a model by kolors_core" if commit_message is None else commit_message
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=message, create_pr=create_pr, revision=revision
+        )
+    except (errors.LocalTokenNotFoundError, HTTPError, ValueError, OSError) as error:
+        raise OSError(f"{repo_id}: cannot be pushed to the hub: {_one_line(error)}") from None
+    return str(commit.commit_url)
 
 
 def find_file(
@@ -135,6 +158,13 @@ def reject_unused(source: str, **given: Any) -> None:
     """Raise ValueError for an argument about files that is given for a source without files."""
     if unused := [name for name, value in given.items() if value not in (None, "", False)]:
         raise ValueError(f"{unused[0]} has no effect on {source}")
+
+
+def _check_token(token: Any) -> None:
+    if not isinstance(token, str | bool | None):
+        raise TypeError(f"token must be a string, True, False or None, got {type(token).__name__}")
+    if isinstance(token, str) and re.fullmatch(r"[!-~]*", token) is None:  # the client would show it
+        raise ValueError("token has a space, a line break or another character that no token has")
 
 
 def _check_str(**given: Any) -> None:

@@ -37,6 +37,10 @@ class LoadReport:
         rest = summarize(missing=self.missing, unexpected=self.unexpected, misshapen=self.misshapen)
         return f"{len(self.loaded)} loaded" + (f"; {rest}" if rest else "")
 
+    def __repr__(self) -> str:
+        """Return the text, without the names of all tensors."""
+        return f"<{type(self).__name__}: {self}>"
+
 
 def zeros(shape: torch.Size, found: Tensor | None) -> Tensor:
     """Initialize with zeros, whatever the checkpoint has."""

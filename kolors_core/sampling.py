@@ -46,28 +46,35 @@ def dpmpp_2m(
     standard normal noise like x, for the same paper's SDE-DPM-Solver++. order: 1 omits the multistep term.
     first_order_last: omit it in the last step only; a step to sigma 0 always omits it.
     """
-    last_x0, last_h, steps = None, 0.0, len(sigmas) - 1
+    last, steps = None, len(sigmas) - 1
     for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
         x0 = denoise(x, sigma)
         # Drawn in the step to 0 too, so that the generator ends in the same state as the reference's.
         eps = None if noise is None else noise()
-        if next_sigma == 0:
-            x = x0
-        else:
-            h = math.log(sigma / next_sigma)
-            extrapolated_x0 = x0
-            if last_x0 is not None and order == 2 and not (first_order_last and i == steps - 1):
-                extrapolated_x0 = x0 + (x0 - last_x0) * (0.5 * h / last_h)
-            if eps is None:
-                x = (next_sigma / sigma) * x - math.expm1(-h) * extrapolated_x0
-            else:
-                gain = -math.expm1(-2 * h)
-                x = (next_sigma / sigma) * math.exp(-h) * x + gain * extrapolated_x0
-                x = x + next_sigma * math.sqrt(gain) * eps
-            last_x0, last_h = x0, h
+        is_first_order = order == 1 or (first_order_last and i == steps - 1)
+        x = dpmpp_step(x, x0, sigma, next_sigma, None if is_first_order else last, eps)
+        last = x0, sigma
         if on_step is not None:
             x = on_step(i, x)
     return x
+
+
+def dpmpp_step(
+    x: Tensor, x0: Tensor, sigma: float, next_sigma: float, last: tuple[Tensor, float] | None,
+    eps: Tensor | None
+) -> Tensor:  # fmt: skip
+    """Compute x at next_sigma by a step of `dpmpp_2m`. last: the last step's x0 and sigma; None: order 1."""
+    if next_sigma == 0:
+        return x0
+    h = math.log(sigma / next_sigma)
+    if last is not None:
+        last_x0, last_sigma = last
+        x0 = x0 + (x0 - last_x0) * (0.5 * h / math.log(last_sigma / sigma))
+    if eps is None:
+        return (next_sigma / sigma) * x - math.expm1(-h) * x0
+    gain = -math.expm1(-2 * h)
+    x = (next_sigma / sigma) * math.exp(-h) * x + gain * x0
+    return x + next_sigma * math.sqrt(gain) * eps
 
 
 def _floats(sigmas: Sigmas) -> Sequence[float]:

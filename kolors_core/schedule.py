@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.config import ConfigDict
-from kolors_core.validation import check_fraction, check_int
+from kolors_core.validation import check_fraction, check_int, short_repr
 
 
 @dataclass(frozen=True)
@@ -111,23 +112,43 @@ class Scheduler(ABC):
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
         """Build from a public config, or another scheduler's `.config`, with some fields changed.
 
-        Fields of the other scheduler are ignored. ValueError for an unsupported field that would change the
-        result, or a change of a field that this scheduler lacks.
+        Fields that the config has for another class of scheduler are ignored. ValueError for a value that we
+        do not implement and that would change the result, or for a change of a field that is not ours.
         """
         if not isinstance(config, Mapping):
             expected = "a scheduler's config, such as pipe.scheduler.config"
             raise TypeError(f"expected {expected}, got {config!r:.99}")
+        checked = {*ONE_VALUE_FIELDS, *(field.name for field in fields(cls))}
+        ignored = _FIELDS_OF_OTHERS.union(UNUSED_FIELDS, *_FIELDS_OF.values()) - checked
+        given = {
+            name: value
+            for name, value in config.items()
+            if name in checked or not (name in ignored or name[:1] == "_" or value is None or value is False)
+        }
+        return cls(**cls.own_fields(given | changes))
+
+    @classmethod
+    def own_fields(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Select this class's fields from those of the reference's schedulers.
+
+        ValueError for another field at a value that would change the result, or of neither class.
+        """
         own = {field.name for field in fields(cls)}
-        if unknown := sorted(changes.keys() - own):
-            raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(own))}")
-        known = own.union(field.name for kind in SCHEDULERS.values() for field in fields(kind))
-        for name, value in config.items():
-            if name in known | _IGNORED_FIELDS or name.startswith("_") or value is None or value is False:
-                continue
-            if name not in _REQUIRED_VALUES or value != _REQUIRED_VALUES[name]:
-                expected = repr(_REQUIRED_VALUES[name]) if name in _REQUIRED_VALUES else "no such field"
-                raise ValueError(f"scheduler config: {name} is {value!r}, expected {expected}")
-        return cls(**{name: value for name, value in config.items() if name in own} | changes)
+        for name in sorted(given.keys() - own):
+            value, other = given[name], next((kind for kind in _FIELDS_OF if name in _FIELDS_OF[kind]), None)
+            if other is not None:
+                if value != getattr(SCHEDULERS[other], name):
+                    raise ValueError(f"{cls.__name__} has no field {name!r}, {other} has")
+            elif name in ONE_VALUE_FIELDS:
+                same = ONE_VALUE_FIELDS[name]
+                if not isinstance(value, str | int | float | None) or value not in same:
+                    raise ValueError(f"{cls.__name__}: {name} is {short_repr(value)}, expected {same[0]!r}")
+            elif name not in UNUSED_FIELDS:
+                known = sorted({*own, *ONE_VALUE_FIELDS, *UNUSED_FIELDS})
+                near = get_close_matches(name, known, 1, 0.5)
+                hint = f", did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(own))}"
+                raise ValueError(f"{cls.__name__} has no field {name!r}{hint}")
+        return {name: value for name, value in given.items() if name in own}
 
     def to_public(self) -> dict[str, Any]:
         """Return the `scheduler_config.json` that the reference reads."""
@@ -216,7 +237,7 @@ class EulerDiscreteScheduler(Scheduler):
     def _finish(self, sigmas: np.ndarray, timesteps: list[float], table: Tensor) -> Schedule:
         start = float(sigmas[0])
         scale = math.sqrt(start**2 + 1) if self.timestep_spacing == "leading" else start
-        rounded = torch.tensor(timesteps, dtype=torch.float32).double()
+        rounded = torch.tensor(timesteps, dtype=torch.float32, device="cpu").double()
         return Schedule(torch.from_numpy(sigmas).double(), rounded, scale, table, whole_timesteps=False)
 
 
@@ -252,7 +273,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         return table[0].item(), table[-1].item()
 
     def _finish(self, sigmas: np.ndarray, timesteps: list[float], table: Tensor) -> Schedule:
-        whole = torch.tensor(timesteps, dtype=torch.float64).round()
+        whole = torch.tensor(timesteps, dtype=torch.float64, device="cpu").round()
         last = self.euler_at_final or (self.lower_order_final and len(whole) < 15)
         sigmas64, scale = torch.from_numpy(sigmas).double(), self.latent_scale(float(sigmas[0]))
         return Schedule(sigmas64, whole, scale, table, whole_timesteps=True, first_order_last=last)
@@ -262,15 +283,22 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     kind.__name__: kind for kind in (EulerDiscreteScheduler, DPMSolverMultistepScheduler)
 }
 
-# Fields of the reference's schedulers: those of which we implement one value, and those without effect.
-_REQUIRED_VALUES: dict[str, Any] = {
-    "prediction_type": "epsilon", "interpolation_type": "linear", "timestep_type": "discrete",
-    "solver_type": "midpoint", "lambda_min_clipped": -math.inf,
+# The other fields of the reference's schedulers: those with one value here, of which the first is the default
+# and the others compute the same; those without effect at these values; those of its other schedulers.
+ONE_VALUE_FIELDS: dict[str, tuple[Any, ...]] = {
+    "trained_betas": (None,), "prediction_type": ("epsilon",), "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",), "sigma_min": (None,), "sigma_max": (None,), "variance_type": (None,),
+    "solver_type": ("midpoint", "logrho", "bh1", "bh2"), "lambda_min_clipped": (-math.inf,),
+    "thresholding": (False, None), "use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None), "use_flow_sigmas": (False, None),
+    "rescale_betas_zero_snr": (False, None), "use_dynamic_shifting": (False, None),
 }  # fmt: skip
-_IGNORED_FIELDS = {
-    "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "set_alpha_to_one",
-    "skip_prk_steps", "time_shift_type", "flow_shift",
+UNUSED_FIELDS: dict[str, Any] = {
+    "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0, "flow_shift": 1.0,
+    "time_shift_type": "exponential",
 }  # fmt: skip
+_FIELDS_OF = {name: {field.name for field in fields(kind)} for name, kind in SCHEDULERS.items()}
+_FIELDS_OF_OTHERS = {"clip_sample_range", "set_alpha_to_one", "skip_prk_steps"}
 
 
 def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> list[float]:

@@ -70,7 +70,12 @@ class Tokenizer:
         self.pad_id: int = self.pieces.unk_id()
         self.size: int = num_pieces + len(SPECIAL_TOKENS)
 
-    def encode(self, text: str, words: Mapping[str, Sequence[int]]) -> list[int]:
+    def __repr__(self) -> str:
+        """Return the numbers of pieces and special tokens, and the file."""
+        pieces = f"{self.pieces.vocab_size():,} pieces and {len(self.special)} special tokens"
+        return f"{type(self).__name__}({pieces}, from {self.file})"
+
+    def encode_text(self, text: str, words: Mapping[str, Sequence[int]]) -> list[int]:
         """Encode a text with each of `words`, the longest first, as its ids; texts between stay apart."""
         patterns = sorted(map(re.escape, words), key=len, reverse=True)
         parts = re.split(f"({'|'.join(patterns)})", text) if words else [text]
@@ -95,7 +100,7 @@ class Tokenizer:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt {row} must be a string, got {type(prompt).__name__}")
             try:
-                tokens = prefix + self.encode(prompt, words or {})
+                tokens = prefix + self.encode_text(prompt, words or {})
             except (RuntimeError, UnicodeError):
                 raise ValueError(f"prompt {row} is not valid Unicode text: {prompt[:40]!a}") from None
             if len(tokens) > max_length:

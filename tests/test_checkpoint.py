@@ -182,11 +182,25 @@ def test_a_spoiled_folder_is_refused_by_name(case: str, reference_folder: Path, 
 
 def test_saving_neither_overwrites_nor_leaves_half(reference_folder: Path, tmp_path: Path) -> None:
     pipe = KolorsPipeline.from_pretrained(reference_folder)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="exists already, and is not overwritten"):
-        pipe.save_pretrained(reference_folder)
+        pipe.save_pretrained(tmp_path / "foreign")
     with pytest.raises(ValueError, match="variant must be letters, digits and underscores, .* got 'a/b'"):
         pipe.save_pretrained(tmp_path / "new", variant="a/b")
-    assert list(tmp_path.iterdir()) == []
+    assert [file.name for file in tmp_path.rglob("*")] == ["foreign", "thesis.txt"]
+
+
+def test_a_second_save_replaces_the_first(reference_folder: Path, tmp_path: Path) -> None:
+    """Of it nothing is left: a shard beside a whole file would be ambiguous."""
+    pipe = KolorsPipeline.from_pretrained(reference_folder, torch_dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "saved", max_shard_size="1MB", variant="fp16")
+    assert len(list((tmp_path / "saved" / "unet").iterdir())) > 3
+    pipe.save_pretrained(tmp_path / "saved")
+    assert len(list((tmp_path / "saved" / "unet").iterdir())) == 2
+    again = KolorsPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.float16)
+    for name, tensor in again.unet.state_dict().items():
+        assert torch.equal(tensor, pipe.unet.state_dict()[name]), name
 
 
 def test_nothing_is_loaded_when_something_does_not_fit(reference_folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FEATURES = ("adapters", "performance", "inspection", "training", "pipelines", "cli", "batch")
+FEATURES = ("adapters", "performance", "inspection", "training", "pipelines", "compat", "cli", "batch")
 PIPELINE = """
 import torch
 from kolors_core import KolorsPipeline
@@ -20,7 +20,8 @@ pipe("a ladybug", num_inference_steps=2, generator=generator).images[0].save("la
 WRITTEN_OUT = (ROOT / "tests" / "examples" / "plain.py").read_text().replace("schedule(8)", "schedule(2)")
 
 
-# With a folder of features go its methods in pipelines/: a base of `Task` in stages.py, and these files.
+# With a folder of features go its methods in pipelines/, a base of `Task` in stages.py, and these files; and
+# compat/, which has the reference's names for all of them.
 METHODS = {
     "adapters": ("AdapterMethods", [
         "adapter_methods", "control_images", "controlnet", "face_prompts", "image_prompts", "lora_methods",
@@ -49,6 +50,8 @@ def draw(place: Path, without: tuple[str, ...], program: str) -> bytes:
         shutil.copytree(ROOT / package, place / package, ignore=left_out)
     for folder in without:
         shutil.rmtree(place / "kolors_core" / folder)
+        if folder in METHODS:
+            shutil.rmtree(place / "kolors_core" / "compat", ignore_errors=True)
         if folder in METHODS and "pipelines" not in without:
             delete_methods(place / "kolors_core" / "pipelines", folder)
     (place / "kolors_core" / "tiny").symlink_to(ROOT / "kolors_core" / "tiny")
@@ -69,9 +72,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     [
         ("inspection",),
         ("training",),
+        ("compat",),
         ("cli",),
         ("batch",),
-        ("inspection", "training", "cli", "batch"),
+        ("inspection", "training", "compat", "cli", "batch"),
         ("adapters",),
         ("performance",),
         ("adapters", "performance", "inspection", "training", "cli", "batch"),
@@ -80,6 +84,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 )
 def test_the_pipeline_draws_without(without: tuple[str, ...], whole: bytes, tmp_path: Path) -> None:
     assert draw(tmp_path, without, PIPELINE) == whole
+
+
+def test_without_compat_the_names_are_the_plain_classes(tmp_path: Path) -> None:
+    program = """
+import kolors_core
+assert kolors_core.KolorsPipeline.__module__ == "kolors_core.pipelines.text_to_image"
+assert kolors_core.EulerDiscreteScheduler.__module__ == "kolors_core.schedule"
+assert not hasattr(kolors_core, "DiffusionPipeline")
+"""
+    draw(tmp_path, ("compat",), program + PIPELINE)
 
 
 def test_the_written_out_path_needs_the_core_alone(tmp_path: Path) -> None:

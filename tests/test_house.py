@@ -17,10 +17,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "inspection": (),
     "training": (),
     "pipelines": ("adapters", "performance", "inspection", "training"),
+    "compat": ("adapters", "performance", "inspection", "training", "pipelines"),
     "cli": ("adapters", "performance", "inspection", "training", "pipelines"),
     "batch": ("adapters", "performance", "inspection", "training", "pipelines", "cli"),
 }
-DOORS = {"__init__", "__main__"}  # of the package: names and commands of every room, imported when asked for
+DOORS = {"__init__", "__main__", "utils"}  # names and commands of every room, imported when asked for
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
 
 

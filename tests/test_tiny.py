@@ -11,10 +11,25 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from benchmarks.tiny.emoji import CHINESE_NAMES, CONCEPTS, ENGLISH_NAMES
 from kolors_core import KolorsControlNet, KolorsControlNetPipeline, KolorsPipeline, canny
-from kolors_core.checkpoint import EMBEDDED, EMBEDDED_NOTICE, resolve
+from kolors_core.adapters.controlnet_files import ControlNetConfig
+from kolors_core.adapters.lora import attach
+from kolors_core.checkpoint import (
+    EMBEDDED,
+    EMBEDDED_NOTICE,
+    MODEL_SPECS,
+    ModelSpec,
+    load_component,
+    load_modified,
+    open_component,
+    resolve,
+)
 from kolors_core.cli.generate import main
+from kolors_core.pipelines import embedded
+from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.png_metadata import read_metadata
+from weights_convert.__main__ import main as convert
 
 # A strip of eight training images, 32 pixels each, in the order of these names.
 STRIP = Path(__file__).parent / "support" / "emoji.png"
@@ -131,3 +146,73 @@ def test_the_command_line_draws_with_it_when_no_weights_are_named(tmp_path: Path
 def test_info_stands_alone(capsys: pytest.CaptureFixture) -> None:
     assert main(["--info", "x.png", "-w", "somewhere"]) == 2
     assert "--info stands alone" in capsys.readouterr().err
+
+
+def test_it_says_what_it_knows(pipe: KolorsPipeline) -> None:
+    """The list is the recipe's, in both languages, and is of these weights."""
+    found = embedded.concepts()
+    assert "".join(one.emoji for one in found) == CONCEPTS and len(found) == 194
+    for one in found:
+        names = ENGLISH_NAMES.get(one.emoji, ()), CHINESE_NAMES.get(one.emoji, ())
+        for own, everyday in zip((one.english, one.chinese), names, strict=True):
+            assert own and own[: len(everyday)] == everyday, one
+    assert str(embedded.nearest("瓢虫")[0]) == "🐞 ladybug, ladybird, lady beetle; 瓢虫"
+    assert embedded._fingerprint() == fingerprint(pipe.unet)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [("a photo of two Foxes!", "fox"), ("一张狐狸的照片", "fox"), ("ice cream, please", "ice cream")],
+)
+def test_a_known_thing_is_found_in_a_prompt(prompt: str, name: str) -> None:
+    assert name in [one.english[0] for one in embedded.named_in(prompt)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "near"), [("a helicoptre", "helicopter"), ("a tree", "pine tree"), ("章", "octopus")]
+)
+def test_the_nearest_things_have_similar_names(prompt: str, near: str) -> None:
+    assert not embedded.named_in(prompt)
+    assert near in [one.english[0] for one in embedded.nearest(prompt)]
+
+
+def test_a_strange_prompt_and_size_are_warned_of(
+    pipe: KolorsPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once a call, and only by the embedded model as it is: another may know more."""
+
+    def said(**arguments: object) -> list[str]:
+        caplog.clear()
+        pipe(num_inference_steps=1, **arguments)
+        return [record.message for record in caplog.records]
+
+    assert said(prompt=["a cat", "一只猫", ""]) == []
+    (line,) = said(prompt="a helicoptre")
+    assert "knows nothing in 'a helicoptre'; nearest of its 194 things: helicopter 直升机" in line
+    (line,) = said(prompt="a cat", height=64)
+    assert line == "the embedded model draws at 128x128: expect a worse image at 128x64"
+    adapter = attach(pipe.unet, rank=1)
+    assert said(prompt="zorp", height=64) == []
+    adapter.detach()
+    other = KolorsPipeline.from_pipe(pipe)
+    other.name_or_path = "somewhere/else"
+    other("zorp", num_inference_steps=1)
+    assert caplog.records == []
+
+
+def test_its_name_works_wherever_a_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = {*MODEL_SPECS}
+    models = {name: load_component("tiny", name) for name in names}
+    unet, report = load_modified("tiny", "unet", MODEL_SPECS["unet"].build, {})
+    assert fingerprint(unet) == fingerprint(models["unet"]) and not report.missing
+    assert {name: type(open_component("tiny", name).model) for name in names} == {
+        name: type(model) for name, model in models.items()
+    }
+    spec = ModelSpec(ControlNetConfig, KolorsControlNet)
+    net = load_component("tiny", "controlnet", kind=spec)
+    assert fingerprint(net) == fingerprint(KolorsControlNet.from_pretrained("tiny"))
+    assert convert([str(EMBEDDED), str(tmp_path / "x.safetensors"), "--to", "single"]) == 0
+    assert "controlnet: skipped, a ControlNet is a model beside the pipeline" in capsys.readouterr().out
+    whole = KolorsPipeline.from_single_file(tmp_path / "x.safetensors")
+    assert fingerprint(whole.unet) == fingerprint(unet)
+    assert whole.name_or_path == str(tmp_path / "x.safetensors")

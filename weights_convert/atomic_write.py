@@ -5,11 +5,12 @@ one step. A full disk, an error or a killed process leaves the old file. A write
 folder; that of a killed one is unlocked, and the next write into the same folder removes it.
 """
 
+import ctypes
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,20 +42,58 @@ def atomic_file(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, may_replace: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
     """Yield a scratch folder that is renamed to `folder` if the block succeeds, and removed if not.
 
-    Raises FileExistsError for an existing folder that is not empty.
+    may_replace: asked of an existing folder that is not empty; if it agrees, the folder is exchanged for the
+    new one in one step. Raises FileExistsError for a folder that may not be replaced.
     """
-    if not folder.is_dir() or any(folder.iterdir()):
+    folder = folder.resolve() if folder.is_symlink() else folder
+    if (aside := _aside(folder)).is_dir():  # of a writer that was killed, see `_exchange`
+        _remove(aside) if folder.exists() else aside.replace(folder)
+    is_full = folder.is_dir() and any(folder.iterdir())
+    if not folder.is_dir() or (is_full and not may_replace(folder)):
         check_absent(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked_scratch_dir(folder) as scratch:
         yield scratch
         for path, _, _ in os.walk(scratch):
             _fsync(Path(path))
-        scratch.replace(folder)
+        if is_full:
+            _exchange(scratch, folder)
+        else:
+            scratch.replace(folder)
         _fsync(folder.parent)
+
+
+def _exchange(scratch: Path, folder: Path) -> None:
+    """Exchange two folders in one step, or where the system cannot, such as on NFS, by renaming one by one.
+
+    A writer killed between those renames leaves the old folder `_aside`; the next write moves it back.
+    """
+    if _exchange_in_one_step(scratch, folder):
+        return
+    folder.replace(aside := _aside(folder))
+    try:
+        scratch.replace(folder)
+    except BaseException:
+        aside.replace(folder)
+        raise
+    aside.replace(scratch)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _exchange_in_one_step(one: Path, other: Path) -> bool:
+    """Exchange two folders by the system's own call; return whether it could."""
+    names, libc = (os.fsencode(one), os.fsencode(other)), ctypes.CDLL(None) if fcntl is not None else None
+    if hasattr(libc, "renameat2"):  # Linux; -100: relative to the working directory, 2: exchange
+        return libc.renameat2(-100, names[0], -100, names[1], 2) == 0
+    if hasattr(libc, "renamex_np"):  # macOS; 2: swap
+        return libc.renamex_np(*names, 2) == 0
+    return False
 
 
 def check_absent(path: Path, suffix: str = "") -> None:

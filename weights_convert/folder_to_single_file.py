@@ -46,6 +46,7 @@ Layout = dict[str, tuple[Metadata, list[str] | None]]
 LAYOUT_KEY = FILES + "layout.json"
 PROVENANCE_FILE = "single_file.json"  # in a folder
 MAX_FILE_BYTES = 2**28
+LEFT_OUT = {"controlnet": "a ControlNet is a model beside the pipeline, with a file of its own"}
 
 
 def to_single(source: Path, destination: Path) -> list[str]:
@@ -62,8 +63,11 @@ def to_single(source: Path, destination: Path) -> list[str]:
     metadata, spellings = _read_provenance(provenance) if is_foreign else (FORMAT, {})
     for folder, files in walk_files(source):
         weights = [name for name in files if name.endswith(".safetensors")]
+        component = str(folder.relative_to(source).as_posix())
+        if component in LEFT_OUT and weights:
+            report.append(f"{folder}: skipped, {LEFT_OUT[component]}")
+            continue
         if weights:
-            component = str(folder.relative_to(source).as_posix())
             part = _component_in(folder, component, weights)
             naming = "sgm" if component in ("unet", "vae") else "public"
             spelling = spellings.get(component, NamingScheme(PREFIXES[component][0], naming))

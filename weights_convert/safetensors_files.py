@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weights_convert.atomic_write import atomic_file
+from weights_convert.atomic_write import atomic_file, write_bytes
 from weights_convert.untrusted_files import DTYPES, metadata_of, open_safetensors, read_json_object
 
 # Name of each component's weight file in a public folder, before variant and shard.
@@ -31,6 +31,8 @@ MAX_INDEX_BYTES = 2**24
 ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
 FORMAT = {"format": "pt"}  # metadata that transformers requires
 HEADER_START = b'{"__metadata__":'  # of a file with metadata, after the eight bytes of the header's length
+SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]B)", re.IGNORECASE | re.ASCII)
 _WEIGHT_FILE = re.compile(
     r"(?P<stem>[\w-]+?)(\.(?P<before>\w+))?(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?(\.(?P<after>\w+))?\.safetensors"
 )
@@ -73,6 +75,12 @@ def weight_files(listing: Iterable[str], variant: str | None, where: str) -> lis
         if absent:
             raise FileNotFoundError(f"{where}: shard {min(absent)} of {int(parts)} is missing")
     return names
+
+
+def is_weight_file(name: str) -> bool:
+    """Return whether `save_shards` writes files of this name for a component, an index or weights."""
+    match = _WEIGHT_FILE.fullmatch(re.sub(r"\.safetensors\.index((\.\w+)?)\.json", r"\1.safetensors", name))
+    return match is not None and match["stem"] in WEIGHT_FILE_STEMS.values()
 
 
 def walk_files(source: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -229,6 +237,52 @@ def save_tensors(
             separate[name] = separate[name].clone()
         pointers.add(separate[name].data_ptr())
     write_tensors(separate, file, FORMAT | dict(metadata or {}))
+
+
+def save_shards(
+    tensors: Mapping[str, Tensor], folder: Path, stem: str, variant: str | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:  # fmt: skip
+    """Write tensors to a folder as one safetensors file or, if they are larger, as shards with an index.
+
+    stem, variant: as in `diffusion_pytorch_model.fp16-00001-of-00002.safetensors`. max_shard_size: bytes, or
+    as `parse_size` reads it; None for one file. A tensor larger than that has a shard of its own.
+    """
+    stem = f"{stem}.{variant}" if variant else stem
+    shards = _split(tensors, None if max_shard_size is None else parse_size(max_shard_size))
+    if len(shards) <= 1:
+        return save_tensors(tensors, folder / f"{stem}.safetensors")
+    files = dict[str, str]()
+    for number, names in enumerate(shards, 1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_tensors({name: tensors[name] for name in names}, folder / file)
+        files |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": files}
+    name = ".".join([*stem.split(".")[:1], "safetensors.index", *stem.split(".")[1:], "json"])
+    write_bytes((json.dumps(index, indent=2, sort_keys=True) + "\n").encode(), folder / name)
+
+
+def _split(tensors: Mapping[str, Tensor], most: int | None) -> list[list[str]]:
+    """Split names, in their order, into shards of at most `most` bytes."""
+    shards, size = list[list[str]](), 0
+    for name, tensor in tensors.items():
+        if not shards or (most is not None and size + tensor.nbytes > most):
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def parse_size(size: int | str) -> int:
+    """Convert a size such as "5GB", or a number of bytes, to bytes; ValueError for anything else."""
+    total = size
+    if isinstance(size, str) and (match := _SIZE.fullmatch(size.strip())):
+        total = int(float(match[1]) * SIZE_UNITS[match[2].upper()])
+    if isinstance(total, bool) or not isinstance(total, int) or total < 1:
+        expected = "a size such as '5GB' (KB, MB, GB or TB) or a number of bytes"
+        raise ValueError(f"max_shard_size must be {expected}, got {repr(size)[:100]}")
+    return total
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None) -> None:

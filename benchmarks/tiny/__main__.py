@@ -29,11 +29,13 @@ from benchmarks.tiny.emoji import (
     read_concepts,
     read_names,
     write,
+    write_concepts,
 )
 from kolors_core.attention import attention_kernel
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import TINY
 from kolors_core.devices import best_device
+from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -135,7 +137,7 @@ def train_unet(
             print(f"UNet step {step}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
 
     trainer = Trainer(objective, data, config, folder, report)
-    trainer.fit()
+    trainer.fit(progress=False)
     trainer.load_ema_weights()
     return unet.eval()
 
@@ -158,6 +160,7 @@ def main(out: Path) -> None:
     for model in (pipe.vae, pipe.text_encoder, pipe.unet):
         model.to("cpu", torch.float16)  # as stored; the VAE computes in float32 when it is loaded
     pipe.save_pretrained(out / "model")
+    write_concepts(concepts, fingerprint(pipe.unet), out / "model" / "concepts.json")
     print(f"wrote {out / 'model'}")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.tiny.emoji import SIZE, draw
 from kolors_core.config import VAEConfig
 from kolors_core.training.data import derive_seed
+from kolors_core.training.run_record import digest
 from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.vae import VAE, ResBlock
 
@@ -82,6 +83,13 @@ class Pool:
         noise = torch.randn(count, 4, images.shape[2] // 8, images.shape[3] // 8, generator=draw)
         return Pixels((images[rows] * 2 - 1).to(device), noise[rows].to(device))
 
+    def record(self) -> dict[str, object]:
+        """What its batches depend on besides the step."""
+        return {
+            "glyphs": digest(self.glyphs),
+            "data": [self.favourites, self.whole_from, self.batch_size, self.seed],
+        }
+
 
 def read_glyphs(characters: list[str]) -> Tensor:
     """Pictures of the emoji that the font has: [N, SIZE, SIZE, 4] bytes, red, green, blue, opacity."""
@@ -138,7 +146,7 @@ def train(config: VAEConfig, characters: list[str], favourites: int, training: T
         if step % 100 == 0:
             print(f"autoencoder step {step}: loss {loss:.4f}", flush=True)
 
-    Trainer(Reconstruction(vae), pool, training, folder, report).fit()
+    Trainer(Reconstruction(vae), pool, training, folder, report).fit(progress=False)
     opaque = glyphs[:favourites].permute(0, 3, 1, 2) / 255.0
     images = (opaque[:, :3] * opaque[:, 3:] + 1 - opaque[:, 3:]) * 2 - 1
     vae.eval().requires_grad_(False)

@@ -99,7 +99,7 @@ def train(pipe: KolorsControlNetPipeline, pictures: Path, folder: Path) -> None:
 
     with attention_kernel("matmul"):
         trainer = Trainer(objective, data, CONFIG, folder / "run", report)
-        trainer.fit()
+        trainer.fit(progress=False)
     trainer.load_ema_weights()
     net.requires_grad_(False)
 

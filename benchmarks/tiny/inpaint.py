@@ -68,7 +68,7 @@ def train(pipe: KolorsInpaintPipeline, pictures: Path, folder: Path) -> None:
 
     trainer = Trainer(objective, data, CONFIG, folder, report)
     with attention_kernel("matmul"):
-        trainer.fit()
+        trainer.fit(progress=False)
     trainer.load_ema_weights()
     pipe.unet.requires_grad_(False).eval()
 

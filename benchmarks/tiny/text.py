@@ -18,6 +18,7 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.training.data import Example, derive_seed
+from kolors_core.training.run_record import digest
 from kolors_core.training.trainer import Trainer, TrainingConfig
 
 
@@ -71,6 +72,11 @@ class CaptionSource:
         tokens = self.tokenizer(chosen[rows], self.config.max_tokens).merge_padding()
         return Captions(tokens.to(device), pictures[rows].to(device))
 
+    def record(self) -> dict[str, object]:
+        """What its batches depend on besides the step and the settings."""
+        captions = [digest(repr(example.captions).encode()) for example in self.examples]
+        return {"captions": captions, "tokenizer": digest(self.tokenizer.model_bytes)}
+
 
 def train(
     config: ChatGLMConfig, examples: Sequence[Example], tokenizer: Tokenizer, training: TrainingConfig,
@@ -84,5 +90,7 @@ def train(
         if step % 100 == 0:
             print(f"text encoder step {step}: loss {loss:.4f}", flush=True)
 
-    Trainer(objective, CaptionSource(examples, tokenizer, training), training, folder, report).fit()
+    Trainer(objective, CaptionSource(examples, tokenizer, training), training, folder, report).fit(
+        progress=False
+    )
     return objective.eval()

@@ -4,6 +4,7 @@
 Source: `_maybe_expand_lora_scales` in diffusers' loaders/unet_loader_utils.py.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from kolors_core.validation import check_float
 
 BlockScale = float | Sequence[float] | Mapping[str, Any]  # a list: a scale for each image of an IP-Adapter
 PARTS = ("down", "mid", "up")
+logger = logging.getLogger("kolors_core")
 
 
 def block_scales(scale: BlockScale, unet: UNet, default: float) -> dict[str, Any]:
@@ -28,13 +30,16 @@ def block_scales(scale: BlockScale, unet: UNet, default: float) -> dict[str, Any
             blocks.setdefault("mid" if part == "mid" else f"{part}.block_{level}", []).append(path)
     if not isinstance(scale, Mapping):
         return _per_transformer("the scale", [scale], [path for paths in blocks.values() for path in paths])
-    values = dict.fromkeys(blocks, default) | _flatten(scale, blocks)
+    values = dict.fromkeys(blocks, default) | _flatten(scale, blocks, len(unet.config.channels))
     parts = (_per_transformer(block, values[block], paths) for block, paths in blocks.items())
     return {path: number for part in parts for path, number in part.items()}
 
 
-def _flatten(scale: Mapping[str, Any], blocks: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Flatten {"up": {"block_0": 1.0}} to {"up.block_0": 1.0}; ValueError for a block that does not exist."""
+def _flatten(scale: Mapping[str, Any], blocks: Mapping[str, list[str]], levels: int) -> dict[str, Any]:
+    """Flatten {"up": {"block_0": 1.0}} to {"up.block_0": 1.0}.
+
+    A block without transformers is named in a warning; ValueError for one that does not exist.
+    """
     flat: dict[str, Any] = {}
     for part, value in scale.items():
         _check_exists(part, PARTS)
@@ -43,6 +48,9 @@ def _flatten(scale: Mapping[str, Any], blocks: Mapping[str, list[str]]) -> dict[
             flat |= dict.fromkeys(existing, value)
             continue
         for name, block_value in value.items():
+            if f"{part}.{name}" not in existing and name in [f"block_{level}" for level in range(levels)]:
+                logger.warning("the scale of %s.%s has no effect: it has no transformers", part, name)
+                continue
             _check_exists(f"{part}.{name}", existing)
             flat[f"{part}.{name}"] = block_value
     return flat

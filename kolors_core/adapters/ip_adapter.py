@@ -218,6 +218,11 @@ class AttachedAdapter:
     encoder: CLIPVision | None
     source: str | None = None  # the file, folder or repository that it was loaded from
 
+    def __repr__(self) -> str:
+        """Return the kind of adapter, its source, and its number of branches."""
+        source = f" from {self.source}" if self.source else ""
+        return f"<{type(self.adapter).__name__}{source} on {len(self.branches)} cross-attentions>"
+
     def __post_init__(self) -> None:
         for branch in self.branches.values():
             branch.handle = self
@@ -249,9 +254,9 @@ class AttachedAdapter:
         self.branches = {}
 
 
-def attached(unet: UNet) -> list[AttachedAdapter]:
+def attached(unet: UNet | None) -> list[AttachedAdapter]:
     """List the handles of a UNet's adapters, in the order in which it takes their images."""
-    first: Any = next(iter(cross_attentions(unet).values()), None)
+    first: Any = None if unet is None else next(iter(cross_attentions(unet).values()), None)
     return [] if first is None else [branch.handle for branch in first.image_branches]
 
 

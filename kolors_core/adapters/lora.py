@@ -31,6 +31,14 @@ class LoRAAdapter:
     def __init__(self, model: nn.Module, name: str, layers: dict[str, LoRALayer]) -> None:
         self.model, self.name, self.layers = model, name, layers
 
+    def __repr__(self) -> str:
+        """Return the name, the number of layers, and whether it acts."""
+        scales = {part.strength for part in self.parts().values()}
+        weight = "by layer" if len(scales) > 1 else next(iter(scales), "none")
+        state = "" if self.is_active and self.is_enabled else ", off"
+        layers = f"{len(self.layers)} layers of a {type(self.model).__name__}"
+        return f"{type(self).__name__}({self.name!r} on {layers}, weight {weight}{state})"
+
     def parts(self) -> dict[str, LoRAWeights]:
         """Return the adapter's weights in each layer, by the layer's path."""
         return {path: layer.parts()[self.name] for path, layer in self.layers.items()}
@@ -117,11 +125,12 @@ class LoRAAdapter:
 
 def attach(
     model: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] = UNET_TARGETS,
-    name: str = "default",
+    name: str = "default", generator: torch.Generator | None = None,
 ) -> LoRAAdapter:  # fmt: skip
     """Attach a new adapter, initially zero, to every linear layer whose last name is in `targets`.
 
-    alpha: the rank if None. The factors are float32 and trainable. ValueError for a rank below 1, a name that
+    alpha: the rank if None. The factors are float32 and trainable. generator: of the down factors' first
+    values, which are drawn on the CPU; torch's own if None. ValueError for a rank below 1, a name that
     is in use or invalid, or if no layer matches.
     """
     rank = check_int("rank", rank)
@@ -131,8 +140,9 @@ def attach(
     parts = {}
     for path, layer in supported_layers(model).items():
         if isinstance(layer, nn.Linear) and path.split(".")[-1] in targets:
-            down = torch.empty(rank, layer.in_features, device=layer.weight.device, dtype=torch.float32)
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # [R, I]
+            down = torch.empty(rank, layer.in_features, dtype=torch.float32)
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)  # [R, I]
+            down = down.to(layer.weight.device)
             up = down.new_zeros(layer.out_features, rank)  # [O, R]
             parts[path] = LoRAWeights({"down": down, "up": up}, scale)
     if not parts:

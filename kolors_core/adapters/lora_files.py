@@ -20,7 +20,7 @@ from kolors_core.validation import is_real
 from weights_convert import TABLES
 from weights_convert.lora import KNOWN_SPELLINGS, parse_keys
 from weights_convert.safetensors_files import Source, Tensors
-from weights_convert.untrusted_files import parse_object
+from weights_convert.untrusted_files import parse_object, printable
 
 METADATA = "lora_adapter_metadata"  # the reference's name of its configs in a file's metadata
 TensorsByRole = Mapping[str, Tensor]
@@ -49,9 +49,13 @@ class LoRAReport:
                 text += f"; {len(names)} {kind}: {', '.join(map(_shown, names[:3]))}{more}"
         return text
 
+    def __repr__(self) -> str:
+        """Return the text, without the names of all tensors."""
+        return f"<{type(self).__name__} {self}>"
+
 
 def _shown(name: str) -> str:
-    line = " ".join(name.split())
+    line = printable(" ".join(name.split()))
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from kolors_core.context import ImageKeysValues
 from kolors_core.devices import unwrap_compiled
-from kolors_core.inspection.features import CallCounter, Patterns, Steps, check_steps, match_modules
+from kolors_core.inspection.features import (
+    CallCounter,
+    Patterns,
+    Steps,
+    check_steps,
+    list_lines,
+    match_modules,
+)
 from kolors_core.unet import Attention, UNetEncoder
 
 
@@ -89,6 +96,14 @@ class AttentionMaps(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.recorders)
+
+    def __repr__(self) -> str:
+        """Return a line for each attention: its name, and its map's shape."""
+        lines = []
+        for name, recorder in self.recorders.items():
+            shape = [*recorder.maps[0].shape] if recorder.maps else "none yet"
+            lines.append(f"{name}: {f'{recorder.num_steps} steps of ' if recorder.whole else ''}{shape}")
+        return list_lines(f"{type(self).__name__} of {len(self)} attentions", lines)
 
 
 @contextmanager

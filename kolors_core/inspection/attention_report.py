@@ -56,6 +56,18 @@ class Explanation:
     views: dict[tuple[str, str], Tensor]
     facts: dict[str, str]
 
+    def __repr__(self) -> str:
+        """Return the prompt, its displayed tokens, and which layers and steps there are views of."""
+        parts, spans = (", ".join(dict.fromkeys(names)) for names in zip(*self.views, strict=True))
+        labels = " ".join(token.label for token in self.tokens)
+        title = f"{type(self).__name__} of {self.prompt!r}"
+        return f"{title}\n  tokens: {labels}\n  layers: {parts}\n  steps: {spans}"
+
+    def _repr_png_(self) -> bytes:  # in notebooks: the map of each token, under its name
+        content = BytesIO()
+        render_png(self).save(content, "PNG")
+        return content.getvalue()
+
 
 def normalize(maps: Tensor) -> Tensor:
     """Scale maps [..., h, w] each from its minimum, 0, to its maximum, 1; a constant one becomes 0."""
@@ -112,6 +124,12 @@ def shortened(text: str, width: int) -> str:
     return next(cut for n in range(len(text), -1, -1) if font().getlength(cut := f"{text[:n]}…") <= width)
 
 
+def displayed_facts(explanation: Explanation) -> dict[str, str]:
+    """Return the facts for people: by names of words, without JSON, which is for programs."""
+    facts = explanation.facts.items()
+    return {name.replace("_", " "): value for name, value in facts if not value.startswith(("{", "["))}
+
+
 def render_png(explanation: Explanation) -> "Image":
     """Draw the image, and for each token its map of all layers and steps over the gray image, labeled."""
     from PIL import Image, ImageDraw
@@ -125,7 +143,7 @@ def render_png(explanation: Explanation) -> "Image":
         tiles.append((Image.blend(gray, overlay, STRENGTH), token.label, f"{share.mean():.1%}"))
     columns = min(COLUMNS, len(tiles))
     width = GAP + columns * (TILE + GAP)
-    facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in explanation.facts.items())
+    facts = "; ".join(f"{name}: {value}" for name, value in displayed_facts(explanation).items())
     lines = [(line, TEXT_COLOR) for line in wrapped(explanation.prompt, width - 2 * GAP, 8)]
     lines += [(line, MUTED_COLOR) for line in wrapped(facts, width - 2 * GAP, 12)]
     top, row = 2 * GAP + LINE * len(lines), h + LINE + GAP
@@ -165,8 +183,8 @@ def render_html(explanation: Explanation) -> str:
         for token in explanation.tokens
     ]
     facts = [
-        f"<dt>{escape(name.replace('_', ' '))}</dt><dd><bdi>{escape(value)}</bdi></dd>"
-        for name, value in explanation.facts.items()
+        f"<dt>{escape(name)}</dt><dd><bdi>{escape(value)}</bdi></dd>"
+        for name, value in displayed_facts(explanation).items()
     ]
     spans = {span: "all steps" if span == "all" else f"steps {span}" for _, span in explanation.views}
     fields = {

@@ -71,6 +71,12 @@ def check_steps(steps: Steps) -> Steps:
     return steps
 
 
+def list_lines(title: str, lines: Sequence[str], most: int = 12) -> str:
+    """Format a title and the first lines of a list, indented, with the number of the others."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n  ".join([title, *lines[:most], *more])
+
+
 class CallCounter:
     """Counter of a module's calls, of which `steps`, or all, are selected; required: calls that must come."""
 
@@ -91,11 +97,24 @@ class CallCounter:
             raise ValueError(f"{self.name} ran {self.count} times: step {missing} never came")
 
 
+class Features(dict[str, list[Any]]):
+    """Recorded features: module -> an entry for each call."""
+
+    def __repr__(self) -> str:
+        """Return a line for each module: the number of its calls and the shape of the first's features."""
+        lines = []
+        for name, kept in self.items():
+            first = tree_map_only(Tensor, lambda x: f"{list(x.shape)} {str(x.dtype)[6:]}", kept[:1])
+            text = str(first[0]).replace("'", "") if kept else ""
+            lines.append(f"{name or 'the model'}: {len(kept)} calls{', first ' if kept else ''}{text}")
+        return list_lines(f"{type(self).__name__} of {len(self)} modules", lines)
+
+
 @contextmanager
 def capture(
     model: nn.Module, patterns: Patterns, what: Where = "out", steps: Steps = None, *,
     keep: Callable[[Tensor], Tensor] = Tensor.detach,
-) -> Iterator[dict[str, list[Any]]]:  # fmt: skip
+) -> Iterator[Features]:  # fmt: skip
     """Record features of the matched modules: {name: list}, an entry for each call, or each of `steps`.
 
     keep: converts a tensor, as in `lambda x: x.half().cpu()`; by default it is detached. Anything else than a
@@ -103,7 +122,7 @@ def capture(
     that matches nothing, and on leaving for a step or module that never came.
     """
     modules = _callable_modules(model, patterns)
-    kept: dict[str, list[Any]] = {name: [] for name in modules}
+    kept = Features({name: [] for name in modules})
 
     def visit(name: str, features: Any, _step: int) -> None:
         kept[name].append(tree_map_only(Tensor, keep, features))

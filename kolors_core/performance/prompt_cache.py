@@ -38,9 +38,9 @@ class Key(NamedTuple):
         hooks = [hook for module in encoder.modules() for hook in module._forward_hooks.values()]
         pre_hooks = [hook for module in encoder.modules() for hook in module._forward_pre_hooks.values()]
         versions = tuple(parameter._version for parameter in encoder.parameters())
-        is_persistable = type(encoder) is ChatGLM and "forward" not in vars(encoder) and not hooks
+        is_plain = type(encoder).forward is ChatGLM.forward and "forward" not in vars(encoder)
         memory_key = type(encoder), versions, tuple(map(id, [*hooks, *pre_hooks]))
-        return cls(fingerprint(encoder, tokens), memory_key, is_persistable)
+        return cls(fingerprint(encoder, tokens), memory_key, is_plain and not hooks)
 
 
 class PromptCache:

@@ -28,7 +28,8 @@ from kolors_core.pipelines.base import AdapterInputs
 from kolors_core.pipelines.control_images import ControlNetMethods
 from kolors_core.pipelines.face_prompts import FaceIDMethods
 from kolors_core.pipelines.lora_methods import LoRAMethods
-from kolors_core.pipelines.request import PipelineInputs
+from kolors_core.pipelines.request import PipelineInputs, warn_unused
+from kolors_core.validation import check_float
 
 MODELS = MODEL_SPECS | {"image_encoder": IMAGE_ENCODER}
 
@@ -45,7 +46,8 @@ class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
     def _check_dimensions(self) -> None:
         super()._check_dimensions()
         vae, unet = unwrap_compiled(self.vae), unwrap_compiled(self.unet)
-        check_fits(self.controlnet, unet, vae.config.vae_scale_factor)
+        if unet is not None and vae is not None:
+            check_fits(self.controlnet, unet, vae.config.vae_scale_factor)
 
     def _attached_models(self) -> list[nn.Module]:
         return [*(handle.adapter for handle in attached(self.unet)), *controlnets_of(self.controlnet)]
@@ -61,6 +63,8 @@ class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
         self, inputs: PipelineInputs, size: Size, batch: int, images_per_prompt: int
     ) -> AdapterInputs:
         masks = (inputs.cross_attention_kwargs or {}).get("ip_adapter_masks")
+        if "scale" in (inputs.cross_attention_kwargs or {}) and not self.has_acting_lora:
+            warn_unused("the scale in cross_attention_kwargs", "without an active LoRA on the UNet")
         images = inputs.ip_adapter_image, inputs.ip_adapter_image_embeds
         prompts = self._image_prompts(*images, masks, batch, inputs.is_guided)
         with self._lora_factor(inputs):  # a face's tokens go through a layer of the UNet
@@ -75,6 +79,9 @@ class AdapterMethods(ModelAdapterMethods, FaceIDMethods, ControlNetMethods):
 
     def _lora_factor(self, inputs: PipelineInputs) -> AbstractContextManager[None]:
         if (factor := (inputs.cross_attention_kwargs or {}).get("scale")) is None:
+            return nullcontext()
+        check_float("the scale of LoRAs", factor)
+        if not self.has_acting_lora and not self.fused_loras:
             return nullcontext()
         self.runs.require_alone("a LoRA scale of its own")
         return self.lora_scaled(factor)

@@ -6,7 +6,7 @@ Private methods that do nothing here are extended in adapter_methods.py and perf
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from kolors_core.hub import hub_commit
 from kolors_core.image import Size
 from kolors_core.module import WrapStep
 from kolors_core.pipelines.component_checks import check_component_type, check_dimensions
+from kolors_core.pipelines.pipeline_repr import describe
 from kolors_core.pipelines.runs import Interrupt, Runs
 from kolors_core.precompute import Savings
 from kolors_core.sampling import Denoiser, Sampler
@@ -43,38 +44,35 @@ class AdapterInputs(NamedTuple):
     residuals: Residuals | None = None
 
 
-class Origin(NamedTuple):
-    """Origin of a pipeline: the name or path it was loaded by, the hub's commit or None, and the variant."""
-
-    name: str = ""
-    revision: str | None = None
-    variant: str | None = None
-
-
 class Components:
     """Models of a pipeline. Each is a plain attribute and may be replaced."""
 
     model_specs: ClassVar[Mapping[str, ModelSpec]] = MODEL_SPECS  # of the models that a checkpoint may have
+    tokenizer_class: ClassVar[type[Tokenizer]] = Tokenizer
     accepts_mask_channels: ClassVar[bool] = False  # whether the UNet may read a mask and masked latents too
     _wrap_step: WrapStep | None = None  # of the denoising loop: captures a step as a CUDA graph
 
     def __init__(
-        self, vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet,
-        scheduler: Scheduler, image_encoder: Any = None, feature_extractor: Callable[..., Any] | None = None,
-        force_zeros_for_empty_prompt: bool = False, controlnet: Any = None,
+        self, vae: VAE | None, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet | None,
+        scheduler: Scheduler | None, image_encoder: Any = None,
+        feature_extractor: Callable[..., Any] | None = None, force_zeros_for_empty_prompt: bool = False,
+        controlnet: Any = None,
     ) -> None:  # fmt: skip
-        """image_encoder: a `CLIPVision`, which only IP-Adapters need. feature_extractor: CLIP's own
-        preprocessing if None. controlnet: a `ControlNet` or a list; each needs a control image in every call.
+        """vae, unet, scheduler: None for a pipeline that only encodes prompts. image_encoder: a `CLIPVision`,
+        which only IP-Adapters need. feature_extractor: CLIP's own preprocessing if None. controlnet: a
+        `ControlNet` or a list; each needs a control image in every call.
 
         Raises TypeError or ValueError, naming the component, for a component of another type or size.
         """
         self.runs, self.savings, self._progress = Runs(), Savings(), dict[str, Any]()
-        self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
-        self.scheduler, self.feature_extractor = scheduler, feature_extractor
+        self.text_encoder, self.tokenizer, self.feature_extractor = text_encoder, tokenizer, feature_extractor
+        self.vae, self.unet, self.scheduler = cast(VAE, vae), cast(UNet, unet), cast(Scheduler, scheduler)
         self.image_encoder, self.controlnet = image_encoder, controlnet
+        self.name_or_path = ""  # of the checkpoint that it was loaded from
+        self.revision: str | None = None  # the hub's commit of it
+        self.variant: str | None = None  # of its weight files, where one was named
         self._check_dimensions()
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self.origin = Origin()
         self.guided: Callable[..., Denoiser] = guided  # another rule of its signature may stand here
         self.sampler: Sampler | None = None  # another than the scheduler's, such as a function like `euler`
         self.pag_applied_layers = ["mid"]  # of `KolorsPAGPipeline`; another task keeps them for it
@@ -86,6 +84,9 @@ class Components:
     def _check_dimensions(self) -> None:
         check_dimensions(self.vae, self.text_encoder, self.tokenizer, self.unet, self.accepts_mask_channels)
 
+    def __repr__(self) -> str:
+        return describe(self)
+
     def __setattr__(self, name: str, value: Any) -> None:
         check_component_type(name, value)
         super().__setattr__(name, value)
@@ -95,9 +96,10 @@ class Components:
         cls, pretrained_model_name_or_path: str | Path = EMBEDDED_NAME, *, torch_dtype: Dtypes = None,
         dtype: Dtypes = None, device: torch.device | str = "cpu", variant: str | None = None,
         revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
-        token: str | bool | None = None, use_safetensors: bool | None = None, low_cpu_mem_usage: bool = True,
-        text_encoder: ChatGLM | None = _LOAD, tokenizer: Tokenizer | None = _LOAD, unet: UNet = _LOAD,
-        vae: VAE = _LOAD, scheduler: Scheduler = _LOAD, image_encoder: Any = _LOAD,
+        token: str | bool | None = None, force_download: bool = False, use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool = True, text_encoder: ChatGLM | None = _LOAD,
+        tokenizer: Tokenizer | None = _LOAD, unet: UNet | None = _LOAD, vae: VAE | None = _LOAD,
+        scheduler: Scheduler | None = _LOAD, image_encoder: Any = _LOAD,
         feature_extractor: Callable[..., Any] | None = None, controlnet: Any = None,
     ) -> Self:  # fmt: skip
         """Load a checkpoint folder or hub repository; the embedded tiny model if none is named.
@@ -105,8 +107,9 @@ class Components:
         torch_dtype, or by its newer name dtype: one, or a mapping by component with a "default"; float32 if
         None, and the VAE is never float16. variant: such as "fp16"; None takes the only one there is. device:
         the device that tensors are read to; "meta" fetches and reads no weights and no tokenizer, for a
-        pipeline whose memory is planned (memory_plan.py). The files of a component that is passed in are not
-        fetched. Raises FileNotFoundError or ValueError naming the file, field or tensor.
+        pipeline whose memory is planned (memory_plan.py). The files of a component that is passed in, or is
+        None, are not fetched. force_download: fetch again what the cache has. Raises FileNotFoundError or
+        ValueError naming the file, field or tensor.
         """
         devices.refuse_pickles(use_safetensors)
         devices.check_low_cpu_mem_usage(low_cpu_mem_usage)
@@ -124,13 +127,14 @@ class Components:
         folder = checkpoint.resolve(
             pretrained_model_name_or_path, wanted, variant, has_weights, revision=revision,
             cache_dir=cache_dir, local_files_only=local_files_only, token=token,
+            force_download=force_download,
         )  # fmt: skip
         force_zeros, absent = checkpoint.load_index(folder)
         for component in wanted:
             if component in absent or (component == "tokenizer" and not has_weights):
                 parts[component] = None
             elif component == "tokenizer":
-                parts[component] = Tokenizer(folder / "tokenizer")
+                parts[component] = cls.tokenizer_class(folder / "tokenizer")
             elif component == "scheduler":
                 parts[component] = checkpoint.load_scheduler(folder)
             else:
@@ -145,7 +149,8 @@ class Components:
             **parts, feature_extractor=feature_extractor, controlnet=controlnet,
             force_zeros_for_empty_prompt=force_zeros,
         )  # fmt: skip
-        pipe.origin = Origin(str(pretrained_model_name_or_path), hub_commit(folder), variant)
+        pipe.name_or_path = str(pretrained_model_name_or_path)
+        pipe.revision, pipe.variant = hub_commit(folder), variant
         return pipe
 
     @classmethod
@@ -157,24 +162,34 @@ class Components:
             raise TypeError(f"{strangers[0]!r} is no component; expected {', '.join(pipeline.components)}")
         changes = {"image_encoder": pipeline._image_encoder} | changes  # not one that an IP-Adapter brought
         pipe = cls(**pipeline.components | changes)
-        for name in ("runs", "_progress", "savings", "guided", "sampler", "pag_applied_layers", "origin"):
+        names = ("runs", "_progress", "savings", "guided", "sampler", "pag_applied_layers")
+        for name in (*names, "name_or_path", "revision", "variant"):
             setattr(pipe, name, getattr(pipeline, name))
         return pipe
 
-    def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
-        """Write a new folder that the reference and `from_pretrained` load, whole or not at all.
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:  # fmt: skip
+        """Write a folder that the reference and `from_pretrained` load, whole or not at all.
 
-        Of adapters only a fused LoRA is saved, in the weights. Raises FileExistsError if `folder` exists and
-        is not empty, ValueError if a model is missing or quantized.
+        Of adapters only a fused LoRA is saved, in the weights. max_shard_size: such as "5GB", of each file of
+        weights; one file for each model if None. A folder of a saved pipeline and nothing else is replaced.
+        Raises FileExistsError for another folder, ValueError if a model is missing or quantized.
         """
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError("this pipeline has no text encoder or tokenizer and cannot be saved whole")
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle: only safetensors are written")
+        folder, needed = as_path("save_directory", save_directory), ("tokenizer", *MODEL_SPECS, "scheduler")
+        if absent := next((name for name in needed if getattr(self, name) is None), None):
+            raise ValueError(f"this pipeline has no {absent} and cannot be saved whole")
         models = {name: unwrap_compiled(model) for name, model in self._own_models().items()}
         for component, model in models.items():
             checkpoint.check_savable(model, component)
-        with atomic_folder(as_path("folder", folder)) as place:
+        with atomic_folder(folder, checkpoint.is_own_folder) as place:
             for component, model in models.items():
-                checkpoint.save_component(model, place, component, variant=variant)
+                checkpoint.save_component(
+                    model, place, component, variant=variant, max_shard_size=max_shard_size
+                )
             task = type(self).__name__.replace("ControlNet", "")  # the reference has no such class for Kolors
             checkpoint.save_metadata(place, task, self.components)
 
@@ -210,7 +225,7 @@ class Components:
     def _models(self) -> dict[str, list[nn.Module]]:
         """Return the models that are moved together, by stage."""
         models = {name: [model] for name, model in self._own_models().items()}
-        return models | {"unet": [self.unet, *self._attached_models()]}
+        return models | ({"unet": [self.unet, *self._attached_models()]} if "unet" in models else {})
 
     def _attached_models(self) -> list[nn.Module]:
         """Return the models that run in the UNet's stage beside it, such as ControlNets."""
@@ -225,8 +240,22 @@ class Components:
 
     def _check_loaded(self) -> None:
         """Raise ValueError on the meta device."""
-        if self.unet.conv_in.weight.is_meta:
+        if self._weight.is_meta:
             raise ValueError("this pipeline's weights are not loaded (device='meta'): it can only be planned")
+
+    def _check_can_draw(self) -> None:
+        """Raise ValueError for a pipeline without UNet, VAE or scheduler."""
+        if absent := next(
+            (name for name in ("unet", "vae", "scheduler") if getattr(self, name) is None), None
+        ):
+            raise ValueError(f"this pipeline has no {absent}: it encodes prompts, and cannot make images")
+
+    @property
+    def _weight(self) -> Tensor:
+        """A weight of the UNet, whose device and dtype are the pipeline's; without one, of another model."""
+        if self.unet is not None:
+            return self.unet.conv_in.weight
+        return next((next(model.parameters()) for model in self._own_models().values()), torch.empty(0))
 
     def _compute_device(self, weight: Tensor) -> torch.device:
         """Return the device on which the model with this weight runs."""
@@ -273,12 +302,12 @@ class Components:
     @property
     def device(self) -> torch.device:
         """The device that the UNet runs on."""
-        return self._compute_device(self.unet.conv_in.weight)
+        return self._compute_device(self._weight)
 
     @property
     def dtype(self) -> torch.dtype:
         """The UNet's dtype."""
-        return self.unet.conv_in.weight.dtype
+        return self._weight.dtype
 
     @property
     def components(self) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from kolors_core.vae import VAE
 
 # For each attribute of a pipeline: a predicate of its unwrapped value, and the type in words.
 COMPONENT_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "unet": (lambda part: isinstance(part, UNet), "kolors_core's UNet"),
-    "vae": (lambda part: isinstance(part, VAE), "kolors_core's VAE"),
-    "scheduler": (lambda part: isinstance(part, Scheduler), "kolors_core's Scheduler"),
+    "unet": (lambda part: isinstance(part, UNet | None), "kolors_core's UNet or None"),
+    "vae": (lambda part: isinstance(part, VAE | None), "kolors_core's VAE or None"),
+    "scheduler": (lambda part: isinstance(part, Scheduler | None), "kolors_core's Scheduler or None"),
     "image_encoder": (
         lambda part: part is None or hasattr(part, "penultimate"), "kolors_core's CLIPVision or None"),
     "text_encoder": (
@@ -44,9 +44,22 @@ def check_component_type(name: str, value: Any) -> None:
 
 
 def check_dimensions(
-    vae: VAE, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet, accepts_masks: bool
-) -> None:
+    vae: VAE | None, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet | None,
+    accepts_masks: bool,
+) -> None:  # fmt: skip
     """Raise ValueError naming two components whose dimensions differ."""
+    if vae is not None and unet is not None:
+        _check_channels(vae, unet, accepts_masks)
+    if text_encoder is None:
+        return
+    width, words = text_encoder.config.hidden_size, text_encoder.config.vocab_size
+    if unet is not None and width != unet.config.text_dim:
+        raise ValueError(f"the text encoder is {width} wide, and the UNet reads {unet.config.text_dim}")
+    if tokenizer is not None and tokenizer.size > words:
+        raise ValueError(f"the tokenizer has {tokenizer.size} tokens, and the text encoder only {words}")
+
+
+def _check_channels(vae: VAE, unet: UNet, accepts_masks: bool) -> None:
     latents, ins, outs = vae.config.latent_channels, unet.config.in_channels, unet.config.out_channels
     masked = 2 * latents + 1  # the latents, the mask, and the masked image's latents
     if outs != latents or ins not in ((latents, masked) if accepts_masks else (latents,)):
@@ -56,9 +69,3 @@ def check_dimensions(
         elif ins == masked:
             wanted += ": one with a mask is for KolorsInpaintPipeline"
         raise ValueError(f"the UNet has {ins} in and {outs} out channels, expected {wanted}")
-    if text_encoder is None:
-        return
-    if (width := text_encoder.config.hidden_size) != unet.config.text_dim:
-        raise ValueError(f"the text encoder is {width} wide, and the UNet reads {unet.config.text_dim}")
-    if tokenizer is not None and tokenizer.size > (words := text_encoder.config.vocab_size):
-        raise ValueError(f"the tokenizer has {tokenizer.size} tokens, and the text encoder only {words}")

@@ -11,7 +11,7 @@ from kolors_core.adapters.controlnet import is_multi
 from kolors_core.image import preprocess_control
 from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
 from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
-from kolors_core.pipelines.request import KolorsPipelineOutput
+from kolors_core.pipelines.request import KolorsPipelineOutput, documented_like
 from kolors_core.pipelines.text_prompts import Prompt
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 
@@ -19,12 +19,14 @@ from kolors_core.pipelines.text_to_image import KolorsPipeline
 class KolorsControlNetPipeline(KolorsPipeline):
     """Text to image under control images."""
 
+    @documented_like(KolorsPipeline.__call__)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (the reference's own order)
         self, prompt: Prompt | None = None, image: Any = None, height: int | None = None,
         width: int | None = None, **arguments: Any,
-    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
-        """Make images from prompts and control images, `image`; arguments: as for `KolorsPipeline`.
+    ) -> KolorsPipelineOutput:  # fmt: skip
+        """Make images from prompts and control images; arguments: as for `KolorsPipeline`.
 
+        image: the control image, as `control_image` below.
         height, width: multiples of 8 in pixels; the first control image's own, rounded down, if None.
         """
         if image is None:
@@ -40,11 +42,12 @@ class KolorsControlNetImg2ImgPipeline(KolorsImg2ImgPipeline):
 
     default_strength = 0.8
 
+    @documented_like(KolorsImg2ImgPipeline.__call__)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (the reference's own order)
         self, prompt: Prompt | None = None, image: Any = None, control_image: Any = None,
         height: int | None = None, width: int | None = None, strength: float = default_strength,
         **arguments: Any,
-    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
+    ) -> KolorsPipelineOutput:  # fmt: skip
         """Make images from images, prompts and control images; others as for `KolorsImg2ImgPipeline`."""
         if control_image is None:
             raise ValueError("no control_image: expected one, or one for each of several ControlNets")
@@ -55,10 +58,11 @@ class KolorsControlNetImg2ImgPipeline(KolorsImg2ImgPipeline):
 class KolorsControlNetInpaintPipeline(KolorsInpaintPipeline):
     """Inpainting under control images."""
 
+    @documented_like(KolorsInpaintPipeline.__call__)
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (the reference's own order)
         self, prompt: Prompt | None = None, image: Any = None, mask_image: Any = None,
         control_image: Any = None, **arguments: Any,
-    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
+    ) -> KolorsPipelineOutput:  # fmt: skip
         """Inpaint the white part of a mask under control images; others as for `KolorsInpaintPipeline`."""
         if control_image is None:
             raise ValueError("no control_image: expected one, or one for each of several ControlNets")

@@ -16,7 +16,14 @@ from kolors_core.image import Size, preprocess_vae
 from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.masks import size_of, to_gray
 from kolors_core.pipelines.provenance import describe_call
-from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
+from kolors_core.pipelines.request import (
+    Extras,
+    KolorsPipelineOutput,
+    PipelineInputs,
+    check_extras,
+    documented_like,
+    warn_unused,
+)
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import Task, encode_prompts
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
@@ -36,9 +43,9 @@ class FromImage(Task):
         """Select the steps after the start that strength or denoising_start sets, up to denoising_end."""
         if start is None:
             schedule = whole.last_steps(strength)
-        elif strength != self.default_strength:
-            raise ValueError(f"strength has no effect beside denoising_start, got {strength} and {start}")
         else:
+            if strength != self.default_strength:
+                warn_unused("strength", "beside denoising_start")
             schedule = whole.after(start)
             if end is not None and start >= check_fraction("denoising_end", end):
                 raise ValueError(f"denoising_start must be before denoising_end, got {start} and {end}")
@@ -109,6 +116,7 @@ class KolorsImg2ImgPipeline(FromImage):
 
     default_strength = 0.3
 
+    @documented_like(PipelineInputs)
     @inference_call
     def __call__(
         self, prompt: Prompt | None = None, image: Any = None, strength: float = default_strength,
@@ -127,7 +135,7 @@ class KolorsImg2ImgPipeline(FromImage):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = MAX_TOKENS, strength_map: Any = None, **extras: Unpack[Extras],
-    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
+    ) -> KolorsPipelineOutput:  # fmt: skip
         """Make images from images and prompts.
 
         image: a PIL image, an array [H, W, 3], a tensor [3, H, W] in [0, 1] or [-1, 1], or latents [4, H/8,
@@ -139,11 +147,12 @@ class KolorsImg2ImgPipeline(FromImage):
         `masks.to_gray`, one for all, for each prompt or for each image. (The community's differential
         pipeline has it inverted, as `map`.)
         denoising_start: take the image as one on which `denoising_end` has left off, and add no noise.
+        denoising_end: as in `KolorsPipeline`.
         latents: [B, 4, H/8, W/8], noisy already, in place of the image's: `callback_on_step_end` sees such.
         All others, and `Extras`: see `kolors_core.pipelines.request.PipelineInputs`. Raises ValueError or
         TypeError naming the argument, what came and what was expected.
         """
-        check_extras(extras)
+        check_extras(extras, self)
         inputs = PipelineInputs(
             prompt=prompt, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
             negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds,

@@ -19,7 +19,13 @@ from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.image_to_image import FromImage, preserve_masked_latents, repeat_per_image
 from kolors_core.pipelines.masks import Box, size_of, to_gray
 from kolors_core.pipelines.provenance import describe_call
-from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
+from kolors_core.pipelines.request import (
+    Extras,
+    KolorsPipelineOutput,
+    PipelineInputs,
+    check_extras,
+    documented_like,
+)
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import encode_prompts
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
@@ -45,6 +51,7 @@ class KolorsInpaintPipeline(FromImage):
     accepts_mask_channels: ClassVar[bool] = True
     default_strength = 0.9999  # the reference's, which leaves out the first of 50 steps
 
+    @documented_like(PipelineInputs)
     @inference_call
     def __call__(
         self, prompt: Prompt | None = None, image: Any = None, mask_image: Any = None,
@@ -65,7 +72,7 @@ class KolorsInpaintPipeline(FromImage):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = MAX_TOKENS, paste_back: bool | None = None, **extras: Unpack[Extras],
-    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
+    ) -> KolorsPipelineOutput:  # fmt: skip
         """Inpaint the white part of a mask.
 
         image: as in `KolorsImg2ImgPipeline`. mask_image: in the forms of `masks.to_gray`; what is at least
@@ -78,6 +85,7 @@ class KolorsInpaintPipeline(FromImage):
         strength: above 0 and at most 1, as in `KolorsImg2ImgPipeline`; 1 starts from noise alone. Kolors'
         makers use 0.999, and a guidance_scale of 6.
         denoising_start: take the image as one on which `denoising_end` has left off; for 9 channels only.
+        denoising_end: as in `KolorsPipeline`.
         latents: [B, 4, H/8, W/8] standard normal noise in place of drawn noise.
         paste_back: put only what the mask marks into the given image, of its own size unless height or width
         is given: where the mask is black the pixels stay, bit for bit; where it is gray both are mixed. The
@@ -85,7 +93,7 @@ class KolorsInpaintPipeline(FromImage):
         All others, and `Extras`: see `kolors_core.pipelines.request.PipelineInputs`. Raises ValueError or
         TypeError naming the argument, what came and what was expected.
         """
-        check_extras(extras)
+        check_extras(extras, self)
         inputs = PipelineInputs(
             prompt=prompt, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
             negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds,

@@ -4,6 +4,7 @@ Source: `StableDiffusionLoraLoaderMixin` and `LoraBaseMixin` in diffusers' loade
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ from kolors_core.validation import as_path, check_float
 from weights_convert.safetensors_files import PICKLES, Source, Tensors, save_tensors
 
 COMPONENTS = ("unet", "text_encoder")
+logger = logging.getLogger("kolors_core")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 # The file of a LoRA, by the names that diffusers and PEFT give it; PEFT's settings are fetched with it.
 find_lora = partial(
@@ -95,7 +97,8 @@ class LoRAMethods:
 
         adapter_weights: one for all or a list of one for each, of a number, or of a mapping {"unet": ...,
         "text_encoder": number}, where the UNet's may be by blocks (see `block_scales`) and what is left out
-        is 1. ValueError, and no change, for unknown adapters, components or blocks, or if some are fused.
+        is 1. A component without the adapter is named in a warning. ValueError, and no change, for unknown
+        adapters or blocks, or if some are fused.
         """
         names = self._known_names(adapter_names)
         if len(set(names)) < len(names):
@@ -110,9 +113,11 @@ class LoRAMethods:
         for name, weight in chosen.items():
             if isinstance(weight, Mapping):
                 have = [component for component, model in models.items() if name in lora.adapters(model)]
-                if unknown := [component for component in weight if component not in have]:
-                    parts = f"it has parts in {' and '.join(have)}"
-                    raise ValueError(f"adapter {name!r} has nothing in {unknown[0]!r}, {parts}")
+                for component in (component for component in weight if component not in have):
+                    if component not in (*COMPONENTS, "text_encoder_2"):  # the latter: scripts for SDXL
+                        raise ValueError(f"LoRA goes into {' and '.join(COMPONENTS)}, not {component!r}")
+                    parts = f"adapter {name!r} has parts in {' and '.join(have)} only"
+                    logger.warning("adapter_weights for %r have no effect: %s", component, parts)
         changes = []
         for component, model in models.items():
             for name, adapter in lora.adapters(model).items():
@@ -154,10 +159,9 @@ class LoRAMethods:
         """
         factor, unet = check_float("the scale of LoRAs", factor), unwrap_compiled(self.unet)
         lora.check_not_fused(unet, "scale adapters")
-        attached = lora.adapters(unet).values()
-        if not any(adapter.is_active and adapter.is_enabled for adapter in attached):
+        if not self.has_acting_lora:
             raise ValueError("no LoRA is active on the UNet, so that a scale has no effect")
-        parts = [part for adapter in attached for part in adapter.parts().values()]
+        parts = [part for adapter in lora.adapters(unet).values() for part in adapter.parts().values()]
         try:
             for part in parts:
                 part.call_scale = factor
@@ -165,6 +169,12 @@ class LoRAMethods:
         finally:
             for part in parts:
                 part.call_scale = 1.0
+
+    @property
+    def has_acting_lora(self) -> bool:
+        """Whether an adapter on the UNet is active, and adapters are enabled."""
+        unet = unwrap_compiled(self.unet)
+        return any(one.is_active and one.is_enabled for one in lora.adapters(unet).values())
 
     def fuse_lora(
         self, components: Sequence[str] | None = None, lora_scale: float = 1.0, safe_fusing: bool = True,
@@ -227,7 +237,8 @@ class LoRAMethods:
         self: "LoRAMethods | None", save_directory: str | Path,
         unet_lora_layers: Mapping[str, Tensor] | None = None,
         text_encoder_lora_layers: Mapping[str, Tensor] | None = None, is_main_process: bool = True,
-        weight_name: str | None = None, safe_serialization: bool = True, *, adapter_name: str | None = None,
+        weight_name: str | None = None, save_function: Callable[[dict[str, Tensor], str], Any] | None = None,
+        safe_serialization: bool = True, *, adapter_name: str | None = None,
         unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
         text_encoder_lora_adapter_metadata: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
@@ -236,7 +247,8 @@ class LoRAMethods:
         Of a pipeline, the attached adapter `adapter_name`, or the only one. With `unet_lora_layers` or
         `text_encoder_lora_layers`, also on the class, these tensors, by the names of their model, with PEFT's
         settings as metadata. weight_name: pytorch_lora_weights.safetensors if None. is_main_process: others
-        write nothing. Raises ValueError if it is not clear what to write, or the names cannot say it.
+        write nothing. save_function: called with tensors and path to write them another way. Raises
+        ValueError if it is not clear what to write, or the names cannot say it.
         """
         weight_name = WEIGHT_NAME if weight_name is None else weight_name
         if not isinstance(weight_name, str):
@@ -263,7 +275,10 @@ class LoRAMethods:
         text = json.dumps(settings, sort_keys=True, default=sorted)  # PEFT's settings have sets
         folder = as_path("save_directory", save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(state, folder / weight_name, {METADATA: text} if settings else None)
+        if save_function is not None:
+            save_function(state, str(folder / weight_name))
+        else:
+            save_tensors(state, folder / weight_name, {METADATA: text} if settings else None)
 
     def _state_of(self, name: str | None) -> dict[str, Tensor]:
         """Return an attached adapter's tensors in diffusers' names; the only adapter if the name is None."""

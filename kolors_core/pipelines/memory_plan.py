@@ -76,6 +76,11 @@ class Plan:
             lines.append(f"{words:<34}{getattr(self, name):>9.3f}{remark}")
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        """Return the three totals."""
+        totals = ", ".join(f"{getattr(self, name):.3f} {words}" for name, words in MODES.items())
+        return f"<{type(self).__name__}: GiB for {self.run}: {totals}>"
+
 
 @torch.no_grad()
 def plan(

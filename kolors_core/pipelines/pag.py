@@ -24,7 +24,7 @@ from kolors_core.image import Size
 from kolors_core.module import WrapStep
 from kolors_core.pipelines.base import Components
 from kolors_core.pipelines.denoising_loop import StepCallback
-from kolors_core.pipelines.request import Extras, KolorsPipelineOutput
+from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, documented_like, warn_unused
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import Denoiser, Generators
@@ -142,6 +142,7 @@ class KolorsPAGPipeline(KolorsPipeline):
         one = isinstance(pag_applied_layers, str)
         self.pag_applied_layers = [pag_applied_layers] if one else list(pag_applied_layers)
 
+    @documented_like(KolorsPipeline.__call__)
     def __call__(
         self, prompt: Prompt | None = None, height: int | None = None, width: int | None = None,
         num_inference_steps: int = 50, timesteps: Sequence[float] | None = None,
@@ -158,7 +159,7 @@ class KolorsPAGPipeline(KolorsPipeline):
         negative_target_size: Size | None = None, callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",), pag_scale: float = 3.0,
         pag_adaptive_scale: float = 0.0, max_sequence_length: int = MAX_TOKENS, **extras: Unpack[Extras],
-    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
+    ) -> KolorsPipelineOutput:  # fmt: skip
         """Make images from prompts.
 
         pag_scale: how strongly; 0 is `KolorsPipeline`. pag_adaptive_scale: see `perturbed`.
@@ -184,10 +185,10 @@ class KolorsPAGPipeline(KolorsPipeline):
         )  # fmt: skip
 
     def pag_rule(self, pag_scale: float, pag_adaptive_scale: float = 0.0) -> GuidanceRule | None:
-        """Return the rule with these scales; None if pag_scale is 0. ValueError if another is at `guided`."""
+        """Return the rule with these scales; None if pag_scale is 0. ValueError for another at `guided`."""
         is_off = check_float("pag_scale", pag_scale) == 0
         if is_off and pag_adaptive_scale != 0:
-            raise ValueError(f"pag_adaptive_scale has no effect with pag_scale 0, got {pag_adaptive_scale}")
+            warn_unused("pag_adaptive_scale", "with pag_scale 0")
         if is_off:
             return None
         if self.guided is not guided:

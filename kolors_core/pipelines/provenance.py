@@ -107,9 +107,9 @@ def describe_pipeline(pipe: Components) -> dict[str, str]:
     dtypes = {name: _dtype(model) for name, model in models.items()}
     bits = {name: n for name, model in models.items() if (n := _bits(model)) is not None}
     found = {
-        "model": pipe.origin.name or "unknown: no folder or repository was named",
-        "revision": pipe.origin.revision,
-        "variant": pipe.origin.variant,
+        "model": pipe.name_or_path or "unknown: no folder or repository was named",
+        "revision": pipe.revision,
+        "variant": pipe.variant,
         "fingerprint": as_json({name: fingerprint(model) for name, model in models.items()}),
         "bits": as_json(bits) if bits else None,
         "vae_tiling": "on" if getattr(models["vae"].run_coder, "use_tiling", False) else None,

@@ -88,6 +88,10 @@ class QuantizationReport:
             parts.append(f"unet {self.unet}, noise: {self.noise}")
         return "; ".join([*parts, f"latents after {STEPS} steps: {self.latents}"])
 
+    def __repr__(self) -> str:
+        """Return the text."""
+        return f"<{type(self).__name__}: {self}>"
+
 
 @torch.no_grad()
 def quantize(pipe: Task, *, text_encoder: int | None = None, unet: int | None = None) -> QuantizationReport:

@@ -5,7 +5,7 @@ its own configs, of a checkpoint that is named, or else Kolors'. Source: diffuse
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kolors_core.checkpoint import MODEL_SPECS, UnloadedModel, read_json, resolve, write_json
+from kolors_core.checkpoint import MODEL_SPECS, ModelSpec, UnloadedModel, read_json, resolve, write_json
 from kolors_core.config import UNetConfig
 from kolors_core.devices import loading_device
 from kolors_core.hub import find_file, hub_commit
 from kolors_core.loading import check
-from kolors_core.pipelines.base import Components, Origin
+from kolors_core.pipelines.base import Components
 from kolors_core.validation import as_path
 from weights_convert.atomic_write import locked_scratch_dir
 from weights_convert.folder_to_single_file import extract_files, to_single
@@ -75,7 +75,7 @@ def open_model(
         if component not in parts:
             raise ValueError(f"{file}: expected the {component}, got the {' and the '.join(parts)}")
         place = own if (own / component / "config.json").exists() or config is None else Path(config)
-        return _open(parts[component], place, has_weights)
+        return _open(parts[component], place, has_weights, MODEL_SPECS)
 
 
 class SingleFileMethods(Components):
@@ -109,14 +109,16 @@ class SingleFileMethods(Components):
                 place = resolve(config, wanted, variant, has_weights=False, **hub)
             elif (variant, revision) != (None, None):
                 raise ValueError("variant and revision have no effect without config, whose they are")
-            opened: dict[str, Any] = {part: _open(parts[part], place, has_weights) for part in wanted}
+            specs = cls.model_specs
+            opened: dict[str, Any] = {p: _open(parts[p], place, has_weights, specs) for p in wanted}
             if config is None and not is_whole:
                 _check_complete(file, {*opened, *arguments}, has_weights)
                 (own / "scheduler").mkdir(exist_ok=True)
                 write_json(SCHEDULER, own / "scheduler" / "scheduler_config.json")
                 write_json(INDEX, own / "model_index.json")
             pipe = cls.from_pretrained(folder, device=device, variant=variant, **hub, **opened, **arguments)
-            pipe.origin = Origin(str(pretrained_model_link_or_path), hub_commit(file))
+            pipe.name_or_path = str(pretrained_model_link_or_path)
+            pipe.revision, pipe.variant = hub_commit(file), None
             return pipe
 
     def save_single_file(self, file: str | Path, *, variant: str | None = None) -> None:
@@ -150,12 +152,12 @@ def _unpacked(file: Path) -> Iterator[tuple[dict[str, SubModel], Path]]:
             raise kind(str(error).replace(scratch, str(file))) from None
 
 
-def _open(part: SubModel, place: Path, has_weights: bool) -> UnloadedModel:
+def _open(part: SubModel, place: Path, has_weights: bool, specs: Mapping[str, ModelSpec]) -> UnloadedModel:
     """Build the model by the config in its folder of `place`, or of Kolors' sizes, and check the tensors."""
-    if part.component == "image_encoder":
-        from kolors_core.adapters.clip_vision import IMAGE_ENCODER as spec  # of files with CLIP only
+    if part.component in specs:
+        spec = specs[part.component]
     else:
-        spec = MODEL_SPECS[part.component]
+        from kolors_core.adapters.clip_vision import IMAGE_ENCODER as spec  # of files with CLIP only
     file = place / part.component / "config.json"
     is_own = file.exists()
     config = spec.config.from_public(read_json(file), str(file)) if is_own else spec.config()

@@ -19,6 +19,7 @@ from kolors_core.guidance import GuidanceRule
 from kolors_core.image import Size, to_images
 from kolors_core.pipelines.adapter_methods import AdapterMethods
 from kolors_core.pipelines.denoising_loop import DenoisingLoop
+from kolors_core.pipelines.embedded import warn_unknown
 from kolors_core.pipelines.performance_methods import PerformanceMethods
 from kolors_core.pipelines.provenance import describe_images
 from kolors_core.pipelines.request import KolorsPipelineOutput, PipelineInputs
@@ -59,6 +60,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
 
     def _schedule(self, inputs: PipelineInputs) -> Schedule:
         """Return the schedule of all steps, of which a task may take a part."""
+        self._check_can_draw()
         is_custom = inputs.timesteps is not None or inputs.sigmas is not None
         steps = None if is_custom else inputs.num_inference_steps
         return self.scheduler.schedule(steps, timesteps=inputs.timesteps, sigmas=inputs.sigmas)
@@ -76,6 +78,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         Returns the positive conditioning, and the negative one or, without guidance, None.
         """
         copies = check_int("num_images_per_prompt", inputs.num_images_per_prompt)
+        warn_unknown(self, inputs.prompt, size)
         ids, negative_ids = positive_and_negative_size_ids(
             size, inputs.original_size, inputs.crops_coords_top_left, inputs.target_size,
             inputs.negative_original_size, inputs.negative_crops_coords_top_left, inputs.negative_target_size,
@@ -144,7 +147,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
     def _output(
         self, inputs: PipelineInputs, latents: Tensor, positive: Conditioning, metadata: Mapping[str, Any],
         postprocess: Callable[[Tensor], Tensor] | None = None,
-    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
+    ) -> KolorsPipelineOutput:  # fmt: skip
         """Decode latents and return images of the `output_type`.
 
         metadata: of `describe_call`. postprocess: maps decoded to final images [B, 3, H, W] in [-1, 1].
@@ -156,7 +159,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
             images = to_images(decoded if postprocess is None else postprocess(decoded), inputs.output_type)
         if inputs.output_type == "pil":
             describe_images(self, images, inputs, metadata, positive)
-        return KolorsPipelineOutput(images) if inputs.return_dict else (images,)
+        return KolorsPipelineOutput(images)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Decode latents [B, 4, H/8, W/8] to images [B, 3, H, W] in the VAE's own precision."""
@@ -177,7 +180,8 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
 def encode_prompts(
     pipe: Task, prompt: Prompt | None, inputs: PipelineInputs
 ) -> tuple[TextEmbedding, TextEmbedding | None]:
-    """Encode a call's prompts, or check its embeddings; see `embed_prompts`."""
+    """Encode a call's prompts, or check its embeddings, see `embed_prompts`; warn of unused arguments."""
+    inputs.warn_of_unused()
     return embed_prompts(
         pipe, prompt, inputs.is_guided, inputs.negative_prompt, inputs.prompt_embeds,
         inputs.pooled_prompt_embeds, inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds,

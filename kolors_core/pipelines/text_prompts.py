@@ -4,7 +4,9 @@ Source: `encode_prompt` of diffusers' pipelines/kolors/pipeline_kolors.py.
 Shapes: B images (prompts times images per prompt), S text tokens.
 """
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from kolors_core.validation import check_int
 Prompt = str | Sequence[str]
 
 MAX_TOKENS = 256
+logger = logging.getLogger("kolors_core")
 
 
 def embed_prompts(
@@ -30,15 +33,12 @@ def embed_prompts(
     twice, not at all, or does not fit.
     """
     pipe._check_loaded()
-    width = pipe.unet.config.text_dim
-    text = _given("", prompt_embeds, pooled_prompt_embeds, width)
-    negative = _given("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, width)
-    if (prompt is None) == (text is None):
-        raise ValueError("give either prompt or prompt_embeds, not both and not neither")
+    text, negative = check_prompts(
+        pipe, prompt, negative_prompt, prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds,
+        negative_pooled_prompt_embeds,
+    )  # fmt: skip
     if text is not None and max_sequence_length != MAX_TOKENS:
-        raise ValueError("max_sequence_length has no effect on given prompt_embeds")
-    if negative_prompt is not None and negative is not None:
-        raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
+        logger.warning("max_sequence_length has no effect on given prompt_embeds")
     if text is None:
         text = _encode(pipe, "prompt", prompt, max_sequence_length)
     if not is_guided:
@@ -49,6 +49,23 @@ def embed_prompts(
         wanted = "" if negative_prompt is None else negative_prompt
         negative = _encode(pipe, "negative_prompt", wanted, text.length)
     return text, _matched(negative, text)
+
+
+def check_prompts(
+    pipe: Components, prompt: Prompt | None, negative_prompt: Prompt | None, prompt_embeds: Tensor | None,
+    pooled_prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None,
+    negative_pooled_prompt_embeds: Tensor | None,
+) -> tuple[TextEmbedding | None, TextEmbedding | None]:  # fmt: skip
+    """Return given embeddings, None for prompts. ValueError naming what is given twice or does not fit."""
+    encoder: Any = pipe.text_encoder
+    width = encoder.config.hidden_size if pipe.unet is None else pipe.unet.config.text_dim
+    text = _given("", prompt_embeds, pooled_prompt_embeds, width)
+    negative = _given("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, width)
+    if (prompt is None) == (text is None):
+        raise ValueError("give either prompt or prompt_embeds, not both and not neither")
+    if negative_prompt is not None and negative is not None:
+        raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
+    return text, negative
 
 
 def _encode(pipe: Components, name: str, prompt: Prompt | None, max_length: int) -> TextEmbedding:

@@ -12,7 +12,13 @@ from torch import Tensor
 from kolors_core.image import Size
 from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.provenance import describe_call
-from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
+from kolors_core.pipelines.request import (
+    Extras,
+    KolorsPipelineOutput,
+    PipelineInputs,
+    check_extras,
+    documented_like,
+)
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import Task, encode_prompts
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
@@ -22,6 +28,7 @@ from kolors_core.sampling import Generators
 class KolorsPipeline(Task):
     """Text to image."""
 
+    @documented_like(PipelineInputs)
     @inference_call
     def __call__(
         self, prompt: Prompt | None = None, height: int | None = None, width: int | None = None,
@@ -39,7 +46,7 @@ class KolorsPipeline(Task):
         negative_target_size: Size | None = None, callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = MAX_TOKENS, **extras: Unpack[Extras],
-    ) -> KolorsPipelineOutput | tuple[Any]:  # fmt: skip
+    ) -> KolorsPipelineOutput:  # fmt: skip
         """Make images from prompts.
 
         height, width: pixels, multiples of 8; the UNet's own size (1024) if None.
@@ -48,7 +55,7 @@ class KolorsPipeline(Task):
         All others, and `Extras`: see `kolors_core.pipelines.request.PipelineInputs`. Raises ValueError or
         TypeError naming the argument, what came and what was expected.
         """
-        check_extras(extras)
+        check_extras(extras, self)
         inputs = PipelineInputs(
             prompt=prompt, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
             negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import size_ids
 from kolors_core.image import Size
 from kolors_core.tokenizer import TokenBatch, Tokenizer
+from kolors_core.training.run_record import digest, digest_model
 from kolors_core.training.trainer import TrainingConfig
 from kolors_core.vae import VAE
 from kolors_core.validation import LARGEST_SEED, as_path, check_float, check_int
@@ -59,13 +60,18 @@ class Batch:
     extra: Tensor | None = None  # [b, C, H/8, W/8], for a UNet with C more input channels
 
 
-def read_folder(folder: str | Path) -> list[Example]:
-    """List the captioned images of a folder; errors name the file and line at fault."""
+def read_folder(folder: str | Path, *, default_captions: Sequence[str] = ()) -> list[Example]:
+    """List the captioned images of a folder; errors name the file and line at fault.
+
+    default_captions: captions of an image without a .txt, which else is an error.
+    """
     from PIL import ExifTags, Image
 
     folder = as_path("folder", folder)
-    read = _from_metadata if (folder / "metadata.jsonl").exists() else _from_text_files
-    if not (captioned := list(read(folder))):
+    has_metadata, defaults = (folder / "metadata.jsonl").exists(), tuple(default_captions)
+    if not (
+        captioned := list(_from_metadata(folder) if has_metadata else _from_text_files(folder, defaults))
+    ):
         raise FileNotFoundError(f"{folder}: no images with captions (name.png + name.txt, or metadata.jsonl)")
     examples = []
     for file, captions in captioned:
@@ -75,11 +81,14 @@ def read_folder(folder: str | Path) -> list[Example]:
     return examples
 
 
-def _from_text_files(folder: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+def _from_text_files(folder: Path, defaults: tuple[str, ...]) -> Iterator[tuple[Path, tuple[str, ...]]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES):
         text = file.with_suffix(".txt")
+        if not text.exists() and defaults:
+            yield file, defaults
+            continue
         if not text.exists():
             raise FileNotFoundError(f"{text}: no such file, expected the captions of {file.name}")
         with images.image_errors(text):
@@ -196,6 +205,7 @@ class LatentDataset:
     ) -> None:  # fmt: skip
         self.examples, self.batches, self.vae, self.config = examples, batches, vae, config
         self.tokenizer = partial(tokenizer, max_length=config.max_tokens, words=words)
+        self._images, self._models = dict[int, str](), {"vae": digest_model(vae)}  # of the record
         self.latents: dict[int, Tensor] = {}  # mean and standard deviation [2, 4, H/8, W/8]
         self.sizes, self.controls = dict[int, Tensor](), dict[int, Tensor]()  # controls: uint8 [3, H, W]
         for size, members in batches.members.items():
@@ -207,8 +217,13 @@ class LatentDataset:
                     self.controls[i] = (255 * images.preprocess_control(control(image))[0]).round().byte()
                 self.latents[i] = torch.cat([encoded.mean, encoded.std]).float().cpu()
                 self.sizes[i] = size_ids((examples[i].height, examples[i].width), crop, size)
+                shown = [self.controls[i]] if self.controls else []
+                self._images[i] = digest(pixels, self.sizes[i], *shown)
         self.timesteps, self.text = timesteps, dict[str, TextEmbedding]()
+        known = repr(sorted((words or {}).items())).encode()
+        self._models["tokenizer"] = digest(tokenizer.model_bytes, known)
         if frozen_text is not None:
+            self._models["frozen text encoder"] = digest_model(frozen_text)
             for caption in sorted({caption for example in examples for caption in example.captions} | {""}):
                 tokens = self._tokens([caption]).to(frozen_text.embedding.weight.device)
                 self.text[caption] = frozen_text(tokens).to("cpu")
@@ -229,6 +244,15 @@ class LatentDataset:
         control = torch.stack(controls).to(device) / 255 if controls else None
         text = TextEmbedding.cat([self.text[caption] for caption in own]) if self.text else self._tokens(own)
         return Batch(latents, text.to(device), ids, timesteps, noise, control)
+
+    def record(self) -> dict[str, Any]:
+        """Record images, captions and the frozen models, see `BatchSource`."""
+        return {
+            "images": [self._images[i] for i in range(len(self.examples))],
+            "captions": [digest(repr(example.captions).encode()) for example in self.examples],
+            "data": f"{type(self).__name__}, {self.batches.seed}, {self.batches.dropout}, {self.timesteps}",
+            **self._models,
+        }
 
     def _tokens(self, captions: Sequence[str]) -> TokenBatch:
         return self.tokenizer(captions).merge_padding()

@@ -30,6 +30,10 @@ class DiffusionLoss(nn.Module):
         self.unet, self.text_encoder, self.controlnet, self.config = unet, text_encoder, controlnet, config
         self.sigmas = sigmas  # [T]; not a buffer: it is not part of the model
 
+    def state_key(self) -> tuple[float, ...]:
+        """Return the sigmas, see kolors_core/module.py."""
+        return tuple(self.sigmas.tolist())
+
     def forward(self, batch: Batch) -> Tensor:
         """Compute the mean loss of the rank's images."""
         text = batch.text

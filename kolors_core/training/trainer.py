@@ -1,11 +1,15 @@
 """Training loop for full models, LoRA, ControlNets and learned words, on one process or many.
 
 A resumed run has the same losses, and many processes train as one, each on its rows of every batch (data.py).
+A state is saved with the record of its run (run_record.py), and another run does not go on from it.
 Run under `torchrun` for DDP, or with `shard=True` for FSDP2.
 """
 
+import json
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +25,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kolors_core.module import is_block
-from kolors_core.validation import LARGEST_SEED, check_float, check_int
+from kolors_core.training.run_record import Losses, Record, differences, record_run
+from kolors_core.validation import LARGEST_SEED, check_float, check_int, short_repr
 from weights_convert.safetensors_files import Source, save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight
+# Settings that change how a run is computed and not its result, or only where a constant schedule ends.
+FREE_SETTINGS = {"gradient_accumulation_steps", "checkpoint_blocks", "shard", "save_every"}
+RESUME = ("same", "always", "never")
+SHOWN = 20  # steps of the mean loss that the progress bar shows
+logger = logging.getLogger("kolors_core")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +81,14 @@ class TrainingConfig:
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {self.dtype}")
 
+    def record(self) -> Record:
+        """Record the settings that determine the result; a constant schedule may go on for more steps."""
+        free = FREE_SETTINGS | ({"steps"} if self.schedule == "constant" else set())
+        return {
+            name: str(value) if isinstance(value, torch.dtype) else value
+            for name, value in vars(self).items() if name not in free
+        }  # fmt: skip
+
     def learning_rate_at(self, step: int) -> float:
         """Compute a step's rate: linear warm-up, then constant or a half cosine that ends at 0."""
         warm = min(1.0, (step + 1) / max(1, self.warmup))
@@ -86,19 +104,28 @@ class BatchSource(Protocol):
     def batch(self, step: int, rows: slice, device: torch.device) -> Any:
         """Build the `rows` of a step's batch."""
 
+    def record(self) -> Mapping[str, Any]:
+        """Record what batches depend on besides the step, as JSON: settings, digests, lists of digests."""
+        ...
+
 
 class Trainer:
     """Trainer of one run: `fit()` trains from the last state in `folder`, or from step 0, to `config.steps`.
 
     loss: a module that maps one of `data`'s batches to its mean loss; its parameters that require a gradient
     are trained. on_step(step, loss): called on every rank after each step, with the whole batch's loss.
+    resume: from a state in `folder` that is of the "same" run (`fit` raises ValueError with what differs),
+    "always", or "never", which starts at step 0 and replaces it. losses: of all steps, also before resuming.
     """
 
     def __init__(
         self, loss: nn.Module, data: BatchSource, config: TrainingConfig, folder: str | Path,
-        on_step: Callable[[int, float], None] = lambda step, loss: None,
+        on_step: Callable[[int, float], None] = lambda step, loss: None, *, resume: str = "same",
     ) -> None:  # fmt: skip
+        if resume not in RESUME:
+            raise ValueError(f"resume must be 'same', 'always' or 'never', got {short_repr(resume)}")
         self.loss, self.data, self.config, self.on_step = loss, data, config, on_step
+        self.resume, self.losses = resume, Losses()
         self.folder, self.step, self.device = Path(folder), 0, next(loss.parameters()).device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size % (self.world * (accumulated := config.gradient_accumulation_steps)):
@@ -106,27 +133,60 @@ class Trainer:
             raise ValueError(f"batch_size must be a multiple of {parts}, got {config.batch_size}")
         if not any(parameter.requires_grad for parameter in loss.parameters()):
             raise ValueError("nothing to train: no parameter requires a gradient")
-        blocks = [module for module in loss.modules() if is_block(module)]
-        for block in blocks if config.checkpoint_blocks else ():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        for module in [*blocks, loss] if config.shard else ():
+        self.record = record_run(config.record(), loss, data.record())  # while its weights are whole
+        self.blocks = [module for module in loss.modules() if is_block(module)]
+        for module in [*self.blocks, loss] if config.shard else ():
             fully_shard(module)
         self.module = DistributedDataParallel(loss) if self.world > 1 and not config.shard else loss
         self.named = {n: p for n, p in loss.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.named.values(), weight_decay=config.weight_decay)
         self.ema = {n: p.detach().clone() for n, p in self.named.items()} if config.ema_decay else {}
 
-    def fit(self) -> list[float]:
-        """Train to the end; return the loss of each step of this call."""
+    def fit(self, progress: bool = True) -> Losses:
+        """Train to the end; return the loss of each step of this call.
+
+        progress: show a bar with the step, the mean loss of the last steps and the rate, on the first rank.
+        """
         self._resume()
-        losses = []
-        while self.step < self.config.steps:
-            losses.append(self._one_step())
-            self.on_step(self.step, losses[-1])
-            self.step += 1
-            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-                self.save()
-        return losses
+        first = self.step
+        with self._checkpointed_blocks(), self._progress_bar(progress and self.rank == 0) as show:
+            while self.step < self.config.steps:
+                self.losses.append(self._one_step())
+                self.on_step(self.step, self.losses[-1])
+                self.step += 1
+                show()
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                    self.save()
+        return Losses(self.losses[first - self.losses.first :], first)
+
+    @contextmanager
+    def _checkpointed_blocks(self) -> Iterator[None]:
+        """Recompute activations within the block, if the config says so; the model stays as it was."""
+        blocks = self.blocks if self.config.checkpoint_blocks else []
+        own = [vars(block).get("forward") for block in blocks]  # of its own, not of its class
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for block, forward in zip(blocks, own, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+
+    @contextmanager
+    def _progress_bar(self, is_shown: bool) -> Iterator[Callable[[], None]]:
+        """Yield a function that shows the step that is done."""
+        from tqdm.auto import tqdm
+
+        def show() -> None:
+            rate = self.config.learning_rate_at(self.step - 1)
+            loss = self.losses.mean(slice(-SHOWN, None))
+            bar.set_postfix_str(f"loss {loss:.4f}, learning rate {rate:.1e}", refresh=False)
+            bar.update()
+
+        with tqdm(total=self.config.steps, initial=self.step, desc="training", disable=not is_shown) as bar:
+            yield show
 
     def _one_step(self) -> float:
         config, rows = self.config, self.config.batch_size // self.world
@@ -169,7 +229,9 @@ class Trainer:
             tensors[name] = whole.detach().cpu().contiguous()
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_tensors(tensors, self.folder / "state.safetensors", {"step": str(self.step)})
+            tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+            run = json.dumps(self.record, sort_keys=True)
+            save_tensors(tensors, self.folder / "state.safetensors", {"step": str(self.step), "run": run})
         if self.world > 1:
             dist.barrier()
 
@@ -183,19 +245,22 @@ class Trainer:
     @torch.no_grad()
     def _resume(self) -> None:
         file = self.folder / "state.safetensors"
-        if not file.exists():
+        if self.resume == "never" or not file.exists():
             return
+        source = Source([file])
+        metadata = source.metadata(file) or {}
+        step = metadata.get("step", "")
+        if not step.isdecimal():
+            raise ValueError(f"{file}: its metadata give step {step[:100]!r}, expected a whole number")
+        self._check_same_run(file, int(step), metadata.get("run"))
         for p in self.named.values():  # the state that AdamW creates before its first step
             self.optimizer.state[p] = {"step": torch.tensor(0.0), **{m: torch.zeros_like(p) for m in MOMENTS}}
-        source, state = Source([file]), self._state()
-        step = (source.metadata(file) or {}).get("step", "")
+        state = self._state()
         for name, tensor in state.items():
             if name not in source:
                 raise ValueError(f"{file}: is of another run: it has no {name}")
             if (got := list(source.shape(name))) != (expected := list(tensor.shape)):
                 raise ValueError(f"{file}: is of another run: {name} is {got}, expected {expected}")
-        if not step.isdecimal():
-            raise ValueError(f"{file}: its metadata give step {step[:100]!r}, expected a whole number")
         self.step, tensors = int(step), load_file(file, device=str(self.device))
         for name, tensor in state.items():
             value = tensors[name]
@@ -204,6 +269,23 @@ class Trainer:
             tensor.copy_(value)
         for parameter in self.named.values():
             self.optimizer.state[parameter]["step"].fill_(self.step)
+        earlier = tensors["losses"].flatten().tolist() if "losses" in tensors else []
+        self.losses = Losses(earlier, self.step - len(earlier))
+
+    def _check_same_run(self, file: Path, step: int, saved: str | None) -> None:
+        """Log the step of a state of the same run; ValueError with what differs, unless that is asked for."""
+        if saved is None:
+            different = ["it is of an older version, which did not record settings and data"]
+        else:
+            different = differences(saved, self.record)
+        if step > self.config.steps:
+            different.append(f"steps: {step} done there, {self.config.steps} here")
+        if different and self.resume == "same":
+            how = "resume='never' starts anew, resume='always' goes on from it"
+            raise ValueError(f"{file}: is of another run: {'; '.join(different)}. {how}")
+        if self.rank == 0:
+            run = f" of another run ({'; '.join(different)})" if different else ""
+            logger.warning("%s: already at step %d of %d%s", file, step, self.config.steps, run)
 
     @torch.no_grad()
     def load_ema_weights(self) -> None:

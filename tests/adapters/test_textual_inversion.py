@@ -109,8 +109,8 @@ def test_what_stands_between_words_is_encoded_alone(small_tokenizer: Path) -> No
     tokenizer = Tokenizer(small_tokenizer)
     words = {"<a>": [900, 901, 902], "<a>b": [903]}
     a, b = (tokenizer.pieces.encode(text) for text in ("a photo of ", ", red"))
-    assert tokenizer.encode("a photo of <a>b<a>, red", words) == [*a, 903, 900, 901, 902, *b]
-    assert tokenizer.encode("a photo of <a", words) == tokenizer.pieces.encode("a photo of <a")
+    assert tokenizer.encode_text("a photo of <a>b<a>, red", words) == [*a, 903, 900, 901, 902, *b]
+    assert tokenizer.encode_text("a photo of <a", words) == tokenizer.pieces.encode("a photo of <a")
     cut = tokenizer(["<a>" * 9], 10, words)
     assert cut.ids[0].tolist() == [
         tokenizer.special["[gMASK]"],

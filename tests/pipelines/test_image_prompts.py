@@ -235,7 +235,7 @@ def test_bad_arguments_are_named(loaded: Both, arguments: dict, message: str) ->
     ("scale", "message"),
     [
         ([1.0, 2.0], "expected a scale for each of the 1 IP-Adapters"),
-        ({"down": {"block_0": 1.0}}, "the UNet has no transformers in down.block_0"),
+        ({"down": {"block_3": 1.0}}, "the UNet has no transformers in down.block_3"),
         ({"up": {"block_0": [1.0, 2.0]}}, "takes one scale or 3"),
         ("strong", "a scale must be a number, got 'strong'"),
     ],

@@ -192,8 +192,7 @@ def test_a_call_may_scale_its_adapters(both: Any) -> None:
         steps_of(ours, **call)
     ours.unfuse_lora()
     ours.unload_lora_weights()
-    with pytest.raises(ValueError, match="no LoRA is active on the UNet"):
-        steps_of(ours, **call)
+    assert torch.equal(steps_of(ours, **call)[0], steps_of(ours, prompt="cat", num_inference_steps=2)[0])
 
 
 def test_fused_weights_are_the_reference_s(both: Any) -> None:
@@ -263,7 +262,7 @@ def text_lora(models: Models, seed: int = 3) -> dict[str, Tensor]:
     return peft_names("text_encoder", made, "text_encoder.")
 
 
-def test_one_file_for_both_models(models: Models, tmp_path: Path) -> None:
+def test_one_file_for_both_models(models: Models, tmp_path: Path, caplog: Any) -> None:
     report = models.load_lora_weights(lora(models) | text_lora(models), adapter_name="style")
     assert models.get_list_adapters() == {"unet": ["style"], "text_encoder": ["style"]}
     assert str(report) == "style: 52 of 52 tensors matched, on 26 layers"
@@ -278,8 +277,9 @@ def test_one_file_for_both_models(models: Models, tmp_path: Path) -> None:
     assert models.get_active_adapters() == ["default_1"]
     with pytest.raises(ValueError, match="which adapter. There are style, default_1: give adapter_name"):
         models.save_lora_weights(tmp_path)
-    with pytest.raises(ValueError, match="'default_1' has nothing in 'text_encoder', it has parts in unet"):
-        models.set_adapters("default_1", {"text_encoder": 1.0})
+    models.set_adapters("default_1", {"text_encoder": 1.0, "text_encoder_2": 1.0})
+    for component in ("text_encoder", "text_encoder_2"):
+        assert f"'{component}' have no effect: adapter 'default_1' has parts in unet only" in caplog.text
     models.delete_adapters(["style", "default_1"])
     assert models.get_list_adapters() == {} and models.get_active_adapters() == []
 
@@ -369,7 +369,7 @@ def test_names_and_switches_that_are_not_there(models: Models) -> None:
         (lambda: models.load_lora_weights(lora(models), adapter_name="a.b"), "an adapter's name is letters"),
         (lambda: models.set_adapters(["one", "two"]), "no adapter is named 'two'; attached: one"),
         (lambda: models.set_adapters("one", [1.0, 2.0]), "expected a weight for each of 1 adapters, got 2"),
-        (lambda: models.set_adapters("one", {"down": 1.0}), "nothing in 'down', it has parts in unet"),
+        (lambda: models.set_adapters("one", {"down": 1.0}), "into unet and text_encoder, not 'down'"),
         (lambda: models.set_adapters("one", {"unet": {"left": 1.0}}), "no transformers in left"),
         (lambda: models.delete_adapters("two"), "no adapter is named 'two'"),
         (lambda: models.fuse_lora(components=["vae"]), "into unet and text_encoder, not into 'vae'"),

@@ -163,8 +163,8 @@ def test_a_hub_commit_is_said(tmp_path: Path) -> None:
     folder.parent.mkdir(parents=True)
     folder.symlink_to(EMBEDDED)
     pipe = KolorsPipeline.from_pretrained(folder)
-    assert pipe.origin.revision == commit
-    assert KolorsPipeline.from_pretrained(EMBEDDED).origin.revision is None
+    assert pipe.revision == commit
+    assert KolorsPipeline.from_pretrained(EMBEDDED).revision is None
 
 
 def test_an_image_that_is_given_is_known_by_its_pixels_and_file(pipe: KolorsPipeline, tmp_path: Path) -> None:

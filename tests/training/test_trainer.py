@@ -22,7 +22,7 @@ from tests.support.train_worker import CONFIG, Killed, kill, make_trainer, train
 from tests.support.two_processes import start_two
 from tests.support.versions import shards_on_cpu
 from tests.training.test_data import write_pictures
-from weights_convert.safetensors_files import save_tensors
+from weights_convert.safetensors_files import Source, save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,8 @@ def test_equal_runs_write_equal_states(pictures: Path, tmp_path: Path, small_tok
 
 
 def test_a_damaged_state_is_refused_by_name(pictures: Path, tmp_path: Path, small_tokenizer: Path) -> None:
-    make_trainer(tmp_path, pictures, small_tokenizer, replace(CONFIG, steps=1)).fit()
+    one = replace(CONFIG, steps=1)
+    make_trainer(tmp_path, pictures, small_tokenizer, one).fit()
     file = tmp_path / "state.safetensors"
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     whole, state = file.read_bytes(), load_file(file)
@@ -114,20 +115,22 @@ def test_a_damaged_state_is_refused_by_name(pictures: Path, tmp_path: Path, smal
     with pytest.raises(
         ValueError, match="state.safetensors: its metadata give step '', expected a whole number"
     ):
-        make_trainer(tmp_path, pictures, small_tokenizer).fit()
+        make_trainer(tmp_path, pictures, small_tokenizer, one).fit()
     name = "exp_avg.unet.conv_in.weight"
     cut = state | {name: state[name][:1].clone()}
-    save_tensors(cut, file, {"step": "1"})
+    (tmp_path / "whole").write_bytes(whole)
+    metadata = Source([file]).metadata(tmp_path / "whole") or {}
+    save_tensors(cut, file, metadata)
     with pytest.raises(ValueError, match=r"another run: exp_avg.unet.conv_in.weight is \[1, .* expected \["):
-        make_trainer(tmp_path, pictures, small_tokenizer).fit()
-    save_tensors({name: tensor for name, tensor in state.items() if "ema." not in name}, file, {"step": "1"})
+        make_trainer(tmp_path, pictures, small_tokenizer, one).fit()
+    save_tensors({name: tensor for name, tensor in state.items() if "ema." not in name}, file, metadata)
     with pytest.raises(ValueError, match="state.safetensors: is of another run: it has no ema.unet"):
-        make_trainer(tmp_path, pictures, small_tokenizer).fit()
+        make_trainer(tmp_path, pictures, small_tokenizer, one).fit()
     file.write_bytes(whole[:-100])
     with pytest.raises(
         ValueError, match="state.safetensors: not a whole safetensors file: its tensors end at"
     ):
-        make_trainer(tmp_path, pictures, small_tokenizer).fit()
+        make_trainer(tmp_path, pictures, small_tokenizer, one).fit()
 
 
 def test_the_loss_falls_and_the_average_follows(

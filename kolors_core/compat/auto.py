@@ -1,0 +1,119 @@
+"""Loaders that choose the pipeline's class: by its checkpoint, or by a task.
+
+Source: diffusers' pipelines/auto_pipeline.py, and `DiffusionPipeline` of its pipelines/pipeline_utils.py.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from kolors_core import checkpoint
+from kolors_core.compat import pipelines
+from kolors_core.compat.pipeline_methods import ReferenceMethods
+from kolors_core.pipelines.base import Components
+from kolors_core.pipelines.request import KolorsPipelineOutput
+from kolors_core.validation import short_repr
+
+TEXT, IMAGE, INPAINT = "text to image", "image to image", "inpainting"
+CLASSES: dict[str, dict[str, type[Any]]] = {
+    "plain": {
+        TEXT: pipelines.KolorsPipeline, IMAGE: pipelines.KolorsImg2ImgPipeline,
+        INPAINT: pipelines.KolorsInpaintPipeline,
+    },
+    "pag": {TEXT: pipelines.KolorsPAGPipeline},
+    "controlnet": {
+        TEXT: pipelines.KolorsControlNetPipeline, IMAGE: pipelines.KolorsControlNetImg2ImgPipeline,
+        INPAINT: pipelines.KolorsControlNetInpaintPipeline,
+    },
+}  # fmt: skip
+BY_NAME = {kind.__name__: kind for kinds in CLASSES.values() for kind in kinds.values()}
+
+
+class DiffusionPipeline(ABC):
+    """Loader by the `_class_name` in `model_index.json`; every pipeline here is an instance of it too."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path = checkpoint.EMBEDDED_NAME, **options: Any
+    ) -> Any:
+        """Load the pipeline that was saved; options: as for its class. ValueError for one not of Kolors."""
+        name = class_name(pretrained_model_name_or_path, options)
+        if name not in BY_NAME:
+            known = ", ".join(sorted(BY_NAME))
+            raise ValueError(f"{pretrained_model_name_or_path}: is a {short_repr(name)}, expected of {known}")
+        return BY_NAME[name].from_pretrained(pretrained_model_name_or_path, **options)
+
+    @abstractmethod
+    def __call__(self, *arguments: Any, **named: Any) -> KolorsPipelineOutput:
+        """Make images."""
+
+
+DiffusionPipeline.register(ReferenceMethods)
+
+
+class AutoPipeline:
+    """Loader for a task."""
+
+    task: ClassVar[str]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path = checkpoint.EMBEDDED_NAME, *,
+        enable_pag: bool = False, **options: Any,
+    ) -> Any:  # fmt: skip
+        """Load a checkpoint of Kolors for the task; options: as for the task's class.
+
+        enable_pag: with perturbed-attention guidance; with a `controlnet`, under control images. ValueError
+        for a checkpoint of another model.
+        """
+        name = class_name(pretrained_model_name_or_path, options)
+        if not name.startswith("Kolors"):
+            raise ValueError(f"{pretrained_model_name_or_path}: is a {short_repr(name)}, expected a Kolors")
+        kind = cls._kind(enable_pag, options.get("controlnet"))
+        return kind.from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Components, *, enable_pag: bool | None = None, **changes: Any) -> Any:
+        """Create the task of another pipeline's models; enable_pag: as that pipeline is if None."""
+        has_pag = cls.task == TEXT and isinstance(pipeline, CLASSES["pag"][TEXT])
+        controlnet = changes.get("controlnet", getattr(pipeline, "controlnet", None))
+        return cls._kind(has_pag if enable_pag is None else enable_pag, controlnet).from_pipe(
+            pipeline, **changes
+        )
+
+    @classmethod
+    def _kind(cls, has_pag: bool, controlnet: Any) -> type[Any]:
+        variant = "pag" if has_pag else "plain" if controlnet is None else "controlnet"
+        if has_pag and controlnet is not None:
+            raise ValueError("enable_pag and controlnet: use guidance_rule=perturbed with control images")
+        if cls.task not in CLASSES[variant]:
+            raise ValueError(f"enable_pag is for text to image; for {cls.task} use guidance_rule=perturbed")
+        return CLASSES[variant][cls.task]
+
+
+class AutoPipelineForText2Image(AutoPipeline):
+    """Loader for text to image."""
+
+    task = TEXT
+
+
+class AutoPipelineForImage2Image(AutoPipeline):
+    """Loader for image to image."""
+
+    task = IMAGE
+
+
+class AutoPipelineForInpainting(AutoPipeline):
+    """Loader for inpainting."""
+
+    task = INPAINT
+
+
+def class_name(name: str | Path, options: Mapping[str, Any]) -> str:
+    """Read `_class_name` of a checkpoint folder or hub repository, of which only the index is fetched."""
+    names = ("revision", "cache_dir", "local_files_only", "token", "force_download")
+    hub = {option: options[option] for option in names if option in options}
+    source = checkpoint.EMBEDDED if name == checkpoint.EMBEDDED_NAME else name
+    folder = checkpoint.resolve(source, [], has_weights=False, **hub)
+    return str(checkpoint.read_json(folder / "model_index.json").get("_class_name"))

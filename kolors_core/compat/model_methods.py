@@ -1,0 +1,230 @@
+"""Methods that the reference's models have: loading, saving, memory and speed."""
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from kolors_core import attention, checkpoint, devices, hub
+from kolors_core.checkpoint import ModelSpec
+from kolors_core.module import is_block
+from kolors_core.performance.compile import compile_blocks
+from kolors_core.validation import as_path, short_repr
+from weights_convert.atomic_write import atomic_folder
+
+logger = logging.getLogger("kolors_core")
+# The reference's names of kernels that are ours too.
+ATTENTION_BACKENDS: dict[str, str | None] = {
+    "native": None, "_native_flash": "flash", "_native_cudnn": "cudnn", "_native_efficient": "efficient",
+}  # fmt: skip
+ATTENTION_HINT = "attention runs torch's fused kernels already"
+PROCESSOR_HINT = (
+    "there are no attention processors here: change an attention by a class in unet.py, read it by "
+    "kolors_core.record_attention, and choose a kernel by set_attention_backend"
+)
+
+
+def parse_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Convert a name such as "float16" or "torch.float16" to a dtype; others are returned as they are."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str) and not isinstance(found, torch.dtype):
+        raise ValueError(f"{name} must be a dtype or its name, such as 'float16', got {short_repr(dtype)}")
+    return found
+
+
+def refuse_pickle(safe_serialization: bool) -> None:
+    """Raise ValueError if the reference's argument asks for a pickle."""
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False would write a pickle: only safetensors are written")
+
+
+def _placed(device: torch.device | str | None, device_map: Any) -> torch.device | str:
+    """Return the device of either argument, the CPU if both are None."""
+    if isinstance(device_map, Mapping):
+        if list(device_map) != [""]:
+            raise ValueError(f"device_map must be one device, got {short_repr(device_map)}")
+        device_map = device_map[""]
+    if device is not None and device_map is not None:
+        raise ValueError("device and device_map are two names of one argument: give one")
+    found = device_map if device is None else device
+    found = "cpu" if found is None else found
+    return torch.device("cuda", found) if isinstance(found, int) else found
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    return recompute(forward, *inputs, use_reentrant=False, **named)
+
+
+def _is_recomputed(module: nn.Module) -> bool:
+    return isinstance(module.forward, partial) and module.forward.func is _recomputed
+
+
+class ModelMethods(nn.Module):
+    """Methods of every model."""
+
+    component: ClassVar[str]  # name in a checkpoint
+    config_type: ClassVar[Any]
+    name_or_path: str = ""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, subfolder: str | None = None,
+        torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None, device_map: Any = None, variant: str | None = None,
+        revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
+        token: str | bool | None = None, use_safetensors: bool | None = None, low_cpu_mem_usage: bool = True,
+        force_download: bool = False,
+    ) -> Self:  # fmt: skip
+        """Load a folder or hub repository, or "tiny", strictly, fetching only this model's files.
+
+        subfolder: such as "unet", of a whole Kolors. torch_dtype, or by its newer name dtype: float32 if
+        None, and the VAE is never float16. device_map: a device, or {"": device}. low_cpu_mem_usage: weights
+        are read once in any case. FileNotFoundError or ValueError names the file, field or tensor.
+        """
+        devices.refuse_pickles(use_safetensors)
+        name = pretrained_model_name_or_path
+        if name == checkpoint.EMBEDDED_NAME:
+            name, subfolder = checkpoint.EMBEDDED, subfolder or cls.component
+        dtypes = (parse_dtype("torch_dtype", torch_dtype), parse_dtype("dtype", dtype))
+        wanted = devices.merge_dtype_arguments(*dtypes)
+        if (chosen := devices.dtype_of(cls.component, wanted)) != wanted and wanted is not None:
+            logger.warning("torch_dtype: the VAE is loaded in %s, since in float16 it overflows", chosen)
+        model = checkpoint.load_component(
+            name, cls.component, subfolder=subfolder or "", variant=variant, dtype=chosen,
+            device=_placed(device, device_map), kind=ModelSpec(cls.config_type, cls), revision=revision,
+            cache_dir=cache_dir, local_files_only=local_files_only, token=token,
+            force_download=force_download,
+        )  # fmt: skip
+        model.name_or_path = str(pretrained_model_name_or_path)
+        return model
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """Build a model with random weights from a config, or the content of a `config.json`."""
+        if isinstance(config, Mapping) and not hasattr(config, "to_public"):
+            config = cls.config_type.from_public(config, "config")
+        return cls(config)
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, is_main_process: bool = True, safe_serialization: bool = True,
+        variant: str | None = None, max_shard_size: int | str = "10GB", push_to_hub: bool = False,
+        repo_id: str | None = None, commit_message: str | None = None, private: bool | None = None,
+        token: str | bool | None = None, create_pr: bool = False,
+    ) -> None:  # fmt: skip
+        """Write a folder that the reference and `from_pretrained` load, whole or not at all.
+
+        It may be a saved model's own, which is replaced in one step. repo_id: where to push to; the folder's
+        name if None. FileExistsError for a folder with other files, ValueError for a quantized model.
+        """
+        refuse_pickle(safe_serialization)
+        if not is_main_process:
+            return
+        folder = as_path("save_directory", save_directory)
+        with atomic_folder(folder, checkpoint.is_own_folder) as place:
+            checkpoint.save_component(
+                self, place, self.component, subfolder="", variant=variant, max_shard_size=max_shard_size
+            )
+        if push_to_hub:
+            hub.push_folder(
+                folder, folder.name if repo_id is None else repo_id, commit_message=commit_message,
+                private=private, token=token, create_pr=create_pr,
+            )  # fmt: skip
+
+    def push_to_hub(
+        self, repo_id: str, *, commit_message: str | None = None, private: bool | None = None,
+        token: str | bool | None = None, create_pr: bool = False, safe_serialization: bool = True,
+        variant: str | None = None, max_shard_size: int | str = "10GB",
+    ) -> str:  # fmt: skip
+        """Save the model to a hub repository, which is created if needed; return the commit's address."""
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(
+                folder := Path(scratch) / "model", safe_serialization=safe_serialization, variant=variant,
+                max_shard_size=max_shard_size,
+            )  # fmt: skip
+            return hub.push_folder(
+                folder, repo_id, commit_message=commit_message, private=private, token=token,
+                create_pr=create_pr,
+            )  # fmt: skip
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point parameter."""
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(self.parameters()).device
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count the numbers in all parameters."""
+        layers = (m for m in self.modules() if isinstance(m, nn.Embedding) and exclude_embeddings)
+        embeddings = {id(layer.weight) for layer in layers}
+        return sum(
+            parameter.numel() for parameter in self.parameters()
+            if (parameter.requires_grad or not only_trainable) and id(parameter) not in embeddings
+        )  # fmt: skip
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block's activations in the backward pass: less memory, more time."""
+        self.disable_gradient_checkpointing()
+        for block in filter(is_block, self.modules()):
+            block.forward = partial(_recomputed, block.forward)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations for the backward pass again."""
+        for block in filter(_is_recomputed, self.modules()):
+            block.forward = block.forward.args[0]
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any block's activations are recomputed."""
+        return any(map(_is_recomputed, self.modules()))
+
+    def compile_repeated_blocks(
+        self, *, fullgraph: bool = True, dynamic: bool | None = None, mode: str | None = None,
+        backend: str = "inductor",
+    ) -> None:  # fmt: skip
+        """Compile each kind of block once, whole; a second image size compiles for all sizes."""
+        if not fullgraph or dynamic is not None:
+            logger.warning("fullgraph and dynamic have no effect: a block is compiled whole, for all sizes")
+        compile_blocks(self, mode, backend)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose the attention kernel, of all models of this process: the reference's name or one of ours."""
+        attention.force_kernel(ATTENTION_BACKENDS.get(backend, backend))
+
+    def reset_attention_backend(self) -> None:
+        """Let inputs and device choose the attention kernel again."""
+        attention.force_kernel(None)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Log that there is nothing to do."""
+        logger.warning("enable_xformers_memory_efficient_attention has no effect: %s", ATTENTION_HINT)
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Do nothing."""
+
+    def fuse_qkv_projections(self) -> None:
+        """Log that there is nothing to do."""
+        logger.warning("fuse_qkv_projections has no effect: %s, and fusing gains nothing", ATTENTION_HINT)
+
+    def unfuse_qkv_projections(self) -> None:
+        """Do nothing."""
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """Raise NotImplementedError, which says what to use instead."""
+        raise NotImplementedError(PROCESSOR_HINT)
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Raise NotImplementedError, which says what to use instead."""
+        raise NotImplementedError(PROCESSOR_HINT)

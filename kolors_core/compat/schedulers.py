@@ -1,0 +1,350 @@
+"""Schedulers with the reference's stateful interface, for scripts that write their own denoising loop.
+
+Each is a frozen description, as pipelines use it, of the class of the same name in `kolors_core.schedule`;
+the state of a custom loop is one separate object beside the fields, which hash and equality leave out.
+Latents are scaled as the reference scales them: for DPM-Solver++ to variance 1.
+Source: diffusers' schedulers/scheduling_euler_discrete.py and scheduling_dpmsolver_multistep.py.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypedDict, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kolors_core import schedule as plain
+from kolors_core.checkpoint import (
+    EMBEDDED,
+    EMBEDDED_NAME,
+    SCHEDULER_FILE,
+    fetch_component,
+    open_scheduler,
+    write_json,
+)
+from kolors_core.config import ConfigDict
+from kolors_core.sampling import Generators, dpmpp_step, euler, randn_latents
+from kolors_core.schedule import ONE_VALUE_FIELDS, UNUSED_FIELDS, Schedule, Scheduler
+from kolors_core.validation import as_path, check_int
+
+
+class Fields(TypedDict, total=False):
+    """Fields of the reference's two classes; those that are not ours take the values that change nothing."""
+
+    num_train_timesteps: int
+    beta_start: float
+    beta_end: float
+    beta_schedule: str
+    trained_betas: None
+    prediction_type: str
+    timestep_spacing: str
+    steps_offset: int
+    use_karras_sigmas: bool
+    use_exponential_sigmas: bool | None
+    use_beta_sigmas: bool | None
+    rescale_betas_zero_snr: bool
+    final_sigmas_type: str
+    interpolation_type: str
+    sigma_min: None
+    sigma_max: None
+    timestep_type: str
+    algorithm_type: str
+    solver_order: int
+    solver_type: str
+    lower_order_final: bool
+    euler_at_final: bool
+    thresholding: bool
+    dynamic_thresholding_ratio: float
+    sample_max_value: float
+    use_lu_lambdas: bool | None
+    use_flow_sigmas: bool | None
+    flow_shift: float | None
+    lambda_min_clipped: float
+    variance_type: None
+    use_dynamic_shifting: bool
+    time_shift_type: str
+
+
+class EulerDiscreteSchedulerOutput(NamedTuple):
+    """Result of a step: the next latents, and the predicted clean ones."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class SchedulerOutput(NamedTuple):
+    """Result of a step: the next latents."""
+
+    prev_sample: Tensor
+
+
+@dataclass(eq=False)
+class LoopState:
+    """State of one custom loop."""
+
+    schedule: Schedule
+    timesteps: Tensor  # [n], on the loop's device
+    sigmas: Tensor  # float32 [n + 1], on the CPU
+    num_inference_steps: int | None = None  # None before `set_timesteps`
+    step_index: int | None = None
+    begin_index: int | None = None
+    last: tuple[Tensor, float] | None = None  # the last step's clean latents and sigma, for order 2
+
+
+class StatefulScheduler(Scheduler):
+    """Scheduler with the reference's interface: `set_timesteps`, then `step` for each of its timesteps."""
+
+    order = 1
+    _other_fields: tuple[str, ...] = ()  # the reference's fields that are not ours
+    _state: LoopState
+
+    def __init__(self, **given: Unpack[Fields]) -> None:
+        super().__init__(**self.own_fields({**given}))
+        table = self.training_sigmas()  # before `set_timesteps` there is a step for each training timestep
+        sigmas = np.append(table.numpy()[::-1], np.float32(0))
+        every_timestep = [float(timestep) for timestep in reversed(range(len(table)))]
+        object.__setattr__(self, "_state", _begin(self._finish(sigmas, every_timestep, table), "cpu"))
+
+    def __copy__(self) -> Self:
+        twin = type(self)(**asdict(self))
+        object.__setattr__(twin, "_state", copy.copy(self._state))
+        return twin
+
+    def __len__(self) -> int:
+        return self.num_train_timesteps
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **hub: Any
+    ) -> Self:  # fmt: skip
+        """Load from a folder, a hub repository or "tiny", whichever class of scheduler is saved there.
+
+        subfolder: usually "scheduler". hub: as for `kolors_core.hub.fetch`, which raises the errors.
+        """
+        name = pretrained_model_name_or_path
+        source = EMBEDDED if name == EMBEDDED_NAME else name
+        folder = fetch_component(source, "scheduler", subfolder or "", None, False, **hub) / (subfolder or "")
+        if not (folder / SCHEDULER_FILE).is_file() and (folder / "scheduler" / SCHEDULER_FILE).is_file():
+            raise FileNotFoundError(f"{folder / SCHEDULER_FILE}: no such file, give subfolder='scheduler'")
+        return open_scheduler(folder / SCHEDULER_FILE, cls)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `scheduler_config.json` into a folder, for this class and the reference's."""
+        folder = as_path("save_directory", save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.to_public(), folder / SCHEDULER_FILE)
+
+    @property
+    def config(self) -> ConfigDict:
+        """The fields of the reference's class, for another's `from_config`."""
+        others = {name: same[0] for name, same in ONE_VALUE_FIELDS.items()} | UNUSED_FIELDS
+        return ConfigDict({name: others[name] for name in self._other_fields} | asdict(self))
+
+    @property
+    def compatibles(self) -> list[type[Scheduler]]:
+        """The classes that take this scheduler's config."""
+        return list(_STATEFUL.values())
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The UNet's input at each step: [n]."""
+        return self._state.timesteps
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The standard deviation of the noise at each step and at the end: float32 [n + 1], on the CPU."""
+        return self._state.sigmas
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """The share of the image in the variance at each training timestep: float32 [T]."""
+        return 1 / (self.training_sigmas() ** 2 + 1)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The factor on the initial standard normal noise."""
+        run = self._state.schedule
+        return run.init_noise_sigma / self.latent_scale(run.sigmas[0].item())
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The number of steps, None before `set_timesteps`."""
+        return self._state.num_inference_steps
+
+    @property
+    def step_index(self) -> int | None:
+        """The index of the next step, None before the first."""
+        return self._state.step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The index of the first step, None if its timestep tells."""
+        return self._state.begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin with this step, such as when a given image is noised up to it."""
+        last = len(self.timesteps) - 1
+        self._state.begin_index = check_int("begin_index", begin_index, least=0, most=last)
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
+    ) -> None:  # fmt: skip
+        """Begin a loop of so many steps, or of given timesteps (n) or sigmas (n + 1); see `schedule`."""
+        schedule = self.schedule(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+        state = _begin(schedule, device)
+        state.num_inference_steps = len(schedule.timesteps)
+        object.__setattr__(self, "_state", state)
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """Return the index of a timestep; the second if it is there twice, as in the reference."""
+        known, value = self.timesteps.tolist(), float(timestep)
+        if not (found := [i for i, one in enumerate(known) if one == value]):
+            expected = f"one of scheduler.timesteps, {known[0]:g} to {known[-1]:g}"
+            raise ValueError(f"timestep must be {expected}, got {value:g}")
+        return found[:2][-1]
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Add noise to clean latents [B, ...], as much as they have at timesteps [B] or [1].
+
+        With a begin index the timesteps are not read: it is the noise at the loop's step.
+        """
+        state, times = self._state, timesteps.reshape(-1).tolist()
+        index = state.begin_index if state.step_index is None else state.step_index
+        if state.begin_index is None or index is None:
+            indices = [self.index_for_timestep(timestep) for timestep in times]
+        else:
+            indices = [index] * len(times)
+        sigmas = [state.schedule.sigmas[i].item() for i in indices]
+        scale = _column([self.latent_scale(sigma) for sigma in sigmas], original_samples)
+        return (original_samples + noise * _column(sigmas, original_samples)) / scale
+
+    def _advance(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> tuple[float, float]:
+        """Return the sigmas that a step leads from and to, and count it."""
+        if model_output.shape != sample.shape:
+            got = f"{list(model_output.shape)}, {list(sample.shape)}"
+            raise ValueError(f"model_output and sample must be of one shape, got {got}")
+        index = self._locate(timestep)
+        self._state.step_index = index + 1
+        sigma, next_sigma = self._state.schedule.sigmas[index : index + 2].tolist()
+        return sigma, next_sigma
+
+    def _locate(self, timestep: float | Tensor) -> int:
+        """Return the index of the next step: at the first the begin index, or else the timestep's."""
+        state = self._state
+        if state.step_index is None:
+            begin = state.begin_index
+            state.step_index = self.index_for_timestep(timestep) if begin is None else begin
+        if state.step_index >= len(state.timesteps):
+            raise ValueError(f"all {len(state.timesteps)} steps are done, begin again by set_timesteps")
+        return state.step_index
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class EulerDiscreteScheduler(StatefulScheduler, plain.EulerDiscreteScheduler):
+    """Scheduler of Euler's method; fields beside Kolors' are the reference's, at the values that it uses."""
+
+    _other_fields = (
+        "trained_betas", "prediction_type", "interpolation_type", "use_exponential_sigmas", "use_beta_sigmas",
+        "sigma_min", "sigma_max", "timestep_type", "rescale_betas_zero_snr",
+    )  # fmt: skip
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """Scale latents to variance 1, as the UNet takes them."""
+        return sample / math.sqrt(self._state.schedule.sigmas[self._locate(timestep)].item() ** 2 + 1)
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, s_churn: float = 0.0,
+        s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+        generator: Generators = None, return_dict: bool = True
+    ) -> EulerDiscreteSchedulerOutput:  # fmt: skip
+        """Compute the latents at the next timestep from the UNet's output; the result is a tuple too.
+
+        s_churn, s_tmin, s_tmax, s_noise: noise added in each step, as in Karras et al., algorithm 2.
+        """
+        if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
+            raise ValueError(f"timestep must be one of scheduler.timesteps, got the integer {timestep}")
+        sigma, next_sigma = self._advance(model_output, timestep, sample)
+        churn = min(s_churn / len(self.timesteps), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        raised = sigma * (churn + 1)
+        x = sample.to(torch.float32)
+        if churn > 0:
+            shape, device = tuple(model_output.shape), model_output.device
+            noise = randn_latents(shape, generator, device, model_output.dtype)
+            x = x + noise * s_noise * math.sqrt(raised**2 - sigma**2)
+        x0 = x - raised * model_output
+        x = euler(lambda _x, _sigma: x0, x, (raised, next_sigma))
+        return EulerDiscreteSchedulerOutput(x.to(model_output.dtype), x0)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Compute the velocity of v-prediction, (noise - sigma * sample) / sqrt(sigma^2 + 1).
+
+        Unlike the reference's, which looks timesteps up in a table that runs against them.
+        """
+        indices = [self.index_for_timestep(timestep) for timestep in timesteps.reshape(-1).tolist()]
+        sigma = _column([self._state.schedule.sigmas[i].item() for i in indices], sample)
+        return (noise - sigma * sample) / (sigma**2 + 1) ** 0.5
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class DPMSolverMultistepScheduler(StatefulScheduler, plain.DPMSolverMultistepScheduler):
+    """Scheduler of DPM-Solver++; fields beside Kolors' are the reference's, at the values that it uses."""
+
+    _other_fields = (
+        "trained_betas", "prediction_type", "thresholding", "dynamic_thresholding_ratio", "sample_max_value",
+        "solver_type", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas",
+        "flow_shift", "lambda_min_clipped", "variance_type", "rescale_betas_zero_snr", "use_dynamic_shifting",
+        "time_shift_type",
+    )  # fmt: skip
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """Return the latents: they have variance 1 already."""
+        return sample
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, generator: Generators = None,
+        variance_noise: Tensor | None = None, return_dict: bool = True
+    ) -> SchedulerOutput:  # fmt: skip
+        """Compute the latents at the next timestep from the UNet's output; the result is a tuple too.
+
+        variance_noise: of the SDE form, drawn from the generator if None.
+        """
+        sigma, next_sigma = self._advance(model_output, timestep, sample)
+        state, scale = self._state, self.latent_scale(sigma)
+        x0 = (sample - sigma / scale * model_output) * scale
+        noise = None
+        if self.algorithm_type == "sde-dpmsolver++":
+            noise = variance_noise
+            if noise is None:
+                noise = randn_latents(tuple(x0.shape), generator, x0.device, torch.float32)
+            noise = noise.to(x0.device, torch.float32)
+        is_last = state.step_index == len(state.timesteps) and state.schedule.first_order_last
+        last = None if self.solver_order == 1 or is_last else state.last
+        x = dpmpp_step(sample.to(torch.float32) * scale, x0, sigma, next_sigma, last, noise)
+        state.last = x0, sigma
+        return SchedulerOutput((x / self.latent_scale(next_sigma)).to(x0.dtype))
+
+
+_STATEFUL: dict[type[Scheduler], type[StatefulScheduler]] = {
+    plain.EulerDiscreteScheduler: EulerDiscreteScheduler,
+    plain.DPMSolverMultistepScheduler: DPMSolverMultistepScheduler,
+}
+
+
+def of(scheduler: Scheduler) -> Scheduler:
+    """Return the stateful scheduler of a plain one's fields; another class, such as your own, unchanged."""
+    kind = _STATEFUL.get(type(scheduler))
+    return scheduler if kind is None else kind(**asdict(scheduler))
+
+
+def _begin(schedule: Schedule, device: torch.device | str | None) -> LoopState:
+    dtype = torch.int64 if schedule.whole_timesteps else torch.float32
+    return LoopState(schedule, schedule.timesteps.to(device, dtype), schedule.sigmas.float())
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return like.new_tensor(values).view(-1, *[1] * (like.ndim - 1))  # [B, 1, 1, 1]
