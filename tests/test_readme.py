@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kolors_core import KolorsControlNetPipeline, KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core.__main__ import COMMANDS
 from kolors_core.batch import __main__ as batch
 from kolors_core.checkpoint import EMBEDDED
-from kolors_core.cli.explain import explain_parser
-from kolors_core.cli.generate import parser
+from kolors_core.cli import parsers
 from tests.training.test_data import write_pictures
 
 ROOT = Path(__file__).parents[1]
@@ -199,8 +199,11 @@ def attributes() -> set[str]:
 
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "kolors_core": parser,
-    "kolors_core explain": explain_parser,
+    "kolors_core": parsers.draw_parser,
+    "kolors_core explain": parsers.explain_parser,
+    "kolors_core info": parsers.info_parser,
+    "kolors_core plan": parsers.plan_parser,
+    "kolors_core batch": batch.parser,
     "kolors_core.batch": batch.parser,
 }
 
@@ -208,17 +211,19 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
 @pytest.mark.parametrize("page", LINES)
 def test_commands_are_there_and_have_these_flags(page: str) -> None:
     shown = [command for block in blocks(page, "bash") for command in block.replace("\\\n", " ").splitlines()]
-    spoken = re.findall(r"`(python -m [^`]+)`", text_of(page))
+    spoken = re.findall(r"`((?:python -m|kolors) [^`]+)`", text_of(page))
     for command in [*shown, *spoken]:
         if "&& python" in command:
             command = command.partition("&& ")[2]
+        if command.startswith("kolors "):
+            command = f"python -m kolors_core {command.removeprefix('kolors ')}"
         _, found, rest = command.partition(" -m ")
         if not found:
             continue
         module, *arguments = shlex.split(rest, comments=True)
         assert importlib.util.find_spec(module) is not None, module
-        if arguments[:1] == ["explain"]:
-            module, arguments = f"{module} explain", arguments[1:]
+        if module == "kolors_core" and arguments[:1] and arguments[0] in COMMANDS:
+            module, arguments = f"{module} {arguments[0]}", arguments[1:]
         if module in PARSERS and arguments and "--help" not in arguments:
             PARSERS[module]().parse_args(arguments)  # ends the process, and so the test, at an unknown flag
 

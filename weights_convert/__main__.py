@@ -185,25 +185,26 @@ def _variant(name: str) -> str | None:
     return parts[1].split("-")[0] if len(parts) > 2 else None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of all flags."""
+    top = argparse.ArgumentParser(
         prog="python -m weights_convert",
         description="Rename a Kolors checkpoint's tensors to kolors_core's, or back, checking every one.",
+        epilog="Example: python -m weights_convert Kolors-diffusers Kolors.safetensors --to single",
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="a folder, or one .safetensors file")
-    parser.add_argument("destination", type=Path, metavar="DST", help="what to write; must not exist")
-    parser.add_argument(
-        "--to", choices=("kolors_core", "diffusers", "single"), help="direction; kolors_core if not given"
-    )
-    parser.add_argument(
-        "--prune", action="store_true", help="leave out the tensors that the model never reads"
-    )
-    parser.add_argument(
-        "--pickle", action="store_true",
-        help="open SRC, a pickle from where you trust, for tensors alone; write them as they are named",
-    )  # fmt: skip
-    options = parser.parse_args(arguments)
+    add = top.add_argument
+    add("source", type=Path, metavar="SRC", help="a folder, or one .safetensors file")
+    add("destination", type=Path, metavar="DST", help="what to write; must not exist")
+    add("--to", choices=("kolors_core", "diffusers", "single"), help="direction; kolors_core if not given")
+    add("--prune", action="store_true", help="leave out the tensors that the model never reads")
+    add("--pickle", action="store_true",
+        help="open SRC, a pickle from where you trust, for tensors alone; keep their names")  # fmt: skip
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = parser().parse_args(arguments)
     try:
         if options.pickle:
             if options.to is not None or options.prune:
@@ -222,7 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted, nothing written", file=sys.stderr)
         return 130
-    print(*map(printable, report), sep="\n")
+    print(*map(printable, report), sep="\n", file=sys.stderr)
+    print(options.destination)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 Content is written to a scratch folder next to its target, flushed (fsync), and then renamed to the target in
 one step. A full disk, an error or a killed process leaves the old file. A writer holds a lock on its scratch
-folder; that of a killed one is unlocked, and the next write of that name removes it.
+folder; that of a killed one is unlocked, and the next write into the same folder removes it.
 """
 
 import ctypes
@@ -24,13 +24,16 @@ except ImportError:  # Windows, where an open file cannot be removed
     fcntl = None
 
 
+SCRATCH = re.compile(r"\..*\.[0-9a-f]{16}\.partial")  # names of scratch folders
+
+
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
     """Yield a scratch path that is renamed to `file`, replacing it, if the block succeeds.
 
     Raises OSError naming `file` if it cannot be written, such as on a full disk.
     """
-    with _naming(file), locked_scratch_dir(file) as scratch:
+    with naming(file), locked_scratch_dir(file) as scratch:
         path = scratch / file.name  # in a folder: safetensors writes a scratch file of its own next to it
         yield path
         _fsync(path)
@@ -113,13 +116,15 @@ def copy_file(source: Path, file: Path) -> None:
         shutil.copyfile(source, scratch)
 
 
-def remove_stale_scratch(folder: Path, start: str = ".") -> None:
-    """Remove the scratch folders of killed writers from a folder, of names with this start."""
-    stale = re.compile(re.escape(start) + r".*[0-9a-f]{16}\.partial")
+def remove_stale_scratch(folder: Path) -> None:
+    """Remove the scratch folders of this user's killed writers from a folder; without locks, none."""
+    if fcntl is None:
+        return
     with suppress(LocksUnsupported):
-        for name in filter(stale.fullmatch, os.listdir(folder)):
-            if (lock := _lock(folder / name)) is not None:
-                _remove(folder / name)
+        for path in (folder / name for name in filter(SCRATCH.fullmatch, os.listdir(folder))):
+            if (path.is_dir() or path.is_file()) and (lock := _lock(path)) is not None:
+                if os.fstat(lock).st_uid == os.geteuid():
+                    _remove(path)
                 os.close(lock)
 
 
@@ -129,11 +134,14 @@ class LocksUnsupported(OSError):
 
 @contextmanager
 def locked_scratch_dir(target: Path) -> Iterator[Path]:
-    """Yield a new locked folder next to the target, removed at the end; remove those of killed writers."""
-    start = f".{target.name[:32]}."  # file names have at most 255 bytes
-    remove_stale_scratch(target.parent, start)
+    """Yield a new locked folder next to the target, removed at the end; remove those of killed writers.
+
+    An OSError that names a path in it names the target's instead, such as on a full disk.
+    """
+    remove_stale_scratch(target.parent)
     while True:
-        scratch = target.with_name(f"{start}{secrets.token_hex(8)}.partial")
+        # File names have at most 255 bytes.
+        scratch = target.with_name(f".{target.name[:32]}.{secrets.token_hex(8)}.partial")
         scratch.mkdir()
         try:
             lock = _lock(scratch)
@@ -143,6 +151,11 @@ def locked_scratch_dir(target: Path) -> Iterator[Path]:
             break  # else another writer removed it before it was locked
     try:
         yield scratch
+    except OSError as error:
+        if str(scratch) not in str(error):
+            raise
+        text, name = (str(part).replace(str(scratch), str(target)) for part in (error, error.filename))
+        raise (OSError(text) if error.errno is None else OSError(error.errno, error.strerror, name)) from None
     finally:
         _remove(scratch)
         os.close(lock)
@@ -156,8 +169,8 @@ def _lock(path: Path) -> int | None:
     if fcntl is None:
         return os.open(os.devnull, os.O_RDONLY)
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except (FileNotFoundError, PermissionError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no FIFO, no link elsewhere
+    except OSError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,7 +203,7 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
-def _naming(file: Path) -> Iterator[None]:
+def naming(file: Path) -> Iterator[None]:
     """Convert write errors to OSError that names the file, not its scratch path."""
     try:
         yield

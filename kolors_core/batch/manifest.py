@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from weights_convert.atomic_write import write_bytes
+from weights_convert.atomic_write import naming, write_bytes
 
 Record = dict[str, Any]
 
@@ -22,6 +22,7 @@ class JobLocks:
     """Locks of one process. Byte 0 is the manifest's; byte n is job n's, and is 1 while the job runs."""
 
     def __init__(self, file: Path) -> None:
+        _check_regular(file)
         self.file, self.descriptor = file, os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
 
     @contextmanager
@@ -41,7 +42,8 @@ class JobLocks:
 
     def mark_running(self, number: int, is_running: bool) -> None:
         """Record whether a job is running; the record remains if this process is killed."""
-        os.pwrite(self.descriptor, b"\1" if is_running else b"\0", number)
+        with naming(self.file):
+            os.pwrite(self.descriptor, b"\1" if is_running else b"\0", number)
 
     def was_interrupted(self, number: int) -> bool:
         """Return whether a process started the job and did not record its end."""
@@ -62,6 +64,7 @@ class Manifest:
 
     def refresh(self) -> list[Record]:
         """Read and return the records written since the last call; skip truncated ones."""
+        _check_regular(self.file)
         if not self.file.exists():
             return []
         with self.file.open("rb") as file:
@@ -85,7 +88,7 @@ class Manifest:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a record, on a line of its own, and flush it to the disk."""
-        with self.locks.lock(0, is_waiting=True), self.file.open("a+b") as file:
+        with self.locks.lock(0, is_waiting=True), naming(self.file), self.file.open("a+b") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             file.write((b"" if file.read(1) in (b"", b"\n") else b"\n") + _to_line(record))
             file.flush()
@@ -97,6 +100,12 @@ class Manifest:
             self.refresh()
             complete(self.records)
             write_bytes(b"".join(_to_line(record) for _, record in sorted(self.records.items())), self.file)
+
+
+def _check_regular(file: Path) -> None:
+    """Raise OSError for a FIFO, which would wait for another process, a folder, socket or device."""
+    if file.exists() and not file.is_file():
+        raise OSError(f"{file}: expected a file, got a folder, FIFO, socket or device")
 
 
 def _to_line(record: Mapping[str, Any]) -> bytes:

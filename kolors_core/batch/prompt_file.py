@@ -1,8 +1,8 @@
-"""Parser of prompt files, JSON Lines or CSV, to jobs; each line is checked by itself and fingerprinted.
+"""Parser of prompt files, JSON Lines, CSV or text, to jobs; each line is checked by itself and fingerprinted.
 
-A line's fields are `FIELDS`; only the prompt is required. A CSV has their names in its first row, an empty
-cell is a missing field, and several LoRAs in a cell are separated by `;`. In JSON, `lora` is a string or a
-list of strings, each FROM[:SCALE] as on the command line.
+A line's fields are `FIELDS`; only the prompt is required, and a line of a .txt is one. A CSV has the names in
+its first row, an empty cell is a missing field, and several LoRAs in a cell are separated by `;`. In JSON,
+`lora` is a string or a list of strings, each FROM[:SCALE] as on the command line.
 """
 
 import csv
@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +22,7 @@ from weights_convert.untrusted_files import one_line, reject_duplicate_keys
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings:
-    """Settings of one image. lora: each FROM[:SCALE]."""
+    """Settings of one image. lora: each FROM[:SCALE]. lora_partial: take from them what fits."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -32,12 +32,14 @@ class JobSettings:
     steps: int
     guidance: float = 5.0
     lora: tuple[str, ...] = ()
+    lora_partial: bool = False
 
 
 FIELDS = tuple(field.name for field in fields(JobSettings))
 NUMBERS = {"seed": int, "height": int, "width": int, "steps": int, "guidance": float}
 FIELD_NAMES = ", ".join(FIELDS)
 FINGERPRINT_KEY = "batch_line"  # the PNG text chunk with the fingerprint of the image's line
+MAX_FILE_BYTES, MAX_LINES, MAX_LINE_CHARACTERS = 2**27, 2**20, 2**20
 IEND = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of a PNG
 
 
@@ -59,22 +61,31 @@ class Job:
         return None if self.settings is None else f"{self.number:06d}-{self.settings.seed}.png"
 
 
-def read_jobs(file: Path, model: Mapping[str, object], seed: int, steps: int) -> list[Job]:
+def read_jobs(
+    file: Path, model: Mapping[str, object], seed: int, defaults: Mapping[str, object]
+) -> list[Job]:
     """Read the jobs of a file, one for each line that is not empty.
 
     model: what all images have in common, for the fingerprints. seed: a line without one gets this plus its
-    number. steps: the default of a line. OSError for a file that cannot be read, ValueError for one without
-    lines, or a CSV whose first row does not name the fields.
+    number. defaults: of a line's other fields, `steps` among them. OSError for a file that cannot be read,
+    ValueError for one without lines or too large, or a CSV whose first row does not name the fields.
     """
-    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    lines = ((number, raw, raw) for number, raw in enumerate(text.split("\n"), 1) if raw.strip())
+    text, kind = _read_text(file), file.suffix.lower()
+    lines = ((number, raw) for number, raw in enumerate(text.split("\n"), 1) if raw.strip())
+    rows: Iterable[tuple[int, str, Any]] = ((number, raw, raw) for number, raw in lines)
+    if kind == ".csv":
+        rows = _csv(text, file)
+    elif kind == ".txt":
+        rows = ((number, raw, {"prompt": raw.strip()}) for number, raw in lines)
     jobs = []
-    for number, raw, row in _csv(text, file) if file.suffix.lower() == ".csv" else lines:
+    for number, raw, row in rows:
         try:
-            settings, reason = _settings(row, seed + number, steps), None
+            if len(raw) > MAX_LINE_CHARACTERS:
+                raise ValueError(f"{len(raw):,} characters, expected at most {MAX_LINE_CHARACTERS:,}")
+            settings, reason = _settings(row, {**defaults, "seed": seed + number}), None
         except (ValueError, RecursionError) as error:
             settings, reason = None, one_line(error)
-        content = raw if settings is None else json.dumps([vars(settings), model], sort_keys=True)
+        content = raw if settings is None else json.dumps([_decisive(settings), model], sort_keys=True)
         digest = hashlib.sha256(content.encode("utf-8", errors="surrogateescape")).hexdigest()[:32]
         jobs.append(Job(number, settings, reason, digest))
     if not jobs:
@@ -82,19 +93,39 @@ def read_jobs(file: Path, model: Mapping[str, object], seed: int, steps: int) ->
     return jobs
 
 
+def _read_text(file: Path) -> str:
+    """Read a file of bounded size; nothing of a larger one, and never from a FIFO, which would wait."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file}: expected a file of prompts, got a folder, FIFO, socket or device")
+    with file.open("rb") as opened:
+        content = opened.read(MAX_FILE_BYTES + 1) if file.stat().st_size <= MAX_FILE_BYTES else None
+    if content is None or len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"{file}: expected at most {MAX_FILE_BYTES:,} bytes; split it")
+    if (count := content.count(b"\n")) > MAX_LINES:
+        raise ValueError(f"{file}: {count:,} lines, expected at most {MAX_LINES:,}; split it")
+    return content.decode("utf-8-sig", errors="surrogateescape")
+
+
+def _decisive(settings: JobSettings) -> dict[str, Any]:
+    """Return what decides an image, less what is unset: images of versions before keep their fingerprint."""
+    return {name: value for name, value in vars(settings).items() if name != "lora_partial" or value}
+
+
 def png_fingerprint(file: Path) -> str | None:
-    """Read the fingerprint in a PNG: "" for a file without one, None for a missing or truncated image."""
+    """Read the fingerprint in a PNG: "" for whatever has none, None for a missing or truncated image."""
     from PIL import Image
 
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
+    if not file.is_file():  # a FIFO would wait for a writer
+        return ""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=["PNG"]) as image:
             fingerprint = image.info.get(FINGERPRINT_KEY, "")
         with file.open("rb") as opened:
             opened.seek(-len(IEND), os.SEEK_END)
             is_whole = opened.read() == IEND
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # of any kind, as a damaged file has it
         return ""
     return None if fingerprint and not is_whole else fingerprint
 
@@ -131,13 +162,15 @@ def _parse_cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any] |
         with suppress(ValueError):  # `_settings` reports what the field must be
             if name == "lora":
                 row[name] = [part.strip() for part in cell.split(";")]
+            elif name == "lora_partial":
+                row[name] = {"true": True, "false": False}.get(cell.strip().lower(), cell)
             elif name in NUMBERS:
                 row[name] = NUMBERS[name](cell)
     return row
 
 
-def _settings(row: Any, seed: int, steps: int) -> JobSettings:
-    """Check a row: a line of JSON, the fields of a CSV's row, or the error of one without any."""
+def _settings(row: Any, defaults: Mapping[str, object]) -> JobSettings:
+    """Check a row: a line of JSON, the fields of another's row, or the error of one without any."""
     if isinstance(row, ValueError):
         raise row
     if isinstance(row, str):
@@ -152,7 +185,9 @@ def _settings(row: Any, seed: int, steps: int) -> JobSettings:
     given = {name: value for name, value in row.items() if value is not None}
     if "prompt" not in given:
         raise ValueError("no prompt: say what to draw")
-    given = {"seed": seed, "steps": steps, "guidance": JobSettings.guidance, "lora": ()} | given
+    given = {"guidance": JobSettings.guidance, "lora": (), "lora_partial": False} | dict(defaults) | given
+    if not isinstance(given["lora_partial"], bool):
+        raise ValueError(f"lora_partial must be true or false, got {given['lora_partial']!r}")
     lora = [given["lora"]] if isinstance(given["lora"], str) else given["lora"]
     if not isinstance(lora, list | tuple) or not all(isinstance(text, str) and text for text in lora):
         raise ValueError(f"lora must be FROM[:SCALE] or a list of them, got {given['lora']!r}")

@@ -1,4 +1,4 @@
-"""Batch worker: `python -m kolors_core.batch prompts.jsonl OUT`, on one process or under `torchrun`.
+"""Batch worker: `python -m kolors_core batch prompts.jsonl OUT`, on one process or under `torchrun`.
 
 A line of the file is a job: an image OUT/NUMBER-SEED.png, whose metadata has the line's fingerprint. Any
 processes and machines may share OUT: each locks a job (manifest.py), runs it and writes the image atomically,
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm.auto import tqdm
 
 from kolors_core.batch.manifest import JobLocks, Manifest, Record
 from kolors_core.batch.prompt_file import FINGERPRINT_KEY, Job, JobSettings, png_fingerprint, read_jobs
@@ -32,10 +33,12 @@ from kolors_core.checkpoint import logger
 from kolors_core.cli import options as cli
 from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from kolors_core.pipelines.text_to_image import KolorsPipeline
+from kolors_core.validation import short_repr
 from weights_convert.atomic_write import remove_stale_scratch
 from weights_convert.untrusted_files import one_line, printable
 
 POLL_SECONDS = 0.2  # between attempts to lock jobs that other processes run
+IMAGE_NAME = re.compile(r"\d{6,}-\d+\.png")
 
 
 class Worker:
@@ -54,15 +57,14 @@ class Worker:
             raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
         # Unset options are left out, so that images of versions without these options keep their fingerprint.
         model |= {name: value for name, value in {"rule": keywords, "freeu": options.freeu}.items() if value}
-        steps = cli.default_steps(options.sampler)
-        self.jobs = read_jobs(options.prompts, model, cli.select_seed(options), steps)
+        self.jobs = read_jobs(options.prompts, model, cli.select_seed(options), _defaults(options))
         self.run_name = self._synchronize_jobs()
         self.pair = GuidancePair() if options.split_guidance else None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.locks = JobLocks(self.folder / ".claims")  # the name is that of earlier versions
         self.manifest = Manifest(self.folder / "manifest.jsonl", self.locks)
         self.process_name = f"{self.rank} of {self.world}, {socket.gethostname()} {os.getpid()}"
-        self.loras: tuple[str, ...] = ()  # the sources of the loaded LoRAs
+        self.loras: tuple[tuple[str, ...], bool] = (), False  # sources of the loaded LoRAs, and if in part
 
     def _synchronize_jobs(self) -> str:
         """Compare the jobs of all processes; return a name of the run that they share."""
@@ -84,7 +86,12 @@ class Worker:
         return gathered[0][0]
 
     def run(self) -> list[Job]:
-        """Run jobs until each is done or has failed; return those that failed in this run."""
+        """Run jobs until each is done or has failed; return those that failed in this run.
+
+        Raises FileExistsError if OUT has images of another file of prompts.
+        """
+        if not self.options.force:
+            self._check_folder()
         if self.pair is not None and self.pair.role == 1:
             self._run_follower(self.pair)
         else:
@@ -103,9 +110,19 @@ class Worker:
             dist.destroy_process_group()
         return failed
 
-    def _run_leader(self) -> None:
-        from tqdm.auto import tqdm
+    def _check_folder(self) -> None:
+        """Raise FileExistsError, with what differs, if OUT has an image of another line of a job's number."""
+        for job in self.jobs:
+            record = self.manifest.records.get(job.number, {})
+            file, is_done = str(record.get("file")), record.get("status") == "done"
+            is_other = record.get("fingerprint") != job.fingerprint and job.settings is not None
+            if is_done and is_other and IMAGE_NAME.fullmatch(file) and (self.folder / file).exists():
+                raise FileExistsError(
+                    f"{self.folder} has images of other prompts or options: {_difference(job, record)}. "
+                    "Choose another OUT, or --force to go on and replace images of the same name"
+                )
 
+    def _run_leader(self) -> None:
         pending = self._job_order([job for job in self.jobs if not self._is_done(job)])
         unseen, total, quiet = {job.number for job in pending}, len(self.jobs), self.options.quiet
         with tqdm(total=total, initial=total - len(pending), unit="image", smoothing=0, disable=quiet) as bar:
@@ -166,13 +183,16 @@ class Worker:
         seconds = round(time.perf_counter() - start, 3)
         self.manifest.add(self._as_record(job, reason, seconds, self.process_name))
         self.locks.mark_running(job.number, False)
+        if reason is None:
+            tqdm.write(str(self._path(job)))  # on standard output, above the bar
+            sys.stdout.flush()
 
     def _generate(self, pipe: KolorsPipeline, settings: JobSettings) -> Any:
         """Generate the image, or in the follower of a pair its latents."""
         if (pair := self.pair) is not None:
             pair.handshake_done = False
         try:
-            self._set_loras(pipe, settings.lora)
+            self._set_loras(pipe, settings.lora, settings.lora_partial)
             return pipe(
                 settings.prompt, settings.height, settings.width, settings.steps,
                 guidance_scale=settings.guidance, negative_prompt=settings.negative_prompt,
@@ -195,18 +215,18 @@ class Worker:
             pipe.guided = self.pair.guided
         return pipe
 
-    def _set_loras(self, pipe: KolorsPipeline, loras: tuple[str, ...]) -> None:
-        sources = _sources(loras)
+    def _set_loras(self, pipe: KolorsPipeline, loras: tuple[str, ...], is_partial: bool) -> None:
+        wanted = _sources(loras), is_partial
         try:
-            if sources == self.loras:
+            if wanted == self.loras:
                 cli.set_lora_scales(pipe, loras)
             else:
                 pipe.unload_lora_weights()
-                cli.load_loras(pipe, loras, self.options.local_files_only, is_quiet=True)
-                self.loras = sources
+                cli.load_loras(pipe, loras, self.options.local_files_only, True, is_partial)
+                self.loras = wanted
         except BaseException:
             pipe.unload_lora_weights()
-            self.loras = ()
+            self.loras = (), False
             raise
 
     def _path(self, job: Job) -> Path:
@@ -226,7 +246,7 @@ class Worker:
     def _as_record(self, job: Job, reason: str | None, seconds: float | None, process: str | None) -> Record:
         return {
             "line": job.number, "file": job.file if reason is None else None,
-            "seed": None if job.settings is None else job.settings.seed,
+            **({"seed": None} if job.settings is None else vars(job.settings)),
             "status": "done" if reason is None else "failed", "reason": reason, "seconds": seconds,
             "process": process, "fingerprint": job.fingerprint, "run": self.run_name,
         }  # fmt: skip
@@ -251,7 +271,7 @@ class Worker:
         remove_stale_scratch(self.folder)
         if self.is_quiet:
             return
-        images = {name for name in os.listdir(self.folder) if re.fullmatch(r"\d{6,}-\d+\.png", name)}
+        images = {name for name in os.listdir(self.folder) if IMAGE_NAME.fullmatch(name)}
         report = [f"{len(self.jobs) - len(failed)} of {len(self.jobs)} images are in {self.folder}"]
         if others := sorted(images - {job.file for job in self.jobs}):
             report.append(f"{len(others)} more are of no line of this file, such as {others[0]}")
@@ -259,6 +279,25 @@ class Worker:
             reason = self._record(job).get("reason") or "another run on this OUT has a line of its number"
             report.append(f"line {job.number} failed: {reason}")
         print(*map(printable, report), sep="\n", file=sys.stderr)
+
+
+def _defaults(options: argparse.Namespace) -> dict[str, object]:
+    """Return the fields of lines that do not have their own."""
+    given = {
+        "negative_prompt": options.negative, "height": options.height, "width": options.width,
+        "steps": cli.default_steps(options.sampler) if options.steps is None else options.steps,
+        "guidance": options.guidance, "lora_partial": options.lora_partial,
+    }  # fmt: skip
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _difference(job: Job, record: Record) -> str:
+    """Return what differs between a job and the record of its number, as words."""
+    for name, value in vars(job.settings).items():
+        value = list(value) if isinstance(value, tuple) else value
+        if name in record and record[name] != value:
+            return f"line {job.number} has {name} {short_repr(value)}, and there {short_repr(record[name])}"
+    return f"line {job.number} was drawn with another model or other options"
 
 
 def _sources(loras: Sequence[str]) -> tuple[str, ...]:

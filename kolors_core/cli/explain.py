@@ -8,30 +8,18 @@ import torch
 
 from kolors_core.adapters.textual_inversion import words_of
 from kolors_core.cli import options as cli
+from kolors_core.cli.parsers import explain_parser
 from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.inspection.attention_report import Explanation, render_html, render_png
 from kolors_core.inspection.token_attention import explain_prompt
 from kolors_core.pipelines.png_metadata import attach_metadata
 from kolors_core.validation import check_int
 from weights_convert.atomic_write import atomic_file
-from weights_convert.untrusted_files import printable
 
 
-def explain_parser() -> argparse.ArgumentParser:
-    """Build the parser of the flags."""
-    top = argparse.ArgumentParser(
-        prog="python -m kolors_core explain",
-        description="Generate an image, and a map for each token of the prompt of where it acted.",
-    )
-    top.add_argument("prompt", help="what to draw, in Chinese or English")
-    top.add_argument("-o", "--out", type=Path, default=Path("explained"), metavar="NAME",
-        help="write NAME.png, a sheet, and NAME.html, a page (default: %(default)s)")  # fmt: skip
-    top.add_argument("--force", "--overwrite", action="store_true", help="overwrite files that exist")
-    cli.add_model(top.add_argument_group("model"))
-    cli.add_image(top.add_argument_group("image"))
-    cli.add_steps(top.add_argument_group("sampling"))
-    top.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
-    return top
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status: 2, with one line on stderr, after an error."""
+    return cli.run_command(explain, explain_parser().parse_args(arguments))
 
 
 def explain(options: argparse.Namespace) -> None:
@@ -55,9 +43,10 @@ def explain(options: argparse.Namespace) -> None:
     model = [options.weights, *(f"{part} from {file}" for part, file in cli.component_files(options).items())]
     explanation.facts["model"] = ", ".join([*model, *(f"{name}: {text}" for name, text in quantized.items())])
     write(explanation, *outs)
+    print(*outs, sep="\n")
     if not options.quiet:
         size = f"{explanation.image.width}x{explanation.image.height}"
-        print(printable(f"{outs[0]}, {outs[1]}  {size}  seed {seed}"), file=sys.stderr)
+        print(f"{size}  seed {seed}", file=sys.stderr)
 
 
 def write(explanation: Explanation, png: Path, html: Path) -> None:

@@ -254,8 +254,9 @@ def prepare(pipe: Task, facts: Facts) -> None:
     """Set what no flag says: the scheduler and scales by block; log what differs from the image's making."""
     if not facts:
         return
-    scheduler = json.loads(facts["scheduler"])
-    pipe.scheduler = SCHEDULERS[scheduler["_class_name"]].from_config(scheduler)
+    if "scheduler" in facts:
+        scheduler = json.loads(facts["scheduler"])
+        pipe.scheduler = SCHEDULERS[scheduler["_class_name"]].from_config(scheduler)
     weights = [one["weight"] for one in json.loads(facts.get("lora", "[]"))]
     if any(isinstance(weight, dict) for weight in weights):
         pipe.set_adapters(pipe.get_active_adapters(), weights)

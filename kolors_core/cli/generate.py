@@ -1,7 +1,9 @@
-"""Command line: `python -m kolors_core "一张瓢虫的照片" --weights DIR -o ladybug.png`."""
+"""Command `draw`: `python -m kolors_core "一张瓢虫的照片" --weights DIR -o ladybug.png`."""
 
 import argparse
 import sys
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,11 @@ import torch
 from kolors_core.adapters.canny import canny
 from kolors_core.adapters.controlnet_files import KolorsControlNet
 from kolors_core.adapters.face_id import load_face_embeds
-from kolors_core.checkpoint import EMBEDDED_NAME
+from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.cli import from_png
 from kolors_core.cli import options as cli
-from kolors_core.cli.explain import explain, explain_parser
-from kolors_core.config import VERSION
+from kolors_core.cli.output import STANDARD_OUTPUT, read_image_metadata, save_image
+from kolors_core.cli.parsers import OUT_SUFFIXES, draw_parser
 from kolors_core.devices import named_device, planned_device
 from kolors_core.image import load_image
 from kolors_core.performance.quantize import quantize
@@ -22,7 +24,7 @@ from kolors_core.pipelines.controlnet import KolorsControlNetPipeline
 from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
 from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
 from kolors_core.pipelines.memory_plan import plan
-from kolors_core.pipelines.png_metadata import attach_metadata, read_metadata, save_png
+from kolors_core.pipelines.png_metadata import attach_metadata
 from kolors_core.pipelines.request import CONTROL_SCALE
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
@@ -31,112 +33,65 @@ from weights_convert.untrusted_files import printable
 
 CONTROLNETS = {kind: f"Kwai-Kolors/Kolors-ControlNet-{kind.title()}" for kind in ("canny", "depth", "pose")}
 
-
-def parser() -> argparse.ArgumentParser:
-    """Build the parser of all flags, in groups."""
-    top = argparse.ArgumentParser(
-        prog="python -m kolors_core",
-        description="Generate images with Kolors from a Chinese or English prompt.",
-        epilog='Example: python -m kolors_core "一张瓢虫的照片" -w Kwai-Kolors/Kolors-diffusers -o out.png. '
-        'And python -m kolors_core explain "PROMPT" shows where in an image each token acted.',
-    )
-    add = top.add_argument
-    add("prompt", nargs="?", help="what to draw, in Chinese or English")
-    add("-o", "--out", type=Path, default=Path("kolors.png"), metavar="PNG",
-        help="the image to write; --images 3 numbers it: out-1.png (default: %(default)s)")  # fmt: skip
-    add("--force", action="store_true", help="overwrite a file that exists")
-    add("--exactly", type=Path, metavar="PNG", help=argparse.SUPPRESS)  # of from_png.arguments_of
-    add("--info", type=Path, metavar="PNG", help="print an image's metadata, and do nothing else")
-    add("--plan", action="store_true",
-        help="print the memory that each stage will need, load no weights and generate no image")  # fmt: skip
-    add("--version", action="version", version=f"kolors_core {VERSION}")
-    add("-q", "--quiet", action="store_true", help="no progress bar and no report")
-    model = top.add_argument_group("model")
-    cli.add_model(model)
-    model.add_argument("--lora", action="append", default=[], metavar="FROM[:SCALE]",
-        help="a LoRA in any naming: a file, folder or hub repository, whose revision may follow an @; may "
-        "be repeated")  # fmt: skip
-    model.add_argument("--textual-inversion", action="append", default=[], metavar="FROM[:WORD]",
-        help="learned vectors of a word of the prompt, which is its name in the file or WORD; a file, folder "
-        "or hub repository; may be repeated")  # fmt: skip
-    image = top.add_argument_group("image")
-    cli.add_image(image, "the model's own, or --image's, or the control image's")
-    image.add_argument("--images", type=int, default=1, metavar="N",
-        help="how many images; image i of several takes the seed --seed + i (default: 1)")  # fmt: skip
-    _add_start_image(top.add_argument_group("from an image"))
-    _add_conditions(top.add_argument_group("image prompts and ControlNets"))
-    sampling = top.add_argument_group("sampling")
-    cli.add_steps(sampling)
-    cli.add_guidance(sampling)
-    add = sampling.add_argument
-    add("--timesteps", type=numbers, metavar="T,T,...", help="descending timesteps, instead of --steps")
-    add("--sigmas", type=numbers, metavar="S,S,...", help="noise levels, of which the last ends the run")
-    add("--denoising-end", type=float, metavar="PART", help="stop after this part of the noise schedule")
-    sizes = top.add_argument_group("size conditions (SDXL's), as HEIGHT,WIDTH or TOP,LEFT in pixels")
-    for flag in ("original-size", "crop", "target-size"):
-        for prefix in ("--", "--negative-"):
-            sizes.add_argument(prefix + flag, type=size, metavar="A,B")
-    top.set_defaults(crop=(0, 0), negative_crop=(0, 0))
-    sizes.add_argument("--max-tokens", type=int, default=256,
-        help="truncate the prompt to this many tokens (default: 256)")  # fmt: skip
-    return top
-
-
-def _add_start_image(start: argparse._ArgumentGroup) -> None:
-    add = start.add_argument
-    add("--image", metavar="FILE", help="start from this file or http(s) address, resized to the size")
-    add("--strength", type=float,
-        help="how much of it to regenerate, above 0 to 1 (default: 0.3, with --mask 0.9999)")  # fmt: skip
-    add("--strength-map", metavar="FILE",
-        help="a gray image of how much each pixel may change: white as much as --strength")  # fmt: skip
-    add("--mask", metavar="FILE", help="regenerate --image only where this image is white")
-    add("--padding-mask-crop", type=int, metavar="N",
-        help="with --mask: process its region and N pixels around it, at --height and --width")  # fmt: skip
-    add("--no-paste-back", action="store_true",
-        help="with --mask: keep the decoded image, which differs a little outside the mask too")  # fmt: skip
-
-
-def _add_conditions(images: argparse._ArgumentGroup) -> None:
-    add = images.add_argument
-    add("--ip-adapter", metavar="FROM",
-        help="IP-Adapter-Plus: a file, folder or hub repository, whose revision may follow an @: "
-        "Kwai-Kolors/Kolors-IP-Adapter-Plus@refs/pr/4")  # fmt: skip
-    add("--ip-image", action="append", metavar="FILE", help="the image prompt (may be repeated)")
-    add("--ip-scale", type=float, help="its scale (default: 1)")
-    add("--face-adapter", metavar="FROM",
-        help="IP-Adapter-FaceID-Plus, .safetensors, with CLIP in its folder or of --ip-adapter")  # fmt: skip
-    add("--face-image", metavar="FILE", help="a square image of the face")
-    add("--face-embeds", metavar="FILE", help="its id vector by insightface, as .npy or .safetensors")
-    add("--face-scale", type=float, help="its scale (default: 1)")
-    add("--control", action="append", metavar="FROM[:SCALE]",
-        help="a ControlNet: canny, depth or pose for Kwai-Kolors' own, or a folder or hub repository, whose "
-        f"revision may follow an @; its scale (default: {CONTROL_SCALE}); may be repeated")  # fmt: skip
-    add("--control-image", action="append", metavar="FILE",
-        help="its input, used as it is: edges, depth or a pose; one for each --control")  # fmt: skip
-    add("--canny", metavar="FILE", help="instead of one --control-image: the edges of this image")
-    add("--control-end", type=float, metavar="PART", help="turn it off after this part of the steps")
+# What metadata say beside the flags that `from_png.arguments_of` gives, by the flags that override it.
+FACTS_OF = {
+    "sampler": ["scheduler"], "lora": ["lora", "lora_scale"], "ip_scale": ["ip_adapter_scale"],
+    "face_scale": ["face_scale"], "control": ["control_steps"], "control_end": ["control_steps"],
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 2, with one line on stderr, after an error."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["explain"]:
-        return cli.run_command(explain, explain_parser().parse_args(arguments[1:]))
-    options = parser().parse_args(arguments)
+    return cli.run_command(partial(_run, arguments), draw_parser().parse_args(arguments))
+
+
+def _run(arguments: list[str] | None, options: argparse.Namespace) -> None:
     if options.info is not None:
-        return cli.run_command(_print_info, options)
-    return cli.run_command(_print_plan if options.plan else _generate, options)
+        return _print_info(options)
+    if options.from_png is not None:
+        options = _with_metadata(arguments, options)
+    if options.plan:
+        return _print_plan(options)
+    with redirect_stdout(sys.stderr):  # standard output is for what was written
+        outs, images = _generate(options)
+    for image, out in zip(images, outs, strict=True):
+        save_image(image, out)
+        if not options.quiet:
+            seed = f"  seed {image.info['seed']}" if "seed" in image.info else ""
+            print(printable(f"{out}  {image.width}x{image.height}{seed}"), file=sys.stderr)
 
 
 def _print_info(options: argparse.Namespace) -> None:
     if options.prompt is not None or options.weights != EMBEDDED_NAME:
         raise ValueError("--info stands alone: it prints an image's metadata, and draws none")
-    for name, value in read_metadata(options.info).items():
+    for name, value in read_image_metadata(options.info).items():
         print(printable(f"{name}: {value}"))
 
 
-def _generate(options: argparse.Namespace) -> None:
-    facts, has_seed = from_png.read_facts(options), options.seed is not None
+def _with_metadata(arguments: list[str] | None, options: argparse.Namespace) -> argparse.Namespace:
+    """Return the options that an image's metadata give, overridden by those of the command."""
+    flags, unknown = from_png.arguments_of(options.from_png)
+    for sentence in unknown:
+        logger.warning("%s", sentence)
+    parser = draw_parser()
+    # What is not given remains None: defaults do not replace attributes that are there.
+    given = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(options))))
+    again = parser.parse_args(flags)
+    if given.steps is not None or given.timesteps or given.sigmas:
+        again.steps = again.timesteps = again.sigmas = None
+    if again.seed is None and any((given.prompt, given.negative, given.images)):  # one of a batch, no longer
+        again.seed = int(read_image_metadata(options.from_png).get("seed", 0))
+    flags = [flag for flag in FACTS_OF if getattr(given, flag) is not None]
+    again.overridden = [name for flag in flags for name in FACTS_OF[flag]]
+    vars(again).update({name: value for name, value in vars(given).items() if value is not None})
+    return again
+
+
+def _generate(options: argparse.Namespace) -> tuple[list[Path], list[Any]]:
+    """Generate the images; return the files to write and the images with their metadata."""
+    facts = from_png.read_facts(options)
+    facts = {name: text for name, text in facts.items() if name not in options.overridden}
+    has_seed = options.seed is not None
     outs, arguments = _validate(options), _pipeline_kwargs(options)  # images are read before weights
     arguments |= from_png.call_arguments(facts, has_seed)
     device = named_device(options.device)
@@ -149,12 +104,9 @@ def _generate(options: argparse.Namespace) -> None:
     files = cli.component_files(options) | {"face_embeds": options.face_embeds}
     metadata = {f"{name}_file": file for name, file in files.items() if file is not None}
     metadata |= {} if options.canny is None else {"canny": options.canny}
-    for image, out in zip(images, outs, strict=True):
+    for image in images:
         attach_metadata(image, image.info | metadata | quantized)
-        save_png(image, out)
-        if not options.quiet:
-            seed = f"  seed {image.info['seed']}" if "seed" in image.info else ""
-            print(printable(f"{out}  {image.width}x{image.height}{seed}"), file=sys.stderr)
+    return outs, images
 
 
 def _pipeline_kwargs(options: argparse.Namespace) -> dict[str, Any]:
@@ -217,8 +169,10 @@ def _validate(options: argparse.Namespace) -> list[Path]:
     if options.timesteps and "karras" in options.sampler:
         raise ValueError(f"--timesteps needs a --sampler without karras, got {options.sampler}")
     out, count = options.out, options.images
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out must end in .png, got {out}")
+    if out == STANDARD_OUTPUT and count > 1:
+        raise ValueError(f"--out - takes one image, got --images {count}")
+    if out != STANDARD_OUTPUT and out.suffix.lower() not in OUT_SUFFIXES:
+        raise ValueError(f"--out must end in {', '.join(OUT_SUFFIXES)} or be -, got {out}")
     outs = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)] if count > 1 else [out]
     cli.check_output_paths(outs, options.force or options.plan)
     options.seed = cli.select_seed(options)
@@ -254,8 +208,8 @@ def _pipeline_class(options: argparse.Namespace) -> type[Task]:
 
 def _load_adapters(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
     is_local = options.local_files_only
-    cli.load_loras(pipe, options.lora, is_local, options.quiet)
-    for text in options.textual_inversion:
+    cli.load_loras(pipe, options.lora or (), is_local, options.quiet, options.lora_partial)
+    for text in options.textual_inversion or ():
         source, word = cli.with_word(text)
         name, revision = cli.with_revision(source)
         pipe.load_textual_inversion(name, word, revision=revision, local_files_only=is_local)
@@ -274,20 +228,11 @@ def _load_adapters(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
     for text in options.control or ():
         source, _ = cli.parse_source_scale(text, CONTROL_SCALE)
         name, revision = cli.with_revision(CONTROLNETS.get(source, source))
-        nets.append(KolorsControlNet.from_pretrained(
-            name, revision=revision, local_files_only=is_local, torch_dtype=pipe.dtype,
-            device=pipe.unet.conv_in.weight.device,
-        ))  # fmt: skip
+        keywords: dict[str, Any] = {"torch_dtype": pipe.dtype, "device": pipe.unet.conv_in.weight.device}
+        if name.endswith(".safetensors"):
+            nets.append(KolorsControlNet.from_single_file(name, **keywords))
+        else:
+            keywords |= {"revision": revision, "local_files_only": is_local}
+            nets.append(KolorsControlNet.from_pretrained(name, **keywords))
     if nets:
         pipe.controlnet = type(pipe).from_pipe(pipe, controlnet=nets).controlnet  # checked there
-
-
-def numbers(text: str) -> list[float]:
-    """Parse numbers separated by commas."""
-    return [float(part) for part in text.split(",")]
-
-
-def size(text: str) -> tuple[int, int]:
-    """Parse two integers separated by an x or a comma."""
-    first, second = text.replace("x", ",").split(",")
-    return int(first), int(second)

@@ -1,7 +1,8 @@
-"""Flags shared by the command lines, functions that load what they name, and the exit status."""
+"""Options shared by the command lines: functions that load what they name, checks, and the exit status."""
 
 import argparse
 import logging
+import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
+from kolors_core.cli import parsers
 from kolors_core.devices import best_dtype
 from kolors_core.guidance import cfg_rescale, check_interval, guided
-from kolors_core.performance.quantize import BITS
 from kolors_core.pipelines.pag import check_scales, perturbed, perturbed_layers
 from kolors_core.pipelines.quantization_report import quantize
 from kolors_core.pipelines.single_file import open_model
@@ -24,7 +25,7 @@ from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteSched
 from kolors_core.validation import LARGEST_SEED, check_int
 from weights_convert.untrusted_files import one_line, printable
 
-MODELS = ("unet", "text_encoder", "vae")
+MODELS = parsers.MODELS
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Each sets every field that distinguishes it, since the checkpoint's own scheduler may be any of them.
 SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
@@ -38,72 +39,17 @@ SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
 }
 
 
-def add_model(model: argparse._ArgumentGroup) -> None:
-    """Add the flags of weights, device, precision and memory."""
-    add = model.add_argument
-    add("-w", "--weights", metavar="DIR", default=EMBEDDED_NAME,
-        help="a checkpoint folder or .safetensors file, or a hub repository such as "
-        "Kwai-Kolors/Kolors-diffusers (default: the embedded model, which draws emoji)")  # fmt: skip
-    for name in MODELS:
-        add(f"--{name.replace('_', '-')}", metavar="FILE",
-            help="take it from this .safetensors file, in any naming, and not from --weights")  # fmt: skip
-    add("--variant", help='which weight files, such as "fp16" (default: the only ones there are)')
-    add("--revision", help="branch, tag or commit of the hub repository")
-    add("--local-files-only", action="store_true", help="never download, use the hub's local cache")
-    add("--device", help="cuda, mps, cpu, cuda:1, ... (default: the best there is)")
-    add("--dtype", choices=DTYPES, help="precision (default: float16, on a CPU float32)")
-    for flag in ("--text-encoder-bits", "--unet-bits"):
-        add(flag, type=int, choices=BITS,
-            help="quantize its linear layers to so many bits; reports the error")  # fmt: skip
-    add("--offload", choices=("model", "block"),
-        help="keep only the running model or block (least memory, slowest) on the device")  # fmt: skip
-    add("--vae-tiling", action="store_true", help="decode in tiles, with less memory")
-
-
-def add_image(image: argparse._ArgumentGroup, default_size: str = "the model's own") -> None:
-    """Add the flags of the negative prompt, the size and the seed."""
-    add = image.add_argument
-    add("-n", "--negative", metavar="TEXT", help="what not to draw")
-    for side in ("height", "width"):
-        add(f"--{side}", type=int, help=f"pixels, a multiple of 8 (default: {default_size})")
-    add("--seed", type=int, help="of the noise (default: random)")
-
-
-def add_steps(sampling: argparse._ArgumentGroup) -> None:
-    """Add the flags of the steps, the sampler and the guidance scale."""
-    add = sampling.add_argument
-    add("--steps", type=int, help="denoising steps (default: 50 for euler, 25 for the others)")
-    add_sampler(sampling)
-    add("-g", "--guidance", type=float, default=5.0, metavar="SCALE",
-        help="how strongly to follow the prompt; 1 is off (default: %(default)s)")  # fmt: skip
-
-
-def add_sampler(sampling: argparse._ArgumentGroup) -> None:
-    """Add the flag of the sampler."""
-    default = "dpmpp-2m-karras"
-    sampling.add_argument("--sampler", choices=SAMPLERS, default=default, help="(default: %(default)s)")
-
-
-def add_guidance(sampling: argparse._ArgumentGroup) -> None:
-    """Add the flags of perturbed-attention guidance, guidance modifiers and FreeU."""
-    add = sampling.add_argument
-    add("--pag", type=float, metavar="SCALE", help="perturbed-attention guidance, such as 3 (default: none)")
-    add("--pag-layers", nargs="+", metavar="LAYER",
-        help='perturb the self-attention of these, such as "down.block_2" (default: mid)')  # fmt: skip
-    add("--pag-adaptive", type=float, metavar="SCALE", help="reduces --pag by this per timestep, of 1,100")
-    add("--guidance-rescale", type=float, metavar="PART", help="against overexposure, 0.7 is usual")
-    add("--guidance-interval", type=float, nargs=2, metavar=("A", "B"),
-        help="guide only in this part of the steps, 0 to 1; the other steps take half the time")  # fmt: skip
-    add("--freeu", type=float, nargs=4, metavar=("S1", "S2", "B1", "B2"),
-        help="FreeU scales of skip connections and backbone, 0.6 0.4 1.1 1.2 is usual")  # fmt: skip
-
-
 def check_output_paths(outs: Sequence[Path], is_forced: bool) -> None:
-    """Raise FileExistsError or IsADirectoryError for a file that may not be written."""
-    if existing := [out for out in outs if out.exists() and not is_forced]:
+    """Raise FileExistsError or IsADirectoryError for a file that may not be written.
+
+    A device, FIFO or socket is never replaced by an image: --force overwrites files alone.
+    """
+    if existing := [out for out in outs if os.path.lexists(out) and not is_forced]:
         raise FileExistsError(f"{existing[0]} exists: choose another --out, or --force")
     if folders := [out for out in outs if out.is_dir()]:
         raise IsADirectoryError(f"{folders[0]} is a folder: choose another --out")
+    if others := [out for out in outs if out.exists() and not out.is_file()]:
+        raise FileExistsError(f"{others[0]} is no regular file: choose another --out")
 
 
 def run_command(
@@ -119,7 +65,8 @@ def run_command(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
-    except (OSError, ValueError, TypeError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, TypeError, FloatingPointError, MemoryError,
+            torch.OutOfMemoryError) as error:  # fmt: skip
         print(f"error: {one_line(error, None)}", file=sys.stderr)
         return 2
     finally:
@@ -215,13 +162,18 @@ def apply_guidance(pipe: KolorsPipeline, options: argparse.Namespace) -> None:
         pipe.enable_freeu(*options.freeu)
 
 
-def load_loras(pipe: Task, loras: Sequence[str], is_local: bool, is_quiet: bool) -> None:
+def load_loras(
+    pipe: Task, loras: Sequence[str], is_local: bool, is_quiet: bool, is_partial: bool = False
+) -> None:
     """Load LoRAs, each FROM[:SCALE], and set their scales; the pipeline must have none."""
     for i, text in enumerate(loras):
         source, _ = parse_source_scale(text)
         name, revision = with_revision(source)
-        keywords = {"revision": revision, "local_files_only": is_local}
-        report = pipe.load_lora_weights(name, adapter_name=f"lora{i}", **keywords)
+        keywords = {"revision": revision, "local_files_only": is_local, "allow_partial": is_partial}
+        try:
+            report = pipe.load_lora_weights(name, adapter_name=f"lora{i}", **keywords)
+        except ValueError as error:
+            raise ValueError(str(error).replace("allow_partial=True", "--lora-partial")) from None
         if not is_quiet:
             print(printable(f"{source}: {report}"), file=sys.stderr)
     set_lora_scales(pipe, loras)

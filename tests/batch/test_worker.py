@@ -28,6 +28,7 @@ from tests.support.two_processes import start_two
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"height": 64, "width": 64, "steps": 5}
+STEPS = {"steps": 25}
 COUNT = 16
 
 
@@ -217,13 +218,13 @@ BAD = [
 
 def test_bad_lines_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("\n\n".join(["", *(text for text, _ in BAD)]))
-    lines = read_jobs(tmp_path / "bad.jsonl", {}, 0, 25)
+    lines = read_jobs(tmp_path / "bad.jsonl", {}, 0, STEPS)
     assert [line.number for line in lines] == [3 + 2 * i for i in range(len(BAD))]
     for line, (text, reason) in zip(lines, BAD, strict=True):
         assert line.settings is None and reason in (line.reason or ""), text[:50]
         assert len(line.reason or "") <= 300
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    assert "prompt is not UTF-8" in str(read_jobs(tmp_path / "latin.jsonl", {}, 0, 25)[0].reason)
+    assert "prompt is not UTF-8" in str(read_jobs(tmp_path / "latin.jsonl", {}, 0, STEPS)[0].reason)
 
 
 def test_a_bad_line_fails_alone_and_is_tried_again(
@@ -254,17 +255,26 @@ def test_a_changed_line_is_refused_or_drawn_under_its_own_name(
         write(file, [SMALL | {"prompt": prompt, "seed": 3} | changes for prompt in prompts])
         return main([str(file), str(out), "--device", "cpu", *more])
 
+    def error() -> str:
+        return capsys.readouterr().err
+
     assert run("cat", "dog") == 0
     first, second = ((out / f"{name}-3.png").read_bytes() for name in ("000001", "000002"))
-    assert run("cat", "frog") == 1 and "line 2 failed: 000002-3.png exists" in capsys.readouterr().err
-    assert (out / "000002-3.png").read_bytes() == second
-    assert run("cat", "dog", more=["--sampler", "euler"]) == 1, "other options are other images"
+    assert run("cat", "frog") == 2 and "line 2 has prompt 'frog', and there 'dog'" in error()
+    assert run("cat", "dog", seed=4) == 2 and "line 1 has seed 4, and there 3" in error()
+    assert run("cat", "dog", more=["--sampler", "euler"]) == 2, "other options are other images"
+    assert "line 1 was drawn with another model or other options" in error()
+    assert run("cat", "dog", "bird") == 0 and run("cat") == 0, "a file that grows, or ends before"
+    assert "2 more are of no line of this file" in error()
+    assert (out / "000002-3.png").read_bytes() == second and not (out / "000001-4.png").exists()
     assert run("cat", "frog", more=["--force"]) == 0
     assert (out / "000001-3.png").read_bytes() == first and (out / "000002-3.png").read_bytes() != second
-    assert run("cat", "frog", seed=4) == 0 and (out / "000002-4.png").exists()
-    assert "2 more are of no line of this file" in capsys.readouterr().err
-    (out / "000001-9.png").write_bytes(b"mine")
-    assert run("cat", seed=9) == 1 and (out / "000001-9.png").read_bytes() == b"mine"
+    (out / "000002-3.png").unlink()
+    assert run("cat", "dog") == 0, "what was removed is drawn again"
+    (out / "000004-9.png").write_bytes(b"mine")
+    assert run("cat", "dog", "bird", "own") == 0
+    (out / "manifest.jsonl").unlink()
+    assert run("cat", "frog") == 1 and "line 2 failed: 000002-3.png exists" in error()
 
 
 def test_what_another_run_says_of_its_own_line_is_not_believed(
@@ -298,7 +308,7 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
         {"prompt": "two\nlines, and a comma", "seed": 3, "lora": ["a.safetensors:0.5", "b"], "guidance": 2.5,
          "height": 64}, {"prompt": "cat", "negative_prompt": "dog", "seed": 4},
     ])  # fmt: skip
-    rows, lines = (read_jobs(tmp_path / name, {}, 0, 25) for name in ("p.csv", "p.jsonl"))
+    rows, lines = (read_jobs(tmp_path / name, {}, 0, STEPS) for name in ("p.csv", "p.jsonl"))
     assert [row.settings for row in rows[:2]] == [line.settings for line in lines]
     assert [row.fingerprint for row in rows[:2]] == [line.fingerprint for line in lines]
     assert [row.number for row in rows] == [2, 4, 5, 6, 7], "as an editor shows them"
@@ -358,7 +368,7 @@ def test_guidance_rules_and_freeu_are_every_lines(tmp_path: Path, capsys: pytest
     assert np.array_equal(np.asarray(batch), np.asarray(one))
     for name in ("guidance", "freeu"):
         assert batch.info[name] == one.info[name]
-    assert main([str(file), str(tmp_path / "out"), "--device", "cpu", "-q"]) == 1, "an image of others"
+    assert main([str(file), str(tmp_path / "out"), "--device", "cpu", "-q"]) == 2, "an image of others"
     capsys.readouterr()
     split = [str(file), str(tmp_path / "new"), "--device", "cpu", "--split-guidance"]
     assert main([*split, "--guidance-rescale", "0.5"]) == 2

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from kolors_core.__main__ import main
 from kolors_core.cli.explain import write
-from kolors_core.cli.generate import main
 from kolors_core.inspection.attention_report import (
     GAP,
     TILE,
@@ -143,8 +143,8 @@ def test_the_command_writes_both_and_overwrites_nothing(
 ) -> None:
     command = ["explain", HOSTILE[:36], "-o", str(tmp_path / "new" / "it.png"), "--steps", "2", "-q"]
     command += ["--height", "64", "--width", "64", "-n", "red", "--seed", "3"]
-    assert main(command) == 0 and capsys.readouterr() == ("", "")
     png, text = tmp_path / "new" / "it.png", tmp_path / "new" / "it.html"
+    assert main(command) == 0 and capsys.readouterr() == (f"{png}\n{text}\n", "")
     assert sorted(path.name for path in png.parent.iterdir()) == ["it.html", "it.png"]
     told = read_metadata(png)
     assert (told["seed"], told["negative_prompt"], told["model"]) == ("3", "red", "tiny")

@@ -68,7 +68,7 @@ def test_a_picture_tells_how_it_was_made(
 ) -> None:
     out = tmp_path / "new" / "cat.png"
     assert draw(reference_folder, out, "--seed", "5", "-n", "dog", "--guidance", "3.5", "--height", "64") == 0
-    assert capsys.readouterr() == ("", ""), "quiet means quiet"
+    assert capsys.readouterr() == (f"{out}\n", ""), "quiet means: what was written, and nothing else"
     assert main(["--info", str(out)]) == 0
     printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     fingerprint, scheduler = (json.loads(printed.pop(name)) for name in ("fingerprint", "scheduler"))
@@ -150,7 +150,7 @@ def test_pictures_and_adapters_do_what_they_do_in_the_pipeline(
              "--ip-adapter", str(guides / "plus"), "--ip-scale", "0.5",
              "--lora", f"{guides}/0.safetensors:0.5", "--lora", f"{guides}/1.safetensors"]  # fmt: skip
     assert draw(reference_folder, tmp_path / "all.png", "--seed", "3", *flags) == 0
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == (f"{tmp_path}/all.png\n", "")
 
     pipe = KolorsImg2ImgPipeline.from_pretrained(reference_folder)
     pipe.set_progress_bar_config(disable=True)
@@ -254,7 +254,11 @@ def test_a_plan_counts_every_row(reference_folder: Path, capsys: pytest.CaptureF
             "negative_prompt has no effect without guidance",
         ),
         (["cat", "-w", "FOLDER", "--steps", "5", "--sigmas", "1,0"], "--steps has no effect with"),
-        (["cat", "-w", "FOLDER", "-o", "x.jpg"], "--out must end in .png, got x.jpg"),
+        (
+            ["cat", "-o", "x.gif"],
+            "--out must end in .png, .jpg, .jpeg, .webp or be -, got x.gif",
+        ),
+        (["cat", "-o", "-", "--images", "2"], "--out - takes one image, got --images 2"),
         (["cat", "-w", "FOLDER", "-o", "EXISTS.png"], "exists: choose another --out, or --force"),
         (["cat", "-w", "FOLDER", "--device", "toaster"], "expected a device of this machine"),
         (["cat", "-w", "no such folder", "--images", "0"], "--images must be a positive whole number"),

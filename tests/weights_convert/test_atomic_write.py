@@ -164,6 +164,36 @@ def test_two_writers_of_one_file_do_not_take_each_others_scratch(tmp_path: Path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks")
+def test_the_next_write_sweeps_what_the_dead_left_and_nothing_else(tmp_path: Path) -> None:
+    """Of any name; not a writer's that lives, a link's target, a FIFO, or what only looks alike."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    names = {kind: f".{kind}.{number:016x}.partial" for number, kind in enumerate(["dead", "link", "fifo"])}
+    (tmp_path / names["dead"]).mkdir()
+    (tmp_path / names["dead"] / "half").write_bytes(b"half")
+    (tmp_path / names["link"]).symlink_to(kept)
+    os.mkfifo(tmp_path / names["fifo"])
+    (tmp_path / ".a.0123.partial").mkdir()
+    with atomic_file(tmp_path / "alive") as scratch:
+        write_bytes(b"new", tmp_path / "b")
+        assert scratch.parent.exists() and not (tmp_path / names["dead"]).exists()
+        scratch.write_bytes(b"")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"kept", "alive", "b", ".a.0123.partial", names["link"], names["fifo"]}
+
+
+def test_errors_name_the_target_and_not_its_scratch(tmp_path: Path) -> None:
+    for arguments in ((errno.ENOSPC, "No space left", "{}/unet/a"), ("{}/unet/a: cannot be written",)):
+        with pytest.raises(OSError) as raised, atomic_folder(tmp_path / "whole") as scratch:
+            raise OSError(*(str(part).replace("{}", str(scratch)) if part != errno.ENOSPC else part
+                            for part in arguments))  # fmt: skip
+        assert f"{tmp_path}/whole/unet/a" in str(raised.value) and "partial" not in str(raised.value)
+    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_folder(tmp_path / "whole"):
+        raise FileNotFoundError(errno.ENOENT, "no such file", "elsewhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks")
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
 def test_where_there_are_no_locks_files_are_written_and_no_scratch_is_swept(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

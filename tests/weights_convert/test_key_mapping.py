@@ -116,7 +116,7 @@ def test_round_trip_of_a_folder_is_byte_equal(
     reference_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert main([str(reference_folder), str(tmp_path / "ours")]) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "output_layer.weight" in printed and "language-model head" in printed
     assert [line.split()[0] for line in printed.splitlines() if "tensors" in line].count("unet") == 1
     converted = Source(sorted((tmp_path / "ours" / "unet").glob("*.safetensors")))

@@ -329,7 +329,7 @@ def test_a_pickle_is_converted_only_when_asked(tmp_path: Path, capsys: pytest.Ca
     wrapped = {"state_dict": {"a": torch.ones(2), "b": torch.ones(4)[::2]}, "epoch": 3}
     torch.save(wrapped, tmp_path / "b.ckpt", _use_new_zipfile_serialization=False)
     assert main(["--pickle", str(tmp_path / "b.ckpt"), str(tmp_path / "b.safetensors")]) == 0
-    assert "left out: epoch, which is beside the state_dict" in capsys.readouterr().out
+    assert "left out: epoch, which is beside the state_dict" in capsys.readouterr().err
     assert sorted(load_file(tmp_path / "b.safetensors")) == ["a", "b"]
 
 
