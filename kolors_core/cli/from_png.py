@@ -276,10 +276,10 @@ def call_arguments(facts: Facts, has_seed: bool) -> dict[str, Any]:
     return found
 
 
-def select_image(images: Sequence[Any], facts: Facts, has_seed: bool) -> Sequence[Any]:
+def select_image(images: Sequence[Any], facts: Facts, has_seed: bool) -> list[Any]:
     """Select the image that the metadata are of from its batch; all images without one."""
     index = json.loads(facts["batch"])["image"] - 1 if "batch" in facts and not has_seed else None
-    return images if index is None else [images[index]]
+    return list(images) if index is None else [images[index]]
 
 
 def prepare(pipe: Task, facts: Facts) -> None:
