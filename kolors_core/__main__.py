@@ -46,7 +46,7 @@ an image
                  kolors info ladybug.png
                  kolors --from ladybug.png --seed 8 -o another.png
   plan         print the memory that images need, before anything is loaded
-                 kolors plan -w Kwai-Kolors/Kolors-diffusers --height 1024 --width 1024 --device cuda
+                 kolors plan -w Kwai-Kolors/Kolors-diffusers --height 1024 --device cuda
 
 many images
   batch        generate an image for each line of a file, on any number of processes; resumes
@@ -54,7 +54,7 @@ many images
 
 models
   train-lora   learn a thing or a style from a few images
-                 kolors train-lora photos "a photo of zorp" -o zorp.safetensors
+                 kolors train-lora photos zorp -o zorp.safetensors
   convert      rename a checkpoint's tensors to those of this library, or back
                  kolors convert Kolors-diffusers Kolors.safetensors --to single
 

@@ -221,10 +221,12 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
 @pytest.mark.parametrize("page", LINES)
 def test_commands_are_there_and_have_these_flags(page: str) -> None:
     shown = [command for block in blocks(page, "bash") for command in block.replace("\\\n", " ").splitlines()]
-    spoken = re.findall(r"`(python -m [^`]+)`", text_of(page))
+    spoken = re.findall(r"`((?:python -m|kolors) [^`]+)`", text_of(page))
     for command in [*shown, *spoken]:
         if "&& python" in command:
             command = command.partition("&& ")[2]
+        if command.startswith("kolors "):
+            command = f"python -m kolors_core {command.removeprefix('kolors ')}"
         _, found, rest = command.partition(" -m ")
         if not found:
             continue

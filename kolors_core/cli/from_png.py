@@ -9,7 +9,8 @@ import argparse
 import ast
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from kolors_core.image import load_image
 from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.pipelines.provenance import TENSORS, describe_pipeline, pixel_hash
-from kolors_core.pipelines.seeds import seeded_generator
+from kolors_core.pipelines.seeds import MAX_DRAWN, seeded_generator
 from kolors_core.pipelines.stages import Task
 from kolors_core.schedule import SCHEDULERS
+from kolors_core.validation import LARGEST_SEED, check_int
 from weights_convert.untrusted_files import one_line, printable
 
 Facts = Mapping[str, str]
@@ -66,11 +68,39 @@ def arguments_of(file: Path) -> tuple[list[str], list[str]]:
     facts = read_metadata(file)
     if "scheduler" not in facts or "software" not in facts:
         raise ValueError(f"{file}: does not say how it was made, or was made by an older version")
-    try:
+    with _damage_named(file):
+        _check(facts)
         found = _Arguments(file, facts)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"{file}: its metadata are damaged: {one_line(error)}") from None
     return found.flags, [printable(sentence) for sentence in found.unknown]
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    faults = ValueError, LookupError, TypeError, AttributeError, SyntaxError, ArithmeticError, RuntimeError
+    try:
+        yield
+    except faults as error:  # of text that is no JSON, or another than is expected
+        raise ValueError(f"{file}: its metadata are damaged: {one_line(error)}") from None
+
+
+def _check(facts: Facts) -> None:
+    """Raise an error for metadata that the functions of this file cannot read."""
+    scheduler = json.loads(facts["scheduler"])
+    SCHEDULERS[scheduler["_class_name"]].from_config(scheduler)
+    for name in ("ip_adapter_scale", "face_scale", "fingerprint"):
+        json.loads(facts.get(name, "{}"))
+    for one in json.loads(facts.get("lora", "[]")):
+        if missing := {"name", "weight", "from", "fingerprint"} - one.keys():
+            raise ValueError(f"a LoRA has no {min(missing)}")
+    if "batch" in facts:
+        batch = json.loads(facts["batch"])
+        count = check_int("num_images_per_prompt", batch["num_images_per_prompt"])
+        prompts = batch.get("prompt", [""])
+        check_int("image", batch["image"], most=count * len(prompts))
+        for each in _generators(facts):
+            check_int("seed", each["seed"], least=0, most=LARGEST_SEED)
+            check_int("drawn", each.get("drawn") or 0, least=0, most=2 * MAX_DRAWN)
+    call_arguments(facts, has_seed=True)
 
 
 class _Arguments:
@@ -213,6 +243,8 @@ def read_facts(options: argparse.Namespace) -> Facts:
     if options.exactly is None:
         return {}
     facts = read_metadata(options.exactly)
+    with _damage_named(options.exactly):
+        _check(facts)
     flags = {name: flag for name, (flag, _) in IMAGES.items()} | {"lora": "lora", "control": "control"}
     for name, flag in (flags | {"ip_adapter": "ip-adapter", "face_adapter": "face-adapter"}).items():
         has_canny = flag == "control-image" and options.canny is not None
@@ -244,10 +276,10 @@ def call_arguments(facts: Facts, has_seed: bool) -> dict[str, Any]:
     return found
 
 
-def select_image(images: Sequence[Any], facts: Facts, has_seed: bool) -> Sequence[Any]:
+def select_image(images: Sequence[Any], facts: Facts, has_seed: bool) -> list[Any]:
     """Select the image that the metadata are of from its batch; all images without one."""
     index = json.loads(facts["batch"])["image"] - 1 if "batch" in facts and not has_seed else None
-    return images if index is None else [images[index]]
+    return list(images) if index is None else [images[index]]
 
 
 def prepare(pipe: Task, facts: Facts) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.cli import options as cli
+from kolors_core.cli import parsers
 from kolors_core.devices import named_device
 from kolors_core.pipelines import lora_recipe
 from kolors_core.pipelines.lora_recipe import LoRARecipe
@@ -16,13 +17,14 @@ from kolors_core.validation import check_float
 USUAL_LEARNING_RATE = 1e-4  # of SDXL's UNet, which Kolors' is; the embedded model's is the recipe's
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> parsers.Parser:
     """Build the parser of the flags."""
-    top = argparse.ArgumentParser(
-        prog="python -m kolors_core train-lora",
-        description="Train a LoRA of the subject of a few images, and show what it changed. Called again, a "
-        "killed run goes on.",
-        epilog="Example: python -m kolors_core train-lora photos zorp -o zorp.safetensors",
+    top = parsers.Parser(
+        "train-lora",
+        usage="kolors train-lora IMAGES WORD [flags]",
+        description="Train a LoRA of the subject of a few images, and show what it changed.\n"
+        "Called again, a killed run goes on.",
+        epilog="Example: kolors train-lora photos zorp -o zorp.safetensors",
     )
     add, recipe = top.add_argument, LoRARecipe()
     add("images", type=Path,
@@ -35,25 +37,30 @@ def parser() -> argparse.ArgumentParser:
     add("--sheet", type=Path, metavar="PNG", help="images before and after (default: as --out, .png)")
     add("--force", action="store_true", help="start anew, and overwrite files that exist")
     add("-q", "--quiet", action="store_true", help="no progress bars and no report")
-    cli.add_model(top.add_argument_group("model"))
+    parsers.add_model(top.add_argument_group("model"))
     training = top.add_argument_group("training")
     add, settings = training.add_argument, recipe.training
-    add("--steps", type=int, default=settings.steps, help="(default: %(default)s)")
-    add("--rank", type=int, default=recipe.rank, help="of the LoRA (default: %(default)s)")
+    add("--steps", type=parsers.integer, metavar="N", default=settings.steps, help="(default: %(default)s)")
+    add("--rank", type=parsers.integer, metavar="N", default=recipe.rank,
+        help="of the LoRA (default: %(default)s)")  # fmt: skip
     rates = f"{settings.learning_rate:g} for the embedded model, else {USUAL_LEARNING_RATE:g}"
-    add("--learning-rate", type=float, help=f"(default: {rates})")
-    add("--batch-size", type=int, default=settings.batch_size, help="images a step (default: %(default)s)")
-    add("--accumulate", type=int, default=1, metavar="N",
+    add("--learning-rate", type=parsers.number, metavar="RATE", help=f"(default: {rates})")
+    add("--batch-size", type=parsers.integer, metavar="N", default=settings.batch_size,
+        help="images a step (default: %(default)s)")  # fmt: skip
+    add("--accumulate", type=parsers.integer, metavar="N", default=1,
         help="compute a batch in N parts, with less memory (default: 1)")  # fmt: skip
     add("--checkpointing", action="store_true", help="compute activations twice, with less memory")
     add("--keep", nargs="+", metavar="THING",
         help="things that the model draws before, and trains on so that it keeps them, such as the kind of "
         "thing that the word names (default: 20 of all kinds)")  # fmt: skip
-    add("--inference-steps", type=int, default=recipe.inference_steps,
+    add("--inference-steps", type=parsers.integer, metavar="N", default=recipe.inference_steps,
         help="of images that are drawn (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=settings.seed, help="of all that is drawn by chance (default: 0)")
+    add("--seed", type=parsers.integer, metavar="N", default=settings.seed,
+        help="of all that is drawn by chance (default: 0)")  # fmt: skip
     top.set_defaults(sampler="dpmpp-2m-karras")
-    return top
+    return top.list_only("--out", "--sheet", "--force", "-q", "-w", "--steps", "--rank", "--learning-rate",
+                         "--batch-size", "--accumulate", "--checkpointing", "--keep", "--inference-steps",
+                         "--seed", note="More flags of the model: kolors draw --help")  # fmt: skip
 
 
 def train_lora(options: argparse.Namespace) -> None:

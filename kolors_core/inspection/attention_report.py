@@ -4,6 +4,7 @@ Shapes: T displayed tokens, h and w of a map.
 """
 
 import html
+import json
 import lzma
 import re
 from base64 import b64encode
@@ -127,7 +128,14 @@ def shortened(text: str, width: int) -> str:
 def displayed_facts(explanation: Explanation) -> dict[str, str]:
     """Return the facts for people: by names of words, without JSON, which is for programs."""
     facts = explanation.facts.items()
-    return {name.replace("_", " "): value for name, value in facts if not value.startswith(("{", "["))}
+    return {name.replace("_", " "): value for name, value in facts if not _is_json(value)}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return text.startswith(("{", "[")) and isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def render_png(explanation: Explanation) -> "Image":

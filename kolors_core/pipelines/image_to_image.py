@@ -176,7 +176,7 @@ class KolorsImg2ImgPipeline(FromImage):
         text, negative_text = encode_prompts(self, prompt, inputs)
         positive, negative = self._condition(inputs, size, text, negative_text)
         facts = describe_call(
-            inputs, start_image=image, strength=strength if denoising_start is None else None, height=height,
+            inputs, steps=len(whole.timesteps), start_image=image, strength=strength, height=height,
             width=width, strength_map=strength_map, denoising_start=denoising_start,
             denoising_end=denoising_end, latents=latents,
         )  # fmt: skip
@@ -196,7 +196,7 @@ class KolorsImg2ImgPipeline(FromImage):
                 mask = repeat_per_image(mask, count, num_images_per_prompt, "strength maps")
                 wrap_sampler = partial(preserve_masked_latents, clean=clean, noise=noise, strength=mask)
         denoised = self._denoise(inputs, schedule, x, positive, negative, wrap_sampler)
-        return self._output(inputs, denoised, positive, facts | {"steps": len(whole.timesteps)})
+        return self._output(inputs, denoised, positive, facts)
 
 
 def preserve_masked_latents(sampler: Sampler, *, clean: Tensor, noise: Tensor, strength: Tensor) -> Sampler:

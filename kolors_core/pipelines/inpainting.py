@@ -122,10 +122,9 @@ class KolorsInpaintPipeline(FromImage):
         copies = num_images_per_prompt
         prepared = self._prepare(image, mask_image, height, width, padding_mask_crop, paste_back, copies)
         size = self._pixel_size(prepared.image)
-        given_control = inputs.control_image
-        if prepared.box is not None and given_control is not None:
-            control = _control_region(given_control, image, size, prepared.box)
-            inputs = replace(inputs, control_image=control)
+        control = inputs.control_image
+        if prepared.box is not None and control is not None:
+            inputs = replace(inputs, control_image=_control_region(control, image, size, prepared.box))
         mask, small = masks.binarize_mask(prepared.mask, self._latent_shape(1, size)[2:])
         is_pure_noise = strength == 1 and denoising_start is None  # where masks are read, no image is
         start = None if has_mask_channels and is_pure_noise else self._mean_and_std(prepared.image)
@@ -133,10 +132,9 @@ class KolorsInpaintPipeline(FromImage):
         text, negative_text = encode_prompts(self, prompt, inputs)
         positive, negative = self._condition(inputs, size, text, negative_text)
         facts = describe_call(
-            inputs, start_image=image, mask_image=mask_image, control_image=given_control,
-            height=height, width=width, padding_mask_crop=padding_mask_crop, paste_back=paste_back,
-            masked_image_latents=masked_image_latents,
-            strength=strength if denoising_start is None else None, denoising_start=denoising_start,
+            inputs, steps=len(whole.timesteps), start_image=image, mask_image=mask_image, strength=strength,
+            masked_image_latents=masked_image_latents, control_image=control, height=height, width=width,
+            padding_mask_crop=padding_mask_crop, paste_back=paste_back, denoising_start=denoising_start,
             denoising_end=denoising_end, latents=latents,
         )  # fmt: skip
         shape, wrap_sampler = self._latent_shape(len(positive.size_ids), size), None
@@ -154,7 +152,6 @@ class KolorsInpaintPipeline(FromImage):
         elif clean is not None:
             wrap_sampler = partial(preserve_masked_latents, clean=clean, noise=noise, strength=small)
         denoised = self._denoise(inputs, schedule, x, positive, negative, wrap_sampler)
-        facts["steps"] = len(whole.timesteps)
         return self._output(inputs, denoised, positive, facts, prepared.postprocess)
 
     def _prepare(

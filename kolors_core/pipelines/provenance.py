@@ -42,6 +42,8 @@ def describe_call(inputs: PipelineInputs, **given: Any) -> dict[str, Any]:
     if inputs.output_type != "pil":
         return {}
     values = {name: getattr(inputs, name) for name in (*IMAGES, *TENSORS)} | given
+    if given.get("denoising_start") is not None:
+        del values["strength"]  # which has no effect then
     facts = {name: _describe(value) for name, value in values.items() if value is not None}
     for name in ("timesteps", "sigmas"):
         if (numbers := getattr(inputs, name)) is not None:

@@ -75,8 +75,10 @@ class KolorsPipeline(Task):
         size = self._size("height", height), self._size("width", width)
         text, negative_text = encode_prompts(self, prompt, inputs)
         positive, negative = self._condition(inputs, size, text, negative_text)
-        facts = describe_call(inputs, denoising_end=denoising_end, latents=latents)
+        facts = describe_call(
+            inputs, steps=len(whole.timesteps), denoising_end=denoising_end, latents=latents
+        )
         shape = self._latent_shape(len(positive.size_ids), size)
         noise = self._draw(shape, generator) if latents is None else self._given_latents(latents, shape)
         denoised = self._denoise(inputs, schedule, noise * schedule.init_noise_sigma, positive, negative)
-        return self._output(inputs, denoised, positive, facts | {"steps": len(whole.timesteps)})
+        return self._output(inputs, denoised, positive, facts)

@@ -21,6 +21,7 @@ from kolors_core.inspection.attention_report import (
     TILE,
     Explanation,
     Token,
+    displayed_facts,
     font,
     has_no_glyph,
     render_html,
@@ -108,7 +109,7 @@ def check_page(text: str, made: Explanation) -> None:
     """It tells all, and asks nobody for anything."""
     parts = Parts(text)
     assert parts.buttons == [shown(token.label) for token in made.tokens]
-    for said in (made.prompt, *made.facts.values()):
+    for said in (made.prompt, *displayed_facts(made).values()):
         assert shown(said) in parts.text
     assert [tag for tag, _ in parts.tags if tag in ("script", "style", "h1")] == ["style", "h1", "script"]
     assert "://" not in text and "@import" not in text and "url(" not in text and "\0" not in text

@@ -281,18 +281,41 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     picture().save(tmp_path / "plain.png")
     with pytest.raises(ValueError, match="plain.png: does not say how it was made"):
         arguments_of(tmp_path / "plain.png")
-    damaged = picture()
-    attach_metadata(damaged, {"software": "x", "scheduler": "{}", "model": "tiny", "lora": "[{]"})
-    save_png(damaged, tmp_path / "damaged.png")
-    with pytest.raises(ValueError, match="damaged.png: its metadata are damaged"):
-        arguments_of(tmp_path / "damaged.png")
+    scheduler = json.dumps(EulerDiscreteScheduler().to_public())
+    facts = {
+        "software": "x", "scheduler": scheduler, "model": "tiny", "dtype": "float32", "device": "cpu",
+        "steps": "2", "size": "64x64", "sampler": "x", "prompt": "cat", "fingerprint": "{}",
+        "guidance": "guided",
+    }  # fmt: skip
+    batch = {"image": 1, "num_images_per_prompt": 2, "generators": {"seed": 5}}
+    faults = [
+        {"lora": "[{]"}, {"lora": '[{"name": 1}]'}, {"scheduler": "{}"}, {"scheduler": "[" * 9999},
+        {"guidance": "__import__('os').abort()"}, {"guidance": "guided(scale=open('x'))"},
+        {"size": "1"}, {"control_steps": "x"},
+        *({"batch": json.dumps(batch | {name: value})} for name, value in (
+            ("image", 3), ("image", -1), ("generators", {"seed": 2**70}), ("generators", [{"seed": "x"}]),
+            ("generators", {"seed": 5, "drawn": 10**15}), ("num_images_per_prompt", 10**12),
+        )),
+    ]  # fmt: skip
+    for fault in faults:
+        damaged = picture()
+        attach_metadata(damaged, facts | fault)
+        save_png(damaged, tmp_path / "damaged.png")
+        if fault.get("guidance", "").startswith("__"):
+            assert "the guidance rule was an own function" in arguments_of(tmp_path / "damaged.png")[1][0]
+            continue
+        with pytest.raises(ValueError, match="damaged.png: its metadata are damaged") as caught:
+            arguments_of(tmp_path / "damaged.png")
+        assert "\n" not in str(caught.value), fault
+    assert main(["cat", "-o", str(tmp_path / "x.png"), "--exactly", str(tmp_path / "damaged.png")]) == 2
 
 
 def test_no_address_in_an_image_is_fetched_and_no_text_reaches_the_terminal(tmp_path: Path) -> None:
     """An image from a stranger names an address and has control characters in its texts."""
     made = picture()
     facts = {
-        "software": "x", "scheduler": "{}", "model": "unknown", "dtype": "float32", "device": "\x1b[31mmars",
+        "software": "x", "model": "unknown", "dtype": "float32", "device": "\x1b[31mmars",
+        "scheduler": json.dumps(EulerDiscreteScheduler().to_public()),
         "steps": "2", "size": "64x64", "sampler": "x", "prompt": "cat", "seed": "1",
         "start_image": json.dumps({"file": "http://127.0.0.1:9/x.png", "sha256": "0"}),
     }  # fmt: skip
