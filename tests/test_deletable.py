@@ -25,7 +25,7 @@ WRITTEN_OUT = (ROOT / "tests" / "examples" / "plain.py").read_text().replace("sc
 METHODS = {
     "adapters": ("AdapterMethods", [
         "adapter_methods", "control_images", "controlnet", "face_prompts", "image_prompts", "lora_methods",
-        "memory_plan", "quantization_report",
+        "lora_recipe", "memory_plan", "quantization_report",
     ]),
     "performance": ("PerformanceMethods", ["performance_methods", "memory_plan", "quantization_report"]),
 }  # fmt: skip

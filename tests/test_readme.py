@@ -23,7 +23,8 @@ from kolors_core.__main__ import COMMANDS
 from kolors_core.batch import __main__ as batch
 from kolors_core.checkpoint import EMBEDDED
 from kolors_core.cli import parsers
-from tests.training.test_data import write_pictures
+from kolors_core.cli.train_lora import parser as train_lora_parser
+from tests.support.images import noise_image
 
 ROOT = Path(__file__).parents[1]
 FRONT = "README.md"
@@ -49,7 +50,7 @@ RUN = {
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/performance/README.md": ["quantize(pipe", "plan(pipe"],
     "kolors_core/inspection/README.md": ["record_attention("],
-    "kolors_core/training/README.md": ["Trainer("],
+    "kolors_core/training/README.md": ["train_lora("],
 }
 
 
@@ -129,11 +130,15 @@ def test_the_example_of_looking_inside_runs() -> None:
 
 def test_the_lora_example_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "images").mkdir()
-    write_pictures(tmp_path / "images")
+    for i in range(3):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        noise_image("RGB", 128, 128, seed=i).save(tmp_path / "images" / f"{i}.png")
     page = "kolors_core/training/README.md"
-    run(block_with("Trainer(", page).replace("steps=400", "steps=2"), page)
-    assert Image.open("zorp.png").size == (128, 128)
+    quick = """LoRARecipe(
+        training=TrainingConfig(steps=2, batch_size=2), others=("cat",), kept=("dog",), inference_steps=2)"""
+    imports = "from kolors_core.training.trainer import TrainingConfig\n"
+    run(imports + block_with("train_lora(", page).replace("LoRARecipe())", f"{quick})"), page)
+    assert Image.open("zorp.png").size == (128, 128) and Image.open("zorp_sheet.png").height > 256
     assert all(name.startswith("unet.") for name in load_file("zorp.safetensors"))
 
 
@@ -214,6 +219,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "kolors_core info": parsers.info_parser,
     "kolors_core plan": parsers.plan_parser,
     "kolors_core batch": batch.parser,
+    "kolors_core train-lora": train_lora_parser,
     "kolors_core.batch": batch.parser,
 }
 

@@ -70,7 +70,7 @@ def main(out: Path, model: str) -> int:
     measured["moved_others"] = [round(level, 1) for level in effect.moved_others]
     measured["moved_with_word"] = round(effect.moved_with_word, 1)
     (out / "lora.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    result.sheet.save(out / "lora.png")
+    result.sheet.quantize(256).save(out / "lora.png", optimize=True)
     print(result, result.losses, sep="\n")
     is_learned = effect.shows_after == effect.with_word and effect.shows_before == 0
     return 0 if is_learned and effect.others_showing == 0 and effect.others_kept == effect.others else 1

@@ -52,7 +52,7 @@ class LoRARecipe:
 
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=800, batch_size=16, learning_rate=3e-3, schedule="cosine", warmup=20, weight_decay=0.0,
+            steps=400, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup=20, weight_decay=0.0,
             min_snr_gamma=1.0, dtype=torch.bfloat16, save_every=100,
         )
     )  # fmt: skip
@@ -61,13 +61,18 @@ class LoRARecipe:
         "a photo of a {x}", "a {x}", "{x}", "一张{x}的照片", "画一个{x}", "the {x}", "show me a {x}",
     )  # fmt: skip
     others: tuple[str, ...] = (
-        "cat", "ladybug", "rocket", "apple", "car", "panda", "sunflower", "pizza", "guitar", "house",
-        "猫", "瓢虫", "火箭", "公交车", "熊猫", "蝴蝶", "西瓜", "鲸鱼", "恐龙", "月亮",
+        "cat", "ladybug", "rocket", "apple", "car", "panda", "sunflower", "pizza", "guitar", "house", "fox",
+        "owl", "penguin", "turtle", "shark", "elephant", "cactus", "mushroom", "cake", "hamburger", "key",
+        "ship", "drum", "camera", "猫", "瓢虫", "火箭", "公交车", "熊猫", "蝴蝶", "西瓜", "鲸鱼", "恐龙",
+        "月亮", "马", "猪", "孔雀", "蜗牛", "螃蟹", "葡萄", "草莓", "面包", "咖啡", "直升机", "城堡", "足球",
+        "礼物", "灯泡",
     )  # fmt: skip
     unseen: tuple[str, ...] = (
         "please draw a {x} for me", "I would like to see a {x}", "请给我画{x}", "我想看{x}的图片",
     )  # fmt: skip
-    kept: tuple[str, ...] = ("dog", "tiger", "banana", "chair", "狮子", "柠檬", "青蛙", "自行车")
+    kept: tuple[str, ...] = (
+        "dog", "tiger", "banana", "chair", "rabbit", "bee", "狮子", "柠檬", "青蛙", "自行车", "雪人", "钻石",
+    )  # fmt: skip
     inference_steps: int = 25
     guidance_scale: float = 5.0
 
@@ -258,7 +263,10 @@ def _draw_others(pipe: Task, recipe: LoRARecipe, folder: Path, anew: bool, progr
     prompts = [recipe.phrases[i % len(recipe.phrases)].format(x=name) for i, name in enumerate(recipe.others)]
     made = {"model": digest_model(unwrap_compiled(pipe.unet)), "steps": recipe.inference_steps,
             "guidance_scale": recipe.guidance_scale, "seed": recipe.training.seed}  # fmt: skip
-    rows = [{"file_name": f"{i:03}.png", "text": prompt} | made for i, prompt in enumerate(prompts)]
+    rows = [
+        {"file_name": f"{i:03}.png", "text": [phrase.format(x=name) for phrase in recipe.phrases], **made}
+        for i, name in enumerate(recipe.others)
+    ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     metadata = folder / "metadata.jsonl"
     if anew or not metadata.exists() or metadata.read_bytes() != lines:
@@ -293,7 +301,7 @@ def _train(
     config, side, sigmas = recipe.training, _side(pipe), pipe.scheduler.training_sigmas()
     assert pipe.tokenizer is not None
     examples = [*list(subject) * max(1, round(len(others) / len(subject))), *others]
-    batches = Batches(examples, buckets(side, step=max(8, side // 4)), config.batch_size, config.seed)
+    batches = Batches(examples, buckets(side, step=max(8, side // 4)), config.batch_size, config.seed, 0.0)
     data = LatentDataset(
         examples, batches, pipe.vae, pipe.tokenizer, config, frozen_text=unwrap_compiled(pipe.text_encoder),
         timesteps=len(sigmas),
