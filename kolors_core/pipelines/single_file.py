@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kolors_core.checkpoint import MODEL_SPECS, UnloadedModel, read_json, resolve, write_json
 from kolors_core.config import UNetConfig
-from kolors_core.devices import loading_device
+from kolors_core.devices import check_dtype, loading_device
 from kolors_core.hub import find_file
 from kolors_core.loading import check
 from kolors_core.pipelines.base import Components
@@ -62,6 +62,7 @@ def load_model(
     of other sizes than Kolors'. device: on "meta" no weights are read. A ChatGLM of 8 or 4 bits stays so.
     Raises FileNotFoundError or ValueError naming the file and the tensor, before weights are read.
     """
+    check_dtype(dtype)
     device = loading_device(device)
     return open_model(file, component, config=config, has_weights=device.type != "meta").fill(dtype, device)
 
