@@ -163,9 +163,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite, also of float8, for which torch has no such operation."""
+    is_wide = tensor.itemsize > 1 or not tensor.is_floating_point()
+    return bool(torch.isfinite(tensor if is_wide else tensor.float()).all())
+
+
 def check_finite(tensor: Tensor, what: str | Callable[[], str], dtype: torch.dtype) -> Tensor:
     """Return the tensor; FloatingPointError naming the stage and its dtype unless all values are finite."""
-    if not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         what, hint = what if isinstance(what, str) else what(), OVERFLOW_HINT.get(dtype, NO_DTYPE_HELPS)
         raise FloatingPointError(f"{what} are not finite, computed in {dtype}: {hint}")
     return tensor

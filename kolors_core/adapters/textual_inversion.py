@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.devices import unwrap_compiled
+from kolors_core.devices import all_finite, unwrap_compiled
 from kolors_core.hub import find_file, reject_unused
 from kolors_core.module import ReplacedModule
 from kolors_core.validation import as_new_path
@@ -78,7 +78,7 @@ def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
         rows = given[None] if given.ndim == 1 else given
         if rows.ndim != 2 or not len(rows) or rows.shape[1] != table.shape[1]:
             raise ValueError(f"{word}: expected vectors [n, {table.shape[1]}], got {list(given.shape)}")
-        if not rows.is_floating_point() or not torch.isfinite(rows).all():
+        if not rows.is_floating_point() or not all_finite(rows):
             raise ValueError(f"{word}: expected finite floating-point vectors, got {rows.dtype}")
         checked[word] = nn.Parameter(rows.detach().to(table, copy=True))
     if checked:
