@@ -19,7 +19,6 @@ from kolors_core.adapters.lora import (
     attach,
     enable,
     fuse,
-    fused_names,
     save_adapters,
     supported_layers,
     unfuse,
@@ -321,43 +320,6 @@ def test_it_compiles_without_a_graph_break(unet: UNet) -> None:
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, Context(x)), block(x, Context(x)))
     adapter.detach()
-
-
-NAMES = (
-    "风格",
-    "<some_name>",
-    "pixel art",
-    "a/b",
-    "v1.5",
-    "..",
-    "%2E",
-    "😀",
-    "half",
-    "training",
-    "items",
-    "é",
-)
-
-
-def test_a_name_is_any_printable_text(unet: UNet) -> None:
-    """Also with dots, and those of torch's own attributes; it is listed as it was given."""
-    plain = list(unet.state_dict())
-    for i, name in enumerate(NAMES):
-        attach(unet, rank=1, name=name)
-        with pytest.raises(ValueError, match="attached already"):
-            attach(unet, rank=1, name=name)
-        assert list(adapters(unet)) == list(NAMES[: i + 1])
-    state = unet.state_dict()
-    assert len(state) == len(plain) + len(NAMES) * 2 * len(adapters(unet)["a/b"].layers)
-    for name in state:  # a module of each, by its path
-        unet.get_submodule(name.rpartition(".")[0])
-    unet.load_state_dict(state)
-    fuse(unet, NAMES)
-    assert fused_names(unet) == NAMES
-    unfuse(unet)
-    for name in NAMES:
-        adapters(unet)[name].detach()
-    assert list(unet.state_dict()) == plain
 
 
 def test_nothing_to_adapt_and_bad_names_are_errors(unet: UNet) -> None:

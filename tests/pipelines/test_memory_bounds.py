@@ -57,6 +57,28 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(
     assert time.perf_counter() - begin < 1
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"guidance_scale": True}, "guidance_scale must be a number, got True"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be a number, got 1000"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a positive whole number, got 0"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt must be a positive whole number, got True"),
+        ({"num_images_per_prompt": 10**9}, "num_images_per_prompt must be .* up to 16,777,216"),
+        ({"height": 10**9}, "height must be a positive multiple of 8 up to 16,777,216"),
+        ({"width": True}, "width must be a positive multiple of 8, got True"),
+        ({"num_inference_steps": 10**9}, "the number of steps must be a whole number from 1 to 1099"),
+        ({"num_inference_steps": True}, "the number of steps must be .*, got True"),
+        ({"max_sequence_length": 10**9}, "max_sequence_length must be"),
+    ],
+)
+def test_absurd_numbers_are_named_at_once(pipe: KolorsPipeline, given: dict[str, Any], message: str) -> None:
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match=message):
+        pipe(**SMALL | given)
+    assert time.perf_counter() - begin < 1
+
+
 def test_the_bound_is_below_what_is_allocated(pipe: KolorsPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call is refused if less than the bound is there, which in turn is less than the call takes."""
     given = SMALL | {"height": 128, "width": 128, "num_images_per_prompt": 4}
