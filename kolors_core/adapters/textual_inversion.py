@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.devices import unwrap_compiled
+from kolors_core.devices import all_finite, unwrap_compiled
 from kolors_core.hub import find_file, named_source, reject_unused
 from kolors_core.module import ReplacedModule
 from kolors_core.validation import as_new_path
@@ -34,11 +34,14 @@ class LearnedVectors(nn.ParameterList):
 class WordEmbedding(ReplacedModule, nn.Embedding):
     """Embedding table followed by the learned vectors of `words`, at the added keys `learned.<i>` [n, C]."""
 
-    def __init__(self, base: nn.Embedding) -> None:
+    def __init__(
+        self, base: nn.Embedding, vectors: Mapping[str, nn.Parameter],
+        sources: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """sources: the file or repository of words that were loaded."""
         super().__init__(base)
-        self.words: list[str] = []
-        self.sources: dict[str, str] = {}  # file or repository of the words that were loaded
-        self.learned = LearnedVectors()
+        self.words, self.learned = list(vectors), LearnedVectors(vectors.values())
+        self.sources = {word: origin for word, origin in (sources or {}).items() if word in vectors}
 
     def forward(self, input: Tensor) -> Tensor:
         """Embed ids [...], from 0 to the end of the table and all vectors: [..., C]."""
@@ -63,21 +66,21 @@ def vectors_of(encoder: ChatGLM) -> dict[str, nn.Parameter]:
     return dict(zip(table.words, table.learned, strict=True)) if isinstance(table, WordEmbedding) else {}
 
 
-def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
+def add_words(
+    encoder: ChatGLM, vectors: Mapping[str, Tensor], sources: Mapping[str, str] | None = None
+) -> None:  # fmt: skip
     """Add words with their vectors [n, C], or [C] for one vector, to the encoder.
 
-    Raises ValueError for a word that exists already, is empty or has space around it, and for vectors that
-    are not finite floating-point numbers, of another width, or none; nothing is added then.
+    sources: the file or repository of words that were loaded. Raises ValueError for a word that exists
+    already, is empty or has space around it, and for vectors that are not finite floating-point numbers, of
+    another width, or none; nothing is added then.
     """
     table, checked = encoder.embedding.weight, dict[str, nn.Parameter]()
     for word, given in vectors.items():
         rows = _check_vectors(encoder, word, given)
         checked[word] = nn.Parameter(rows.detach().to(table, copy=True))
     if checked:
-        if not isinstance(embedding := encoder.embedding, WordEmbedding):
-            embedding = encoder.embedding = WordEmbedding(embedding)
-        embedding.words += checked
-        embedding.learned.extend(checked.values())
+        _set_vectors(encoder, vectors_of(encoder) | checked, sources)
 
 
 def _check_vectors(encoder: ChatGLM, word: str, given: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ def _check_vectors(encoder: ChatGLM, word: str, given: Tensor) -> Tensor:
     rows = given[None] if given.ndim == 1 else given
     if rows.ndim != 2 or not len(rows) or rows.shape[1] != width:
         raise ValueError(f"{word}: expected vectors [n, {width}], got {list(given.shape)}")
-    if not rows.is_floating_point() or not torch.isfinite(rows).all():
+    if not rows.is_floating_point() or not all_finite(rows):
         raise ValueError(f"{word}: expected finite floating-point vectors, got {rows.dtype}")
     return rows
 
@@ -120,11 +123,19 @@ def remove_words(encoder: ChatGLM, words: Iterable[str] | None = None) -> None:
     existing = vectors_of(encoder)
     removed = list(existing) if words is None else list(words)
     _check_known(removed, existing)
-    if isinstance(embedding := encoder.embedding, WordEmbedding):
-        embedding.words = [word for word in existing if word not in removed]
-        embedding.learned = LearnedVectors([existing[word] for word in embedding.words])
-        if not embedding.words:
-            encoder.embedding = cast(nn.Embedding, embedding.plain())
+    if removed:
+        _set_vectors(encoder, {word: vectors for word, vectors in existing.items() if word not in removed})
+
+
+def _set_vectors(
+    encoder: ChatGLM, vectors: Mapping[str, nn.Parameter], sources: Mapping[str, str] | None = None
+) -> None:  # fmt: skip
+    """Replace all learned words of the encoder, in one assignment: an interrupted change is none."""
+    table = encoder.embedding
+    known, plain = dict(sources or {}), table
+    if isinstance(table, WordEmbedding):
+        known, plain = table.sources | known, cast(nn.Embedding, table.plain())
+    encoder.embedding = WordEmbedding(plain, vectors, known) if vectors else plain
 
 
 def _check_known(words: Iterable[str], existing: Mapping[str, Tensor]) -> None:
@@ -196,9 +207,7 @@ class TextualInversionMethods:
                     vectors[name] = _check_vectors(encoder, name, tensor)
                 except ValueError as error:
                     raise ValueError(f"{tensors.where}: {error}") from None
-        add_words(encoder, vectors)
-        if isinstance(encoder.embedding, WordEmbedding):
-            encoder.embedding.sources |= origins
+        add_words(encoder, vectors, origins)
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
         """Remove these words, or all: the text encoder is what it was, bit for bit. ValueError if unknown."""

@@ -18,6 +18,7 @@ from kolors_core.pipelines import masks
 from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.image_to_image import FromImage, preserve_masked_latents, repeat_per_image
 from kolors_core.pipelines.masks import Box, size_of, to_gray
+from kolors_core.pipelines.memory_bounds import check_room
 from kolors_core.pipelines.provenance import describe_call
 from kolors_core.pipelines.request import (
     Extras,
@@ -120,8 +121,10 @@ class KolorsInpaintPipeline(FromImage):
         whole = self._schedule(inputs)
         schedule = self._select_steps(whole, strength, denoising_start, denoising_end)
         copies = num_images_per_prompt
+        check_room(self, inputs, height, width)
         prepared = self._prepare(image, mask_image, height, width, padding_mask_crop, paste_back, copies)
         size = self._pixel_size(prepared.image)
+        check_room(self, inputs, *size)
         control = inputs.control_image
         if prepared.box is not None and control is not None:
             inputs = replace(inputs, control_image=_control_region(control, image, size, prepared.box))

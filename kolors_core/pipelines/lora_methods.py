@@ -5,7 +5,7 @@ Source: `StableDiffusionLoraLoaderMixin` and `LoraBaseMixin` in diffusers' loade
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from kolors_core.adapters import lora
 from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.lora_files import METADATA, LoRAReport, configs_of, parse_lora
+from kolors_core.adapters.lora_layers import LoRAWeights
 from kolors_core.chatglm import ChatGLM
 from kolors_core.devices import check_low_cpu_mem_usage, unwrap_compiled
 from kolors_core.hub import find_file, named_source, reject_unused
-from kolors_core.module import require_plain
+from kolors_core.module import all_or_nothing, require_plain
 from kolors_core.unet import UNet
 from kolors_core.validation import as_path, check_float
 from weights_convert.safetensors_files import PICKLES, Source, Tensors, save_tensors
@@ -81,12 +82,13 @@ class LoRAMethods:
             tensors = Source([file])
             origin = named_source(source, file, weight_name=weight_name, subfolder=subfolder)
         parts, report = parse_lora(tensors, configs_of(tensors), models, name, allow_partial)
-        for component, model in models.items():
-            for other in lora.adapters(model).values():
-                other.set_active(False)
-            if component in parts:
-                for part in lora.add_adapter(model, name, parts[component]).parts().values():
-                    part.source = origin
+        with all_or_nothing(*models.values()):
+            for component, model in models.items():
+                for other in lora.adapters(model).values():
+                    other.set_active(False)
+                if component in parts:
+                    for part in lora.add_adapter(model, name, parts[component]).parts().values():
+                        part.source = origin
         return report
 
     def set_adapters(
@@ -124,10 +126,11 @@ class LoRAMethods:
                 weight = chosen.get(name)
                 own = weight.get(component) if isinstance(weight, Mapping) else weight
                 changes.append((adapter, name in chosen, adapter.scales(1.0 if own is None else own)))
-        for adapter, is_active, scales in changes:
-            adapter.set_active(is_active)
-            if is_active:
-                adapter.set_scales(scales)
+        with all_or_nothing(*models.values()):
+            for adapter, is_active, scales in changes:
+                adapter.set_active(is_active)
+                if is_active:
+                    adapter.set_scales(scales)
 
     def get_active_adapters(self) -> list[str]:
         """Return the active adapters, whether or not adapters are enabled."""
@@ -148,8 +151,10 @@ class LoRAMethods:
         self._switch_lora(False)
 
     def _switch_lora(self, is_enabled: bool) -> None:
-        for model in self._unfused_models("switch adapters").values():
-            lora.enable(model, is_enabled)
+        models = self._unfused_models("switch adapters").values()
+        with all_or_nothing(*models):
+            for model in models:
+                lora.enable(model, is_enabled)
 
     @contextmanager
     def lora_scaled(self, factor: float) -> Iterator[None]:
@@ -163,12 +168,14 @@ class LoRAMethods:
             raise ValueError("no LoRA is active on the UNet, so that a scale has no effect")
         parts = [part for adapter in lora.adapters(unet).values() for part in adapter.parts().values()]
         try:
-            for part in parts:
-                part.call_scale = factor
+            _set_call_scale(parts, factor)
             yield
         finally:
-            for part in parts:
-                part.call_scale = 1.0
+            try:
+                _set_call_scale(parts, 1.0)
+            except BaseException:  # an interrupt must not leave a part scaled in later calls
+                _set_call_scale(parts, 1.0)
+                raise
 
     @property
     def has_acting_lora(self) -> bool:
@@ -206,8 +213,14 @@ class LoRAMethods:
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Undo `fuse_lora`: the weights are what they were, bit for bit."""
-        for model in self._lora_models(components).values():
-            lora.unfuse(model)
+        models = self._lora_models(components).values()
+        try:
+            for model in models:
+                lora.unfuse(model)
+        except BaseException:
+            for model in models:  # a part of it would be neither
+                lora.unfuse(model)
+            raise
 
     @property
     def fused_loras(self) -> set[str]:
@@ -229,8 +242,10 @@ class LoRAMethods:
 
     def unload_lora_weights(self) -> None:
         """Detach all adapters, bit for bit; fused ones stay in the weights for good, as in the reference."""
-        for model in self._lora_models().values():
-            lora.unload(model)
+        models = self._lora_models().values()
+        with all_or_nothing(*models):
+            for model in models:
+                lora.unload(model)
 
     @ClassAndInstanceMethod
     def save_lora_weights(
@@ -312,6 +327,11 @@ class LoRAMethods:
         if unknown := [name for name in listed if name not in have]:
             raise ValueError(f"no adapter is named {unknown[0]!r}; attached: {', '.join(have) or 'none'}")
         return listed
+
+
+def _set_call_scale(parts: Iterable[LoRAWeights], factor: float) -> None:
+    for part in parts:
+        part.call_scale = factor
 
 
 def _names(names: str | Sequence[str]) -> list[str]:

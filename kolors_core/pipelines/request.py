@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import math
 from collections.abc import Callable, ItemsView, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,7 +16,7 @@ from kolors_core.pipelines.denoising_loop import TENSOR_NAMES, StepCallback
 from kolors_core.pipelines.pipeline_repr import row_of_images
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.sampling import Generators
-from kolors_core.validation import is_real, short_repr
+from kolors_core.validation import check_float, short_repr
 
 CONTROL_SCALE = 0.8  # the default controlnet_conditioning_scale
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -187,11 +186,8 @@ class PipelineInputs:
 
     def __post_init__(self) -> None:
         """Raise ValueError or TypeError for an argument of a wrong type."""
-        scale = self.guidance_scale
-        if not is_real(scale):
-            raise TypeError(f"guidance_scale must be a number, got {scale!r}")
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance_scale must be finite, got {scale}")
+        scale = check_float("guidance_scale", self.guidance_scale)
+        object.__setattr__(self, "guidance_scale", scale)  # a dataclass that is frozen
         _one_of("output_type", (self.output_type,), (*OUTPUT_TYPES, "latent"))
         _one_of("callback_on_step_end_tensor_inputs", self.callback_tensors, TENSOR_NAMES)
         if not isinstance(self.cross_attention_kwargs, Mapping | None):
