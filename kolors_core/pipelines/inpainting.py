@@ -110,14 +110,10 @@ class KolorsInpaintPipeline(FromImage):
             cross_attention_kwargs=cross_attention_kwargs, **extras,
         )  # fmt: skip
         has_mask_channels = self.unet.config.in_channels > self.vae.config.latent_channels
-        if masked_image_latents is not None and not has_mask_channels:
-            raise ValueError("masked_image_latents has no effect: this UNet reads no mask, it has 4 channels")
-        if denoising_start is not None and not has_mask_channels:
-            raise ValueError("denoising_start needs a UNet that reads the mask: what stays could not be held")
-        if denoising_start is not None and latents is not None:
-            raise ValueError("latents, the noise to start with, has no effect beside denoising_start")
-        if output_type == "latent" and (paste_back or padding_mask_crop is not None):
-            raise ValueError("paste_back and padding_mask_crop need images, and output_type is 'latent'")
+        _check_arguments(
+            has_mask_channels, masked_image_latents, denoising_start, latents, output_type == "latent",
+            paste_back or padding_mask_crop is not None,
+        )  # fmt: skip
         whole = self._schedule(inputs)
         schedule = self._select_steps(whole, strength, denoising_start, denoising_end)
         copies = num_images_per_prompt
@@ -214,6 +210,21 @@ def _region(image: Any, mask: Any, size: Size, padding: int) -> tuple[Tensor, Te
     image = masks.resize_to_fit(to_8_bits(image).convert("RGB").crop(box), size)
     mask = masks.resize_to_fit(to_8_bits(mask).convert("L").crop(box), size)
     return preprocess_vae(image, multiple=1), to_gray(mask, size, (size,)), box
+
+
+def _check_arguments(
+    has_mask_channels: bool, masked_image_latents: Tensor | None, denoising_start: float | None,
+    latents: Tensor | None, is_latent: bool, needs_image: bool,
+) -> None:  # fmt: skip
+    """Raise ValueError for arguments of a call that exclude each other, or do not fit its UNet."""
+    if masked_image_latents is not None and not has_mask_channels:
+        raise ValueError("masked_image_latents has no effect: this UNet reads no mask, it has 4 channels")
+    if denoising_start is not None and not has_mask_channels:
+        raise ValueError("denoising_start needs a UNet that reads the mask: what stays could not be held")
+    if denoising_start is not None and latents is not None:
+        raise ValueError("latents, the noise to start with, has no effect beside denoising_start")
+    if is_latent and needs_image:
+        raise ValueError("paste_back and padding_mask_crop need images, and output_type is 'latent'")
 
 
 def _control_region(given: Any, image: "Image", size: Size, box: Box) -> Any:
