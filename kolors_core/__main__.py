@@ -120,14 +120,14 @@ def _load(place: str) -> Callable[[], "ArgumentParser"]:
 def _complete(words: Sequence[str]) -> None:
     """Print the completions of a line for the shell, and end the process, if argcomplete is installed."""
     with suppress(ImportError):
-        from argcomplete import autocomplete  # pyright: ignore[reportMissingImports]
-        from argcomplete.completers import ChoicesCompleter  # pyright: ignore[reportMissingImports]
+        from argcomplete import autocomplete
+        from argcomplete.completers import ChoicesCompleter
 
         name = next((word for word in words[:1] if word in COMMANDS), None)
         parser = _load(COMMANDS[name or "draw"].parser)()
         if name is None:
             prompt: Any = next(action for action in parser._actions if action.dest == "prompt")
-            prompt.completer = ChoicesCompleter(COMMANDS)
+            prompt.completer = ChoicesCompleter(list(COMMANDS))
         else:
             own, parser = parser, ArgumentParser()
             parser.add_subparsers().add_parser(name, parents=[own], add_help=False)

@@ -78,6 +78,8 @@ def test_a_wheel_holds_every_file_and_draws_where_nothing_else_is(clone: Path, t
     assert files(site) == files(clone) and {"kolors_core/later/page.html"} < files(site)
     information = f"kolors_core-{kolors_core.__version__}.dist-info"
     assert {path.name for path in site.iterdir()} == {*PACKAGES, information}, "no tests, no benchmarks"
+    script = (site / information / "entry_points.txt").read_text()
+    assert script == "[console_scripts]\nkolors = kolors_core.__main__:main\n"
     assert (site / information / "licenses" / "kolors_core" / "inspection" / "font" / "OFL.txt").exists()
     run = subprocess.run(
         [sys.executable, "-I", "-c", DRAW, str(site), str(ROOT)], cwd=tmp_path, capture_output=True, text=True

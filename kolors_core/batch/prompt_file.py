@@ -62,7 +62,7 @@ class Job:
 
 
 def read_jobs(
-    file: Path, model: Mapping[str, object], seed: int, defaults: Mapping[str, object]
+    file: Path, model: Mapping[str, object], seed: int, defaults: Mapping[str, Any]
 ) -> list[Job]:
     """Read the jobs of a file, one for each line that is not empty.
 
@@ -169,7 +169,7 @@ def _parse_cells(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any] |
     return row
 
 
-def _settings(row: Any, defaults: Mapping[str, object]) -> JobSettings:
+def _settings(row: Any, defaults: Mapping[str, Any]) -> JobSettings:
     """Check a row: a line of JSON, the fields of another's row, or the error of one without any."""
     if isinstance(row, ValueError):
         raise row

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from kolors_core.adapters.face_id import load_face_embeds
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.cli import from_png
 from kolors_core.cli import options as cli
+from kolors_core.cli.memory import check_memory
 from kolors_core.cli.output import STANDARD_OUTPUT, read_image_metadata, save_image
 from kolors_core.cli.parsers import OUT_SUFFIXES, draw_parser
 from kolors_core.devices import named_device, planned_device
@@ -91,7 +93,7 @@ def _with_metadata(arguments: list[str] | None, options: argparse.Namespace) -> 
     return again
 
 
-def _generate(options: argparse.Namespace) -> tuple[list[Path], list[Any]]:
+def _generate(options: argparse.Namespace) -> tuple[list[Path], Sequence[Any]]:
     """Generate the images; return the files to write and the images with their metadata."""
     facts = from_png.read_facts(options)
     facts = {name: text for name, text in facts.items() if name not in options.overridden}
@@ -104,6 +106,8 @@ def _generate(options: argparse.Namespace) -> tuple[list[Path], list[Any]]:
     quantized = cli.apply_quantization(pipe, options)
     _load_adapters(pipe, options)
     from_png.prepare(pipe, facts)
+    image = arguments.get("image")  # to start from, or of ControlNets
+    check_memory(pipe, options, image[0] if isinstance(image, list) else image)
     images = from_png.select_image(pipe(**arguments)[0], facts, has_seed)
     files = cli.component_files(options) | {"face_embeds": options.face_embeds}
     metadata = {f"{name}_file": file for name, file in files.items() if file is not None}

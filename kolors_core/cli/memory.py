@@ -1,0 +1,39 @@
+"""Memory of a call, asked of the plan before an image is drawn; refusals name flags of the command line."""
+
+import argparse
+from typing import Any
+
+from kolors_core.pipelines.stages import Task
+
+SMALL = 256 * 256  # pixels of all images: what these need is there where the weights are
+LARGE = 16384 * 16384  # the pipeline itself refuses more, without the minutes that their plan takes
+FLAGS = {
+    "enable_vae_tiling()": "--vae-tiling", "enable_model_cpu_offload()": "--offload model",
+    "enable_sequential_cpu_offload()": "--offload block",
+}  # fmt: skip
+
+
+def check_memory(pipe: Task, options: argparse.Namespace, image: Any = None) -> None:
+    """Raise ValueError, with the numbers and what would make it fit, for a call that cannot fit; or --force.
+
+    image: whose size is drawn, rounded down to a multiple of 8, where the options have none.
+    """
+    own = pipe.unet.config.sample_size * pipe.vae.config.vae_scale_factor
+    height, width = (
+        getattr(options, side) or (own if image is None else getattr(image, side) // 8 * 8)
+        for side in ("height", "width")
+    )
+    if options.force or not SMALL < options.images * height * width <= LARGE:
+        return
+    from kolors_core.pipelines.memory_plan import check_fits
+
+    try:
+        check_fits(
+            pipe, height, width, num_images_per_prompt=options.images, guidance_scale=options.guidance,
+            max_sequence_length=options.max_tokens,
+        )  # fmt: skip
+    except ValueError as error:
+        text = str(error)
+        for method, flag in FLAGS.items():
+            text = text.replace(method, flag)
+        raise ValueError(f"{text}; --force goes on") from None
