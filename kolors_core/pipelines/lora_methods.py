@@ -235,8 +235,9 @@ class LoRAMethods:
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Detach adapters; the others stay as they are. ValueError if unknown, or one is fused."""
         names = self._known_names(adapter_names)
-        for model in self._unfused_models(f"delete {', '.join(names)}").values():
-            for name, adapter in lora.adapters(model).items():
+        models = self._unfused_models(f"delete {', '.join(names)}").values()
+        with all_or_nothing(*models):
+            for name, adapter in (item for model in models for item in lora.adapters(model).items()):
                 if name in names:
                     adapter.detach()
 
