@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention, log_multiplicity_bias, split_heads
 from kolors_core.config import ChatGLMConfig
+from kolors_core.module import Model
 from kolors_core.tokenizer import TokenBatch
 
 Rotation = tuple[Tensor, Tensor]  # RoPE's cosines and sines, each [B, 1, L, R/2]
@@ -130,7 +131,7 @@ class ChatGLMLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class ChatGLM(nn.Module):
+class ChatGLM(Model):
     """ChatGLM without the final norm and language-model head: Kolors reads the states before both."""
 
     def __init__(self, config: ChatGLMConfig) -> None:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
-from kolors_core.devices import loading_device
+from kolors_core.devices import check_dtype, loading_device
 from kolors_core.hub import fetch
 from kolors_core.loading import Initializer, LoadReport, assign_weights, check, load
 from kolors_core.module import require_plain
@@ -130,6 +130,7 @@ def load_component(
     subfolder: the component's folder; its name if None. device: on "meta" no weights are read. kind: of one
     not in `MODEL_SPECS`. hub: as for `resolve`. FileNotFoundError or ValueError names file, field or tensor.
     """
+    check_dtype(dtype)
     device, subfolder = loading_device(device), component if subfolder is None else subfolder
     has_weights = device.type != "meta"
     folder = fetch_component(name, component, subfolder, variant, has_weights, **hub)

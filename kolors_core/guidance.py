@@ -46,7 +46,7 @@ def guided(
     forward is called as a whole in every step. wrap_step: another way to run a step, such as CUDA graphs;
     not used if image prompts have masks or nothing is precomputed.
     """
-    rescaled = cfg_rescale(rescale)
+    scale, rescaled = check_float("the guidance scale", scale), cfg_rescale(rescale)
 
     def combine(_timestep: float, noise: Tensor) -> Tensor:
         unconditional, conditional = noise.chunk(2)
@@ -95,7 +95,7 @@ def cfg_rescale(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
     Guidance raises the standard deviation, which overexposes; `factor`, 0 to 1, moves it to the second's.
     Source: https://arxiv.org/abs/2305.08891, equations 15 and 16; `rescale_noise_cfg` in diffusers.
     """
-    check_float("rescale", factor, 0, 1)
+    factor = check_float("rescale", factor, 0, 1)
 
     def rescale(noise: Tensor, conditional: Tensor) -> Tensor:
         axes = tuple(range(1, noise.ndim))

@@ -13,6 +13,7 @@ from typing import Any
 from kolors_core.validation import as_path
 from weights_convert.safetensors_files import PICKLES, pickle_message
 
+_LINK = re.compile(r"https?://[^/]+/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)")  # repo, revision, path
 FileSelector = Callable[[list[str]], list[str]]  # a repository's listing -> the files to download
 
 
@@ -37,6 +38,9 @@ def fetch(
         if revision is not None:
             raise ValueError(f"revision {revision!r} has no effect: {folder} is a local folder")
         return folder
+    if _safe_stat(folder.is_file):
+        hint = "from_single_file loads one" if folder.suffix == ".safetensors" else "this is none of weights"
+        raise FileNotFoundError(f"{name}: expected a folder or a hub repository, got a file: {hint}")
     if _safe_stat(folder.exists) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such folder, and not a hub repository of the form owner/name")
     from huggingface_hub import HfApi, errors, snapshot_download
@@ -96,6 +100,12 @@ def find_file(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     return folder / _choose([file.name for file in folder.iterdir()], weight_name, preferred, str(folder))
+
+
+def find_linked_file(source: str | Path, **hub: Any) -> Path:
+    """Find a local safetensors file as `find_file`, or fetch that of an address on the hub."""
+    link = _LINK.fullmatch(str(source))
+    return find_file(source) if link is None else find_file(link[1], link[3], revision=link[2], **hub)
 
 
 def _choose(names: Sequence[str], weight_name: str | None, preferred: Sequence[str], where: str) -> str:

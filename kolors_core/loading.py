@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from kolors_core.devices import check_dtype
 from kolors_core.module import require_plain
 from weights_convert import TABLES, detect_component
 from weights_convert.key_mapping import UNUSED, compare, summarize
@@ -65,6 +66,7 @@ def load(
     Raises ValueError naming the first tensors that are missing, unexpected or misshapen, an initializer that
     matches no such tensor or returns another shape, or a quantized model; the model is then unchanged.
     """
+    check_dtype(dtype)
     require_plain(model, f"load {source.where} into it; load a plain model, then quantize")
     if partial is None:
         names = check(model, source, component)

@@ -8,15 +8,30 @@
 A feature sets them on its own classes; the core reads them without knowing the feature.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from kolors_core.devices import check_dtype
 
 
 def is_block(module: nn.Module) -> bool:
     """Return whether a module is a block."""
     return getattr(module, "is_block", False) is True
+
+
+class Model(nn.Module):
+    """Base of whole models; `to` refuses dtypes that models cannot compute in."""
+
+    def to(self, *targets: Any, **named: Any) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Move or cast as `nn.Module.to`; TypeError for integers and float8, before anything is cast."""
+        for target in (*targets, *named.values()):
+            if isinstance(dtype := target.dtype if isinstance(target, Tensor) else target, torch.dtype):
+                check_dtype(dtype)
+        return super().to(*targets, **named)
 
 
 class ReplacedModule(nn.Module):
@@ -33,6 +48,25 @@ class ReplacedModule(nn.Module):
         base = self.base[0]
         base._parameters.update(self._parameters)
         return base.train(self.training)
+
+
+@contextmanager
+def all_or_nothing(*models: nn.Module) -> Iterator[None]:
+    """Restore which modules, tensors and attributes the models have if the block raises, as on Ctrl-C.
+
+    What a block writes into tensors, or into attributes' own values such as lists, is not restored.
+    """
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in (module for model in models for module in model.modules()):
+        dicts = (vars(module), module._modules, module._parameters, module._buffers)
+        before += [(own, dict(own)) for own in dicts]
+    try:
+        yield
+    except BaseException:
+        for own, entries in before:
+            own.clear()
+            own.update(entries)
+        raise
 
 
 def settings(model: nn.Module) -> tuple[Any, ...]:

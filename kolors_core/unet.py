@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from kolors_core.attention import attention, log_multiplicity_bias, split_heads
 from kolors_core.config import UNetConfig
 from kolors_core.context import Context, ImagePrompt, KeysValues, ResizedMasks, resize_masks
+from kolors_core.module import Model
 
 
 def sinusoid(values: Tensor, width: int) -> Tensor:
@@ -261,7 +262,7 @@ class UpBlock(nn.Module):
         return x
 
 
-class UNetEncoder(nn.Module):
+class UNetEncoder(Model):
     """Encoder that a UNet and a ControlNet share: embeddings, down path and middle."""
 
     def __init__(self, config: UNetConfig) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention
 from kolors_core.config import VAEConfig
+from kolors_core.module import Model
 
 NORM_EPS = 1e-6
 
@@ -184,7 +185,7 @@ def run_channels_last(run_coder: RunCoder, coder: nn.Module, x: Tensor) -> Tenso
     return run_coder(coder, x.contiguous(memory_format=torch.channels_last)).contiguous()
 
 
-class VAE(nn.Module):
+class VAE(Model):
     """VAE of an encoder and a decoder. Outside this class latents are scaled by `config.scaling_factor`.
 
     run_coder: the function (coder, x) -> result that runs either; performance/vae_tiling.py's runs tiles.

@@ -40,11 +40,11 @@ def check_int(name: str, value: Any, multiple: int = 1, least: int = 1, most: in
 
 
 def check_float(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
-    """Convert any real type to float; ValueError naming it unless it is finite and from least to most."""
-    try:
-        number = float(value) if is_real(value) else math.nan
-    except OverflowError:  # an integer of hundreds of digits
-        number = math.nan
+    """Convert any real type, also a tensor or array without axes, to float.
+
+    ValueError naming it unless it is finite and from least to most.
+    """
+    number = _as_float(value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a number, got {short_repr(value)}")
     if not least <= number <= most:
@@ -53,11 +53,20 @@ def check_float(name: str, value: Any, least: float = -math.inf, most: float = m
     return number
 
 
+def _as_float(value: Any) -> float:
+    """Convert any real type, also a tensor or array without axes, to float; NaN for other values."""
+    try:
+        number = value.item() if getattr(value, "ndim", None) == 0 else value
+        return float(number) if is_real(number) else math.nan
+    except (OverflowError, RuntimeError):  # an integer of hundreds of digits; a tensor without values
+        return math.nan
+
+
 def check_fraction(name: str, value: Any) -> float:
     """Convert a fraction to float; ValueError naming it unless it is above 0 and at most 1."""
-    if not is_real(value) or not 0 < value <= 1:
+    if not 0 < (number := _as_float(value)) <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {short_repr(value)}")
-    return float(value)
+    return number
 
 
 def as_path(name: str, value: Any) -> Path:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core import KolorsImg2ImgPipeline, KolorsPipeline
-from kolors_core.devices import best_device
+from kolors_core.checkpoint import EMBEDDED, load_component
+from kolors_core.devices import best_device, named_device
 from kolors_core.performance.offload import bytes_of, tensors_of
 from tests.support.ip_adapters import Both, guided_steps, load_both
 from tests.support.loras import ATTENTION, CONV, LINEAR, TEXT, factors, peft_names, weights
@@ -282,6 +283,32 @@ def test_compiled_models_do_not_come_by_block(pipes: Pair) -> None:
         pipe.offload.start(ACCELERATOR, by_block=False)
         steps_of(pipe, prompt="cat")
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("load", [
+    lambda device: KolorsPipeline.from_pretrained("tiny", device=device),
+    lambda device: load_component(EMBEDDED, "vae", device=device), named_device,
+    lambda device: KolorsPipeline.from_pretrained("tiny").to(device),
+])  # fmt: skip
+def test_a_device_that_is_not_there_is_told_with_those_that_are(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And why: torch is built without it, or the machine has none; also for other names."""
+    if best_device().type != "cpu":
+        pytest.skip("this machine has an accelerator")
+    here = "^expected a device of this machine, cpu, got "
+    reasons = {
+        "cuda": (torch.version, "cuda", None, r": this torch, \S+, is built without CUDA$"),
+        "cuda:7": (torch.version, "cuda", "12.8", ": CUDA finds no GPU or no driver$"),
+        "mps": (torch.backends.mps, "is_built", lambda: False, ": this torch is built without MPS$"),
+        "mps:0": (torch.backends.mps, "is_built", lambda: True, ": MPS needs a Mac with Apple's GPU$"),
+        "hpu": (torch.version, "cuda", None, "$"),
+        "toaster": (torch.version, "cuda", None, "$"),
+    }
+    for name, (where, attribute, value, reason) in reasons.items():
+        monkeypatch.setattr(where, attribute, value)
+        with pytest.raises(ValueError, match=f"{here}{name!r}{reason}"):
+            load(name)
 
 
 def test_offload_on_a_machine_without_an_accelerator_changes_nothing(pipes: Pair) -> None:

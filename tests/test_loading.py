@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kolors_core import KolorsControlNet, KolorsPipeline
+from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.config import UNetConfig
-from kolors_core.loading import Initializer, LoadReport, load, zero_padded, zeros
+from kolors_core.loading import Initializer, LoadReport, assign_weights, load, zero_padded, zeros
 from kolors_core.unet import UNet
 from tests.support.small import SMALL, randomise
 from weights_convert import TABLES
@@ -30,6 +32,36 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def empty(config: UNetConfig = CONFIG) -> UNet:
     with torch.device("meta"):
         return UNet(config)
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_float8_of_a_file_is_widened_exactly(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
+    """All values that are numbers, subnormal ones too."""
+    codes = torch.arange(256, dtype=torch.uint8).view(stored)
+    values = codes[torch.isfinite(codes.float())].repeat(2)[:400].reshape(20, 20)
+    save_tensors({"x": values}, tmp_path / "x.safetensors")
+    source, model = Source([tmp_path / "x.safetensors"]), nn.ParameterDict({"x": torch.zeros(20, 20)})
+    assign_weights(model, source, {"x": "x"}, dtype=dtype, device="cpu")
+    assert model["x"].dtype == dtype and torch.equal(model["x"].double(), values.double())
+
+
+def test_a_model_in_float8_is_refused_with_what_to_use(published: Path) -> None:
+    """At loading, and in `to` of models and pipelines: their layers could not run."""
+    pipe, dtype = KolorsPipeline.from_pretrained("tiny"), torch.float8_e4m3fn
+    unet, weight = pipe.unet, pipe.unet.conv_in.weight
+    for make in (
+        lambda: KolorsPipeline.from_pretrained("tiny", torch_dtype=dtype),
+        lambda: KolorsPipeline.from_pretrained("tiny", torch_dtype={"unet": torch.float8_e5m2}),
+        lambda: KolorsControlNet.from_pretrained("tiny", torch_dtype=dtype),
+        lambda: load_component(EMBEDDED, "vae", dtype=dtype),
+        lambda: load(UNet(SMALL.unet), Source([published]), "unet", dtype=dtype),
+        lambda: pipe.to(dtype), lambda: pipe.to("cpu", dtype), lambda: unet.to(dtype),
+        lambda: pipe.vae.to(dtype=dtype), lambda: pipe.text_encoder.to(weight.to(dtype)),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="must be float16, bfloat16, .*got torch.float8_.*quantize to 8"):
+            make()
+    assert pipe.unet.conv_in.weight is weight and weight.dtype == torch.float32
 
 
 def test_nine_channels_from_four(published: Path) -> None:

@@ -100,7 +100,7 @@ CALLS: list[Wrong] = [
     (lambda pipe: pipe.load_textual_inversion([]), ValueError, "got no file"),
     (lambda pipe: pipe.load_textual_inversion({}, 3), ValueError, "got the token 3"),
     (lambda pipe: pipe.unload_textual_inversion(3), TypeError, "tokens must be a word"),
-    (lambda pipe: pipe.load_lora_weights({}, 3), ValueError, "adapter's name is letters.*got 3"),
+    (lambda pipe: pipe.load_lora_weights({}, 3), ValueError, "adapter's name must be some printable.*got 3"),
     (lambda pipe: pipe.load_lora_weights({}, weight_name="x"), ValueError, "weight_name has no effect on"),
     (lambda pipe: attach(pipe.unet, 1.5), ValueError, "rank must be a positive whole number, got 1.5"),  # pyright: ignore
     (lambda pipe: attach(pipe.unet, 2, targets="to_q"), TypeError, "targets must be a list"),

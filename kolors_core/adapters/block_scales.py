@@ -55,13 +55,16 @@ def _check_exists(block: str, existing: Sequence[str]) -> None:
 
 def _per_transformer(where: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
     """Assign a block's value to its transformers: one for all, or a list with one for each."""
-    values, count = _as_list(value), len(paths)
+    values, count = list(value) if _is_list(value) else [value], len(paths)
     if len(values) not in (1, count):
         raise ValueError(f"{where} has {count} transformers and takes one scale or {count}, got {values}")
-    for number in (number for given in values for number in _as_list(given)):
-        check_float(f"{where}: a scale", number)
-    return dict(zip(paths, values * (count // len(values)), strict=True))
+    name = f"{where}: a scale"
+    numbers = [
+        [check_float(name, one) for one in given] if _is_list(given) else check_float(name, given)
+        for given in values
+    ]
+    return dict(zip(paths, numbers * (count // len(values)), strict=True))
 
 
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

@@ -18,6 +18,7 @@ from kolors_core.attention import attention, split_heads
 from kolors_core.checkpoint import ModelSpec
 from kolors_core.config import TRANSFORMERS_IGNORED_FIELDS, ConfigReader, PublicConfig
 from kolors_core.image import as_list, center_crop, flatten_alpha, pil_to_tensor
+from kolors_core.module import Model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -160,7 +161,7 @@ class CLIPLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class CLIPVision(nn.Module):
+class CLIPVision(Model):
     """CLIP's image encoder. Kolors reads `penultimate`; `forward` returns transformers' outputs."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:

@@ -163,7 +163,8 @@ class ControlInput:
 
     def __post_init__(self) -> None:
         for name in ("scale", "start", "end"):
-            check_float(f"a ControlNet's {name}", getattr(self, name))
+            value = check_float(f"a ControlNet's {name}", getattr(self, name))
+            object.__setattr__(self, name, value)  # a dataclass that is frozen
         if self.scale == 0:
             raise ValueError("a ControlNet's scale must be a number that is not 0")
         if not 0 <= self.start < self.end <= 1:

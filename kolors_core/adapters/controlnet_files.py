@@ -1,14 +1,15 @@
 """ControlNet files: loading and saving of Kolors' ControlNets, and loading of SDXL's for a Kolors UNet."""
 
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 
 from kolors_core import checkpoint, devices
 from kolors_core.adapters.controlnet import ControlNet, ControlNetConfig
 from kolors_core.devices import Dtypes
-from kolors_core.loading import LoadReport, load
+from kolors_core.hub import find_linked_file
+from kolors_core.loading import LoadReport, check, load
 from kolors_core.module import require_plain
 from kolors_core.unet import UNet
 from kolors_core.validation import as_path
@@ -41,6 +42,42 @@ class KolorsControlNet(ControlNet):
             kind=checkpoint.ModelSpec(ControlNetConfig, cls), subfolder=subfolder, variant=variant,
             revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
         )  # fmt: skip
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | Path, *, config: str | Path | None = None,
+        torch_dtype: Dtypes = None, dtype: Dtypes = None, device: torch.device | str = "cpu",
+        revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> Self:  # fmt: skip
+        """Load a safetensors file with diffusers' names, strictly.
+
+        pretrained_model_link_or_path: the file, or its address on the hub. config: a folder or hub repository
+        with the config.json of a ControlNet, of that revision; if None the file's neighbor, or else the sizes
+        of the released ones. Others, and errors: as in `from_pretrained`.
+        """
+        hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+        dtype = devices.dtype_of("unet", devices.merge_dtype_arguments(torch_dtype, dtype))
+        device = devices.loading_device(device)
+        file = find_linked_file(pretrained_model_link_or_path, **hub)
+        folder = file.parent
+        if config is not None:
+            hub["revision"] = revision
+            folder = checkpoint.fetch_component(config, "controlnet", "", None, has_weights=False, **hub)
+        elif revision is not None:
+            raise ValueError("revision has no effect without config, whose it is")
+        place = folder / "config.json"
+        public = checkpoint.read_json(place) if config is not None or place.is_file() else {}
+        is_given = config is not None or public.get("_class_name") == "ControlNetModel"
+        sizes = ControlNetConfig.from_public(public, str(place)) if is_given else ControlNetConfig()
+        net, source = checkpoint.ModelSpec(ControlNetConfig, cls).empty(sizes), Source([file])
+        try:
+            names = check(net, source, "controlnet")
+        except ValueError as error:
+            hint = "" if is_given else "; these are the released sizes, for others give config"
+            raise ValueError(f"{error}{hint}") from None
+        weights = None if device.type == "meta" else source
+        return cast(Self, checkpoint.UnloadedModel(net, weights, names).fill(dtype, device))
 
     @classmethod
     def from_sdxl(

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from kolors_core.module import all_or_nothing
 from kolors_core.unet import UNet, UpBlock
 from kolors_core.validation import check_float
 
@@ -49,8 +50,8 @@ class FreeUMethods:
         """
         if len(self.unet.up) < 2:
             raise ValueError("FreeU changes two levels, and this UNet has one")
-        for name, value in zip(NAMES, (s1, s2, b1, b2), strict=True):
-            check_float(name, value, 0)
+        values = zip(NAMES, (s1, s2, b1, b2), strict=True)
+        s1, s2, b1, b2 = (check_float(name, value, 0) for name, value in values)
         self._set_freeu(FreeU(b1, s1), FreeU(b2, s2))
 
     def disable_freeu(self) -> None:
@@ -58,8 +59,9 @@ class FreeUMethods:
         self._set_freeu(None, None)
 
     def _set_freeu(self, *joins: FreeU | None) -> None:
-        for level, join in zip(cast("Sequence[UpBlock]", self.unet.up), joins, strict=False):
-            level.freeu = join
+        with all_or_nothing(self.unet.up):
+            for level, join in zip(cast("Sequence[UpBlock]", self.unet.up), joins, strict=False):
+                level.freeu = join
 
     @property
     def freeu(self) -> dict[str, float] | None:

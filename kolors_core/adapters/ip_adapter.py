@@ -20,6 +20,7 @@ from kolors_core.adapters.block_scales import BlockScale, block_scales
 from kolors_core.adapters.clip_vision import CLIPVision
 from kolors_core.attention import attention, split_heads
 from kolors_core.context import ImageKeysValues, ImagePrompt, ResizedMasks
+from kolors_core.module import all_or_nothing
 from kolors_core.unet import Attention, UNet
 
 
@@ -207,19 +208,24 @@ class IPAdapter(ImagePromptAdapter):
 
 @dataclass(eq=False, repr=False)
 class AttachedAdapter:
-    """Handle of an attached adapter: its branches by the path of their cross-attention.
+    """Handle of an attached adapter. all_branches: by the path of their cross-attention.
 
     encoder: the image encoder that was loaded with the adapter, for all users of the UNet, or None.
     """
 
     unet: UNet
     adapter: ImagePromptAdapter
-    branches: dict[str, ImageCrossAttention]
+    all_branches: dict[str, ImageCrossAttention]
     encoder: CLIPVision | None
 
     def __post_init__(self) -> None:
-        for branch in self.branches.values():
+        for branch in self.all_branches.values():
             branch.handle = self
+
+    @property
+    def branches(self) -> dict[str, ImageCrossAttention]:
+        """The branches by path; none once they are detached."""
+        return {path: branch for path, branch in self.all_branches.items() if branch.handle is self}
 
     def to_unet_device(self) -> None:
         """Move the resampler, which is not part of the UNet, to the device and dtype of the branches."""
@@ -236,16 +242,17 @@ class AttachedAdapter:
 
     def set_scales(self, scales: Mapping[str, Any]) -> None:
         """Set the scale of each branch, by its path."""
-        for path, branch in self.branches.items():
-            branch.scale = scales[path]
+        with all_or_nothing(self.unet):
+            for path, branch in self.branches.items():
+                branch.scale = scales[path]
 
     def detach(self) -> None:
         """Remove the branches: the UNet is what it was, bit for bit."""
-        for path, branch in self.branches.items():
-            owner = cast(Attention, self.unet.get_submodule(path))
-            owner.image_branches = nn.ModuleList(b for b in owner.image_branches if b is not branch)
-            branch.handle = None
-        self.branches = {}
+        with all_or_nothing(self.unet):
+            for path, branch in self.branches.items():
+                owner = cast(Attention, self.unet.get_submodule(path))
+                owner.image_branches = nn.ModuleList(b for b in owner.image_branches if b is not branch)
+                branch.handle = None
 
 
 def attached(unet: UNet) -> list[AttachedAdapter]:
@@ -259,6 +266,7 @@ def attach(unet: UNet, adapter: ImagePromptAdapter, encoder: CLIPVision | None =
     adapter.check_fits(unet)
     attentions = cross_attentions(unet)
     branches: dict[str, Any] = dict(zip(attentions, adapter.branches.values(), strict=True))
-    for path, branch in branches.items():
-        attentions[path].image_branches.append(branch)
-    return AttachedAdapter(unet, adapter, branches, encoder)
+    with all_or_nothing(unet):
+        for path, branch in branches.items():
+            attentions[path].image_branches.append(branch)
+        return AttachedAdapter(unet, adapter, branches, encoder)

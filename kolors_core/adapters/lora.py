@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from kolors_core.adapters.block_scales import BlockScale, block_scales
 from kolors_core.adapters.lora_layers import LoRALayer, LoRAWeights, lora_class
+from kolors_core.module import all_or_nothing
 from kolors_core.unet import UNet
-from kolors_core.validation import as_new_path, check_float, check_int
+from kolors_core.validation import as_new_path, check_float, check_int, short_repr
 from weights_convert import TABLES
 from weights_convert.safetensors_files import save_tensors
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out")
 TEXT_TARGETS = ("to_qkv",)
+MAX_NAME = 200  # characters of an adapter's name
 
 
 class LoRAAdapter:
@@ -52,8 +54,9 @@ class LoRAAdapter:
     def set_active(self, is_active: bool) -> None:
         """Activate or deactivate the adapter; its scale stays. ValueError while adapters are fused."""
         check_not_fused(self.model, f"switch adapter {self.name!r}")
-        for part in self.parts().values():
-            part.is_active = is_active
+        with all_or_nothing(self.model):
+            for part in self.parts().values():
+                part.is_active = is_active
 
     def set_scale(self, scale: BlockScale) -> None:
         """Scale the adapter: 1 as trained, 0 for no effect (except DoRA, see `LoRAWeights.delta_weight`).
@@ -80,18 +83,20 @@ class LoRAAdapter:
     def set_scales(self, scales: Mapping[str, float]) -> None:
         """Set the scale of each layer, by its path. ValueError while adapters are fused."""
         check_not_fused(self.model, f"scale adapter {self.name!r}")
-        for path, part in self.parts().items():
-            part.strength = scales[path]
+        with all_or_nothing(self.model):
+            for path, part in self.parts().items():
+                part.strength = scales[path]
 
     def detach(self) -> None:
         """Remove the adapter; after the last, the layers are plain again. ValueError while any is fused."""
         check_not_fused(self.model, f"detach adapter {self.name!r}")
-        for path, layer in self.layers.items():
-            if self.name in layer.lora:  # else `unload` has removed it
-                del layer.lora[self.name]
-                if not layer.lora:
-                    self.model.set_submodule(path, layer.plain())
-        self.layers = {}
+        with all_or_nothing(self.model):
+            for path, layer in self.layers.items():
+                if self.name in layer.parts():  # else `unload` has removed it
+                    layer.remove(self.name)
+                    if not layer.lora:
+                        self.model.set_submodule(path, layer.plain())
+            self.layers = {}
 
     def public_state(self, component: str) -> dict[str, Tensor]:
         """Return the tensors in diffusers' PEFT names: `unet.<path>.lora_A.weight` [R, I], `lora_B` [O, R].
@@ -145,23 +150,27 @@ def add_adapter(model: nn.Module, name: str, parts: Mapping[str, LoRAWeights]) -
     check_name(model, name)
     layers, present = {}, attached_layers(model).values()
     index = 1 + max((other.index for layer in present for other in layer.parts().values()), default=0)
-    for path, part in parts.items():
-        layer = model.get_submodule(path)
-        if not isinstance(layer, LoRALayer):
-            kind = lora_class(layer)
-            assert kind is not None, path
-            layer = kind(layer)
-            layer.is_enabled = all(other.is_enabled for other in present)
-            model.set_submodule(path, layer)
-        layer.lora[name], part.index, layers[path] = part, index, layer
+    is_enabled = all(other.is_enabled for other in present)
+    with all_or_nothing(model):
+        for path, part in parts.items():
+            layer = model.get_submodule(path)
+            if not isinstance(layer, LoRALayer):
+                kind = lora_class(layer)
+                assert kind is not None, path
+                layer = kind(layer)
+                layer.is_enabled = is_enabled
+                model.set_submodule(path, layer)
+            part.index, layers[path] = index, layer
+            layer.add(name, part)
     return LoRAAdapter(model, name, layers)
 
 
 def check_name(model: nn.Module, name: str) -> None:
     """Raise ValueError unless an adapter of this name can be attached now."""
     check_not_fused(model, f"attach adapter {name!r}")
-    if not isinstance(name, str) or re.fullmatch(r"[\w-]+", name) is None or hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"an adapter's name is letters, digits, _ and -, and no word of torch, got {name!r}")
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+        expected = f"some printable text of at most {MAX_NAME} characters"
+        raise ValueError(f"an adapter's name must be {expected}, got {short_repr(name)}")
     if name in adapters(model):
         raise ValueError(f"an adapter named {name!r} is attached already")
 
@@ -217,23 +226,31 @@ def fuse(model: nn.Module, names: Sequence[str], factor: float = 1.0) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Undo `fuse`: restore the base weights, bit for bit."""
-    for layer in attached_layers(model).values():
-        layer.unfuse()
+    """Undo `fuse`: restore the base weights, bit for bit. If interrupted, it restores the rest first."""
+    layers = attached_layers(model).values()
+    try:
+        for layer in layers:
+            layer.unfuse()
+    except BaseException:
+        for layer in layers:  # what is restored already stays
+            layer.unfuse()
+        raise
 
 
 def enable(model: nn.Module, is_enabled: bool) -> None:
     """Enable or disable all adapters at once, without changing which of them are active."""
     check_not_fused(model, "switch adapters")
-    for layer in attached_layers(model).values():
-        layer.is_enabled = is_enabled
+    with all_or_nothing(model):
+        for layer in attached_layers(model).values():
+            layer.is_enabled = is_enabled
 
 
 def unload(model: nn.Module) -> None:
     """Remove all adapters. Fused ones stay in the weights, and can no longer be unfused."""
-    for path, layer in attached_layers(model).items():
-        layer.lora.clear()  # for handles that still refer to it
-        model.set_submodule(path, layer.plain())
+    with all_or_nothing(model):
+        for path, layer in attached_layers(model).items():
+            layer.lora.clear()  # for handles that still refer to it
+            model.set_submodule(path, layer.plain())
 
 
 def save_adapters(handles: Mapping[str, LoRAAdapter], file: str | Path, *, overwrite: bool = False) -> None:

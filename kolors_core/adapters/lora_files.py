@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kolors_core.adapters.lora import supported_layers
 from kolors_core.adapters.lora_layers import LoRAWeights
 from kolors_core.config import PublicConfig
+from kolors_core.devices import all_finite
 from kolors_core.validation import is_real
 from weights_convert import TABLES
 from weights_convert.lora import KNOWN_SPELLINGS, parse_keys
@@ -131,7 +132,7 @@ def _build_weights(roles: TensorsByRole, layer: nn.Module, public: str, config: 
     build = _find_decomposition(factors, roles)
     if flat := [role for role, tensor in factors.items() if tensor.ndim < 2]:
         raise IncompatibleTensors(f"{flat[0]} is {list(roles[flat[0]].shape)}, expected at least two axes")
-    if broken := [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]:
+    if broken := [role for role, tensor in roles.items() if not all_finite(tensor)]:
         raise IncompatibleTensors(f"{broken[0]} has numbers that are not finite")
     factors = {role: t if t.dtype == torch.float64 else t.float() for role, t in factors.items()}
     try:

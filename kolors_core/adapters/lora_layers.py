@@ -8,6 +8,7 @@ Shapes: R rank, I and O the layer's widths, K a convolution's kernel (no axes in
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
+from urllib.parse import unquote
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,15 @@ class LoRALayer(ReplacedModule):
 
     def parts(self) -> dict[str, LoRAWeights]:
         """Return the adapters of this layer, by name."""
-        return cast("dict[str, LoRAWeights]", dict(self.lora.items()))
+        return {unquote(key): cast(LoRAWeights, part) for key, part in self.lora.items()}
+
+    def add(self, name: str, part: LoRAWeights) -> None:
+        """Add an adapter's weights."""
+        self.lora[module_name(name)] = part
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter's weights."""
+        del self.lora[module_name(name)]
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer without adapters plus the active ones' outputs. Fused adapters cost nothing."""
@@ -119,6 +128,12 @@ class LoRALayer(ReplacedModule):
             if tensor is not None:
                 tensor.copy_(backup)
         self.fused, self.base_backup = (), ()
+
+
+def module_name(name: str) -> str:
+    """Quote an adapter's name for `nn.ModuleDict`: no dot, and no attribute of that; `unquote` undoes it."""
+    quoted = name.replace("%", "%25").replace(".", "%2E")
+    return f"%{ord(quoted[0]):02X}{quoted[1:]}" if hasattr(nn.ModuleDict(), quoted) else quoted
 
 
 class LoRALinear(LoRALayer, nn.Linear):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
-from kolors_core.devices import unwrap_compiled
+from kolors_core.devices import all_finite, unwrap_compiled
 from kolors_core.hub import find_file, reject_unused
 from kolors_core.module import ReplacedModule
 from kolors_core.validation import as_new_path
@@ -34,10 +34,9 @@ class LearnedVectors(nn.ParameterList):
 class WordEmbedding(ReplacedModule, nn.Embedding):
     """Embedding table followed by the learned vectors of `words`, at the added keys `learned.<i>` [n, C]."""
 
-    def __init__(self, base: nn.Embedding) -> None:
+    def __init__(self, base: nn.Embedding, vectors: Mapping[str, nn.Parameter]) -> None:
         super().__init__(base)
-        self.words: list[str] = []
-        self.learned = LearnedVectors()
+        self.words, self.learned = list(vectors), LearnedVectors(vectors.values())
 
     def forward(self, input: Tensor) -> Tensor:
         """Embed ids [...], from 0 to the end of the table and all vectors: [..., C]."""
@@ -79,14 +78,11 @@ def add_words(encoder: ChatGLM, vectors: Mapping[str, Tensor]) -> None:
         rows = given[None] if given.ndim == 1 else given
         if rows.ndim != 2 or not len(rows) or rows.shape[1] != table.shape[1]:
             raise ValueError(f"{word}: expected vectors [n, {table.shape[1]}], got {list(given.shape)}")
-        if not rows.is_floating_point() or not torch.isfinite(rows).all():
+        if not rows.is_floating_point() or not all_finite(rows):
             raise ValueError(f"{word}: expected finite floating-point vectors, got {rows.dtype}")
         checked[word] = nn.Parameter(rows.detach().to(table, copy=True))
     if checked:
-        if not isinstance(embedding := encoder.embedding, WordEmbedding):
-            embedding = encoder.embedding = WordEmbedding(embedding)
-        embedding.words += checked
-        embedding.learned.extend(checked.values())
+        _set_vectors(encoder, existing | checked)
 
 
 def learn_words(model: nn.Module, *words: str) -> None:
@@ -112,11 +108,15 @@ def remove_words(encoder: ChatGLM, words: Iterable[str] | None = None) -> None:
     existing = vectors_of(encoder)
     removed = list(existing) if words is None else list(words)
     _check_known(removed, existing)
-    if isinstance(embedding := encoder.embedding, WordEmbedding):
-        embedding.words = [word for word in existing if word not in removed]
-        embedding.learned = LearnedVectors([existing[word] for word in embedding.words])
-        if not embedding.words:
-            encoder.embedding = cast(nn.Embedding, embedding.plain())
+    if removed:
+        _set_vectors(encoder, {word: vectors for word, vectors in existing.items() if word not in removed})
+
+
+def _set_vectors(encoder: ChatGLM, vectors: Mapping[str, nn.Parameter]) -> None:
+    """Replace all learned words of the encoder, in one assignment: an interrupted change is none."""
+    table = encoder.embedding
+    plain = cast(nn.Embedding, table.plain()) if isinstance(table, WordEmbedding) else table
+    encoder.embedding = WordEmbedding(plain, vectors) if vectors else plain
 
 
 def _check_known(words: Iterable[str], existing: Mapping[str, Tensor]) -> None:

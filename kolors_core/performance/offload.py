@@ -267,8 +267,10 @@ class Offload:
                         name, new = f"{stage}.{i}.{path}", set(block.modules()) - hooked
                         hooked |= new
                         hook, self._units[name] = OnloadHook(ref(self), name), ((model, path),)
-                        self._hooks += [part.register_forward_pre_hook(hook, prepend=True) for part in new]
+                        for part in new:
+                            self._hooks.append(part.register_forward_pre_hook(hook, prepend=True))
 
     def _unhook(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+        for hook in self._hooks:  # none is forgotten before it is removed
+            hook.remove()
+        self._hooks = []

@@ -5,19 +5,26 @@ values, these tokens' embeddings and adapters' settings. A moved encoder finds i
 """
 
 import hashlib
+import logging
+import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, Self
 
 import torch
+from safetensors import SafetensorError
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.module import settings
 from kolors_core.tokenizer import TokenBatch
+from kolors_core.validation import short_repr
 from weights_convert.safetensors_files import Source, save_tensors
+from weights_convert.untrusted_files import one_line
 
+logger = logging.getLogger("kolors_core")
 SAMPLES = 64  # values of each tensor
 
 
@@ -56,30 +63,59 @@ class PromptCache:
         """Remove all embeddings from memory."""
         self.kept.clear()
 
-    def get(self, key: Key, folder: str | Path | None) -> TextEmbedding | None:
-        """Return the embedding of this key, or None. ValueError for a damaged file."""
+    def get(
+        self, key: Key, folder: str | Path | None, encoder: ChatGLM, tokens: TokenBatch
+    ) -> TextEmbedding | None:
+        """Return the embedding of these tokens by this encoder, whose key it is, or None.
+
+        A file that does not fit, or is damaged, is removed, and a log line says so.
+        """
         file = _file(key, folder)
-        if key in self.kept or file is None or not file.exists():
+        if key in self.kept or file is None or not os.path.lexists(file):
             return self.kept.get(key)
-        source = Source([file])
-        if not {"tokens", "pooled"} <= set(source) <= {"tokens", "pooled", "counts"}:
-            raise ValueError(f"{file}: expected tensors tokens, pooled and counts, got {sorted(source)[:5]}")
-        return TextEmbedding(**dict(source))
+        try:
+            return _read(file, encoder, tokens)
+        except (OSError, ValueError, SafetensorError) as error:
+            logger.warning("%s: the prompt is encoded again", one_line(error))
+            with suppress(OSError):
+                file.unlink()
+            return None
 
     def put(self, key: Key, text: TextEmbedding, maximum: int, folder: str | Path | None) -> None:
-        """Store an embedding; in memory the last `maximum` used are kept."""
+        """Store an embedding; in memory the last `maximum` used are kept. A full disk is logged only."""
         with self._lock:
             self.kept[key] = text
             self.kept.move_to_end(key)
             while len(self.kept) > maximum:
                 self.kept.popitem(last=False)
-        if (file := _file(key, folder)) is not None and not file.exists():
+        if (file := _file(key, folder)) is None or os.path.lexists(file):
+            return
+        try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_tensors({name: tensor for name, tensor in vars(text).items() if tensor is not None}, file)
+        except OSError as error:
+            logger.warning("the prompt's embedding is not kept: %s", one_line(error))
 
 
 def _file(key: Key, folder: str | Path | None) -> Path | None:
     return Path(folder) / f"{key.name}.safetensors" if folder is not None and key.is_persistable else None
+
+
+def _read(file: Path, encoder: ChatGLM, tokens: TokenBatch) -> TextEmbedding:
+    """Read the embedding of these tokens; ValueError naming the file if this encoder cannot have made it."""
+    source, dtype, width = Source([file]), encoder.embedding.weight.dtype, encoder.config.hidden_size
+    expected = {"tokens": ((*tokens.ids.shape, width), dtype), "pooled": ((len(tokens.ids), width), dtype)}
+    if tokens.counts is not None:
+        expected["counts"] = tuple(tokens.counts.shape), tokens.counts.dtype
+    found = {name: (source.shape(name), source.dtype(name)) for name in source}
+    if found != expected:
+        raise ValueError(f"{file}: expected {expected}, got {short_repr(found)}")
+    text = TextEmbedding(**dict(source))
+    if not (torch.isfinite(text.tokens).all() and torch.isfinite(text.pooled).all()):
+        raise ValueError(f"{file}: its values are not finite")
+    if tokens.counts is not None and not torch.equal(source["counts"], tokens.counts.cpu()):
+        raise ValueError(f"{file}: its counts are not those of the prompt's tokens")
+    return text
 
 
 def fingerprint(encoder: ChatGLM, tokens: TokenBatch) -> str:

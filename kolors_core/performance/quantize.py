@@ -73,12 +73,24 @@ def quantize(model: nn.Module, bits: int, group: int = GROUP) -> None:
 
     This goes layer by layer, never with two whole models in memory, and cannot be undone. A model on the meta
     device gets the shapes, for a quantized state dict to be assigned to. group: with 4 bits, how many weights
-    share a scale; `PER_ROW` for all of a row. ValueError, before any change, as of `quantizable_layers`.
+    share a scale; `PER_ROW` for all of a row. ValueError, before any change, as of `quantizable_layers`. Once
+    it has begun, an interrupt is raised when all layers are quantized: what is left of the weights is theirs.
     """
-    for path in quantizable_layers(model, bits):
-        parent, _, name = path.rpartition(".")
-        layer = QuantizedLinear(cast(nn.Linear, model.get_submodule(path)), bits, group)
-        setattr(model.get_submodule(parent), name, layer)
+    paths = quantizable_layers(model, bits)
+    try:
+        for path in paths:
+            _quantize_layer(model, path, bits, group)
+    except KeyboardInterrupt:
+        for path in paths:
+            _quantize_layer(model, path, bits, group)
+        raise
+
+
+def _quantize_layer(model: nn.Module, path: str, bits: int, group: int) -> None:
+    parent, _, name = path.rpartition(".")
+    layer = model.get_submodule(path)
+    if not isinstance(layer, QuantizedLinear):
+        setattr(model.get_submodule(parent), name, QuantizedLinear(cast(nn.Linear, layer), bits, group))
 
 
 def quantizable_layers(model: nn.Module, bits: int) -> list[str]:

@@ -12,7 +12,7 @@ Shapes: B batch (1 within tiles), C channels, H height, W width, G groups, P til
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,24 +71,22 @@ def enable_tiling(vae: VAE, *, tile_sample_min_size: int | None = None) -> None:
     side = check_int("tile_sample_min_size", side, 8, MIN_TILE_SIDE)
     _check(vae.encoder)
     _check(vae.decoder)
-    coder.use_tiling, coder.tile_sample_min_size = True, side
-    vae.run_coder = coder
+    vae.run_coder = replace(coder, use_tiling=True, tile_sample_min_size=side)
 
 
 def disable_tiling(vae: VAE) -> None:
     """Run images whole again."""
-    tiled_coder(vae).use_tiling = False
+    vae.run_coder = replace(tiled_coder(vae), use_tiling=False)
 
 
 def enable_slicing(vae: VAE) -> None:
     """Run one image of a batch after another."""
-    vae.run_coder = coder = tiled_coder(vae)
-    coder.use_slicing = True
+    vae.run_coder = replace(tiled_coder(vae), use_slicing=True)
 
 
 def disable_slicing(vae: VAE) -> None:
     """Run batches whole again."""
-    tiled_coder(vae).use_slicing = False
+    vae.run_coder = replace(tiled_coder(vae), use_slicing=False)
 
 
 def tiled_coder(vae: VAE) -> TiledCoder:

@@ -225,6 +225,10 @@ class Components:
         self._enter_stage("text_encoder")
         return encoder(tokens.to(self._compute_device(unwrap_compiled(encoder).embedding.weight)))
 
+    def _available_memory(self) -> int | None:
+        """Return the bytes that can still be allocated where the models run; None if that is not known."""
+        return None
+
     def _to_model(self, weight: Tensor, tensor: Tensor) -> Tensor:
         """Move a tensor to the device and dtype in which the model with this weight runs."""
         return tensor.to(self._compute_device(weight), weight.dtype)

@@ -158,7 +158,7 @@ class SDXLCFGCutoffCallback:
 
     def __init__(self, cutoff_step_ratio: float | None = 0.8, cutoff_step_index: int | None = None) -> None:
         if cutoff_step_index is None:
-            check_float("cutoff_step_ratio", cutoff_step_ratio, 0, 1)
+            cutoff_step_ratio = check_float("cutoff_step_ratio", cutoff_step_ratio, 0, 1)
         else:
             check_int("cutoff_step_index", cutoff_step_index, least=0)
         self.ratio, self.index = cutoff_step_ratio, cutoff_step_index

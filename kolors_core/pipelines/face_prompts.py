@@ -15,6 +15,7 @@ from kolors_core.adapters.face_id import FaceIDAdapter
 from kolors_core.adapters.ip_adapter import AttachedAdapter, attach, attached
 from kolors_core.adapters.ip_adapter_files import load_adapter
 from kolors_core.devices import check_finite, check_low_cpu_mem_usage, unwrap_compiled
+from kolors_core.module import all_or_nothing
 from kolors_core.pipelines.image_prompts import ImagePromptPairs, IPAdapterMethods, make_image_prompt
 
 DEFAULT_NUM_PATCHES = 577  # of an image for CLIP, where no image encoder is loaded
@@ -39,8 +40,9 @@ class FaceIDMethods(IPAdapterMethods):
         unet, source = unwrap_compiled(self.unet), pretrained_model_name_or_path_or_dict
         given = source, subfolder, weight_name, self.image_encoder, image_encoder_folder, hub
         adapter, encoder = load_adapter(unet, "face_id", *given)
-        self.unload_ip_adapter_face_id()
-        attach(unet, adapter, encoder if encoder is not self._image_encoder else None)
+        with all_or_nothing(unet):
+            self.unload_ip_adapter_face_id()
+            attach(unet, adapter, encoder if encoder is not self._image_encoder else None)
 
     def set_ip_adapter_face_id_scale(self, scale: BlockScale) -> None:
         """Scale the face adapter, by a number or by block as in `set_ip_adapter_scale`; upstream: 0.8."""

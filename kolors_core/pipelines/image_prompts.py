@@ -18,6 +18,7 @@ from kolors_core.adapters.ip_adapter_files import adapter_sources, load_adapter
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import check_finite, check_low_cpu_mem_usage, named_device, unwrap_compiled
 from kolors_core.image import as_list, to_grayscale
+from kolors_core.module import all_or_nothing
 from kolors_core.pipelines.base import Components
 from kolors_core.validation import check_int
 
@@ -49,9 +50,10 @@ class IPAdapterMethods(Components):
         for place in adapter_sources(pretrained_model_name_or_path_or_dict, subfolder, weight_name):
             adapter, encoder = load_adapter(unet, "ip_adapter", *place, encoder, image_encoder_folder, hub)
             adapters.append(adapter)
-        self.unload_ip_adapter()
-        for adapter in adapters:
-            attach(unet, adapter, encoder if encoder is not self._image_encoder else None)
+        with all_or_nothing(unet):
+            self.unload_ip_adapter()
+            for adapter in adapters:
+                attach(unet, adapter, encoder if encoder is not self._image_encoder else None)
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Scale the adapters: 1 is as trained, 0 has no effect.
@@ -64,13 +66,15 @@ class IPAdapterMethods(Components):
         if len(given) != len(handles):
             raise ValueError(f"expected a scale for each of the {len(handles)} IP-Adapters, got {scale!r}")
         checked = [handle.scales(one) for handle, one in zip(handles, given, strict=True)]
-        for handle, scales in zip(handles, checked, strict=True):
-            handle.set_scales(scales)
+        with all_or_nothing(unwrap_compiled(self.unet)):
+            for handle, scales in zip(handles, checked, strict=True):
+                handle.set_scales(scales)
 
     def unload_ip_adapter(self) -> None:
         """Detach the adapters, and CLIP if it was loaded with one; the UNet is as before, bit for bit."""
-        for handle in self._ip_adapters:
-            handle.detach()
+        with all_or_nothing(unwrap_compiled(self.unet)):
+            for handle in self._ip_adapters:
+                handle.detach()
 
     @torch.no_grad()
     def prepare_ip_adapter_image_embeds(

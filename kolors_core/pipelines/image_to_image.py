@@ -15,6 +15,7 @@ from kolors_core.devices import check_finite
 from kolors_core.image import Size, preprocess_vae
 from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.masks import size_of, to_gray
+from kolors_core.pipelines.memory_bounds import check_room
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import Task, encode_prompts
@@ -161,8 +162,10 @@ class KolorsImg2ImgPipeline(FromImage):
         schedule = self._select_steps(whole, strength, denoising_start, denoising_end)
         if image is None:
             raise ValueError("no image: expected the image to start from, or its latents")
+        check_room(self, inputs, height, width)
         read = self._read_image(image, height, width)  # [b, 3, H, W] or [b, 4, H/8, W/8]
         size, start = self._pixel_size(read), self._mean_and_std(read) if latents is None else None
+        check_room(self, inputs, *size)
         text, negative_text = encode_prompts(self, prompt, inputs)
         positive, negative = self._condition(inputs, size, text, negative_text)
         count, wrap_sampler = len(positive.size_ids), None

@@ -18,6 +18,7 @@ from kolors_core.pipelines import masks
 from kolors_core.pipelines.denoising_loop import StepCallback
 from kolors_core.pipelines.image_to_image import FromImage, preserve_masked_latents, repeat_per_image
 from kolors_core.pipelines.masks import Box, size_of, to_gray
+from kolors_core.pipelines.memory_bounds import check_room
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import encode_prompts
@@ -111,8 +112,10 @@ class KolorsInpaintPipeline(FromImage):
         whole = self._schedule(inputs)
         schedule = self._select_steps(whole, strength, denoising_start, denoising_end)
         copies = num_images_per_prompt
+        check_room(self, inputs, height, width)
         prepared = self._prepare(image, mask_image, height, width, padding_mask_crop, paste_back, copies)
         size = self._pixel_size(prepared.image)
+        check_room(self, inputs, *size)
         if prepared.box is not None and inputs.control_image is not None:
             control = _control_region(inputs.control_image, image, size, prepared.box)
             inputs = replace(inputs, control_image=control)

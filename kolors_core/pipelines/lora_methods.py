@@ -4,7 +4,7 @@ Source: `StableDiffusionLoraLoaderMixin` and `LoraBaseMixin` in diffusers' loade
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from kolors_core.adapters import lora
 from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.lora_files import METADATA, LoRAReport, configs_of, parse_lora
+from kolors_core.adapters.lora_layers import LoRAWeights
 from kolors_core.chatglm import ChatGLM
 from kolors_core.devices import check_low_cpu_mem_usage, unwrap_compiled
 from kolors_core.hub import find_file, reject_unused
-from kolors_core.module import require_plain
+from kolors_core.module import all_or_nothing, require_plain
 from kolors_core.unet import UNet
 from kolors_core.validation import as_path, check_float
 from weights_convert.safetensors_files import PICKLES, Source, Tensors, save_tensors
@@ -77,11 +78,12 @@ class LoRAMethods:
             hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
             tensors = Source([find_lora(source, weight_name, subfolder, token=token, **hub)])
         parts, report = parse_lora(tensors, configs_of(tensors), models, name, allow_partial)
-        for component, model in models.items():
-            for other in lora.adapters(model).values():
-                other.set_active(False)
-            if component in parts:
-                lora.add_adapter(model, name, parts[component])
+        with all_or_nothing(*models.values()):
+            for component, model in models.items():
+                for other in lora.adapters(model).values():
+                    other.set_active(False)
+                if component in parts:
+                    lora.add_adapter(model, name, parts[component])
         return report
 
     def set_adapters(
@@ -116,10 +118,11 @@ class LoRAMethods:
                 weight = chosen.get(name)
                 own = weight.get(component) if isinstance(weight, Mapping) else weight
                 changes.append((adapter, name in chosen, adapter.scales(1.0 if own is None else own)))
-        for adapter, is_active, scales in changes:
-            adapter.set_active(is_active)
-            if is_active:
-                adapter.set_scales(scales)
+        with all_or_nothing(*models.values()):
+            for adapter, is_active, scales in changes:
+                adapter.set_active(is_active)
+                if is_active:
+                    adapter.set_scales(scales)
 
     def get_active_adapters(self) -> list[str]:
         """Return the active adapters, whether or not adapters are enabled."""
@@ -140,8 +143,10 @@ class LoRAMethods:
         self._switch_lora(False)
 
     def _switch_lora(self, is_enabled: bool) -> None:
-        for model in self._unfused_models("switch adapters").values():
-            lora.enable(model, is_enabled)
+        models = self._unfused_models("switch adapters").values()
+        with all_or_nothing(*models):
+            for model in models:
+                lora.enable(model, is_enabled)
 
     @contextmanager
     def lora_scaled(self, factor: float) -> Iterator[None]:
@@ -156,12 +161,14 @@ class LoRAMethods:
             raise ValueError("no LoRA is active on the UNet, so that a scale has no effect")
         parts = [part for adapter in attached for part in adapter.parts().values()]
         try:
-            for part in parts:
-                part.call_scale = factor
+            _set_call_scale(parts, factor)
             yield
         finally:
-            for part in parts:
-                part.call_scale = 1.0
+            try:
+                _set_call_scale(parts, 1.0)
+            except BaseException:  # an interrupt must not leave a part scaled in later calls
+                _set_call_scale(parts, 1.0)
+                raise
 
     def fuse_lora(
         self, components: Sequence[str] | None = None, lora_scale: float = 1.0, safe_fusing: bool = True,
@@ -193,8 +200,14 @@ class LoRAMethods:
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Undo `fuse_lora`: the weights are what they were, bit for bit."""
-        for model in self._lora_models(components).values():
-            lora.unfuse(model)
+        models = self._lora_models(components).values()
+        try:
+            for model in models:
+                lora.unfuse(model)
+        except BaseException:
+            for model in models:  # a part of it would be neither
+                lora.unfuse(model)
+            raise
 
     @property
     def fused_loras(self) -> set[str]:
@@ -209,15 +222,18 @@ class LoRAMethods:
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Detach adapters; the others stay as they are. ValueError if unknown, or one is fused."""
         names = self._known_names(adapter_names)
-        for model in self._unfused_models(f"delete {', '.join(names)}").values():
-            for name, adapter in lora.adapters(model).items():
+        models = self._unfused_models(f"delete {', '.join(names)}").values()
+        with all_or_nothing(*models):
+            for name, adapter in (item for model in models for item in lora.adapters(model).items()):
                 if name in names:
                     adapter.detach()
 
     def unload_lora_weights(self) -> None:
         """Detach all adapters, bit for bit; fused ones stay in the weights for good, as in the reference."""
-        for model in self._lora_models().values():
-            lora.unload(model)
+        models = self._lora_models().values()
+        with all_or_nothing(*models):
+            for model in models:
+                lora.unload(model)
 
     @ClassAndInstanceMethod
     def save_lora_weights(
@@ -294,6 +310,11 @@ class LoRAMethods:
         if unknown := [name for name in listed if name not in have]:
             raise ValueError(f"no adapter is named {unknown[0]!r}; attached: {', '.join(have) or 'none'}")
         return listed
+
+
+def _set_call_scale(parts: Iterable[LoRAWeights], factor: float) -> None:
+    for part in parts:
+        part.call_scale = factor
 
 
 def _names(names: str | Sequence[str]) -> list[str]:

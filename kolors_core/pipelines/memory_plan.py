@@ -7,6 +7,7 @@ read or copied, and a changed architecture is planned as it stands: performance/
 """
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,11 +31,12 @@ from kolors_core.pipelines.runs import Runs
 from kolors_core.pipelines.stages import Task, encode_prompts
 from kolors_core.pipelines.text_prompts import MAX_TOKENS
 from kolors_core.tokenizer import TokenBatch
-from kolors_core.vae import run_channels_last
+from kolors_core.vae import call, run_channels_last
 from kolors_core.validation import check_int
 
 STEPS = 2  # of the denoiser: in the second the next block is known, and the sampler has a past
 GIB = 2**30
+OFFLOADS = {"by_model": "enable_model_cpu_offload", "by_block": "enable_sequential_cpu_offload"}
 MODES = {"resident": "all resident", "by_model": "model by model", "by_block": "block by block"}
 
 
@@ -81,7 +83,7 @@ class Plan:
 def plan(
     pipe: Task, height: int | None = None, width: int | None = None, batch: int = 1, *,
     num_images_per_prompt: int = 1, guidance_scale: float = 5.0, max_sequence_length: int = MAX_TOKENS,
-    pag_scale: float | None = None, device: torch.device | str | None = None,
+    pag_scale: float | None = None, device: torch.device | str | None = None, is_printed: bool = True,
 ) -> Plan:  # fmt: skip
     """Print and return what each stage of a pipeline needs on its device, before anything is computed.
 
@@ -90,7 +92,7 @@ def plan(
     pipeline's own, or on the meta device the best there is.
     Quantized models, adapters (with one image each) and offloading count as they are now. Not counted: what
     the device's own libraries keep, and the workspaces of an accelerator's convolutions. Compiled models may
-    need less. Encoding an image to start from needs less than decoding.
+    need less. Encoding an image to start from needs less than decoding. is_printed: whether it is printed.
     """
     size = pipe._size("height", height), pipe._size("width", width)
     prompts, copies = check_int("batch", batch), check_int("num_images_per_prompt", num_images_per_prompt)
@@ -127,8 +129,46 @@ def plan(
         mode=mode,
         run=f"{images} of {size[1]}x{size[0]} {guidance} on {target.type}",
     )
-    print(result)
+    if is_printed:
+        print(result)
     return result
+
+
+def check_fits(
+    pipe: Task, height: int | None = None, width: int | None = None, batch: int = 1, *,
+    num_images_per_prompt: int = 1, guidance_scale: float = 5.0, max_sequence_length: int = MAX_TOKENS,
+    pag_scale: float | None = None,
+) -> Plan:  # fmt: skip
+    """Plan a call on a pipeline whose weights are loaded; ValueError if it cannot fit in memory now.
+
+    It names what the call needs beside the weights that are on the device, what is available, and what would
+    make it fit. Arguments: as for `plan`, whose result is returned.
+    """
+    pipe._check_loaded()
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length}
+    needed = plan(
+        pipe, height, width, batch, num_images_per_prompt=num_images_per_prompt, pag_scale=pag_scale,
+        is_printed=False, **options,
+    )  # fmt: skip
+    free, mode = pipe._available_memory(), needed.mode or "resident"
+    present = pipe.offload.bytes_on_device
+    if pipe.offload.device is None:  # a CPU's may be a file's pages, which are available as well
+        present = bytes_of(as_unit(chain(*pipe._models().values())))
+    if free is None or (need := getattr(needed, mode)) <= (have := (free + present) / GIB):
+        return needed
+    stage, work = max(((name, one.work) for name, one in needed.stages.items()), key=lambda pair: pair[1])
+    hints, images = ["smaller images and quantized models take less"], batch * num_images_per_prompt
+    fewer = images - math.ceil((need - have) * images / work)
+    if fewer > 0:
+        hints.append(f"{fewer} in a call {'fit' if fewer > 1 else 'fits'}")
+    if stage == "vae" and pipe.vae.run_coder is call:
+        hints.append("enable_vae_tiling() takes a part of it")
+    for other, method in OFFLOADS.items():
+        if pipe.device.type != "cpu" and (least := getattr(needed, other)) <= have:
+            hints.append(f"{method}() needs {least:.2f} GiB")
+    what = f"{needed.run} needs {need:.2f} GiB ({MODES[mode]}), {work:.2f} for the work of the {stage}"
+    got = f"{have:.2f} GiB can be had"
+    raise ValueError(f"{what}, and {got}: {'; '.join(reversed(hints))}")
 
 
 def _rule(pipe: Task, pag_scale: float | None) -> GuidanceRule:

@@ -49,7 +49,7 @@ def perturbed(
     `perturbed_layers`. rescale, interval: see guidance.py; outside of the interval the positive alone is run.
     Raises ValueError for a scale that is not above 0, and for an adaptive one below 0.
     """
-    check_scales(pag_scale, pag_adaptive_scale)
+    pag_scale, pag_adaptive_scale = check_scales(pag_scale, pag_adaptive_scale)
     rescaled = guidance.cfg_rescale(rescale)
     parts = (positive, positive) if negative is None or scale <= 1 else (negative, positive, positive)
 
@@ -68,11 +68,11 @@ def perturbed(
     return inside if interval is None else use_inside_interval(interval, schedule, inside, x0_of(positive))
 
 
-def check_scales(pag_scale: float, pag_adaptive_scale: float) -> None:
-    """Raise ValueError for scales that `perturbed` cannot take."""
-    if check_float("pag_scale", pag_scale) <= 0:
-        raise ValueError(f"pag_scale must be above 0, got {pag_scale}: without it, use `guided`")
-    check_float("pag_adaptive_scale", pag_adaptive_scale, 0)
+def check_scales(pag_scale: float, pag_adaptive_scale: float) -> tuple[float, float]:
+    """Convert scales to float; ValueError for those that `perturbed` cannot take."""
+    if (scale := check_float("pag_scale", pag_scale)) <= 0:
+        raise ValueError(f"pag_scale must be above 0, got {scale}: without it, use `guided`")
+    return scale, check_float("pag_adaptive_scale", pag_adaptive_scale, 0)
 
 
 def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
@@ -185,7 +185,9 @@ class KolorsPAGPipeline(KolorsPipeline):
 
     def pag_rule(self, pag_scale: float, pag_adaptive_scale: float = 0.0) -> GuidanceRule | None:
         """Return the rule with these scales; None if pag_scale is 0. ValueError if another is at `guided`."""
-        is_off = check_float("pag_scale", pag_scale) == 0
+        pag_scale = check_float("pag_scale", pag_scale)
+        pag_adaptive_scale = check_float("pag_adaptive_scale", pag_adaptive_scale)
+        is_off = pag_scale == 0
         if is_off and pag_adaptive_scale != 0:
             raise ValueError(f"pag_adaptive_scale has no effect with pag_scale 0, got {pag_adaptive_scale}")
         if is_off:

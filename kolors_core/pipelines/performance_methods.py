@@ -9,6 +9,7 @@ import torch
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import named_device, unwrap_compiled
+from kolors_core.performance.available_memory import available_memory
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.performance.offload import Offload, refuse_compiled
@@ -123,10 +124,14 @@ class PerformanceMethods(Components):
     def _compute_device(self, weight: torch.Tensor) -> torch.device:
         return super()._compute_device(weight) if self.offload.device is None else self.offload.device
 
+    def _available_memory(self) -> int | None:
+        return available_memory(self.device)
+
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         """Return the cached embedding of these tokens, or encode and cache it."""
-        savings, key = self.savings, Key.of(unwrap_compiled(self.text_encoder), tokens)
-        if (text := self.prompt_cache.get(key, savings.prompt_folder)) is None:
+        savings, encoder = self.savings, unwrap_compiled(self.text_encoder)
+        key = Key.of(encoder, tokens)
+        if (text := self.prompt_cache.get(key, savings.prompt_folder, encoder, tokens)) is None:
             text = super()._run_text_encoder(tokens)
         self.prompt_cache.put(key, text, savings.cached_prompts, savings.prompt_folder)
         return text

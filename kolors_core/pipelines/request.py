@@ -1,6 +1,5 @@
 """Inputs that all tasks share, checked, and the output of a task."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
@@ -13,7 +12,7 @@ from kolors_core.image import OUTPUT_TYPES, Size
 from kolors_core.pipelines.denoising_loop import TENSOR_NAMES, StepCallback
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.sampling import Generators
-from kolors_core.validation import is_real
+from kolors_core.validation import check_float
 
 CONTROL_SCALE = 0.8  # the default controlnet_conditioning_scale
 
@@ -116,7 +115,8 @@ class PipelineInputs:
 
     def __post_init__(self) -> None:
         """Raise ValueError or TypeError for an argument of a wrong type, or without effect."""
-        scale, crop = self.guidance_scale, self.negative_crops_coords_top_left
+        crop, scale = self.negative_crops_coords_top_left, check_float("guidance_scale", self.guidance_scale)
+        object.__setattr__(self, "guidance_scale", scale)  # a dataclass that is frozen
         negatives = {
             "negative_prompt": None if self.negative_prompt in (None, "") else self.negative_prompt,
             "negative_prompt_embeds": self.negative_prompt_embeds,
@@ -124,10 +124,6 @@ class PipelineInputs:
             "negative_target_size": self.negative_target_size,
             "negative_crops_coords_top_left": None if is_default_crop(crop) else crop,
         }  # fmt: skip
-        if not is_real(scale):
-            raise TypeError(f"guidance_scale must be a number, got {scale!r}")
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance_scale must be finite, got {scale}")
         if self.eta:
             raise ValueError(f"eta is {self.eta!r}, but only DDIM has a use for it, and that is not here")
         if not self.is_guided and (given := [name for name, value in negatives.items() if value is not None]):

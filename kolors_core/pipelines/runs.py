@@ -14,6 +14,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from kolors_core.devices import is_out_of_memory
+from weights_convert.untrusted_files import one_line
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -46,18 +49,18 @@ class Runs:
 
         Raises RuntimeError if such a call is running in another thread.
         """
-        run = Run(needs_alone)
-        with self._lock:
-            self._check_others(needs_alone)
-            self._active.append(run)
-            self._last = run
-        token = _own.set((*_own.get(), run))
+        run, before = Run(needs_alone), _own.get()
         try:
+            with self._lock:
+                self._check_others(needs_alone)
+                self._active.append(run)
+                self._last = run
+            _own.set((*before, run))
             yield run
         finally:
-            _own.reset(token)
             with self._lock:
-                self._active.remove(run)
+                self._active = [other for other in self._active if other is not run]
+            _own.set(before)
 
     def require_alone(self, reason: str) -> None:
         """Let this thread's call be the only one from now on; RuntimeError if another is running."""
@@ -90,7 +93,10 @@ class Runs:
 
 
 def inference_call(call: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Decorate a pipeline's `__call__`: no gradients, a `Run`, all models offloaded however it ends."""
+    """Decorate a pipeline's `__call__`: no gradients, a `Run`, all models offloaded however it ends.
+
+    Lack of memory, also a CPU's, is raised as `OutOfMemory`.
+    """
 
     @wraps(call)
     @torch.no_grad()
@@ -98,13 +104,26 @@ def inference_call(call: Callable[Concatenate[Any, P], R]) -> Callable[Concatena
         with self.runs.begin(self._needs_alone()):
             try:
                 return call(self, *arguments, **named)
-            except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
-                traceback.clear_frames(error.__traceback__)  # an interactive session would keep all tensors
+            except (KeyboardInterrupt, RuntimeError, MemoryError) as error:
+                is_full = is_out_of_memory(error)
+                if is_full or isinstance(error, KeyboardInterrupt):
+                    traceback.clear_frames(error.__traceback__)  # a session would keep all tensors
+                if is_full:
+                    raise OutOfMemory(self.device, error) from None
                 raise
             finally:
                 self._enter_stage()
 
     return guarded
+
+
+class OutOfMemory(torch.OutOfMemoryError, MemoryError):
+    """Lack of memory on any device, with what helps against it."""
+
+    def __init__(self, device: torch.device, error: BaseException) -> None:
+        offload = "" if device.type == "cpu" else "enable_model_cpu_offload(), "
+        hints = f"fewer images in a call, smaller ones, enable_vae_tiling(), {offload}quantized models"
+        super().__init__(f"not enough memory on {device}; what helps: {hints}. {one_line(error)}")
 
 
 class Interrupt:

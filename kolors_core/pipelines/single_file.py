@@ -4,7 +4,6 @@ The models of a file are detected by its tensors (weights_convert/single_file.py
 its own configs, of a checkpoint that is named, or else Kolors'. Source: diffusers' loaders/single_file.py.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from kolors_core.checkpoint import MODEL_SPECS, UnloadedModel, read_json, resolve, write_json
 from kolors_core.config import UNetConfig
-from kolors_core.devices import loading_device
-from kolors_core.hub import find_file
+from kolors_core.devices import check_dtype, loading_device
+from kolors_core.hub import find_linked_file
 from kolors_core.loading import check
 from kolors_core.pipelines.base import Components
 from kolors_core.validation import as_path
@@ -33,7 +32,6 @@ SCHEDULER = {
 }  # fmt: skip
 INDEX = {"_class_name": "KolorsPipeline", "force_zeros_for_empty_prompt": False}
 NEEDED = ("unet", "vae", "text_encoder", "tokenizer")
-_LINK = re.compile(r"https?://[^/]+/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)")  # repo, revision, path
 
 
 class OpenedQuantized(UnloadedModel):
@@ -62,6 +60,7 @@ def load_model(
     of other sizes than Kolors'. device: on "meta" no weights are read. A ChatGLM of 8 or 4 bits stays so.
     Raises FileNotFoundError or ValueError naming the file and the tensor, before weights are read.
     """
+    check_dtype(dtype)
     device = loading_device(device)
     return open_model(file, component, config=config, has_weights=device.type != "meta").fill(dtype, device)
 
@@ -70,7 +69,7 @@ def open_model(
     file: str | Path, component: str, *, config: str | Path | None = None, has_weights: bool = True
 ) -> UnloadedModel:
     """Build one model of a file and check that its tensors fit; arguments and errors as in `load_model`."""
-    file = _file(file)
+    file = find_linked_file(file)
     with _unpacked(file) as (parts, own):
         if component not in parts:
             raise ValueError(f"{file}: expected the {component}, got the {' and the '.join(parts)}")
@@ -96,7 +95,7 @@ class SingleFileMethods(Components):
         the file's. Raises FileNotFoundError or ValueError naming the file and the tensor or model.
         """
         hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-        file = _file(pretrained_model_link_or_path, **hub)
+        file = find_linked_file(pretrained_model_link_or_path, **hub)
         has_weights = loading_device(device).type != "meta"
         with _unpacked(file) as (parts, own):
             wanted = [component for component in parts if component not in arguments]
@@ -193,12 +192,6 @@ def _buffers(part: SubModel, public: str, own: str) -> dict[str, Tensor]:
     first, second = (q + 8).view(torch.uint8)[:, None].chunk(2, dim=-1)  # [O, 1, I/2], from 0 to 15
     scale = scale[:, None, None]  # [O, 1, 1]
     return {f"{layer}quantized": first | second << 4, f"{layer}scale": scale, f"{layer}lowest": -8 * scale}
-
-
-def _file(source: str | Path, **hub: Any) -> Path:
-    """Find a local file, or fetch that of an address on the hub."""
-    link = _LINK.fullmatch(str(source))
-    return find_file(source) if link is None else find_file(link[1], link[3], revision=link[2], **hub)
 
 
 def _check_complete(file: Path, have: Iterable[str], has_weights: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kolors_core.image import Size
 from kolors_core.pipelines.denoising_loop import StepCallback
+from kolors_core.pipelines.memory_bounds import check_room
 from kolors_core.pipelines.request import Extras, KolorsPipelineOutput, PipelineInputs, check_extras
 from kolors_core.pipelines.runs import inference_call
 from kolors_core.pipelines.stages import Task, encode_prompts
@@ -65,6 +66,7 @@ class KolorsPipeline(Task):
         whole = self._schedule(inputs)
         schedule = whole if denoising_end is None else whole.before(denoising_end)
         size = self._size("height", height), self._size("width", width)
+        check_room(self, inputs, *size)
         text, negative_text = encode_prompts(self, prompt, inputs)
         positive, negative = self._condition(inputs, size, text, negative_text)
         shape = self._latent_shape(len(positive.size_ids), size)

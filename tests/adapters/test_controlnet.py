@@ -1,8 +1,10 @@
 """The ControlNet against the reference's: residuals, gradients, the UNet that takes them, and loading."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from diffusers import ControlNetModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kolors_core import KolorsControlNet
+from kolors_core import KolorsControlNet, KolorsPipeline
 from kolors_core.adapters.controlnet import (
     ControlInput,
     ControlNet,
@@ -34,6 +36,7 @@ from tests.support.small import EXACT, SMALL, randomise, relative_error
 from tests.test_unet import inputs
 from weights_convert import TABLES, detect_component
 from weights_convert.key_mapping import compare
+from weights_convert.safetensors_files import save_tensors
 
 pytestmark = pytest.mark.numerical
 
@@ -224,6 +227,60 @@ def write_sdxl(folder: Path, **changes: object) -> ControlNetModel:
     randomise(theirs, 9)
     theirs.save_pretrained(folder)
     return theirs
+
+
+def test_a_single_file_is_the_folders_controlnet(tmp_path: Path) -> None:
+    """By the config beside it, by one that is named, by the released sizes; and else the sizes are said."""
+    folder, alone = write_controlnet(tmp_path / "net", 1), tmp_path / "alone" / "net.safetensors"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    alone.parent.mkdir()
+    alone.write_bytes(file.read_bytes())
+    wanted = KolorsControlNet.from_pretrained(folder, torch_dtype=torch.bfloat16).state_dict()
+    for net in (
+        KolorsControlNet.from_single_file(file, torch_dtype=torch.bfloat16),
+        KolorsControlNet.from_single_file(str(alone), config=folder, dtype=torch.bfloat16),
+    ):
+        assert not net.training and net.state_dict().keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in net.state_dict().items())
+    empty = KolorsControlNet.from_single_file(alone, config=folder, device="meta")
+    assert next(empty.parameters()).is_meta and empty.config.channels == NET.channels
+    with pytest.raises(ValueError, match="do not fit.*these are the released sizes, for others give config"):
+        KolorsControlNet.from_single_file(alone)
+    (alone.parent / "config.json").write_text('{"_class_name": "CLIPModel"}')  # of another model
+    with pytest.raises(ValueError, match="these are the released sizes"):
+        KolorsControlNet.from_single_file(alone)
+    with pytest.raises(ValueError, match="_class_name is 'CLIPModel'"):
+        KolorsControlNet.from_single_file(alone, config=alone.parent)
+    with pytest.raises(ValueError, match="revision has no effect without config"):
+        KolorsControlNet.from_single_file(alone, revision="main")
+    with pytest.raises(FileNotFoundError, match=r"nothing.safetensors: no such file"):
+        KolorsControlNet.from_single_file(tmp_path / "nothing.safetensors")
+
+
+def test_a_single_file_of_the_released_sizes_needs_no_config(tmp_path: Path) -> None:
+    """Of the header alone: the tensors are a hole in the file."""
+    with torch.device("meta"):
+        whole = KolorsControlNet(ControlNetConfig(**vars(KOLORS.unet)))
+    shapes = {TABLES["controlnet"].to_public(name): list(t.shape) for name, t in whole.state_dict().items()}
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        entries[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    file = tmp_path / "kolors_canny.safetensors"
+    with file.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + end)
+    net = KolorsControlNet.from_single_file(file, device="meta", torch_dtype=torch.float16)
+    assert net.config == ControlNetConfig() and net.conv_in.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("load", [KolorsPipeline.from_pretrained, KolorsControlNet.from_pretrained])
+def test_a_file_in_place_of_a_folder_is_told_what_loads_it(load: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "kolors.safetensors"
+    save_tensors({"x": torch.zeros(1)}, file)
+    with pytest.raises(FileNotFoundError, match="kolors.safetensors: expected a folder .*from_single_file"):
+        load(file)
 
 
 def test_an_sdxl_controlnet_loads_only_when_borrowed(tmp_path: Path) -> None:

@@ -327,8 +327,8 @@ def test_nothing_to_adapt_and_bad_names_are_errors(unet: UNet) -> None:
         attach(nn.Linear(2, 2), rank=1)
     with pytest.raises(ValueError, match="rank must be a positive whole number, got 0"):
         attach(unet, rank=0)
-    for name in ("a.b", "", "half", "training"):
-        with pytest.raises(ValueError, match="an adapter's name is letters"):
+    for name in ("", " ", "a\nb", "\x1b[31m", "\u202e", "x" * 201):
+        with pytest.raises(ValueError, match="an adapter's name must be some printable text"):
             attach(unet, rank=1, name=name)
     adapter = trained(unet)
     with pytest.raises(ValueError, match="an adapter named 'default' is attached already"):

@@ -1,12 +1,16 @@
 """Prompts known from before: found again after a move and in another process, never after a change."""
 
+import os
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from kolors_core import KolorsPipeline
 from kolors_core.adapters.lora import TEXT_TARGETS, attach
@@ -16,6 +20,7 @@ from kolors_core.performance.quantize import quantize
 from kolors_core.precompute import Savings
 from kolors_core.tokenizer import TokenBatch
 from tests.support.pipelines import Pair, steps_of
+from weights_convert.safetensors_files import save_tensors
 
 
 def another(pair: Pair, folder: Path) -> KolorsPipeline:
@@ -41,12 +46,94 @@ def test_a_folder_keeps_prompts_for_other_processes(pipes: Pair, tmp_path: Path)
         steps_of(second, prompt="the blue cat")
 
 
-def test_a_damaged_file_is_named(pipes: Pair, tmp_path: Path) -> None:
-    steps_of(another(pipes, tmp_path), prompt="cat")
-    for file in tmp_path.iterdir():
-        file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"[0-9a-f]{64}\.safetensors: "):
-        steps_of(another(pipes, tmp_path), prompt="cat")
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+UNFIT: dict[str, Change] = {
+    "pooled is missing": lambda d: {name: t for name, t in d.items() if name != "pooled"},
+    "pooled of no row": lambda d: d | {"pooled": d["pooled"][:0]},
+    "tokens of other axes": lambda d: d | {"tokens": d["tokens"][None]},
+    "fewer tokens": lambda d: d | {"tokens": d["tokens"][:, :1].contiguous()},
+    "tokens not finite": lambda d: d | {"tokens": d["tokens"] * float("nan")},
+    "pooled not finite": lambda d: d | {"pooled": d["pooled"] / 0},
+    "tokens of integers": lambda d: d | {"tokens": torch.ones_like(d["tokens"], dtype=torch.int64)},
+    "tokens of float32": lambda d: d | {"tokens": d["tokens"].float()},
+    "tokens of float8": lambda d: d | {"tokens": d["tokens"].to(torch.float8_e4m3fn)},
+    "counts are missing": lambda d: {name: t for name, t in d.items() if name != "counts"},
+    "counts of no token": lambda d: d | {"counts": torch.zeros(0)},
+    "counts not finite": lambda d: d | {"counts": d["counts"] * float("nan")},
+    "counts doubled": lambda d: d | {"counts": d["counts"] * 2},
+    "something else too": lambda d: d | {"more": torch.zeros(2)},
+}
+
+
+def encoded(pipe: KolorsPipeline) -> Tensor:
+    """What the UNet reads of a prompt and of the empty one, as another process finds it in the folder."""
+    return torch.cat([part.flatten() for part in pipe.encode_prompt("cat") if part is not None])
+
+
+@pytest.fixture
+def cached(pipes: Pair, tmp_path_factory: Any) -> tuple[Path, Tensor]:
+    """A folder with "cat" and the empty prompt, and what is encoded there."""
+    folder = tmp_path_factory.mktemp("prompts")
+    return folder, encoded(another(pipes, folder))
+
+
+@pytest.mark.parametrize("change", UNFIT)
+def test_what_does_not_fit_is_encoded_again(
+    change: str, pipes: Pair, cached: tuple[Path, Tensor], tmp_path: Path, caplog: Any
+) -> None:
+    for file in cached[0].iterdir():
+        save_tensors(UNFIT[change](load_file(file)), tmp_path / file.name)
+    assert torch.equal(encoded(another(pipes, tmp_path)), cached[1])
+    assert caplog.text.count("the prompt is encoded again") == 2 and str(tmp_path) in caplog.text
+    caplog.clear()
+    assert torch.equal(encoded(another(pipes, tmp_path)), cached[1])
+    assert not caplog.text, "the files were replaced"
+    for file in cached[0].iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+def damaged(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def named_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def lost_link(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("nothing")
+
+
+def folder_in_its_place(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("harm", [damaged, empty, named_pipe, lost_link, folder_in_its_place])
+def test_no_file_of_the_cache_stops_a_run(
+    harm: Callable[[Path], None], pipes: Pair, cached: tuple[Path, Tensor], tmp_path: Path, caplog: Any
+) -> None:
+    for file in cached[0].iterdir():
+        shutil.copy(file, tmp_path)
+        harm(tmp_path / file.name)
+    assert torch.equal(encoded(another(pipes, tmp_path)), cached[1])
+    assert caplog.text.count("the prompt is encoded again") == 2
+    is_replaced = harm is not folder_in_its_place
+    assert all((tmp_path / file.name).is_file() == is_replaced for file in cached[0].iterdir())
+
+
+def test_a_folder_that_cannot_be_written_stops_no_run(
+    pipes: Pair, cached: tuple[Path, Tensor], tmp_path: Path, caplog: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert torch.equal(encoded(another(pipes, tmp_path / "file" / "prompts")), cached[1])
+    assert "the prompt's embedding is not kept" in caplog.text
 
 
 def trained(encoder: ChatGLM) -> None:

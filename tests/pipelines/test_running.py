@@ -8,11 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -103,6 +105,49 @@ def test_after_an_exception_at_any_operation_all_is_as_before(
 
 
 @pytest.mark.parametrize("by_block", [False, True])
+def take(size: int) -> None:
+    torch.empty(size)
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [lambda: take(2**50), lambda: np.empty(2**50), lambda: bytearray(2**60)],
+    ids=["torch", "numpy", "python"],
+)
+@pytest.mark.parametrize("by_block", [None, False, True])
+def test_lack_of_memory_on_a_cpu_is_as_on_an_accelerator(
+    pipe: KolorsPipeline, fill: Callable[[], Any], by_block: bool | None
+) -> None:
+    """The allocators' own errors; also without a class of its own, and by whatever class it is caught."""
+    seen = []
+
+    def callback(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(ref(tensors["latents"]))
+        fill()
+        return {}
+
+    before, wanted = places(pipe), draw(pipe)
+    message = r"^not enough memory on cpu\S*; what helps: fewer images in a call, .*enable_vae_tiling\(\)"
+    with nullcontext() if by_block is None else offloaded(pipe, by_block=by_block):
+        for kind in (torch.OutOfMemoryError, MemoryError, RuntimeError):
+            with pytest.raises(kind, match=message) as caught:
+                draw(pipe, callback_on_step_end=callback)
+            gc.collect()
+            assert "\n" not in str(caught.value) and seen[-1]() is None, "what the call held is free"
+            assert pipe.offload.running is None and pipe.offload.bytes_on_device == 0
+        assert torch.equal(draw(pipe), wanted)
+    assert [place[:2] for place in places(pipe)] == [place[:2] for place in before]
+
+
+def test_another_error_is_no_lack_of_memory(pipe: KolorsPipeline) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("a size does not match")
+
+    with pytest.raises(RuntimeError, match="^a size does not match$") as caught:
+        draw(pipe, callback_on_step_end=fails)
+    assert type(caught.value) is RuntimeError
+
+
 def test_after_a_second_interrupt_the_next_run_is_whole(pipe: KolorsPipeline, by_block: bool) -> None:
     """The second comes while the first sends the models home, some of which then stay until the next run."""
     with offloaded(pipe, by_block=by_block):
@@ -177,15 +222,20 @@ class Full(torch.nn.Linear):
         raise torch.OutOfMemoryError("no room")
 
 
-def test_models_are_moved_together_or_not_at_all(pipe: KolorsPipeline) -> None:
-    before = places(pipe)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_are_moved_together_or_not_at_all(pipe: KolorsPipeline, dtype: torch.dtype) -> None:
+    """Not one bit is rounded, of parameters and of buffers."""
+    before, values = places(pipe), deepcopy(pipe.unet.state_dict())
     pipe.vae.full = Full(1, 1)
+    pipe.unet.register_buffer("table", table := torch.rand(3))
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            pipe.to(torch.float64)
+            pipe.to(dtype)
+        assert pipe.unet.table is table
     finally:
-        del pipe.vae.full
+        del pipe.vae.full, pipe.unet.table
     assert [place[:2] for place in places(pipe)] == [place[:2] for place in before]
+    assert all(torch.equal(tensor, values[name]) for name, tensor in pipe.unet.state_dict().items())
     layer = torch.nn.Linear(2, 2)
     move_models([(layer, torch.float64)])
     assert layer.weight.dtype == torch.float64
