@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpointing", action="store_true", help="compute activations twice, with less memory")
     add("--keep", nargs="+", metavar="THING",
         help="things that the model draws before, and trains on so that it keeps them, such as the kind of "
-        "thing that the word names (default: 20 of all kinds)")  # fmt: skip
+        f"thing that the word names (default: {len(recipe.others)} of all kinds)")  # fmt: skip
     add("--inference-steps", type=int, default=recipe.inference_steps,
         help="of images that are drawn (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=settings.seed, help="of all that is drawn by chance (default: 0)")
