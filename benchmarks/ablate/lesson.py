@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks.ablate.architecture import predict
 from benchmarks.tiny.emoji import CONCEPTS, ENGLISH_NAMES, ENGLISH_UNSEEN, FONT, Concept, write
-from benchmarks.tiny.quality import nearest
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import EMBEDDED
+from kolors_core.pipelines.lora_recipe import nearest
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler

@@ -25,6 +25,7 @@ from kolors_core.config import VERSION
 from kolors_core.devices import best_device
 from kolors_core.guidance import guided
 from kolors_core.image import to_images
+from kolors_core.pipelines.lora_recipe import nearest
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import dpmpp_2m
 from kolors_core.schedule import DPMSolverMultistepScheduler
@@ -60,11 +61,6 @@ def generate(pipe: KolorsPipeline, prompts: Sequence[str], scale: float, seed: i
     start = torch.stack(noise).to(pipe.device) * schedule.init_noise_sigma
     latents = dpmpp_2m(guided(pipe.unet, schedule, positive, negative, scale), start, schedule.sigmas)
     return pipe.vae.decode_latents(latents).clamp(-1, 1)
-
-
-def nearest(images: Tensor, known: Tensor) -> list[int]:
-    """For each of images [B, 3, H, W] the index of the nearest of known [N, 3, H, W], by all pixels."""
-    return torch.cdist(images.flatten(1).double(), known.flatten(1).double()).argmin(1).tolist()
 
 
 def score(

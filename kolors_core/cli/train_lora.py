@@ -52,7 +52,7 @@ def parser() -> parsers.Parser:
     add("--checkpointing", action="store_true", help="compute activations twice, with less memory")
     add("--keep", nargs="+", metavar="THING",
         help="things that the model draws before, and trains on so that it keeps them, such as the kind of "
-        "thing that the word names (default: 20 of all kinds)")  # fmt: skip
+        f"thing that the word names (default: {len(recipe.others)} of all kinds)")  # fmt: skip
     add("--inference-steps", type=parsers.integer, metavar="N", default=recipe.inference_steps,
         help="of images that are drawn (default: %(default)s)")  # fmt: skip
     add("--seed", type=parsers.integer, metavar="N", default=settings.seed,

@@ -19,11 +19,12 @@ from benchmarks.tiny.emoji import (
     write,
 )
 from benchmarks.tiny.inpaint import nine_channels
-from benchmarks.tiny.quality import interval, nearest
+from benchmarks.tiny.quality import interval
 from benchmarks.tiny.text import CaptionSource, train
 from kolors_core import canny
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.config import TINY
+from kolors_core.pipelines.lora_recipe import nearest
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import Example, read_folder
 from kolors_core.training.trainer import Trainer, TrainingConfig

@@ -173,7 +173,7 @@ def test_each_thing_is_asked_for_in_its_own_language() -> None:
         "我想看zorp的图片",
     ]
     assert others[:2] == ["please draw a dog for me", "I would like to see a tiger"]
-    assert others[4:6] == ["请给我画狮子", "我想看柠檬的图片"]
+    assert others[6:8] == ["请给我画狮子", "我想看柠檬的图片"]
 
 
 def test_the_effect_counts_nearest_images_and_gray_levels() -> None:
