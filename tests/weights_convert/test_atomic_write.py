@@ -193,54 +193,67 @@ def test_long_names_and_a_file_that_is_mapped(tmp_path: Path) -> None:
 
 
 REPLACED = """
-import os, random, signal, sys, time
+import os, signal, sys
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from weights_convert import atomic_write
 from weights_convert.atomic_write import atomic_folder, write_bytes
 
-root, rng = Path(sys.argv[1]), random.Random(0)
+root, folder = Path(sys.argv[1]), Path(sys.argv[1]) / "model"
 if sys.argv[2] == "renames":
     atomic_write._exchange_in_one_step = lambda one, other: False
-folder = root / "model"
 
 def write(version):
     with atomic_folder(folder, lambda _: True) as scratch:
-        for name in "abc":
-            write_bytes(str(version).encode() * 5_000, scratch / f"{name}{version % 7}")
+        for name in "ab":
+            write_bytes(version.encode() * 5_000, scratch / f"{name}-{version}")
 
-write(0)
-missing = 0
-for start in range(1, 15_001, 1000):
+def killed_before(number):
+    # Whether the file system was touched so often that a writer of the new version died before.
     if (child := os.fork()) == 0:
-        for version in range(start, start + 1000):
-            write(version)
+        calls = count()
+        def hook(event, _):
+            if event.startswith(("os.", "open", "shutil.")) and next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        write("new")
         os._exit(0)
-    time.sleep(rng.uniform(0.002, 0.03))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    return os.waitpid(child, 0)[1] != 0
+
+missing, found = 0, []
+for number in count():
+    write("old")
+    assert [path.name for path in root.iterdir()] == ["model"], list(root.iterdir())
+    is_dead = killed_before(number)
     if not folder.exists():
         missing += 1
         with suppress(FileExistsError), atomic_folder(folder):
             raise AssertionError("the old folder is not back")
-    contents = {file.read_bytes() for file in folder.iterdir()}
     names = sorted(file.name for file in folder.iterdir())
-    assert len(contents) == 1 and names == [f"{name}{names[0][1]}" for name in "abc"], names
-    write(0)
-    assert [path.name for path in root.iterdir()] == ["model"], list(root.iterdir())
-print(missing)
+    version = names[0].split("-")[1]
+    assert names == [f"{name}-{version}" for name in "ab"], names
+    assert {file.read_bytes() for file in folder.iterdir()} == {version.encode() * 5_000}
+    found.append(version)
+    if not is_dead:
+        break
+assert sorted(found, reverse=True) == found and {*found} == {"old", "new"}, found
+print(missing, number)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 @pytest.mark.parametrize("way", ["exchange", "renames"])
 def test_a_killed_writer_leaves_the_old_folder_or_the_new_one(way: str, tmp_path: Path) -> None:
-    """Fifteen writers that replace a folder; where it cannot be exchanged, the next write restores it."""
+    """It is killed before each of its calls of the file system in turn; without an exchange of folders, the
+    next write puts the old one back.
+    """
     run = subprocess.run(
         [sys.executable, "-c", REPLACED, str(tmp_path), way], capture_output=True, text=True, cwd=ROOT
     )
     assert run.returncode == 0, run.stderr
-    assert way == "renames" or int(run.stdout) == 0
+    missing, calls = map(int, run.stdout.split())
+    assert missing == (way == "renames") and calls > 20
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
