@@ -28,7 +28,7 @@ from tests.support.images import noise_image
 
 ROOT = Path(__file__).parents[1]
 FRONT = "README.md"
-ROOMS = ("adapters", "performance", "inspection", "training", "pipelines", "cli", "batch")
+ROOMS = ("adapters", "performance", "inspection", "training", "pipelines", "compat", "cli", "batch")
 LINES = {
     FRONT: 250,
     **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
@@ -48,6 +48,7 @@ RUN = {
     FRONT: ["Tokenizer(folder"],
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
+    "kolors_core/compat/README.md": ["make_image_grid(images"],
     "kolors_core/performance/README.md": ["quantize(pipe", "plan(pipe"],
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora("],
@@ -101,6 +102,13 @@ def test_the_image_to_image_example_draws(tmp_path: Path, monkeypatch: pytest.Mo
     assert made.shape == (128, 128, 3)
     red, black = (made[..., 0] > 180) & (made[..., 1] < 90), made.max(axis=2) < 90
     assert red.mean() > 0.1 and black.mean() > 0.05, "a red sketch became a ladybug with black spots and legs"
+
+
+def test_the_drop_in_example_draws_a_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = "kolors_core/compat/README.md"
+    run(block_with("make_image_grid(images", page), page)
+    assert Image.open("apples.png").size == (256, 128)
 
 
 def test_the_inpainting_example_keeps_what_the_mask_leaves(

@@ -27,9 +27,10 @@ from kolors_core.compat import pipelines
 from tests.support.loras import ATTENTION, factors
 from tests.support.pipelines import picture
 from tests.support.small import FLOAT32, relative_error
-from tests.support.user_lines import LINES
 
 pytestmark = pytest.mark.numerical
+FILE = Path(__file__).parents[1] / "support" / "user_lines.txt"
+LINES = [part.partition("\n")[::2] for part in FILE.read_text().split("\n# ")[1:]]  # (name, code)
 # The names that a script imports: here and there.
 NAMES = (
     "KolorsPipeline", "KolorsImg2ImgPipeline", "KolorsPAGPipeline", "DiffusionPipeline", "AutoencoderKL",
