@@ -61,9 +61,7 @@ class Job:
         return None if self.settings is None else f"{self.number:06d}-{self.settings.seed}.png"
 
 
-def read_jobs(
-    file: Path, model: Mapping[str, object], seed: int, defaults: Mapping[str, Any]
-) -> list[Job]:
+def read_jobs(file: Path, model: Mapping[str, object], seed: int, defaults: Mapping[str, Any]) -> list[Job]:
     """Read the jobs of a file, one for each line that is not empty.
 
     model: what all images have in common, for the fingerprints. seed: a line without one gets this plus its
