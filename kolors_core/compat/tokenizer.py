@@ -111,7 +111,7 @@ class ChatGLMTokenizer(Tokenizer):
         right. words: of textual inversion, each with its ids. For our pipelines the result is also a
         `TokenBatch`, truncated and padded to max_length or 256. ValueError for a tensor of ragged rows.
         """
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = [text] if isinstance(text, str) else text
         tokens = super().__call__(prompts, 256 if max_length is None else max_length, words)
         prefix = [self.special["[gMASK]"], self.special["sop"]] if add_special_tokens else []
         rows = [prefix + self.encode_text(prompt, words or {}) for prompt in prompts]
