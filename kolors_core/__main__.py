@@ -127,7 +127,7 @@ def _complete(words: Sequence[str]) -> None:
         parser = _load(COMMANDS[name or "draw"].parser)()
         if name is None:
             prompt: Any = next(action for action in parser._actions if action.dest == "prompt")
-            prompt.completer = ChoicesCompleter(list(COMMANDS))
+            prompt.completer = ChoicesCompleter(dict.fromkeys(COMMANDS, ""))
         else:
             own, parser = parser, ArgumentParser()
             parser.add_subparsers().add_parser(name, parents=[own], add_help=False)
