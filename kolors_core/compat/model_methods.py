@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from kolors_core import attention, checkpoint, devices, hub
 from kolors_core.checkpoint import ModelSpec
+from kolors_core.compat.configs import with_public_names
 from kolors_core.module import is_block
 from kolors_core.performance.compile import compile_blocks
 from kolors_core.validation import as_path, short_repr
@@ -74,6 +75,9 @@ class ModelMethods(nn.Module):
     component: ClassVar[str]  # name in a checkpoint
     config_type: ClassVar[Any]
     name_or_path: str = ""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(with_public_names(config))
 
     @classmethod
     def from_pretrained(

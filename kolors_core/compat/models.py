@@ -3,7 +3,7 @@
 Each has the parameters and the `forward` of the plain model that it extends, and takes its place anywhere.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -33,13 +33,10 @@ from kolors_core.vae import VAE
 from kolors_core.validation import short_repr
 
 
-class UNet2DConditionModel(ModelMethods, UNet):
-    """UNet that may also be called as the reference's: with `added_cond_kwargs`."""
+class CalledWithConditions(ModelMethods):
+    """Model that a call runs by `predict`, as the reference's, if it has `added_cond_kwargs`."""
 
-    component, config_type = "unet", configs.UNetConfig
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(configs.with_public_names(config))
+    predict: Callable[..., Any]
 
     def __call__(
         self, *inputs: Any, added_cond_kwargs: Mapping[str, Tensor] | None = None, **named: Any
@@ -48,6 +45,12 @@ class UNet2DConditionModel(ModelMethods, UNet):
         if added_cond_kwargs is None:
             return super().__call__(*inputs, **named)
         return self.predict(*inputs, added_cond_kwargs=added_cond_kwargs, **named)
+
+
+class UNet2DConditionModel(CalledWithConditions, UNet):
+    """UNet that may also be called as the reference's: with `added_cond_kwargs`."""
+
+    component, config_type = "unet", configs.UNetConfig
 
     def predict(
         self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, *,
@@ -74,21 +77,10 @@ class UNet2DConditionModel(ModelMethods, UNet):
         return UNet2DConditionOutput(noise) if return_dict else (noise,)
 
 
-class ControlNetModel(ModelMethods, KolorsControlNet):  # pyright: ignore[reportIncompatibleMethodOverride]
+class ControlNetModel(CalledWithConditions, KolorsControlNet):  # pyright: ignore[reportIncompatibleMethodOverride]
     """ControlNet that may also be called as the reference's: with `added_cond_kwargs`."""
 
     component, config_type = "controlnet", configs.ControlNetConfig
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(configs.with_public_names(config))
-
-    def __call__(
-        self, *inputs: Any, added_cond_kwargs: Mapping[str, Tensor] | None = None, **named: Any
-    ) -> Any:
-        """Call `predict` with `added_cond_kwargs`, and without them `forward`, our own."""
-        if added_cond_kwargs is None:
-            return super().__call__(*inputs, **named)
-        return self.predict(*inputs, added_cond_kwargs=added_cond_kwargs, **named)
 
     def predict(
         self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor,
@@ -121,9 +113,6 @@ class AutoencoderKL(ModelMethods, VAE):
     """VAE, whose `encode` and `decode` are the reference's: of latents that are not scaled."""
 
     component, config_type = "vae", configs.VAEConfig
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(configs.with_public_names(config))
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Encode images [B, 3, H, W] in [-1, 1] to a distribution of latents: `.latent_dist`, or a tuple."""
@@ -165,9 +154,6 @@ class ChatGLMModel(ModelMethods, ChatGLM):
     """ChatGLM that may also be called as the reference's: with token ids in place of a `TokenBatch`."""
 
     component, config_type = "text_encoder", configs.ChatGLMConfig
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(configs.with_public_names(config))
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Call `hidden_states` with token ids [B, L], and with a `TokenBatch` `forward`, our own."""
