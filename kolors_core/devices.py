@@ -113,18 +113,6 @@ def merge_dtype_arguments(torch_dtype: Dtypes, dtype: Dtypes) -> Dtypes:
     return torch_dtype if dtype is None else dtype
 
 
-def refuse_pickles(use_safetensors: bool | None) -> None:
-    """Raise ValueError if the reference's argument asks for pickles."""
-    if use_safetensors is False:
-        raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
-
-
-def check_low_cpu_mem_usage(low_cpu_mem_usage: bool) -> None:
-    """Raise ValueError for low_cpu_mem_usage=False: weights are always loaded once, without a second copy."""
-    if not low_cpu_mem_usage:
-        raise ValueError("low_cpu_mem_usage=False has no effect: weights are always loaded once")
-
-
 def unwrap_compiled(model: Any) -> Any:
     """Return the model inside `torch.compile`'s wrapper, or the model itself."""
     return getattr(model, "_orig_mod", model)

@@ -27,7 +27,7 @@ class KolorsControlNet(ControlNet):
         cls, pretrained_model_name_or_path: str | Path, *, subfolder: str = "", torch_dtype: Dtypes = None,
         dtype: Dtypes = None, device: torch.device | str = "cpu", variant: str | None = None,
         revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
-        token: str | bool | None = None, use_safetensors: bool | None = None, low_cpu_mem_usage: bool = True,
+        token: str | bool | None = None,
     ) -> Self:  # fmt: skip
         """Load a folder or hub repository, strictly, fetching only the ControlNet's files.
 
@@ -35,8 +35,6 @@ class KolorsControlNet(ControlNet):
         float32 if None; it must be the UNet's. variant: such as "fp16"; None selects the only one. Raises
         FileNotFoundError or ValueError naming the file, field or tensor.
         """
-        devices.refuse_pickles(use_safetensors)
-        devices.check_low_cpu_mem_usage(low_cpu_mem_usage)
         name = pretrained_model_name_or_path
         is_embedded = name == checkpoint.EMBEDDED_NAME and not subfolder
         net = checkpoint.load_component(

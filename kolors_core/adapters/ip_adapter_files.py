@@ -14,7 +14,7 @@ from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
 from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
 from kolors_core.adapters.ip_adapter import ImagePromptAdapter, IPAdapter, IPAdapterConfig
 from kolors_core.checkpoint import load_component
-from kolors_core.devices import check_low_cpu_mem_usage, dtype_of, merge_dtype_arguments
+from kolors_core.devices import dtype_of, merge_dtype_arguments
 from kolors_core.hub import find_file, reject_unused
 from kolors_core.loading import load
 from kolors_core.unet import UNet
@@ -40,10 +40,9 @@ class CLIPVisionModelWithProjection:
     ) -> CLIPVision:  # fmt: skip
         """Load the encoder from a folder or hub repository; only its own files are fetched.
 
-        torch_dtype, or by its newer name dtype: float32 if None. low_cpu_mem_usage: only True is supported.
+        torch_dtype, or by its newer name dtype: float32 if None. low_cpu_mem_usage: has no effect.
         Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
-        check_low_cpu_mem_usage(low_cpu_mem_usage)
         return load_component(
             pretrained_model_name_or_path, "image_encoder", kind=IMAGE_ENCODER, device=device, token=token,
             variant=variant, dtype=dtype_of("image_encoder", merge_dtype_arguments(torch_dtype, dtype)),

@@ -39,12 +39,6 @@ def parse_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | Non
     return found
 
 
-def refuse_pickle(safe_serialization: bool) -> None:
-    """Raise ValueError if the reference's argument asks for a pickle."""
-    if not safe_serialization:
-        raise ValueError("safe_serialization=False would write a pickle: only safetensors are written")
-
-
 def _placed(device: torch.device | str | None, device_map: Any) -> torch.device | str:
     """Return the device of either argument, the CPU if both are None."""
     if isinstance(device_map, Mapping):
@@ -94,7 +88,8 @@ class ModelMethods(nn.Module):
         None, and the VAE is never float16. device_map: a device, or {"": device}. low_cpu_mem_usage: weights
         are read once in any case. FileNotFoundError or ValueError names the file, field or tensor.
         """
-        devices.refuse_pickles(use_safetensors)
+        if use_safetensors is False:
+            raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
         name = pretrained_model_name_or_path
         if name == checkpoint.EMBEDDED_NAME:
             name, subfolder = checkpoint.EMBEDDED, subfolder or cls.component
@@ -131,7 +126,8 @@ class ModelMethods(nn.Module):
         It may be a saved model's own, which is replaced in one step. repo_id: where to push to; the folder's
         name if None. FileExistsError for a folder with other files, ValueError for a quantized model.
         """
-        refuse_pickle(safe_serialization)
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle: only safetensors are written")
         if not is_main_process:
             return
         folder = as_path("save_directory", save_directory)

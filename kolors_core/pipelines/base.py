@@ -96,8 +96,7 @@ class Components:
         cls, pretrained_model_name_or_path: str | Path = EMBEDDED_NAME, *, torch_dtype: Dtypes = None,
         dtype: Dtypes = None, device: torch.device | str = "cpu", variant: str | None = None,
         revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
-        token: str | bool | None = None, force_download: bool = False, use_safetensors: bool | None = None,
-        low_cpu_mem_usage: bool = True, text_encoder: ChatGLM | None = _LOAD,
+        token: str | bool | None = None, force_download: bool = False, text_encoder: ChatGLM | None = _LOAD,
         tokenizer: Tokenizer | None = _LOAD, unet: UNet | None = _LOAD, vae: VAE | None = _LOAD,
         scheduler: Scheduler | None = _LOAD, image_encoder: Any = _LOAD,
         feature_extractor: Callable[..., Any] | None = None, controlnet: Any = None,
@@ -111,8 +110,6 @@ class Components:
         None, are not fetched. force_download: fetch again what the cache has. Raises FileNotFoundError or
         ValueError naming the file, field or tensor.
         """
-        devices.refuse_pickles(use_safetensors)
-        devices.check_low_cpu_mem_usage(low_cpu_mem_usage)
         asked = devices.merge_dtype_arguments(torch_dtype, dtype)
         parts: dict[str, Any] = {
             "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae,

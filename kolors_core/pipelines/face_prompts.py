@@ -14,7 +14,7 @@ from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.face_id import FaceIDAdapter
 from kolors_core.adapters.ip_adapter import AttachedAdapter, attach, attached
 from kolors_core.adapters.ip_adapter_files import describe_source, load_adapter
-from kolors_core.devices import check_finite, check_low_cpu_mem_usage, unwrap_compiled
+from kolors_core.devices import check_finite, unwrap_compiled
 from kolors_core.module import all_or_nothing
 from kolors_core.pipelines.image_prompts import ImagePromptPairs, IPAdapterMethods, make_image_prompt
 
@@ -28,14 +28,12 @@ class FaceIDMethods(IPAdapterMethods):
         self, pretrained_model_name_or_path_or_dict: Any, subfolder: str = "", weight_name: str | None = None,
         image_encoder_folder: str | None = "clip-vit-large-patch14-336", *, revision: str | None = None,
         cache_dir: Any = None, local_files_only: bool = False, token: str | bool | None = None,
-        low_cpu_mem_usage: bool = True,
     ) -> None:  # fmt: skip
         """Load IP-Adapter-FaceID-Plus in place of one loaded before, and CLIP if there is none yet.
 
         IP-Adapters of images and LoRAs stay. Arguments and errors are those of `load_ip_adapter`. The
         published file is a pickle: `python -m weights_convert --pickle` makes the safetensors file of it.
         """
-        check_low_cpu_mem_usage(low_cpu_mem_usage)
         hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         unet, source = unwrap_compiled(self.unet), pretrained_model_name_or_path_or_dict
         given = source, subfolder, weight_name, self.image_encoder, image_encoder_folder, hub

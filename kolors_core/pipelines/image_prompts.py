@@ -16,7 +16,7 @@ from kolors_core.adapters.clip_vision import CLIPVision, preprocess_clip
 from kolors_core.adapters.ip_adapter import AttachedAdapter, IPAdapter, attach, attached
 from kolors_core.adapters.ip_adapter_files import adapter_sources, describe_source, load_adapter
 from kolors_core.context import ImagePrompt
-from kolors_core.devices import check_finite, check_low_cpu_mem_usage, named_device, unwrap_compiled
+from kolors_core.devices import check_finite, named_device, unwrap_compiled
 from kolors_core.image import as_list, to_8_bits, to_grayscale
 from kolors_core.module import all_or_nothing
 from kolors_core.pipelines.base import Components
@@ -35,7 +35,7 @@ class IPAdapterMethods(Components):
         self, pretrained_model_name_or_path_or_dict: Any, subfolder: str | Sequence[str] = "",
         weight_name: str | Sequence[str] | None = None, image_encoder_folder: str | None = "image_encoder",
         *, revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
-        token: str | bool | None = None, low_cpu_mem_usage: bool = True,
+        token: str | bool | None = None,
     ) -> None:  # fmt: skip
         """Load one or several IP-Adapters in place of those loaded before, and CLIP if there is none yet.
 
@@ -45,7 +45,6 @@ class IPAdapterMethods(Components):
         a slash; None loads none, for pipelines that are given their `image_encoder` or image embeddings.
         Raises FileNotFoundError or ValueError naming the file or tensor; nothing is changed then.
         """
-        check_low_cpu_mem_usage(low_cpu_mem_usage)
         hub = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
         unet, encoder, adapters = unwrap_compiled(self.unet), self._image_encoder, list[Any]()
         for place in adapter_sources(pretrained_model_name_or_path_or_dict, subfolder, weight_name):

@@ -19,7 +19,7 @@ from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.lora_files import METADATA, LoRAReport, configs_of, parse_lora
 from kolors_core.adapters.lora_layers import LoRAWeights
 from kolors_core.chatglm import ChatGLM
-from kolors_core.devices import check_low_cpu_mem_usage, unwrap_compiled
+from kolors_core.devices import unwrap_compiled
 from kolors_core.hub import find_file, named_source, reject_unused
 from kolors_core.module import all_or_nothing, require_plain
 from kolors_core.unet import UNet
@@ -55,7 +55,7 @@ class LoRAMethods:
         self, pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
         adapter_name: str | None = None, *, weight_name: str | None = None, subfolder: str | None = None,
         revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
-        token: str | bool | None = None, low_cpu_mem_usage: bool = True, allow_partial: bool = False,
+        token: str | bool | None = None, allow_partial: bool = False,
     ) -> LoRAReport:  # fmt: skip
         """Attach a LoRA in any known naming scheme, and make it the only active one.
 
@@ -65,7 +65,6 @@ class LoRAMethods:
         All of it is attached or nothing: FileNotFoundError names what was looked for, ValueError a name in
         use, and what does not match; with `allow_partial` the report names it unless nothing matches.
         """
-        check_low_cpu_mem_usage(low_cpu_mem_usage)
         models, taken = self._lora_models(), self._attached_names()
         free = (f"default_{i}" for i in count(len(taken)))
         name = next(own for own in free if own not in taken) if adapter_name is None else adapter_name
