@@ -1,4 +1,4 @@
-"""Checkpoint files on this machine: in a local folder, or fetched from a hub repository; and uploads to one.
+"""Checkpoint files on this machine: in a local folder, or fetched from a hub repository.
 
 No network is touched unless a repository is named. `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's cache are
 respected, and the cache serves when the hub cannot be reached.
@@ -29,8 +29,8 @@ def fetch(
     """
     if not isinstance(name, str | Path) or not str(name):
         raise TypeError(f"expected a checkpoint folder or hub repository, got {name!r}")
-    _check_token(token)
-    _check_str(revision=revision, cache_dir=cache_dir)
+    check_token(token)
+    check_strings(revision=revision, cache_dir=cache_dir)
     folder = Path(name)
     if _safe_stat(folder.is_dir):
         if revision is not None:
@@ -50,9 +50,9 @@ def fetch(
             info = HfApi(token=token).model_info(repo, revision=revision)
             listing = [file.rfilename for file in info.siblings or ()]
         except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, ValueError) as error:
-            raise FileNotFoundError(f"{repo}: cannot be had from the hub: {_one_line(error)}") from None
+            raise FileNotFoundError(f"{repo}: cannot be had from the hub: {first_lines(error)}") from None
         except (OSError, HTTPError) as error:  # no connection, or offline mode: try the cache
-            reason = f"the hub cannot be reached: {_one_line(error)}"
+            reason = f"the hub cannot be reached: {first_lines(error)}"
     # Without a listing, request a file that no repository has: the default is all of a repository's files,
     # and the client refuses a cache that lacks one of them, as ours lacks those that were not needed.
     selected = ["no file"] if listing is None else select(listing)
@@ -64,7 +64,7 @@ def fetch(
     except (errors.LocalEntryNotFoundError, HTTPError, errors.HFValidationError) as error:
         if listing is None:
             raise FileNotFoundError(f"{repo}: not in the local cache, and {reason}") from None
-        raise FileNotFoundError(f"{repo}: cannot be had from the hub: {_one_line(error)}") from None
+        raise FileNotFoundError(f"{repo}: cannot be had from the hub: {first_lines(error)}") from None
 
 
 def hub_commit(path: Path) -> str | None:
@@ -85,31 +85,6 @@ def named_source(name: Any, path: Path, **places: str | None) -> str:
     return f"{name}@{commit}" if is_enough else str(path if commit or any(places.values()) else name)
 
 
-def push_folder(
-    folder: str | Path, repo_id: str, *, commit_message: str | None = None, private: bool | None = None,
-    token: str | bool | None = None, create_pr: bool = False, revision: str | None = None,
-) -> str:  # fmt: skip
-    """Upload a folder to a hub repository, which is created if it is missing; return the commit's address.
-
-    repo_id: "owner/name", or a name, of the token's owner. OSError, in one line, if the hub refuses it.
-    """
-    _check_token(token)
-    _check_str(repo_id=repo_id, commit_message=commit_message, revision=revision)
-    from huggingface_hub import HfApi, errors
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-
-    api = HfApi(token=token)
-    try:
-        repo = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
-        message = "Upload a model by kolors_core" if commit_message is None else commit_message
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message=message, create_pr=create_pr, revision=revision
-        )
-    except (errors.LocalTokenNotFoundError, HTTPError, ValueError, OSError) as error:
-        raise OSError(f"{repo_id}: cannot be pushed to the hub: {_one_line(error)}") from None
-    return str(commit.commit_url)
-
-
 def find_file(
     source: str | Path, weight_name: str | None = None, subfolder: str | None = None, *,
     preferred: Sequence[str] = (), with_files: Collection[str] = (), **hub: Any
@@ -119,7 +94,7 @@ def find_file(
     weight_name: its name; if None the first existing one of `preferred`, or the only file. with_files: names
     of files of its folder to fetch too. hub: as for `fetch`. Errors name the files found.
     """
-    _check_str(weight_name=weight_name, subfolder=subfolder)
+    check_strings(weight_name=weight_name, subfolder=subfolder)
     file = as_path("the source", source)
     if _safe_stat(file.is_file) or file.suffix in (".safetensors", *PICKLES):
         if any(given is not None for given in (weight_name, subfolder or None, hub.get("revision"))):
@@ -170,14 +145,16 @@ def reject_unused(source: str, **given: Any) -> None:
         raise ValueError(f"{unused[0]} has no effect on {source}")
 
 
-def _check_token(token: Any) -> None:
+def check_token(token: Any) -> None:
+    """Raise TypeError or ValueError for what is no token, without showing it."""
     if not isinstance(token, str | bool | None):
         raise TypeError(f"token must be a string, True, False or None, got {type(token).__name__}")
     if isinstance(token, str) and re.fullmatch(r"[!-~]*", token) is None:  # the client would show it
         raise ValueError("token has a space, a line break or another character that no token has")
 
 
-def _check_str(**given: Any) -> None:
+def check_strings(**given: Any) -> None:
+    """Raise TypeError naming an argument that is neither a string, a path nor None."""
     for name, value in given.items():
         if not isinstance(value, str | PathLike | None):
             raise TypeError(f"{name} must be a string, got {value!r}")
@@ -191,6 +168,6 @@ def _safe_stat(test: Callable[[], bool]) -> bool:
         return False
 
 
-def _one_line(error: Exception) -> str:
+def first_lines(error: Exception) -> str:
     """Join the first two lines of a hub client's error; advice follows them."""
     return " ".join([line for line in str(error).splitlines() if line][:2]) or type(error).__name__

@@ -1,7 +1,6 @@
 """Methods that the reference's models have: loading, saving, memory and speed."""
 
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from kolors_core import attention, checkpoint, devices, hub
+from kolors_core import attention, checkpoint, devices
 from kolors_core.checkpoint import ModelSpec
 from kolors_core.compat.configs import with_public_names
+from kolors_core.compat.shared_methods import SharedMethods, push_folder
 from kolors_core.module import is_block
 from kolors_core.performance.compile import compile_blocks
 from kolors_core.validation import as_path, short_repr
@@ -24,7 +24,6 @@ logger = logging.getLogger("kolors_core")
 ATTENTION_BACKENDS: dict[str, str | None] = {
     "native": None, "_native_flash": "flash", "_native_cudnn": "cudnn", "_native_efficient": "efficient",
 }  # fmt: skip
-ATTENTION_HINT = "attention runs torch's fused kernels already"
 PROCESSOR_HINT = (
     "there are no attention processors here: change an attention by a class in unet.py, read it by "
     "kolors_core.record_attention, and choose a kernel by set_attention_backend"
@@ -63,7 +62,7 @@ def _is_recomputed(module: nn.Module) -> bool:
     return isinstance(forward, partial) and forward.func is _recomputed
 
 
-class ModelMethods(nn.Module):
+class ModelMethods(SharedMethods, nn.Module):
     """Methods of every model."""
 
     component: ClassVar[str]  # name in a checkpoint
@@ -136,23 +135,7 @@ class ModelMethods(nn.Module):
                 self, place, self.component, subfolder="", variant=variant, max_shard_size=max_shard_size
             )
         if push_to_hub:
-            hub.push_folder(
-                folder, folder.name if repo_id is None else repo_id, commit_message=commit_message,
-                private=private, token=token, create_pr=create_pr,
-            )  # fmt: skip
-
-    def push_to_hub(
-        self, repo_id: str, *, commit_message: str | None = None, private: bool | None = None,
-        token: str | bool | None = None, create_pr: bool = False, safe_serialization: bool = True,
-        variant: str | None = None, max_shard_size: int | str = "10GB",
-    ) -> str:  # fmt: skip
-        """Save the model to a hub repository, which is created if needed; return the commit's address."""
-        with tempfile.TemporaryDirectory() as scratch:
-            self.save_pretrained(
-                folder := Path(scratch) / "model", safe_serialization=safe_serialization, variant=variant,
-                max_shard_size=max_shard_size,
-            )  # fmt: skip
-            return hub.push_folder(
+            push_folder(
                 folder, repo_id, commit_message=commit_message, private=private, token=token,
                 create_pr=create_pr,
             )  # fmt: skip
@@ -210,20 +193,6 @@ class ModelMethods(nn.Module):
     def reset_attention_backend(self) -> None:
         """Let inputs and device choose the attention kernel again."""
         attention.force_kernel(None)
-
-    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Log that there is nothing to do."""
-        logger.warning("enable_xformers_memory_efficient_attention has no effect: %s", ATTENTION_HINT)
-
-    def disable_xformers_memory_efficient_attention(self) -> None:
-        """Do nothing."""
-
-    def fuse_qkv_projections(self) -> None:
-        """Log that there is nothing to do."""
-        logger.warning("fuse_qkv_projections has no effect: %s, and fusing gains nothing", ATTENTION_HINT)
-
-    def unfuse_qkv_projections(self) -> None:
-        """Do nothing."""
 
     @property
     def attn_processors(self) -> dict[str, Any]:

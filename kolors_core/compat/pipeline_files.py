@@ -4,25 +4,24 @@ Source: `from_pretrained`, `from_pipe` and `save_pretrained` of diffusers' pipel
 """
 
 import logging
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 
-from kolors_core import hub
 from kolors_core.adapters.lora_files import LoRAReport
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.compat import schedulers
 from kolors_core.compat.model_methods import parse_dtype
 from kolors_core.compat.models import MODEL_SPECS
+from kolors_core.compat.shared_methods import SharedMethods, push_folder
 from kolors_core.compat.tokenizer import ChatGLMTokenizer
 from kolors_core.devices import Dtypes, merge_dtype_arguments
 from kolors_core.pipelines.base import Components
 from kolors_core.pipelines.stages import Task
 from kolors_core.schedule import Scheduler
-from kolors_core.validation import as_path, short_repr
+from kolors_core.validation import short_repr
 
 logger = logging.getLogger("kolors_core")
 AnyDtypes = Dtypes | str | Mapping[str, torch.dtype | str]
@@ -74,7 +73,7 @@ def parse_dtypes(name: str, dtypes: AnyDtypes) -> Dtypes:
     return parse_dtype(name, dtypes)
 
 
-class ReferenceFiles(Task):
+class ReferenceFiles(SharedMethods, Task):
     """Pipeline of the models, tokenizer and scheduler that answer as the reference's do."""
 
     model_specs: ClassVar = MODEL_SPECS
@@ -140,22 +139,8 @@ class ReferenceFiles(Task):
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         if push_to_hub:
-            folder = as_path("save_directory", save_directory)
-            hub.push_folder(
-                folder, folder.name if repo_id is None else repo_id, commit_message=commit_message,
-                private=private, token=token, create_pr=create_pr,
-            )  # fmt: skip
-
-    def push_to_hub(
-        self, repo_id: str, *, use_temp_dir: bool | None = None, commit_message: str | None = None,
-        private: bool | None = None, token: str | bool | None = None, create_pr: bool = False,
-        safe_serialization: bool = True, variant: str | None = None,
-    ) -> str:  # fmt: skip
-        """Save the pipeline to a hub repository, which is created if needed; return the commit's address."""
-        with tempfile.TemporaryDirectory() as scratch:
-            self.save_pretrained(folder := Path(scratch) / "pipeline", safe_serialization, variant)
-            return hub.push_folder(
-                folder, repo_id, commit_message=commit_message, private=private, token=token,
+            push_folder(
+                save_directory, repo_id, commit_message=commit_message, private=private, token=token,
                 create_pr=create_pr,
             )  # fmt: skip
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from kolors_core.adapters import lora
 from kolors_core.checkpoint import model_index
 from kolors_core.compat.image_processor import VaeImageProcessor
-from kolors_core.compat.model_methods import ATTENTION_HINT
 from kolors_core.compat.pipeline_files import ADAPTERS, ReferenceFiles, without_neutral
+from kolors_core.compat.shared_methods import ATTENTION_HINT
 from kolors_core.config import ConfigDict
 from kolors_core.devices import named_device
 from kolors_core.image import Size
@@ -134,20 +134,6 @@ class ReferenceMethods(ReferenceFiles):
         logger.warning("enable_attention_slicing has no effect: %s, which need no slices", ATTENTION_HINT)
 
     def disable_attention_slicing(self) -> None:
-        """Do nothing."""
-
-    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Log that there is nothing to do."""
-        logger.warning("enable_xformers_memory_efficient_attention has no effect: %s", ATTENTION_HINT)
-
-    def disable_xformers_memory_efficient_attention(self) -> None:
-        """Do nothing."""
-
-    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        """Log that there is nothing to do."""
-        logger.warning("fuse_qkv_projections has no effect: %s, and fusing gains nothing", ATTENTION_HINT)
-
-    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
         """Do nothing."""
 
     def enable_group_offload(

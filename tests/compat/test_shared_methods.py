@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from kolors_core.compat.models import AutoencoderKL
 from kolors_core.compat.tokenizer import ChatGLMTokenizer
-from kolors_core.hub import push_folder
+from kolors_core.compat.shared_methods import push_folder
 
 vae = AutoencoderKL.from_pretrained("tiny")
 TOKEN, home = "hf_secret", Path(sys.argv[1])
@@ -35,7 +35,7 @@ def upload(endpoint: str, home: Path, program: str, **settings: str) -> list[str
     """The lines that the program prints."""
     done = subprocess.run(
         [sys.executable, "-c", UPLOAD + program, str(home)], env=environment(endpoint, home, **settings),
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "hf_secret" not in done.stdout + done.stderr
