@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kolors_core.config import VERSION
 from kolors_core.validation import check_int
-from weights_convert.untrusted_files import check_file
+from weights_convert.untrusted_files import check_file, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,6 +76,13 @@ def load_image(
     if isinstance(image, str | Path):
         vars(converted)["filename"] = str(image)  # as of `Image.open`: an image's metadata name it
     return converted
+
+
+def png_bytes(image: "Image") -> bytes:
+    """Encode an image as a PNG."""
+    content = BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
 
 
 @contextmanager
@@ -148,7 +155,7 @@ def _download(address: str) -> BytesIO:
         with urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
             content = response.read(DOWNLOAD_BYTES + 1)
     except (OSError, HTTPException, ValueError) as error:
-        raise OSError(f"{address}: cannot be fetched: {' '.join(str(error).split())[:200]}") from None
+        raise OSError(f"{address}: cannot be fetched: {one_line(error, 200)}") from None
     if len(content) > DOWNLOAD_BYTES:
         raise ValueError(f"{address}: larger than {DOWNLOAD_BYTES:,} bytes")
     return BytesIO(content)

@@ -8,7 +8,7 @@
 A feature sets them on its own classes; the core reads them without knowing the feature.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.devices import check_dtype
+
+SAMPLES = 64  # values of a tensor that tell weights apart: training, fusing and quantizing change them
 
 
 def is_block(module: nn.Module) -> bool:
@@ -79,6 +81,19 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
     """Return a key that changes with a setting or a weight, unless that is written through `.data`."""
     weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
     return weights, settings(model)
+
+
+def sample_weights(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return each tensor's name, shape and `SAMPLES` of its values: the same in any order, on any device.
+
+    A dtype that holds the same values gives the same bytes.
+    """
+    parts = list[bytes]()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)]
+        parts.append(f"{name} {list(tensor.shape)} ".encode())
+        parts.append(values.cpu().double().numpy().tobytes())  # MPS has no float64
+    return b"".join(parts)
 
 
 def require_plain(model: nn.Module, action: str) -> None:

@@ -19,14 +19,13 @@ from safetensors import SafetensorError
 
 from kolors_core.changed_models import is_ours
 from kolors_core.chatglm import ChatGLM, TextEmbedding
-from kolors_core.module import settings
+from kolors_core.module import sample_weights, settings
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.validation import short_repr
 from weights_convert.safetensors_files import Source, save_tensors
 from weights_convert.untrusted_files import one_line
 
 logger = logging.getLogger("kolors_core")
-SAMPLES = 64  # values of each tensor
 
 
 class Key(NamedTuple):
@@ -122,12 +121,10 @@ def _read(file: Path, encoder: ChatGLM, tokens: TokenBatch) -> TextEmbedding:
 def fingerprint(encoder: ChatGLM, tokens: TokenBatch) -> str:
     """Hash what determines the embedding of these tokens, to 64 hexadecimal digits."""
     state = encoder.state_dict()
-    description = [encoder.config, settings(encoder), *((n, t.shape, t.dtype) for n, t in state.items())]
-    parts = [tensor.reshape(-1)[:: max(1, tensor.numel() // SAMPLES)] for tensor in state.values()]
+    description = [encoder.config, settings(encoder), *((name, t.dtype) for name, t in state.items())]
     ids = tokens.ids.to(encoder.embedding.weight.device).unique()
-    parts.append(encoder.embedding.forward(ids))  # without hooks
-    values = torch.cat([part.detach().flatten().cpu().double() for part in parts])  # MPS has no float64
-    content = repr(description).encode() + values.numpy().tobytes()
+    embedded = encoder.embedding.forward(ids).detach().cpu().double()  # without hooks
+    content = repr(description).encode() + sample_weights(state) + embedded.numpy().tobytes()
     for tensor in (tokens.ids, tokens.mask, tokens.positions, tokens.counts):
         content += repr(None if tensor is None else tensor.tolist()).encode()
     return hashlib.sha256(content).hexdigest()

@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from kolors_core.checkpoint import base_state
+from kolors_core.module import sample_weights
 
-SAMPLES, DIGITS = 64, 16  # values of a tensor, hexadecimal digits of a fingerprint
+DIGITS = 16  # hexadecimal, of a fingerprint
 _known: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
 
 
@@ -39,14 +40,5 @@ def _cached(owner: nn.Module, model: nn.Module, state: Callable[[], Mapping[str,
     tensors = chain(model.parameters(), model.buffers())
     key = tuple((id(tensor), tensor._version, tensor.dtype) for tensor in tensors)
     if owner not in _known or _known[owner][0] != key:
-        _known[owner] = key, _digest(state())
+        _known[owner] = key, hashlib.sha256(sample_weights(state())).hexdigest()[:DIGITS]
     return _known[owner][1]
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        values = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)]
-        found.update(f"{name} {list(tensor.shape)} ".encode())
-        found.update(values.cpu().double().numpy().tobytes())  # MPS has no float64
-    return found.hexdigest()[:DIGITS]

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from kolors_core.devices import unwrap_compiled
+from kolors_core.image import png_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,6 +67,4 @@ def row_of_images(images: Sequence["Image"]) -> bytes:
         left += image.width + GAP
     if width > WIDEST:
         row = row.resize((WIDEST, max(1, round(row.height * WIDEST / width))), Image.Resampling.LANCZOS)
-    content = BytesIO()
-    row.save(content, "PNG")
-    return content.getvalue()
+    return png_bytes(row)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from io import BytesIO
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,10 +42,3 @@ def draw_curve(losses: Sequence[float], first: int = 0) -> "Image":
     for x, y in (place(*point) for point in known if len(known) <= POINTS):
         draw.ellipse((x - 2, y - 2, x + 2, y + 2), "#1f5fbf")
     return image
-
-
-def curve_png(losses: Sequence[float], first: int = 0) -> bytes:
-    """Return `draw_curve`'s image as a PNG."""
-    content = BytesIO()
-    draw_curve(losses, first).save(content, "PNG")
-    return content.getvalue()

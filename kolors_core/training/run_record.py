@@ -11,15 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from kolors_core.module import settings
-from kolors_core.training.loss_curve import curve_png
+from kolors_core.image import png_bytes
+from kolors_core.module import sample_weights, settings
+from kolors_core.training.loss_curve import draw_curve
 from kolors_core.validation import short_repr
 from weights_convert.untrusted_files import parse_object
 
-SAMPLES = 64  # values of each tensor
 DIGEST = "sha256:"  # start of a digest, which no setting has
 Record = dict[str, Any]  # a setting, a digest, or the digests of a list's items, by name
 
@@ -43,7 +42,8 @@ class Losses(list[float]):
         return f"Losses(steps {self.first} to {self.first + len(self) - 1}: {ends}, means of {tenth})"
 
     def _repr_png_(self) -> bytes | None:  # in notebooks
-        return curve_png(self, self.first) if any(0 < loss < math.inf for loss in self) else None
+        is_drawable = any(0 < loss < math.inf for loss in self)
+        return png_bytes(draw_curve(self, self.first)) if is_drawable else None
 
 
 def digest(*contents: bytes | Tensor) -> str:
@@ -57,12 +57,8 @@ def digest(*contents: bytes | Tensor) -> str:
 
 def digest_weights(tensors: Mapping[str, Tensor], key: object = None) -> str:
     """Hash names, shapes, dtypes and a sample of the values of a model's tensors, and a key of more."""
-    description = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()]
-    parts = [
-        tensor.detach().reshape(-1)[:: max(1, tensor.numel() // SAMPLES)].cpu().double()
-        for tensor in tensors.values()
-    ]
-    return digest(repr((description, key)).encode(), torch.cat([torch.empty(0).double(), *parts]))
+    dtypes = [(name, str(tensor.dtype)) for name, tensor in tensors.items()]
+    return digest(repr((dtypes, key)).encode(), sample_weights(tensors))
 
 
 def digest_model(model: nn.Module) -> str:
