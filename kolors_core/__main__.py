@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from kolors_core.config import VERSION
+from kolors_core.validation import did_you_mean
 
 
 class Command(NamedTuple):
@@ -102,8 +103,6 @@ def _command_of(arguments: Sequence[str]) -> str:
     if first in COMMANDS:
         return first
     if first and not first.startswith("-") and others[0] and not others[0].startswith("-"):
-        from kolors_core.cli.parsers import did_you_mean
-
         got = f"expected one prompt or a command, got {first[:100]!r} and {others[0][:100]!r}"
         hint = did_you_mean(first, COMMANDS) or ": put a prompt of several words in quotes"
         print(f"error: {got}{hint}", file=sys.stderr)

@@ -11,7 +11,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, Self
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.config import ConfigDict
-from kolors_core.validation import check_fraction, check_int, short_repr
+from kolors_core.validation import check_fraction, check_int, did_you_mean, short_repr
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,8 @@ class Scheduler(ABC):
                 if not isinstance(value, str | int | float | None) or value not in same:
                     raise ValueError(f"{cls.__name__}: {name} is {short_repr(value)}, expected {same[0]!r}")
             elif name not in UNUSED_FIELDS:
-                known = sorted({*own, *ONE_VALUE_FIELDS, *UNUSED_FIELDS})
-                near = get_close_matches(name, known, 1, 0.5)
-                hint = f", did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(own))}"
+                hint = did_you_mean(name, sorted({*own, *ONE_VALUE_FIELDS, *UNUSED_FIELDS}))
+                hint = hint or f"; it has {', '.join(sorted(own))}"
                 raise ValueError(f"{cls.__name__} has no field {name!r}{hint}")
         return {name: value for name, value in given.items() if name in own}
 

@@ -2,6 +2,8 @@
 
 import math
 import operator
+from collections.abc import Iterable
+from difflib import get_close_matches
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -23,6 +25,12 @@ def short_repr(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, a list nested a thousand deep
         return f"a huge {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return ", did you mean X?" for the nearest of some names, or nothing."""
+    near = get_close_matches(name, list(names), 1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def check_int(name: str, value: Any, multiple: int = 1, least: int = 1, most: int = MAX_COUNT) -> int:

@@ -4,12 +4,12 @@ import argparse
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from kolors_core.config import VERSION
+from kolors_core.validation import did_you_mean
 
 EMBEDDED_NAME = "tiny"
 MODELS = ("unet", "text_encoder", "vae")
@@ -54,12 +54,6 @@ class Parser(argparse.ArgumentParser):
                 action.help = argparse.SUPPRESS
         self.epilog = f"{self.epilog}\n{note}"
         return self
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return ": did you mean X?" for the nearest of some names, or nothing."""
-    near = get_close_matches(name, list(names), 1)
-    return f": did you mean {near[0]}?" if near else ""
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kolors_core.image import png_bytes
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageFont import FreeTypeFont
@@ -65,9 +67,7 @@ class Explanation:
         return f"{title}\n  tokens: {labels}\n  layers: {parts}\n  steps: {spans}"
 
     def _repr_png_(self) -> bytes:  # in notebooks: the map of each token, under its name
-        content = BytesIO()
-        render_png(self).save(content, "PNG")
-        return content.getvalue()
+        return png_bytes(render_png(self))
 
 
 def normalize(maps: Tensor) -> Tensor:
@@ -209,9 +209,7 @@ def render_html(explanation: Explanation) -> str:
 
 def data_uri(image: "Image") -> str:
     """Encode an image as a PNG inside of a page."""
-    content = BytesIO()
-    image.save(content, "PNG")
-    return f"data:image/png;base64,{b64encode(content.getvalue()).decode()}"
+    return f"data:image/png;base64,{b64encode(png_bytes(image)).decode()}"
 
 
 def radio_buttons(name: str, labels: Mapping[str, str]) -> str:

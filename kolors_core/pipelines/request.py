@@ -4,7 +4,6 @@ import inspect
 import logging
 from collections.abc import Callable, ItemsView, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from kolors_core.pipelines.denoising_loop import TENSOR_NAMES, StepCallback
 from kolors_core.pipelines.pipeline_repr import row_of_images
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt
 from kolors_core.sampling import Generators
-from kolors_core.validation import check_float, short_repr
+from kolors_core.validation import check_float, did_you_mean, short_repr
 
 CONTROL_SCALE = 0.8  # the default controlnet_conditioning_scale
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -83,8 +82,8 @@ def check_extras(extras: Extras, pipe: Any) -> None:
     calls = [vars(kind)["__call__"] for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
     own = {name for call in calls for name in inspect.signature(call).parameters} - {"self", "arguments"}
     for stranger in sorted(extras.keys() - Extras.__annotations__):
-        near = get_close_matches(stranger, own | Extras.__annotations__.keys(), 1)
-        hint = f", did you mean {near[0]}?" if near else f"; help({type(pipe).__name__}.__call__) lists them"
+        hint = did_you_mean(stranger, own | Extras.__annotations__.keys())
+        hint = hint or f"; help({type(pipe).__name__}.__call__) lists them"
         raise TypeError(f"{stranger!r} is no argument of {type(pipe).__name__}{hint}")
 
 
