@@ -8,15 +8,16 @@
 A feature sets them on its own classes; the core reads them without knowing the feature.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kolors_core.devices import check_dtype
 
+T = TypeVar("T")
 SAMPLES = 64  # values of a tensor that tell weights apart: training, fusing and quantizing change them
 
 
@@ -68,6 +69,17 @@ def all_or_nothing(*models: nn.Module) -> Iterator[None]:
         for own, entries in before:
             own.clear()
             own.update(entries)
+        raise
+
+
+def apply_to_all(action: Callable[[T], object], items: Collection[T]) -> None:
+    """Call an action, which may be repeated, with every item; an interrupt is raised after the last."""
+    try:
+        for item in items:
+            action(item)
+    except BaseException:
+        for item in items:
+            action(item)
         raise
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kolors_core.adapters.block_scales import BlockScale, block_scales
 from kolors_core.adapters.lora_layers import LoRALayer, LoRAWeights, lora_class
-from kolors_core.module import all_or_nothing
+from kolors_core.module import all_or_nothing, apply_to_all
 from kolors_core.unet import UNet
 from kolors_core.validation import as_new_path, check_float, check_int, short_repr
 from weights_convert import TABLES
@@ -237,14 +237,7 @@ def fuse(model: nn.Module, names: Sequence[str], factor: float = 1.0) -> None:
 
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse`: restore the base weights, bit for bit. If interrupted, it restores the rest first."""
-    layers = attached_layers(model).values()
-    try:
-        for layer in layers:
-            layer.unfuse()
-    except BaseException:
-        for layer in layers:  # what is restored already stays
-            layer.unfuse()
-        raise
+    apply_to_all(LoRALayer.unfuse, attached_layers(model).values())
 
 
 def enable(model: nn.Module, is_enabled: bool) -> None:

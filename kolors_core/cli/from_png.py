@@ -53,9 +53,8 @@ RULES = {
     "rescale": "guidance-rescale", "interval": "guidance-interval",
 }  # fmt: skip
 GIVEN = {  # tensors and functions of a call, which an image cannot hold
-    **{name: name for name in TENSORS if name != "face_embeds"}, "latents": "latents",
-    "masked_image_latents": "masked_image_latents", "ip_adapter_masks": "ip_adapter_masks",
-    "denoising_start": "denoising_start", "callback_on_step_end": "callback_on_step_end",
+    *TENSORS, "latents", "masked_image_latents", "ip_adapter_masks", "denoising_start",
+    "callback_on_step_end",
 }  # fmt: skip
 
 
@@ -117,7 +116,7 @@ class _Arguments:
             if name in facts:
                 self._images(flag, what, _flat(json.loads(facts[name])))
         self._sampling()
-        for name in (name for name in GIVEN if name in facts):
+        for name in sorted(facts.keys() & GIVEN - {"face_embeds"}):
             self.unknown.append(f"{name} was given, and is not in the image")
         if "noise" in facts and "batch" not in facts:
             self.unknown.append(f"the noise is {facts['noise']}")
@@ -286,7 +285,7 @@ def prepare(pipe: Task, facts: Facts) -> None:
     """Set what no flag says: the scheduler and scales by block; log what differs from the image's making."""
     if not facts:
         return
-    if "scheduler" in facts:
+    if "scheduler" in facts:  # else it is overridden
         scheduler = json.loads(facts["scheduler"])
         pipe.scheduler = SCHEDULERS[scheduler["_class_name"]].from_config(scheduler)
     weights = [one["weight"] for one in json.loads(facts.get("lora", "[]"))]

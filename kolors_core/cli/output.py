@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kolors_core.checkpoint import logger
-from kolors_core.image import image_errors
+from kolors_core.image import open_image
 from kolors_core.pipelines.png_metadata import read_metadata
 from weights_convert.atomic_write import write_bytes
 from weights_convert.untrusted_files import parse_object
@@ -43,11 +43,7 @@ def save_image(image: "Image", out: Path) -> None:
 
 def read_image_metadata(file: Path) -> dict[str, str]:
     """Read the metadata of a file of `save_image`. FileNotFoundError or ValueError naming the file."""
-    from PIL import Image
-
-    if file.exists() and not file.is_file():
-        raise ValueError(f"{file}: expected a file, got a folder, FIFO, socket or device")
-    with image_errors(file), Image.open(file) as image:
+    with open_image(file) as image:
         if image.format not in OPTIONS:
             return read_metadata(file)
         comment = image.getexif().get_ifd(EXIF).get(USER_COMMENT)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLMLayer
-from kolors_core.module import require_plain
+from kolors_core.module import apply_to_all, require_plain
 from kolors_core.unet import Transformer
 
 BITS = (4, 8)
@@ -76,21 +76,13 @@ def quantize(model: nn.Module, bits: int, group: int = GROUP) -> None:
     share a scale; `PER_ROW` for all of a row. ValueError, before any change, as of `quantizable_layers`. Once
     it has begun, an interrupt is raised when all layers are quantized: what is left of the weights is theirs.
     """
-    paths = quantizable_layers(model, bits)
-    try:
-        for path in paths:
-            _quantize_layer(model, path, bits, group)
-    except KeyboardInterrupt:
-        for path in paths:
-            _quantize_layer(model, path, bits, group)
-        raise
 
+    def quantize_layer(path: str) -> None:
+        layer = model.get_submodule(path)
+        if not isinstance(layer, QuantizedLinear):
+            model.set_submodule(path, QuantizedLinear(cast(nn.Linear, layer), bits, group))
 
-def _quantize_layer(model: nn.Module, path: str, bits: int, group: int) -> None:
-    parent, _, name = path.rpartition(".")
-    layer = model.get_submodule(path)
-    if not isinstance(layer, QuantizedLinear):
-        setattr(model.get_submodule(parent), name, QuantizedLinear(cast(nn.Linear, layer), bits, group))
+    apply_to_all(quantize_layer, quantizable_layers(model, bits))
 
 
 def quantizable_layers(model: nn.Module, bits: int) -> list[str]:

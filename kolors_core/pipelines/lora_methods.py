@@ -5,7 +5,7 @@ Source: `StableDiffusionLoraLoaderMixin` and `LoraBaseMixin` in diffusers' loade
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -21,7 +21,7 @@ from kolors_core.adapters.lora_layers import LoRAWeights
 from kolors_core.chatglm import ChatGLM
 from kolors_core.devices import unwrap_compiled
 from kolors_core.hub import find_file, named_source, reject_unused
-from kolors_core.module import all_or_nothing, require_plain
+from kolors_core.module import all_or_nothing, apply_to_all, require_plain
 from kolors_core.unet import UNet
 from kolors_core.validation import as_path, check_float
 from weights_convert.safetensors_files import PICKLES, Source, Tensors, save_tensors
@@ -167,14 +167,11 @@ class LoRAMethods:
             raise ValueError("no LoRA is active on the UNet, so that a scale has no effect")
         parts = [part for adapter in lora.adapters(unet).values() for part in adapter.parts().values()]
         try:
-            _set_call_scale(parts, factor)
+            for part in parts:
+                part.call_scale = factor
             yield
         finally:
-            try:
-                _set_call_scale(parts, 1.0)
-            except BaseException:  # an interrupt must not leave a part scaled in later calls
-                _set_call_scale(parts, 1.0)
-                raise
+            apply_to_all(_reset_call_scale, parts)
 
     @property
     def has_acting_lora(self) -> bool:
@@ -212,14 +209,7 @@ class LoRAMethods:
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Undo `fuse_lora`: the weights are what they were, bit for bit."""
-        models = self._lora_models(components).values()
-        try:
-            for model in models:
-                lora.unfuse(model)
-        except BaseException:
-            for model in models:  # a part of it would be neither
-                lora.unfuse(model)
-            raise
+        apply_to_all(lora.unfuse, self._lora_models(components).values())
 
     @property
     def fused_loras(self) -> set[str]:
@@ -329,9 +319,8 @@ class LoRAMethods:
         return listed
 
 
-def _set_call_scale(parts: Iterable[LoRAWeights], factor: float) -> None:
-    for part in parts:
-        part.call_scale = factor
+def _reset_call_scale(part: LoRAWeights) -> None:
+    part.call_scale = 1.0
 
 
 def _names(names: str | Sequence[str]) -> list[str]:

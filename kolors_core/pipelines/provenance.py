@@ -169,27 +169,24 @@ def _texts(inputs: PipelineInputs, i: int, count: int) -> dict[str, str]:
 
 def _noise(inputs: PipelineInputs, generators: Any, i: int, count: int) -> dict[str, Any]:
     """Describe an image's noise: its seed, where the seed alone makes it, and the batch that it is one of."""
-    found: dict[str, Any] = {}
-    own = generators[i] if isinstance(generators, list) else generators
+    is_shared = not isinstance(generators, list)
+    own = generators if is_shared else generators[i]
     if own is None:
-        found["noise"] = "of torch's global generator, whose state cannot be known"
-    elif count > 1 and not isinstance(generators, list):
-        found["batch_seed"] = own["seed"] if own.get("drawn", 0) == 0 else None
-    elif own.get("drawn", 0) == 0:
-        found["seed"] = own["seed"]
-    if own is not None and own.get("drawn", 0) != 0:
+        return {"noise": "of torch's global generator, whose state cannot be known"}
+    found: dict[str, Any] = {"noise_device": own["device"]} if "device" in own else {}
+    if is_new := own.get("drawn", 0) == 0:
+        found["batch_seed" if is_shared and count > 1 else "seed"] = own["seed"]
+    else:
         drawn = "some" if own["drawn"] is None else own["drawn"]
         found["noise"] = f"of a generator in use: {drawn} numbers had been drawn since its seed {own['seed']}"
-    if own is not None and "device" in own:
-        found["noise_device"] = own["device"]
-    if own is not None and (count > 1 or own.get("drawn", 0) != 0):
+    if count > 1 or not is_new:
         batch: dict[str, Any] = {"image": i + 1, "generators": generators}
         for name in ("prompt", "negative_prompt"):
             if isinstance(texts := getattr(inputs, name), list | tuple):
                 batch[name] = list(texts)
         found |= {"image": f"{i + 1} of {count}"} if count > 1 else {}
         found["batch"] = as_json(batch | {"num_images_per_prompt": inputs.num_images_per_prompt})
-    return {name: value for name, value in found.items() if value is not None}
+    return found
 
 
 def _dtype(model: torch.nn.Module) -> str:
