@@ -15,20 +15,6 @@ from kolors_core.pipelines.base import Components
 from kolors_core.pipelines.request import KolorsPipelineOutput
 from kolors_core.validation import short_repr
 
-TEXT, IMAGE, INPAINT = "text to image", "image to image", "inpainting"
-CLASSES: dict[str, dict[str, type[Any]]] = {
-    "plain": {
-        TEXT: pipelines.KolorsPipeline, IMAGE: pipelines.KolorsImg2ImgPipeline,
-        INPAINT: pipelines.KolorsInpaintPipeline,
-    },
-    "pag": {TEXT: pipelines.KolorsPAGPipeline},
-    "controlnet": {
-        TEXT: pipelines.KolorsControlNetPipeline, IMAGE: pipelines.KolorsControlNetImg2ImgPipeline,
-        INPAINT: pipelines.KolorsControlNetInpaintPipeline,
-    },
-}  # fmt: skip
-BY_NAME = {kind.__name__: kind for kinds in CLASSES.values() for kind in kinds.values()}
-
 
 class DiffusionPipeline(ABC):
     """Loader by the `_class_name` in `model_index.json`; every pipeline here is an instance of it too."""
@@ -38,11 +24,12 @@ class DiffusionPipeline(ABC):
         cls, pretrained_model_name_or_path: str | Path = checkpoint.EMBEDDED_NAME, **options: Any
     ) -> Any:
         """Load the pipeline that was saved; options: as for its class. ValueError for one not of Kolors."""
-        name = class_name(pretrained_model_name_or_path, options)
-        if name not in BY_NAME:
-            known = ", ".join(sorted(BY_NAME))
+        name, tasks = class_name(pretrained_model_name_or_path, options), AutoPipeline.__subclasses__()
+        classes = {kind.__name__: kind for task in tasks for kind in task.classes.values()}
+        if name not in classes:
+            known = ", ".join(sorted(classes))
             raise ValueError(f"{pretrained_model_name_or_path}: is a {short_repr(name)}, expected of {known}")
-        return BY_NAME[name].from_pretrained(pretrained_model_name_or_path, **options)
+        return classes[name].from_pretrained(pretrained_model_name_or_path, **options)
 
     @abstractmethod
     def __call__(self, *arguments: Any, **named: Any) -> KolorsPipelineOutput:
@@ -53,9 +40,9 @@ DiffusionPipeline.register(ReferenceMethods)
 
 
 class AutoPipeline:
-    """Loader for a task."""
+    """Loader for a task. classes: its pipelines by what they have: "plain", "pag" or "controlnet"."""
 
-    task: ClassVar[str]
+    classes: ClassVar[Mapping[str, type[Any]]]
 
     @classmethod
     def from_pretrained(
@@ -76,7 +63,7 @@ class AutoPipeline:
     @classmethod
     def from_pipe(cls, pipeline: Components, *, enable_pag: bool | None = None, **changes: Any) -> Any:
         """Create the task of another pipeline's models; enable_pag: as that pipeline is if None."""
-        has_pag = cls.task == TEXT and isinstance(pipeline, CLASSES["pag"][TEXT])
+        has_pag = isinstance(pipeline, cls.classes.get("pag", ()))
         controlnet = changes.get("controlnet", getattr(pipeline, "controlnet", None))
         return cls._kind(has_pag if enable_pag is None else enable_pag, controlnet).from_pipe(
             pipeline, **changes
@@ -87,33 +74,39 @@ class AutoPipeline:
         variant = "pag" if has_pag else "plain" if controlnet is None else "controlnet"
         if has_pag and controlnet is not None:
             raise ValueError("enable_pag and controlnet: use guidance_rule=perturbed with control images")
-        if cls.task not in CLASSES[variant]:
-            raise ValueError(f"enable_pag is for text to image; for {cls.task} use guidance_rule=perturbed")
-        return CLASSES[variant][cls.task]
+        if variant not in cls.classes:
+            raise ValueError("enable_pag is for text to image; for others use guidance_rule=perturbed")
+        return cls.classes[variant]
 
 
 class AutoPipelineForText2Image(AutoPipeline):
     """Loader for text to image."""
 
-    task = TEXT
+    classes = {
+        "plain": pipelines.KolorsPipeline, "pag": pipelines.KolorsPAGPipeline,
+        "controlnet": pipelines.KolorsControlNetPipeline,
+    }  # fmt: skip
 
 
 class AutoPipelineForImage2Image(AutoPipeline):
     """Loader for image to image."""
 
-    task = IMAGE
+    classes = {
+        "plain": pipelines.KolorsImg2ImgPipeline, "controlnet": pipelines.KolorsControlNetImg2ImgPipeline,
+    }  # fmt: skip
 
 
 class AutoPipelineForInpainting(AutoPipeline):
     """Loader for inpainting."""
 
-    task = INPAINT
+    classes = {
+        "plain": pipelines.KolorsInpaintPipeline, "controlnet": pipelines.KolorsControlNetInpaintPipeline,
+    }  # fmt: skip
 
 
 def class_name(name: str | Path, options: Mapping[str, Any]) -> str:
     """Read `_class_name` of a checkpoint folder or hub repository, of which only the index is fetched."""
     names = ("revision", "cache_dir", "local_files_only", "token", "force_download")
     hub = {option: options[option] for option in names if option in options}
-    source = checkpoint.EMBEDDED if name == checkpoint.EMBEDDED_NAME else name
-    folder = checkpoint.resolve(source, [], has_weights=False, **hub)
+    folder = checkpoint.resolve(checkpoint.local_name(name), [], has_weights=False, **hub)
     return str(checkpoint.read_json(folder / "model_index.json").get("_class_name"))

@@ -38,17 +38,19 @@ def parse_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | Non
     return found
 
 
-def _placed(device: torch.device | str | None, device_map: Any) -> torch.device | str:
-    """Return the device of either argument, the CPU if both are None."""
-    if isinstance(device_map, Mapping):
-        if list(device_map) != [""]:
-            raise ValueError(f"device_map must be one device, got {short_repr(device_map)}")
-        device_map = device_map[""]
+def parse_device(device: torch.device | str | None, device_map: Any, others: str = "") -> torch.device | str:
+    """Return the device of either argument, the CPU if both are None; ValueError names `others` too."""
     if device is not None and device_map is not None:
         raise ValueError("device and device_map are two names of one argument: give one")
-    found = device_map if device is None else device
-    found = "cpu" if found is None else found
-    return torch.device("cuda", found) if isinstance(found, int) else found
+    if device_map is None:
+        return "cpu" if device is None else device
+    one: Any = device_map[""] if isinstance(device_map, Mapping) and list(device_map) == [""] else device_map
+    try:
+        is_index = isinstance(one, int) and not isinstance(one, bool)
+        return torch.device("cuda", one) if is_index else torch.device(one)
+    except (RuntimeError, TypeError):
+        expected = f"device_map must be a device, such as 'cuda'{others}"
+        raise ValueError(f"{expected}, got {short_repr(device_map)}") from None
 
 
 def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
@@ -91,7 +93,7 @@ class ModelMethods(SharedMethods, nn.Module):
             raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
         name = pretrained_model_name_or_path
         if name == checkpoint.EMBEDDED_NAME:
-            name, subfolder = checkpoint.EMBEDDED, subfolder or cls.component
+            subfolder = subfolder or cls.component
         elif not subfolder and isinstance(name, str | Path) and (Path(name) / "model_index.json").is_file():
             raise ValueError(f"{name}: is a whole Kolors, expected a subfolder, such as {cls.component!r}")
         dtypes = (parse_dtype("torch_dtype", torch_dtype), parse_dtype("dtype", dtype))
@@ -100,7 +102,7 @@ class ModelMethods(SharedMethods, nn.Module):
             logger.warning("torch_dtype: the VAE is loaded in %s, since in float16 it overflows", chosen)
         model = checkpoint.load_component(
             name, cls.component, subfolder=subfolder or "", variant=variant, dtype=chosen,
-            device=_placed(device, device_map), kind=ModelSpec(cls.config_type, cls), revision=revision,
+            device=parse_device(device, device_map), kind=ModelSpec(cls.config_type, cls), revision=revision,
             cache_dir=cache_dir, local_files_only=local_files_only, token=token,
             force_download=force_download,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from kolors_core.adapters.lora_files import LoRAReport
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.compat import schedulers
-from kolors_core.compat.model_methods import parse_dtype
+from kolors_core.compat.model_methods import parse_device, parse_dtype
 from kolors_core.compat.models import MODEL_SPECS
 from kolors_core.compat.shared_methods import SharedMethods, push_folder
 from kolors_core.compat.tokenizer import ChatGLMTokenizer
@@ -99,10 +99,10 @@ class ReferenceFiles(SharedMethods, Task):
         """
         options = without_neutral(options, NEUTRAL.keys() - {"force_download", "hotswap"})
         is_balanced = device_map == "balanced"
-        if device_map is not None and device != "cpu":
-            raise ValueError("device and device_map are two names of one argument: give one")
-        if device_map is not None and not is_balanced:
-            device = _device_of(device_map)
+        if device_map is not None:
+            others = ", or 'balanced', with which models take turns on the accelerator"
+            place = "cpu" if is_balanced else device_map
+            device = parse_device(None if device == "cpu" else device, place, others)
         asked = merge_dtype_arguments(parse_dtypes("torch_dtype", torch_dtype), parse_dtypes("dtype", dtype))
         pipe = super().from_pretrained(
             pretrained_model_name_or_path, torch_dtype=asked, device=device, force_download=force_download,
@@ -162,14 +162,3 @@ class ReferenceFiles(SharedMethods, Task):
             pretrained_model_name_or_path_or_dict, subfolder, weight_name, image_encoder_folder,
             **without_neutral(options, ADAPTERS),
         )  # fmt: skip
-
-
-def _device_of(device_map: Any) -> torch.device | str:
-    """Return the device of a `device_map`; ValueError for a strategy or a device for each component."""
-    if isinstance(device_map, int) and not isinstance(device_map, bool):
-        return f"cuda:{device_map}"
-    try:
-        return torch.device(device_map)
-    except (RuntimeError, TypeError):
-        expected = "a device, such as 'cuda', or 'balanced', with which models take turns on the accelerator"
-        raise ValueError(f"device_map must be {expected}, got {short_repr(device_map)}") from None

@@ -124,9 +124,8 @@ class StatefulScheduler(Scheduler):
 
         subfolder: "scheduler", of a whole Kolors. FileNotFoundError or ValueError names the file or field.
         """
-        name, inside = pretrained_model_name_or_path, subfolder or ""
-        if name == checkpoint.EMBEDDED_NAME:
-            name, inside = checkpoint.EMBEDDED, inside or "scheduler"
+        name = pretrained_model_name_or_path
+        inside = subfolder or ("scheduler" if name == checkpoint.EMBEDDED_NAME else "")
         folder = checkpoint.fetch_component(
             name, "scheduler", inside, None, False, revision=revision, cache_dir=cache_dir,
             local_files_only=local_files_only, token=token, force_download=force_download,

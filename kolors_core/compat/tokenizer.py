@@ -85,7 +85,7 @@ class ChatGLMTokenizer(Tokenizer):
         """
         name = pretrained_model_name_or_path
         if name == checkpoint.EMBEDDED_NAME:
-            name, subfolder = checkpoint.EMBEDDED, subfolder or "tokenizer"
+            subfolder = subfolder or "tokenizer"
         folder = checkpoint.fetch_component(
             name, "tokenizer", subfolder, None, True, revision=revision, cache_dir=cache_dir,
             local_files_only=local_files_only, token=token, force_download=force_download,

@@ -265,7 +265,7 @@ def test_what_loading_and_saving_refuse(tmp_path: Path, caplog: pytest.LogCaptur
         AutoencoderKL.from_pretrained("tiny", torch_dtype="float17")
     with pytest.raises(ValueError, match="is a whole Kolors, expected a subfolder, such as 'vae'"):
         AutoencoderKL.from_pretrained(EMBEDDED)
-    with pytest.raises(ValueError, match="device_map must be one device, got {'a': 0, 'b': 1}"):
+    with pytest.raises(ValueError, match="device_map must be a device, such as 'cuda', got {'a': 0, 'b': 1}"):
         AutoencoderKL.from_pretrained("tiny", device_map={"a": 0, "b": 1})
     with pytest.raises(ValueError, match="two names of one argument"):
         AutoencoderKL.from_pretrained("tiny", device_map="cpu", device="cpu")
