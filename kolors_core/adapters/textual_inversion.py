@@ -188,15 +188,9 @@ class TextualInversionMethods:
                 tensors = Tensors(named, "the given vectors")
             else:
                 file = find_file(
-                    source,
-                    weight_name,
-                    subfolder,
-                    preferred=(WEIGHT_NAME,),
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                    token=hf_token,
-                )
+                    source, weight_name, subfolder, preferred=(WEIGHT_NAME,), revision=revision,
+                    cache_dir=cache_dir, local_files_only=local_files_only, token=hf_token,
+                )  # fmt: skip
                 tensors = Source([file])
                 origin = named_source(source, file, weight_name=weight_name, subfolder=subfolder)
                 origins |= dict.fromkeys(_vectors_by_word(tensors, word), origin)

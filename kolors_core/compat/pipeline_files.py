@@ -78,6 +78,7 @@ class ReferenceFiles(SharedMethods, Task):
 
     model_specs: ClassVar = MODEL_SPECS
     tokenizer_class: ClassVar = ChatGLMTokenizer
+    scheduler: schedulers.StatefulScheduler  # unless it is of a class of your own
     hf_device_map: str | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -116,13 +117,13 @@ class ReferenceFiles(SharedMethods, Task):
     @classmethod
     def from_pipe(
         cls, pipeline: Components, *, torch_dtype: torch.dtype | str | None = None,
-        dtype: torch.dtype | str | None = None, custom_pipeline: None = None, **changes: Any,
+        dtype: torch.dtype | str | None = None, **changes: Any,
     ) -> Self:  # fmt: skip
         """Create another task with the same models and adapters; changes: components to replace.
 
         torch_dtype, or by its newer name dtype: cast them all, also for the other pipeline; None casts none.
         """
-        without_neutral({"custom_pipeline": custom_pipeline}, ("custom_pipeline",))
+        changes = without_neutral(changes, ("custom_pipeline",))
         pair = parse_dtype("torch_dtype", torch_dtype), parse_dtype("dtype", dtype)
         pipe, asked = super().from_pipe(pipeline, **changes), merge_dtype_arguments(*pair)
         return pipe if asked is None else pipe.to(dtype=asked)  # pyright: ignore[reportArgumentType]

@@ -201,8 +201,7 @@ class ReferenceMethods(ReferenceFiles):
         if latents is None:
             shape = batch_size, num_channels_latents, *sides
             latents = randn_latents(shape, generator, torch.device(device), dtype)
-        scheduler: Any = self.scheduler
-        return latents.to(device) * scheduler.init_noise_sigma
+        return latents.to(device) * self.scheduler.init_noise_sigma
 
     def check_inputs(
         self, prompt: Prompt | None, num_inference_steps: int, height: int, width: int,
@@ -235,15 +234,14 @@ class ReferenceImageMethods(ReferenceMethods, FromImage):
         self, num_inference_steps: int, strength: float, device: Any, denoising_start: float | None = None
     ) -> tuple[Tensor, int]:
         """Return the timesteps after the start that strength or denoising_start sets, and their number."""
-        scheduler: Any = self.scheduler
-        timesteps = scheduler.timesteps
+        timesteps = self.scheduler.timesteps
         if denoising_start is None:
             steps = min(int(num_inference_steps * strength), num_inference_steps)
         else:
-            total = scheduler.config.num_train_timesteps
+            total = self.scheduler.num_train_timesteps
             steps = int((timesteps < round(total - denoising_start * total)).sum())
         start = (num_inference_steps if denoising_start is None else len(timesteps)) - steps
-        scheduler.set_begin_index(start)
+        self.scheduler.set_begin_index(start)
         return timesteps[start:], steps
 
     def prepare_latents(  # pyright: ignore[reportIncompatibleMethodOverride] (the reference's own order)
@@ -257,8 +255,7 @@ class ReferenceImageMethods(ReferenceMethods, FromImage):
         if not add_noise:
             return clean
         noise = randn_latents(tuple(clean.shape), generator, torch.device(device), dtype)
-        scheduler: Any = self.scheduler
-        return scheduler.add_noise(clean, noise, timestep)
+        return self.scheduler.add_noise(clean, noise, timestep)
 
     def check_inputs(  # pyright: ignore[reportIncompatibleMethodOverride] (the reference's own order)
         self, prompt: Prompt | None, strength: float, num_inference_steps: int, height: int, width: int,

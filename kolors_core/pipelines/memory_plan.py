@@ -140,20 +140,18 @@ def plan(
 
 
 def check_fits(
-    pipe: Task, height: int | None = None, width: int | None = None, batch: int = 1, *,
-    num_images_per_prompt: int = 1, guidance_scale: float = 5.0, max_sequence_length: int = MAX_TOKENS,
-    pag_scale: float | None = None,
+    pipe: Task, height: int | None = None, width: int | None = None, *, num_images_per_prompt: int = 1,
+    guidance_scale: float = 5.0, max_sequence_length: int = MAX_TOKENS,
 ) -> Plan:  # fmt: skip
-    """Plan a call on a pipeline whose weights are loaded; ValueError if it cannot fit in memory now.
+    """Plan a call with one prompt on a pipeline with weights; ValueError if it cannot fit in memory now.
 
     It names what the call needs beside the weights that are on the device, what is available, and what would
     make it fit. Arguments: as for `plan`, whose result is returned.
     """
     pipe._check_loaded()
-    options: dict[str, Any] = {"guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length}
     needed = plan(
-        pipe, height, width, batch, num_images_per_prompt=num_images_per_prompt, pag_scale=pag_scale,
-        is_printed=False, **options,
+        pipe, height, width, num_images_per_prompt=num_images_per_prompt, guidance_scale=guidance_scale,
+        max_sequence_length=max_sequence_length, is_printed=False,
     )  # fmt: skip
     free, mode = pipe._available_memory(), needed.mode or "resident"
     present = pipe.offload.bytes_on_device
@@ -162,8 +160,8 @@ def check_fits(
     if free is None or (need := getattr(needed, mode)) <= (have := (free + present) / GIB):
         return needed
     stage, work = max(((name, one.work) for name, one in needed.stages.items()), key=lambda pair: pair[1])
-    hints, images = ["smaller images and quantized models take less"], batch * num_images_per_prompt
-    fewer = images - math.ceil((need - have) * images / work)
+    hints = ["smaller images and quantized models take less"]
+    fewer = num_images_per_prompt - math.ceil((need - have) * num_images_per_prompt / work)
     if fewer > 0:
         hints.append(f"{fewer} in a call {'fit' if fewer > 1 else 'fits'}")
     if stage == "vae" and pipe.vae.run_coder is call:

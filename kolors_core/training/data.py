@@ -84,8 +84,7 @@ def read_folder(
     has_metadata = metadata.exists()
     defaults = tuple(default_captions)
     found = _from_metadata(metadata, root) if has_metadata else _from_text_files(folder, root, defaults)
-    captioned = list(found)
-    examples = []
+    captioned, examples = list(found), list[Example]()
     for file, captions in captioned:
         _check_place(file, root)
         with images.open_image(file) as image:
