@@ -139,7 +139,7 @@ def test_the_command_line_draws_with_it_when_no_weights_are_named(tmp_path: Path
     assert run.returncode == 0 and run.stderr.count(EMBEDDED_NOTICE) == 1 and "128x128" in run.stderr
     assert read_metadata(tmp_path / "a.png")["prompt"] == "一张瓢虫的照片"
     quiet = subprocess.run([*command, "-o", "b.png", "-q"], capture_output=True, text=True, cwd=tmp_path)
-    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "b.png\n", "")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -212,7 +212,7 @@ def test_its_name_works_wherever_a_checkpoint_is_named(tmp_path: Path, capsys: p
     net = load_component("tiny", "controlnet", kind=spec)
     assert fingerprint(net) == fingerprint(KolorsControlNet.from_pretrained("tiny"))
     assert convert([str(EMBEDDED), str(tmp_path / "x.safetensors"), "--to", "single"]) == 0
-    assert "controlnet: skipped, a ControlNet is a model beside the pipeline" in capsys.readouterr().out
+    assert "controlnet: skipped, a ControlNet is a model beside the pipeline" in capsys.readouterr().err
     whole = KolorsPipeline.from_single_file(tmp_path / "x.safetensors")
     assert fingerprint(whole.unet) == fingerprint(unet)
     assert whole.name_or_path == str(tmp_path / "x.safetensors")

@@ -370,7 +370,7 @@ def test_a_scale_may_be_a_list_for_each_picture(unet: UNet) -> None:
 
 @pytest.mark.parametrize(("scale", "fault"), [
     ({"left": 1.0}, "no transformers in left, it has them in down, mid, up"),
-    ({"down": {"block_0": 1.0}}, "in down.block_0, it has them in down.block_1, down.block_2"),
+    ({"down": {"block_9": 1.0}}, "in down.block_9, it has them in down.block_1, down.block_2"),
     ({"up": {"block_0": [1.0, 2.0]}}, r"up.block_0 has 3 transformers and takes one scale or 3, got"),
     ({"mid": [1.0, 2.0]}, "mid has 1 transformers and takes one scale or 1"),
     ({"mid": {"block_0": 1.0}}, "mid: a scale must be a number"),

@@ -265,7 +265,7 @@ def test_neither_saved_nor_loaded_as_if_it_were_whole(
     pipe = KolorsPipeline.from_pretrained()
     whole = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     quantize(pipe.unet, 8)
-    wanted = "this UNet is quantized: cannot save the unet for the reference"
+    wanted = "this UNet2DConditionModel is quantized: cannot save the unet for the reference"
     with pytest.raises(ValueError, match=wanted), monkeypatch.context() as patch:
         patch.setattr(
             "kolors_core.pipelines.base.checkpoint.save_component",
@@ -275,7 +275,7 @@ def test_neither_saved_nor_loaded_as_if_it_were_whole(
     with pytest.raises(ValueError, match=wanted):
         save_component(pipe.unet, tmp_path, "unet")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="this UNet is quantized: cannot load whole weights into it"):
+    with pytest.raises(ValueError, match="is quantized: cannot load whole weights into it"):
         load(pipe.unet, Tensors(whole, "whole weights"), "unet")
 
 
@@ -339,7 +339,7 @@ def test_loras_are_not_fused_into_quantised_weights() -> None:
     attach(pipe.text_encoder, rank=2, targets=("to_qkv",))
     layer = pipe.text_encoder.layers[0].get_submodule("attention.to_qkv")
     assert type(layer) is LoRAReadOnlyLinear and is_quantized(layer)
-    with pytest.raises(ValueError, match="this ChatGLM is quantized: cannot fuse default"):
+    with pytest.raises(ValueError, match="this ChatGLMModel is quantized: cannot fuse default"):
         pipe.fuse_lora()
     assert pipe.num_fused_loras == 0
     with pytest.raises(ValueError, match="cannot fuse default: the layer's weight is quantized"):

@@ -104,7 +104,6 @@ def test_after_an_exception_at_any_operation_all_is_as_before(
     assert places(pipe) == before or way in ("offload", "by block")
 
 
-@pytest.mark.parametrize("by_block", [False, True])
 def take(size: int) -> None:
     torch.empty(size)
 
@@ -148,6 +147,7 @@ def test_another_error_is_no_lack_of_memory(pipe: KolorsPipeline) -> None:
     assert type(caught.value) is RuntimeError
 
 
+@pytest.mark.parametrize("by_block", [False, True])
 def test_after_a_second_interrupt_the_next_run_is_whole(pipe: KolorsPipeline, by_block: bool) -> None:
     """The second comes while the first sends the models home, some of which then stay until the next run."""
     with offloaded(pipe, by_block=by_block):
