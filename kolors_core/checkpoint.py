@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from kolors_core import changed_models
 from kolors_core.chatglm import ChatGLM
-from kolors_core.config import ChatGLMConfig, UNetConfig, VAEConfig
+from kolors_core.config import EMBEDDED_NAME, ChatGLMConfig, UNetConfig, VAEConfig
 from kolors_core.devices import check_dtype, loading_device
 from kolors_core.hub import fetch
 from kolors_core.loading import Initializer, LoadReport, assign_weights, check, load
@@ -58,8 +58,7 @@ OWN_FILES = {
 }  # fmt: skip
 OPTIONAL_COMPONENTS = {"image_encoder"}  # a checkpoint may lack them
 
-# The small Kolors in this package, and its name for `resolve`.
-EMBEDDED, EMBEDDED_NAME = Path(__file__).parent / "tiny", "tiny"
+EMBEDDED = Path(__file__).parent / "tiny"  # the small Kolors in this package, named "tiny" for `resolve`
 EMBEDDED_NOTICE = (
     "using the embedded tiny model, which draws emoji at 128x128; for the real one (17 GB) name "
     "Kwai-Kolors/Kolors-diffusers with the variant fp16"

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from kolors_core.validation import MAX_COUNT, is_real, short_repr
 
+EMBEDDED_NAME = "tiny"  # of the small Kolors in this package, wherever a checkpoint is named
 VERSION = "0.1.0"
 PublicConfig = Mapping[str, Any]  # the content of a public `config.json`
 

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kolors_core.config import VERSION
+from kolors_core.config import EMBEDDED_NAME, VERSION
 from kolors_core.validation import did_you_mean
 
-EMBEDDED_NAME = "tiny"
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = ("float32", "float16", "bfloat16")
 BITS = (4, 8)
