@@ -17,13 +17,15 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
 from diffusers.pipelines.kolors.pipeline_kolors import retrieve_timesteps
+from diffusers.pipelines.kolors.pipeline_kolors_img2img import retrieve_latents
 from diffusers.utils import load_image, make_image_grid
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 import kolors_core
-from kolors_core.compat import pipelines
+from kolors_core.compat import pipelines, utils
 from tests.support.loras import ATTENTION, factors
 from tests.support.pipelines import picture
 from tests.support.small import FLOAT32, relative_error
@@ -40,10 +42,11 @@ NAMES = (
 THEIRS: dict[str, Any] = {name: getattr(diffusers, name) for name in NAMES} | {
     "ChatGLMModel": ChatGLMModel, "ChatGLMTokenizer": ChatGLMTokenizer, "load_image": load_image,
     "make_image_grid": make_image_grid, "VaeImageProcessor": VaeImageProcessor,
-    "retrieve_timesteps": retrieve_timesteps,
+    "retrieve_timesteps": retrieve_timesteps, "retrieve_latents": retrieve_latents,
+    "randn_tensor": randn_tensor,
 }  # fmt: skip
-OURS: dict[str, Any] = {name: getattr(kolors_core, name) for name in THEIRS if name != "retrieve_timesteps"}
-OURS["retrieve_timesteps"] = pipelines.retrieve_timesteps
+ELSEWHERE = {"randn_tensor": utils, "retrieve_timesteps": pipelines, "retrieve_latents": pipelines}
+OURS: dict[str, Any] = {name: getattr(ELSEWHERE.get(name, kolors_core), name) for name in THEIRS}
 
 
 def call(**changes: Any) -> dict[str, Any]:
