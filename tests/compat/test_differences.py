@@ -254,6 +254,24 @@ def state_of_a_call(ours: Any, theirs: Any, folder: Path) -> None:
     assert (ours.guidance_scale, ours.num_timesteps) == (theirs.guidance_scale, theirs.num_timesteps)
 
 
+@row("`pipe.scheduler.timesteps` after and during a call are the call's")
+def timesteps_of_a_call(ours: Any, theirs: Any, folder: Path) -> None:
+    ours("cat", **CALL)
+    theirs("cat", **CALL)
+    assert len(theirs.scheduler.timesteps) == 1 and len(ours.scheduler.timesteps) == 1100
+    ours.scheduler.set_timesteps(1)
+    assert torch.equal(ours.scheduler.timesteps, theirs.scheduler.timesteps)
+
+
+@row("`pipe(..., max_sequence_length=77)` has no effect")
+def short_prompts(ours: Any, theirs: Any, folder: Path) -> None:
+    made: list[Any] = []
+    for pipe in (ours, theirs):
+        both = [{}, {"max_sequence_length": 77}]
+        made += [pipe("cat", generator=torch.manual_seed(0), **CALL, **given).images for given in both]
+    assert not torch.equal(made[0], made[1]) and torch.equal(made[2], made[3])
+
+
 def test_each_row_has_a_test_and_each_test_a_row() -> None:
     table = README.read_text().partition("| in the reference | here |\n|---|---|\n")[2]
     assert [line.split(" | ")[0].removeprefix("| ") for line in table.strip().splitlines()] == list(CHECKS)
