@@ -152,12 +152,15 @@ class Scheduler(ABC):
         """Return the `scheduler_config.json` that the reference reads."""
         return {"_class_name": type(self).__name__, **asdict(self), "prediction_type": "epsilon"}
 
-    def training_sigmas(self) -> Tensor:
-        """Compute sqrt((1 - a) / a), a = cumprod(1 - beta), of each training timestep: float32 [T]."""
+    def training_betas(self) -> Tensor:
+        """Compute the variance that each training timestep adds: float32 [T]."""
         root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
         ends = self.beta_start**root, self.beta_end**root
-        betas = torch.linspace(*ends, self.num_train_timesteps, device="cpu") ** (1 / root)
-        alphas = torch.cumprod(1.0 - betas, dim=0)
+        return torch.linspace(*ends, self.num_train_timesteps, device="cpu") ** (1 / root)
+
+    def training_sigmas(self) -> Tensor:
+        """Compute sqrt((1 - a) / a), a = cumprod(1 - beta), of each training timestep: float32 [T]."""
+        alphas = torch.cumprod(1.0 - self.training_betas(), dim=0)
         return ((1 - alphas) / alphas) ** 0.5
 
     def schedule(

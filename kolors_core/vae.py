@@ -168,6 +168,13 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+def check_sides(images: Tensor, side: int) -> None:
+    """Raise ValueError unless images [..., H, W] have sides that are multiples of `side`."""
+    height, width = images.shape[-2:]
+    if height % side or width % side:
+        raise ValueError(f"image sides must be multiples of {side}, got {height} x {width}")
+
+
 RunCoder = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -203,9 +210,7 @@ class VAE(Model):
 
     def encode_images(self, images: Tensor) -> LatentDistribution:
         """Encode images [B, 3, H, W] in [-1, 1], whose sides are multiples of 8, to a latent distribution."""
-        side, (height, width) = self.config.vae_scale_factor, images.shape[-2:]
-        if height % side or width % side:
-            raise ValueError(f"image sides must be multiples of {side}, got {height} x {width}")
+        check_sides(images, self.config.vae_scale_factor)
         mean, log_variance = self.quant_conv(self._run(self.encoder, images)).chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return LatentDistribution(mean * self.config.scaling_factor, std * self.config.scaling_factor)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from kolors_core import checkpoint
 from kolors_core.compat import pipelines
+from kolors_core.compat.pipeline_files import load_index
 from kolors_core.compat.pipeline_methods import ReferenceMethods
 from kolors_core.pipelines.base import Components
 from kolors_core.pipelines.request import KolorsPipelineOutput
@@ -30,6 +31,11 @@ class DiffusionPipeline(ABC):
             known = ", ".join(sorted(classes))
             raise ValueError(f"{pretrained_model_name_or_path}: is a {short_repr(name)}, expected of {known}")
         return classes[name].from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> dict[str, Any]:
+        """Read `model_index.json`, of a hub repository fetching nothing else; hub: as for `hub.fetch`."""
+        return load_index(pretrained_model_name_or_path, **hub)
 
     @abstractmethod
     def __call__(self, *arguments: Any, **named: Any) -> KolorsPipelineOutput:
@@ -108,5 +114,4 @@ def class_name(name: str | Path, options: Mapping[str, Any]) -> str:
     """Read `_class_name` of a checkpoint folder or hub repository, of which only the index is fetched."""
     names = ("revision", "cache_dir", "local_files_only", "token", "force_download")
     hub = {option: options[option] for option in names if option in options}
-    folder = checkpoint.resolve(checkpoint.local_name(name), [], has_weights=False, **hub)
-    return str(checkpoint.read_json(folder / "model_index.json").get("_class_name"))
+    return str(load_index(name, **hub).get("_class_name"))

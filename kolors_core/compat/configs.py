@@ -9,6 +9,22 @@ from typing import Any, ClassVar
 
 from kolors_core import config
 from kolors_core.adapters import controlnet
+from kolors_core.config import ConfigDict
+
+
+class ReadOnlyConfig(ConfigDict):
+    """Config that is computed from what it describes, and cannot be changed."""
+
+    hint: ClassVar[str]  # what to write instead, with {} for the field
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError(f"this config is read only: {self.hint.format(name)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy sets no items
+        return type(self), (dict(self),)
 
 
 class PublicNames(Mapping[str, Any]):

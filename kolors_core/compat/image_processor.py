@@ -22,6 +22,10 @@ from kolors_core.validation import check_int
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+RESAMPLINGS = {
+    "lanczos": "LANCZOS", "bicubic": "BICUBIC", "bilinear": "BILINEAR", "linear": "BILINEAR",
+    "nearest": "NEAREST",
+}  # fmt: skip
 RESIZE_MODES = ("default", "fill", "crop")
 
 
@@ -45,9 +49,10 @@ class VaeImageProcessor:
 
     def __post_init__(self) -> None:
         check_int("vae_scale_factor", self.vae_scale_factor)
-        for name, expected in (("resample", "lanczos"), ("reducing_gap", None)):
-            if getattr(self, name) != expected:
-                raise ValueError(f"{name} must be {expected!r}, got {getattr(self, name)!r}")
+        if self.resample not in RESAMPLINGS:
+            raise ValueError(f"resample must be one of {', '.join(RESAMPLINGS)}, got {self.resample!r}")
+        if self.reducing_gap is not None:
+            raise ValueError(f"reducing_gap must be None, got {self.reducing_gap!r}")
         if self.do_convert_rgb and self.do_convert_grayscale:
             raise ValueError("give one of do_convert_rgb and do_convert_grayscale, got both")
 
@@ -152,7 +157,7 @@ class VaeImageProcessor:
         return pixels if output_type == "np" else self.numpy_to_pil(pixels)
 
     def resize(self, image: Any, height: int, width: int, resize_mode: str = "default") -> Any:
-        """Resize a PIL image by Lanczos, an array [B, H, W, C] or a tensor [B, C, H, W] to the nearest pixel.
+        """Resize a PIL image by `resample`, an array [B, H, W, C] or tensor [B, C, H, W] by nearest pixels.
 
         resize_mode: "default" changes the aspect; for PIL images "fill" keeps it and extends the edges, and
         "crop" keeps it and cuts them.
@@ -163,7 +168,7 @@ class VaeImageProcessor:
             raise ValueError(f"resize_mode must be one of {', '.join(RESIZE_MODES)}, got {resize_mode!r}")
         if isinstance(image, Image):
             if resize_mode == "default":
-                return image.resize((width, height), Resampling.LANCZOS)
+                return image.resize((width, height), Resampling[RESAMPLINGS[self.resample]])
             return resize_to_fit(image, (height, width), covers=resize_mode == "crop")
         if resize_mode != "default":
             raise ValueError(f"resize_mode {resize_mode!r} is for PIL images, got {type(image).__name__}")

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from kolors_core import attention, checkpoint, devices
 from kolors_core.checkpoint import ModelSpec
 from kolors_core.compat.configs import with_public_names
-from kolors_core.compat.shared_methods import SharedMethods, push_folder
+from kolors_core.compat.neutral import check_neutral
+from kolors_core.compat.shared_methods import ATTENTION_HINT, SharedMethods, push_folder
 from kolors_core.module import is_block
 from kolors_core.performance.compile import compile_blocks
 from kolors_core.validation import as_path, short_repr
@@ -28,6 +29,9 @@ PROCESSOR_HINT = (
     "there are no attention processors here: change an attention by a class in unet.py, read it by "
     "kolors_core.record_attention, and choose a kernel by set_attention_backend"
 )
+
+
+READ_WHEN_RUN = {"sample_size", "scaling_factor", "force_upcast"}  # fields that build no part of a model
 
 
 def parse_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -80,34 +84,63 @@ class ModelMethods(SharedMethods, nn.Module):
         torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None, device_map: Any = None, variant: str | None = None,
         revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
-        token: str | bool | None = None, use_safetensors: bool | None = None, low_cpu_mem_usage: bool = True,
-        force_download: bool = False,
+        token: str | bool | None = None, use_safetensors: bool | None = None, force_download: bool = False,
+        **neutral: Any,
     ) -> Self:  # fmt: skip
         """Load a folder or hub repository, or "tiny", strictly, fetching only this model's files.
 
         subfolder: such as "unet", of a whole Kolors. torch_dtype, or by its newer name dtype: float32 if
-        None, and the VAE is never float16. device_map: a device, or {"": device}. low_cpu_mem_usage: weights
-        are read once in any case. FileNotFoundError or ValueError names the file, field or tensor.
+        None, and the VAE is never float16. device_map: a device, or {"": device}. neutral: see neutral.py.
+        FileNotFoundError or ValueError names the file, field or tensor.
         """
+        check_neutral(neutral)
         if use_safetensors is False:
             raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
-        name = pretrained_model_name_or_path
-        if name == checkpoint.EMBEDDED_NAME:
-            subfolder = subfolder or cls.component
-        elif not subfolder and isinstance(name, str | Path) and (Path(name) / "model_index.json").is_file():
-            raise ValueError(f"{name}: is a whole Kolors, expected a subfolder, such as {cls.component!r}")
+        name, subfolder = cls._place(pretrained_model_name_or_path, subfolder)
         dtypes = (parse_dtype("torch_dtype", torch_dtype), parse_dtype("dtype", dtype))
         wanted = devices.merge_dtype_arguments(*dtypes)
         if (chosen := devices.dtype_of(cls.component, wanted)) != wanted and wanted is not None:
             logger.warning("torch_dtype: the VAE is loaded in %s, since in float16 it overflows", chosen)
         model = checkpoint.load_component(
-            name, cls.component, subfolder=subfolder or "", variant=variant, dtype=chosen,
+            name, cls.component, subfolder=subfolder, variant=variant, dtype=chosen,
             device=parse_device(device, device_map), kind=ModelSpec(cls.config_type, cls), revision=revision,
             cache_dir=cache_dir, local_files_only=local_files_only, token=token,
             force_download=force_download,
         )  # fmt: skip
         model.name_or_path = str(pretrained_model_name_or_path)
         return model
+
+    @classmethod
+    def _place(cls, name: str | Path, subfolder: str | None) -> tuple[str | Path, str]:
+        """Return where a model of this name is, and in which folder there; ValueError for a whole Kolors."""
+        if name == checkpoint.EMBEDDED_NAME:
+            return name, subfolder or cls.component
+        if not subfolder and isinstance(name, str | Path) and (Path(name) / "model_index.json").is_file():
+            raise ValueError(f"{name}: is a whole Kolors, expected a subfolder, such as {cls.component!r}")
+        return name, subfolder or ""
+
+    @classmethod
+    def load_config(
+        cls, pretrained_model_name_or_path: str | Path, *, subfolder: str | None = None, **hub: Any
+    ) -> dict[str, Any]:
+        """Read a saved model's `config.json`, for `from_config`; hub: as for `kolors_core.hub.fetch`."""
+        name, subfolder = cls._place(pretrained_model_name_or_path, subfolder)
+        folder = checkpoint.fetch_component(name, cls.component, subfolder, None, False, **hub)
+        return checkpoint.read_json(folder / subfolder / "config.json")
+
+    def register_to_config(self, **fields: Any) -> None:
+        """Set fields of the config that are read when images are made, such as `scaling_factor`.
+
+        ValueError for a field that the model was built by.
+        """
+        if built := sorted(fields.keys() - READ_WHEN_RUN):
+            raise ValueError(f"the model was built by {built[0]}: {type(self).__name__}.from_config(config)")
+        public = {**self.config, **fields}
+        self.config = self.config_type.from_public(public, "config")
+
+    def get_memory_footprint(self) -> int:
+        """Count the bytes of all parameters and buffers."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -195,6 +228,13 @@ class ModelMethods(SharedMethods, nn.Module):
     def reset_attention_backend(self) -> None:
         """Let inputs and device choose the attention kernel again."""
         attention.force_kernel(None)
+
+    def set_attention_slice(self, slice_size: Any = "auto") -> None:
+        """Log that there is nothing to do."""
+        logger.warning("set_attention_slice has no effect: %s, which need no slices", ATTENTION_HINT)
+
+    def set_default_attn_processor(self) -> None:
+        """Do nothing: there are no others."""
 
     @property
     def attn_processors(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Results of models, as the reference's: read as attributes, by name, by number, or unpacked as a tuple."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -81,6 +82,11 @@ class DiagonalGaussianDistribution:
     def mode(self) -> Tensor:
         """Return the means."""
         return self.mean
+
+    def nll(self, sample: Tensor) -> Tensor:
+        """Compute the negative log-likelihood of latents: [B]."""
+        terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var
+        return 0.5 * terms.sum((1, 2, 3))
 
     def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> Tensor:
         """Compute the KL divergence from `other`, or from a standard normal distribution: [B]."""

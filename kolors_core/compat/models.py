@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kolors_core.adapters.clip_vision import IMAGE_ENCODER
 from kolors_core.adapters.controlnet_files import KolorsControlNet
+from kolors_core.adapters.freeu import FreeUMethods
 from kolors_core.chatglm import ChatGLM, rotary_cos_sin
 from kolors_core.chatglm import attention_mask as causal_or_pad
 from kolors_core.checkpoint import ModelSpec
@@ -29,7 +30,7 @@ from kolors_core.context import Context
 from kolors_core.performance import vae_tiling
 from kolors_core.sampling import Generators
 from kolors_core.unet import UNet
-from kolors_core.vae import VAE
+from kolors_core.vae import VAE, LatentDistribution, check_sides
 from kolors_core.validation import short_repr
 
 
@@ -47,13 +48,24 @@ class CalledWithConditions(ModelMethods):
         return self.predict(*inputs, added_cond_kwargs=added_cond_kwargs, **named)
 
 
-class UNet2DConditionModel(CalledWithConditions, UNet):
+class UNet2DConditionModel(CalledWithConditions, FreeUMethods, UNet):
     """UNet that may also be called as the reference's: with `added_cond_kwargs`."""
 
     component, config_type = "unet", configs.UNetConfig
 
+    @property
+    def unet(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] (a pipeline sets it)
+        """The model itself, for `enable_freeu`, which a pipeline has too."""
+        return self
+
+    @property
+    def in_channels(self) -> int:
+        """The channels of the input, as scripts read them before `config.in_channels`."""
+        return self.config.in_channels
+
     def predict(
         self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, *,
+        class_labels: None = None, down_intrablock_additional_residuals: None = None,
         added_cond_kwargs: Mapping[str, Tensor], timestep_cond: None = None, attention_mask: None = None,
         encoder_attention_mask: Tensor | None = None, cross_attention_kwargs: Mapping[str, Any] | None = None,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
@@ -64,7 +76,11 @@ class UNet2DConditionModel(CalledWithConditions, UNet):
         added_cond_kwargs: `text_embeds` [B, text_dim] and `time_ids` [B, 6]. encoder_attention_mask: [B, S],
         1 for tokens that count. The residuals of ControlNets belong together.
         """
-        _refuse(timestep_cond, attention_mask, cross_attention_kwargs)
+        _refuse(
+            cross_attention_kwargs, timestep_cond=timestep_cond, attention_mask=attention_mask,
+            class_labels=class_labels,
+            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+        )  # fmt: skip
         down, mid = down_block_additional_residuals, mid_block_additional_residual
         if (down is None) != (mid is None):
             raise ValueError("expected the residuals of both the down blocks and the middle, or of neither")
@@ -85,16 +101,19 @@ class ControlNetModel(CalledWithConditions, KolorsControlNet):  # pyright: ignor
     def predict(
         self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor,
         controlnet_cond: Tensor, conditioning_scale: float = 1.0, *,
-        added_cond_kwargs: Mapping[str, Tensor], timestep_cond: None = None, attention_mask: None = None,
-        cross_attention_kwargs: Mapping[str, Any] | None = None, guess_mode: bool = False,
-        return_dict: bool = True,
+        added_cond_kwargs: Mapping[str, Tensor], class_labels: None = None, timestep_cond: None = None,
+        attention_mask: None = None, cross_attention_kwargs: Mapping[str, Any] | None = None,
+        guess_mode: bool = False, return_dict: bool = True,
     ) -> Any:  # fmt: skip
         """Compute the residuals as the reference's ControlNet is asked for them: by name, or a tuple of two.
 
         encoder_hidden_states: [B, S, text_dim], or projected already, [B, S, cross_attention_dim].
         guess_mode: scale the residuals by 0.1 at the outermost level, rising to 1 in the middle.
         """
-        _refuse(timestep_cond, attention_mask, cross_attention_kwargs)
+        _refuse(
+            cross_attention_kwargs, timestep_cond=timestep_cond, attention_mask=attention_mask,
+            class_labels=class_labels,
+        )  # fmt: skip
         pooled, sizes = _pooled_and_sizes(added_cond_kwargs)
         times = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         time = self.embed_time(times) + self.added_embedding(pooled, sizes)  # [B, T]
@@ -125,6 +144,16 @@ class AutoencoderKL(ModelMethods, VAE):
         images = self._run(self.decoder, self.post_quant_conv(z.to(self.dtype)))
         return DecoderOutput(images) if return_dict else (images,)
 
+    def encode_images(self, images: Tensor) -> LatentDistribution:
+        """Encode images for a pipeline, by `encode`, which a script may have compiled or replaced."""
+        check_sides(images, self.config.vae_scale_factor)
+        found, scale = self.encode(images).latent_dist, self.config.scaling_factor
+        return LatentDistribution(found.mean * scale, found.std * scale)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents for a pipeline, by `decode`, which a script may have compiled or replaced."""
+        return self.decode(latents / self.config.scaling_factor, return_dict=False)[0]
+
     def forward(
         self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True,
         generator: Generators = None,
@@ -132,6 +161,16 @@ class AutoencoderKL(ModelMethods, VAE):
         """Encode images and decode the mean of their latents, or a sample of them."""
         latents = self.encode(sample).latent_dist
         return self.decode(latents.sample(generator) if sample_posterior else latents.mode(), return_dict)
+
+    @property
+    def use_tiling(self) -> bool:
+        """Whether large images are run in tiles."""
+        return vae_tiling.tiled_coder(self).use_tiling
+
+    @property
+    def use_slicing(self) -> bool:
+        """Whether one image of a batch is run after another."""
+        return vae_tiling.tiled_coder(self).use_slicing
 
     def enable_tiling(self) -> None:
         """Run large images in tiles, with the same result up to rounding; see performance/vae_tiling.py."""
@@ -159,6 +198,14 @@ class ChatGLMModel(ModelMethods, ChatGLM):
         """Call `hidden_states` with token ids [B, L], and with a `TokenBatch` `forward`, our own."""
         is_own = "input_ids" not in named and not (inputs and isinstance(inputs[0], Tensor))
         return super().__call__(*inputs, **named) if is_own else self.hidden_states(*inputs, **named)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute activations in the backward pass, by the name that text encoders have for it."""
+        self.enable_gradient_checkpointing()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations for the backward pass again."""
+        self.disable_gradient_checkpointing()
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,
@@ -191,11 +238,8 @@ def _pooled_and_sizes(added_cond_kwargs: Mapping[str, Tensor]) -> tuple[Tensor, 
     return added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
 
 
-def _refuse(
-    timestep_cond: Any, attention_mask: Any, cross_attention_kwargs: Mapping[str, Any] | None
-) -> None:
+def _refuse(cross_attention_kwargs: Mapping[str, Any] | None, **given: Any) -> None:
     """Raise ValueError for an argument that would change the result and that Kolors has no input for."""
-    given = {"timestep_cond": timestep_cond, "attention_mask": attention_mask}
     for name, value in (cross_attention_kwargs or {}).items():
         given[f"cross_attention_kwargs[{name!r}]"] = None if name == "scale" and value == 1 else value
     for name, value in given.items():

@@ -4,63 +4,31 @@ Source: `from_pretrained`, `from_pipe` and `save_pretrained` of diffusers' pipel
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 
 from kolors_core.adapters.lora_files import LoRAReport
-from kolors_core.checkpoint import EMBEDDED_NAME
+from kolors_core.checkpoint import EMBEDDED_NAME, local_name, read_json, resolve
 from kolors_core.compat import schedulers
 from kolors_core.compat.model_methods import parse_device, parse_dtype
 from kolors_core.compat.models import MODEL_SPECS
+from kolors_core.compat.neutral import NEUTRAL, without_neutral
 from kolors_core.compat.shared_methods import SharedMethods, push_folder
 from kolors_core.compat.tokenizer import ChatGLMTokenizer
 from kolors_core.devices import Dtypes, merge_dtype_arguments
 from kolors_core.pipelines.base import Components
 from kolors_core.pipelines.stages import Task
 from kolors_core.schedule import Scheduler
-from kolors_core.validation import short_repr
 
 logger = logging.getLogger("kolors_core")
 AnyDtypes = Dtypes | str | Mapping[str, torch.dtype | str]
-# Arguments of the reference's loaders that change nothing at these values; at others the hint is the error.
-NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "low_cpu_mem_usage": ((None, False, True), "weights are always loaded once"),
-    "resume_download": ((None, False, True), "downloads always resume"),
-    "disable_mmap": ((None, False, True), "files are mapped where that is exact"),
-    "force_download": ((None, False), "adapters are fetched once"),
-    "proxies": ((None, {}), "set HTTPS_PROXY in the environment"),
-    "mirror": ((None, ""), "set HF_ENDPOINT in the environment"),
-    "custom_pipeline": ((None,), "a pipeline of your own is a subclass of KolorsPipeline"),
-    "custom_revision": ((None,), "no code is fetched"),
-    "trust_remote_code": ((None, False), "no code is fetched"),
-    "load_connected_pipeline": ((None, False), "Kolors has none"),
-    "max_memory": ((None, {}), "pipe.enable_model_cpu_offload() needs no plan"),
-    "offload_folder": ((None, ""), "weights are offloaded to memory alone"),
-    "offload_state_dict": ((None, False), "weights are offloaded to memory alone"),
-    "quantization_config": ((None,), "use kolors_core.performance.quantize on a loaded model"),
-    "use_onnx": ((None, False), "only safetensors are opened"),
-    "use_flashpack": ((None, False), "only safetensors are opened"),
-    "safety_checker": ((None,), "Kolors has none"),
-    "requires_safety_checker": ((None, False), "Kolors has none"),
-    "use_safetensors": ((None, True), "pickles can run code, only safetensors are opened"),
-    "hotswap": ((None, False), "call delete_adapters(name), then load the other under that name"),
-}
 ADAPTERS = (
     "low_cpu_mem_usage", "resume_download", "force_download", "proxies", "mirror", "use_safetensors",
     "hotswap",
 )  # fmt: skip
-
-
-def without_neutral(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return the options without those of the names, whose values must be in `NEUTRAL`; else ValueError."""
-    for name in options.keys() & names:
-        values, hint = NEUTRAL[name]
-        if not any(options[name] is value or options[name] == value for value in values):
-            raise ValueError(f"{name}={short_repr(options[name])} has no place here: {hint}")
-    return {name: value for name, value in options.items() if name not in names}
 
 
 def parse_dtypes(name: str, dtypes: AnyDtypes) -> Dtypes:
@@ -82,8 +50,9 @@ class ReferenceFiles(SharedMethods, Task):
     hf_device_map: str | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_plain = name == "scheduler" and isinstance(value, Scheduler)
-        super().__setattr__(name, schedulers.of(value) if is_plain else value)
+        if name == "scheduler" and isinstance(value, Scheduler):
+            schedulers.check_unchanged(value := schedulers.of(value))
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(
@@ -113,6 +82,17 @@ class ReferenceFiles(SharedMethods, Task):
             pipe.enable_model_cpu_offload()
         pipe.hf_device_map = None if device_map is None else str(device_map)
         return pipe
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> dict[str, Any]:
+        """Read `model_index.json`, of a hub repository fetching nothing else; hub: as for `hub.fetch`."""
+        return load_index(pretrained_model_name_or_path, **hub)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | Path, *, variant: str | None = None, **hub: Any) -> str:
+        """Fetch what `from_pretrained` loads; return its folder. hub: as for `kolors_core.hub.fetch`."""
+        components = ("tokenizer", "scheduler", *cls.model_specs)
+        return str(resolve(pretrained_model_name, components, variant, **hub))
 
     @classmethod
     def from_pipe(
@@ -163,3 +143,9 @@ class ReferenceFiles(SharedMethods, Task):
             pretrained_model_name_or_path_or_dict, subfolder, weight_name, image_encoder_folder,
             **without_neutral(options, ADAPTERS),
         )  # fmt: skip
+
+
+def load_index(name: str | Path, **hub: Any) -> dict[str, Any]:
+    """Read the `model_index.json` of a folder or hub repository, or of "tiny"."""
+    folder = resolve(local_name(name), [], has_weights=False, **hub)
+    return read_json(folder / "model_index.json")

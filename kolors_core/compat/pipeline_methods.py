@@ -7,17 +7,18 @@ pipeline_kolors_img2img.py.
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from kolors_core.adapters import lora
 from kolors_core.checkpoint import model_index
+from kolors_core.compat.configs import ReadOnlyConfig
 from kolors_core.compat.image_processor import VaeImageProcessor
-from kolors_core.compat.pipeline_files import ADAPTERS, ReferenceFiles, without_neutral
+from kolors_core.compat.neutral import without_neutral
+from kolors_core.compat.pipeline_files import ADAPTERS, ReferenceFiles
 from kolors_core.compat.shared_methods import ATTENTION_HINT
-from kolors_core.config import ConfigDict
 from kolors_core.devices import named_device
 from kolors_core.image import Size
 from kolors_core.pipelines.denoising_loop import NEGATIVE_TENSORS, POSITIVE_TENSORS
@@ -29,18 +30,24 @@ from kolors_core.sampling import Generators, randn_latents
 from kolors_core.validation import check_fraction, check_int, short_repr
 from weights_convert.safetensors_files import Source
 
+if TYPE_CHECKING:
+    from kolors_core.compat.image_processor import VaeImageProcessor
+
 logger = logging.getLogger("kolors_core")
+# Methods for custom loops alone, and what changes a call in their place.
+NOT_CALLED = {
+    "encode_prompt": "give prompt_embeds, or a text_encoder of your own",
+    "prepare_latents": "give latents", "_get_add_time_ids": "give original_size and target_size",
+    "get_timesteps": "give strength or denoising_start",
+    "prepare_extra_step_kwargs": "set pipe.sampler, a function like sampling.euler",
+}  # fmt: skip
 OFFLOAD_TYPES = ("block_level", "leaf_level")
 
 
-class PipelineConfig(ConfigDict):
+class PipelineConfig(ReadOnlyConfig):
     """Config of a pipeline, read only."""
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        raise TypeError(f"a pipeline's config is read only: pipe.register_to_config({name}=...)")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
+    hint = "pipe.register_to_config({}=...)"
 
 
 class ReferenceMethods(ReferenceFiles):
@@ -49,6 +56,13 @@ class ReferenceMethods(ReferenceFiles):
     model_cpu_offload_seq: ClassVar[str] = "text_encoder->image_encoder->unet->vae"
     _optional_components: ClassVar[list[str]] = ["image_encoder", "feature_extractor"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", *POSITIVE_TENSORS, *NEGATIVE_TENSORS]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Raise TypeError for a subclass with a method that its inherited `__call__` would not call."""
+        super().__init_subclass__(**options)
+        calls = [kind for kind in cls.__mro__ if "__call__" in vars(kind)]
+        if calls and cls not in calls and (unused := sorted(vars(cls).keys() & NOT_CALLED)):
+            raise TypeError(f"{cls.__name__}.{unused[0]} is not called by __call__: {NOT_CALLED[unused[0]]}")
 
     def _init_state(self) -> None:
         super()._init_state()
@@ -65,8 +79,10 @@ class ReferenceMethods(ReferenceFiles):
         return 128 if self.unet is None else self.unet.config.sample_size
 
     @property
-    def image_processor(self) -> VaeImageProcessor:
+    def image_processor(self) -> "VaeImageProcessor":
         """A new processor of images for the VAE, which calls do not use."""
+        from kolors_core.compat.image_processor import VaeImageProcessor
+
         return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property
@@ -114,6 +130,8 @@ class ReferenceMethods(ReferenceFiles):
     @staticmethod
     def numpy_to_pil(images: Any) -> list[Any]:
         """Convert an array [H, W, 3] or [B, H, W, 3] in [0, 1] to PIL images."""
+        from kolors_core.compat.image_processor import VaeImageProcessor
+
         return VaeImageProcessor.numpy_to_pil(images)
 
     def maybe_free_model_hooks(self) -> None:
@@ -277,3 +295,13 @@ def retrieve_timesteps(
     steps = None if is_custom else num_inference_steps
     scheduler.set_timesteps(steps, device=device, timesteps=timesteps, sigmas=sigmas, **options)
     return scheduler.timesteps, len(scheduler.timesteps)
+
+
+def retrieve_latents(
+    encoder_output: Any, generator: Generators = None, sample_mode: str = "sample"
+) -> Tensor:
+    """Return a sample of what `vae.encode` returned, or by "argmax" the mean; not scaled."""
+    if sample_mode not in ("sample", "argmax"):
+        raise ValueError(f"sample_mode must be 'sample' or 'argmax', got {short_repr(sample_mode)}")
+    latents = encoder_output.latent_dist
+    return latents.mode() if sample_mode == "argmax" else latents.sample(generator)

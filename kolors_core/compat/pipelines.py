@@ -1,6 +1,7 @@
 """Pipelines under the reference's names, with the methods, models and scheduler that its scripts expect."""
 
 from kolors_core.compat.pipeline_methods import ReferenceImageMethods, ReferenceMethods
+from kolors_core.compat.pipeline_methods import retrieve_latents as retrieve_latents
 from kolors_core.compat.pipeline_methods import retrieve_timesteps as retrieve_timesteps
 from kolors_core.pipelines import controlnet, image_to_image, inpainting, pag, text_to_image
 

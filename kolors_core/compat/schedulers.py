@@ -20,8 +20,8 @@ from torch import Tensor
 from kolors_core import checkpoint
 from kolors_core import schedule as plain
 from kolors_core.checkpoint import SCHEDULER_FILE
+from kolors_core.compat.configs import ReadOnlyConfig
 from kolors_core.compat.model_outputs import ModelOutput
-from kolors_core.config import ConfigDict
 from kolors_core.devices import loading_device
 from kolors_core.sampling import Generators, dpmpp_step, euler, randn_latents
 from kolors_core.schedule import ONE_VALUE_FIELDS, UNUSED_FIELDS, Schedule, Scheduler
@@ -63,6 +63,12 @@ class Fields(TypedDict, total=False):
     variance_type: None
     use_dynamic_shifting: bool
     time_shift_type: str
+
+
+class SchedulerConfig(ReadOnlyConfig):
+    """Config of a scheduler, read only."""
+
+    hint = "pipe.scheduler = type(pipe.scheduler).from_config(config, {}=...)"
 
 
 @dataclass(frozen=True)
@@ -118,22 +124,26 @@ class StatefulScheduler(Scheduler):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, *,
         revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
-        token: str | bool | None = None, force_download: bool = False,
+        token: str | bool | None = None, force_download: bool = False, **changes: Unpack[Fields],
     ) -> Self:  # fmt: skip
         """Load from a folder or hub repository, or "tiny", whichever class of scheduler is saved there.
 
-        subfolder: "scheduler", of a whole Kolors. FileNotFoundError or ValueError names the file or field.
+        subfolder: "scheduler", of a whole Kolors. changes: fields at other values than the saved ones.
+        FileNotFoundError or ValueError names the file or field.
         """
-        name = pretrained_model_name_or_path
-        inside = subfolder or ("scheduler" if name == checkpoint.EMBEDDED_NAME else "")
-        folder = checkpoint.fetch_component(
-            name, "scheduler", inside, None, False, revision=revision, cache_dir=cache_dir,
+        file = _file_of(
+            pretrained_model_name_or_path, subfolder, revision=revision, cache_dir=cache_dir,
             local_files_only=local_files_only, token=token, force_download=force_download,
         )  # fmt: skip
-        file = folder / inside / SCHEDULER_FILE
-        if not file.exists() and (folder / "scheduler" / SCHEDULER_FILE).exists():
-            raise FileNotFoundError(f"{file}: no such file, give subfolder='scheduler'")
-        return checkpoint.open_scheduler(file, cls)
+        loaded = checkpoint.open_scheduler(file, cls)
+        return cls.from_config(loaded.config, **changes) if changes else loaded
+
+    @classmethod
+    def load_config(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **hub: Any
+    ) -> dict[str, Any]:
+        """Read a saved config, for `from_config`; hub: as for `kolors_core.hub.fetch`."""
+        return checkpoint.read_json(_file_of(pretrained_model_name_or_path, subfolder, **hub))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `scheduler_config.json` into a folder, for this class and the reference's."""
@@ -142,10 +152,10 @@ class StatefulScheduler(Scheduler):
         checkpoint.write_json(self.to_public(), folder / SCHEDULER_FILE)
 
     @property
-    def config(self) -> ConfigDict:
+    def config(self) -> SchedulerConfig:
         """The fields of the reference's class, for another's `from_config`."""
         others = {name: same[0] for name, same in ONE_VALUE_FIELDS.items()} | UNUSED_FIELDS
-        return ConfigDict({name: others[name] for name in self._other_fields} | asdict(self))
+        return SchedulerConfig({name: others[name] for name in self._other_fields} | asdict(self))
 
     @property
     def compatibles(self) -> list[type[Scheduler]]:
@@ -165,7 +175,17 @@ class StatefulScheduler(Scheduler):
     @property
     def alphas_cumprod(self) -> Tensor:
         """The share of the image in the variance at each training timestep: float32 [T]."""
-        return 1 / (self.training_sigmas() ** 2 + 1)
+        return torch.cumprod(self.alphas, dim=0)
+
+    @property
+    def alphas(self) -> Tensor:
+        """The share of the image that each training timestep leaves: float32 [T]."""
+        return 1.0 - self.betas
+
+    @property
+    def betas(self) -> Tensor:
+        """The variance that each training timestep adds: float32 [T]."""
+        return self.training_betas()
 
     @property
     def init_noise_sigma(self) -> float:
@@ -348,6 +368,27 @@ def of(scheduler: Scheduler) -> Scheduler:
     """Return the stateful scheduler of a plain one's fields; another class, such as your own, unchanged."""
     kind = _STATEFUL.get(type(scheduler))
     return scheduler if kind is None else kind(**asdict(scheduler))
+
+
+def _file_of(name: str | Path, subfolder: str | None, **hub: Any) -> Path:
+    """Fetch the scheduler of a folder or hub repository, or of "tiny"; return its file."""
+    inside = subfolder or ""
+    if name == checkpoint.EMBEDDED_NAME:
+        inside = inside or "scheduler"
+    folder = checkpoint.fetch_component(name, "scheduler", inside, None, False, **hub)
+    file = folder / inside / SCHEDULER_FILE
+    if not file.exists() and (folder / "scheduler" / SCHEDULER_FILE).exists():
+        raise FileNotFoundError(f"{file}: no such file, give subfolder='scheduler'")
+    return file
+
+
+def check_unchanged(scheduler: Any) -> None:
+    """Raise TypeError for a scheduler whose class changes a step, which pipelines would not call."""
+    kind = next((kind for kind in _STATEFUL.values() if isinstance(scheduler, kind)), type(scheduler))
+    for name in ("step", "scale_model_input", "set_timesteps", "add_noise"):
+        if getattr(type(scheduler), name, None) is not getattr(kind, name, None):
+            where = f"{type(scheduler).__name__}.{name}"
+            raise TypeError(f"{where} is for custom loops, a pipeline does not call it: set pipe.sampler")
 
 
 def _begin(schedule: Schedule, device: torch.device | str) -> LoopState:

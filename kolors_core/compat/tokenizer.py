@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kolors_core import checkpoint
+from kolors_core.compat.neutral import check_neutral
 from kolors_core.tokenizer import SPECIAL_TOKENS, TokenBatch, Tokenizer
 from kolors_core.validation import as_path, short_repr
 from weights_convert.atomic_write import atomic_folder
@@ -77,12 +78,13 @@ class ChatGLMTokenizer(Tokenizer):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, subfolder: str = "", revision: str | None = None,
         cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None,
-        force_download: bool = False,
+        force_download: bool = False, **neutral: Any,
     ) -> Self:  # fmt: skip
         """Load a folder or hub repository with `tokenizer.model`, or "tiny".
 
-        subfolder: "tokenizer", of a whole Kolors.
+        subfolder: "tokenizer", of a whole Kolors. neutral: see neutral.py.
         """
+        check_neutral(neutral)
         name = pretrained_model_name_or_path
         if name == checkpoint.EMBEDDED_NAME:
             subfolder = subfolder or "tokenizer"
@@ -104,6 +106,7 @@ class ChatGLMTokenizer(Tokenizer):
         self, text: str | Sequence[str], max_length: int | None = None,
         words: Mapping[str, Sequence[int]] | None = None, *, padding: bool | str = False,
         truncation: bool = False, return_tensors: str | None = None, add_special_tokens: bool = True,
+        return_attention_mask: bool | None = None,
     ) -> BatchEncoding:  # fmt: skip
         """Tokenize prompts, by the reference's names as lists, or as tensors by `return_tensors="pt"`.
 
@@ -139,7 +142,12 @@ class ChatGLMTokenizer(Tokenizer):
                 values = {name: tensor.numpy() for name, tensor in values.items()}
         elif isinstance(text, str):
             values = {name: rows[0] for name, rows in values.items()}
+        if return_attention_mask is False and padding is False:  # the reference pads all three
+            values = {"input_ids": values["input_ids"]}
         return BatchEncoding(**vars(tokens), values=values)
+
+    def __len__(self) -> int:
+        return len(self.get_vocab())
 
     def encode(self, text: str, **options: Any) -> Any:
         """Return the ids of one text, with the prefix; options: as of calling the tokenizer."""

@@ -1,9 +1,13 @@
-"""Functions for files and sheets of images, under the names of the reference's utils."""
+"""Functions for images and noise, under the names of the reference's utils."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from kolors_core.image import load_image as load_image
+from kolors_core.sampling import Generators, randn_latents
 from kolors_core.validation import check_int
 
 if TYPE_CHECKING:
@@ -30,3 +34,12 @@ def make_image_grid(
     for i, image in enumerate(images):
         grid.paste(image, (i % cols * width, i // cols * height))
     return grid
+
+
+def randn_tensor(
+    shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """Draw standard normal noise on the generator's device, then move it; see `sampling.randn_latents`."""
+    place, kind = torch.device("cpu" if device is None else device), dtype or torch.get_default_dtype()
+    return randn_latents(tuple(shape), generator, place, kind)

@@ -46,6 +46,13 @@ class KolorsPipelineOutput(NamedTuple):
         """Return the item of a name, an index or a slice."""
         return self._asdict()[key] if isinstance(key, str) else tuple.__getitem__(self, key)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._fields
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a name, or the default for another."""
+        return self._asdict().get(key, default)
+
     def keys(self) -> KeysView[str]:
         """Return the names."""
         return self._asdict().keys()

@@ -1,6 +1,8 @@
 """What stays different from the reference: each row of the table in compat/README.md, and no other."""
 
+import copy
 import logging
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +173,103 @@ def group_offload(ours: Any, theirs: Any, folder: Path) -> None:
 def last_hidden_state(ours: Any, theirs: Any, folder: Path) -> None:
     with pytest.raises(AttributeError, match="the final norm is not loaded"):
         ours.text_encoder(input_ids=torch.tensor([[1, 2]])).last_hidden_state  # noqa: B018
+
+
+@row("`pipe.unet.load_lora_adapter(...)`, `pipe.unet.set_adapters(...)` and others")
+def lora_of_the_unet(ours: Any, theirs: Any, folder: Path) -> None:
+    for name in ("load_lora_adapter", "set_adapters", "disable_lora", "enable_lora", "delete_adapters"):
+        assert hasattr(theirs.unet, name) and not hasattr(ours.unet, name)
+    assert callable(ours.load_lora_weights) and callable(ours.set_adapters)
+
+
+@row("`pipe.unet.enable_layerwise_casting(...)`")
+def layerwise_casting(ours: Any, theirs: Any, folder: Path) -> None:
+    assert hasattr(theirs.unet, "enable_layerwise_casting")
+    assert not hasattr(ours.unet, "enable_layerwise_casting")
+
+
+@row("`UNet2DConditionModel(sample_size=128, ...)`")
+def from_fields(ours: Any, theirs: Any, folder: Path) -> None:
+    fields = dict(theirs.unet.config)
+    with pytest.raises(TypeError):
+        kolors_core.UNet2DConditionModel(**fields)
+    assert kolors_core.UNet2DConditionModel.from_config(fields).config == ours.unet.config
+
+
+@row("`pipe.scheduler.config.beta_end = ...`, `pipe.scheduler.timesteps = ...`")
+def read_only_scheduler(ours: Any, theirs: Any, folder: Path) -> None:
+    config = ours.scheduler.config
+    with pytest.raises(TypeError, match=r"read only: .*from_config\(config, beta_end=...\)"):
+        config.beta_end = 0.5
+    for name in ("timesteps", "sigmas"):
+        with pytest.raises(AttributeError):
+            setattr(ours.scheduler, name, getattr(ours.scheduler, name))
+    assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
+
+
+@row("`DPMSolverMultistepScheduler.add_noise` before `set_timesteps` reads its table backwards")
+def noise_of_training(ours: Any, theirs: Any, folder: Path) -> None:
+    clean, noise, timestep = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.tensor([100])
+    mine, other = (
+        library.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        for library, pipe in ((kolors_core, ours), (diffusers, theirs))
+    )
+    right = (1 - other.alphas_cumprod[100]).sqrt() * noise
+    assert torch.allclose(mine.add_noise(clean, noise, timestep), right, atol=1e-6)
+    assert other.add_noise(clean, noise, timestep).mean() > 2 * right.mean()
+
+
+@row(
+    "a pipeline's subclass with its own `encode_prompt` or `prepare_latents`, "
+    "a scheduler's with its own `step`"
+)
+def overridden(ours: Any, theirs: Any, folder: Path) -> None:
+    def method(*arguments: Any, **named: Any) -> None: ...
+
+    for name in ("encode_prompt", "prepare_latents", "_get_add_time_ids"):
+        with pytest.raises(TypeError, match=f"Mine.{name} is not called by __call__: give "):
+            type("Mine", (KolorsPipeline,), {name: method})
+        type("Mine", (KolorsPipeline,), {name: method, "__call__": method})
+    for name in ("step", "scale_model_input", "set_timesteps"):
+        changed = type("Mine", (EulerDiscreteScheduler,), {name: method})
+        with pytest.raises(TypeError, match=f"Mine.{name} is for custom loops.*set pipe.sampler"):
+            ours.scheduler = changed()
+
+
+@row("`pipe.image_processor = ...`, `pipe.vae_scale_factor = ...`")
+def processors_of_images(ours: Any, theirs: Any, folder: Path) -> None:
+    for name in ("image_processor", "vae_scale_factor"):
+        setattr(theirs, name, getattr(theirs, name))
+        with pytest.raises(AttributeError):
+            setattr(ours, name, getattr(ours, name))
+
+
+@row("`pipe.denoising_end`, `pipe.cross_attention_kwargs`, `pipe.pag_scale` after a call")
+def state_of_a_call(ours: Any, theirs: Any, folder: Path) -> None:
+    ours("cat", **CALL)
+    theirs("cat", **CALL)
+    assert theirs.denoising_end is theirs.cross_attention_kwargs is None
+    for name in ("denoising_end", "cross_attention_kwargs", "pag_scale"):
+        assert not hasattr(ours, name)
+    assert (ours.guidance_scale, ours.num_timesteps) == (theirs.guidance_scale, theirs.num_timesteps)
+
+
+@row("`pipe.scheduler.timesteps` after and during a call are the call's")
+def timesteps_of_a_call(ours: Any, theirs: Any, folder: Path) -> None:
+    ours("cat", **CALL)
+    theirs("cat", **CALL)
+    assert len(theirs.scheduler.timesteps) == 1 and len(ours.scheduler.timesteps) == 1100
+    ours.scheduler.set_timesteps(1)
+    assert torch.equal(ours.scheduler.timesteps, theirs.scheduler.timesteps)
+
+
+@row("`pipe(..., max_sequence_length=77)` has no effect")
+def short_prompts(ours: Any, theirs: Any, folder: Path) -> None:
+    made: list[Any] = []
+    for pipe in (ours, theirs):
+        both = [{}, {"max_sequence_length": 77}]
+        made += [pipe("cat", generator=torch.manual_seed(0), **CALL, **given).images for given in both]
+    assert not torch.equal(made[0], made[1]) and torch.equal(made[2], made[3])
 
 
 def test_each_row_has_a_test_and_each_test_a_row() -> None:
