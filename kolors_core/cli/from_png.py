@@ -79,7 +79,7 @@ def _damage_named(file: Path) -> Iterator[None]:
     faults = ValueError, LookupError, TypeError, AttributeError, SyntaxError, ArithmeticError, RuntimeError
     try:
         yield
-    except faults as error:  # of text that is no JSON, or another than is expected
+    except (*faults, MemoryError) as error:  # of text that is no JSON, is another than expected, or too deep
         raise ValueError(f"{file}: its metadata are damaged: {one_line(error)}") from None
 
 
@@ -133,6 +133,13 @@ class _Arguments:
     def _add(self, flag: str, value: Any) -> None:
         self.flags.append(f"--{flag}={value}")
 
+    def _add_several(self, flag: str, values: Iterable[Any]) -> None:
+        """Add a flag of several values, none of which may be a flag of its own, such as --force."""
+        texts = [str(value) for value in values]
+        if flags := [text for text in texts if text.startswith("-")]:
+            raise ValueError(f"{flags[0][:100]!r} is no value of {flag}")
+        self.flags += [f"--{flag}", *texts]
+
     def _model(self) -> None:
         facts = self.facts
         if facts["model"].startswith("unknown"):
@@ -166,6 +173,8 @@ class _Arguments:
             else:
                 weight = one["weight"]
                 self._add("lora", f"{one['from']}:{weight if isinstance(weight, int | float) else 1.0}")
+        if any(flag.startswith("--lora=") for flag in self.flags):
+            self.flags.append("--lora-partial")  # what was left out is so again: fingerprints are compared
         words = json.loads(facts.get("textual_inversion", "{}"))
         for word, source in words.items():
             if source is None:
@@ -188,11 +197,14 @@ class _Arguments:
     def _images(self, flag: str, what: str, images: Iterable[Any]) -> None:
         images = list(images)
         if flag == "control-image" and "canny" in self.facts:
-            self._add("canny", self.facts["canny"])
             images = images[:-1]
+            if _is_address(self.facts["canny"]):
+                self.unknown.append("the image of --canny is at an address, which is not fetched")
+            else:
+                self._add("canny", self.facts["canny"])
         for image in images:
             name = image.get("file") if isinstance(image, dict) else None
-            if name is None or re.match(r"\w+://", name):
+            if name is None or _is_address(name):
                 self.unknown.append(f"{what} is known by its pixels' hash only: give --{flag}")
                 continue
             self._add(flag, name)
@@ -216,7 +228,7 @@ class _Arguments:
         if facts.get("paste_back") == "False":
             self.flags.append("--no-paste-back")
         if "freeu" in facts:
-            self.flags += ["--freeu", *(part.partition("=")[2] for part in facts["freeu"].split(", "))]
+            self._add_several("freeu", (part.partition("=")[2] for part in facts["freeu"].split(", ")))
         if " with " in facts["sampler"]:
             self.unknown.append(f"the sampler was an own function, {facts['sampler'].partition(' with ')[0]}")
         self._rule(facts.get("guidance", "guided"))
@@ -232,7 +244,7 @@ class _Arguments:
             value = ast.literal_eval(keyword.value)
             listed = [value] if not isinstance(value, list | tuple) else value
             if value is not None and value != 0.0:
-                self.flags += [f"--{RULES[str(keyword.arg)]}", *map(str, listed)]
+                self._add_several(RULES[str(keyword.arg)], listed)
 
 
 def read_facts(options: argparse.Namespace) -> Facts:
@@ -326,6 +338,10 @@ def differences(pipe: Task, facts: Facts) -> list[str]:
 def _generators(facts: Facts) -> list[dict[str, Any]]:
     given = json.loads(facts["batch"])["generators"]
     return given if isinstance(given, list) else [given]
+
+
+def _is_address(name: str) -> bool:
+    return re.match(r"\w+://", name) is not None
 
 
 def _flat(content: Any) -> list[Any]:
