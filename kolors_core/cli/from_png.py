@@ -18,6 +18,7 @@ import torch
 
 from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.checkpoint import logger
+from kolors_core.cli.parsers import DTYPES
 from kolors_core.devices import unwrap_compiled
 from kolors_core.image import load_image
 from kolors_core.pipelines.fingerprint import fingerprint
@@ -157,7 +158,10 @@ class _Arguments:
             dtype = dtypes["unet"]
             if dtypes != dict.fromkeys(dtypes, dtype) | ({"vae": "float32"} if dtype == "float16" else {}):
                 self.unknown.append(f"the models were in several dtypes, {facts['dtype']}; here in {dtype}")
-        self._add("dtype", dtype)
+        if dtype in DTYPES:
+            self._add("dtype", dtype)
+        else:
+            self.unknown.append(f"it was drawn in {dtype}, expected one of {', '.join(DTYPES)}")
         device = facts["device"]
         if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
             self._add("device", device)
@@ -211,7 +215,8 @@ class _Arguments:
             if not Path(name).is_file():
                 self.unknown.append(f"{what}, {name}, is not there")
             elif image["sha256"] not in _file_hashes(name, flag):
-                self.unknown.append(f"{what}, {name}, has changed")
+                or_else = ", or was given with transparency" if flag in ("ip-image", "face-image") else ""
+                self.unknown.append(f"{what}, {name}, has changed{or_else}")
 
     def _sampling(self) -> None:
         facts = self.facts

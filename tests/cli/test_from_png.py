@@ -23,10 +23,13 @@ from kolors_core import (
     KolorsPipeline,
 )
 from kolors_core.adapters.lora import attach, save_adapters
+from kolors_core.checkpoint import EMBEDDED
 from kolors_core.cli.from_png import arguments_of
 from kolors_core.cli.generate import main
 from kolors_core.image import load_image
 from kolors_core.pipelines.png_metadata import attach_metadata, save_png
+from kolors_core.pipelines.provenance import describe_call
+from kolors_core.pipelines.request import PipelineInputs
 from tests.support.pipelines import picture
 
 pytestmark = pytest.mark.numerical
@@ -201,6 +204,42 @@ def test_an_image_of_the_command_line_is_drawn_again(files: Path, tmp_path: Path
         assert np.array_equal(np.asarray(made), np.asarray(again)) and not unknown
         same = {key: value for key, value in again.info.items() if key not in ("batch", "image", "quantized")}
         assert same.items() <= made.info.items()
+
+
+def test_a_controlnet_of_one_file_is_its_folders_and_loaded_again(files: Path, tmp_path: Path) -> None:
+    flags = ["a cat", "--seed", "4", "--steps", "1", "--height", "64", "--width", "64", "-q", "--canny"]
+    net, made = EMBEDDED / "controlnet", []
+    for i, source in enumerate((net, net / "diffusion_pytorch_model.safetensors")):
+        out = tmp_path / f"{i}.png"
+        assert main([*flags, f"{files}/start.png", "--control", f"{source}:0.6", "-o", str(out)]) == 0
+        made.append(Image.open(out))
+    found, unknown = arguments_of(tmp_path / "1.png")
+    assert main(["-o", str(tmp_path / "again.png"), "-q", *found]) == 0 and not unknown
+    made.append(Image.open(tmp_path / "again.png"))
+    assert all(np.array_equal(np.asarray(made[0]), np.asarray(image)) for image in made)
+
+
+def test_transparency_that_changes_an_image_prompt_is_said(
+    pipe: KolorsPipeline, files: Path, tmp_path: Path
+) -> None:
+    """An image prompt is seen on white, and a file is read without its alpha; 16 bits change nothing."""
+    levels = np.arange(60 * 70, dtype=np.uint16).reshape(60, 70) * 15
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    picture(3).save(tmp_path / "plain.png")
+    clear = picture(3).convert("RGBA")
+    clear.putalpha(picture(4).convert("L"))
+    clear.save(tmp_path / "clear.png")
+    made = pipe("a cat", **SIZE, generator=generator(1)).images[0]
+    known = {}
+    for name in ("deep", "plain", "clear"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            inputs = PipelineInputs(prompt="a cat", ip_adapter_image=image)
+            known[name] = describe_call(inputs)["ip_adapter_image"]
+    for name, fact in known.items():
+        attach_metadata(made, made.info | {"ip_adapter_image": fact})
+        save_png(made, tmp_path / "made.png")
+        said = [f"the image prompt, {tmp_path}/clear.png, has changed, or was given with transparency"]
+        assert arguments_of(tmp_path / "made.png")[1] == (said if name == "clear" else [])
 
 
 def test_a_lora_that_fits_in_part_is_loaded_again(pipe: KolorsPipeline, files: Path, tmp_path: Path) -> None:
