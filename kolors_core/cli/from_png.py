@@ -88,7 +88,8 @@ def _check(facts: Facts) -> None:
     """Raise an error for metadata that the functions of this file cannot read."""
     scheduler = json.loads(facts["scheduler"])
     SCHEDULERS[scheduler["_class_name"]].from_config(scheduler)
-    for name in ("ip_adapter_scale", "face_scale", "fingerprint"):
+    json.loads(facts["fingerprint"]).items()
+    for name in ("ip_adapter_scale", "face_scale"):
         json.loads(facts.get(name, "{}"))
     for one in json.loads(facts.get("lora", "[]")):
         if missing := {"name", "weight", "from", "fingerprint"} - one.keys():

@@ -341,7 +341,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     faults = [
         {"lora": "[{]"}, {"lora": '[{"name": 1}]'}, {"scheduler": "{}"}, {"scheduler": "[" * 9999},
         {"guidance": "__import__('os').abort()"}, {"guidance": "guided(scale=open('x'))"},
-        {"size": "1"}, {"control_steps": "x"}, {"guidance": "-" * 9999},
+        {"size": "1"}, {"control_steps": "x"}, {"guidance": "-" * 9999}, {"fingerprint": "null"},
         {"freeu": "s1=--force, s2=--out=/x.png"}, {"guidance": "perturbed(pag_applied_layers=['--force'])"},
         *({"batch": json.dumps(batch | {name: value})} for name, value in (
             ("image", 3), ("image", -1), ("generators", {"seed": 2**70}), ("generators", [{"seed": "x"}]),
