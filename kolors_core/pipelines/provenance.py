@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,9 @@ def describe_call(inputs: PipelineInputs, **given: Any) -> dict[str, Any]:
     for name in ("timesteps", "sigmas"):
         if (numbers := getattr(inputs, name)) is not None:
             facts[name] = as_json([float(number) for number in numbers])
-    sizes = {name: list(size) for name in SIZES if (size := getattr(inputs, name)) is not None}
-    sizes |= {name: list(crop) for name in CROPS if not is_default_crop(crop := getattr(inputs, name))}
+    given_sizes = {name: size for name in SIZES if (size := getattr(inputs, name)) is not None}
+    given_sizes |= {name: crop for name in CROPS if not is_default_crop(crop := getattr(inputs, name))}
+    sizes = {name: [_as_number(side) for side in size] for name, size in given_sizes.items()}
     if sizes:
         facts["size_conditions"] = as_json(sizes)
     if inputs.max_sequence_length != MAX_TOKENS:
@@ -146,9 +148,17 @@ def pixel_hash(image: Any) -> str:
 
 
 def _describe(value: Any, is_flattened: bool = False) -> str:
+    value = _as_number(value)
     if isinstance(value, bool | int | float | str):
         return str(value)
+    if isinstance(value, Real):
+        return str(float(value))
     return as_json(_content(value, is_flattened))
+
+
+def _as_number(value: Any) -> Any:
+    """Convert a number of numpy or torch to Python's; return what is none as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _content(value: Any, is_flattened: bool) -> Any:
