@@ -16,6 +16,7 @@ from kolors_core.context import ImagePrompt
 from kolors_core.image import Size
 from kolors_core.module import WrapStep
 from kolors_core.schedule import Schedule
+from kolors_core.validation import MAX_COUNT, short_repr
 
 # (input of conv_in [b, ...], timestep, sigma) -> a tensor for each skip and one for the mid block, or none
 StepResiduals = Callable[[Tensor, float, float], list[Tensor]]
@@ -93,9 +94,9 @@ def size_ids(original: Size, crop: Size, target: Size, prefix: str = "") -> Tens
             sides = [-1 if isinstance(side, bool) else operator.index(side) for side in size]
         except TypeError:
             sides = []
-        if len(sides) != 2 or min(sides) < 0:
+        if len(sides) != 2 or min(sides) < 0 or max(sides) > MAX_COUNT:
             expected = "two whole numbers of pixels, height first"
-            raise ValueError(f"{prefix}{name} must be {expected}, got {size!r}")
+            raise ValueError(f"{prefix}{name} must be {expected}, got {short_repr(size)}")
     return torch.tensor([[*original, *crop, *target]], dtype=torch.float32)  # [1, 6]
 
 

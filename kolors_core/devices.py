@@ -11,7 +11,9 @@ Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
 
 OVERFLOW_HINT = {torch.float16: "try bfloat16 or float32", torch.bfloat16: "try float32"}
 # Of a CPU's allocators, as torch's and C++' have them.
-_OUT_OF_MEMORY = re.compile(r"(?i)DefaultCPUAllocator|out of memory|bad_alloc|cannot allocate memory")
+_OUT_OF_MEMORY = re.compile(  # the last is oneDNN's
+    r"(?i)DefaultCPUAllocator|out of memory|bad_alloc|cannot allocate memory|could not create a primitive"
+)
 NO_DTYPE_HELPS = "no precision helps, look at the weights, at adapters' scales and at what was given"
 
 

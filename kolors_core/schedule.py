@@ -323,8 +323,8 @@ def _check_descending(name: str, values: Sequence[float], least: float, most: fl
         numbers = [float(value) for value in values if not isinstance(value, str | bool)]
         if len(numbers) < len(values):
             raise TypeError("a string or a bool among them")
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a list of numbers, got {values!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be a list of numbers, got {short_repr(values)}") from None
     is_descending = all(a > b for a, b in pairwise(numbers))
     if not numbers or not is_descending or not least <= numbers[-1] <= numbers[0] <= most:
         raise ValueError(f"{name} must fall strictly, within {least} to {most}, got {numbers}")

@@ -49,7 +49,7 @@ def atomic_folder(folder: Path, may_replace: Callable[[Path], bool] = lambda fol
     may_replace: asked of an existing folder that is not empty; if it agrees, the folder is exchanged for the
     new one in one step. Raises FileExistsError for a folder that may not be replaced.
     """
-    folder = folder.resolve() if folder.is_symlink() else folder
+    folder = Path(os.path.realpath(folder)) if folder.is_symlink() else folder
     if (aside := _aside(folder)).is_dir():  # of a writer that was killed, see `_exchange`
         _remove(aside) if folder.exists() else aside.replace(folder)
     is_full = folder.is_dir() and any(folder.iterdir())
@@ -214,4 +214,5 @@ def naming(file: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(file)) from None
+        reason = str(error.strerror).removeprefix("cannot be written: ")  # of a block in this one
+        raise OSError(error.errno, f"cannot be written: {reason}", str(file)) from None

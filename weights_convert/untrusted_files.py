@@ -5,6 +5,7 @@ format has no checksum: a flipped bit in a tensor's values goes undetected.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from math import prod
@@ -116,7 +117,9 @@ def check_inside(file: Path, folder: Path) -> None:
 
     Links of a Hugging Face cache, from snapshots/ to blobs/, are followed.
     """
-    real, root = file.resolve(), folder.resolve()
+    real, root = (
+        Path(os.path.realpath(path)) for path in (file, folder)
+    )  # `resolve` fails at a link to itself
     blobs = (parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")
     if not any(real.is_relative_to(allowed) for allowed in (root, *blobs)):
         raise ValueError(f"{file}: {real} is outside of {folder}")

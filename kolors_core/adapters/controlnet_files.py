@@ -20,7 +20,7 @@ from weights_convert.safetensors_files import Source, Tensors
 class KolorsControlNet(ControlNet):
     """ControlNet that can be loaded and saved, such as Kwai-Kolors/Kolors-ControlNet-Canny."""
 
-    source: str | None = None  # the folder or repository that it was loaded from
+    source: str | None = None  # the folder, repository or file that it was loaded from
 
     @classmethod
     def from_pretrained(
@@ -80,7 +80,9 @@ class KolorsControlNet(ControlNet):
             hint = "" if is_given else "; these are the released sizes, for others give config"
             raise ValueError(f"{error}{hint}") from None
         weights = None if device.type == "meta" else source
-        return cast(Self, checkpoint.UnloadedModel(net, weights, names).fill(dtype, device))
+        net = cast(Self, checkpoint.UnloadedModel(net, weights, names).fill(dtype, device))
+        net.source = str(pretrained_model_link_or_path)
+        return net
 
     @classmethod
     def from_sdxl(

@@ -18,6 +18,7 @@ import torch
 
 from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.checkpoint import logger
+from kolors_core.cli.parsers import DTYPES
 from kolors_core.devices import unwrap_compiled
 from kolors_core.image import load_image
 from kolors_core.pipelines.fingerprint import fingerprint
@@ -78,7 +79,7 @@ def _damage_named(file: Path) -> Iterator[None]:
     faults = ValueError, LookupError, TypeError, AttributeError, SyntaxError, ArithmeticError, RuntimeError
     try:
         yield
-    except faults as error:  # of text that is no JSON, or another than is expected
+    except (*faults, MemoryError) as error:  # of text that is no JSON, is another than expected, or too deep
         raise ValueError(f"{file}: its metadata are damaged: {one_line(error)}") from None
 
 
@@ -86,7 +87,8 @@ def _check(facts: Facts) -> None:
     """Raise an error for metadata that the functions of this file cannot read."""
     scheduler = json.loads(facts["scheduler"])
     SCHEDULERS[scheduler["_class_name"]].from_config(scheduler)
-    for name in ("ip_adapter_scale", "face_scale", "fingerprint"):
+    json.loads(facts["fingerprint"]).items()
+    for name in ("ip_adapter_scale", "face_scale"):
         json.loads(facts.get(name, "{}"))
     for one in json.loads(facts.get("lora", "[]")):
         if missing := {"name", "weight", "from", "fingerprint"} - one.keys():
@@ -132,6 +134,13 @@ class _Arguments:
     def _add(self, flag: str, value: Any) -> None:
         self.flags.append(f"--{flag}={value}")
 
+    def _add_several(self, flag: str, values: Iterable[Any]) -> None:
+        """Add a flag of several values, none of which may be a flag of its own, such as --force."""
+        texts = [str(value) for value in values]
+        if flags := [text for text in texts if text.startswith("-")]:
+            raise ValueError(f"{flags[0][:100]!r} is no value of {flag}")
+        self.flags += [f"--{flag}", *texts]
+
     def _model(self) -> None:
         facts = self.facts
         if facts["model"].startswith("unknown"):
@@ -149,7 +158,10 @@ class _Arguments:
             dtype = dtypes["unet"]
             if dtypes != dict.fromkeys(dtypes, dtype) | ({"vae": "float32"} if dtype == "float16" else {}):
                 self.unknown.append(f"the models were in several dtypes, {facts['dtype']}; here in {dtype}")
-        self._add("dtype", dtype)
+        if dtype in DTYPES:
+            self._add("dtype", dtype)
+        else:
+            self.unknown.append(f"it was drawn in {dtype}, expected one of {', '.join(DTYPES)}")
         device = facts["device"]
         if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
             self._add("device", device)
@@ -165,6 +177,8 @@ class _Arguments:
             else:
                 weight = one["weight"]
                 self._add("lora", f"{one['from']}:{weight if isinstance(weight, int | float) else 1.0}")
+        if any(flag.startswith("--lora=") for flag in self.flags):
+            self.flags.append("--lora-partial")  # what was left out is so again: fingerprints are compared
         words = json.loads(facts.get("textual_inversion", "{}"))
         for word, source in words.items():
             if source is None:
@@ -187,18 +201,22 @@ class _Arguments:
     def _images(self, flag: str, what: str, images: Iterable[Any]) -> None:
         images = list(images)
         if flag == "control-image" and "canny" in self.facts:
-            self._add("canny", self.facts["canny"])
             images = images[:-1]
+            if _is_address(self.facts["canny"]):
+                self.unknown.append("the image of --canny is at an address, which is not fetched")
+            else:
+                self._add("canny", self.facts["canny"])
         for image in images:
             name = image.get("file") if isinstance(image, dict) else None
-            if name is None or re.match(r"\w+://", name):
+            if name is None or _is_address(name):
                 self.unknown.append(f"{what} is known by its pixels' hash only: give --{flag}")
                 continue
             self._add(flag, name)
             if not Path(name).is_file():
                 self.unknown.append(f"{what}, {name}, is not there")
             elif image["sha256"] not in _file_hashes(name, flag):
-                self.unknown.append(f"{what}, {name}, has changed")
+                or_else = ", or was given with transparency" if flag in ("ip-image", "face-image") else ""
+                self.unknown.append(f"{what}, {name}, has changed{or_else}")
 
     def _sampling(self) -> None:
         facts = self.facts
@@ -215,7 +233,7 @@ class _Arguments:
         if facts.get("paste_back") == "False":
             self.flags.append("--no-paste-back")
         if "freeu" in facts:
-            self.flags += ["--freeu", *(part.partition("=")[2] for part in facts["freeu"].split(", "))]
+            self._add_several("freeu", (part.partition("=")[2] for part in facts["freeu"].split(", ")))
         if " with " in facts["sampler"]:
             self.unknown.append(f"the sampler was an own function, {facts['sampler'].partition(' with ')[0]}")
         self._rule(facts.get("guidance", "guided"))
@@ -231,7 +249,7 @@ class _Arguments:
             value = ast.literal_eval(keyword.value)
             listed = [value] if not isinstance(value, list | tuple) else value
             if value is not None and value != 0.0:
-                self.flags += [f"--{RULES[str(keyword.arg)]}", *map(str, listed)]
+                self._add_several(RULES[str(keyword.arg)], listed)
 
 
 def read_facts(options: argparse.Namespace) -> Facts:
@@ -325,6 +343,10 @@ def differences(pipe: Task, facts: Facts) -> list[str]:
 def _generators(facts: Facts) -> list[dict[str, Any]]:
     given = json.loads(facts["batch"])["generators"]
     return given if isinstance(given, list) else [given]
+
+
+def _is_address(name: str) -> bool:
+    return re.match(r"\w+://", name) is not None
 
 
 def _flat(content: Any) -> list[Any]:

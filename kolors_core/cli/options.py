@@ -14,7 +14,7 @@ import torch
 
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.cli import parsers
-from kolors_core.devices import best_dtype
+from kolors_core.devices import best_dtype, is_out_of_memory
 from kolors_core.guidance import cfg_rescale, check_interval, guided
 from kolors_core.pipelines.pag import check_scales, perturbed, perturbed_layers
 from kolors_core.pipelines.quantization_report import quantize
@@ -65,8 +65,9 @@ def run_command(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
-    except (OSError, ValueError, TypeError, FloatingPointError, MemoryError,
-            torch.OutOfMemoryError) as error:  # fmt: skip
+    except (OSError, ValueError, TypeError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         print(f"error: {one_line(error, None)}", file=sys.stderr)
         return 2
     finally:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from kolors_core.conditioning import Conditioning, is_default_crop
 from kolors_core.config import VERSION
 from kolors_core.devices import unwrap_compiled
+from kolors_core.image import flatten_alpha, to_8_bits
 from kolors_core.pipelines.base import Components
 from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.png_metadata import as_json, attach_metadata
@@ -25,7 +27,8 @@ from kolors_core.pipelines.seeds import numbers_drawn
 from kolors_core.pipelines.text_prompts import MAX_TOKENS
 
 UNKNOWN = "given, and cannot be known from here"
-IMAGES = ("ip_adapter_image", "face_image", "control_image")
+CLIP_IMAGES = ("ip_adapter_image", "face_image")  # whose transparency is white, and ignored elsewhere
+IMAGES = (*CLIP_IMAGES, "control_image")
 TENSORS = (
     "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
     "ip_adapter_image_embeds", "face_embeds",
@@ -44,12 +47,15 @@ def describe_call(inputs: PipelineInputs, **given: Any) -> dict[str, Any]:
     values = {name: getattr(inputs, name) for name in (*IMAGES, *TENSORS)} | given
     if given.get("denoising_start") is not None:
         del values["strength"]  # which has no effect then
-    facts = {name: _describe(value) for name, value in values.items() if value is not None}
+    facts = {
+        name: _describe(value, name in CLIP_IMAGES) for name, value in values.items() if value is not None
+    }
     for name in ("timesteps", "sigmas"):
         if (numbers := getattr(inputs, name)) is not None:
             facts[name] = as_json([float(number) for number in numbers])
-    sizes = {name: list(size) for name in SIZES if (size := getattr(inputs, name)) is not None}
-    sizes |= {name: list(crop) for name in CROPS if not is_default_crop(crop := getattr(inputs, name))}
+    given_sizes = {name: size for name in SIZES if (size := getattr(inputs, name)) is not None}
+    given_sizes |= {name: crop for name in CROPS if not is_default_crop(crop := getattr(inputs, name))}
+    sizes = {name: [_as_number(side) for side in size] for name, size in given_sizes.items()}
     if sizes:
         facts["size_conditions"] = as_json(sizes)
     if inputs.max_sequence_length != MAX_TOKENS:
@@ -136,26 +142,35 @@ def pixel_hash(image: Any) -> str:
     """Hash the pixels of a PIL image as RGB, or the numbers of an array or tensor, and their size."""
     if isinstance(image, Tensor):
         image = image.detach().cpu().double().numpy() if image.is_floating_point() else image.cpu().numpy()
-    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(to_8_bits(image).convert("RGB"))
     content = f"{pixels.shape} {pixels.dtype} ".encode() + np.ascontiguousarray(pixels).tobytes()
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _describe(value: Any) -> str:
+def _describe(value: Any, is_flattened: bool = False) -> str:
+    value = _as_number(value)
     if isinstance(value, bool | int | float | str):
         return str(value)
-    return as_json(_content(value))
+    if isinstance(value, Real):
+        return str(float(value))
+    return as_json(_content(value, is_flattened))
 
 
-def _content(value: Any) -> Any:
+def _as_number(value: Any) -> Any:
+    """Convert a number of numpy or torch to Python's; return what is none as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _content(value: Any, is_flattened: bool) -> Any:
     if isinstance(value, list | tuple):
-        return [_content(part) for part in value]
+        return [_content(part, is_flattened) for part in value]
     if isinstance(value, Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, Tensor) else "array"
         return {kind: list(value.shape), "sha256": pixel_hash(value)}
     if hasattr(value, "convert"):  # a PIL image
         file = {"file": str(value.filename)} if getattr(value, "filename", "") else {}
-        return file | {"size": f"{value.width}x{value.height}", "sha256": pixel_hash(value)}
+        seen = flatten_alpha(value) if is_flattened else value
+        return file | {"size": f"{value.width}x{value.height}", "sha256": pixel_hash(seen)}
     return None if value is None else UNKNOWN
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from kolors_core import (
     DPMSolverMultistepScheduler,
@@ -22,10 +23,13 @@ from kolors_core import (
     KolorsPipeline,
 )
 from kolors_core.adapters.lora import attach, save_adapters
+from kolors_core.checkpoint import EMBEDDED
 from kolors_core.cli.from_png import arguments_of
 from kolors_core.cli.generate import main
 from kolors_core.image import load_image
 from kolors_core.pipelines.png_metadata import attach_metadata, save_png
+from kolors_core.pipelines.provenance import describe_call
+from kolors_core.pipelines.request import PipelineInputs
 from tests.support.pipelines import picture
 
 pytestmark = pytest.mark.numerical
@@ -202,6 +206,54 @@ def test_an_image_of_the_command_line_is_drawn_again(files: Path, tmp_path: Path
         assert same.items() <= made.info.items()
 
 
+def test_a_controlnet_of_one_file_is_its_folders_and_loaded_again(files: Path, tmp_path: Path) -> None:
+    flags = ["a cat", "--seed", "4", "--steps", "1", "--height", "64", "--width", "64", "-q", "--canny"]
+    net, made = EMBEDDED / "controlnet", []
+    for i, source in enumerate((net, net / "diffusion_pytorch_model.safetensors")):
+        out = tmp_path / f"{i}.png"
+        assert main([*flags, f"{files}/start.png", "--control", f"{source}:0.6", "-o", str(out)]) == 0
+        made.append(Image.open(out))
+    found, unknown = arguments_of(tmp_path / "1.png")
+    assert main(["-o", str(tmp_path / "again.png"), "-q", *found]) == 0 and not unknown
+    made.append(Image.open(tmp_path / "again.png"))
+    assert all(np.array_equal(np.asarray(made[0]), np.asarray(image)) for image in made)
+
+
+def test_transparency_that_changes_an_image_prompt_is_said(
+    pipe: KolorsPipeline, files: Path, tmp_path: Path
+) -> None:
+    """An image prompt is seen on white, and a file is read without its alpha; 16 bits change nothing."""
+    levels = np.arange(60 * 70, dtype=np.uint16).reshape(60, 70) * 15
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    picture(3).save(tmp_path / "plain.png")
+    clear = picture(3).convert("RGBA")
+    clear.putalpha(picture(4).convert("L"))
+    clear.save(tmp_path / "clear.png")
+    made = pipe("a cat", **SIZE, generator=generator(1)).images[0]
+    known = {}
+    for name in ("deep", "plain", "clear"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            inputs = PipelineInputs(prompt="a cat", ip_adapter_image=image)
+            known[name] = describe_call(inputs)["ip_adapter_image"]
+    for name, fact in known.items():
+        attach_metadata(made, made.info | {"ip_adapter_image": fact})
+        save_png(made, tmp_path / "made.png")
+        said = [f"the image prompt, {tmp_path}/clear.png, has changed, or was given with transparency"]
+        assert arguments_of(tmp_path / "made.png")[1] == (said if name == "clear" else [])
+
+
+def test_a_lora_that_fits_in_part_is_loaded_again(pipe: KolorsPipeline, files: Path, tmp_path: Path) -> None:
+    rest = {f"lora_te2_text_projection.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}
+    save_file(_lora(files) | rest, tmp_path / "part.safetensors")
+    own = KolorsPipeline.from_pipe(pipe)
+    own.load_lora_weights(tmp_path / "part.safetensors", allow_partial=True)
+    try:
+        made = own("a cat", **SIZE, generator=generator(1)).images[0]
+    finally:
+        own.unload_lora_weights()
+    assert_again(made, tmp_path)
+
+
 def test_another_seed_is_another_image_of_it(pipe: KolorsPipeline, tmp_path: Path) -> None:
     """A seed that is given takes the place of the batch."""
     made = pipe("a cat", **SIZE, generator=generator(5), num_images_per_prompt=2).images[1]
@@ -241,8 +293,6 @@ def _sampler(denoise: Any, x: torch.Tensor, sigmas: Any, on_step: Any = None) ->
 
 
 def _lora(files: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(files / "0.safetensors")
 
 
@@ -291,7 +341,8 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     faults = [
         {"lora": "[{]"}, {"lora": '[{"name": 1}]'}, {"scheduler": "{}"}, {"scheduler": "[" * 9999},
         {"guidance": "__import__('os').abort()"}, {"guidance": "guided(scale=open('x'))"},
-        {"size": "1"}, {"control_steps": "x"},
+        {"size": "1"}, {"control_steps": "x"}, {"guidance": "-" * 9999}, {"fingerprint": "null"},
+        {"freeu": "s1=--force, s2=--out=/x.png"}, {"guidance": "perturbed(pag_applied_layers=['--force'])"},
         *({"batch": json.dumps(batch | {name: value})} for name, value in (
             ("image", 3), ("image", -1), ("generators", {"seed": 2**70}), ("generators", [{"seed": "x"}]),
             ("generators", {"seed": 5, "drawn": 10**15}), ("num_images_per_prompt", 10**12),
@@ -318,10 +369,12 @@ def test_no_address_in_an_image_is_fetched_and_no_text_reaches_the_terminal(tmp_
         "scheduler": json.dumps(EulerDiscreteScheduler().to_public()),
         "steps": "2", "size": "64x64", "sampler": "x", "prompt": "cat", "seed": "1",
         "start_image": json.dumps({"file": "http://127.0.0.1:9/x.png", "sha256": "0"}),
+        "control_image": json.dumps([{"sha256": "0"}]), "canny": "http://127.0.0.1:9/x.png",
     }  # fmt: skip
     attach_metadata(made, facts)
     save_png(made, tmp_path / "made.png")
     flags, unknown = arguments_of(tmp_path / "made.png")
-    assert not [flag for flag in flags if flag.startswith("--image")]
+    assert not [flag for flag in flags if flag.startswith(("--image", "--canny"))]
+    assert "the image of --canny is at an address, which is not fetched" in unknown
     assert "the image to start from is known by its pixels' hash only: give --image" in unknown
     assert r"it was drawn on \x1b[31mmars, which rounds otherwise" in unknown

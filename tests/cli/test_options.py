@@ -1,5 +1,7 @@
 """What the parsers' own constants stand for, LoRAs in part, and metadata that flags override."""
 
+import re
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,22 @@ def test_what_the_parsers_repeat_is_what_the_library_has() -> None:
     assert tuple(options.SAMPLERS) == parsers.SAMPLERS and tuple(options.DTYPES) == parsers.DTYPES
     assert (parsers.EMBEDDED_NAME, parsers.CONTROL_SCALE) == (EMBEDDED_NAME, CONTROL_SCALE)
     assert parsers.BITS == BITS
+
+
+@pytest.mark.parametrize("text", ["", "could not create a primitive"])
+def test_lack_of_memory_while_loading_is_one_line(text: str, capsys: pytest.CaptureFixture) -> None:
+    """A CPU's is a RuntimeError, which else is a fault of the library and has its traceback."""
+
+    def run(message: str) -> None:
+        if message:
+            raise RuntimeError(message)
+        torch.empty(2**50)
+
+    quiet = Namespace(quiet=True)
+    assert options.run_command(lambda _: run(text), quiet) == 2
+    assert re.fullmatch(r"error: .*(allocate|primitive).*\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="of shapes"):
+        options.run_command(lambda _: run("of shapes"), quiet)
 
 
 @pytest.fixture(scope="module")

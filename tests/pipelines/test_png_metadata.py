@@ -4,14 +4,16 @@ import json
 import os
 import tracemalloc
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from kolors_core import DPMSolverMultistepScheduler, KolorsPipeline
+from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline, KolorsPipeline
 from kolors_core.adapters.ip_adapter import IPAdapter, attach
 from kolors_core.adapters.lora import attach as attach_lora
 from kolors_core.checkpoint import EMBEDDED
@@ -37,6 +39,18 @@ def facts(pipe: KolorsPipeline, **arguments: Any) -> dict[str, str]:
     """The metadata of the last image of a call."""
     given: dict[str, Any] = {"prompt": "a cat", "generator": seeded_generator(5), **SIZE} | arguments
     return pipe(**given).images[-1].info
+
+
+def test_numbers_of_any_type_are_numbers(pipe: KolorsPipeline) -> None:
+    """As they are given, not "cannot be known", the hash of an array, or a tensor's repr."""
+    own = KolorsImg2ImgPipeline.from_pipe(pipe)
+    own.set_progress_bar_config(disable=True)
+    numbers = (np.float32(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2))
+    for number, side in zip(numbers, (np.int64(9), np.int32(9), torch.tensor(9), 9), strict=True):
+        found = own(
+            "a cat", noise_image(), number, num_inference_steps=2, target_size=(side, 8),
+        ).images[0].info  # fmt: skip
+        assert (found["strength"], found["size_conditions"]) == ("0.5", '{"target_size": [9, 8]}')
 
 
 def test_metadata_come_back_from_the_file(tmp_path: Path) -> None:

@@ -239,6 +239,8 @@ def test_the_signature_is_the_references() -> None:
         ({"guidance_scale": float("nan")}, "guidance_scale must be a number, got nan"),
         ({"guidance_scale": "5"}, "guidance_scale must be a number, got '5'"),
         ({"latents": [1.0]}, r"latents must be a tensor \[1, 4, 8, 9\], got list"),
+        ({"target_size": (10**400, 8)}, r"^target_size must be two whole numbers.*got \(1000.*\.\.\.$"),
+        ({"sigmas": [10**400, 0]}, r"^sigmas must be a list of numbers, got \[1000.*\.\.\.$"),
         ({"original_size": 64}, "^original_size must be two whole numbers of pixels, height first, got 64"),
         ({"crops_coords_top_left": (-1, 0)}, r"^crops_coords_top_left must be .* got \(-1, 0\)"),
         ({"denoising_end": "0.5"}, "denoising_end must be above 0 and at most 1, got '0.5'"),

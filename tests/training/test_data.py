@@ -170,6 +170,14 @@ def test_a_file_that_leaves_the_folder_is_refused_unless_asked_for(way: str, tmp
     assert [example.captions for example in read_folder(folder, allow_outside=True)] == [("a",)]
 
 
+def test_a_link_to_itself_is_no_file(tmp_path: Path) -> None:
+    """Python before 3.13 resolves it with a RuntimeError."""
+    (tmp_path / "a.png").symlink_to("a.png")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(FileNotFoundError, match="a.png: no such file"):
+        read_folder(tmp_path)
+
+
 def test_links_within_the_folder_and_a_hub_cache_s_are_followed(tmp_path: Path) -> None:
     blobs, snapshot = (
         tmp_path / "datasets--a--b" / "blobs",

@@ -193,6 +193,15 @@ def test_errors_name_the_target_and_not_its_scratch(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_in_a_file_within_a_file_is_named_once_and_a_link_to_itself_too(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as raised, atomic_file(tmp_path / "a"), atomic_file(tmp_path / "b"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(raised.value).count("cannot be written") == 1
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop"), atomic_folder(tmp_path / "loop"):
+        pass
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="locks")
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
 def test_where_there_are_no_locks_files_are_written_and_no_scratch_is_swept(
