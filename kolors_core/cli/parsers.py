@@ -58,8 +58,9 @@ class Parser(argparse.ArgumentParser):
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return ": did you mean X?" for the nearest of some names, or nothing."""
-    near = get_close_matches(name, list(names), 1)
-    return f": did you mean {near[0]}?" if near else ""
+    bare = {one.lstrip("-"): one for one in names}  # dashes alone are no likeness
+    near = get_close_matches(name.lstrip("-"), list(bare), 1)
+    return f": did you mean {bare[near[0]]}?" if near else ""
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:

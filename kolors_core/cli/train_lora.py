@@ -27,10 +27,10 @@ def parser() -> parsers.Parser:
         epilog="Example: kolors train-lora photos zorp -o zorp.safetensors",
     )
     add, recipe = top.add_argument, LoRARecipe()
-    add("images", type=Path,
+    add("images", type=Path, metavar="IMAGES",
         help="a folder of at least three images of it; captions (cat.txt of cat.png) are optional, and have "
         "the word")  # fmt: skip
-    add("word", help="what prompts are to call it: best a word that is in none, such as zorp")
+    add("word", metavar="WORD", help="what prompts are to call it: best a word that is in none, such as zorp")
     add("-o", "--out", type=Path, metavar="FILE",
         help="the LoRA to write; its run is kept beside it, in zorp.run of zorp.safetensors (default: the "
         "word, .safetensors)")  # fmt: skip
@@ -44,7 +44,7 @@ def parser() -> parsers.Parser:
     add("--rank", type=parsers.integer, metavar="N", default=recipe.rank,
         help="of the LoRA (default: %(default)s)")  # fmt: skip
     rates = f"{settings.learning_rate:g} for the embedded model, else {USUAL_LEARNING_RATE:g}"
-    add("--learning-rate", type=float, metavar="RATE", help=f"(default: {rates})")
+    add("--learning-rate", type=parsers.number, metavar="RATE", help=f"(default: {rates})")
     add("--batch-size", type=parsers.integer, metavar="N", default=settings.batch_size,
         help="images a step (default: %(default)s)")  # fmt: skip
     add("--accumulate", type=parsers.integer, metavar="N", default=1,

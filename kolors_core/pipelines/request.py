@@ -78,13 +78,23 @@ class Extras(TypedDict, total=False):
     clip_skip: None
 
 
+# What other programs call an argument, where the nearest spelling is another one.
+OTHER_NAMES = {
+    "steps": "num_inference_steps", "num_steps": "num_inference_steps", "guidance": "guidance_scale",
+    "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "num_images": "num_images_per_prompt",
+    "seed": "generator=torch.Generator().manual_seed(...)", "image": "KolorsImg2ImgPipeline", "mask_image": "KolorsInpaintPipeline",
+}  # fmt: skip
+
+
 def check_extras(extras: Extras, pipe: Any) -> None:
     """Raise TypeError for a name that is no argument of the pipeline's call; it names the nearest one."""
     calls = [vars(kind)["__call__"] for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
     own = {name for call in calls for name in inspect.signature(call).parameters} - {"self", "arguments"}
     for stranger in sorted(extras.keys() - Extras.__annotations__):
-        near = get_close_matches(stranger, own | Extras.__annotations__.keys(), 1)
-        hint = f", did you mean {near[0]}?" if near else f"; help({type(pipe).__name__}.__call__) lists them"
+        near = OTHER_NAMES.get(stranger) or next(
+            iter(get_close_matches(stranger, own | Extras.__annotations__.keys(), 1)), None
+        )
+        hint = f", did you mean {near}?" if near else f"; help({type(pipe).__name__}.__call__) lists them"
         raise TypeError(f"{stranger!r} is no argument of {type(pipe).__name__}{hint}")
 
 
