@@ -44,7 +44,7 @@ def parser() -> parsers.Parser:
     add("--rank", type=parsers.integer, metavar="N", default=recipe.rank,
         help="of the LoRA (default: %(default)s)")  # fmt: skip
     rates = f"{settings.learning_rate:g} for the embedded model, else {USUAL_LEARNING_RATE:g}"
-    add("--learning-rate", type=parsers.number, metavar="RATE", help=f"(default: {rates})")
+    add("--learning-rate", type=float, metavar="RATE", help=f"(default: {rates})")
     add("--batch-size", type=parsers.integer, metavar="N", default=settings.batch_size,
         help="images a step (default: %(default)s)")  # fmt: skip
     add("--accumulate", type=parsers.integer, metavar="N", default=1,

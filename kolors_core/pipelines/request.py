@@ -82,7 +82,8 @@ class Extras(TypedDict, total=False):
 OTHER_NAMES = {
     "steps": "num_inference_steps", "num_steps": "num_inference_steps", "guidance": "guidance_scale",
     "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "num_images": "num_images_per_prompt",
-    "seed": "generator=torch.Generator().manual_seed(...)", "image": "KolorsImg2ImgPipeline", "mask_image": "KolorsInpaintPipeline",
+    "seed": "generator=torch.Generator().manual_seed(...)", "image": "KolorsImg2ImgPipeline",
+    "mask_image": "KolorsInpaintPipeline",
 }  # fmt: skip
 
 
