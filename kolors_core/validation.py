@@ -29,8 +29,9 @@ def short_repr(value: Any) -> str:
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return ", did you mean X?" for the nearest of some names, or nothing."""
-    near = get_close_matches(name, list(names), 1)
-    return f", did you mean {near[0]}?" if near else ""
+    bare = {one.lstrip("-"): one for one in names}  # dashes alone are no likeness
+    near = get_close_matches(name.lstrip("-"), list(bare), 1)
+    return f", did you mean {bare[near[0]]}?" if near else ""
 
 
 def check_int(name: str, value: Any, multiple: int = 1, least: int = 1, most: int = MAX_COUNT) -> int:

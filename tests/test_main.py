@@ -72,8 +72,14 @@ def test_help_of_a_command_is_short_and_imports_nothing_heavy(name: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+<<<<<<< HEAD
         (["a cat", "--stpes", "3"], "unknown flag '--stpes', did you mean --steps?"),
         (["a cat", "--sampler", "eulr"], "--sampler/--scheduler: unknown 'eulr', did you mean euler?"),
+=======
+        (["a cat", "--stpes", "3"], "unknown flag '--stpes': did you mean --steps?"),
+        (["explain", "a cat", "--image", "a.png"], "unknown flag '--image'\n"),
+        (["a cat", "--sampler", "eulr"], "--sampler/--scheduler: unknown 'eulr': did you mean euler?"),
+>>>>>>> r17-newuser
         (["a cat", "--sampler", "x"], "unknown 'x', expected one of euler, euler-karras"),
         (["explian", "a cat"], "got 'explian' and 'a cat', did you mean explain?"),
         (["batc", "prompts.txt", "OUT"], "did you mean batch?"),
@@ -98,6 +104,23 @@ def test_what_is_wrong_is_one_line_before_anything_is_imported(arguments: list[s
     run = light(*arguments)
     assert run.returncode == 2 and message in run.stderr, run.stderr
     assert run.stdout == "" and len(run.stderr.splitlines()) == 1 and run.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train-lora", "images"], "the following arguments are required: WORD"),
+        (["convert", "a", "b", "--to", "x"], "--to: invalid choice: 'x'"),
+        (["convert", "a"], "the following arguments are required: DST"),
+    ],
+)
+def test_what_is_wrong_is_one_line_also_where_torch_is_imported(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
 
 
 def complete(line: str, tmp_path: Path) -> list[str]:

@@ -18,7 +18,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -186,12 +186,21 @@ def _variant(name: str) -> str | None:
     return parts[1].split("-")[0] if len(parts) > 2 else None
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2 and one line."""
+        print("error:", message.removeprefix("argument "), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser() -> Parser:
     """Build the parser of all flags."""
-    top = argparse.ArgumentParser(
-        prog="python -m weights_convert",
+    top = Parser(
+        prog="kolors convert",
         description="Rename a Kolors checkpoint's tensors to kolors_core's, or back, checking every one.",
-        epilog="Example: python -m weights_convert Kolors-diffusers Kolors.safetensors --to single",
+        epilog="Example: kolors convert Kolors-diffusers Kolors.safetensors --to single",
     )
     add = top.add_argument
     add("source", type=Path, metavar="SRC", help="a folder, or one .safetensors file")

@@ -214,4 +214,7 @@ def printable(text: object) -> str:
 
 def one_line(error: BaseException, most: int | None = 300) -> str:
     """Format an error's message, or its class if it has none, in one printable line of `most` characters."""
-    return printable(" ".join(str(error).split()))[:most] or type(error).__name__
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"  # without "[Errno 28]"
+    return printable(" ".join(text.split()))[:most] or type(error).__name__

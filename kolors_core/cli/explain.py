@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
 def explain(options: argparse.Namespace) -> None:
     """Generate the image and write its report; raises ValueError or OSError."""
     name = options.out.with_suffix("") if options.out.suffix in (".png", ".html") else options.out
+    if not name.name:
+        raise ValueError(f"--out must be the name of files, such as car for car.png and car.html, got {name}")
     outs = [name.with_name(f"{name.name}.{kind}") for kind in ("png", "html")]
     cli.check_output_paths(outs, options.force)
     for side in ("height", "width"):

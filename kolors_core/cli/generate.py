@@ -35,6 +35,7 @@ from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import check_int
 from weights_convert.untrusted_files import printable
 
+MOST_IMAGES = 256  # of one call: memory, and the time of its plan, grow with them
 CONTROLNETS = {kind: f"Kwai-Kolors/Kolors-ControlNet-{kind.title()}" for kind in ("canny", "depth", "pose")}
 
 # What metadata say beside the flags that `from_png.arguments_of` gives, by the flags that override it.
@@ -177,6 +178,8 @@ def _validate(options: argparse.Namespace) -> list[Path]:
     if options.timesteps and "karras" in options.sampler:
         raise ValueError(f"--timesteps needs a --sampler without karras, got {options.sampler}")
     out, count = options.out, options.images
+    if check_int("--images", count) > MOST_IMAGES:
+        raise ValueError(f"--images must be at most {MOST_IMAGES}, got {count}: kolors batch draws more")
     if out == STANDARD_OUTPUT and count > 1:
         raise ValueError(f"--out - takes one image, got --images {count}")
     if out != STANDARD_OUTPUT and out.suffix.lower() not in OUT_SUFFIXES:
@@ -184,7 +187,7 @@ def _validate(options: argparse.Namespace) -> list[Path]:
     outs = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)] if count > 1 else [out]
     cli.check_output_paths(outs, options.force or options.plan)
     options.seed = cli.select_seed(options)
-    for name, multiple in {"images": 1, "steps": 1, "height": 8, "width": 8}.items():
+    for name, multiple in {"steps": 1, "height": 8, "width": 8}.items():
         if (value := getattr(options, name)) is not None:
             check_int(f"--{name}", value, multiple)
     for kind, names in {"ip": ("adapter", "image"), "face": ("adapter", "image", "embeds")}.items():

@@ -6,7 +6,7 @@ from typing import Any
 from kolors_core.pipelines.stages import Task
 
 SMALL = 256 * 256  # pixels of all images: what these need is there where the weights are
-LARGE = 16384 * 16384  # the pipeline itself refuses more, without the minutes that their plan takes
+MOST_IN_TILES = 16384 * 16384  # of all images: the plan of more takes minutes, and tiles little memory
 FLAGS = {
     "enable_vae_tiling()": "--vae-tiling", "enable_model_cpu_offload()": "--offload model",
     "enable_sequential_cpu_offload()": "--offload block",
@@ -23,7 +23,8 @@ def check_memory(pipe: Task, options: argparse.Namespace, image: Any = None) -> 
         getattr(options, side) or (own if image is None else getattr(image, side) // 8 * 8)
         for side in ("height", "width")
     )
-    if options.force or not SMALL < options.images * height * width <= LARGE:
+    pixels = options.images * height * width
+    if options.force or pixels <= SMALL or (options.vae_tiling and pixels > MOST_IN_TILES):
         return
     from kolors_core.pipelines.memory_plan import check_fits
 

@@ -27,10 +27,10 @@ def parser() -> parsers.Parser:
         epilog="Example: kolors train-lora photos zorp -o zorp.safetensors",
     )
     add, recipe = top.add_argument, LoRARecipe()
-    add("images", type=Path,
+    add("images", type=Path, metavar="IMAGES",
         help="a folder of at least three images of it; captions (cat.txt of cat.png) are optional, and have "
         "the word")  # fmt: skip
-    add("word", help="what prompts are to call it: best a word that is in none, such as zorp")
+    add("word", metavar="WORD", help="what prompts are to call it: best a word that is in none, such as zorp")
     add("-o", "--out", type=Path, metavar="FILE",
         help="the LoRA to write; its run is kept beside it, in zorp.run of zorp.safetensors (default: the "
         "word, .safetensors)")  # fmt: skip

@@ -84,12 +84,22 @@ class Extras(TypedDict, total=False):
     clip_skip: None
 
 
+# What other programs call an argument, where the nearest spelling is another one.
+OTHER_NAMES = {
+    "steps": "num_inference_steps", "num_steps": "num_inference_steps", "guidance": "guidance_scale",
+    "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "num_images": "num_images_per_prompt",
+    "seed": "generator=torch.Generator().manual_seed(...)", "image": "KolorsImg2ImgPipeline",
+    "mask_image": "KolorsInpaintPipeline",
+}  # fmt: skip
+
+
 def check_extras(extras: Extras, pipe: Any) -> None:
     """Raise TypeError for a name that is no argument of the pipeline's call; it names the nearest one."""
     calls = [vars(kind)["__call__"] for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
     own = {name for call in calls for name in inspect.signature(call).parameters} - {"self", "arguments"}
     for stranger in sorted(extras.keys() - Extras.__annotations__):
-        hint = did_you_mean(stranger, own | Extras.__annotations__.keys())
+        other, names = OTHER_NAMES.get(stranger), own | Extras.__annotations__.keys()
+        hint = did_you_mean(stranger, names) if other is None else f", did you mean {other}?"
         hint = hint or f"; help({type(pipe).__name__}.__call__) lists them"
         raise TypeError(f"{stranger!r} is no argument of {type(pipe).__name__}{hint}")
 

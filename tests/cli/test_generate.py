@@ -294,6 +294,9 @@ def test_a_plan_counts_every_row(reference_folder: Path, capsys: pytest.CaptureF
         (["cat", "-w", "FOLDER", "--freeu", "-1", "1", "1", "1"], "s1 must be 0 or more, got -1.0"),
         (["--info", "FOLDER/model_index.json"], "not an image"),
         (["--info", "nothing.png"], "nothing.png"),
+        (["cat", "--images", "257"], "--images must be at most 256, got 257: kolors batch draws more"),
+        (["--plan", "--images", "100000"], "--images must be at most 256"),
+        (["cat", "--steps", "1", "-q", "-o", "/proc/x.png"], "error: /proc/x.png: cannot be written: "),
     ],
 )
 def test_errors_are_one_line(

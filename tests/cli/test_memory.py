@@ -13,6 +13,7 @@ from kolors_core.cli.parsers import draw_parser
 from tests.support.pipelines import picture
 
 HUGE = ["--height", "16384", "--width", "16384"]  # 120 GiB
+LARGER = ["--height", "16392", "--width", "16392"]
 
 
 def test_what_cannot_fit_is_refused_with_numbers_and_flags(
@@ -25,6 +26,14 @@ def test_what_cannot_fit_is_refused_with_numbers_and_flags(
     assert "1 image of 16384x16384 with guidance on cpu needs " in error
     assert "--vae-tiling" in error and "; --force goes on" in error and "enable_" not in error
     assert len(error.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_only_in_tiles_there_is_a_size_without_a_plan() -> None:
+    pipe, parse = KolorsPipeline.from_pretrained("tiny"), draw_parser().parse_args
+    pipe._available_memory = lambda: 2**30
+    with pytest.raises(ValueError, match=r"1 image of 16392x16392 .* and 1\.\d\d GiB can be had"):
+        check_memory(pipe, parse(["a cat", *LARGER]))
+    check_memory(pipe, parse(["a cat", *LARGER, "--vae-tiling"]))
 
 
 def test_force_goes_on_and_small_images_are_not_asked_for() -> None:

@@ -85,6 +85,10 @@ def test_a_scale_of_a_block_without_transformers(loaded: Both, caplog: pytest.Lo
         ("negativ_prompt", "did you mean negative_prompt?"),
         ("controlnet_scale", "did you mean controlnet_conditioning_scale?"),
         ("hight", "did you mean height?"),
+        ("steps", "did you mean num_inference_steps?"),
+        ("guidance", "did you mean guidance_scale?"),
+        ("seed", "did you mean generator=torch.Generator().manual_seed(...)?"),
+        ("image", "did you mean KolorsImg2ImgPipeline?"),
         ("zzz", "lists them"),
     ],
 )
