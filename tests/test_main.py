@@ -72,14 +72,9 @@ def test_help_of_a_command_is_short_and_imports_nothing_heavy(name: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-<<<<<<< HEAD
         (["a cat", "--stpes", "3"], "unknown flag '--stpes', did you mean --steps?"),
-        (["a cat", "--sampler", "eulr"], "--sampler/--scheduler: unknown 'eulr', did you mean euler?"),
-=======
-        (["a cat", "--stpes", "3"], "unknown flag '--stpes': did you mean --steps?"),
         (["explain", "a cat", "--image", "a.png"], "unknown flag '--image'\n"),
-        (["a cat", "--sampler", "eulr"], "--sampler/--scheduler: unknown 'eulr': did you mean euler?"),
->>>>>>> r17-newuser
+        (["a cat", "--sampler", "eulr"], "--sampler/--scheduler: unknown 'eulr', did you mean euler?"),
         (["a cat", "--sampler", "x"], "unknown 'x', expected one of euler, euler-karras"),
         (["explian", "a cat"], "got 'explian' and 'a cat', did you mean explain?"),
         (["batc", "prompts.txt", "OUT"], "did you mean batch?"),

@@ -41,22 +41,6 @@ endpoint, huggingface_hub.constants.ENDPOINT = huggingface_hub.constants.ENDPOIN
 attempt(lambda: vae.push_to_hub("a/b", token=TOKEN))
 huggingface_hub.constants.ENDPOINT = endpoint
 
-<<<<<<< HEAD:tests/compat/test_shared_methods.py
-def upload(endpoint: str, home: Path, program: str, **settings: str) -> list[str]:
-    """The lines that the program prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", UPLOAD + program, str(home)], env=environment(endpoint, home, **settings),
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "hf_secret" not in done.stdout + done.stderr
-    return done.stdout.splitlines()
-
-
-def test_a_model_is_pushed_and_loads_again_from_the_hub(tmp_path: Path) -> None:
-    program = """
-=======
->>>>>>> r17-newuser:tests/test_hub_uploads.py
 attempt(lambda: vae.push_to_hub("someone/vae", token=TOKEN, variant="fp16", max_shard_size="1MB"))
 attempt(lambda: vae.save_pretrained(home / "named", push_to_hub=True, token=TOKEN, commit_message="mine"))
 again = AutoencoderKL.from_pretrained("someone/vae", variant="fp16", force_download=True)
