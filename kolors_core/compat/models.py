@@ -51,7 +51,7 @@ class UNet2DConditionModel(ModelMethods, FreeUMethods, UNet):
         return self.predict(*inputs, added_cond_kwargs=added_cond_kwargs, **named)
 
     @property
-    def unet(self) -> Any:
+    def unet(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The model itself, for `enable_freeu`, which a pipeline has too."""
         return self
 
