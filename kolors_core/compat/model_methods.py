@@ -84,8 +84,7 @@ class ModelMethods(SharedMethods, nn.Module):
         torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None, device_map: Any = None, variant: str | None = None,
         revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
-        token: str | bool | None = None, use_safetensors: bool | None = None, force_download: bool = False,
-        **neutral: Any,
+        token: str | bool | None = None, force_download: bool = False, **neutral: Any,
     ) -> Self:  # fmt: skip
         """Load a folder or hub repository, or "tiny", strictly, fetching only this model's files.
 
@@ -94,8 +93,6 @@ class ModelMethods(SharedMethods, nn.Module):
         FileNotFoundError or ValueError names the file, field or tensor.
         """
         check_neutral(neutral)
-        if use_safetensors is False:
-            raise ValueError("use_safetensors=False: pickles can run code, only safetensors are opened")
         name, subfolder = cls._place(pretrained_model_name_or_path, subfolder)
         dtypes = (parse_dtype("torch_dtype", torch_dtype), parse_dtype("dtype", dtype))
         wanted = devices.merge_dtype_arguments(*dtypes)
