@@ -54,11 +54,7 @@ class UNet2DConditionModel(CalledWithConditions, FreeUMethods, UNet):
     component, config_type = "unet", configs.UNetConfig
 
     @property
-<<<<<<< HEAD
     def unet(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] (a pipeline sets it)
-=======
-    def unet(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
->>>>>>> r17-lines
         """The model itself, for `enable_freeu`, which a pipeline has too."""
         return self
 
