@@ -12,6 +12,7 @@ from kolors_core.devices import named_device
 from kolors_core.pipelines import lora_recipe
 from kolors_core.pipelines.lora_recipe import LoRARecipe
 from kolors_core.pipelines.png_metadata import save_png
+from kolors_core.training.trainer import OTHER_RUN
 from kolors_core.validation import check_float
 
 USUAL_LEARNING_RATE = 1e-4  # of SDXL's UNet, which Kolors' is; the embedded model's is the recipe's
@@ -90,10 +91,13 @@ def train_lora(options: argparse.Namespace) -> None:
     lora_recipe.subject_examples(options.images, options.word, recipe)  # before weights are read
     pipe = cli.load_pipeline(options, device)
     cli.apply_quantization(pipe, options)
-    result = lora_recipe.train_lora(
-        pipe, options.images, options.word, out, recipe, resume="never" if options.force else "same",
-        overwrite=options.force, progress=not options.quiet,
-    )  # fmt: skip
+    try:
+        result = lora_recipe.train_lora(
+            pipe, options.images, options.word, out, recipe, resume="never" if options.force else "same",
+            overwrite=options.force, progress=not options.quiet,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(str(error).replace(OTHER_RUN, "--force starts anew")) from None
     save_png(result.sheet, sheet)
     print(out, sheet, sep="\n")
     if not options.quiet:

@@ -32,6 +32,7 @@ from weights_convert.safetensors_files import Source, save_tensors
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight
 # Settings that change how a run is computed and not its result, or only where a constant schedule ends.
 FREE_SETTINGS = {"gradient_accumulation_steps", "checkpoint_blocks", "shard", "save_every"}
+OTHER_RUN = "resume='never' starts anew, resume='always' goes on from it"
 RESUME = ("same", "always", "never")
 SHOWN = 20  # steps of the mean loss that the progress bar shows
 logger = logging.getLogger("kolors_core")
@@ -281,8 +282,7 @@ class Trainer:
         if step > self.config.steps:
             different.append(f"steps: {step} done there, {self.config.steps} here")
         if different and self.resume == "same":
-            how = "resume='never' starts anew, resume='always' goes on from it"
-            raise ValueError(f"{file}: is of another run: {'; '.join(different)}. {how}")
+            raise ValueError(f"{file}: is of another run: {'; '.join(different)}. {OTHER_RUN}")
         if self.rank == 0:
             run = f" of another run ({'; '.join(different)})" if different else ""
             logger.warning("%s: already at step %d of %d%s", file, step, self.config.steps, run)

@@ -367,7 +367,7 @@ def test_no_address_in_an_image_is_fetched_and_no_text_reaches_the_terminal(tmp_
     facts = {
         "software": "x", "model": "unknown", "dtype": "float32", "device": "\x1b[31mmars",
         "scheduler": json.dumps(EulerDiscreteScheduler().to_public()),
-        "steps": "2", "size": "64x64", "sampler": "x", "prompt": "cat", "seed": "1",
+        "steps": "2", "size": "64x64", "sampler": "x", "prompt": "cat", "seed": "1", "fingerprint": "{}",
         "start_image": json.dumps({"file": "http://127.0.0.1:9/x.png", "sha256": "0"}),
         "control_image": json.dumps([{"sha256": "0"}]), "canny": "http://127.0.0.1:9/x.png",
     }  # fmt: skip

@@ -41,6 +41,7 @@ def test_five_images_and_a_word_make_a_file_and_a_sheet(
     assert main([*command, "--rank", "8"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "is of another run: trained weights: not the same" in error
+    assert "--force starts anew" in error and "resume=" not in error, error
     assert out.read_bytes() == before
     assert main([*command, "--rank", "8", "--force", "-q"]) == 0
     assert capsys.readouterr().err == ""
