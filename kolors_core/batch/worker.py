@@ -115,7 +115,7 @@ class Worker:
         for job in self.jobs:
             record = self.manifest.records.get(job.number, {})
             file, is_done = str(record.get("file")), record.get("status") == "done"
-            is_other = record.get("fingerprint") != job.fingerprint and job.settings is not None
+            is_other = record.get("fingerprint") != job.fingerprint
             if is_done and is_other and IMAGE_NAME.fullmatch(file) and (self.folder / file).exists():
                 raise FileExistsError(
                     f"{self.folder} has images of other prompts or options: {_difference(job, record)}. "
@@ -293,6 +293,8 @@ def _defaults(options: argparse.Namespace) -> dict[str, object]:
 
 def _difference(job: Job, record: Record) -> str:
     """Return what differs between a job and the record of its number, as words."""
+    if job.settings is None:
+        return f"line {job.number} was drawn, and is wrong now: {job.reason}"
     for name, value in vars(job.settings).items():
         value = list(value) if isinstance(value, tuple) else value
         if name in record and record[name] != value:

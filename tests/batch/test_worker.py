@@ -251,7 +251,7 @@ def test_a_changed_line_is_refused_or_drawn_under_its_own_name(
 ) -> None:
     out, file = tmp_path / "out", tmp_path / "p.jsonl"
 
-    def run(*prompts: str, more: Sequence[str] = (), **changes: Any) -> int:
+    def run(*prompts: str | int, more: Sequence[str] = (), **changes: Any) -> int:
         write(file, [SMALL | {"prompt": prompt, "seed": 3} | changes for prompt in prompts])
         return main([str(file), str(out), "--device", "cpu", *more])
 
@@ -261,6 +261,7 @@ def test_a_changed_line_is_refused_or_drawn_under_its_own_name(
     assert run("cat", "dog") == 0
     first, second = ((out / f"{name}-3.png").read_bytes() for name in ("000001", "000002"))
     assert run("cat", "frog") == 2 and "line 2 has prompt 'frog', and there 'dog'" in error()
+    assert run("cat", 5) == 2 and "line 2 was drawn, and is wrong now: prompt must be a string" in error()
     assert run("cat", "dog", seed=4) == 2 and "line 1 has seed 4, and there 3" in error()
     assert run("cat", "dog", more=["--sampler", "euler"]) == 2, "other options are other images"
     assert "line 1 was drawn with another model or other options" in error()
