@@ -33,7 +33,7 @@ from kolors_core.checkpoint import logger
 from kolors_core.cli import options as cli
 from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.validation import short_repr
+from kolors_core.validation import check_int, short_repr
 from weights_convert.atomic_write import remove_stale_scratch
 from weights_convert.untrusted_files import one_line, printable
 
@@ -282,7 +282,10 @@ class Worker:
 
 
 def _defaults(options: argparse.Namespace) -> dict[str, object]:
-    """Return the fields of lines that do not have their own."""
+    """Return the fields of lines that do not have their own; ValueError for a wrong number."""
+    for name, multiple in (("steps", 1), ("height", 8), ("width", 8)):
+        if (value := getattr(options, name)) is not None:
+            check_int(f"--{name}", value, multiple)
     given = {
         "negative_prompt": options.negative, "height": options.height, "width": options.width,
         "steps": cli.default_steps(options.sampler) if options.steps is None else options.steps,

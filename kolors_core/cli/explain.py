@@ -34,7 +34,7 @@ def explain(options: argparse.Namespace) -> None:
             check_int(side, pixels, 8)
     seed = cli.select_seed(options)
     steps = cli.default_steps(options.sampler) if options.steps is None else check_int("steps", options.steps)
-    name.parent.mkdir(parents=True, exist_ok=True)
+    cli.make_writable(outs[0])
     pipe = cli.load_pipeline(options, named_device(options.device))
     quantized = cli.apply_quantization(pipe, options)
     explanation = explain_prompt(

@@ -102,7 +102,8 @@ def _generate(options: argparse.Namespace) -> tuple[list[Path], Sequence[Any]]:
     outs, arguments = _validate(options), _pipeline_kwargs(options)  # images are read before weights
     arguments |= from_png.call_arguments(facts, has_seed)
     device = named_device(options.device)
-    outs[0].parent.mkdir(parents=True, exist_ok=True)
+    if outs[0] != STANDARD_OUTPUT:
+        cli.make_writable(outs[0])
     pipe = cli.load_pipeline(options, device, _pipeline_class(options))
     quantized = cli.apply_quantization(pipe, options)
     _load_adapters(pipe, options)

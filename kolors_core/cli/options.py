@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,16 @@ def check_output_paths(outs: Sequence[Path], is_forced: bool) -> None:
         raise IsADirectoryError(f"{folders[0]} is a folder: choose another --out")
     if others := [out for out in outs if out.exists() and not out.is_file()]:
         raise FileExistsError(f"{others[0]} is no regular file: choose another --out")
+
+
+def make_writable(out: Path) -> None:
+    """Create a file's folder, and check that it can be written to before time is spent; OSError naming it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{out}: cannot be written: {error.strerror}") from None
 
 
 def run_command(

@@ -76,6 +76,8 @@ def train_lora(options: argparse.Namespace) -> None:
         raise ValueError(f"--sheet must end in .png, got {sheet}")
     has_run = (out.with_suffix(".run") / "state.safetensors").exists()
     cli.check_output_paths([sheet], options.force or has_run)
+    cli.make_writable(out)
+    cli.make_writable(sheet)
     rate, device = options.learning_rate, named_device(options.device)
     if rate is None:
         is_embedded = options.weights == EMBEDDED_NAME

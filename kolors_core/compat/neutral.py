@@ -28,8 +28,11 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_safetensors": ((None, True), "pickles can run code, only safetensors are opened"),
     "ignore_mismatched_sizes": ((None, False), "use kolors_core.checkpoint.load_modified"),
     "output_loading_info": ((None, False), "every tensor is loaded, or an error names it"),
+    "return_lora_metadata": ((None, False), "kolors_core.adapters.lora_files.configs_of reads them"),
     "hotswap": ((None, False), "call delete_adapters(name), then load the other under that name"),
 }
+
+LORA_ONLY = {"hotswap", "return_lora_metadata"}
 
 
 def without_neutral(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -43,5 +46,5 @@ def without_neutral(options: Mapping[str, Any], names: Collection[str]) -> dict[
 
 def check_neutral(options: Mapping[str, Any]) -> None:
     """Raise ValueError or TypeError for an option of `from_pretrained` that is not neutral."""
-    if others := without_neutral(options, NEUTRAL.keys() - {"hotswap"}):
+    if others := without_neutral(options, NEUTRAL.keys() - LORA_ONLY):
         raise TypeError(f"from_pretrained has no argument {next(iter(others))!r}")

@@ -15,7 +15,7 @@ from kolors_core.checkpoint import EMBEDDED_NAME, local_name, read_json, resolve
 from kolors_core.compat import schedulers
 from kolors_core.compat.model_methods import parse_device, parse_dtype
 from kolors_core.compat.models import MODEL_SPECS
-from kolors_core.compat.neutral import NEUTRAL, without_neutral
+from kolors_core.compat.neutral import LORA_ONLY, NEUTRAL, without_neutral
 from kolors_core.compat.shared_methods import SharedMethods, push_folder
 from kolors_core.compat.tokenizer import ChatGLMTokenizer
 from kolors_core.devices import Dtypes, merge_dtype_arguments
@@ -27,7 +27,7 @@ logger = logging.getLogger("kolors_core")
 AnyDtypes = Dtypes | str | Mapping[str, torch.dtype | str]
 ADAPTERS = (
     "low_cpu_mem_usage", "resume_download", "force_download", "proxies", "mirror", "use_safetensors",
-    "hotswap",
+    *sorted(LORA_ONLY),
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ class ReferenceFiles(SharedMethods, Task):
         options: as for `pipelines.base.Components.from_pretrained`, and what the reference takes too at the
         values in `NEUTRAL`. ValueError names an argument with another value.
         """
-        options = without_neutral(options, NEUTRAL.keys() - {"force_download", "hotswap"})
+        options = without_neutral(options, NEUTRAL.keys() - LORA_ONLY - {"force_download"})
         is_balanced = device_map == "balanced"
         if device_map is not None:
             others = ", or 'balanced', with which models take turns on the accelerator"

@@ -327,6 +327,8 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
         (["good.jsonl", "out", "-w", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["good.jsonl", "out", "--device", "toaster"], "expected a device of this machine"),
         (["good.jsonl", "out", "--seed", "-1"], "--seed must be a whole number from 0"),
+        (["good.jsonl", "out", "--steps", "-3"], "--steps must be a positive whole number, got -3"),
+        (["good.jsonl", "out", "--width", "100"], "--width must be a positive multiple of 8, got 100"),
         (
             ["good.jsonl", "out", "--split-guidance"],
             "--split-guidance needs an even number of processes, got 1",

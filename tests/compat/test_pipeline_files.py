@@ -15,7 +15,7 @@ from kolors_core.unet import UNet
 
 @pytest.mark.parametrize("name", sorted(pipeline_files.NEUTRAL))
 def test_an_argument_is_taken_at_its_neutral_values_and_refused_at_others(name: str) -> None:
-    names = pipeline_files.ADAPTERS if name == "hotswap" else pipeline_files.NEUTRAL
+    names = pipeline_files.ADAPTERS if name in pipeline_files.LORA_ONLY else pipeline_files.NEUTRAL
     for value in pipeline_files.NEUTRAL[name][0]:
         assert pipeline_files.without_neutral({name: value, "other": 3}, names) == {"other": 3}
     with pytest.raises(ValueError, match=f"^{name}='something' has no place here: "):
