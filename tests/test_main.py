@@ -153,6 +153,16 @@ def test_a_png_on_standard_output_is_all_that_is_there(tmp_path: Path) -> None:
     assert run.stdout == (tmp_path / "cat.png").read_bytes()
 
 
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """As `head` is after ten lines."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "kolors_core", "--concepts"]
+    run = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
 def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
     """While modules are imported, and while an image is drawn."""
     command = [sys.executable, "-m", "kolors_core", "a cat", "--steps", "900", "-o", str(tmp_path / "x.png")]
