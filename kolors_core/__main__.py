@@ -2,10 +2,12 @@
 
 # PYTHON_ARGCOMPLETE_OK
 import os
+import signal
 import sys
+import threading
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -74,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _run(arguments)
-    except KeyboardInterrupt:  # while modules are imported: commands catch theirs
+    except KeyboardInterrupt:  # commands catch theirs
         print("interrupted", file=sys.stderr)
         return 130
 
@@ -93,8 +95,29 @@ def _run(arguments: list[str]) -> int:
     if name == "draw" and not rest:
         print("error: no prompt: say what to draw, or kolors --help", file=sys.stderr)
         return 2
-    _load(command.parser)().parse_args(rest)  # help and wrong flags, before torch is imported
-    return import_module(command.main).main([*command.flags, *rest])
+    with _ended_by_interrupt():
+        _load(command.parser)().parse_args(rest)  # help and wrong flags, before torch is imported
+        module = import_module(command.main)
+    return module.main([*command.flags, *rest])
+
+
+@contextmanager
+def _ended_by_interrupt() -> Iterator[None]:
+    """End the process at Ctrl-C: an exception while torch is imported may be lost, or abort it."""
+
+    def end(*_: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield  # somebody else's handler, or none that can be set
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _command_of(arguments: Sequence[str]) -> str:
