@@ -172,6 +172,7 @@ def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a job behind `&`
         )
         assert process.stderr is not None
         seen = b""
