@@ -24,7 +24,7 @@ from tests.support.offloads import ACCELERATOR
 from tests.support.pipelines import NO_SAVINGS
 from tests.support.small import SHALLOW, SMALL_CLIP, randomise
 
-STOPS = 8  # lines of each change at which it is interrupted, evenly spaced
+STOPS = 5  # lines of each change at which it is interrupted, evenly spaced
 LAYERS = [f"mid_block.attentions.0.transformer_blocks.0.attn{i}.to_{part}" for i in (1, 2) for part in "qkv"]
 TEXT = [f"encoder.layers.{i}.self_attention.query_key_value" for i in (0, 1)]
 Change = Callable[[Any], object]
