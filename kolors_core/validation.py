@@ -78,6 +78,12 @@ def check_fraction(name: str, value: Any) -> float:
     return number
 
 
+def check_safe_serialization(safe_serialization: bool) -> None:
+    """Raise ValueError if the reference's argument asks for a pickle."""
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False would write a pickle: only safetensors are written")
+
+
 def as_path(name: str, value: Any) -> Path:
     """Convert to a Path; TypeError naming it for another type, ValueError for an empty path."""
     if not isinstance(value, str | PathLike):

@@ -20,7 +20,7 @@ from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.checkpoint import logger
 from kolors_core.cli.parsers import DTYPES
 from kolors_core.devices import unwrap_compiled
-from kolors_core.image import load_image
+from kolors_core.image import load_image, to_8_bits
 from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.pipelines.provenance import TENSORS, describe_pipeline, pixel_hash
@@ -314,7 +314,7 @@ def prepare(pipe: Task, facts: Facts) -> None:
     if "face_scale" in facts:
         pipe.set_ip_adapter_face_id_scale(json.loads(facts["face_scale"]))
     for sentence in differences(pipe, facts):
-        logger.warning("%s", printable(sentence))
+        logger.warning("%s", sentence)
 
 
 def differences(pipe: Task, facts: Facts) -> list[str]:
@@ -356,7 +356,9 @@ def _flat(content: Any) -> list[Any]:
 def _file_hashes(name: str, flag: str) -> list[str]:
     """Hash an image's file as the command line reads it, masks also in color; empty for what is no image."""
     try:
-        color, gray = load_image(name), load_image(name, lambda image: image.convert("L"))
+        readings = [load_image(name)]
+        if flag in ("mask", "strength-map"):
+            readings.append(load_image(name, lambda image: to_8_bits(image, name).convert("L")))
     except (OSError, ValueError):
         return []
-    return [pixel_hash(image) for image in ((color, gray) if flag in ("mask", "strength-map") else (color,))]
+    return [pixel_hash(image) for image in readings]

@@ -17,7 +17,7 @@ from kolors_core.compat.neutral import check_neutral
 from kolors_core.compat.shared_methods import ATTENTION_HINT, SharedMethods, push_folder
 from kolors_core.module import is_block
 from kolors_core.performance.compile import compile_blocks
-from kolors_core.validation import as_path, short_repr
+from kolors_core.validation import as_path, check_safe_serialization, short_repr
 from weights_convert.atomic_write import atomic_folder
 
 logger = logging.getLogger("kolors_core")
@@ -157,8 +157,7 @@ class ModelMethods(SharedMethods, nn.Module):
         It may be a saved model's own, which is replaced in one step. repo_id: where to push to; the folder's
         name if None. FileExistsError for a folder with other files, ValueError for a quantized model.
         """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write a pickle: only safetensors are written")
+        check_safe_serialization(safe_serialization)
         if not is_main_process:
             return
         folder = as_path("save_directory", save_directory)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from kolors_core.changed_models import is_ours
 from kolors_core.chatglm import ChatGLM, TextEmbedding
+from kolors_core.devices import all_finite
 from kolors_core.module import sample_weights, settings
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.validation import short_repr
@@ -111,7 +112,7 @@ def _read(file: Path, encoder: ChatGLM, tokens: TokenBatch) -> TextEmbedding:
     if found != expected:
         raise ValueError(f"{file}: expected {expected}, got {short_repr(found)}")
     text = TextEmbedding(**dict(source))
-    if not (torch.isfinite(text.tokens).all() and torch.isfinite(text.pooled).all()):
+    if not (all_finite(text.tokens) and all_finite(text.pooled)):
         raise ValueError(f"{file}: its values are not finite")
     if tokens.counts is not None and not torch.equal(source["counts"], tokens.counts.cpu()):
         raise ValueError(f"{file}: its counts are not those of the prompt's tokens")

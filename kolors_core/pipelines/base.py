@@ -30,7 +30,7 @@ from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from kolors_core.validation import as_path
+from kolors_core.validation import as_path, check_safe_serialization
 from weights_convert.atomic_write import atomic_folder
 
 _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; None is a component left out
@@ -174,8 +174,7 @@ class Components:
         weights; one file for each model if None. A folder of a saved pipeline and nothing else is replaced.
         Raises FileExistsError for another folder, ValueError if a model is missing or quantized.
         """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write a pickle: only safetensors are written")
+        check_safe_serialization(safe_serialization)
         folder, needed = as_path("save_directory", save_directory), ("tokenizer", *MODEL_SPECS, "scheduler")
         if absent := next((name for name in needed if getattr(self, name) is None), None):
             raise ValueError(f"this pipeline has no {absent} and cannot be saved whole")

@@ -23,7 +23,7 @@ from kolors_core.devices import unwrap_compiled
 from kolors_core.hub import find_file, named_source, reject_unused
 from kolors_core.module import all_or_nothing, apply_to_all, require_plain
 from kolors_core.unet import UNet
-from kolors_core.validation import as_path, check_float
+from kolors_core.validation import as_path, check_float, check_safe_serialization
 from weights_convert.safetensors_files import PICKLES, Source, Tensors, save_tensors
 
 COMPONENTS = ("unet", "text_encoder")
@@ -258,8 +258,7 @@ class LoRAMethods:
         weight_name = WEIGHT_NAME if weight_name is None else weight_name
         if not isinstance(weight_name, str):
             raise TypeError(f"weight_name must be a string or None, got {weight_name!r}")
-        if not safe_serialization or weight_name.endswith(PICKLES):
-            raise ValueError("safe_serialization=False would write a pickle; only safetensors are written")
+        check_safe_serialization(safe_serialization and not weight_name.endswith(PICKLES))
         if not is_main_process:
             return
         given = {"unet": unet_lora_layers, "text_encoder": text_encoder_lora_layers}

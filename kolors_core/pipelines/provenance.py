@@ -5,7 +5,6 @@ functions are not kept: an image by its file's name and a hash of its pixels, th
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
@@ -64,7 +63,7 @@ def describe_call(inputs: PipelineInputs, **given: Any) -> dict[str, Any]:
         facts["ip_adapter_masks"] = _describe(masks)
     if inputs.callback_on_step_end is not None:
         facts["callback_on_step_end"] = f"{call_text(inputs.callback_on_step_end)}: {UNKNOWN}"
-    return facts | {"generators": as_json(describe_generators(inputs.generator))}
+    return facts | {"generators": describe_generators(inputs.generator)}
 
 
 def describe_generators(generators: Any) -> dict[str, Any] | list[dict[str, Any]] | None:
@@ -92,7 +91,7 @@ def describe_images(
     """Attach to each image of a call the metadata that make it again. facts: of `describe_call`."""
     sampler = "" if pipe.sampler is None else f"{call_text(pipe.sampler)} with "
     shared = dict(facts, sampler=f"{sampler}{pipe.scheduler.describe()}", task=type(pipe).__name__)
-    generators = json.loads(shared.pop("generators", "null"))
+    generators = shared.pop("generators")
     shared["scheduler"] = as_json(pipe.scheduler.to_public())
     shared["guidance_scale"] = inputs.guidance_scale
     rule = call_text(pipe.guided if inputs.guidance_rule is None else inputs.guidance_rule)

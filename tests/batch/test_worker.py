@@ -16,14 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from kolors_core import KolorsPipeline
-from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.batch.__main__ import main, parser
 from kolors_core.batch.prompt_file import png_fingerprint, read_jobs
 from kolors_core.batch.worker import Worker
 from kolors_core.cli.generate import main as draw_one
 from kolors_core.pipelines.png_metadata import read_metadata
 from tests.support.batch_worker import draw_unlike, measure_split
+from tests.support.loras import write_noisy
 from tests.support.two_processes import start_two
 
 ROOT = Path(__file__).parents[2]
@@ -35,12 +34,7 @@ COUNT = 16
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA that shows."""
-    file = tmp_path_factory.mktemp("lora") / "noisy.safetensors"
-    adapter = attach(KolorsPipeline.from_pretrained().unet, rank=2)
-    for parameter in adapter.parameters():
-        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    save_adapters({"unet": adapter}, file)
-    return file
+    return write_noisy(tmp_path_factory.mktemp("lora") / "noisy.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kolors_core import KolorsPipeline
 from kolors_core.__main__ import main
-from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.cli import options, parsers
 from kolors_core.performance.quantize import BITS
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.pipelines.request import CONTROL_SCALE
+from tests.support.loras import write_noisy
 
 SMALL = ["--height", "64", "--width", "64", "--steps", "2", "--device", "cpu", "-q"]
 
@@ -49,10 +48,7 @@ def test_lack_of_memory_while_loading_is_one_line(text: str, capsys: pytest.Capt
 def partial_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA that fits, with tensors for a text encoder of SDXL beside it."""
     file = tmp_path_factory.mktemp("lora") / "one.safetensors"
-    adapter = attach(KolorsPipeline.from_pretrained().unet, rank=2)
-    for parameter in adapter.parameters():
-        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    save_adapters({"unet": adapter}, file)
+    write_noisy(file)
     both = load_file(file) | {"lora_te2_text_projection.lora_down.weight": torch.ones(2, 4)}
     save_file(both, file)
     return file

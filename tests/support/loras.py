@@ -1,12 +1,14 @@
 """LoRAs with random weights for the tests, and what a model's weights are with them, written out."""
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kolors_core.adapters.lora import supported_layers
+from kolors_core import KolorsPipeline
+from kolors_core.adapters.lora import attach, save_adapters, supported_layers
 from kolors_core.chatglm import ChatGLM
 from kolors_core.pipelines.lora_methods import LoRAMethods
 from kolors_core.unet import UNet
@@ -28,6 +30,15 @@ LINEAR = (f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2", "up_blocks.1.attentions
 CONV = ("conv_in", "conv_out", "down_blocks.0.downsamplers.0.conv", "up_blocks.1.upsamplers.0.conv",
         "mid_block.resnets.1.conv2", "up_blocks.2.resnets.1.conv_shortcut")  # fmt: skip
 TEXT = ("encoder.layers.0.self_attention.query_key_value", "encoder.layers.2.mlp.dense_h_to_4h")
+
+
+def write_noisy(file: Path) -> Path:
+    """Write a LoRA of the embedded model that shows."""
+    adapter = attach(KolorsPipeline.from_pretrained().unet, rank=2)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    save_adapters({"unet": adapter}, file)
+    return file
 
 
 class Models(LoRAMethods):
