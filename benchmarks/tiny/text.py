@@ -1,11 +1,13 @@
-"""Training the embedded model's text encoder: to tell from a caption which picture it is of.
+"""Training the embedded model's text encoder: to tell from a caption what stands where in its scene.
 
 Kolors' text encoder comes from a language model and is frozen while the UNet learns. This one learns what a
-small one needs: that a name, in either language and however it is asked for, means one picture. Linear heads
-read what the UNet will read (the pooled state, the last token's and a pad's) and are thrown away.
-Shapes: B captions, L tokens, K pictures.
+small one needs: names, numbers, places, grounds and what a sign says, in either language and however they are
+asked for. A reader that asks as the UNet will (queries of places, cross-attention to the tokens, the pads
+counted) is trained with it and thrown away.
+Shapes: B captions, L tokens, C their width, P places (a grid), K kinds.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,83 +16,193 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.chatglm import ChatGLM
+from benchmarks.tiny.captions import (
+    CHINESE_AFTER,
+    CHINESE_BEFORE,
+    ENGLISH_AFTER,
+    ENGLISH_BEFORE,
+    Grammar,
+)
+from benchmarks.tiny.emoji import CONCEPTS, SIZE
+from benchmarks.tiny.scenes import CHARACTERS, GROUNDS, SIGN, Scene, compose
+from kolors_core.attention import attention, log_multiplicity_bias, split_heads
+from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.config import ChatGLMConfig
 from kolors_core.tokenizer import TokenBatch, Tokenizer
-from kolors_core.training.data import Example, derive_seed
+from kolors_core.training.data import derive_seed
 from kolors_core.training.run_record import digest
 from kolors_core.training.trainer import Trainer, TrainingConfig
+
+KINDS = (*CONCEPTS, SIGN)
+PLACES = 8  # of the grid's side
+LONGEST = 3  # characters on a sign
+NOTHING_WEIGHT = 0.15  # of a place where nothing stands
+READER_WIDTH, READER_HEADS, READER_LAYERS = 128, 4, 2
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Tokens of B captions, and of which picture each is: [B]."""
+    """Tokens of B captions, and their scenes' truth.
+
+    grid: the kind at each place [B, P], K for none. numbers: of each kind [B, K]. grounds: [B]. characters:
+    of the sign [B, LONGEST], as many as there are characters in all for none.
+    """
 
     tokens: TokenBatch
-    pictures: Tensor
+    grid: Tensor
+    numbers: Tensor
+    grounds: Tensor
+    characters: Tensor
 
 
-class Recognition(nn.Module):
-    """Cross-entropy of the right picture, by three linear heads, with smoothed labels."""
+def truth(scene: Scene) -> tuple[Tensor, Tensor, int, Tensor]:
+    """What a caption's tokens are to tell of a scene: a row of each of the truths of `Captions`."""
+    grid = torch.full((PLACES, PLACES), len(KINDS))
+    numbers, characters = torch.zeros(len(KINDS), dtype=torch.long), torch.full((LONGEST,), len(CHARACTERS))
+    cell = SIZE / PLACES
+    for item in scene.items:
+        kind, (left, top, right, bottom) = KINDS.index(item.kind), item.box
+        numbers[kind] += 1
+        rows = slice(max(0, round(top / cell)), max(1, round(bottom / cell)))
+        grid[rows, max(0, round(left / cell)) : max(1, round(right / cell))] = kind
+        for i, character in enumerate(item.text):
+            characters[i] = CHARACTERS.index(character)
+    return grid.flatten(), numbers, GROUNDS.index(scene.ground), characters
 
-    def __init__(self, text_encoder: ChatGLM, pictures: int) -> None:
+
+class ReaderLayer(nn.Module):
+    """Cross-attention to the text, attention among places, and an MLP, each after a norm."""
+
+    def __init__(self, width: int, text_width: int) -> None:
         super().__init__()
-        self.text_encoder = text_encoder
-        self.heads = nn.ModuleList(
-            [nn.Linear(text_encoder.config.hidden_size, pictures) for _ in ("pooled", "last", "pad")]
-        )
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
+        self.to_q, self.to_kv = nn.Linear(width, width), nn.Linear(text_width, 2 * width, bias=False)
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.outs = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
-    def scores(self, tokens: TokenBatch) -> list[Tensor]:
-        """Each head's logits [B, K]."""
-        text = self.text_encoder(tokens)
-        states = (text.pooled, text.tokens[:, -1], text.tokens[:, 0])
-        return [head(state) for head, state in zip(self.heads, states, strict=True)]
+    def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
+        """Map x [B, P, C]; text: [B, L, C]."""
+        q, (k, v) = self.to_q(self.norms[0](x)), self.to_kv(text).chunk(2, dim=-1)
+        q, k, v = (split_heads(part, READER_HEADS) for part in (q, k, v))
+        x = x + self.outs[0](attention(q, k, v, bias).transpose(1, 2).flatten(2))
+        q, k, v = (split_heads(p, READER_HEADS) for p in self.to_qkv(self.norms[1](x)).chunk(3, dim=-1))
+        x = x + self.outs[1](attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norms[2](x))
+
+
+class SceneReading(nn.Module):
+    """Cross-entropies of all that a caption's scene is known by."""
+
+    def __init__(self, text_encoder: ChatGLM) -> None:
+        super().__init__()
+        self.text_encoder, width = text_encoder, text_encoder.config.hidden_size
+        self.places = nn.Parameter(0.1 * torch.randn(PLACES**2, READER_WIDTH))
+        self.layers = nn.ModuleList([ReaderLayer(READER_WIDTH, width) for _ in range(READER_LAYERS)])
+        self.norm, self.to_pooled = nn.LayerNorm(width), nn.Linear(width, READER_WIDTH)
+        self.to_kind = nn.Linear(READER_WIDTH, len(KINDS) + 1)
+        self.to_number = nn.Linear(width, len(KINDS) * 4)
+        self.to_ground = nn.Linear(width, len(GROUNDS))
+        self.to_character = nn.Linear(width, LONGEST * (len(CHARACTERS) + 1))
+
+    def read(self, text: TextEmbedding) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits of the grid [B, P, K + 1], numbers [B, K, 4], grounds and characters [B, 3, ...]."""
+        bias = None if text.counts is None else log_multiplicity_bias(text.counts, text.tokens.dtype)
+        pooled = self.norm(text.pooled)
+        x = self.places + self.to_pooled(pooled)[:, None]  # [B, P, C]
+        tokens = self.norm(text.tokens)
+        for layer in self.layers:
+            x = layer(x, tokens, bias)
+        return (
+            self.to_kind(x), self.to_number(pooled).unflatten(-1, (len(KINDS), 4)), self.to_ground(pooled),
+            self.to_character(pooled).unflatten(-1, (LONGEST, -1)),
+        )  # fmt: skip
 
     def forward(self, batch: Captions) -> Tensor:
         """The mean loss of the batch."""
+        grid, numbers, grounds, characters = (x.float() for x in self.read(self.text_encoder(batch.tokens)))
+        weights = grid.new_ones(len(KINDS) + 1)
+        weights[-1] = NOTHING_WEIGHT
+        of_numbers = F.cross_entropy(numbers.flatten(0, 1), batch.numbers.flatten(), reduction="none")
+        is_there = batch.numbers.flatten() > 0
+        has_sign = batch.numbers[:, -1] > 0
         losses = [
-            F.cross_entropy(logits.float(), batch.pictures, label_smoothing=0.1)
-            for logits in self.scores(batch.tokens)
-        ]
-        return torch.stack(losses).mean()
+            F.cross_entropy(grid.flatten(0, 1), batch.grid.flatten(), weights),
+            of_numbers[is_there].mean() + 20 * of_numbers[~is_there].mean(),
+            F.cross_entropy(grounds, batch.grounds),
+            F.cross_entropy(characters[has_sign].flatten(0, 1), batch.characters[has_sign].flatten())
+            if has_sign.any() else characters.sum() * 0,
+        ]  # fmt: skip
+        return torch.stack(losses).sum()
 
 
 class CaptionSource:
-    """Captions drawn evenly over the pictures, and over each picture's captions."""
+    """Captions of the scenes of a step, each scene's in English and in Chinese; one in ten is empty."""
 
-    def __init__(self, examples: Sequence[Example], tokenizer: Tokenizer, config: TrainingConfig) -> None:
-        self.examples, self.tokenizer, self.config = examples, tokenizer, config
+    def __init__(self, grammar: Grammar, tokenizer: Tokenizer, config: TrainingConfig) -> None:
+        self.grammar, self.tokenizer, self.config = grammar, tokenizer, config
 
     def batch(self, step: int, rows: slice, device: torch.device) -> Captions:
-        """The captions `part` of the batch of a step."""
-        draw = torch.Generator().manual_seed(derive_seed(self.config.seed, step))
-        pictures = torch.randint(len(self.examples), (self.config.batch_size,), generator=draw)
-        chosen = []
-        for picture in pictures.tolist():
-            captions = self.examples[picture].captions
-            chosen.append(captions[int(torch.randint(len(captions), (), generator=draw))])
-        tokens = self.tokenizer(chosen[rows], self.config.max_tokens).merge_padding()
-        return Captions(tokens.to(device), pictures[rows].to(device))
+        """The `rows` of a step's captions."""
+        texts, truths = [], []
+        for i in range(*rows.indices(self.config.batch_size)):
+            scene = compose(derive_seed(self.config.seed, step, i // 2))
+            order = random.Random(derive_seed(self.config.seed, step, i // 2, i % 2))
+            texts.append(self.grammar.say(scene, order, i % 2).text)
+            truths.append(truth(scene))
+        tokens = self.tokenizer(texts, self.config.max_tokens).merge_padding()
+        grid, numbers, grounds, characters = zip(*truths, strict=True)
+        return Captions(
+            tokens.to(device), torch.stack(grid).to(device), torch.stack(numbers).to(device),
+            torch.tensor(grounds, device=device), torch.stack(characters).to(device),
+        )  # fmt: skip
 
     def record(self) -> dict[str, object]:
         """What its batches depend on besides the step and the settings."""
-        captions = [digest(repr(example.captions).encode()) for example in self.examples]
-        return {"captions": captions, "tokenizer": digest(self.tokenizer.model_bytes)}
+        names = digest(repr(sorted(self.grammar.names.items())).encode())
+        return {"names": names, "tokenizer": digest(self.tokenizer.model_bytes)}
+
+
+@torch.no_grad()
+def accuracy(reading: SceneReading, batch: Captions) -> dict[str, float]:
+    """The shares of captions whose numbers of all kinds, ground and sign the pooled state tells rightly, and
+    of the places with something on them whose kind is read.
+    """
+    grid, numbers, grounds, characters = reading.read(reading.text_encoder(batch.tokens))
+    occupied = batch.grid < len(KINDS)
+    signs = batch.numbers[:, -1] > 0
+    return {
+        "kinds and numbers": float((numbers.argmax(-1) == batch.numbers).all(1).float().mean()),
+        "ground": float((grounds.argmax(-1) == batch.grounds).float().mean()),
+        "sign": float((characters.argmax(-1) == batch.characters)[signs].all(1).float().mean()),
+        "kind of a place": float((grid.argmax(-1) == batch.grid)[occupied].float().mean()),
+    }
 
 
 def train(
-    config: ChatGLMConfig, examples: Sequence[Example], tokenizer: Tokenizer, training: TrainingConfig,
-    folder: Path, device: torch.device,
-) -> Recognition:  # fmt: skip
-    """Train an encoder with its heads, or take up the run in `folder`."""
+    config: ChatGLMConfig, grammar: Grammar, tokenizer: Tokenizer, training: TrainingConfig, folder: Path,
+    device: torch.device,
+) -> SceneReading:  # fmt: skip
+    """Train an encoder with its reader, or take up the run in `folder`."""
     torch.manual_seed(training.seed)  # of the first weights
-    objective = Recognition(ChatGLM(config), len(examples)).to(device)
+    objective = SceneReading(ChatGLM(config)).to(device)
+    source = CaptionSource(grammar, tokenizer, training)
 
     def report(step: int, loss: float) -> None:
-        if step % 100 == 0:
-            print(f"text encoder step {step}: loss {loss:.4f}", flush=True)
+        if step % 100 == 99:
+            with torch.autocast(device.type, training.dtype, enabled=training.dtype != torch.float32):
+                found = accuracy(objective, source.batch(10**6, slice(0, training.batch_size), device))
+            shares = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
+            print(f"text encoder step {step + 1}: loss {loss:.4f}; {shares}", flush=True)
 
-    Trainer(objective, CaptionSource(examples, tokenizer, training), training, folder, report).fit(
-        progress=False
-    )
+    Trainer(objective, source, training, folder, report).fit(progress=False)
     return objective.eval()
+
+
+def tokenizer_lines(grammar: Grammar, scenes: Sequence[int]) -> list[str]:
+    """Captions to learn pieces from, of scenes of these seeds, without what signs say."""
+    lines = [*ENGLISH_BEFORE, *ENGLISH_AFTER, *CHINESE_BEFORE, *CHINESE_AFTER] * 20
+    for seed in scenes:
+        scene = compose(seed)
+        lines += [grammar.say(scene, random.Random(seed), language, is_wrapped=False).text for language in (0, 1)]
+    return lines
