@@ -1,4 +1,4 @@
-"""Scenes of one to three kinds of things before a ground: what the embedded model draws, made while it trains.
+"""Scenes of one to three kinds of things before a ground: what the embedded model learns to draw.
 
 A scene is a function of its seed. What stands where is drawn first; a caption (captions.py) then says some of
 what is true of it, so whatever a caption is silent about varies with the seed.
@@ -59,7 +59,8 @@ class Item:
     def box(self) -> tuple[float, float, float, float]:
         """Left, top, right and bottom."""
         return (
-            self.x - self.width / 2, self.y - self.height / 2, self.x + self.width / 2, self.y + self.height / 2,
+            self.x - self.width / 2, self.y - self.height / 2,
+            self.x + self.width / 2, self.y + self.height / 2,
         )  # fmt: skip
 
     def overlaps(self, other: "Item") -> bool:
@@ -93,7 +94,9 @@ def is_held_out(kinds: tuple[str, ...]) -> bool:
     """Whether a pair of these things is one that is never together in training."""
     numbers = sorted(CONCEPTS.index(kind) for kind in kinds if kind != SIGN)
     return any(
-        (a * 7919 + b * 104_729) % 1009 % HELD_OUT == 0 for i, a in enumerate(numbers) for b in numbers[i + 1 :]
+        (a * 7919 + b * 104_729) % 1009 % HELD_OUT == 0
+        for i, a in enumerate(numbers)
+        for b in numbers[i + 1 :]
     )
 
 
@@ -218,7 +221,9 @@ def _sign(item: Item) -> Image.Image:
     for i, character in enumerate(item.text):
         x = width / 2 + (i - (len(item.text) - 1) / 2) * step
         left, top, right, bottom = font.getbbox(character, anchor="mm")
-        pen.text((x - (left + right) / 2, height / 2 - (top + bottom) / 2), character, (20, 20, 30), font, "mm")
+        pen.text(
+            (x - (left + right) / 2, height / 2 - (top + bottom) / 2), character, (20, 20, 30), font, "mm"
+        )
     return board
 
 

@@ -204,5 +204,7 @@ def tokenizer_lines(grammar: Grammar, scenes: Sequence[int]) -> list[str]:
     lines = [*ENGLISH_BEFORE, *ENGLISH_AFTER, *CHINESE_BEFORE, *CHINESE_AFTER] * 20
     for seed in scenes:
         scene = compose(seed)
-        lines += [grammar.say(scene, random.Random(seed), language, is_wrapped=False).text for language in (0, 1)]
+        lines += [
+            grammar.say(scene, random.Random(seed), language, is_wrapped=False).text for language in (0, 1)
+        ]
     return lines
