@@ -45,8 +45,8 @@ READER_WIDTH, READER_HEADS, READER_LAYERS = 128, 4, 2
 class Captions:
     """Tokens of B captions, and their scenes' truth.
 
-    grid: what is at each place [B, P], of `SEEN`, S for nothing. numbers: of each kind [B, K]. grounds: [B]. characters:
-    of the sign [B, LONGEST], as many as there are characters in all for none.
+    grid: what is at each place [B, P], of `SEEN`, S for nothing. numbers: of each kind [B, K]. grounds: [B].
+    characters: of the sign [B, LONGEST], as many as there are characters in all for none.
     """
 
     tokens: TokenBatch
