@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -191,7 +192,7 @@ def train(
     source = CaptionSource(grammar, tokenizer, training)
 
     def report(step: int, loss: float) -> None:
-        if step % 100 == 99:
+        if step % 100 == 99 and not (dist.is_initialized() and dist.get_rank()):
             with torch.autocast(device.type, training.dtype, enabled=training.dtype != torch.float32):
                 found = accuracy(objective, source.batch(10**6, slice(0, training.batch_size), device))
             shares = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
