@@ -50,7 +50,7 @@ ON_SCENES = TrainingConfig(
     ema_decay=0.998, dtype=torch.bfloat16, seed=1,
 )  # fmt: skip
 TEXT_ENCODER = TrainingConfig(
-    steps=3000, batch_size=96, learning_rate=1.5e-3, schedule="cosine", warmup=200, dtype=torch.bfloat16,
+    steps=2000, batch_size=128, learning_rate=1.5e-3, schedule="cosine", warmup=200, dtype=torch.bfloat16,
 )  # fmt: skip
 DENOISER = TrainingConfig(
     steps=8000, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=200, weight_decay=0.01,
