@@ -68,7 +68,8 @@ class MaskedScenes(SparseScenes):
         own = range(*rows.indices(count))
         scenes = [render(self._made[step % APART, row][1]) for row in own]
         pixels = torch.stack([pil_to_tensor(scene) for scene in scenes]) / 127.5 - 1  # [b, 3, H, W]
-        encoded = self.vae.encode_images((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
+        with self._autocast(device):
+            encoded = self.vae.encode_images((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
         masked = encoded.mean.float() + encoded.std.float() * noise.to(encoded.std.device)  # [b, 4, H/8, W/8]
         masks = F.interpolate(masks, size=masked.shape[-2:])  # [b, 1, H/8, W/8]
         return replace(batch, extra=torch.cat([masks.to(device), masked.to(device)], dim=1))

@@ -87,7 +87,8 @@ class PromptedScenes(SparseScenes):
         places = [(step % APART, row) for row in rows]
         pictures = [render(another(self._made[p][1], derive_seed(self._made[p][0], 1))) for p in places]
         pixels = preprocess_clip(pictures, self.encoder.config.image_size)
-        states = self.encoder.penultimate(pixels.to(self.encoder.projection.weight)).float().cpu()
+        with self._autocast(device):
+            states = self.encoder.penultimate(pixels.to(self.encoder.projection.weight)).float().cpu()
         self._states.update(zip(places, states, strict=True))
 
     @torch.no_grad()
