@@ -14,7 +14,7 @@ from benchmarks.tiny.emoji import SIZE
 from benchmarks.tiny.scenes import ground
 from kolors_core import DPMSolverMultistepScheduler, KolorsImg2ImgPipeline
 
-STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.8)
 RED, ORANGE, GREEN, BROWN, YELLOW = (
     (215, 40, 40),
     (245, 150, 40),
