@@ -183,6 +183,18 @@ def test_the_encoder_sees_scenes_and_their_mirror_images() -> None:
 
 
 @needs_fonts
+def test_a_sign_is_one_kind_whatever_it_says() -> None:
+    scenes = [scene for scene in map(compose, range(60)) if SIGN in scene.kinds]
+    kinds = {int(kind) for scene in scenes for kind in image_encoder.grid_of(scene)}
+    assert max(kinds) == len(image_encoder.KINDS) and image_encoder.KINDS.index(SIGN) in kinds
+    for scene in scenes:
+        grid = image_encoder.grid_of(scene).unflatten(0, (PLACES, PLACES))
+        for item in scene.items:
+            x, y = (min(PLACES - 1, int(side * PLACES / SIZE)) for side in (item.x, item.y))
+            assert image_encoder.KINDS[int(grid[y, x])] == item.kind
+
+
+@needs_fonts
 def test_the_encoder_learns_and_every_weight_of_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
