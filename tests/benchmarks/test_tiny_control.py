@@ -45,6 +45,7 @@ from kolors_core.vae import VAE
 from tests.support.small import SHALLOW, SMALL_CLIP, randomise, relative_error
 
 CPU = torch.device("cpu")
+Parts = tuple[Grammar, Tokenizer, ChatGLM, VAE]
 SMALLEST_VAE = VAEConfig(sample_size=128, channels=(8, 8, 8, 8), norm_groups=4)
 CONFIG = TrainingConfig(steps=3, batch_size=4, learning_rate=1e-3, warmup=1, max_tokens=48)
 needs_fonts = pytest.mark.skipif(
@@ -58,7 +59,7 @@ def grammar() -> Grammar:
 
 
 @pytest.fixture(scope="module")
-def parts(grammar: Grammar, small_tokenizer: Path) -> tuple[Any, ...]:
+def parts(grammar: Grammar, small_tokenizer: Path) -> Parts:
     """A grammar, tokenizer, text encoder and VAE, small and random, for sources of scenes."""
     text_encoder, vae = ChatGLM(SHALLOW.text_encoder), VAE(SMALLEST_VAE)
     for seed, model in enumerate((text_encoder, vae)):
@@ -116,7 +117,7 @@ def test_sparse_captions_leave_out_number_place_and_ground(grammar: Grammar) -> 
 
 
 @needs_fonts
-def test_a_batch_has_the_edges_of_its_own_scenes(parts: tuple[Any, ...]) -> None:
+def test_a_batch_has_the_edges_of_its_own_scenes(parts: Parts) -> None:
     data = SparseScenes(*parts, CONFIG, control=canny)
     batch = data.batch(3, slice(0, 4), CPU)
     assert batch.control is not None and batch.control.shape == (4, 3, SIZE, SIZE)
@@ -128,7 +129,7 @@ def test_a_batch_has_the_edges_of_its_own_scenes(parts: tuple[Any, ...]) -> None
 
 @needs_fonts
 def test_image_prompts_are_of_the_same_things_and_dropped_at_times(
-    parts: tuple[Any, ...], encoder: CLIPVision, monkeypatch: pytest.MonkeyPatch
+    parts: Parts, encoder: CLIPVision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = PromptedScenes(encoder, *parts, CONFIG)
     whole, again = data.batch(2, slice(0, 4), CPU), PromptedScenes(encoder, *parts, CONFIG)
@@ -149,7 +150,7 @@ def test_image_prompts_are_of_the_same_things_and_dropped_at_times(
 
 
 @needs_fonts
-def test_a_fully_masked_scene_is_gray_to_the_unet(parts: tuple[Any, ...]) -> None:
+def test_a_fully_masked_scene_is_gray_to_the_unet(parts: Parts) -> None:
     data = MaskedScenes(*parts, replace(CONFIG, batch_size=8))
     extra = data.batch(0, slice(0, 8), CPU).extra
     assert extra is not None and extra.shape == (8, 5, SIZE // 8, SIZE // 8)
@@ -230,7 +231,7 @@ def test_encoder_and_adapter_of_the_embedded_model_take_two_megabytes_at_most() 
 
 
 @needs_fonts
-def test_only_the_adapter_learns(parts: tuple[Any, ...], encoder: CLIPVision, tmp_path: Path) -> None:
+def test_only_the_adapter_learns(parts: Parts, encoder: CLIPVision, tmp_path: Path) -> None:
     torch.manual_seed(0)
     unet = UNet(SHALLOW.unet).requires_grad_(False)
     randomise(unet)
