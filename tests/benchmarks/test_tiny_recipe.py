@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks.tiny.autoencoder import Pixels, Pool, Reconstruction, new_vae, standardise
-from benchmarks.tiny.controlnet import followed, placed
 from benchmarks.tiny.emoji import (
     CHINESE_UNSEEN,
     CONCEPTS,
@@ -21,7 +19,6 @@ from benchmarks.tiny.emoji import (
 from benchmarks.tiny.inpaint import nine_channels
 from benchmarks.tiny.quality import interval
 from benchmarks.tiny.text import CaptionSource, train
-from kolors_core import canny
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.config import TINY
 from kolors_core.pipelines.lora_recipe import nearest
@@ -161,16 +158,6 @@ def test_nearest_and_interval() -> None:
     assert nearest(torch.stack([known[2] * 0.8, known[0] + 0.1, known[1]]), known) == [2, 0, 1]
     low, high = interval(0.8, 500)
     assert low == pytest.approx(0.763, abs=1e-3) and high == pytest.approx(0.833, abs=1e-3)
-
-
-@pytest.mark.skipif(not FONT.exists(), reason="Debian's fonts-noto-color-emoji is not installed")
-def test_a_thing_stands_where_its_seed_says_and_its_edges_tell(tmp_path: Path) -> None:
-    pictures = [placed("🐞", seed) for seed in (0, 0, 1)]
-    assert pictures[0].size == (128, 128) and pictures[0].tobytes() == pictures[1].tobytes()
-    edges = [canny(picture) for picture in pictures]
-    assert followed(edges[0], pictures[0]) == 1.0
-    assert followed(edges[0], pictures[2]) < 0.7
-    assert followed(edges[0], Image.new("RGB", (128, 128), "white")) == 0.0
 
 
 def test_the_embedded_model_with_nine_channels_draws_what_it_drew() -> None:
