@@ -58,7 +58,7 @@ def measure_attention(
 ) -> dict[str, float | int | None]:  # fmt: skip
     """Measure the ratio of attention inside to outside, for each thing that was drawn once.
 
-    generate: (prompts, seed=...) -> images [B, 3, H, W], with guidance. Keys: "things", how many were measured;
+    generate: (prompts, seed=...) -> images [B, 3, H, W], with guidance. Keys: "things", the number measured;
     "ratio" of the mean inside to the mean outside; "median" of each thing's ratio. None if there is none.
     """
     assert pipe.tokenizer is not None

@@ -39,14 +39,14 @@ from kolors_core.vae import VAE
 
 KINDS = (*CONCEPTS, SIGN)
 CELL = 8  # pixels of a cell of the grid
-WIDTHS = (32, 48, 96, 160)  # channels of the stages, each of half the side of the one before
-CROWDED = 0.5  # how many pictures of a training batch are fuller than `compose` makes them
+WIDTHS, DEPTHS = (48, 96, 160), (1, 2, 2)  # channels and residual convolutions of the stages
+CROWDED = 0.75  # how many pictures of a training batch are fuller than `compose` makes them
 DECODED = 0.25  # how many have gone through the VAE, if there is one
 FAR = 2 * 10**9  # the first seed of held-out scenes
 SURE = 0.5  # the probability, summed over a cell and its neighbours, from which something is there
 BOX_WEIGHT = 2.0
 TRAINING = TrainingConfig(
-    steps=4000, batch_size=32, learning_rate=2e-3, schedule="cosine", warmup=100, ema_decay=0.998,
+    steps=4000, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup=100, ema_decay=0.995,
     dtype=torch.bfloat16, save_every=200,
 )  # fmt: skip
 
@@ -96,12 +96,12 @@ class Pictures:
 
 
 class Residual(nn.Module):
-    """Two convolutions, each after a norm, added to the input."""
+    """Convolutions, each after a norm, added to the input."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, depth: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList([nn.GroupNorm(8, channels) for _ in range(2)])
-        self.convs = nn.ModuleList([nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)])
+        self.norms = nn.ModuleList([nn.GroupNorm(8, channels) for _ in range(depth)])
+        self.convs = nn.ModuleList([nn.Conv2d(channels, channels, 3, padding=1) for _ in range(depth)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, h, w]."""
@@ -112,27 +112,27 @@ class Residual(nn.Module):
 
 
 class Detector(nn.Module):
-    """Four stages of convolutions, the last one's output brought back to the grid of the third."""
+    """Three stages of convolutions at 1/4, 1/8 and 1/16 of the size; what they found is read off at 1/8."""
 
     def __init__(self) -> None:
         super().__init__()
         self.downs = nn.ModuleList(
-            [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip((3, *WIDTHS), WIDTHS, strict=False)]
+            [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip((12, *WIDTHS), WIDTHS, strict=False)]
         )
-        self.blocks = nn.ModuleList([nn.GroupNorm(8, WIDTHS[0]), *(Residual(width) for width in WIDTHS[1:])])
-        self.up, self.joined = nn.Conv2d(WIDTHS[3], WIDTHS[2], 1), Residual(WIDTHS[2])
-        self.norm = nn.GroupNorm(8, WIDTHS[2])
-        self.to_kinds = nn.Conv2d(WIDTHS[2], len(KINDS) + 1, 1)
-        self.to_boxes = nn.Conv2d(WIDTHS[2], 4, 1)
-        self.to_characters = nn.Conv2d(WIDTHS[2], len(CHARACTERS) + 1, 1)
+        self.blocks = nn.ModuleList([Residual(w, depth) for w, depth in zip(WIDTHS, DEPTHS, strict=True)])
+        self.up, self.joined = nn.Conv2d(WIDTHS[2], WIDTHS[1], 1), Residual(WIDTHS[1], 1)
+        self.norm = nn.GroupNorm(8, WIDTHS[1])
+        self.to_kinds = nn.Conv2d(WIDTHS[1], len(KINDS) + 1, 1)
+        self.to_boxes = nn.Conv2d(WIDTHS[1], 4, 1)
+        self.to_characters = nn.Conv2d(WIDTHS[1], len(CHARACTERS) + 1, 1)
         self.to_ground = nn.Linear(sum(WIDTHS), len(GROUNDS))
         for head in (self.to_kinds, self.to_characters):  # almost all cells have nothing
             assert head.bias is not None
             nn.init.constant_(head.bias[-1:], 8.0)
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        """Features of images [B, 3, H, W]: [B, C, H / 2, W / 2], and so on to H / 16."""
-        x, found = images, []
+        """Features of images [B, 3, H, W]: [B, C, H / 4, W / 4], and so on to H / 16."""
+        x, found = F.pixel_unshuffle(images, 2), []  # [B, 12, H / 2, W / 2]
         for down, block in zip(self.downs, self.blocks, strict=True):
             x = block(down(F.relu(x) if found else x))
             found.append(x)
@@ -142,7 +142,7 @@ class Detector(nn.Module):
         """Read images [B, 3, H, W] in [-1, 1]."""
         stages = self.stages(images)
         pooled = torch.cat([F.relu(x).mean((2, 3)) for x in stages], dim=1)  # [B, sum of WIDTHS]
-        x = stages[2] + F.interpolate(self.up(F.relu(stages[3])), scale_factor=2.0)
+        x = stages[1] + F.interpolate(self.up(F.relu(stages[2])), scale_factor=2.0)
         x = F.relu(self.norm(self.joined(x)))  # [B, C, G, G]
         return Readings(self.to_kinds(x), self.to_boxes(x), self.to_characters(x), self.to_ground(pooled))
 
@@ -295,9 +295,8 @@ class SceneSource:
             truths.append(truth(scene))
         kinds, boxes, characters, grounds = zip(*truths, strict=True)
         return Pictures(
-            torch.stack(images).to(device, memory_format=torch.channels_last), torch.stack(kinds).to(device),
-            torch.stack(boxes).to(device), torch.stack(characters).to(device),
-            torch.tensor(grounds, device=device),
+            torch.stack(images).to(device), torch.stack(kinds).to(device), torch.stack(boxes).to(device),
+            torch.stack(characters).to(device), torch.tensor(grounds, device=device),
         )  # fmt: skip
 
     def record(self) -> dict[str, object]:
@@ -345,7 +344,7 @@ def train(
 ) -> Detector:  # fmt: skip
     """Train a detector, or take up the run in `folder`."""
     torch.manual_seed(training.seed)  # of the first weights
-    detector = Detector().to(device, memory_format=torch.channels_last)
+    detector = Detector().to(device)
 
     def report(step: int, loss: float) -> None:
         if step % 50 == 49:

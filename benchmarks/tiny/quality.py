@@ -49,8 +49,8 @@ SHOWN = (
     "three penguins on a blue background", "草地上，两只绵羊和一个房屋",
     "a rocket above a UFO in the night sky",
     "左边是一个苹果，右边是一个香蕉，粉色背景", 'a panda holding a sign that says "A1"',
-    "一只熊猫拿着一个牌子，写着“你好”", "a small butterfly in the top right corner, on the grass", "天空中，三个气球",
-    "a big pizza on a yellow background",
+    "一只熊猫拿着一个牌子，写着“你好”", "a small butterfly in the top right corner, on the grass",
+    "天空中，三个气球", "a big pizza on a yellow background",
     "一只狐狸，一个雪人和一个圣诞树", "a guitar, a drum and a violin", "一块写着“大山”的牌子，绿色背景",
 )  # fmt: skip
 LABELS = Path("/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc")  # Debian's fonts-wqy-zenhei
@@ -207,10 +207,11 @@ def wrap(text: str, width: float, measure: Callable[[str], float]) -> str:
     lines, line = list[str](), ""
     for character in text:
         if line and measure(line + character) > width:
-            head, space, tail = line.rpartition(" ")
+            head, space, tail = (line + character).rpartition(" ")
             lines.append(head if space else line)
-            line = tail if space else ""
-        line += character
+            line = tail if space else character
+        else:
+            line += character
     return "\n".join([*lines, line])
 
 
@@ -257,9 +258,8 @@ def main(data: Path, model: str, out: Path, prompts: int) -> int:
     asked = write_prompts(grammar, min(ALIKE, prompts), 0)
     distances = measure_seeds(pipe, detector, asked)
     pairs = [p for i in (0, 1) for p in of_two_things(write_prompts(grammar, prompts, i))[: ALIKE // 2]]
-    attention = measure_attention(
-        pipe, detector, grammar.names, pairs, partial(generate, pipe, scale=GUIDANCE)
-    )
+    draw = partial(generate, pipe, scale=GUIDANCE)
+    attention = measure_attention(pipe, detector, grammar.names, pairs, draw)
     print(f"distances: {distances}; attention inside to outside: {attention}", flush=True)
     sheet(generate_all(pipe, SHOWN, GUIDANCE, 7), SHOWN, 8, 1.0).save(out / "samples.png")
     ratio = attention["ratio"]
