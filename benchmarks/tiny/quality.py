@@ -266,8 +266,8 @@ def main(data: Path, model: str, out: Path, prompts: int) -> int:
     is_good = not any(row.get("goals_missed") for row in rows) and (ratio or 0) >= GOAL_OF_ATTENTION
     result = {
         "version": VERSION, "model": model, "steps": STEPS, "sampler": "DPM++ 2M Karras",
-        "device": str(device), "seconds": round(time.monotonic() - start), "detector": own, "goals": GOALS, "rows": rows,
-        "distances": distances, "attention": {**attention, "goal": GOAL_OF_ATTENTION},
+        "device": str(device), "seconds": round(time.monotonic() - start), "detector": own,
+        "goals": GOALS, "rows": rows, "distances": distances, "attention": {**attention, "goal": GOAL_OF_ATTENTION},
     }  # fmt: skip
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     (out / "quality.json").write_text(text, encoding="utf-8")
