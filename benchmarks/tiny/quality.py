@@ -267,7 +267,8 @@ def main(data: Path, model: str, out: Path, prompts: int) -> int:
     result = {
         "version": VERSION, "model": model, "steps": STEPS, "sampler": "DPM++ 2M Karras",
         "device": str(device), "seconds": round(time.monotonic() - start), "detector": own,
-        "goals": GOALS, "rows": rows, "distances": distances, "attention": {**attention, "goal": GOAL_OF_ATTENTION},
+        "goals": GOALS, "rows": rows, "distances": distances,
+        "attention": {**attention, "goal": GOAL_OF_ATTENTION},
     }  # fmt: skip
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     (out / "quality.json").write_text(text, encoding="utf-8")
