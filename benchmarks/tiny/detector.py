@@ -1,9 +1,9 @@
-"""Detector of what a picture of a scene shows: things, their numbers and places, the ground, a sign's text.
+"""Detector of what an image of a scene shows: things, their numbers and places, the ground, a sign's text.
 
-It judges the embedded model, and learns from rendered scenes alone, blurred, dimmed and noisy as a decoder's
-pictures are. As in CenterNet (https://arxiv.org/abs/1904.07850) each cell of a coarse grid says what has its
-middle there, and how large it is. Its features also tell how far two pictures are apart.
-Shapes: B pictures, H and W pixels, G cells of the grid's side, K kinds, C characters.
+It judges the embedded model, and learns from rendered scenes alone, blurred, discolored and noisy as a
+decoder's images are. As in CenterNet (https://arxiv.org/abs/1904.07850) each cell of a coarse grid says what
+has its middle there, and how large it is. Its features also give a distance between two images.
+Shapes: B images, H and W pixels, G cells of the grid's side, K kinds, C characters.
 """
 
 import random
@@ -40,7 +40,7 @@ from kolors_core.vae import VAE
 KINDS = (*CONCEPTS, SIGN)
 CELL = 8  # pixels of a cell of the grid
 WIDTHS, DEPTHS = (48, 96, 160), (1, 2, 2)  # channels and residual convolutions of the stages
-CROWDED = 0.75  # how many pictures of a training batch are fuller than `compose` makes them
+CROWDED = 0.75  # how many images of a training batch are fuller than `compose` makes them
 DECODED = 0.25  # how many have gone through the VAE, if there is one
 FAR = 2 * 10**9  # the first seed of held-out scenes
 SURE = 0.5  # the probability, summed over a cell and its neighbours, from which something is there
@@ -53,7 +53,7 @@ TRAINING = TrainingConfig(
 
 @dataclass(frozen=True)
 class Found:
-    """What a picture shows. items: things and signs, the surest first; ground: of `GROUNDS`.
+    """Contents of an image. items: things and signs, the surest first; ground: of `GROUNDS`.
 
     text: what the signs say, read from left to right.
     """
@@ -64,13 +64,13 @@ class Found:
 
     @property
     def kinds(self) -> Counter[str]:
-        """How many there are of each kind."""
+        """Count the items of each kind."""
         return Counter(item.kind for item in self.items)
 
 
 @dataclass(frozen=True)
 class Readings:
-    """What a detector says of B pictures, or is to say.
+    """Logits and boxes that a detector computes of B images.
 
     kinds: logits [B, K + 1, G, G], the last of nothing; boxes [B, 4, G, G]: how far right and down of the
     cell's middle the item's is, its width and height, in cells; characters [B, C + 1, G, G]; grounds [B, 13].
@@ -83,9 +83,10 @@ class Readings:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """images [B, 3, H, W] in [-1, 1] and what they show: kinds and characters [B, G, G], boxes [B, 4, G, G],
-    grounds [B]; a cell with nothing has the number after the last.
+class Scenes:
+    """Batch of rendered scenes: images [B, 3, H, W] in [-1, 1] and what they show.
+
+    kinds, characters [B, G, G]: numbers, that of nothing after the last. boxes: [B, 4, G, G]. grounds: [B].
     """
 
     images: Tensor
@@ -96,7 +97,7 @@ class Pictures:
 
 
 class Residual(nn.Module):
-    """Convolutions, each after a norm, added to the input."""
+    """Residual block of convolutions, each after a norm."""
 
     def __init__(self, channels: int, depth: int) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class Residual(nn.Module):
 
 
 class Detector(nn.Module):
-    """Three stages of convolutions at 1/4, 1/8 and 1/16 of the size; what they found is read off at 1/8."""
+    """Detector of three stages of convolutions, at 1/4, 1/8 and 1/16 of the size, with heads at 1/8."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class Detector(nn.Module):
             nn.init.constant_(head.bias[-1:], 8.0)
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        """Features of images [B, 3, H, W]: [B, C, H / 4, W / 4], and so on to H / 16."""
+        """Compute the features of images [B, 3, H, W]: [B, C, H / 4, W / 4], and so on to H / 16."""
         x, found = F.pixel_unshuffle(images, 2), []  # [B, 12, H / 2, W / 2]
         for down, block in zip(self.downs, self.blocks, strict=True):
             x = block(down(F.relu(x) if found else x))
@@ -148,12 +149,12 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[Found]:
-        """What images [B, 3, H, W] in [-1, 1] show."""
+        """Detect what images [B, 3, H, W] in [-1, 1] show."""
         return [found for part in images.split(64) for found in read(self(part))]
 
     @torch.no_grad()
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """How far images [B, 3, H, W] are apart: [B], 0 for equal ones.
+        """Compute the distance of images [B, 3, H, W]: [B], 0 for equal ones.
 
         As LPIPS (https://arxiv.org/abs/1801.03924), without its learned weights: features of each stage,
         averaged to the coarsest grid, each place's scaled to length 1; their mean squared distance.
@@ -167,7 +168,7 @@ class Detector(nn.Module):
 
 
 def peaks(logits: Tensor) -> list[tuple[int, int, int, float]]:
-    """What stands where by logits [N + 1, G, G], the last of nothing: (class, row, column, probability).
+    """Find what stands where by logits [N + 1, G, G], the last of nothing: (class, row, column, probability).
 
     The probability of an item whose middle is near a cell's edge is shared by the cells beside it: so that of
     a cell and its eight neighbours is summed, at each cell where it is the largest of the nine.
@@ -185,7 +186,7 @@ def peaks(logits: Tensor) -> list[tuple[int, int, int, float]]:
 
 
 def read(readings: Readings) -> list[Found]:
-    """What each of the pictures shows."""
+    """Read off what each image shows."""
     found = []
     for kinds, boxes, characters, ground in zip(
         readings.kinds, readings.boxes.float(), readings.characters, readings.grounds, strict=True
@@ -202,14 +203,14 @@ def read(readings: Readings) -> list[Found]:
 
 
 class Reading(nn.Module):
-    """The loss of what a detector reads: cross-entropies, summed over the grid, for each item there is."""
+    """Loss of a detector: cross-entropies, summed over the grid and divided by the number of items."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         self.detector = detector
 
-    def forward(self, batch: Pictures) -> Tensor:
-        """The mean loss of the batch."""
+    def forward(self, batch: Scenes) -> Tensor:
+        """Compute the mean loss of the batch."""
         found = self.detector(batch.images)
         is_there = batch.kinds < len(KINDS)
         items, letters = is_there.sum(), (batch.characters < len(CHARACTERS)).sum()
@@ -225,7 +226,7 @@ class Reading(nn.Module):
 
 
 def truth(scene: Scene) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Kinds, boxes, characters and the ground of a scene: a row of each of the truths of `Pictures`."""
+    """Lay out a scene's kinds, boxes, characters and ground: a row of each of those of `Scenes`."""
     side = SIZE // CELL
     kinds, boxes = torch.full((side, side), len(KINDS)), torch.zeros(4, side, side)
     characters = torch.full((side, side), len(CHARACTERS))
@@ -240,7 +241,7 @@ def truth(scene: Scene) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 def crowded(seed: int) -> Scene:
-    """A scene of up to five things, or of four and a sign, mostly of three characters."""
+    """Compose a scene of up to four things, and mostly a sign, mostly of three characters."""
     order = random.Random(seed)
     kinds, text = order.sample(CONCEPTS, 4), ""
     if order.random() < 0.75:
@@ -251,12 +252,12 @@ def crowded(seed: int) -> Scene:
 
 
 def pixels(scene: Scene) -> Tensor:
-    """The picture of a scene [3, H, W] in [-1, 1]."""
+    """Render a scene: [3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.array(render(scene))).permute(2, 0, 1) / 127.5 - 1
 
 
-def worsened(image: Tensor, order: random.Random) -> Tensor:
-    """An image [3, H, W] as a decoder might give it: blurred, of other colours, and noisy, each a little."""
+def degraded(image: Tensor, order: random.Random) -> Tensor:
+    """Degrade an image [3, H, W] as a decoder might: blurred, of other colors, and noisy, each a little."""
     if order.random() < 0.5:
         side = order.randint(SIZE // 2, SIZE)
         small = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True)
@@ -271,18 +272,18 @@ def worsened(image: Tensor, order: random.Random) -> Tensor:
 
 @torch.no_grad()
 def reconstructed(vae: VAE, images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [-1, 1] as the VAE gives them back."""
+    """Encode and decode images [B, 3, H, W] in [-1, 1]."""
     return vae.decode_latents(vae.encode_images(images).mean).float().clamp(-1, 1)
 
 
 class SceneSource:
-    """Batches of rendered scenes, worsened. vae: some of them go through it."""
+    """Source of batches of rendered scenes, degraded. vae: `DECODED` of them go through it."""
 
     def __init__(self, config: TrainingConfig, vae: VAE | None = None) -> None:
         self.config, self.vae = config, vae
 
-    def batch(self, step: int, rows: slice, device: torch.device) -> Pictures:
-        """The `rows` of a step's batch."""
+    def batch(self, step: int, rows: slice, device: torch.device) -> Scenes:
+        """Render the `rows` of a step's batch."""
         images, truths = [], []
         for i in range(*rows.indices(self.config.batch_size)):
             seed = derive_seed(self.config.seed, step, i)
@@ -291,22 +292,22 @@ class SceneSource:
             image, through = pixels(scene), order.random() < DECODED
             if through and self.vae is not None:
                 image = reconstructed(self.vae, image[None].to(device))[0].cpu()
-            images.append(worsened(image, order))
+            images.append(degraded(image, order))
             truths.append(truth(scene))
         kinds, boxes, characters, grounds = zip(*truths, strict=True)
-        return Pictures(
+        return Scenes(
             torch.stack(images).to(device), torch.stack(kinds).to(device), torch.stack(boxes).to(device),
             torch.stack(characters).to(device), torch.tensor(grounds, device=device),
         )  # fmt: skip
 
     def record(self) -> dict[str, object]:
-        """What its batches depend on besides the step."""
+        """Record what batches depend on besides the step."""
         vae = None if self.vae is None else digest_weights(self.vae.state_dict())
         return {"data": [self.config.batch_size, self.config.seed, CROWDED, DECODED], "vae": vae}
 
 
 def accuracy(detector: Detector, count: int, vae: VAE | None = None) -> dict[str, float]:
-    """What share of `count` held-out scenes, or of their reconstructions by a VAE, is read rightly.
+    """Measure the share of `count` held-out scenes, or of their reconstructions by a VAE, that is read right.
 
     Keys: "kinds and numbers", "ground", "characters" (single ones), "texts", "all" of a scene; and "pixels",
     how far middles are off in the mean.

@@ -61,7 +61,7 @@ def generate(pipe: KolorsPipeline, prompts: Sequence[str], scale: float, seed: i
     """Generate an image for each prompt, at the model's own size: [B, 3, H, W] in [-1, 1]; i has seed + i."""
     assert pipe.tokenizer is not None and pipe.text_encoder is not None
     side, count = pipe.unet.config.sample_size, len(prompts)
-    pixels = (side * pipe.vae.config.vae_scale_factor,) * 2
+    pixels = (side * pipe.vae.config.vae_scale_factor, side * pipe.vae.config.vae_scale_factor)
     text = pipe.text_encoder(pipe.tokenizer([*prompts, ""]).merge_padding().to(pipe.device))
     assert text.counts is not None
     ids = size_ids(pixels, (0, 0), pixels).to(pipe.device).expand(count, -1)

@@ -239,7 +239,7 @@ def _sign(item: Item) -> Image.Image:
 
 
 def character_places(text: str, height: float) -> list[float]:
-    """How far each character's middle is to the right of its sign's, in pixels. height: the sign's."""
+    """How far each character's middle is to the right of its sign's, in pixels. height: of the sign."""
     return [(i - (len(text) - 1) / 2) * height * 0.74 for i in range(len(text))]
 
 

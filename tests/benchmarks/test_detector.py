@@ -12,9 +12,9 @@ from benchmarks.tiny.detector import (
     KINDS,
     TRAINING,
     Detector,
-    Pictures,
     Reading,
     Readings,
+    Scenes,
     SceneSource,
     accuracy,
     peaks,
@@ -101,11 +101,11 @@ class OneBatch:
         self.images = torch.stack([pixels(scene) for scene in scenes])
         kinds, boxes, characters, grounds = zip(*map(truth, scenes), strict=True)
         truths = torch.stack(kinds), torch.stack(boxes), torch.stack(characters), torch.tensor(grounds)
-        self.pictures = Pictures(self.images, *truths)
+        self.scenes = Scenes(self.images, *truths)
 
-    def batch(self, step: int, rows: slice, device: torch.device) -> Pictures:
+    def batch(self, step: int, rows: slice, device: torch.device) -> Scenes:
         """All of it."""
-        return self.pictures
+        return self.scenes
 
     def record(self) -> dict[str, object]:
         """Nothing."""
