@@ -163,6 +163,22 @@ def place(
                 return tuple(groups)
 
 
+def crowd(order: random.Random, kinds: tuple[str, ...], text: str = "") -> tuple[tuple[Item, ...], ...]:
+    """One item of each kind, each where those before it left room: fuller pages than those of `place`.
+
+    What finds no place in `TRIES` tries is left out.
+    """
+    placed = list[Item]()
+    for kind in kinds:
+        unplaced = _unplaced(order, kind, order.uniform(SIZES[4][0], SIZES[3][1]), text)
+        for _ in range(TRIES):
+            item = _moved(order, unplaced)
+            if not any(item.overlaps(other) for other in placed):
+                placed.append(item)
+                break
+    return tuple((item,) for item in placed)
+
+
 def _unplaced(order: random.Random, kind: str, size: float, text: str) -> Item:
     if kind == SIGN:
         height = min(max(size, 36), 60) if len(text) == 1 else min(max(size * 0.9, 34), 46)
@@ -230,15 +246,9 @@ def _sign(item: Item) -> Image.Image:
     pen.rounded_rectangle((rim, rim, width - 1 - rim, height - 1 - rim), height // 10, (255, 250, 232))
     font = _sign_font(round(height * 0.72))
     for character in item.characters:
-        x = character.x - item.x + width / 2
         left, top, right, bottom = font.getbbox(character.kind, anchor="mm")
-        pen.text(
-            (x - (left + right) / 2, height / 2 - (top + bottom) / 2),
-            character.kind,
-            (20, 20, 30),
-            font,
-            "mm",
-        )
+        corner = character.x - item.x + (width - left - right) / 2, (height - top - bottom) / 2
+        pen.text(corner, character.kind, (20, 20, 30), font, "mm")
     return board
 
 
