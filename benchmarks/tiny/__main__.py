@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny import autoencoder, text
+from benchmarks.tiny.concepts import write_concepts
 from benchmarks.tiny.emoji import (
     CHINESE_AFTER,
     CHINESE_BEFORE,
@@ -29,7 +30,6 @@ from benchmarks.tiny.emoji import (
     read_concepts,
     read_names,
     write,
-    write_concepts,
 )
 from kolors_core.attention import attention_kernel
 from kolors_core.chatglm import ChatGLM
