@@ -1,63 +1,64 @@
 """The recipe of the embedded model, from packages to a folder that `from_pretrained` loads.
 
-    apt-get install fonts-noto-color-emoji npm && python -m benchmarks.tiny OUT
+    apt-get install fonts-noto-color-emoji fonts-noto-cjk npm
+    torchrun --nproc-per-node 2 -m benchmarks.tiny OUT
 
-Pictures and captions, a tokenizer, the autoencoder, the text encoder, then the UNet, with both of them
-frozen. A run that was killed goes on where it was. An accelerator is used if there is one.
+A tokenizer, the autoencoder and the text encoder, then the UNet, with both of them frozen; its scenes are
+made while it trains. A run that was killed goes on where it was. On a CPU two processes of one thread each
+are faster than one of two; on an accelerator, which is used if there is one: `python -m benchmarks.tiny OUT`.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import tarfile
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny import autoencoder, text
+from benchmarks.tiny.captions import Grammar
 from benchmarks.tiny.concepts import write_concepts
-from benchmarks.tiny.emoji import (
-    CHINESE_AFTER,
-    CHINESE_BEFORE,
-    CONCEPTS,
-    ENGLISH_AFTER,
-    ENGLISH_BEFORE,
-    Concept,
-    read_concepts,
-    read_names,
-    write,
-)
+from benchmarks.tiny.emoji import CONCEPTS, read_concepts, read_names
+from benchmarks.tiny.scene_data import SceneLatents
+from benchmarks.tiny.scenes import CHARACTERS, compose, render
 from kolors_core.attention import attention_kernel
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import TINY
 from kolors_core.devices import best_device
+from kolors_core.image import pil_to_tensor
 from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import SPECIAL_TOKENS, Tokenizer
-from kolors_core.training.data import Batches, Example, LatentDataset, read_folder
 from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 
 NAMES = "emojibase-data@17.0.0"
-AUTOENCODER = TrainingConfig(
+ON_EMOJI = TrainingConfig(
     steps=4000, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup=100, weight_decay=1e-3,
-    dtype=torch.bfloat16,
+    ema_decay=0.998, dtype=torch.bfloat16,
 )  # fmt: skip
-WHOLE_FROM = 3600  # the autoencoder's first step on whole pictures
+ON_SCENES = TrainingConfig(
+    steps=3200, batch_size=16, learning_rate=1.5e-3, schedule="cosine", warmup=100, weight_decay=1e-3,
+    ema_decay=0.998, dtype=torch.bfloat16, seed=1,
+)  # fmt: skip
 TEXT_ENCODER = TrainingConfig(
-    steps=800, batch_size=128, learning_rate=1e-3, schedule="cosine", warmup=100
+    steps=2000, batch_size=128, learning_rate=1.5e-3, schedule="cosine", warmup=200, dtype=torch.bfloat16,
 )  # fmt: skip
 DENOISER = TrainingConfig(
-    steps=3000, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=200, weight_decay=0.01,
-    ema_decay=0.998, min_snr_gamma=1.0, dtype=torch.bfloat16,
+    steps=8000, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=200, weight_decay=0.01,
+    ema_decay=0.9985, min_snr_gamma=1.0, dtype=torch.bfloat16, save_every=250,
 )  # fmt: skip
+PIECES_FROM = range(20_000)  # seeds of the scenes whose captions the tokenizer's pieces are from
+STANDARD_FROM = range(10**6, 10**6 + 256)  # seeds of the scenes whose latents have mean 0 and variance 1
 
 
 def fetch_names(folder: Path) -> Path:
@@ -72,19 +73,19 @@ def fetch_names(folder: Path) -> Path:
     return package
 
 
-def train_tokenizer(package: Path, concepts: list[Concept], folder: Path) -> Tokenizer:
-    """A SentencePiece model of all emoji's names and the phrasings' words; bytes for anything else."""
+def train_tokenizer(grammar: Grammar, folder: Path) -> Tokenizer:
+    """A SentencePiece model of the captions; each character of a sign and each Chinese name is one piece."""
     from sentencepiece import SentencePieceTrainer
 
     if not (folder / "tokenizer.model").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [name for language in ("en", "zh") for name in read_names(package, language).values()]
-        ours = [name for concept in concepts for name in concept.english + concept.chinese]
-        lines += 20 * [*ours, *ENGLISH_BEFORE, *ENGLISH_AFTER, *CHINESE_BEFORE, *CHINESE_AFTER]
+        names = [name for concept in grammar.names.values() for name in concept.english + concept.chinese]
+        whole = [name for concept in grammar.names.values() for name in concept.chinese if len(name) > 1]
+        lines = text.tokenizer_lines(grammar, PIECES_FROM) + 20 * names
         SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe",
             vocab_size=TINY.text_encoder.vocab_size - len(SPECIAL_TOKENS) - 1, byte_fallback=True, pad_id=-1,
-            character_coverage=1.0, minloglevel=2,
+            character_coverage=1.0, minloglevel=2, user_defined_symbols=[*CHARACTERS, *whole],
         )  # fmt: skip
         (folder / "tokenizer.vocab").unlink()
     return Tokenizer(folder)
@@ -94,49 +95,58 @@ def train_vae(package: Path, folder: Path, device: torch.device) -> VAE:
     """The trained autoencoder, taken from the folder if it is there already."""
     file, vae = folder / "vae.safetensors", VAE(TINY.vae).eval()
     if not file.exists():
+        torch.manual_seed(ON_EMOJI.seed)  # of the first weights
+        vae = autoencoder.new_vae(TINY.vae).to(device)
         others = [character for character in read_names(package, "en") if character not in CONCEPTS]
-        vae = autoencoder.train(
-            TINY.vae, [*CONCEPTS, *others], len(CONCEPTS), AUTOENCODER, folder, device, WHOLE_FROM
-        )
-        save_file(vae.state_dict(), file)
+        glyphs = autoencoder.read_glyphs([*CONCEPTS, *others])
+        emoji = autoencoder.EmojiCrops(glyphs, len(CONCEPTS), ON_EMOJI.batch_size, ON_EMOJI.seed)
+        autoencoder.train(vae, emoji, ON_EMOJI, folder / "emoji")
+        scenes = autoencoder.SceneCrops(ON_SCENES.batch_size, ON_SCENES.seed)
+        autoencoder.train(vae, scenes, ON_SCENES, folder / "scenes")
+        vae.eval().requires_grad_(False)
+        images = torch.stack([pil_to_tensor(render(compose(seed))) for seed in STANDARD_FROM]) / 127.5 - 1
+        autoencoder.standardise(vae, images.to(device))
+        print(f"autoencoder: {autoencoder.psnr(vae, images.to(device)):.2f} dB", flush=True)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            save_file(vae.state_dict(), file)
+        return vae
     vae.load_state_dict(load_file(file))
     return vae.to(device).requires_grad_(False)
 
 
-def train_text_encoder(
-    examples: Sequence[Example], tokenizer: Tokenizer, folder: Path, device: torch.device
-) -> ChatGLM:
+def train_text_encoder(grammar: Grammar, tokenizer: Tokenizer, folder: Path, device: torch.device) -> ChatGLM:
     """The trained text encoder, taken from the folder if it is there already."""
     file, text_encoder = folder / "text_encoder.safetensors", ChatGLM(TINY.text_encoder).eval()
     if not file.exists():
-        trained = text.train(TINY.text_encoder, examples, tokenizer, TEXT_ENCODER, folder, device)
-        save_file(trained.text_encoder.state_dict(), file)
+        text_encoder = text.train(
+            TINY.text_encoder, grammar, tokenizer, TEXT_ENCODER, folder, device
+        ).text_encoder
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            save_file(text_encoder.state_dict(), file)
+        return text_encoder.requires_grad_(False)
     text_encoder.load_state_dict(load_file(file))
     return text_encoder.to(device).requires_grad_(False)
 
 
-def train_unet(
-    examples: Sequence[Example], vae: VAE, text_encoder: ChatGLM, tokenizer: Tokenizer, folder: Path
-) -> UNet:
+def train_unet(data: SceneLatents, folder: Path, device: torch.device) -> UNet:
     """The UNet, on the frozen encoders; the losses go to `losses.jsonl`, a line each."""
-    config, device = DENOISER, vae.post_quant_conv.weight.device
-    batches = Batches(examples, [(TINY.vae.sample_size,) * 2], config.batch_size, config.seed)
-    data = LatentDataset(examples, batches, vae, tokenizer, config, frozen_text=None)
-    torch.manual_seed(config.seed)  # of the first weights
+    torch.manual_seed(DENOISER.seed)  # of the first weights
     unet = UNet(TINY.unet).to(device, memory_format=torch.channels_last)  # faster convolutions in bfloat16
-    objective = DiffusionLoss(unet, text_encoder, EulerDiscreteScheduler().training_sigmas(), config)
+    objective = DiffusionLoss(unet, None, EulerDiscreteScheduler().training_sigmas(), DENOISER)
     folder.mkdir(parents=True, exist_ok=True)
     losses = (folder / "losses.jsonl").open("a", encoding="utf-8")
     start = time.monotonic()
 
     def report(step: int, loss: float) -> None:
+        if dist.is_initialized() and dist.get_rank():
+            return
         seconds = time.monotonic() - start
         losses.write(json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 1)}) + "\n")
         if step % 50 == 0:
             losses.flush()
             print(f"UNet step {step}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
 
-    trainer = Trainer(objective, data, config, folder, report)
+    trainer = Trainer(objective, data, DENOISER, folder, report)
     trainer.fit(progress=False)
     trainer.load_ema_weights()
     return unet.eval()
@@ -144,18 +154,27 @@ def train_unet(
 
 def main(out: Path) -> None:
     """Every stage, each kept in `out`; the model is `out/model`."""
-    device = best_device()
+    device, is_first = best_device(), True
     out.mkdir(parents=True, exist_ok=True)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        is_first = dist.get_rank() == 0
+    if is_first:  # the others find what it wrote
+        train_tokenizer(Grammar(read_concepts(fetch_names(out))), out / "tokenizer")
+    if dist.is_initialized():
+        dist.barrier()
     package = fetch_names(out)
     concepts = read_concepts(package)
-    write(concepts, out / "pictures")
-    examples = read_folder(out / "pictures")
-    tokenizer = train_tokenizer(package, concepts, out / "tokenizer")
+    grammar = Grammar(concepts)
+    tokenizer = train_tokenizer(grammar, out / "tokenizer")
     # At these sizes the plain products are faster than a fused kernel on a CPU, above all backwards.
     with attention_kernel("matmul") if device.type == "cpu" else nullcontext():
         vae = train_vae(package, out / "autoencoder", device)
-        text_encoder = train_text_encoder(examples, tokenizer, out / "text", device)
-        unet = train_unet(examples, vae, text_encoder, tokenizer, out / "unet")
+        text_encoder = train_text_encoder(grammar, tokenizer, out / "text", device)
+        data = SceneLatents(grammar, tokenizer, text_encoder, vae, DENOISER)
+        unet = train_unet(data, out / "unet", device)
+    if not is_first:
+        return
     pipe = KolorsPipeline(vae, text_encoder, tokenizer, unet, EulerDiscreteScheduler())
     for model in (pipe.vae, pipe.text_encoder, pipe.unet):
         model.to("cpu", torch.float16)  # as stored; the VAE computes in float32 when it is loaded

@@ -1,10 +1,12 @@
-"""Training the embedded model's VAE: on crops, then on whole pictures, of every emoji of the font.
+"""Training the embedded model's VAE: on crops of every emoji of the font, then on crops of scenes.
 
-Loss: absolute and squared error of the picture and of two smaller ones, which carry the colours, and a small
-KL term (https://arxiv.org/abs/1312.6114) that keeps the latents near the unit Gaussian.
+Loss: absolute and squared error of the picture and of two smaller ones, which carry the colours, absolute
+error of the differences of neighbouring pixels, which are the edges, and a small KL term
+(https://arxiv.org/abs/1312.6114) that keeps the latents near the unit Gaussian.
 Shapes: N pictures of the pool, B of a batch, H and W pixels.
 """
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.tiny.emoji import SIZE, draw
+from benchmarks.tiny.scenes import compose, render
 from kolors_core.config import VAEConfig
+from kolors_core.image import pil_to_tensor
 from kolors_core.training.data import derive_seed
 from kolors_core.training.run_record import digest
-from kolors_core.training.trainer import Trainer, TrainingConfig
+from kolors_core.training.trainer import BatchSource, Trainer, TrainingConfig
 from kolors_core.vae import VAE, ResBlock
 
 SCALES = ((1, 1.0), (4, 0.5), (16, 0.5))  # (how much smaller, weight of the error there)
-KL_WEIGHT = 1e-4
+KL_WEIGHT, EDGES_WEIGHT = 1e-4, 0.5
+CROP = 64  # pixels of a side: as much is learnt from it as from a whole picture, in a quarter of the time
+ASTRAY = 24  # pixels that the middle of a scene's crop may be off the middle of a thing
+CROPS = 2  # of a scene
 
 
 @dataclass(frozen=True)
@@ -48,47 +55,70 @@ class Reconstruction(nn.Module):
         for factor, weight in SCALES:
             error = F.avg_pool2d(images - batch.images, factor)
             loss = loss + weight * (error.abs().mean() + error.square().mean())
-        return loss
+        error = images - batch.images
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return loss + EDGES_WEIGHT * edges
 
 
-class Pool:
-    """Batches of emoji on grounds of any colour, half of them on white; mirrored at random.
+class EmojiCrops:
+    """Crops of emoji on grounds of any colour, half of them on white; mirrored at random.
 
-    glyphs: [N, SIZE, SIZE, 4] bytes. Every second picture is one of the first `favourites`. Up to the step
-    `whole_from` a picture is a crop of half its side: convolutions learn as much from it in a quarter of the
-    time.
+    glyphs: [N, SIZE, SIZE, 4] bytes. Every second picture is one of the first `favourites`.
     """
 
-    def __init__(self, glyphs: Tensor, favourites: int, whole_from: int, batch_size: int, seed: int) -> None:
-        self.glyphs, self.favourites, self.whole_from = glyphs, favourites, whole_from
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, glyphs: Tensor, favourites: int, batch_size: int, seed: int) -> None:
+        self.glyphs, self.favourites, self.batch_size, self.seed = glyphs, favourites, batch_size, seed
 
     def batch(self, step: int, rows: slice, device: torch.device) -> Pixels:
-        """The pictures `part` of the batch of a step."""
+        """The `rows` of a step's pictures."""
         draw, count = torch.Generator().manual_seed(derive_seed(self.seed, step)), self.batch_size
         chosen = torch.randint(len(self.glyphs), (count,), generator=draw)
         chosen[::2] = torch.randint(self.favourites, (len(chosen[::2]),), generator=draw)
         colours = torch.rand(count, 3, 1, 1, generator=draw)
         colours[torch.rand(count, generator=draw) < 0.5] = 1.0
         mirrored = torch.rand(count, 1, 1, 1, generator=draw) < 0.5
-        corners = torch.randint(SIZE // 2 + 1, (count, 2), generator=draw)
+        corners = torch.randint(SIZE - CROP + 1, (count, 2), generator=draw)
         glyphs = self.glyphs[chosen].permute(0, 3, 1, 2) / 255.0  # [B, 4, SIZE, SIZE]
         images = glyphs[:, :3] * glyphs[:, 3:] + colours * (1 - glyphs[:, 3:])  # [B, 3, SIZE, SIZE]
         images = torch.where(mirrored, images.flip(-1), images)
-        if step < self.whole_from:
-            side = SIZE // 2
-            images = torch.stack(
-                [image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, corners, strict=True)]
-            )  # [B, 3, H, W]
-        noise = torch.randn(count, 4, images.shape[2] // 8, images.shape[3] // 8, generator=draw)
+        images = torch.stack(
+            [_crop(image, x, y) for image, (y, x) in zip(images, corners.tolist(), strict=True)]
+        )
+        noise = torch.randn(count, 4, CROP // 8, CROP // 8, generator=draw)
         return Pixels((images[rows] * 2 - 1).to(device), noise[rows].to(device))
 
     def record(self) -> dict[str, object]:
         """What its batches depend on besides the step."""
-        return {
-            "glyphs": digest(self.glyphs),
-            "data": [self.favourites, self.whole_from, self.batch_size, self.seed],
-        }
+        return {"glyphs": digest(self.glyphs), "data": [self.favourites, CROP, self.batch_size, self.seed]}
+
+
+class SceneCrops:
+    """Crops of scenes, each about one of its things."""
+
+    def __init__(self, batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed = batch_size, seed
+
+    def batch(self, step: int, rows: slice, device: torch.device) -> Pixels:
+        """The `rows` of a step's pictures."""
+        images = []
+        for i in range(*rows.indices(self.batch_size)):
+            scene = compose(derive_seed(self.seed, step, i // CROPS))
+            order = random.Random(derive_seed(self.seed, step, i // CROPS, i % CROPS))
+            item = order.choice(scene.items)
+            corner = (middle - CROP / 2 + order.uniform(-ASTRAY, ASTRAY) for middle in (item.x, item.y))
+            x, y = (min(max(round(place), 0), SIZE - CROP) for place in corner)
+            images.append(_crop(pil_to_tensor(render(scene)) / 127.5 - 1, x, y))
+        draw = torch.Generator().manual_seed(derive_seed(self.seed, step))
+        noise = torch.randn(self.batch_size, 4, CROP // 8, CROP // 8, generator=draw)
+        return Pixels(torch.stack(images).to(device), noise[rows].to(device))
+
+    def record(self) -> dict[str, object]:
+        """What its batches depend on besides the step."""
+        return {"scenes": [CROP, ASTRAY, CROPS, self.batch_size, self.seed]}
+
+
+def _crop(image: Tensor, x: int, y: int) -> Tensor:
+    return image[:, y : y + CROP, x : x + CROP]
 
 
 def read_glyphs(characters: list[str]) -> Tensor:
@@ -134,21 +164,21 @@ def standardise(vae: VAE, images: Tensor) -> None:
     outer.weight *= scale[None, :, None, None]
 
 
-def train(config: VAEConfig, characters: list[str], favourites: int, training: TrainingConfig, folder: Path,
-          device: torch.device, whole_from: int) -> VAE:  # fmt: skip
-    """Train a VAE, or take up the run in `folder`; the latents of the favourites come out standardised."""
-    glyphs = read_glyphs(characters)
-    torch.manual_seed(training.seed)  # of the first weights
-    vae = new_vae(config).to(device)
-    pool = Pool(glyphs, favourites, whole_from, training.batch_size, training.seed)
+def train(vae: VAE, data: BatchSource, training: TrainingConfig, folder: Path) -> None:
+    """Train a VAE in place, or take up the run in `folder`; it ends as its weights' moving average."""
 
     def report(step: int, loss: float) -> None:
         if step % 100 == 0:
             print(f"autoencoder step {step}: loss {loss:.4f}", flush=True)
 
-    Trainer(Reconstruction(vae), pool, training, folder, report).fit(progress=False)
-    opaque = glyphs[:favourites].permute(0, 3, 1, 2) / 255.0
-    images = (opaque[:, :3] * opaque[:, 3:] + 1 - opaque[:, 3:]) * 2 - 1
-    vae.eval().requires_grad_(False)
-    standardise(vae, images.to(device))
-    return vae
+    trainer = Trainer(Reconstruction(vae), data, training, folder, report)
+    trainer.fit(progress=False)
+    trainer.load_ema_weights()
+
+
+@torch.no_grad()
+def psnr(vae: VAE, images: Tensor) -> float:
+    """The mean over images [B, 3, H, W] of the reconstructions' peak signal-to-noise ratios in dB."""
+    found = torch.cat([vae.decode_latents(vae.encode_images(image[None]).mean) for image in images])
+    errors = ((found.clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
+    return float((-10 * errors.log10()).mean())

@@ -1,7 +1,7 @@
 """Captions of scenes, in English and Chinese: a grammar that says some of what is true of a scene.
 
-Every kind of thing, its number if there are several, what a sign says and a ground other than white are always
-said; places, relations and sizes now and then. The phrasings are ours.
+Every kind of thing, its number if there are several, what a sign says and a ground other than white are
+always said; places, relations and sizes now and then. The phrasings are ours.
 """
 
 import random
@@ -38,8 +38,10 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "top": (("at the top", "on top of the picture"), ("上边", "顶部", "最上面")),
     "bottom": (("at the bottom", "at the very bottom"), ("下边", "底部", "最下面")),
     "middle": (("in the middle", "in the center", "in the centre"), ("中间", "中央", "正中间")),
-    "top left": (("in the top left corner", "at the top left", "in a corner"), ("左上角", "左上方", "角落里")),
-    "top right": (("in the top right corner", "at the top right", "in a corner"), ("右上角", "右上方", "角落里")),
+    "top left": (("in the top left corner", "at the top left", "in a corner"),
+                 ("左上角", "左上方", "角落里")),
+    "top right": (("in the top right corner", "at the top right", "in a corner"),
+                  ("右上角", "右上方", "角落里")),
     "bottom left": (("in the bottom left corner", "at the bottom left", "in a corner"),
                     ("左下角", "左下方", "角落里")),
     "bottom right": (("in the bottom right corner", "at the bottom right", "in a corner"),
@@ -53,8 +55,8 @@ RELATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("{a}在{b}的左边", "{b}左边有{a}", "{b}的左边是{a}", "左边是{a}，右边是{b}", "{a}在{b}左侧"),
     ),
     "right of": (
-        ("{a} to the right of {b}", "{a} right of {b}", "{a} on the right of {b}", "{b} with {a} on its right",
-         "on the right {a}, on the left {b}"),
+        ("{a} to the right of {b}", "{a} right of {b}", "{a} on the right of {b}",
+         "{b} with {a} on its right", "on the right {a}, on the left {b}"),
         ("{a}在{b}的右边", "{b}右边有{a}", "{b}的右边是{a}", "右边是{a}，左边是{b}", "{a}在{b}右侧"),
     ),
     "above": (
@@ -74,7 +76,8 @@ HOLDING = (("{a} holding {b}", "{a} with {b}"), ("{a}拿着{b}", "{a}，拿着{b
 SIGNS = (
     ('a sign that says "{x}"', 'a sign saying "{x}"', 'a sign with "{x}"', 'a board that reads "{x}"',
      'a sign reading "{x}"', 'the sign "{x}"'),
-    ("一个牌子，写着“{x}”", "写着“{x}”的牌子", "一个写着“{x}”的牌子", "一块写着“{x}”的牌子", "牌子上写着“{x}”"),
+    ("一个牌子，写着“{x}”", "写着“{x}”的牌子", "一个写着“{x}”的牌子", "一块写着“{x}”的牌子",
+     "牌子上写着“{x}”"),
 )  # fmt: skip
 SIZES = (
     {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")},
@@ -88,7 +91,8 @@ CHINESE_COLOURS = {
 ENGLISH_GROUNDS = {
     "colour": (("on {c}: ", "on a {c} background, "), (" on {c}", " on a {c} background", ", {c} background",
                                                       " in front of a {c} wall")),
-    "grass": (("on the grass, ", "on grass: "), (" on the grass", " on grass", " in a meadow", " on a green lawn")),
+    "grass": (("on the grass, ", "on grass: "), (" on the grass", " on grass", " in a meadow",
+                                                   " on a green lawn")),
     "sky": (("in the sky, ",), (" in the sky", " in the blue sky", " among the clouds", " against the sky")),
     "night": (("at night, ",), (" at night", " under the stars", " in the night sky", " on a starry night")),
 }  # fmt: skip
@@ -102,13 +106,25 @@ ENGLISH_BEFORE = (
     "draw", "please draw", "a photo of", "a picture of", "an image of", "a drawing of", "show me", "I want",
     "there is", "this is", "make", "imagine", "an icon of", "paint", "can you draw",
 )  # fmt: skip
-ENGLISH_AFTER = (", please", ", high quality", " for you", " with no text", "!", ".", ", drawn by hand", ", nice",
-                 ", macro, zoom")  # fmt: skip
+ENGLISH_AFTER = (", please", ", high quality", " for you", " with no text", "!", ".", ", drawn by hand",
+                 ", nice",                 ", macro, zoom")  # fmt: skip
 CHINESE_BEFORE = (
-    "画", "请画", "画一张图：", "一张图：", "给我看", "这是", "我要", "图片里有", "来一张", "请画一幅：", "想要",
+    "画", "请画", "画一张图：", "一张图：", "给我看", "这是", "我要", "图片里有", "来一张", "请画一幅：",
+    "想要",
     "生成", "照片：",
 )  # fmt: skip
-CHINESE_AFTER = ("的照片", "的图片", "的画", "，高质量", "，谢谢", "。", "！", "，很好看", "，微距，变焦", "，电影")
+CHINESE_AFTER = (
+    "的照片",
+    "的图片",
+    "的画",
+    "，高质量",
+    "，谢谢",
+    "。",
+    "！",
+    "，很好看",
+    "，微距，变焦",
+    "，电影",
+)
 NONSENSE = 0.06  # how many captions have a meaningless word
 
 # Never trained on: the quality is measured with these.
@@ -135,7 +151,8 @@ def place_of(items: Group) -> str:
             "".join(map(str, y)), ""
         )  # fmt: skip
     return (
-        ("top left", "top", "top right"), ("left", "middle", "right"), ("bottom left", "bottom", "bottom right")
+        ("top left", "top", "top right"), ("left", "middle", "right"),
+        ("bottom left", "bottom", "bottom right"),
     )[y.pop()][x.pop()]  # fmt: skip
 
 
@@ -174,7 +191,7 @@ class Grammar:
     def say(
         self, scene: Scene, order: random.Random, language: int, is_wrapped: bool = True
     ) -> Caption:  # fmt: skip
-        """A caption in English, 0, or Chinese, 1. is_wrapped: whether a request or praise may be around it."""
+        """A caption in English, 0, or Chinese, 1. is_wrapped: with a request or praise about it, perhaps."""
         groups = list(scene.groups)
         order.shuffle(groups)
         text, claims = self._groups(groups, order, language)
@@ -283,7 +300,9 @@ def _wrapped(text: str, order: random.Random, language: int) -> str:
     after = order.choice((ENGLISH_AFTER, CHINESE_AFTER)[language]) if order.random() < 0.5 else ""
     if order.random() < NONSENSE * 2:
         word = _nonsense(order, language)
-        before, after = (f"{word} {before}".strip(), after) if order.random() < 0.5 else (before, f"{after} {word}")
+        before, after = (
+            (f"{word} {before}".strip(), after) if order.random() < 0.5 else (before, f"{after} {word}")
+        )
     return (f"{before} {text}{after}", f"{before}{text}{after}")[language].strip()
 
 
@@ -291,5 +310,7 @@ def _nonsense(order: random.Random, language: int) -> str:
     """Some Chinese characters of any kind, or syllables that look like English."""
     if language:
         return "".join(chr(order.randrange(0x4E00, 0x9FA6)) for _ in range(order.randint(1, 3)))
-    syllables = [order.choice("bcdfghjklmnprstvwz") + order.choice("aeiou") for _ in range(order.randint(1, 3))]
+    syllables = [
+        order.choice("bcdfghjklmnprstvwz") + order.choice("aeiou") for _ in range(order.randint(1, 3))
+    ]
     return "".join(syllables) + order.choice(("", "n", "r", "s", "t", "ng"))

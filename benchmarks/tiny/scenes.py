@@ -1,4 +1,4 @@
-"""Scenes of one to three kinds of things before a ground: what the embedded model draws, made while it trains.
+"""Scenes of one to three kinds of things before a ground: what the embedded model learns to draw.
 
 A scene is a function of its seed. What stands where is drawn first; a caption (captions.py) then says some of
 what is true of it, so whatever a caption is silent about varies with the seed.
@@ -33,6 +33,7 @@ GROUNDS = (*COLOURS, *DRAWN)
 SIZES = {1: (36, 106), 2: (36, 68), 3: (34, 56), 4: (32, 46)}
 SMALL, LARGE = 42, 62  # sizes up to which a thing is small, and from which it is large
 TILT = 15  # degrees at most
+CHARACTER_STEP = 0.74  # from one character of a sign to the next, in its heights
 GAP = 2  # pixels between boxes, and to the page's edge
 TRIES = 60  # of placing all items at random, before their sizes are drawn again
 HELD_OUT = 10  # one pair of things in so many is never together in training
@@ -59,8 +60,19 @@ class Item:
     def box(self) -> tuple[float, float, float, float]:
         """Left, top, right and bottom."""
         return (
-            self.x - self.width / 2, self.y - self.height / 2, self.x + self.width / 2, self.y + self.height / 2,
+            self.x - self.width / 2, self.y - self.height / 2,
+            self.x + self.width / 2, self.y + self.height / 2,
         )  # fmt: skip
+
+    @property
+    def characters(self) -> tuple["Item", ...]:
+        """Each character of a sign, as an item of its own whose kind it is."""
+        step = self.height * CHARACTER_STEP
+        first = self.x - (len(self.text) - 1) / 2 * step
+        return tuple(
+            Item(character, first + i * step, self.y, step, step, step)
+            for i, character in enumerate(self.text)
+        )
 
     def overlaps(self, other: "Item") -> bool:
         """Whether the boxes, with the gap between them, share a pixel."""
@@ -93,7 +105,9 @@ def is_held_out(kinds: tuple[str, ...]) -> bool:
     """Whether a pair of these things is one that is never together in training."""
     numbers = sorted(CONCEPTS.index(kind) for kind in kinds if kind != SIGN)
     return any(
-        (a * 7919 + b * 104_729) % 1009 % HELD_OUT == 0 for i, a in enumerate(numbers) for b in numbers[i + 1 :]
+        (a * 7919 + b * 104_729) % 1009 % HELD_OUT == 0
+        for i, a in enumerate(numbers)
+        for b in numbers[i + 1 :]
     )
 
 
@@ -214,11 +228,17 @@ def _sign(item: Item) -> Image.Image:
     pen.rounded_rectangle((0, 0, width - 1, height - 1), height // 8, (150, 96, 48))
     rim = max(2, height // 14)
     pen.rounded_rectangle((rim, rim, width - 1 - rim, height - 1 - rim), height // 10, (255, 250, 232))
-    font, step = _sign_font(round(height * 0.72)), height * 0.74
-    for i, character in enumerate(item.text):
-        x = width / 2 + (i - (len(item.text) - 1) / 2) * step
-        left, top, right, bottom = font.getbbox(character, anchor="mm")
-        pen.text((x - (left + right) / 2, height / 2 - (top + bottom) / 2), character, (20, 20, 30), font, "mm")
+    font = _sign_font(round(height * 0.72))
+    for character in item.characters:
+        x = character.x - item.x + width / 2
+        left, top, right, bottom = font.getbbox(character.kind, anchor="mm")
+        pen.text(
+            (x - (left + right) / 2, height / 2 - (top + bottom) / 2),
+            character.kind,
+            (20, 20, 30),
+            font,
+            "mm",
+        )
     return board
 
 

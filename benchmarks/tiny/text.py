@@ -4,7 +4,7 @@ Kolors' text encoder comes from a language model and is frozen while the UNet le
 small one needs: names, numbers, places, grounds and what a sign says, in either language and however they are
 asked for. A reader that asks as the UNet will (queries of places, cross-attention to the tokens, the pads
 counted) is trained with it and thrown away.
-Shapes: B captions, L tokens, C their width, P places (a grid), K kinds.
+Shapes: B captions, L tokens, C their width, P places of a grid, K kinds, S of all that may be at a place.
 """
 
 import random
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,7 +34,8 @@ from kolors_core.training.data import derive_seed
 from kolors_core.training.run_record import digest
 from kolors_core.training.trainer import Trainer, TrainingConfig
 
-KINDS = (*CONCEPTS, SIGN)
+KINDS = (*CONCEPTS, SIGN)  # whose numbers are told
+SEEN = (*KINDS, *CHARACTERS)  # what may be at a place
 PLACES = 8  # of the grid's side
 LONGEST = 3  # characters on a sign
 NOTHING_WEIGHT = 0.15  # of a place where nothing stands
@@ -44,8 +46,8 @@ READER_WIDTH, READER_HEADS, READER_LAYERS = 128, 4, 2
 class Captions:
     """Tokens of B captions, and their scenes' truth.
 
-    grid: the kind at each place [B, P], K for none. numbers: of each kind [B, K]. grounds: [B]. characters:
-    of the sign [B, LONGEST], as many as there are characters in all for none.
+    grid: what is at each place [B, P], of `SEEN`, S for nothing. numbers: of each kind [B, K]. grounds: [B].
+    characters: of the sign [B, LONGEST], as many as there are characters in all for none.
     """
 
     tokens: TokenBatch
@@ -57,14 +59,14 @@ class Captions:
 
 def truth(scene: Scene) -> tuple[Tensor, Tensor, int, Tensor]:
     """What a caption's tokens are to tell of a scene: a row of each of the truths of `Captions`."""
-    grid = torch.full((PLACES, PLACES), len(KINDS))
+    grid = torch.full((PLACES, PLACES), len(SEEN))
     numbers, characters = torch.zeros(len(KINDS), dtype=torch.long), torch.full((LONGEST,), len(CHARACTERS))
     cell = SIZE / PLACES
     for item in scene.items:
-        kind, (left, top, right, bottom) = KINDS.index(item.kind), item.box
-        numbers[kind] += 1
-        rows = slice(max(0, round(top / cell)), max(1, round(bottom / cell)))
-        grid[rows, max(0, round(left / cell)) : max(1, round(right / cell))] = kind
+        numbers[KINDS.index(item.kind)] += 1
+        for part in (item, *item.characters):
+            left, top, right, bottom = (round(side / cell) for side in part.box)
+            grid[max(0, top) : max(1, bottom), max(0, left) : max(1, right)] = SEEN.index(part.kind)
         for i, character in enumerate(item.text):
             characters[i] = CHARACTERS.index(character)
     return grid.flatten(), numbers, GROUNDS.index(scene.ground), characters
@@ -100,13 +102,13 @@ class SceneReading(nn.Module):
         self.places = nn.Parameter(0.1 * torch.randn(PLACES**2, READER_WIDTH))
         self.layers = nn.ModuleList([ReaderLayer(READER_WIDTH, width) for _ in range(READER_LAYERS)])
         self.norm, self.to_pooled = nn.LayerNorm(width), nn.Linear(width, READER_WIDTH)
-        self.to_kind = nn.Linear(READER_WIDTH, len(KINDS) + 1)
+        self.to_kind = nn.Linear(READER_WIDTH, len(SEEN) + 1)
         self.to_number = nn.Linear(width, len(KINDS) * 4)
         self.to_ground = nn.Linear(width, len(GROUNDS))
         self.to_character = nn.Linear(width, LONGEST * (len(CHARACTERS) + 1))
 
     def read(self, text: TextEmbedding) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits of the grid [B, P, K + 1], numbers [B, K, 4], grounds and characters [B, 3, ...]."""
+        """Logits of the grid [B, P, S + 1], numbers [B, K, 4], grounds and characters [B, 3, ...]."""
         bias = None if text.counts is None else log_multiplicity_bias(text.counts, text.tokens.dtype)
         pooled = self.norm(text.pooled)
         x = self.places + self.to_pooled(pooled)[:, None]  # [B, P, C]
@@ -121,7 +123,7 @@ class SceneReading(nn.Module):
     def forward(self, batch: Captions) -> Tensor:
         """The mean loss of the batch."""
         grid, numbers, grounds, characters = (x.float() for x in self.read(self.text_encoder(batch.tokens)))
-        weights = grid.new_ones(len(KINDS) + 1)
+        weights = grid.new_ones(len(SEEN) + 1)
         weights[-1] = NOTHING_WEIGHT
         of_numbers = F.cross_entropy(numbers.flatten(0, 1), batch.numbers.flatten(), reduction="none")
         is_there = batch.numbers.flatten() > 0
@@ -169,13 +171,14 @@ def accuracy(reading: SceneReading, batch: Captions) -> dict[str, float]:
     of the places with something on them whose kind is read.
     """
     grid, numbers, grounds, characters = reading.read(reading.text_encoder(batch.tokens))
-    occupied = batch.grid < len(KINDS)
-    signs = batch.numbers[:, -1] > 0
+    things, signs = batch.grid < len(CONCEPTS), (batch.grid >= len(KINDS)) & (batch.grid < len(SEEN))
+    has_sign = batch.numbers[:, -1] > 0
     return {
         "kinds and numbers": float((numbers.argmax(-1) == batch.numbers).all(1).float().mean()),
         "ground": float((grounds.argmax(-1) == batch.grounds).float().mean()),
-        "sign": float((characters.argmax(-1) == batch.characters)[signs].all(1).float().mean()),
-        "kind of a place": float((grid.argmax(-1) == batch.grid)[occupied].float().mean()),
+        "sign": float((characters.argmax(-1) == batch.characters)[has_sign].all(1).float().mean()),
+        "thing at a place": float((grid.argmax(-1) == batch.grid)[things].float().mean()),
+        "character at a place": float((grid.argmax(-1) == batch.grid)[signs].float().mean()),
     }
 
 
@@ -189,7 +192,7 @@ def train(
     source = CaptionSource(grammar, tokenizer, training)
 
     def report(step: int, loss: float) -> None:
-        if step % 100 == 99:
+        if step % 100 == 99 and not (dist.is_initialized() and dist.get_rank()):
             with torch.autocast(device.type, training.dtype, enabled=training.dtype != torch.float32):
                 found = accuracy(objective, source.batch(10**6, slice(0, training.batch_size), device))
             shares = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
@@ -204,5 +207,7 @@ def tokenizer_lines(grammar: Grammar, scenes: Sequence[int]) -> list[str]:
     lines = [*ENGLISH_BEFORE, *ENGLISH_AFTER, *CHINESE_BEFORE, *CHINESE_AFTER] * 20
     for seed in scenes:
         scene = compose(seed)
-        lines += [grammar.say(scene, random.Random(seed), language, is_wrapped=False).text for language in (0, 1)]
+        lines += [
+            grammar.say(scene, random.Random(seed), language, is_wrapped=False).text for language in (0, 1)
+        ]
     return lines
