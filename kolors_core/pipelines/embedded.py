@@ -129,6 +129,14 @@ def _mentions(prompt: str) -> Iterator[tuple[Concept, int]]:
         yield one, _number(count[1]) if count else 1
 
 
+def numbers_in(prompt: str) -> dict[Concept, int]:
+    """Map the things that a prompt names outside of quotes to how many it asks for, 1 if it does not say."""
+    counts = dict[Concept, int]()
+    for one, count in _mentions(prompt):
+        counts[one] = max(count, counts.get(one, 0))
+    return counts
+
+
 def _number(text: str) -> int:
     """Return the value of digits, an English word, or Chinese characters up to 99."""
     if text.isdecimal():
@@ -139,7 +147,7 @@ def _number(text: str) -> int:
 
 def named_in(prompt: str) -> list[Concept]:
     """List the things that a prompt names, in English, also in the plural, or in Chinese."""
-    return list(dict.fromkeys(one for one, _ in _mentions(prompt)))
+    return list(numbers_in(prompt))
 
 
 def nearest(prompt: str, count: int = 3) -> list[Concept]:
@@ -162,9 +170,8 @@ def unknown_in(prompt: str) -> list[str]:
 
     Unknown words that name no number or sign are not listed beside a known thing: the model ignores them.
     """
-    known, counts, lines = grammar(), dict[str, int](), list[str]()
-    for one, count in _mentions(prompt):
-        counts[one.english[0]] = max(count, counts.get(one.english[0], 0))
+    known, lines = grammar(), list[str]()
+    counts = {one.english[0]: count for one, count in numbers_in(prompt).items()}
     texts = [found[1] or found[2] or "" for found in QUOTED.finditer(prompt)]
     if texts or _has_sign(prompt):
         counts["sign"] = max(1, len(texts))
