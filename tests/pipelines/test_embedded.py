@@ -58,6 +58,8 @@ def test_the_grammar_is_printed_with_examples_that_are_known() -> None:
         ("三只熊猫", ["panda"]),
         ('a sign that says "cat"', []),
         ("a scary card", []),
+        ("a cat under the stars", ["cat"]),
+        ("a cat under a star", ["cat", "star"]),
     ],
 )
 def test_known_things_are_found_in_a_prompt(prompt: str, names: list[str]) -> None:
