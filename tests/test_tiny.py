@@ -113,6 +113,20 @@ def test_info_stands_alone(capsys: pytest.CaptureFixture) -> None:
     assert "--info stands alone" in capsys.readouterr().err
 
 
+def test_a_character_of_a_sign_is_one_token_and_so_is_a_chinese_name(pipe: KolorsPipeline) -> None:
+    """Whatever stands beside it: a sign's characters are read one by one."""
+    assert pipe.tokenizer is not None
+    encode = pipe.tokenizer.pieces.encode
+    alone = {one: encode(f'"{one}"', out_type=str) for one in "".join(embedded.grammar().characters)}
+    assert all(pieces.count(one) == 1 for one, pieces in alone.items()), alone
+    for text in ("AB1", "图9可", "大小图"):
+        pieces = encode(f"写着“{text}”的牌子", out_type=str)
+        assert "".join(piece for piece in pieces if piece in alone) == text, pieces
+    for one in embedded.concepts():
+        for name in one.chinese:
+            assert len(name) == 1 or name in encode(f"一个{name}", out_type=str), name
+
+
 def test_its_list_is_of_these_weights(pipe: KolorsPipeline) -> None:
     assert embedded._fingerprint() == fingerprint(pipe.unet)
 
