@@ -1,6 +1,5 @@
 """Scenes and their captions: the same at every call, apart, held out where they are to be, and true."""
 
-import math
 import random
 from itertools import combinations
 
@@ -104,8 +103,8 @@ def test_things_are_where_the_scene_says_and_the_ground_is_around_them() -> None
         scene = compose(seed)
         page, bare = render(scene), ground(scene.ground, random.Random(scene.seed))
         assert page.size == bare.size == (SIZE, SIZE) and page.tobytes() == render(scene).tobytes()
-        pixels, plain = page.load(), bare.load()
-        changed = [(x, y) for x in range(SIZE) for y in range(SIZE) if pixels[x, y] != plain[x, y]]
+        places = [(x, y) for x in range(SIZE) for y in range(SIZE)]
+        changed = [place for place in places if page.getpixel(place) != bare.getpixel(place)]
         boxes = [one.box for one in scene.items]
         for left, top, right, bottom in boxes:
             inside = sum(left <= x <= right and top <= y <= bottom for x, y in changed)
@@ -225,8 +224,6 @@ def test_the_unseen_phrasings_are_not_trained_on(grammar: Grammar) -> None:
     assert all(starts)
     texts = [grammar.say(compose(seed), random.Random(seed), seed % 2).text for seed in SEEDS]
     assert not [text for text in texts for start in starts if start.lower() in text.lower()]
-    shares = [sum('"' in text or "“" in text for text in texts) / len(texts)]
-    assert 0.05 < shares[0] < 0.4, "signs"
 
 
 @needs_font
@@ -241,4 +238,4 @@ def test_a_caption_leaves_open_what_the_seed_decides(grammar: Grammar) -> None:
     assert min(kinds.values()) > 20 and len({caption.text for caption in said}) > 150
     is_small = [any(word in caption.text for word in ("small", "little", "tiny")) for caption in said]
     assert 0.2 < sum(is_small) / len(said) < 0.8
-    assert math.isclose(sum("dog" in caption.text.lower() for caption in said), len(said))
+    assert all("dog" in caption.text.lower() for caption in said)
