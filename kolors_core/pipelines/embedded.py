@@ -54,7 +54,7 @@ class Concept:
 
 @dataclass(frozen=True, kw_only=True)
 class Grammar:
-    """What a prompt may say of things: words and limits.
+    """Words that a prompt may use of things, and the limits of what is drawn.
 
     Pairs are English and Chinese. characters: that a sign may have on it, in groups. most_things: in all, of
     `most_kinds` kinds at most, a sign among them. drawn_grounds: all phrases for them, "under the stars".

@@ -169,7 +169,7 @@ def test_a_seed_is_an_order_of_pictures_and_a_noise(lesson: Lesson) -> None:
 
 
 def test_the_things_and_their_captions_stay_those_of_published_results() -> None:
-    """Whatever the embedded model learns next: it knows them all, and each has the same 80 or so phrasings."""
+    """Whatever the embedded model learns next: it knows them all, and each has its phrasings."""
     assert len(THINGS) == 40 and set(THINGS) <= set(CONCEPTS)
     every = [caption for name in THINGS.values() for caption in captions(name)]
     assert hashlib.sha256("\n".join(every).encode()).hexdigest()[:16] == "cb16a25280419f80"
