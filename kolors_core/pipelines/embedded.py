@@ -142,7 +142,7 @@ def numbers_in(prompt: str) -> dict[Concept, int]:
 def _number(text: str) -> int:
     """Return the value of digits, an English word, or Chinese characters up to 99."""
     if text.isdecimal():
-        return int(text)
+        return int(text[:9])  # thousands of digits are no integer to Python
     tens, ten, ones = text.partition("十")
     return NUMBERS.get(tens, 1) * 10 + NUMBERS.get(ones, 0) if ten else NUMBERS.get(text, 1)
 

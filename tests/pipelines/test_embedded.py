@@ -96,6 +96,7 @@ def test_what_it_knows_is_not_warned_of(prompt: str) -> None:
         ("12 small red apples", ["got apple 12"]),
         ("五只猫", ["got cat 5"]),
         ("二十三只小猫", ["got cat 23"]),
+        (f"{'9' * 5000} cats", ["got cat 999999999"]),
         ("two cats and two dogs", ["got cat 2, dog 2"]),
         ("a cat, a dog, a fox and a bell", ["got cat 1, dog 1, fox 1, bell 1"]),
         ('a cat, a dog, a fox and the sign "A"', ["got cat 1, dog 1, fox 1, sign 1"]),
