@@ -1,4 +1,4 @@
-"""What did a change of the architecture do? Two are trained side by side on the embedded model's data.
+"""What did a change of the architecture do? Two are trained side by side on images of things.
 
     python -m benchmarks.ablate OUT --b "depths=(0, 0, 1)"
     python -m benchmarks.ablate OUT --a "channels=(64, 96, 128)" --b mine.py:make
@@ -30,8 +30,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.ablate.architecture import check, cost, example, read
+from benchmarks.ablate.captions import THINGS
 from benchmarks.ablate.intervals import FEWEST, MOST
-from benchmarks.ablate.lesson import THINGS, Lesson, draw_pictures
+from benchmarks.ablate.lesson import Lesson, draw_pictures
 from benchmarks.ablate.report import write
 from benchmarks.ablate.study import side_by_side
 from benchmarks.side_by_side import environment

@@ -1,11 +1,11 @@
-"""What both architectures learn and are asked: the embedded model's images, a part of them, and small.
+"""What both architectures learn and are asked: small images of single things on white.
 
-What its frozen autoencoder and text encoder make is made once.
+What the embedded model's frozen autoencoder and text encoder make is made once.
 Shapes: N things, P prompts (each thing in each unseen phrasing), B images, h and w latents of a side.
 """
 
 import copy
-import unicodedata
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ablate.architecture import predict
-from benchmarks.tiny.emoji import CONCEPTS, ENGLISH_NAMES, ENGLISH_UNSEEN, FONT, Concept, write
+from benchmarks.ablate.captions import THINGS, UNSEEN, captions
+from benchmarks.tiny.emoji import FONT, draw, on_white
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import EMBEDDED
 from kolors_core.pipelines.lora_recipe import nearest
@@ -23,27 +24,26 @@ from kolors_core.schedule import DPMSolverMultistepScheduler
 from kolors_core.training.data import Batch, Batches, Example, LatentDataset, load_pixels, read_folder
 from kolors_core.training.trainer import TrainingConfig
 
-OTHERWISE = "🥝🍆🍕🏠🏰⭐🏀🥁💻💡"  # TINY knows these by other names than Unicode's
-THINGS = [character for character in CONCEPTS if character not in OTHERWISE]
 TIMES = 2  # how many noises and timesteps each prompt has in the held-out loss
 SCALE, STEPS = 5.0, 15  # of the guidance, and of DPM++ 2M with Karras' sigmas
 
 
 def draw_pictures(count: int, folder: Path) -> tuple[list[Example], list[str]]:
-    """Emoji spread over all kinds of things, with captions, and their names.
+    """Images of emoji spread over all kinds of things, with captions, and their names.
 
     FileNotFoundError says where the font is to be had.
     """
     if not FONT.exists():
         how = "`apt-get install fonts-noto-color-emoji`, or https://github.com/googlefonts/noto-emoji"
         raise FileNotFoundError(f"{FONT}: no such file, expected the font Noto Color Emoji: {how}")
-    concepts = []
-    for i in range(count):
-        thing = THINGS[i * len(THINGS) // count]
-        name = unicodedata.name(thing).lower().removesuffix(" face")
-        concepts.append(Concept(thing, ENGLISH_NAMES.get(thing, (name,))[:1], ()))
-    write(concepts, folder)
-    return read_folder(folder), [concept.english[0] for concept in concepts]
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen, rows = [list(THINGS)[i * len(THINGS) // count] for i in range(count)], []
+    for i, thing in enumerate(chosen):
+        on_white(draw(thing)).save(folder / f"{i:04}.png")
+        row = {"file_name": f"{i:04}.png", "text": captions(THINGS[thing])}
+        rows.append(json.dumps(row, ensure_ascii=False))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return read_folder(folder), [THINGS[thing] for thing in chosen]
 
 
 class Lesson:
@@ -64,7 +64,7 @@ class Lesson:
             examples, batches, pipe.vae, pipe.tokenizer, config, frozen_text=pipe.text_encoder
         )
         self.known = torch.stack([load_pixels(each, (side, side))[0] for each in examples])  # [N, 3, H, W]
-        self.prompts = [phrase.format(x=name) for phrase in ENGLISH_UNSEEN for name in names]
+        self.prompts = [phrase.format(x=name) for phrase in UNSEEN for name in names]
         count = len(self.prompts)
         tokens = pipe.tokenizer([""] * count + self.prompts, config.max_tokens).merge_padding()
         with torch.no_grad():

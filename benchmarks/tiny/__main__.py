@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny import autoencoder, text
 from benchmarks.tiny.captions import Grammar
-from benchmarks.tiny.emoji import CONCEPTS, read_concepts, read_names, write_concepts
+from benchmarks.tiny.concepts import write_concepts
+from benchmarks.tiny.emoji import CONCEPTS, read_concepts, read_names
 from benchmarks.tiny.scene_data import SceneLatents
 from benchmarks.tiny.scenes import CHARACTERS, compose, render
 from kolors_core.attention import attention_kernel

@@ -169,13 +169,6 @@ def on_white(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
-def write_concepts(concepts: list[Concept], unet: str, file: Path) -> None:
-    """The list that kolors_core/pipelines/embedded.py reads; unet: the model's fingerprint."""
-    rows = [{"emoji": c.character, "english": c.english, "chinese": c.chinese} for c in concepts]
-    lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    file.write_text(f'{{"unet": "{unet}", "concepts": [\n  {lines}\n]}}\n', encoding="utf-8")
-
-
 def write(concepts: list[Concept], folder: Path) -> None:
     """A folder that `kolors_core.training.data.read_folder` reads: pictures and metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Two architectures side by side: what is shared, what is repeatable, what is concluded, and bad input."""
 
 import argparse
+import hashlib
 import inspect
 import json
 import math
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from benchmarks.ablate import lesson as lessons
 from benchmarks.ablate.__main__ import RECIPE, main
 from benchmarks.ablate.architecture import build_both, check, cost, example, predict, read
+from benchmarks.ablate.captions import THINGS, UNSEEN, captions
 from benchmarks.ablate.intervals import T, over_seeds, ratio_over_seeds
 from benchmarks.ablate.lesson import Lesson, draw_pictures
 from benchmarks.ablate.report import rows_of, write
 from benchmarks.ablate.study import Pair, points, ratios, side_by_side
+from benchmarks.tiny.emoji import CONCEPTS
 from kolors_core.training.data import Example
 from kolors_core.unet import UNet
 
@@ -163,6 +166,14 @@ def test_a_seed_is_an_order_of_pictures_and_a_noise(lesson: Lesson) -> None:
     assert orders[0] == orders[1] != orders[2]
     noises = [data.batch(0, slice(0, 2), torch.device("cpu")).noise for data in (one, same, other)]
     assert torch.equal(noises[0], noises[1]) and not torch.equal(noises[0], noises[2])
+
+
+def test_the_things_and_their_captions_stay_those_of_published_results() -> None:
+    """Whatever the embedded model learns next: it knows them all, and each has its phrasings."""
+    assert len(THINGS) == 40 and set(THINGS) <= set(CONCEPTS)
+    every = [caption for name in THINGS.values() for caption in captions(name)]
+    assert hashlib.sha256("\n".join(every).encode()).hexdigest()[:16] == "cb16a25280419f80"
+    assert not {phrase.format(x=name) for phrase in UNSEEN for name in THINGS.values()} & set(every)
 
 
 class OneAttention(nn.Module):
