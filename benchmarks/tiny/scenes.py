@@ -133,8 +133,8 @@ def compose(seed: int, is_trained: bool = True) -> Scene:
     things or a sign of several characters, some of it.
     """
     order = random.Random(seed)
+    counts = order.choices([c for c, _ in MIXTURE], [w for _, w in MIXTURE])[0]
     while True:
-        counts = order.choices([c for c, _ in MIXTURE], [w for _, w in MIXTURE])[0]
         kinds, text = draw_kinds(order, counts)
         may_be = len(kinds) - (SIGN in kinds) > 1 or len(text) > 1
         if may_be and (is_held_out(kinds) or is_held_out_text(text)) == is_trained:
