@@ -131,7 +131,7 @@ def train_text_encoder(grammar: Grammar, tokenizer: Tokenizer, folder: Path, dev
 def train_unet(data: SceneLatents, folder: Path, device: torch.device) -> UNet:
     """The UNet, on the frozen encoders; the losses go to `losses.jsonl`, a line each."""
     torch.manual_seed(DENOISER.seed)  # of the first weights
-    unet = UNet(TINY.unet).to(device, memory_format=torch.channels_last)  # faster convolutions in bfloat16
+    unet = UNet(TINY.unet).to(device)  # not channels last: torch's GroupNorm of few channels is slow there
     objective = DiffusionLoss(unet, None, EulerDiscreteScheduler().training_sigmas(), DENOISER)
     folder.mkdir(parents=True, exist_ok=True)
     losses = (folder / "losses.jsonl").open("a", encoding="utf-8")
