@@ -2,8 +2,8 @@
 
 Loss: absolute and squared error of the picture and of two smaller ones, which carry the colours, absolute
 error of the differences of neighbouring pixels, which are the edges, and a small KL term
-(https://arxiv.org/abs/1312.6114) that keeps the latents near the unit Gaussian. Last, the latents are disturbed
-before they are decoded, so that the small errors that a UNet leaves do not show.
+(https://arxiv.org/abs/1312.6114) that keeps the latents near the unit Gaussian. In the last stage the latents
+are disturbed before they are decoded, so that the small errors that a UNet leaves do not show.
 Shapes: N pictures of the pool, B of a batch, H and W pixels.
 """
 
