@@ -50,6 +50,11 @@ ON_SCENES = TrainingConfig(
     steps=3200, batch_size=16, learning_rate=1.5e-3, schedule="cosine", warmup=100, weight_decay=1e-3,
     ema_decay=0.998, dtype=torch.bfloat16, seed=1,
 )  # fmt: skip
+DISTURBED = TrainingConfig(
+    steps=6000, batch_size=16, learning_rate=1.2e-3, schedule="cosine", warmup=100, weight_decay=1e-3,
+    ema_decay=0.998, dtype=torch.bfloat16, seed=2,
+)  # fmt: skip
+DISTURBANCE = 0.2  # of the latents, in their deviations, at most
 TEXT_ENCODER = TrainingConfig(
     steps=2000, batch_size=128, learning_rate=1.5e-3, schedule="cosine", warmup=200, dtype=torch.bfloat16,
 )  # fmt: skip
@@ -101,8 +106,12 @@ def train_vae(package: Path, folder: Path, device: torch.device) -> VAE:
         glyphs = autoencoder.read_glyphs([*CONCEPTS, *others])
         emoji = autoencoder.EmojiCrops(glyphs, len(CONCEPTS), ON_EMOJI.batch_size, ON_EMOJI.seed)
         autoencoder.train(vae, emoji, ON_EMOJI, folder / "emoji")
-        scenes = autoencoder.SceneCrops(ON_SCENES.batch_size, ON_SCENES.seed)
-        autoencoder.train(vae, scenes, ON_SCENES, folder / "scenes")
+        for training, name, disturbed in (
+            (ON_SCENES, "scenes", 0.0),
+            (DISTURBED, "disturbed", DISTURBANCE),
+        ):
+            scenes = autoencoder.SceneCrops(training.batch_size, training.seed)
+            autoencoder.train(vae, scenes, training, folder / name, disturbed)
         vae.eval().requires_grad_(False)
         images = torch.stack([pil_to_tensor(render(compose(seed))) for seed in STANDARD_FROM]) / 127.5 - 1
         autoencoder.standardise(vae, images.to(device))
@@ -131,7 +140,7 @@ def train_text_encoder(grammar: Grammar, tokenizer: Tokenizer, folder: Path, dev
 def train_unet(data: SceneLatents, folder: Path, device: torch.device) -> UNet:
     """The UNet, on the frozen encoders; the losses go to `losses.jsonl`, a line each."""
     torch.manual_seed(DENOISER.seed)  # of the first weights
-    unet = UNet(TINY.unet).to(device, memory_format=torch.channels_last)  # faster convolutions in bfloat16
+    unet = UNet(TINY.unet).to(device)  # not channels last: torch's GroupNorm of few channels is slow there
     objective = DiffusionLoss(unet, None, EulerDiscreteScheduler().training_sigmas(), DENOISER)
     folder.mkdir(parents=True, exist_ok=True)
     losses = (folder / "losses.jsonl").open("a", encoding="utf-8")

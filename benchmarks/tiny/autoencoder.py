@@ -2,7 +2,8 @@
 
 Loss: absolute and squared error of the picture and of two smaller ones, which carry the colours, absolute
 error of the differences of neighbouring pixels, which are the edges, and a small KL term
-(https://arxiv.org/abs/1312.6114) that keeps the latents near the unit Gaussian.
+(https://arxiv.org/abs/1312.6114) that keeps the latents near the unit Gaussian. In the last stage the latents
+are disturbed before they are decoded, so that the small errors that a UNet leaves do not show.
 Shapes: N pictures of the pool, B of a batch, H and W pixels.
 """
 
@@ -33,23 +34,32 @@ CROPS = 2  # of a scene
 
 @dataclass(frozen=True)
 class Pixels:
-    """images [B, 3, H, W] in [-1, 1], and standard normal noise [B, 4, H/8, W/8] for their latents."""
+    """images [B, 3, H, W] in [-1, 1], standard normal noise [B, 4, H/8, W/8] for their latents, and another
+    noise of the same shape, from 0 to 1 times standard normal, by which they may be disturbed.
+    """
 
     images: Tensor
     noise: Tensor
+    disturbance: Tensor
 
 
 class Reconstruction(nn.Module):
-    """The autoencoder's loss as one module."""
+    """The autoencoder's loss as one module. disturbed: the largest disturbance, in latents' deviations."""
 
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, vae: VAE, disturbed: float = 0.0) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.disturbed = vae, disturbed
+
+    def state_key(self) -> tuple[float]:
+        """Return the disturbance, see kolors_core/module.py."""
+        return (self.disturbed,)
 
     def forward(self, batch: Pixels) -> Tensor:
         """The mean loss of the batch."""
         found = self.vae.encode_images(batch.images)
-        images = self.vae.decode_latents(found.sample(batch.noise)).float()
+        spread = found.mean.detach().float().std((0, 2, 3), keepdim=True)  # [1, 4, 1, 1]
+        disturbance = (self.disturbed * spread * batch.disturbance).to(found.mean.dtype)
+        images = self.vae.decode_latents(found.sample(batch.noise) + disturbance).float()
         mean, std = (t.float() / self.vae.config.scaling_factor for t in (found.mean, found.std))
         loss = KL_WEIGHT * 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
         for factor, weight in SCALES:
@@ -84,8 +94,8 @@ class EmojiCrops:
         images = torch.stack(
             [_crop(image, x, y) for image, (y, x) in zip(images, corners.tolist(), strict=True)]
         )
-        noise = torch.randn(count, 4, CROP // 8, CROP // 8, generator=draw)
-        return Pixels((images[rows] * 2 - 1).to(device), noise[rows].to(device))
+        noise, disturbance = _noises(count, draw)
+        return Pixels((images[rows] * 2 - 1).to(device), noise[rows].to(device), disturbance[rows].to(device))
 
     def record(self) -> dict[str, object]:
         """What its batches depend on besides the step."""
@@ -109,12 +119,17 @@ class SceneCrops:
             x, y = (min(max(round(place), 0), SIZE - CROP) for place in corner)
             images.append(_crop(pil_to_tensor(render(scene)) / 127.5 - 1, x, y))
         draw = torch.Generator().manual_seed(derive_seed(self.seed, step))
-        noise = torch.randn(self.batch_size, 4, CROP // 8, CROP // 8, generator=draw)
-        return Pixels(torch.stack(images).to(device), noise[rows].to(device))
+        noise, disturbance = _noises(self.batch_size, draw)
+        return Pixels(torch.stack(images).to(device), noise[rows].to(device), disturbance[rows].to(device))
 
     def record(self) -> dict[str, object]:
         """What its batches depend on besides the step."""
         return {"scenes": [CROP, ASTRAY, CROPS, self.batch_size, self.seed]}
+
+
+def _noises(count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    noise, other = (torch.randn(count, 4, CROP // 8, CROP // 8, generator=draw) for _ in range(2))
+    return noise, other * torch.rand(count, 1, 1, 1, generator=draw)
 
 
 def _crop(image: Tensor, x: int, y: int) -> Tensor:
@@ -164,14 +179,16 @@ def standardise(vae: VAE, images: Tensor) -> None:
     outer.weight *= scale[None, :, None, None]
 
 
-def train(vae: VAE, data: BatchSource, training: TrainingConfig, folder: Path) -> None:
+def train(
+    vae: VAE, data: BatchSource, training: TrainingConfig, folder: Path, disturbed: float = 0.0
+) -> None:  # fmt: skip
     """Train a VAE in place, or take up the run in `folder`; it ends as its weights' moving average."""
 
     def report(step: int, loss: float) -> None:
         if step % 100 == 0:
             print(f"autoencoder step {step}: loss {loss:.4f}", flush=True)
 
-    trainer = Trainer(Reconstruction(vae), data, training, folder, report)
+    trainer = Trainer(Reconstruction(vae, disturbed), data, training, folder, report)
     trainer.fit(progress=False)
     trainer.load_ema_weights()
 

@@ -59,8 +59,6 @@ def train(
     (net,) = controlnets_of(pipe.controlnet)
     assert pipe.tokenizer is not None and pipe.text_encoder is not None
     pipe.unet.requires_grad_(False)
-    for model in (pipe.unet, net):
-        model.to(memory_format=torch.channels_last)  # faster convolutions in bfloat16
     start = time.monotonic()
     data = SparseScenes(grammar, pipe.tokenizer, pipe.text_encoder, pipe.vae, config, control=canny)
     objective = DiffusionLoss(pipe.unet, None, pipe.scheduler.training_sigmas(), config, net)

@@ -90,7 +90,7 @@ def train(
     """Train the pipeline's UNet, and leave it with its averaged weights."""
     assert pipe.text_encoder is not None and pipe.tokenizer is not None
     data = MaskedScenes(grammar, pipe.tokenizer, pipe.text_encoder, pipe.vae, config)
-    pipe.unet.requires_grad_(True).to(memory_format=torch.channels_last)  # faster convolutions in bfloat16
+    pipe.unet.requires_grad_(True)
     objective = DiffusionLoss(pipe.unet, None, pipe.scheduler.training_sigmas(), config)
     start = time.monotonic()
 

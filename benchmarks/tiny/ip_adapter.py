@@ -115,7 +115,7 @@ def train(
     assert pipe.tokenizer is not None and pipe.text_encoder is not None
     torch.manual_seed(config.seed)  # of the resampler's first weights
     adapter = new_adapter(pipe.unet, encoder.config.hidden_size)
-    pipe.unet.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions in bfloat16
+    pipe.unet.requires_grad_(False)
     attach(pipe.unet, adapter, encoder)
     data = PromptedScenes(encoder, grammar, pipe.tokenizer, pipe.text_encoder, pipe.vae, config)
     objective = ImagePromptLoss(pipe.unet, adapter, pipe.scheduler.training_sigmas(), config)

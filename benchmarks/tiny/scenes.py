@@ -30,15 +30,15 @@ DRAWN = ("grass", "sky", "night")
 GROUNDS = (*COLOURS, *DRAWN)
 
 # (of how many items in all, their smallest and largest size): the longer side of a thing before it is tilted
-SIZES = {1: (36, 106), 2: (36, 68), 3: (34, 56), 4: (32, 46)}
-SMALL, LARGE = 42, 62  # sizes up to which a thing is small, and from which it is large
-TILT = 15  # degrees at most
+SIZES = {1: (42, 106), 2: (40, 68), 3: (38, 56), 4: (36, 48)}
+SMALL, LARGE = 46, 62  # sizes up to which a thing is small, and from which it is large
+TILT = 12  # degrees at most
 CHARACTER_STEP = 0.74  # from one character of a sign to the next, in its heights
 GAP = 2  # pixels between boxes, and to the page's edge
 TRIES = 60  # of placing all items at random, before their sizes are drawn again
 HELD_OUT = 10  # one pair of things in so many is never together in training
 MIXTURE = (((1,), 26), ((2,), 10), ((3,), 8), ((1, 1), 28), ((2, 1), 8), ((1, 2), 8), ((1, 1, 1), 12))
-SIGNS = 0.22  # how many scenes have a sign among their items
+SIGNS = 0.28  # how many scenes have a sign among their items
 WHITE = 0.35  # how many have the white ground
 
 

@@ -114,10 +114,23 @@ def test_batches_of_scenes_likewise() -> None:
     assert (first.images.flatten(1).std(dim=1) > 0.01).all(), "each has some of a thing on it"
 
 
+def test_disturbed_latents_are_decoded_to_the_same_pictures() -> None:
+    """The loss compares with the images themselves, and grows with the disturbance."""
+    torch.manual_seed(0)
+    vae, draw = new_vae(TINY.vae).eval(), torch.Generator().manual_seed(1)
+    images, noise = torch.rand(2, 3, 64, 64, generator=draw) * 2 - 1, torch.randn(2, 4, 8, 8, generator=draw)
+    quiet, loud = Pixels(images, 0 * noise, 0 * noise), Pixels(images, 0 * noise, noise)
+    with torch.no_grad():
+        still = Reconstruction(vae, 0.5)(quiet)
+        assert torch.equal(still, Reconstruction(vae)(loud)), "undisturbed"
+        assert not torch.equal(Reconstruction(vae, 0.5)(loud), still)
+    assert Reconstruction(vae, 0.5).state_key() != Reconstruction(vae).state_key()
+
+
 def test_the_autoencoder_learns_by_the_librarys_loop(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = new_vae(TINY.vae)
-    one = Pixels(torch.rand(1, 3, 64, 64) * 2 - 1, torch.zeros(1, 4, 8, 8))
+    one = Pixels(torch.rand(1, 3, 64, 64) * 2 - 1, torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
     Reconstruction(vae)(one).backward()
     assert all(parameter.grad is not None for parameter in vae.parameters())
     config = TrainingConfig(steps=12, batch_size=4, learning_rate=2e-3, warmup=1)
