@@ -56,7 +56,7 @@ DISTURBED = TrainingConfig(
 )  # fmt: skip
 DISTURBANCE = 0.2  # of the latents, in their deviations, at most
 TEXT_ENCODER = TrainingConfig(
-    steps=2000, batch_size=128, learning_rate=1.5e-3, schedule="cosine", warmup=200, dtype=torch.bfloat16,
+    steps=7000, batch_size=128, learning_rate=1.5e-3, schedule="cosine", warmup=200, dtype=torch.bfloat16,
 )  # fmt: skip
 DENOISER = TrainingConfig(
     steps=8000, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=200, weight_decay=0.01,
