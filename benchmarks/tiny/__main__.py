@@ -10,7 +10,6 @@ are faster than one of two; on an accelerator, which is used if there is one: `p
 
 import argparse
 import json
-import os
 import subprocess
 import tarfile
 import time
@@ -18,20 +17,19 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny import autoencoder, text
 from benchmarks.tiny.captions import Grammar
 from benchmarks.tiny.concepts import write_concepts
 from benchmarks.tiny.emoji import CONCEPTS, read_concepts, read_names
+from benchmarks.tiny.processes import is_first, processes, wait_for_all
 from benchmarks.tiny.scene_data import SceneLatents
-from benchmarks.tiny.scenes import CHARACTERS, compose, render
+from benchmarks.tiny.scenes import CHARACTERS, compose, pixels
 from kolors_core.attention import attention_kernel
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import TINY
 from kolors_core.devices import best_device
-from kolors_core.image import pil_to_tensor
 from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import EulerDiscreteScheduler
@@ -69,12 +67,14 @@ STANDARD_FROM = range(10**6, 10**6 + 256)  # seeds of the scenes whose latents h
 def fetch_names(folder: Path) -> Path:
     """The names of emoji in both languages, from the npm registry; the folder they are in."""
     package = folder / "package"
-    if not package.exists():
+    if is_first() and not package.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         packed = subprocess.run(
             ["npm", "pack", "--silent", NAMES], cwd=folder, check=True, capture_output=True, text=True
         )
         with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
             archive.extractall(folder, filter="data")
+    wait_for_all()
     return package
 
 
@@ -82,7 +82,7 @@ def train_tokenizer(grammar: Grammar, folder: Path) -> Tokenizer:
     """A SentencePiece model of the captions; each character of a sign and each Chinese name is one piece."""
     from sentencepiece import SentencePieceTrainer
 
-    if not (folder / "tokenizer.model").exists():
+    if is_first() and not (folder / "tokenizer.model").exists():
         folder.mkdir(parents=True, exist_ok=True)
         names = [name for concept in grammar.names.values() for name in concept.english + concept.chinese]
         whole = [name for concept in grammar.names.values() for name in concept.chinese if len(name) > 1]
@@ -93,6 +93,7 @@ def train_tokenizer(grammar: Grammar, folder: Path) -> Tokenizer:
             character_coverage=1.0, minloglevel=2, user_defined_symbols=[*CHARACTERS, *whole],
         )  # fmt: skip
         (folder / "tokenizer.vocab").unlink()
+    wait_for_all()
     return Tokenizer(folder)
 
 
@@ -113,10 +114,10 @@ def train_vae(package: Path, folder: Path, device: torch.device) -> VAE:
             scenes = autoencoder.SceneCrops(training.batch_size, training.seed)
             autoencoder.train(vae, scenes, training, folder / name, disturbed)
         vae.eval().requires_grad_(False)
-        images = torch.stack([pil_to_tensor(render(compose(seed))) for seed in STANDARD_FROM]) / 127.5 - 1
+        images = torch.stack([pixels(compose(seed)) for seed in STANDARD_FROM])
         autoencoder.standardise(vae, images.to(device))
-        print(f"autoencoder: {autoencoder.psnr(vae, images.to(device)):.2f} dB", flush=True)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_first():
+            print(f"autoencoder: {autoencoder.psnr(vae, images.to(device)):.2f} dB", flush=True)
             save_file(vae.state_dict(), file)
         return vae
     vae.load_state_dict(load_file(file))
@@ -130,7 +131,7 @@ def train_text_encoder(grammar: Grammar, tokenizer: Tokenizer, folder: Path, dev
         text_encoder = text.train(
             TINY.text_encoder, grammar, tokenizer, TEXT_ENCODER, folder, device
         ).text_encoder
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_first():
             save_file(text_encoder.state_dict(), file)
         return text_encoder.requires_grad_(False)
     text_encoder.load_state_dict(load_file(file))
@@ -147,7 +148,7 @@ def train_unet(data: SceneLatents, folder: Path, device: torch.device) -> UNet:
     start = time.monotonic()
 
     def report(step: int, loss: float) -> None:
-        if dist.is_initialized() and dist.get_rank():
+        if not is_first():
             return
         seconds = time.monotonic() - start
         losses.write(json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 1)}) + "\n")
@@ -163,26 +164,19 @@ def train_unet(data: SceneLatents, folder: Path, device: torch.device) -> UNet:
 
 def main(out: Path) -> None:
     """Every stage, each kept in `out`; the model is `out/model`."""
-    device, is_first = best_device(), True
-    out.mkdir(parents=True, exist_ok=True)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        is_first = dist.get_rank() == 0
-    if is_first:  # the others find what it wrote
-        train_tokenizer(Grammar(read_concepts(fetch_names(out))), out / "tokenizer")
-    if dist.is_initialized():
-        dist.barrier()
-    package = fetch_names(out)
-    concepts = read_concepts(package)
-    grammar = Grammar(concepts)
-    tokenizer = train_tokenizer(grammar, out / "tokenizer")
+    device = best_device()
     # At these sizes the plain products are faster than a fused kernel on a CPU, above all backwards.
-    with attention_kernel("matmul") if device.type == "cpu" else nullcontext():
+    kernel = attention_kernel("matmul") if device.type == "cpu" else nullcontext()
+    with processes() as is_the_first, kernel:
+        package = fetch_names(out)
+        concepts = read_concepts(package)
+        grammar = Grammar(concepts)
+        tokenizer = train_tokenizer(grammar, out / "tokenizer")
         vae = train_vae(package, out / "autoencoder", device)
         text_encoder = train_text_encoder(grammar, tokenizer, out / "text", device)
         data = SceneLatents(grammar, tokenizer, text_encoder, vae, DENOISER)
         unet = train_unet(data, out / "unet", device)
-    if not is_first:
+    if not is_the_first:
         return
     pipe = KolorsPipeline(vae, text_encoder, tokenizer, unet, EulerDiscreteScheduler())
     for model in (pipe.vae, pipe.text_encoder, pipe.unet):

@@ -9,6 +9,7 @@ Shapes: N pictures of the pool, B of a batch, H and W pixels.
 
 import random
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.tiny.emoji import SIZE, draw
-from benchmarks.tiny.scenes import compose, render
+from benchmarks.tiny.processes import report_every
+from benchmarks.tiny.scenes import Scene, compose, pixels
 from kolors_core.config import VAEConfig
-from kolors_core.image import pil_to_tensor
 from kolors_core.training.data import derive_seed
 from kolors_core.training.run_record import digest
 from kolors_core.training.trainer import BatchSource, Trainer, TrainingConfig
@@ -111,13 +112,14 @@ class SceneCrops:
     def batch(self, step: int, rows: slice, device: torch.device) -> Pixels:
         """The `rows` of a step's pictures."""
         images = []
+        draw_scene = cache(lambda number: _drawn(derive_seed(self.seed, step, number)))
         for i in range(*rows.indices(self.batch_size)):
-            scene = compose(derive_seed(self.seed, step, i // CROPS))
+            scene, image = draw_scene(i // CROPS)
             order = random.Random(derive_seed(self.seed, step, i // CROPS, i % CROPS))
             item = order.choice(scene.items)
             corner = (middle - CROP / 2 + order.uniform(-ASTRAY, ASTRAY) for middle in (item.x, item.y))
             x, y = (min(max(round(place), 0), SIZE - CROP) for place in corner)
-            images.append(_crop(pil_to_tensor(render(scene)) / 127.5 - 1, x, y))
+            images.append(_crop(image, x, y))
         draw = torch.Generator().manual_seed(derive_seed(self.seed, step))
         noise, disturbance = _noises(self.batch_size, draw)
         return Pixels(torch.stack(images).to(device), noise[rows].to(device), disturbance[rows].to(device))
@@ -125,6 +127,11 @@ class SceneCrops:
     def record(self) -> dict[str, object]:
         """What its batches depend on besides the step."""
         return {"scenes": [CROP, ASTRAY, CROPS, self.batch_size, self.seed]}
+
+
+def _drawn(seed: int) -> tuple[Scene, Tensor]:
+    scene = compose(seed)
+    return scene, pixels(scene)
 
 
 def _noises(count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -183,11 +190,7 @@ def train(
     vae: VAE, data: BatchSource, training: TrainingConfig, folder: Path, disturbed: float = 0.0
 ) -> None:  # fmt: skip
     """Train a VAE in place, or take up the run in `folder`; it ends as its weights' moving average."""
-
-    def report(step: int, loss: float) -> None:
-        if step % 100 == 0:
-            print(f"autoencoder step {step}: loss {loss:.4f}", flush=True)
-
+    report = report_every(100, "autoencoder")
     trainer = Trainer(Reconstruction(vae, disturbed), data, training, folder, report)
     trainer.fit(progress=False)
     trainer.load_ema_weights()

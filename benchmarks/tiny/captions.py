@@ -12,6 +12,8 @@ from benchmarks.tiny.emoji import Concept
 from benchmarks.tiny.scenes import COLOURS, LARGE, SIGN, SIZE, SMALL, Item, Scene
 
 Group = Sequence[Item]
+LOW, HIGH = 0.4 * SIZE, 0.6 * SIZE  # a middle before and after which a thing is at one side
+SLOPE = 1.2  # how many times further along than across one stands from another, for a relation
 
 # Names that have no article in English; and the plurals that no rule gives.
 UNCOUNTED = {
@@ -107,24 +109,14 @@ ENGLISH_BEFORE = (
     "there is", "this is", "make", "imagine", "an icon of", "paint", "can you draw",
 )  # fmt: skip
 ENGLISH_AFTER = (", please", ", high quality", " for you", " with no text", "!", ".", ", drawn by hand",
-                 ", nice",                 ", macro, zoom")  # fmt: skip
+                 ", nice", ", macro, zoom")  # fmt: skip
 CHINESE_BEFORE = (
     "画", "请画", "画一张图：", "一张图：", "给我看", "这是", "我要", "图片里有", "来一张", "请画一幅：",
-    "想要",
-    "生成", "照片：",
+    "想要", "生成", "照片：",
 )  # fmt: skip
 CHINESE_AFTER = (
-    "的照片",
-    "的图片",
-    "的画",
-    "，高质量",
-    "，谢谢",
-    "。",
-    "！",
-    "，很好看",
-    "，微距，变焦",
-    "，电影",
-)
+    "的照片", "的图片", "的画", "，高质量", "，谢谢", "。", "！", "，很好看", "，微距，变焦", "，电影",
+)  # fmt: skip
 NONSENSE = 0.06  # how many captions have a meaningless word
 
 # Never trained on: the quality is measured with these.
@@ -147,9 +139,10 @@ def place_of(items: Group) -> str:
     """Where all of these clearly are on the page, one of `PLACES`, or ""."""
     x, y = ({_third(value) for value in values} for values in ([i.x for i in items], [i.y for i in items]))
     if len(x) > 1 or len(y) > 1:
-        return {"0": "left", "2": "right"}.get("".join(map(str, x))) or {"0": "top", "2": "bottom"}.get(
-            "".join(map(str, y)), ""
-        )  # fmt: skip
+        for thirds, names in ((x, {0: "left", 2: "right"}), (y, {0: "top", 2: "bottom"})):
+            if len(thirds) == 1 and (third := min(thirds)) in names:
+                return names[third]
+        return ""
     return (
         ("top left", "top", "top right"), ("left", "middle", "right"),
         ("bottom left", "bottom", "bottom right"),
@@ -157,7 +150,7 @@ def place_of(items: Group) -> str:
 
 
 def _third(value: float) -> int:
-    return 0 if value < 0.4 * SIZE else 2 if value > 0.6 * SIZE else 1
+    return 0 if value < LOW else 2 if value > HIGH else 1
 
 
 def relation_of(first: Group, second: Group) -> str:
@@ -168,9 +161,9 @@ def relation_of(first: Group, second: Group) -> str:
 
 def _relation(a: Item, b: Item) -> str:
     right, down = a.x - b.x, a.y - b.y
-    if abs(right) > 1.2 * abs(down):
+    if abs(right) > SLOPE * abs(down):
         return "right of" if right > 0 else "left of"
-    if abs(down) > 1.2 * abs(right):
+    if abs(down) > SLOPE * abs(right):
         return "below" if down > 0 else "above"
     return ""
 
@@ -260,7 +253,7 @@ def english(name: str, count: int, size: str = "", order: random.Random | None =
     words = " ".join(part for part in (size, name) if part)
     if name in UNCOUNTED:
         return words
-    article = "an" if words[0] in "aeioAEIO" or words.startswith(("umbrella",)) else "a"
+    article = "an" if words[0] in "aeioAEIO" else "a"
     chosen = order.choices((article, "the", "one", ""), (70, 8, 8, 14))[0] if order else article
     return f"{chosen} {words}".strip()
 

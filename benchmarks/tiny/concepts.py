@@ -19,9 +19,8 @@ from benchmarks.tiny.captions import (
     plural,
 )
 from benchmarks.tiny.emoji import Concept
-from benchmarks.tiny.scenes import CHINESE, COLOURS, DIGITS, DRAWN, LETTERS, MIXTURE
+from benchmarks.tiny.scenes import CHINESE, COLOURS, DIGITS, DRAWN, LENGTHS, LETTERS, MIXTURE
 
-LONGEST_TEXT = 3  # characters on a sign
 SIGN_WORDS = ("sign", "board", "牌子", "木牌")
 EXAMPLES = (  # in captions' own phrasings
     ("a red apple on a blue background", "蓝色背景，一个红苹果"),
@@ -49,7 +48,7 @@ def grammar() -> dict[str, object]:
         "most_kinds": max(len(counts) for counts, _ in MIXTURE),
         "most_of_a_kind": max(max(counts) for counts, _ in MIXTURE),
         "most_things": max(sum(counts) for counts, _ in MIXTURE),
-        "most_characters": LONGEST_TEXT,
+        "most_characters": max(LENGTHS),
         "characters": [LETTERS, DIGITS, CHINESE],
         "sign_words": SIGN_WORDS,
         "numbers": list(NUMBERS.values()),

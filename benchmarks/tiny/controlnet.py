@@ -12,7 +12,6 @@ outlines drawn by hand.
 import argparse
 import json
 import random
-import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from benchmarks.tiny.__main__ import fetch_names
 from benchmarks.tiny.captions import Grammar
 from benchmarks.tiny.emoji import SIZE, read_concepts
-from benchmarks.tiny.processes import is_first, processes, wait_for_all
+from benchmarks.tiny.processes import processes, report_every
 from benchmarks.tiny.quality import sheet
 from benchmarks.tiny.scenes import compose, render
 from benchmarks.tiny.sparse_scenes import SparseScenes, brief_caption
@@ -59,15 +58,9 @@ def train(
     (net,) = controlnets_of(pipe.controlnet)
     assert pipe.tokenizer is not None and pipe.text_encoder is not None
     pipe.unet.requires_grad_(False)
-    start = time.monotonic()
     data = SparseScenes(grammar, pipe.tokenizer, pipe.text_encoder, pipe.vae, config, control=canny)
     objective = DiffusionLoss(pipe.unet, None, pipe.scheduler.training_sigmas(), config, net)
-
-    def report(step: int, loss: float) -> None:
-        if step % 50 == 0 and is_first():
-            print(f"step {step}: loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
-
-    trainer = Trainer(objective, data, config, folder, report)
+    trainer = Trainer(objective, data, config, folder, report_every(50, "ControlNet"))
     with attention_kernel("matmul"):
         trainer.fit(progress=False)
     trainer.load_ema_weights()
@@ -163,10 +156,6 @@ def decoded(pipe: KolorsControlNetPipeline, picture: Image.Image) -> Image.Image
 def main(out: Path, model: str, config: TrainingConfig = CONFIG) -> int:
     """Every stage; returns 1 unless the edges are followed far better than without."""
     with processes() as is_the_first:
-        if is_the_first:
-            out.mkdir(parents=True, exist_ok=True)
-            fetch_names(out)
-        wait_for_all()
         grammar = Grammar(read_concepts(fetch_names(out)))
         pipe = KolorsControlNetPipeline.from_pretrained(model)
         pipe.set_progress_bar_config(disable=True)

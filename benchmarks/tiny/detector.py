@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,20 +22,20 @@ from benchmarks.tiny.scenes import (
     CHINESE,
     DIGITS,
     GROUNDS,
+    KINDS,
     LETTERS,
     SIGN,
     Item,
     Scene,
     compose,
     crowd,
-    render,
+    pixels,
 )
 from kolors_core.training.data import derive_seed
 from kolors_core.training.run_record import digest_weights
 from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.vae import VAE
 
-KINDS = (*CONCEPTS, SIGN)
 CELL = 8  # pixels of a cell of the grid
 WIDTHS, DEPTHS = (48, 96, 160), (1, 2, 2)  # channels and residual convolutions of the stages
 CROWDED = 0.75  # how many images of a training batch are fuller than `compose` makes them
@@ -248,11 +247,6 @@ def crowded(seed: int) -> Scene:
         text = "".join(order.choice(script) for _ in range(order.choice((1, 2, 3, 3, 3))))
         kinds.insert(0, SIGN)
     return Scene(order.choice(GROUNDS), crowd(order, tuple(kinds), text), seed)
-
-
-def pixels(scene: Scene) -> Tensor:
-    """Render a scene: [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(render(scene))).permute(2, 0, 1) / 127.5 - 1
 
 
 def degraded(image: Tensor, order: random.Random) -> Tensor:

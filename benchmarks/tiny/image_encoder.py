@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.tiny.emoji import SIZE
 from benchmarks.tiny.processes import is_first
-from benchmarks.tiny.scenes import GROUNDS, Scene, compose, render
-from benchmarks.tiny.text import KINDS, NOTHING_WEIGHT, PLACES
+from benchmarks.tiny.scenes import GROUNDS, KINDS, compose, render
+from benchmarks.tiny.text import NOTHING_WEIGHT, PLACES, grid_of
 from kolors_core.adapters.clip_vision import CLIPVision, CLIPVisionConfig, preprocess_clip
 from kolors_core.training.data import derive_seed
 from kolors_core.training.trainer import Trainer, TrainingConfig
@@ -50,15 +49,6 @@ def scene_images(seeds: list[int], side: int, is_trained: bool = True) -> SceneI
     pixels = preprocess_clip([render(scene) for scene in scenes], side)
     grids, grounds = map(grid_of, scenes), [GROUNDS.index(scene.ground) for scene in scenes]
     return SceneImages(pixels, torch.stack(list(grids)), torch.tensor(grounds))
-
-
-def grid_of(scene: Scene) -> Tensor:
-    """The kind at each place of a scene, [P]; the number of kinds where nothing stands."""
-    grid, cell = torch.full((PLACES, PLACES), len(KINDS)), SIZE / PLACES
-    for item in scene.items:
-        left, top, right, bottom = (round(side / cell) for side in item.box)
-        grid[max(0, top) : max(1, bottom), max(0, left) : max(1, right)] = KINDS.index(item.kind)
-    return grid.flatten()
 
 
 class SceneImageSource:

@@ -11,7 +11,6 @@ inpaint.json: how far from the given scene is what both make in the mask, of sce
 import argparse
 import json
 import random
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,13 @@ from PIL import Image
 from benchmarks.tiny.__main__ import fetch_names
 from benchmarks.tiny.captions import Grammar
 from benchmarks.tiny.emoji import SIZE, read_concepts
-from benchmarks.tiny.processes import is_first, processes, wait_for_all
+from benchmarks.tiny.processes import processes, report_every
 from benchmarks.tiny.scene_data import APART
-from benchmarks.tiny.scenes import compose, render
+from benchmarks.tiny.scenes import compose, pixels, render
 from benchmarks.tiny.sparse_scenes import SparseScenes
 from kolors_core import DPMSolverMultistepScheduler, KolorsInpaintPipeline
 from kolors_core.attention import attention_kernel
 from kolors_core.checkpoint import local_name
-from kolors_core.image import pil_to_tensor
 from kolors_core.loading import load, zero_padded
 from kolors_core.training.data import Batch, derive_seed, random_masks
 from kolors_core.training.loss import DiffusionLoss
@@ -66,10 +64,9 @@ class MaskedScenes(SparseScenes):
         masks = random_masks(count, SIZE, SIZE, draw)[rows]  # [b, 1, H, W]
         noise = torch.randn(count, *batch.latents.shape[1:], generator=draw)[rows]
         own = range(*rows.indices(count))
-        scenes = [render(self._made[step % APART, row][1]) for row in own]
-        pixels = torch.stack([pil_to_tensor(scene) for scene in scenes]) / 127.5 - 1  # [b, 3, H, W]
+        images = torch.stack([pixels(self._made[step % APART, row][1]) for row in own])  # [b, 3, H, W]
         with self._autocast(device):
-            encoded = self.vae.encode_images((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
+            encoded = self.vae.encode_images((images * (1 - masks)).to(self.vae.post_quant_conv.weight))
         masked = encoded.mean.float() + encoded.std.float() * noise.to(encoded.std.device)  # [b, 4, H/8, W/8]
         masks = F.interpolate(masks, size=masked.shape[-2:])  # [b, 1, H/8, W/8]
         return replace(batch, extra=torch.cat([masks.to(device), masked.to(device)], dim=1))
@@ -92,13 +89,7 @@ def train(
     data = MaskedScenes(grammar, pipe.tokenizer, pipe.text_encoder, pipe.vae, config)
     pipe.unet.requires_grad_(True)
     objective = DiffusionLoss(pipe.unet, None, pipe.scheduler.training_sigmas(), config)
-    start = time.monotonic()
-
-    def report(step: int, loss: float) -> None:
-        if step % 20 == 0 and is_first():
-            print(f"step {step}: loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
-
-    trainer = Trainer(objective, data, config, folder, report)
+    trainer = Trainer(objective, data, config, folder, report_every(20, "UNet"))
     with attention_kernel("matmul"):
         trainer.fit(progress=False)
     trainer.load_ema_weights()
@@ -142,10 +133,6 @@ def compare(pipes: dict[str, KolorsInpaintPipeline], grammar: Grammar, out: Path
 def main(out: Path, model: str, config: TrainingConfig = CONFIG) -> None:
     """Training, sheet and figures, all in `out`."""
     with processes() as is_the_first:
-        if is_the_first:
-            out.mkdir(parents=True, exist_ok=True)
-            fetch_names(out)
-        wait_for_all()
         grammar = Grammar(read_concepts(fetch_names(out)))
         four = KolorsInpaintPipeline.from_pretrained(model)
         four.set_progress_bar_config(disable=True)

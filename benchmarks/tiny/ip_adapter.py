@@ -11,7 +11,6 @@ where it was. Writes `OUT/model`, a sheet (image prompt, without, with it) and i
 
 import argparse
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,10 @@ from benchmarks.tiny.captions import Grammar
 from benchmarks.tiny.controlnet import followed
 from benchmarks.tiny.emoji import SIZE, read_concepts
 from benchmarks.tiny.image_encoder import ENCODER, TRAINING, ImageReading
-from benchmarks.tiny.processes import is_first, processes, wait_for_all
+from benchmarks.tiny.processes import is_first, processes, report_every, wait_for_all
 from benchmarks.tiny.quality import sheet
-from benchmarks.tiny.scenes import GROUNDS, SIGN, Scene, compose, render
+from benchmarks.tiny.scenes import GROUNDS, KINDS, SIGN, Scene, compose, render
 from benchmarks.tiny.sparse_scenes import PromptedBatch, PromptedScenes
-from benchmarks.tiny.text import KINDS
 from kolors_core import DPMSolverMultistepScheduler, KolorsPipeline, canny
 from kolors_core.adapters.clip_vision import CLIPVision, preprocess_clip
 from kolors_core.adapters.ip_adapter import IPAdapter, IPAdapterConfig, attach, cross_attentions
@@ -119,13 +117,7 @@ def train(
     attach(pipe.unet, adapter, encoder)
     data = PromptedScenes(encoder, grammar, pipe.tokenizer, pipe.text_encoder, pipe.vae, config)
     objective = ImagePromptLoss(pipe.unet, adapter, pipe.scheduler.training_sigmas(), config)
-    start = time.monotonic()
-
-    def report(step: int, loss: float) -> None:
-        if step % 50 == 0 and is_first():
-            print(f"step {step}: loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
-
-    trainer = Trainer(objective, data, config, folder, report)
+    trainer = Trainer(objective, data, config, folder, report_every(50, "IP-Adapter"))
     trainer.fit(progress=False)
     trainer.load_ema_weights()
     adapter.requires_grad_(False)
@@ -206,10 +198,6 @@ def compare(pipe: KolorsPipeline, reading: ImageReading, out: Path, asked: int =
 def main(out: Path, model: str, training: TrainingConfig = TRAINING, config: TrainingConfig = CONFIG) -> int:
     """Every stage; returns 1 unless far more of an image prompt's things are drawn than without it."""
     with processes() as is_the_first:
-        if is_the_first:
-            out.mkdir(parents=True, exist_ok=True)
-            fetch_names(out)
-        wait_for_all()
         grammar = Grammar(read_concepts(fetch_names(out)))
         pipe = KolorsPipeline.from_pretrained(model)
         with attention_kernel("matmul"):

@@ -9,12 +9,20 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.tiny.captions import CHINESE_UNSEEN, ENGLISH_UNSEEN, Caption, Grammar, english
+from benchmarks.tiny.captions import (
+    CHINESE_UNSEEN,
+    ENGLISH_UNSEEN,
+    HIGH,
+    LOW,
+    SLOPE,
+    Caption,
+    Grammar,
+    english,
+)
 from benchmarks.tiny.detector import Found
 from benchmarks.tiny.scenes import SIZE, Item, Scene, compose
 
 MARGIN = 4.0  # pixels by which a middle may miss the threshold of a place or a relation
-LOW, HIGH, SLOPE = 0.4 * SIZE, 0.6 * SIZE, 1.2  # the thresholds of captions.place_of and relation_of
 FIRST = 3 * 10**9  # seed of the first prompt's scene, far from those of training
 ANY_CORNER = ("in a corner", "角落里")
 LANGUAGES = ("english", "chinese")

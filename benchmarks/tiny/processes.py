@@ -4,7 +4,8 @@ torchrun --nproc-per-node 2 -m benchmarks.tiny.controlnet OUT
 """
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -32,3 +33,14 @@ def wait_for_all() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def report_every(steps: int, name: str) -> Callable[[int, float], None]:
+    """A Trainer's `on_step` that prints, in the first process, the loss of each `steps`-th step."""
+    start = time.monotonic()
+
+    def report(step: int, loss: float) -> None:
+        if step % steps == 0 and is_first():
+            print(f"{name} step {step}: loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
+
+    return report

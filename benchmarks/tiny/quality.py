@@ -11,7 +11,6 @@ Writes quality.json and sheets of images; exits with 1 where a goal is missed.
 import argparse
 import json
 import math
-import random
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -28,7 +27,8 @@ from benchmarks.tiny.captions import Grammar
 from benchmarks.tiny.detector import Detector, Found
 from benchmarks.tiny.emoji import read_concepts
 from benchmarks.tiny.judge import LANGUAGES, Prompt, Verdict, judge, write_prompts, write_single_prompts
-from benchmarks.tiny.scenes import Scene, place
+from benchmarks.tiny.scenes import pixels
+from benchmarks.tiny.sparse_scenes import another
 from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.config import VERSION
 from kolors_core.devices import best_device
@@ -61,10 +61,10 @@ def generate(pipe: KolorsPipeline, prompts: Sequence[str], scale: float, seed: i
     """Generate an image for each prompt, at the model's own size: [B, 3, H, W] in [-1, 1]; i has seed + i."""
     assert pipe.tokenizer is not None and pipe.text_encoder is not None
     side, count = pipe.unet.config.sample_size, len(prompts)
-    pixels = (side * pipe.vae.config.vae_scale_factor, side * pipe.vae.config.vae_scale_factor)
+    size = (side * pipe.vae.config.vae_scale_factor, side * pipe.vae.config.vae_scale_factor)
     text = pipe.text_encoder(pipe.tokenizer([*prompts, ""]).merge_padding().to(pipe.device))
     assert text.counts is not None
-    ids = size_ids(pixels, (0, 0), pixels).to(pipe.device).expand(count, -1)
+    ids = size_ids(size, (0, 0), size).to(pipe.device).expand(count, -1)
     positive = Conditioning(text.tokens[:-1], text.pooled[:-1], ids, text.counts[:-1])
     negative = Conditioning(
         text.tokens[-1:].expand(count, -1, -1), text.pooled[-1:].expand(count, -1), ids,
@@ -166,20 +166,13 @@ def measure_seeds(pipe: KolorsPipeline, detector: Detector, prompts: Sequence[Pr
     """
     texts, device = [prompt.text for prompt in prompts], pipe.device
     first, second = (generate_all(pipe, texts, GUIDANCE, seed).to(device) for seed in (30_000, 40_000))
-    renders = torch.stack([detection.pixels(prompt.scene) for prompt in prompts]).to(device)
-    others = torch.stack([detection.pixels(another(prompt.scene)) for prompt in prompts]).to(device)
+    renders = torch.stack([pixels(prompt.scene) for prompt in prompts]).to(device)
+    others = torch.stack([pixels(another(prompt.scene, prompt.scene.seed)) for prompt in prompts]).to(device)
     pairs = {
         "seeds": (first, second), "scenes": (renders, others),
         "same": (renders, detection.reconstructed(pipe.vae, renders)),
     }  # fmt: skip
     return {name: float(detector.distance(a, b).mean()) for name, (a, b) in pairs.items()}
-
-
-def another(scene: Scene) -> Scene:
-    """Place the things of a scene anew."""
-    order = random.Random(scene.seed)
-    text, counts = "".join(item.text for item in scene.items), tuple(map(len, scene.groups))
-    return Scene(scene.ground, place(order, scene.kinds, counts, text), order.getrandbits(32))
 
 
 def sheet(

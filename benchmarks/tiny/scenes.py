@@ -8,15 +8,18 @@ Shapes: pixels of a page of `SIZE` a side; boxes are (left, top, right, bottom).
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torch import Tensor
 
 from benchmarks.tiny.emoji import CONCEPTS, SIZE, draw
+from kolors_core.image import pil_to_tensor
 
 SIGN = "sign"  # the kind of an item that is no emoji
+KINDS = (*CONCEPTS, SIGN)
 LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 CHINESE = "可图大小上下人口山水火木土日月天中田心手目云雨花出入门开王工国电车东西北好你我爱"
 CHARACTERS = LETTERS + DIGITS + CHINESE  # that a sign may carry
@@ -39,6 +42,7 @@ TRIES = 60  # of placing all items at random, before their sizes are drawn again
 HELD_OUT = 10  # one pair of things in so many is never together in training
 MIXTURE = (((1,), 26), ((2,), 10), ((3,), 8), ((1, 1), 28), ((2, 1), 8), ((1, 2), 8), ((1, 1, 1), 12))
 SIGNS = 0.28  # how many scenes have a sign among their items
+LENGTHS = (1, 1, 2, 2, 3)  # of what signs say, each as often as it stands here
 WHITE = 0.35  # how many have the white ground
 
 
@@ -124,7 +128,7 @@ def draw_kinds(order: random.Random, counts: tuple[int, ...]) -> tuple[tuple[str
     if 1 in counts and order.random() < SIGNS:
         kinds[counts.index(1)] = SIGN
         script = order.choice((LETTERS + DIGITS, LETTERS + DIGITS, CHINESE, CHINESE, CHARACTERS))
-        text = "".join(order.choice(script) for _ in range(order.choice((1, 1, 2, 2, 3))))
+        text = "".join(order.choice(script) for _ in range(order.choice(LENGTHS)))
     return tuple(kinds), text
 
 
@@ -198,7 +202,7 @@ def _moved(order: random.Random, item: Item) -> Item:
         order.uniform(GAP + side / 2, SIZE - GAP - side / 2) if side < SIZE - 2 * GAP else SIZE / 2
         for side in (item.width, item.height)
     )
-    return Item(item.kind, x, y, item.width, item.height, item.size, item.tilt, item.is_mirrored, item.text)
+    return replace(item, x=x, y=y)
 
 
 def render(scene: Scene) -> Image.Image:
@@ -211,6 +215,11 @@ def render(scene: Scene) -> Image.Image:
             min(max(round(item.y - sprite.height / 2), 0), SIZE - sprite.height),
         ))  # fmt: skip
     return page.convert("RGB")
+
+
+def pixels(scene: Scene) -> Tensor:
+    """The picture as a tensor [3, SIZE, SIZE] in [-1, 1]."""
+    return pil_to_tensor(render(scene)) / 127.5 - 1
 
 
 @cache

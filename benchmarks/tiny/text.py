@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,7 +24,8 @@ from benchmarks.tiny.captions import (
     Grammar,
 )
 from benchmarks.tiny.emoji import CONCEPTS, SIZE
-from benchmarks.tiny.scenes import CHARACTERS, GROUNDS, SIGN, Scene, compose
+from benchmarks.tiny.processes import is_first
+from benchmarks.tiny.scenes import CHARACTERS, GROUNDS, KINDS, LENGTHS, Scene, compose
 from kolors_core.attention import attention, log_multiplicity_bias, split_heads
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.config import ChatGLMConfig
@@ -34,10 +34,9 @@ from kolors_core.training.data import derive_seed
 from kolors_core.training.run_record import digest
 from kolors_core.training.trainer import Trainer, TrainingConfig
 
-KINDS = (*CONCEPTS, SIGN)  # whose numbers are told
 SEEN = (*KINDS, *CHARACTERS)  # what may be at a place
 PLACES = 8  # of the grid's side
-LONGEST = 3  # characters on a sign
+LONGEST = max(LENGTHS)  # characters on a sign
 NOTHING_WEIGHT = 0.15  # of a place where nothing stands
 READER_WIDTH, READER_HEADS, READER_LAYERS = 128, 4, 2
 
@@ -59,17 +58,21 @@ class Captions:
 
 def truth(scene: Scene) -> tuple[Tensor, Tensor, int, Tensor]:
     """What a caption's tokens are to tell of a scene: a row of each of the truths of `Captions`."""
-    grid = torch.full((PLACES, PLACES), len(SEEN))
     numbers, characters = torch.zeros(len(KINDS), dtype=torch.long), torch.full((LONGEST,), len(CHARACTERS))
-    cell = SIZE / PLACES
     for item in scene.items:
         numbers[KINDS.index(item.kind)] += 1
-        for part in (item, *item.characters):
-            left, top, right, bottom = (round(side / cell) for side in part.box)
-            grid[max(0, top) : max(1, bottom), max(0, left) : max(1, right)] = SEEN.index(part.kind)
         for i, character in enumerate(item.text):
             characters[i] = CHARACTERS.index(character)
-    return grid.flatten(), numbers, GROUNDS.index(scene.ground), characters
+    return grid_of(scene, SEEN), numbers, GROUNDS.index(scene.ground), characters
+
+
+def grid_of(scene: Scene, seen: Sequence[str] = KINDS) -> Tensor:
+    """What of `seen`, kinds or characters, is at each place of a scene, [P]; their number for nothing."""
+    grid, cell = torch.full((PLACES, PLACES), len(seen)), SIZE / PLACES
+    for part in (part for item in scene.items for part in (item, *item.characters) if part.kind in seen):
+        left, top, right, bottom = (round(side / cell) for side in part.box)
+        grid[max(0, top) : max(1, bottom), max(0, left) : max(1, right)] = seen.index(part.kind)
+    return grid.flatten()
 
 
 class ReaderLayer(nn.Module):
@@ -139,7 +142,7 @@ class SceneReading(nn.Module):
 
 
 class CaptionSource:
-    """Captions of the scenes of a step, each scene's in English and in Chinese; one in ten is empty."""
+    """Captions of the scenes of a step, each scene's in English and in Chinese."""
 
     def __init__(self, grammar: Grammar, tokenizer: Tokenizer, config: TrainingConfig) -> None:
         self.grammar, self.tokenizer, self.config = grammar, tokenizer, config
@@ -192,7 +195,7 @@ def train(
     source = CaptionSource(grammar, tokenizer, training)
 
     def report(step: int, loss: float) -> None:
-        if step % 100 == 99 and not (dist.is_initialized() and dist.get_rank()):
+        if step % 100 == 99 and is_first():
             with torch.autocast(device.type, training.dtype, enabled=training.dtype != torch.float32):
                 found = accuracy(objective, source.batch(10**6, slice(0, training.batch_size), device))
             shares = ", ".join(f"{name} {share:.1%}" for name, share in found.items())

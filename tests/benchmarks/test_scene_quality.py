@@ -11,8 +11,9 @@ from benchmarks.tiny.captions import Grammar, place_of, relation_of
 from benchmarks.tiny.detector import Found
 from benchmarks.tiny.emoji import CONCEPTS, FONT, SIZE, Concept
 from benchmarks.tiny.judge import MARGIN, Prompt, holds, judge, write_prompts, write_single_prompts
-from benchmarks.tiny.quality import another, count, describe, missed, sheet, summarize, wrap
+from benchmarks.tiny.quality import count, describe, missed, sheet, summarize, wrap
 from benchmarks.tiny.scenes import SIGN, SIGN_FONT, Item, Scene, is_held_out
+from benchmarks.tiny.sparse_scenes import another
 from kolors_core.checkpoint import resolve
 from kolors_core.tokenizer import Tokenizer
 
@@ -55,7 +56,7 @@ def test_a_scene_itself_is_right_and_its_mirror_image_is_not_where_a_side_is_tol
 @needs_fonts
 def test_another_scene_has_the_same_things_elsewhere() -> None:
     scene = write_prompts(GRAMMAR, 8, 0)[5].scene
-    moved = another(scene)
+    moved = another(scene, scene.seed)
     assert (moved.kinds, moved.ground) == (scene.kinds, scene.ground)
     assert [len(group) for group in moved.groups] == [len(group) for group in scene.groups]
     assert {(each.x, each.y) for each in moved.items}.isdisjoint((each.x, each.y) for each in scene.items)
