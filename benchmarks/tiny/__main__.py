@@ -57,7 +57,7 @@ TEXT_ENCODER = TrainingConfig(
     steps=7000, batch_size=128, learning_rate=1.5e-3, schedule="cosine", warmup=200, dtype=torch.bfloat16,
 )  # fmt: skip
 DENOISER = TrainingConfig(
-    steps=14_000, batch_size=64, learning_rate=7e-4, schedule="cosine", warmup=200, weight_decay=0.01,
+    steps=16_000, batch_size=64, learning_rate=7e-4, schedule="cosine", warmup=200, weight_decay=0.01,
     adam_beta2=0.99, max_grad_norm=0.3, ema_decay=0.9985, min_snr_gamma=5.0, dtype=torch.bfloat16,
     save_every=250,
 )  # fmt: skip

@@ -38,13 +38,13 @@ from kolors_core.vae import VAE
 
 CELL = 8  # pixels of a cell of the grid
 WIDTHS, DEPTHS = (48, 96, 160), (1, 2, 2)  # channels and residual convolutions of the stages
-CROWDED = 0.75  # how many images of a training batch are fuller than `compose` makes them
+CROWDED = 0.3  # how many images of a training batch are fuller than `compose` makes them
 DECODED = 0.25  # how many have gone through the VAE, if there is one
 FAR = 2 * 10**9  # the first seed of held-out scenes
-SURE = 0.5  # the probability, summed over a cell and its neighbours, from which something is there
+SURE = 0.25  # the probability, summed over a cell and its neighbours, from which something is there
 BOX_WEIGHT = 2.0
 TRAINING = TrainingConfig(
-    steps=4000, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup=100, ema_decay=0.995,
+    steps=10_000, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup=100, ema_decay=0.995,
     dtype=torch.bfloat16, save_every=200,
 )  # fmt: skip
 
