@@ -25,7 +25,8 @@ from kolors_core.devices import check_dtype, loading_device
 from kolors_core.hub import fetch
 from kolors_core.loading import Initializer, LoadReport, assign_weights, check, load
 from kolors_core.module import require_plain
-from kolors_core.schedule import SCHEDULERS, Scheduler
+from kolors_core.schedule import Scheduler
+from kolors_core.schedulers import SCHEDULERS
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES, safetensors_files

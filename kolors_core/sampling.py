@@ -6,13 +6,10 @@ Shapes: every tensor is [B, 4, H/8, W/8].
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-from kolors_core.schedule import DPMSolverMultistepScheduler, Schedule, Scheduler
 
 Denoiser = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int, Tensor], Tensor]
@@ -79,16 +76,6 @@ def dpmpp_step(
 
 def _floats(sigmas: Sigmas) -> Sequence[float]:
     return sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas
-
-
-def make_sampler(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], Tensor]) -> Sampler:
-    """Make the sampler of a scheduler: (denoise, x, sigmas, on_step) -> x."""
-    if not isinstance(scheduler, DPMSolverMultistepScheduler):
-        return euler
-    return partial(
-        dpmpp_2m, noise=noise if scheduler.algorithm_type == "sde-dpmsolver++" else None,
-        order=scheduler.solver_order, first_order_last=schedule.first_order_last
-    )  # fmt: skip
 
 
 def randn_latents(

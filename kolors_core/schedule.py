@@ -9,7 +9,7 @@ Source: diffusers' schedulers/scheduling_euler_discrete.py and scheduling_dpmsol
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Self
@@ -92,10 +92,10 @@ class Scheduler(ABC):
         betas = (self.beta_start, self.beta_end)
         if not all(isinstance(beta, float) for beta in betas) or not 0 < betas[0] <= betas[1] < 1:
             raise ValueError(f"0 < beta_start <= beta_end < 1 does not hold for {betas[0]!r}, {betas[1]!r}")
-        _one_of("use_karras_sigmas", self.use_karras_sigmas, (False, True))
-        _one_of("beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
-        _one_of("timestep_spacing", self.timestep_spacing, ("leading", "linspace", "trailing"))
-        _one_of("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
+        one_of("use_karras_sigmas", self.use_karras_sigmas, (False, True))
+        one_of("beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
+        one_of("timestep_spacing", self.timestep_spacing, ("leading", "linspace", "trailing"))
+        one_of("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
 
     @property
     def config(self) -> ConfigDict:
@@ -118,7 +118,7 @@ class Scheduler(ABC):
             expected = "a scheduler's config, such as pipe.scheduler.config"
             raise TypeError(f"expected {expected}, got {config!r:.99}")
         checked = {*ONE_VALUE_FIELDS, *(field.name for field in fields(cls))}
-        ignored = _FIELDS_OF_OTHERS.union(UNUSED_FIELDS, *_FIELDS_OF.values()) - checked
+        ignored = _FIELDS_OF_OTHERS.union(UNUSED_FIELDS, *_fields_by_class().values()) - checked
         given = {
             name: value
             for name, value in config.items()
@@ -132,9 +132,9 @@ class Scheduler(ABC):
 
         ValueError for another field at a value that would change the result, or of neither class.
         """
-        own = {field.name for field in fields(cls)}
+        own, fields_of = {field.name for field in fields(cls)}, _fields_by_class()
         for name in sorted(given.keys() - own):
-            value, other = given[name], next((kind for kind in _FIELDS_OF if name in _FIELDS_OF[kind]), None)
+            value, other = given[name], next((kind for kind in fields_of if name in fields_of[kind]), None)
             if other is not None:
                 if value != getattr(SCHEDULERS[other], name):
                     raise ValueError(f"{cls.__name__} has no field {name!r}, {other} has")
@@ -193,6 +193,10 @@ class Scheduler(ABC):
         end = table[0].item() if self.final_sigmas_type == "sigma_min" else 0.0
         return self._finish(np.array([*run, end], np.float32), times, table)
 
+    @abstractmethod
+    def sampler(self, schedule: Schedule, noise: Callable[[], Tensor]) -> Callable[..., Tensor]:
+        """Return the sampler of a run, (denoise, x, sigmas, on_step) -> x; noise draws normal noise like x."""
+
     def latent_scale(self, sigma: float) -> float:
         """Return the ratio of x to the latents that the reference keeps between steps."""
         return 1.0
@@ -220,69 +224,8 @@ class Scheduler(ABC):
         """Return the smallest and largest of Karras' sigmas; run: the sigmas of the spaced timesteps."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EulerDiscreteScheduler(Scheduler):
-    """Scheduler of Euler's method (Karras et al., algorithm 1 without churn), Kolors' published default."""
-
-    def _spaced(self, steps: int) -> np.ndarray:
-        total = self.num_train_timesteps
-        if self.timestep_spacing == "linspace":
-            return np.linspace(0, total - 1, steps, dtype=np.float32)[::-1]
-        if self.timestep_spacing == "leading":
-            return self._leading(total // steps, 0, steps)
-        return self._trailing(steps)
-
-    def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
-        return run[-1], run[0]
-
-    def _finish(self, sigmas: np.ndarray, timesteps: list[float], table: Tensor) -> Schedule:
-        start = float(sigmas[0])
-        scale = math.sqrt(start**2 + 1) if self.timestep_spacing == "leading" else start
-        rounded = torch.tensor(timesteps, dtype=torch.float32, device="cpu").double()
-        return Schedule(torch.from_numpy(sigmas).double(), rounded, scale, table, whole_timesteps=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DPMSolverMultistepScheduler(Scheduler):
-    """Scheduler of DPM-Solver++ (https://arxiv.org/abs/2211.01095); `sde-dpmsolver++` is its SDE form."""
-
-    algorithm_type: str = "dpmsolver++"
-    solver_order: int = 2
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of("algorithm_type", self.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
-        check_int("solver_order", self.solver_order, most=2)
-        _one_of("lower_order_final", self.lower_order_final, (False, True))
-        _one_of("euler_at_final", self.euler_at_final, (False, True))
-
-    def latent_scale(self, sigma: float) -> float:
-        """Return sqrt(sigma^2 + 1): the reference keeps latents of variance 1."""
-        return math.sqrt(sigma**2 + 1)
-
-    def _spaced(self, steps: int) -> np.ndarray:
-        total = self.num_train_timesteps
-        if self.timestep_spacing == "linspace":
-            return np.linspace(0, total - 1, steps + 1).round()[:0:-1]
-        if self.timestep_spacing == "leading":
-            return self._leading(total // (steps + 1), 1, steps)
-        return self._trailing(steps)
-
-    def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
-        return table[0].item(), table[-1].item()
-
-    def _finish(self, sigmas: np.ndarray, timesteps: list[float], table: Tensor) -> Schedule:
-        whole = torch.tensor(timesteps, dtype=torch.float64, device="cpu").round()
-        last = self.euler_at_final or (self.lower_order_final and len(whole) < 15)
-        sigmas64, scale = torch.from_numpy(sigmas).double(), self.latent_scale(float(sigmas[0]))
-        return Schedule(sigmas64, whole, scale, table, whole_timesteps=True, first_order_last=last)
-
-
-SCHEDULERS: dict[str, type[Scheduler]] = {
-    kind.__name__: kind for kind in (EulerDiscreteScheduler, DPMSolverMultistepScheduler)
-}
+# The classes of schedulers.py by name, which fills it.
+SCHEDULERS: dict[str, type[Scheduler]] = {}
 
 # The other fields of the reference's schedulers: those with one value here, of which the first is the default
 # and the others compute the same; those without effect at these values; those of its other schedulers.
@@ -298,7 +241,6 @@ UNUSED_FIELDS: dict[str, Any] = {
     "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0, "flow_shift": 1.0,
     "time_shift_type": "exponential",
 }  # fmt: skip
-_FIELDS_OF = {name: {field.name for field in fields(kind)} for name, kind in SCHEDULERS.items()}
 _FIELDS_OF_OTHERS = {"clip_sample_range", "set_alpha_to_one", "skip_prk_steps"}
 
 
@@ -318,6 +260,10 @@ def sigma_to_timestep(sigma: float | np.float32, table: Tensor) -> float:
     return float((1 - weight) * low + weight * (low + 1))
 
 
+def _fields_by_class() -> dict[str, set[str]]:
+    return {name: {field.name for field in fields(kind)} for name, kind in SCHEDULERS.items()}
+
+
 def _check_descending(name: str, values: Sequence[float], least: float, most: float) -> list[float]:
     try:
         numbers = [float(value) for value in values if not isinstance(value, str | bool)]
@@ -331,6 +277,7 @@ def _check_descending(name: str, values: Sequence[float], least: float, most: fl
     return numbers
 
 
-def _one_of(name: str, got: Any, allowed: tuple[Any, ...]) -> None:
+def one_of(name: str, got: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise ValueError naming a field unless its value is an allowed one."""
     if got not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {got!r}")

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from benchmarks.parity.samplers import SHAPE, our_trajectory, reference_trajectory
 from kolors_core.sampling import dpmpp_2m, euler, randn_latents
-from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
+from kolors_core.schedule import Scheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from tests.support.reference_folder import KOLORS_SCHEDULER
 from tests.support.small import FLOAT32, relative_error
 from tests.support.versions import draws_rounded

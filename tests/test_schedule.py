@@ -6,12 +6,8 @@ import diffusers
 import pytest
 import torch
 
-from kolors_core.schedule import (
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    Scheduler,
-    sigma_to_timestep,
-)
+from kolors_core.schedule import Scheduler, sigma_to_timestep
+from kolors_core.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from tests.support.reference_folder import KOLORS_SCHEDULER
 
 pytestmark = pytest.mark.numerical

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from benchmarks.parity.layers import Layer
 from benchmarks.parity.measure import DTYPES, FLOAT32, Measured, Result, error_of, name_of
-from kolors_core.sampling import make_sampler, randn_latents
-from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Schedule, Scheduler
+from kolors_core.sampling import randn_latents
+from kolors_core.schedule import Schedule, Scheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 SHAPE = (2, 4, 6, 5)
 KARRAS = {"use_karras_sigmas": True}
@@ -77,7 +78,7 @@ def our_trajectory(
         trajectory.append(x / scheduler.latent_scale(schedule.sigmas[i + 1].item()))
         return x
 
-    make_sampler(scheduler, schedule, noise)(
+    scheduler.sampler(schedule, noise)(
         our_denoise(schedule), noise() * schedule.init_noise_sigma, schedule.sigmas, on_step
     )
     return trajectory, generator.get_state()

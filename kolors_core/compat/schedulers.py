@@ -1,6 +1,6 @@
 """Schedulers with the reference's stateful interface, for scripts that write their own denoising loop.
 
-Each is a frozen description, as pipelines use it, of the class of the same name in `kolors_core.schedule`;
+Each is a frozen description, as pipelines use it, of the class of the same name in `kolors_core.schedulers`;
 the state of a custom loop is one separate object beside the fields, which hash and equality leave out.
 Latents are scaled as the reference scales them: for DPM-Solver++ to variance 1.
 Source: diffusers' schedulers/scheduling_euler_discrete.py and scheduling_dpmsolver_multistep.py.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kolors_core import checkpoint
-from kolors_core import schedule as plain
+from kolors_core import schedulers as plain
 from kolors_core.checkpoint import SCHEDULER_FILE
 from kolors_core.compat.configs import ReadOnlyConfig
 from kolors_core.compat.model_outputs import ModelOutput

@@ -8,13 +8,13 @@ import diffusers
 import numpy as np
 import pytest
 
-from kolors_core import schedule
+from kolors_core import schedulers
 from kolors_core.compat.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Fields
 from kolors_core.schedule import ONE_VALUE_FIELDS, UNUSED_FIELDS, Scheduler
 from tests.support.reference_folder import KOLORS_SCHEDULER
 
 STATEFUL = (EulerDiscreteScheduler, DPMSolverMultistepScheduler)
-KINDS = (*STATEFUL, schedule.EulerDiscreteScheduler, schedule.DPMSolverMultistepScheduler)
+KINDS = (*STATEFUL, schedulers.EulerDiscreteScheduler, schedulers.DPMSolverMultistepScheduler)
 DEFAULTS = {
     name: parameter.default
     for kind in STATEFUL
@@ -87,7 +87,7 @@ def test_a_misspelt_field_names_the_nearest(kind: type[Scheduler]) -> None:
 def test_a_field_of_the_other_class_is_none_of_this() -> None:
     """In a config it is ignored, as in the reference; a change is asked for, and would do nothing."""
     config = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=1).config
-    for kind in (EulerDiscreteScheduler, schedule.EulerDiscreteScheduler):
+    for kind in (EulerDiscreteScheduler, schedulers.EulerDiscreteScheduler):
         assert kind.from_config(config) == kind()
         with pytest.raises(ValueError, match="has no field 'solver_order', DPMSolverMultistepScheduler has"):
             kind.from_config(config, solver_order=1)
