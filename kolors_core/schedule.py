@@ -32,6 +32,7 @@ class Schedule:
     training_sigmas: Tensor  # float32 [T], one for each training timestep
     whole_timesteps: bool  # whether the UNet gets rounded ones
     first_order_last: bool = False  # whether the last step omits DPM-Solver++'s multistep term
+    prediction: str = "epsilon"  # the model's `prediction_type`, see targets.py
 
     def timestep(self, sigma: float) -> float:
         """Return the timestep of a sigma: the step's if it is one of the run's, else interpolated."""
