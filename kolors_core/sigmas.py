@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LAST_ALPHA = 2**-24  # in place of 0, where sigma or the time of a flow would be infinite; the reference's value
+LAST_ALPHA = (
+    2**-24
+)  # in place of 0, where sigma or the time of a flow would be infinite; the reference's value
 
 # Published for Stable Diffusion 1.5 and XL, 10 steps: https://arxiv.org/abs/2404.14507, appendix; the last is
 # the end of the interpolation, where a run has 0.
@@ -24,7 +26,7 @@ AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.11
 def betas_of(name: str, start: float, end: float, total: int) -> Tensor:
     """Compute the betas of `total` training timesteps: float32 [T].
 
-    name: "linear", "scaled_linear" (linear in the square root), "sigmoid", of all from start to end; or one of
+    name: "linear", "scaled_linear" (linear in the square root) or "sigmoid", from start to end; or one of
     ALPHA_BARS, given by the share of the image in the variance at each time.
     """
     if name == "sigmoid":
@@ -32,7 +34,8 @@ def betas_of(name: str, start: float, end: float, total: int) -> Tensor:
     if name in ALPHA_BARS:
         bar = ALPHA_BARS[name]
         ratios = [bar((i + 1) / total) / bar(i / total) for i in range(total)]
-        return torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float32, device="cpu")
+        betas = [min(1 - ratio, 0.999) for ratio in ratios]
+        return torch.tensor(betas, dtype=torch.float32, device="cpu")
     root = 0.5 if name == "scaled_linear" else 1.0
     return torch.linspace(start**root, end**root, total, device="cpu") ** (1 / root)
 
@@ -102,8 +105,8 @@ def simple(training_sigmas: Tensor, steps: int) -> np.ndarray:
 def align_your_steps(steps: int, table: tuple[float, ...] = AYS_SDXL) -> np.ndarray:
     """Interpolate a published table in log sigma, for any number of steps.
 
-    Source: https://arxiv.org/abs/2404.14507; the interpolation is the authors'. The tables are of models whose
-    largest sigma is 14.6; Kolors' is 29, which its first steps skip.
+    Source: https://arxiv.org/abs/2404.14507; the interpolation is the authors'. The tables are of models
+    whose largest sigma is 14.6; what Kolors has above that, up to 29, is left out.
     """
     places = np.linspace(0, 1, steps + 1)[:-1]
     return np.exp(np.interp(places, np.linspace(0, 1, len(table)), np.log(table)))
@@ -135,7 +138,8 @@ def sigma_to_timestep(sigma: float | np.floating, table: Tensor) -> float:
     """Interpolate the timestep of a sigma, linearly in log sigma, in the table of training sigmas."""
     logs = np.log(table.numpy())  # float32, as in the reference: torch's float32 log rounds differently
     log_sigma = np.log(max(sigma, 1e-10))
-    low = np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2)
+    # The last not above it, where zero terminal SNR makes the table's last fall.
+    low = min(max(np.flatnonzero(logs <= log_sigma), default=0), len(logs) - 2)
     weight = np.clip((logs[low] - log_sigma) / (logs[low] - logs[low + 1]), 0, 1)
     return float((1 - weight) * low + weight * (low + 1))
 
@@ -143,8 +147,8 @@ def sigma_to_timestep(sigma: float | np.floating, table: Tensor) -> float:
 def beta_quantile(share: np.ndarray, a: float, b: float) -> np.ndarray:
     """Compute the x below which a share of the distribution beta(a, b) lies, elementwise: float64, 0 to 1.
 
-    The distribution function's power series (https://dlmf.nist.gov/8.17.E7) converges fast up to 1/2; larger x
-    are 1 - x of beta(b, a). Found by bisection; the error is below 1e-15 for a and b of 0.3 to 3.
+    The distribution function's power series (https://dlmf.nist.gov/8.17.E7) converges fast up to 1/2; larger
+    x are 1 - x of beta(b, a). Found by bisection; the error is below 1e-15 for a and b of 0.3 to 3.
     """
     middle = _beta_function(np.array(0.5), a, b)
     lower = _bisect_beta(np.minimum(share, middle), a, b)
