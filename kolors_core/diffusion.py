@@ -68,6 +68,7 @@ class DiffusionScheduler(Scheduler):
     # whether the last of n + 1 spaced timesteps is left out; which families may be set together.
     whole_timesteps: ClassVar[bool] = False
     float64_timesteps: ClassVar[bool] = False
+    linspace_precision: ClassVar[type] = np.float32
     skips_last: ClassVar[bool] = False
     pair: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[dict[str, Any]] = {
@@ -173,7 +174,7 @@ class DiffusionScheduler(Scheduler):
         times = np.linspace(0, last - 1, parts)[::-1][:steps]
         if self.whole_timesteps:
             return times.round()
-        return times if self.float64_timesteps else times.astype(np.float32)
+        return times.astype(self.linspace_precision)
 
     def _convert(
         self, family: str, run: np.ndarray, steps: int, table: Tensor

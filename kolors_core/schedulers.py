@@ -219,6 +219,7 @@ class DPMSolverSDEScheduler(SigmaScheduler):
 
     evaluations = 2
     float64_timesteps = True
+    linspace_precision = np.float64
     fixed: ClassVar = {"noise_sampler_seed": (None,)}
 
     def sampler(self, schedule: Schedule, noise: Noise) -> Sampler:

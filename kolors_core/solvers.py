@@ -275,7 +275,8 @@ class EDMEulerScheduler(Scheduler):
         if sigmas is None:
             most = self.num_train_timesteps
             run = self._spaced(check_int("the number of steps", steps, most=most))
-            run = torch.cat([run, run[-1:] if self.final_sigmas_type == "sigma_min" else run.new_zeros(1)])
+            is_zero = self.final_sigmas_type == "zero"
+            run = torch.cat([run, run.new_zeros(1) if is_zero else self._end(run)])
         else:
             run = torch.from_numpy(check_sigmas(sigmas))
         times, scale = 0.25 * torch.log(run[:-1]), (self.sigma_max**2 + 1) ** 0.5
@@ -295,6 +296,9 @@ class EDMEulerScheduler(Scheduler):
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         ramp = torch.linspace(0, 1, steps, dtype=self.precision, device="cpu")
         return ((high + ramp * (low - high)) ** self.rho).float()
+
+    def _end(self, run: Tensor) -> Tensor:
+        return run[-1:]
 
     def _orders(self, steps: int) -> tuple[int, ...]:
         return ()
@@ -321,6 +325,9 @@ class EDMDPMSolverMultistepScheduler(EDMEulerScheduler):
     }  # fmt: skip
     fixed = THRESHOLDING
     same = DPMSolverMultistepScheduler.same
+
+    def _end(self, run: Tensor) -> Tensor:
+        return run.new_tensor([self.sigma_min])
 
     def _orders(self, steps: int) -> tuple[int, ...]:
         return _multistep_orders(self, steps, self.euler_at_final)

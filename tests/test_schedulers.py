@@ -21,6 +21,8 @@ from tests.support.reference_schedulers import (
 
 pytestmark = pytest.mark.numerical
 
+MULTISTEP, SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+UNIPC, FLOW_MATCH = "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
 STEPS = (1, 7, 25, 50)
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SPACINGS: tuple[dict[str, Any], ...] = (
@@ -168,26 +170,26 @@ def test_misspelt_and_foreign_fields(name: str) -> None:
         ("EulerDiscreteScheduler", {"beta_schedule": "exp"}, "beta_schedule must be one of"),
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "use_beta_sigmas": True},
          "only one of use_karras_sigmas and use_beta_sigmas can be set"),
-        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "use_lu_lambdas": True},
+        (MULTISTEP, {"use_karras_sigmas": True, "use_lu_lambdas": True},
          "only one of use_karras_sigmas and use_lu_lambdas can be set"),
-        ("DPMSolverMultistepScheduler", FLOW | {"use_karras_sigmas": True}, "only one of use_karras_sigmas and"),
-        ("UniPCMultistepScheduler", FLOW | {"use_beta_sigmas": True}, "only one of use_beta_sigmas and use_fl"),
-        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas needs prediction_type"),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type 'dpmsolver' needs fin"),
-        ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver"}, "needs final_sigmas_type 'sigma_min'"),
-        ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver"}, "algorithm_type must be one of"),
-        ("DPMSolverMultistepScheduler", {"solver_order": 4}, "solver_order must be a whole number from 1 to 3"),
-        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": math.inf}, "lambda_min_clipped must be a number"),
-        ("DPMSolverMultistepScheduler", FLOW | {"flow_shift": 0.0}, "flow_shift must be 1e-10 or more"),
+        (MULTISTEP, FLOW | {"use_karras_sigmas": True}, "only one of use_karras_sigmas and"),
+        (UNIPC, FLOW | {"use_beta_sigmas": True}, "only one of use_beta_sigmas and use_fl"),
+        (MULTISTEP, {"use_flow_sigmas": True}, "use_flow_sigmas needs prediction_type"),
+        (MULTISTEP, {"algorithm_type": "dpmsolver"}, "algorithm_type 'dpmsolver' needs fin"),
+        (SINGLESTEP, {"algorithm_type": "dpmsolver"}, "needs final_sigmas_type 'sigma_min'"),
+        (SINGLESTEP, {"algorithm_type": "sde-dpmsolver"}, "algorithm_type must be one of"),
+        (MULTISTEP, {"solver_order": 4}, "solver_order must be a whole number from 1 to 3"),
+        (MULTISTEP, {"lambda_min_clipped": math.inf}, "lambda_min_clipped must be a number"),
+        (MULTISTEP, FLOW | {"flow_shift": 0.0}, "flow_shift must be 1e-10 or more"),
         ("DEISMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type is 'sde-dpmsolver"),
-        ("UniPCMultistepScheduler", {"shift_terminal": 0.1}, "shift_terminal is 0.1, expected None"),
-        ("UniPCMultistepScheduler", {"disable_corrector": [0]}, r"disable_corrector is \[0\], expected \[\]"),
+        (UNIPC, {"shift_terminal": 0.1}, "shift_terminal is 0.1, expected None"),
+        (UNIPC, {"disable_corrector": [0]}, r"disable_corrector is \[0\], expected \[\]"),
         ("DDPMScheduler", {"variance_type": "learned"}, "variance_type must be one of"),
         ("EulerDiscreteScheduler", {"trained_betas": [0.1, 0.2]}, "trained_betas must be num_train_timesteps ="),
         ("EulerDiscreteScheduler", {"sigma_min": 3.0, "sigma_max": 1.0}, "sigma_min must be below sigma_max"),
         ("EDMEulerScheduler", {"sigma_schedule": "beta"}, "sigma_schedule must be one of"),
-        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of"),
-        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas is True, expected False"),
+        (FLOW_MATCH, {"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of"),
+        (FLOW_MATCH, {"invert_sigmas": True}, "invert_sigmas is True, expected False"),
     ],
 )  # fmt: skip
 def test_what_is_not_computed_is_refused(name: str, given: dict[str, Any], message: str) -> None:
@@ -197,7 +199,7 @@ def test_what_is_not_computed_is_refused(name: str, given: dict[str, Any], messa
 
 def test_other_names_of_a_value() -> None:
     """The reference's classes take some values of each other, as one of theirs."""
-    multistep, unipc = SCHEDULERS["DPMSolverMultistepScheduler"], SCHEDULERS["UniPCMultistepScheduler"]
+    multistep, unipc = SCHEDULERS[MULTISTEP], SCHEDULERS[UNIPC]
     assert multistep.from_config({"algorithm_type": "deis", "solver_type": "bh1"}) == multistep()
     assert multistep.from_config({"variance_type": "fixed_small", "use_karras_sigmas": None}) == multistep()
     assert unipc.from_config({"solver_type": "logrho"}) == unipc()
@@ -211,14 +213,14 @@ def test_bad_runs_are_refused() -> None:
         SCHEDULERS["LCMScheduler"]().schedule(51)
     with pytest.raises(ValueError, match="no training timesteps"):
         SCHEDULERS["EDMEulerScheduler"]().schedule(timesteps=[3, 2])
-    flow = SCHEDULERS["UniPCMultistepScheduler"].from_config({}, **FLOW)
+    flow = SCHEDULERS[UNIPC].from_config({}, **FLOW)
     with pytest.raises(ValueError, match="timesteps cannot be given with use_flow_sigmas"):
         flow.schedule(timesteps=[3, 2])
 
 
 def test_a_flow_on_the_sigmas_of_a_diffusion() -> None:
     """The model's time is t = sigma / (1 + sigma) on any sigmas; the reference uses sigma itself as t."""
-    kind = SCHEDULERS["DPMSolverMultistepScheduler"]
+    kind = SCHEDULERS[MULTISTEP]
     schedule = kind.from_config({}, prediction_type="flow_prediction", use_karras_sigmas=True).schedule(9)
     times = schedule.sigmas[:-1] / (1 + schedule.sigmas[:-1])
     assert (
@@ -227,7 +229,7 @@ def test_a_flow_on_the_sigmas_of_a_diffusion() -> None:
 
 
 def test_orders_are_cut_with_the_steps() -> None:
-    kind = SCHEDULERS["DPMSolverMultistepScheduler"]
+    kind = SCHEDULERS[MULTISTEP]
     schedule = kind.from_config({}, solver_order=3).schedule(10)
     assert schedule.orders == (*[3] * 8, 2, 1)
     assert schedule.before(0.5).orders == (3,) * 5 and schedule.last_steps(0.3).orders == (3, 2, 1)

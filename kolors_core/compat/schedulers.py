@@ -23,8 +23,8 @@ from kolors_core.checkpoint import SCHEDULER_FILE
 from kolors_core.compat.configs import ReadOnlyConfig
 from kolors_core.compat.model_outputs import ModelOutput
 from kolors_core.devices import loading_device
-from kolors_core.sampling import Generators, dpmpp_step, euler, randn_latents
 from kolors_core.diffusion import DiffusionScheduler
+from kolors_core.sampling import Generators, dpmpp_step, euler, randn_latents
 from kolors_core.schedule import Schedule, Scheduler
 from kolors_core.validation import as_path, check_int
 
