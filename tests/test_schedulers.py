@@ -185,7 +185,7 @@ def test_misspelt_and_foreign_fields(name: str) -> None:
         (UNIPC, {"shift_terminal": 0.1}, "shift_terminal is 0.1, expected None"),
         (UNIPC, {"disable_corrector": [0]}, r"disable_corrector is \[0\], expected \[\]"),
         ("DDPMScheduler", {"variance_type": "learned"}, "variance_type must be one of"),
-        ("EulerDiscreteScheduler", {"trained_betas": [0.1, 0.2]}, "trained_betas must be num_train_timesteps ="),
+        ("EulerDiscreteScheduler", {"trained_betas": [0.1, 0.2]}, "trained_betas must be num_train"),
         ("EulerDiscreteScheduler", {"sigma_min": 3.0, "sigma_max": 1.0}, "sigma_min must be below sigma_max"),
         ("EDMEulerScheduler", {"sigma_schedule": "beta"}, "sigma_schedule must be one of"),
         (FLOW_MATCH, {"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of"),
