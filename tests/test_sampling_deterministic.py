@@ -157,7 +157,7 @@ def test_every_evaluation_is_the_references(name: str, changes: dict[str, Any]) 
         theirs = reference(name, changes, steps)
         ours, stochastic = our_sampler(theirs), is_stochastic(theirs)
         known, got = reference_run(theirs), our_run(ours, theirs, stochastic=stochastic)
-        # In float32 the reference's third-order DEIS loses its digits by cancellation; in float64 it has them.
+        # The reference's third-order DEIS loses its digits in float32, by cancellation; not in float64.
         most = 1e-3 if name == DEIS and changes["solver_order"] == 3 else FLOAT32
         assert len(got.latents) == len(known.latents)
         for i, (mine, other) in enumerate(zip(got.latents, known.latents, strict=True)):
