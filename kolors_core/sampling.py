@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -318,8 +317,15 @@ def fit_weights(nodes: Sequence[float], moments: Moments, z: float = 0) -> list[
 
     The integral is that of exp(z (1 - r)) times the polynomial, over r from 0 to 1, if moments are the exact.
     """
-    powers = np.vander(nodes, increasing=True).T  # [power, node]
-    return np.linalg.solve(powers, moments(z, len(nodes))).tolist()
+    integrals, weights = moments(z, len(nodes)), []
+    for node in nodes:
+        polynomial = [1.0]  # 1 at this node and 0 at the others; coefficients of rising powers
+        for other in nodes:
+            if other != node:
+                shifted = zip([0.0, *polynomial], [*polynomial, 0.0], strict=True)
+                polynomial = [(lower - other * same) / (node - other) for lower, same in shifted]
+        weights.append(sum(c * integral for c, integral in zip(polynomial, integrals, strict=True)))
+    return weights
 
 
 def predict_noise(denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
@@ -335,7 +341,7 @@ def _multistep(
     history: Points = []
     points, start, step = history, x, partial(exponential_step, moments=moments, predict_x0=predict_x0)
     steps = _steps(sigmas, order)
-    kept = max((most for _, _, most in steps), default=1)
+    kept = max([1, *[most for _, _, most in steps]])
     for i, (sigma, next_sigma, most) in enumerate(steps):
         x0 = denoise(x, sigma)
         newest = (sigma, x0 if predict_x0 else (x - x0) / sigma)
@@ -355,7 +361,7 @@ def _steps(sigmas: Sigmas, order: Order) -> list[tuple[float, float, int]]:
     """Return each step's sigma, next sigma and highest order; ValueError for another number of orders."""
     pairs = list(pairwise(_floats(sigmas)))
     orders = [order] * len(pairs) if isinstance(order, int) else order
-    if len(orders) != len(pairs) or min(orders, default=1) < 1:
+    if len(orders) != len(pairs) or any(most < 1 for most in orders):
         raise ValueError(f"order must be at least 1, one or one for each of {len(pairs)} steps, got {order}")
     return [(*pair, most) for pair, most in zip(pairs, orders, strict=True)]
 
