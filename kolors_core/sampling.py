@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,7 +98,7 @@ def plms(
 ) -> Tensor:  # fmt: skip
     """Integrate by PNDM: as `lms` of order 4, but a polynomial in the number of the step.
 
-    Source: https://arxiv.org/abs/2202.09778, equations 9 to 13; diffusers' schedulers/scheduling_pndm.py.
+    Source: https://arxiv.org/abs/2202.09778, equations 9, 12, 13; diffusers' schedulers/scheduling_pndm.py.
     x, sigmas, on_step: as for `euler`. midpoints: sigmas within the first steps, in the middle of their
     timesteps, three in the paper: these steps are Runge-Kutta's, of four evaluations. Without any, the first
     is Heun's, of two (the reference's skip_prk_steps).
@@ -251,7 +250,7 @@ def exponential_step(
 
     With h = log(sigma / next_sigma), and r = 0 to 1 in log sigma from sigma to next_sigma, the solution is
         exp(-h) x + h Integral[exp(-h (1 - r)) x0(r)], or x - next_sigma h Integral[exp(h (1 - r)) noise(r)]
-    (https://arxiv.org/abs/2211.01095, equation 8; https://arxiv.org/abs/2206.00927, equation 3.4).
+    (propositions 4.1 of https://arxiv.org/abs/2211.01095 and 3.1 of https://arxiv.org/abs/2206.00927).
     points: x0 or, without predict_x0, the noise; a step to sigma 0 returns the first one's x0. moments: see
     `exponential_moments`. eps: noise to add in the SDE, of which the integral is twice as large.
     """
@@ -316,8 +315,15 @@ def fit_weights(nodes: Sequence[float], moments: Moments, z: float = 0) -> list[
 
     The integral is that of exp(z (1 - r)) times the polynomial, over r from 0 to 1, if moments are the exact.
     """
-    powers = np.vander(nodes, increasing=True).T  # [power, node]
-    return np.linalg.solve(powers, moments(z, len(nodes))).tolist()
+    integrals, weights = moments(z, len(nodes)), []
+    for node in nodes:
+        polynomial = [1.0]  # 1 at this node and 0 at the others; coefficients of rising powers
+        for other in nodes:
+            if other != node:
+                shifted = zip([0.0, *polynomial], [*polynomial, 0.0], strict=True)
+                polynomial = [(lower - other * same) / (node - other) for lower, same in shifted]
+        weights.append(sum(c * integral for c, integral in zip(polynomial, integrals, strict=True)))
+    return weights
 
 
 def predict_noise(denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
@@ -333,7 +339,7 @@ def _multistep(
     history: Points = []
     points, start, step = history, x, partial(exponential_step, moments=moments, predict_x0=predict_x0)
     steps = _steps(sigmas, order)
-    kept = max((most for _, _, most in steps), default=1)
+    kept = max([1, *[most for _, _, most in steps]])
     for i, (sigma, next_sigma, most) in enumerate(steps):
         x0 = denoise(x, sigma)
         newest = (sigma, x0 if predict_x0 else (x - x0) / sigma)
@@ -353,7 +359,7 @@ def _steps(sigmas: Sigmas, order: Order) -> list[tuple[float, float, int]]:
     """Return each step's sigma, next sigma and highest order; ValueError for another number of orders."""
     pairs = list(pairwise(_floats(sigmas)))
     orders = [order] * len(pairs) if isinstance(order, int) else order
-    if len(orders) != len(pairs) or min(orders, default=1) < 1:
+    if len(orders) != len(pairs) or any(most < 1 for most in orders):
         raise ValueError(f"order must be at least 1, one or one for each of {len(pairs)} steps, got {order}")
     return [(*pair, most) for pair, most in zip(pairs, orders, strict=True)]
 
