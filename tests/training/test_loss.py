@@ -28,8 +28,8 @@ TIMES = torch.arange(1, TOTAL + 1) / TOTAL
 FLOW_TABLE = TIMES / (1 - TIMES)  # the last is infinite
 STD = 0.5  # of the images that are learned
 SETTINGS = TrainingConfig(
-    steps=400, batch_size=512, learning_rate=1e-2, schedule="cosine", warmup=10, weight_decay=0.0,
-    save_every=400,
+    steps=300, batch_size=256, learning_rate=1e-2, schedule="cosine", warmup=10, weight_decay=0.0,
+    save_every=300,
 )  # fmt: skip
 
 
@@ -38,16 +38,15 @@ class Gain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 1)
-        )
+        self.layers = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 1))
         generator = torch.Generator().manual_seed(0)
         for parameter in self.parameters():
-            scale = 2.0 / parameter.shape[-1] ** 0.5
+            scale = parameter.shape[-1] ** -0.5
             parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
     def forward(self, latents: Tensor, times: Tensor, *_rest: Any, residuals: Any = ()) -> Tensor:
-        gains = self.layers(4 * times.reshape(-1, 1) / TOTAL - 2)  # [b, 1]
+        waves = torch.cos(math.pi / TOTAL * times.reshape(-1, 1) * torch.arange(8))  # [b, 8]
+        gains = self.layers(waves)  # [b, 1]
         return latents * gains[:, :, None, None]
 
 
@@ -79,8 +78,8 @@ def loss_of(config: TrainingConfig, table: Tensor | None = None) -> DiffusionLos
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_model_of_each_target_draws_the_variance_that_it_was_trained_on(name: str, tmp_path: Path) -> None:
-    settings = {"flow_prediction": {"logit_normal": (0.5, 1.0)}, "sample": {"min_snr_gamma": 5.0}}
-    config = replace(SETTINGS, prediction_type=name, **settings.get(name, {}))
+    drawn = (0.5, 1.0) if name == "flow_prediction" else None
+    config = replace(SETTINGS, prediction_type=name, logit_normal=drawn)
     loss = loss_of(config)
     losses = Trainer(loss, GaussianData(config), config, tmp_path).fit(progress=False)
     assert all(map(math.isfinite, losses)) and losses.mean(slice(-50, None)) < losses.mean(slice(10))
@@ -95,7 +94,6 @@ def test_a_model_of_each_target_draws_the_variance_that_it_was_trained_on(name: 
 
     noise = torch.randn(1000, 4, 2, 2, generator=torch.Generator().manual_seed(1))
     images = dpmpp_2m(denoise, noise * (sigmas[0] ** 2 + 1) ** 0.5, [*sigmas, 0.0])
-    print(name, losses, images.std().item())
     assert images.std().item() == pytest.approx(STD, rel=0.05)
 
 
@@ -174,23 +172,24 @@ def test_weights_draw_by_importance_and_leave_the_mean_loss_as_it_is() -> None:
 
 
 def test_measured_weights_are_the_losses_and_draw_it_with_less_variance() -> None:
-    data = GaussianData(SETTINGS)
-    weights = measure_timestep_weights(loss_of(SETTINGS), data, SETTINGS.batch_size, batches=20, parts=5)
+    plain = replace(SETTINGS, min_snr_gamma=5.0)  # with it, losses depend much on the time
+    data = GaussianData(plain)
+    weights = measure_timestep_weights(loss_of(plain), data, plain.batch_size, batches=20, parts=5)
     batch = batch_of(torch.arange(TOTAL).repeat(10), torch.Generator().manual_seed(0))
-    squares = loss_of(SETTINGS).each(batch).detach().square()
+    squares = loss_of(plain).each(batch).detach().square()
     parts = torch.arange(TOTAL).repeat(10) * 5 // TOTAL
     expected = torch.stack([squares[parts == part].mean().sqrt() for part in range(5)])
     assert relative_error(torch.tensor(weights), expected) < 0.1
-    config = replace(SETTINGS, timestep_weights=weights)
+    config = replace(plain, timestep_weights=weights)
     spreads = []
-    for own in (SETTINGS, config):
+    for own in (plain, config):
         batch = GaussianData(replace(own, batch_size=20_000)).batch(0, slice(None), CPU)
         spreads.append(loss_of(own).each(batch).std().item())
-    assert spreads[1] < 0.9 * spreads[0]
+    assert spreads[1] < 0.95 * spreads[0]
     with pytest.raises(ValueError, match="no timestep of some of 900 parts: take more batches"):
-        measure_timestep_weights(loss_of(SETTINGS), data, SETTINGS.batch_size, batches=1, parts=900)
+        measure_timestep_weights(loss_of(plain), data, plain.batch_size, batches=1, parts=900)
     with pytest.raises(ValueError, match="a loss that has no timestep_weights itself"):
-        measure_timestep_weights(loss_of(config), data, SETTINGS.batch_size)
+        measure_timestep_weights(loss_of(config), data, plain.batch_size)
 
 
 @pytest.mark.parametrize(
