@@ -101,7 +101,7 @@ def plms(
 ) -> Tensor:  # fmt: skip
     """Integrate by PNDM: as `lms` of order 4, but a polynomial in the number of the step.
 
-    Source: https://arxiv.org/abs/2202.09778, equations 9 to 13; diffusers' schedulers/scheduling_pndm.py.
+    Source: https://arxiv.org/abs/2202.09778, equations 9, 12, 13; diffusers' schedulers/scheduling_pndm.py.
     x, sigmas, on_step: as for `euler`. midpoints: sigmas within the first steps, in the middle of their
     timesteps, three in the paper: these steps are Runge-Kutta's, of four evaluations. Without any, the first
     is Heun's, of two (the reference's skip_prk_steps).
@@ -253,7 +253,7 @@ def exponential_step(
 
     With h = log(sigma / next_sigma), and r = 0 to 1 in log sigma from sigma to next_sigma, the solution is
         exp(-h) x + h Integral[exp(-h (1 - r)) x0(r)], or x - next_sigma h Integral[exp(h (1 - r)) noise(r)]
-    (https://arxiv.org/abs/2211.01095, equation 8; https://arxiv.org/abs/2206.00927, equation 3.4).
+    (propositions 4.1 of https://arxiv.org/abs/2211.01095 and 3.1 of https://arxiv.org/abs/2206.00927).
     points: x0 or, without predict_x0, the noise; a step to sigma 0 returns the first one's x0. moments: see
     `exponential_moments`. eps: noise to add in the SDE, of which the integral is twice as large.
     """
