@@ -96,8 +96,8 @@ def dpmpp_sde(
 
     Source: `sample_dpmpp_sde` of k-diffusion; diffusers' scheduling_dpmsolver_sde.py. x, sigmas, on_step: as
     for `euler`. Two evaluations a step, one in a step to 0, which draws nothing. The noises of a step are of
-    one Brownian motion in sigma, drawn in order of time: to the midpoint, then from there to the end. eta: 0
-    draws nothing.
+    one Brownian motion in sigma, drawn in order of time: to the midpoint, then from there to the end; the
+    reference's come from a tree with a seed of its own. eta: 0 draws nothing.
     """
     for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
         x0 = denoise(x, sigma)
@@ -126,10 +126,10 @@ def restart(
 ) -> Tensor:  # fmt: skip
     """Integrate with `sampler`, and at chosen sigmas add noise up to a higher one and integrate again.
 
-    Source: https://arxiv.org/abs/2306.14878. x, sigmas, on_step: as for `euler`;
-    on_step(i, x) is called after the repeats at the end of step i.
-    restarts: {sigma_min: (steps, repeats, sigma_max)}, each at the end of the step that is nearest to its
-    sigma_min, with Karras' spacing. ValueError if that is not below sigma_max.
+    Source: https://arxiv.org/abs/2306.14878. x, sigmas, on_step: as for `euler`; on_step(i, x) is called
+    after the repeats at the end of step i. restarts: {sigma_min: (steps, repeats, sigma_max)}; each starts at
+    the run's sigma that is nearest to its sigma_min, its steps in Karras' spacing. ValueError if that sigma
+    is not below its sigma_max.
     """
     ends = list(_floats(sigmas))[1:]
     plans = {}
@@ -138,7 +138,7 @@ def restart(
         if not low < high:
             raise ValueError(f"a restart's sigma_max must be above its sigma_min, {low:.4g}, got {high:.4g}")
         # The last is the run's own sigma, whose timestep is known.
-        plans[ends.index(low)] = repeats, [*karras(low, high, steps + 1)[:-1], low]
+        plans[ends.index(low)] = repeats, [*map(float, karras(low, high, steps + 1)[:-1]), low]
 
     def repeat(i: int, x: Tensor) -> Tensor:
         repeats, levels = plans.get(i, (0, []))
