@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.parity.samplers import predict
 from kolors_core.sampling import Denoiser, Sampler, euler
 from kolors_core.sampling_distilled import boundary_scalings, lcm, lower_sigma, tcd
-from kolors_core.schedule import karras
+from kolors_core.sigmas import karras
 from tests.support.small import relative_error
 from tests.support.trajectories import (
     KOLORS,

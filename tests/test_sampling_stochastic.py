@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.parity.samplers import SHAPE, predict
 from kolors_core.sampling import Denoiser, Sampler, dpm2, dpm_multistep, euler, heun
 from kolors_core.sampling_stochastic import ancestral, churn, dpmpp_sde, restart
-from kolors_core.schedule import karras, sigma_to_timestep
+from kolors_core.sigmas import karras, sigma_to_timestep
 from tests.support.small import EXACT, FLOAT32, relative_error
 from tests.support.trajectories import (
     KOLORS,

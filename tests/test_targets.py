@@ -15,7 +15,8 @@ from benchmarks.parity.samplers import predict
 from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided, make_denoiser
 from kolors_core.sampling import dpmpp_2m, euler
-from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Schedule
+from kolors_core.schedule import Schedule
+from kolors_core.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from kolors_core.targets import TARGETS, target_of
 from kolors_core.training.loss import LARGEST_SIGMA
 from tests.support.reference_folder import KOLORS_SCHEDULER

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.sampling import dpmpp_2m
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.targets import TARGETS, target_of
 from kolors_core.training.data import Batch, draw_timesteps, timestep_density
 from kolors_core.training.loss import DiffusionLoss, measure_timestep_weights
