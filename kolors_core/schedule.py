@@ -83,7 +83,7 @@ class Scheduler(ABC):
     evaluations: ClassVar[int] = 1
     choices: ClassVar[dict[str, Any]] = {}
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    same: ClassVar[dict[str, dict[str, Any]]] = {}
+    same: ClassVar[dict[str, dict[Any, Any]]] = {}
 
     num_train_timesteps: int = 1100
 
@@ -142,9 +142,9 @@ class Scheduler(ABC):
                         f"{cls.__name__}: {name} is {short_repr(value)}, expected {allowed[0]!r}"
                     )
             elif name in own:
-                renamed = cls.same.get(name, {})
-                value = own[name][0] if value is None else value
-                chosen[name] = renamed[value] if isinstance(value, str) and value in renamed else value
+                renamed, default = cls.same.get(name, {}), own[name][0]
+                value = default if value is None and isinstance(default, bool) else value
+                chosen[name] = renamed.get(value, value) if isinstance(value, str | None) else value
             elif kind := next((kind for kind in SCHEDULERS.values() if name in kind._field_values()), None):
                 if not _is_among(value, kind._field_values()[name]):
                     raise ValueError(f"{cls.__name__} has no field {name!r}, {kind.__name__} has")

@@ -84,7 +84,7 @@ class DDPMScheduler(SpacedScheduler):
 
     whole_timesteps = True
     fixed = CLIPPING | THRESHOLDING
-    same: ClassVar = {"variance_type": {"fixed_small_log": "fixed_small"}}
+    same: ClassVar = {"variance_type": {"fixed_small_log": "fixed_small", None: "fixed_small"}}
     choices: ClassVar = DiffusionScheduler.choices | {
         "variance_type": ("fixed_small", "fixed_large"),
         "beta_schedule": ("scaled_linear", "linear", "squaredcos_cap_v2", "laplace", "sigmoid"),

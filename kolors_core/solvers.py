@@ -253,6 +253,7 @@ class EDMEulerScheduler(Scheduler):
     final_sigmas_type: str = "zero"
 
     precision: ClassVar[torch.dtype] = torch.float64
+    same: ClassVar = {"sigma_min": {None: 0.002}, "sigma_max": {None: 80.0}}
     choices: ClassVar = {
         "sigma_schedule": ("karras", "exponential"), "prediction_type": ("epsilon", "v_prediction"),
         "final_sigmas_type": ("zero", "sigma_min"),
@@ -324,7 +325,7 @@ class EDMDPMSolverMultistepScheduler(EDMEulerScheduler):
         "solver_type": ("midpoint", "heun"), "solver_order": range(1, 4),
     }  # fmt: skip
     fixed = THRESHOLDING
-    same = DPMSolverMultistepScheduler.same
+    same = EDMEulerScheduler.same | DPMSolverMultistepScheduler.same
 
     def _end(self, run: Tensor) -> Tensor:
         return run.new_tensor([self.sigma_min])

@@ -365,7 +365,7 @@ print(scheduler.steps_offset)
 def test_a_faulty_config_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "scheduler_config.json"
     for changes, message in (
-        ({"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction', expected 'epsilon'"),
+        ({"prediction_type": "velocity"}, "prediction_type must be one of 'epsilon'"),
         ({"beta_end": None}, "0 < beta_start"),
     ):
         file.write_text(json.dumps(KOLORS_SCHEDULER | changes))
