@@ -73,6 +73,21 @@ def test_noise_offset_shifts_each_channel_as_a_whole(
     assert difference.std((2, 3)).max() < 1e-6 and 0.03 < difference.mean((2, 3)).std() < 0.3
 
 
+def test_second_moments_decay_as_told(pictures: Path, tmp_path: Path, small_tokenizer: Path) -> None:
+    config = replace(CONFIG, adam_beta2=0.9)
+    trainer = make_trainer(tmp_path, pictures, small_tokenizer, config)
+    moments = {name: torch.zeros_like(parameter) for name, parameter in trainer.named.items()}
+
+    def average(*_: object) -> None:
+        for name, parameter in trainer.named.items():
+            moments[name].lerp_(parameter.grad.square(), 0.1)
+
+    trainer.optimizer.register_step_pre_hook(average)
+    trainer.fit()
+    for name, parameter in trainer.named.items():
+        assert relative_error(trainer.optimizer.state[parameter]["exp_avg_sq"], moments[name]) < 1e-5, name
+
+
 def test_a_killed_run_goes_on_to_the_same_losses(
     pictures: Path, tmp_path: Path, small_tokenizer: Path
 ) -> None:
@@ -208,6 +223,7 @@ def test_lora_trains_by_the_same_loop_and_leaves_no_trace(
 def test_bad_settings_are_named(pictures: Path, tmp_path: Path, small_tokenizer: Path) -> None:
     for changes, message in (
         ({"steps": 0}, "steps must be a positive whole number, got 0"),
+        ({"adam_beta2": 1.0}, "adam_beta2 must be below 1"),
         ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine'"),
         ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.bfloat16"),
     ):
