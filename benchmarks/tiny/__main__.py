@@ -57,8 +57,9 @@ TEXT_ENCODER = TrainingConfig(
     steps=7000, batch_size=128, learning_rate=1.5e-3, schedule="cosine", warmup=200, dtype=torch.bfloat16,
 )  # fmt: skip
 DENOISER = TrainingConfig(
-    steps=8000, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=200, weight_decay=0.01,
-    ema_decay=0.9985, min_snr_gamma=1.0, dtype=torch.bfloat16, save_every=250,
+    steps=14_000, batch_size=64, learning_rate=7e-4, schedule="cosine", warmup=200, weight_decay=0.01,
+    adam_beta2=0.99, max_grad_norm=0.3, ema_decay=0.9985, min_snr_gamma=5.0, dtype=torch.bfloat16,
+    save_every=250,
 )  # fmt: skip
 PIECES_FROM = range(20_000)  # seeds of the scenes whose captions the tokenizer's pieces are from
 STANDARD_FROM = range(10**6, 10**6 + 256)  # seeds of the scenes whose latents have mean 0 and variance 1
