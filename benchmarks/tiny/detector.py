@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.tiny.emoji import CONCEPTS, SIZE
+from benchmarks.tiny.processes import report_every
 from benchmarks.tiny.scenes import (
     CHARACTERS,
     CHINESE,
@@ -339,12 +340,7 @@ def train(
     """Train a detector, or take up the run in `folder`."""
     torch.manual_seed(training.seed)  # of the first weights
     detector = Detector().to(device)
-
-    def report(step: int, loss: float) -> None:
-        if step % 50 == 49:
-            print(f"detector step {step + 1}: loss {loss:.4f}", flush=True)
-
-    source = SceneSource(training, vae)
+    source, report = SceneSource(training, vae), report_every(50, "detector")
     trainer = Trainer(Reading(detector), source, training, folder, report, resume=resume)
     trainer.fit(progress=False)
     trainer.load_ema_weights()
