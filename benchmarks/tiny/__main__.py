@@ -10,6 +10,7 @@ are faster than one of two; on an accelerator, which is used if there is one: `p
 
 import argparse
 import json
+import re
 import subprocess
 import tarfile
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from benchmarks.tiny import autoencoder, text
 from benchmarks.tiny.captions import Grammar
@@ -34,6 +36,7 @@ from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import SPECIAL_TOKENS, Tokenizer
+from kolors_core.training.data import Batch
 from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.unet import UNet
@@ -53,14 +56,19 @@ DISTURBED = TrainingConfig(
     ema_decay=0.998, dtype=torch.bfloat16, seed=2,
 )  # fmt: skip
 DISTURBANCE = 0.2  # of the latents, in their deviations, at most
-TEXT_ENCODER = TrainingConfig(
+ON_NAMES = TrainingConfig(
     steps=7000, batch_size=128, learning_rate=1.5e-3, schedule="cosine", warmup=200, dtype=torch.bfloat16,
+)  # fmt: skip
+ON_PLACES = TrainingConfig(
+    steps=3000, batch_size=128, learning_rate=1e-3, schedule="cosine", warmup=100, adam_beta2=0.99,
+    dtype=torch.bfloat16, seed=1,
 )  # fmt: skip
 DENOISER = TrainingConfig(
     steps=16_000, batch_size=64, learning_rate=7e-4, schedule="cosine", warmup=200, weight_decay=0.01,
     adam_beta2=0.99, max_grad_norm=0.3, ema_decay=0.9985, min_snr_gamma=5.0, dtype=torch.bfloat16,
     save_every=250,
 )  # fmt: skip
+HAN, APART = "[\u4e00-\u9fff，。：！？“”]", "|"  # what is in no piece with others, and what tells so
 PIECES_FROM = range(20_000)  # seeds of the scenes whose captions the tokenizer's pieces are from
 STANDARD_FROM = range(10**6, 10**6 + 256)  # seeds of the scenes whose latents have mean 0 and variance 1
 
@@ -80,18 +88,25 @@ def fetch_names(folder: Path) -> Path:
 
 
 def train_tokenizer(grammar: Grammar, folder: Path) -> Tokenizer:
-    """A SentencePiece model of the captions; each character of a sign and each Chinese name is one piece."""
+    """A SentencePiece model of the captions; each character of a sign and each Chinese name is one piece.
+
+    No other piece has two Chinese characters: words of places would be hidden in whole phrases.
+    """
     from sentencepiece import SentencePieceTrainer
 
     if is_first() and not (folder / "tokenizer.model").exists():
         folder.mkdir(parents=True, exist_ok=True)
         names = [name for concept in grammar.names.values() for name in concept.english + concept.chinese]
         whole = [name for concept in grammar.names.values() for name in concept.chinese if len(name) > 1]
-        lines = text.tokenizer_lines(grammar, PIECES_FROM) + 20 * names
+        lines = [
+            re.sub(f"(?<={HAN})|(?={HAN})", APART, line).strip(APART)
+            for line in text.tokenizer_lines(grammar, PIECES_FROM) + 20 * names
+        ]
         SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe",
             vocab_size=TINY.text_encoder.vocab_size - len(SPECIAL_TOKENS) - 1, byte_fallback=True, pad_id=-1,
             character_coverage=1.0, minloglevel=2, user_defined_symbols=[*CHARACTERS, *whole],
+            pretokenization_delimiter=APART,
         )  # fmt: skip
         (folder / "tokenizer.vocab").unlink()
     wait_for_all()
@@ -127,23 +142,38 @@ def train_vae(package: Path, folder: Path, device: torch.device) -> VAE:
 
 def train_text_encoder(grammar: Grammar, tokenizer: Tokenizer, folder: Path, device: torch.device) -> ChatGLM:
     """The trained text encoder, taken from the folder if it is there already."""
-    file, text_encoder = folder / "text_encoder.safetensors", ChatGLM(TINY.text_encoder).eval()
-    if not file.exists():
-        text_encoder = text.train(
-            TINY.text_encoder, grammar, tokenizer, TEXT_ENCODER, folder, device
-        ).text_encoder
-        if is_first():
-            save_file(text_encoder.state_dict(), file)
-        return text_encoder.requires_grad_(False)
-    text_encoder.load_state_dict(load_file(file))
-    return text_encoder.to(device).requires_grad_(False)
+    torch.manual_seed(ON_NAMES.seed)  # of the first weights
+    text_encoder = ChatGLM(TINY.text_encoder).to(device).eval()
+    for training, name in ((ON_NAMES, "names"), (ON_PLACES, "places")):
+        file = folder / f"{name}.safetensors"
+        if not file.exists():
+            source = text.CaptionSource(grammar, tokenizer, training)
+            whitening = text.whiten(text_encoder, source, device) if name == "places" else None
+            text.train(text_encoder, whitening, source, training, folder / name, device)
+            if is_first():
+                save_file(text_encoder.state_dict(), file)
+            wait_for_all()
+        text_encoder.load_state_dict(load_file(file))
+    return text_encoder.requires_grad_(False)
 
 
-def train_unet(data: SceneLatents, folder: Path, device: torch.device) -> UNet:
-    """The UNet, on the frozen encoders; the losses go to `losses.jsonl`, a line each."""
+class SceneLoss(DiffusionLoss):
+    """Diffusion loss that weighs noise of sigma above 1, where a scene's layout is decided, by sigma."""
+
+    def each(self, batch: Batch) -> Tensor:
+        """Compute the loss of each of the rank's images: [b]."""
+        return super().each(batch) * self.sigmas.to(batch.timesteps.device)[batch.timesteps].clamp(min=1)
+
+
+def train_unet(data: SceneLatents, whitening: text.Whitening, folder: Path, device: torch.device) -> UNet:
+    """The UNet, on the frozen encoders; the losses go to `losses.jsonl`, a line each.
+
+    whitening: of the text encoder's tokens, with which the text projection starts.
+    """
     torch.manual_seed(DENOISER.seed)  # of the first weights
     unet = UNet(TINY.unet).to(device)  # not channels last: torch's GroupNorm of few channels is slow there
-    objective = DiffusionLoss(unet, None, EulerDiscreteScheduler().training_sigmas(), DENOISER)
+    unet.text_proj.load_state_dict(whitening.state_dict())
+    objective = SceneLoss(unet, None, EulerDiscreteScheduler().training_sigmas(), DENOISER)
     folder.mkdir(parents=True, exist_ok=True)
     losses = (folder / "losses.jsonl").open("a", encoding="utf-8")
     start = time.monotonic()
@@ -176,7 +206,8 @@ def main(out: Path) -> None:
         vae = train_vae(package, out / "autoencoder", device)
         text_encoder = train_text_encoder(grammar, tokenizer, out / "text", device)
         data = SceneLatents(grammar, tokenizer, text_encoder, vae, DENOISER)
-        unet = train_unet(data, out / "unet", device)
+        captions = text.CaptionSource(grammar, tokenizer, DENOISER)
+        unet = train_unet(data, text.whiten(text_encoder, captions, device), out / "unet", device)
     if not is_the_first:
         return
     pipe = KolorsPipeline(vae, text_encoder, tokenizer, unet, EulerDiscreteScheduler())

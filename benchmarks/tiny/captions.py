@@ -118,6 +118,7 @@ CHINESE_AFTER = (
     "的照片", "的图片", "的画", "，高质量", "，谢谢", "。", "！", "，很好看", "，微距，变焦", "，电影",
 )  # fmt: skip
 NONSENSE = 0.06  # how many captions have a meaningless word
+TELLING = 0.5  # how often, in training, a caption that tells nothing of places is made again
 
 # Never trained on: the quality is measured with these.
 ENGLISH_UNSEEN = ("I would like to see {x}", "could we have {x} here", "your poster: {x}")
@@ -194,6 +195,13 @@ class Grammar:
         if language == 0 and order.random() < 0.2:
             text = text[:1].upper() + text[1:]
         return Caption(text, claims)
+
+    def teach(self, scene: Scene, order: random.Random, language: int) -> Caption:
+        """A caption to train with: as `say` makes it, but more often it tells something of places."""
+        caption = self.say(scene, order, language)
+        while not caption.claims and order.random() < TELLING:
+            caption = self.say(scene, order, language)
+        return caption
 
     def _groups(
         self, groups: Sequence[Group], order: random.Random, language: int

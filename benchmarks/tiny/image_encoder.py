@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.tiny.processes import is_first
 from benchmarks.tiny.scenes import GROUNDS, KINDS, compose, render
-from benchmarks.tiny.text import NOTHING_WEIGHT, PLACES, grid_of
+from benchmarks.tiny.text import NOTHING_WEIGHT, SIDE, grid_of
 from kolors_core.adapters.clip_vision import CLIPVision, CLIPVisionConfig, preprocess_clip
 from kolors_core.training.data import derive_seed
 from kolors_core.training.trainer import Trainer, TrainingConfig
@@ -68,7 +68,7 @@ class SceneImageSource:
         pixels, grids, grounds = (torch.cat(parts) for parts in zip(*made, strict=True))
         draw = torch.Generator().manual_seed(derive_seed(self.config.seed, step))
         is_mirrored = torch.rand(self.config.batch_size, generator=draw)[rows] < 0.5
-        grids = grids.unflatten(1, (PLACES, PLACES))
+        grids = grids.unflatten(1, (SIDE, SIDE))
         pixels = torch.where(is_mirrored[:, None, None, None], pixels.flip(-1), pixels)
         grids = torch.where(is_mirrored[:, None, None], grids.flip(-1), grids).flatten(1)  # [B, P]
         return SceneImages(pixels.to(device), grids.to(device), grounds.to(device))
@@ -149,8 +149,8 @@ def train(
     config: CLIPVisionConfig, training: TrainingConfig, folder: Path, device: torch.device
 ) -> ImageReading:
     """Train an encoder with its heads, or take up the run in `folder`."""
-    if config.image_size != PLACES * config.patch_size:
-        raise ValueError(f"expected {PLACES} patches a side, got {config.image_size / config.patch_size}")
+    if config.image_size != SIDE * config.patch_size:
+        raise ValueError(f"expected {SIDE} patches a side, got {config.image_size / config.patch_size}")
     torch.manual_seed(training.seed)  # of the first weights
     reading = ImageReading(new_encoder(config)).to(device)
     unseen = scene_images(list(range(TESTED)), config.image_size, is_trained=False)

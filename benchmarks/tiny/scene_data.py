@@ -25,7 +25,7 @@ from kolors_core.training.trainer import TrainingConfig
 from kolors_core.vae import VAE
 
 APART = 32  # steps between two uses of a scene
-USES = 8  # of a scene
+USES = 12  # of a scene
 DROPPED = 0.1  # captions, for guidance
 
 
@@ -98,7 +98,7 @@ class SceneLatents:
 
     def _caption(self, scene: Scene, step: int, row: int) -> str:
         order = random.Random(derive_seed(self.config.seed, step, 1, row))
-        return "" if order.random() < DROPPED else self.grammar.say(scene, order, order.randrange(2)).text
+        return "" if order.random() < DROPPED else self.grammar.teach(scene, order, order.randrange(2)).text
 
     def record(self) -> dict[str, object]:
         """What its batches depend on besides the step and the settings."""

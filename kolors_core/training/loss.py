@@ -36,6 +36,10 @@ class DiffusionLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Compute the mean loss of the rank's images."""
+        return self.each(batch).mean()
+
+    def each(self, batch: Batch) -> Tensor:
+        """Compute the loss of each of the rank's images: [b]."""
         text = batch.text
         if isinstance(text, TokenBatch):
             assert self.text_encoder is not None
@@ -52,4 +56,4 @@ class DiffusionLoss(nn.Module):
         if self.config.min_snr_gamma is not None:
             snr = sigma.flatten() ** -2
             loss = loss * (snr.clamp(max=self.config.min_snr_gamma) / snr)
-        return loss.mean()
+        return loss

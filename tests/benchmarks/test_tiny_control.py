@@ -28,7 +28,7 @@ from benchmarks.tiny.sparse_scenes import (
     brief_caption,
     sparse_caption,
 )
-from benchmarks.tiny.text import PLACES
+from benchmarks.tiny.text import SIDE
 from kolors_core import KolorsPipeline, canny
 from kolors_core.adapters.clip_vision import CLIPVision, preprocess_clip
 from kolors_core.adapters.ip_adapter import IPAdapter, attach, attached, cross_attentions
@@ -172,7 +172,7 @@ def test_the_encoder_sees_scenes_and_their_mirror_images() -> None:
     mirrored = 0
     for row in range(8):
         scene = source._scene(1, row)
-        grid = scene.grid.unflatten(1, (PLACES, PLACES))[0]
+        grid = scene.grid.unflatten(1, (SIDE, SIDE))[0]
         is_plain = torch.equal(batch.pixels[row], scene.pixels[0])
         mirrored += not is_plain
         expected = (scene.pixels[0], grid) if is_plain else (scene.pixels[0].flip(-1), grid.flip(-1))
@@ -187,9 +187,9 @@ def test_a_sign_is_one_kind_whatever_it_says() -> None:
     kinds = {int(kind) for scene in scenes for kind in image_encoder.grid_of(scene)}
     assert max(kinds) == len(image_encoder.KINDS) and image_encoder.KINDS.index(SIGN) in kinds
     for scene in scenes:
-        grid = image_encoder.grid_of(scene).unflatten(0, (PLACES, PLACES))
+        grid = image_encoder.grid_of(scene).unflatten(0, (SIDE, SIDE))
         for item in scene.items:
-            x, y = (min(PLACES - 1, int(side * PLACES / SIZE)) for side in (item.x, item.y))
+            x, y = (min(SIDE - 1, int(side * SIDE / SIZE)) for side in (item.x, item.y))
             assert image_encoder.KINDS[int(grid[y, x])] == item.kind
 
 

@@ -22,7 +22,20 @@ from benchmarks.tiny.emoji import CONCEPTS, FONT, Concept, draw, read_concepts
 from benchmarks.tiny.inpaint import nine_channels
 from benchmarks.tiny.quality import interval
 from benchmarks.tiny.scenes import CHARACTERS, GROUNDS, SIGN, SIGN_FONT, Item, Scene
-from benchmarks.tiny.text import KINDS, PLACES, SEEN, CaptionSource, SceneReading, accuracy, train, truth
+from benchmarks.tiny.text import (
+    ABSENT,
+    KINDS,
+    SEEN,
+    SIDE,
+    CaptionSource,
+    SceneReading,
+    Whitening,
+    accuracy,
+    told_sides,
+    train,
+    truth,
+    whiten,
+)
 from kolors_core.chatglm import ChatGLM
 from kolors_core.checkpoint import EMBEDDED, load_component
 from kolors_core.config import TINY
@@ -144,8 +157,9 @@ def test_what_captions_are_to_tell_is_the_scenes_truth() -> None:
     """Eight places a side, of 16 pixels each: the boxes' places have their kinds, a sign's its characters."""
     cat, dogs = Item("🐱", 32, 32, 32, 32, 32), [Item("🐶", 96, y, 32, 32, 32) for y in (32, 96)]
     sign = Item(SIGN, 32, 104, 60, 32, 32, text="A图")
-    grid, numbers, ground, characters = truth(Scene("night", ((cat,), tuple(dogs), (sign,))))
-    grid = grid.view(PLACES, PLACES)
+    scene = Scene("night", ((cat,), tuple(dogs), (sign,)))
+    grid, numbers, ground, characters, thirds = truth(scene, {"🐶"})
+    grid = grid.view(SIDE, SIDE)
     assert (grid[1:3, 1:3] == SEEN.index("🐱")).all() and (grid == SEEN.index("🐱")).sum() == 4
     assert (grid[1:3, 5:7] == SEEN.index("🐶")).all() and (grid == SEEN.index("🐶")).sum() == 8
     assert (grid == len(SEEN)).sum() > 30, "nothing elsewhere"
@@ -154,6 +168,8 @@ def test_what_captions_are_to_tell_is_the_scenes_truth() -> None:
     assert characters[2] == len(CHARACTERS)
     row = grid[6].tolist()
     assert row.index(SEEN.index("A")) < row.index(SEEN.index("图")), "from left to right"
+    assert thirds[KINDS.index("🐶")].tolist() == [2, 1], "the middle of both dogs"
+    assert (thirds != ABSENT).sum() == 2, "of what the caption tells alone"
 
 
 @needs_font
@@ -163,6 +179,8 @@ def test_captions_depend_on_seed_and_step_alone(small_tokenizer: Path, grammar: 
     source = CaptionSource(grammar, Tokenizer(small_tokenizer), config)
     batch, again, part = (source.batch(3, slice(first, 8), CPU) for first in (0, 0, 4))
     assert torch.equal(batch.tokens.ids, again.tokens.ids) and torch.equal(batch.grid, again.grid)
+    assert ((batch.thirds == ABSENT) | ((batch.thirds >= 0) & (batch.thirds < 3))).all()
+    assert (batch.thirds != ABSENT).any() and torch.equal(batch.thirds[4:], part.thirds)
     for name in ("grid", "numbers", "grounds", "characters"):
         whole = getattr(batch, name)
         assert torch.equal(whole[4:], getattr(part, name)) and torch.equal(whole[::2], whole[1::2])
@@ -177,14 +195,32 @@ def test_the_text_encoder_learns_what_captions_tell(
     tokenizer = Tokenizer(small_tokenizer)
     config = TrainingConfig(steps=12, batch_size=8, learning_rate=2e-3, warmup=1, max_tokens=64)
     batch = CaptionSource(grammar, tokenizer, config).batch(50, slice(0, 8), CPU)
-    torch.manual_seed(config.seed)
-    first = SceneReading(ChatGLM(SMALL.text_encoder))
+    source, text_encoder = CaptionSource(grammar, tokenizer, config), ChatGLM(SMALL.text_encoder)
+    first = SceneReading(text_encoder)
     first(batch).backward()
     assert all(parameter.grad is not None for parameter in first.parameters())
-    learned = train(SMALL.text_encoder, grammar, tokenizer, config, tmp_path, CPU)
     with torch.no_grad():
-        assert learned(batch) < 0.7 * first(batch), "of captions that it was not trained on"
-    assert set(accuracy(learned, batch)) >= {"kinds and numbers", "ground", "sign"}
+        loss = first(batch)
+    learned = train(text_encoder, whiten(text_encoder, source, CPU), source, config, tmp_path, CPU)
+    assert learned.text_encoder is text_encoder
+    with torch.no_grad():
+        assert learned(batch) < 0.7 * loss, "of captions that it was not trained on"
+    assert set(accuracy(learned, batch)) == {"kinds and numbers", "ground", "sign", "third"}
+    with torch.no_grad():  # a reader to whom all captions are one tells no sides
+        learned.to_pooled_occupied.weight.zero_()
+    told = told_sides(learned, grammar, tokenizer)
+    assert told["English places from pooled"] == pytest.approx(0, abs=1e-6)
+    assert told["Chinese places from tokens"] != 0
+
+
+def test_whitened_tokens_have_mean_0_and_covariance_1() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator)
+    tokens = 3 + torch.randn(4000, 6, generator=generator) @ mixing
+    white = Whitening(tokens, ridge=0)(tokens)
+    assert white.mean(0).abs().max() < 1e-4
+    assert (white.T @ white / len(white) - torch.eye(6)).abs().max() < 1e-3
+    assert Whitening(tokens, ridge=1)(tokens).std() < 0.9, "directions of little variance stay small"
 
 
 def test_standardised_latents_decode_to_the_same_pictures() -> None:
