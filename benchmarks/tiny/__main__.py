@@ -9,7 +9,6 @@ are faster than one of two; on an accelerator, which is used if there is one: `p
 """
 
 import argparse
-import json
 import re
 import subprocess
 import tarfile
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from benchmarks.tiny import autoencoder, text
 from benchmarks.tiny.captions import Grammar
@@ -27,6 +25,7 @@ from benchmarks.tiny.concepts import write_concepts
 from benchmarks.tiny.emoji import CONCEPTS, read_concepts, read_names
 from benchmarks.tiny.processes import is_first, processes, wait_for_all
 from benchmarks.tiny.scene_data import SceneLatents
+from benchmarks.tiny.scene_loss import SceneLoss
 from benchmarks.tiny.scenes import CHARACTERS, compose, pixels
 from kolors_core.attention import attention_kernel
 from kolors_core.chatglm import ChatGLM
@@ -36,8 +35,7 @@ from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import EulerDiscreteScheduler
 from kolors_core.tokenizer import SPECIAL_TOKENS, Tokenizer
-from kolors_core.training.data import Batch
-from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.loss_curve import draw_curve
 from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
@@ -157,39 +155,27 @@ def train_text_encoder(grammar: Grammar, tokenizer: Tokenizer, folder: Path, dev
     return text_encoder.requires_grad_(False)
 
 
-class SceneLoss(DiffusionLoss):
-    """Diffusion loss that weighs noise of sigma above 1, where a scene's layout is decided, by sigma."""
-
-    def each(self, batch: Batch) -> Tensor:
-        """Compute the loss of each of the rank's images: [b]."""
-        return super().each(batch) * self.sigmas.to(batch.timesteps.device)[batch.timesteps].clamp(min=1)
-
-
 def train_unet(data: SceneLatents, whitening: text.Whitening, folder: Path, device: torch.device) -> UNet:
-    """The UNet, on the frozen encoders; the losses go to `losses.jsonl`, a line each.
+    """The UNet, on the frozen encoders; its losses are drawn to `loss.png`.
 
     whitening: of the text encoder's tokens, with which the text projection starts.
     """
     torch.manual_seed(DENOISER.seed)  # of the first weights
     unet = UNet(TINY.unet).to(device)  # not channels last: torch's GroupNorm of few channels is slow there
     unet.text_proj.load_state_dict(whitening.state_dict())
-    objective = SceneLoss(unet, None, EulerDiscreteScheduler().training_sigmas(), DENOISER)
-    folder.mkdir(parents=True, exist_ok=True)
-    losses = (folder / "losses.jsonl").open("a", encoding="utf-8")
+    objective = SceneLoss(unet, EulerDiscreteScheduler().training_sigmas(), DENOISER).to(device)
     start = time.monotonic()
 
     def report(step: int, loss: float) -> None:
-        if not is_first():
-            return
-        seconds = time.monotonic() - start
-        losses.write(json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 1)}) + "\n")
-        if step % 50 == 0:
-            losses.flush()
-            print(f"UNet step {step}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
+        if is_first() and step % 50 == 0:
+            print(f"UNet step {step}: loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
 
     trainer = Trainer(objective, data, DENOISER, folder, report)
     trainer.fit(progress=False)
     trainer.load_ema_weights()
+    if is_first():
+        draw_curve(trainer.losses, trainer.losses.first).save(folder / "loss.png")
+    objective.stop_hearing()
     return unet.eval()
 
 

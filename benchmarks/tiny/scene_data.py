@@ -14,7 +14,9 @@ from torch import Tensor
 
 from benchmarks.tiny.captions import Grammar
 from benchmarks.tiny.emoji import SIZE
+from benchmarks.tiny.scene_loss import SceneBatch
 from benchmarks.tiny.scenes import Scene, compose, render
+from benchmarks.tiny.text import SEEN, grid_of
 from kolors_core.chatglm import ChatGLM
 from kolors_core.conditioning import size_ids
 from kolors_core.image import pil_to_tensor, preprocess_control
@@ -66,9 +68,10 @@ class SceneLatents:
             text = self.text_encoder(tokens)
         ids = size_ids((SIZE, SIZE), (0, 0), (SIZE, SIZE)).to(device).expand(len(own), -1)
         control = torch.stack(controls).to(device) / 255 if self.control is not None else None
-        return Batch(
+        grid = torch.stack([grid_of(scene, SEEN) for scene in scenes]).to(device)
+        return SceneBatch(
             (mean + std * inner).to(device), text, ids, timesteps.to(device),
-            noise.to(device), control,
+            noise.to(device), control, grid=grid,
         )  # fmt: skip
 
     def _autocast(self, device: torch.device) -> torch.autocast:
