@@ -63,7 +63,7 @@ ON_PLACES = TrainingConfig(
 )  # fmt: skip
 DENOISER = TrainingConfig(
     steps=16_000, batch_size=64, learning_rate=7e-4, schedule="cosine", warmup=200, weight_decay=0.01,
-    adam_beta2=0.99, max_grad_norm=0.3, ema_decay=0.9985, min_snr_gamma=5.0, dtype=torch.bfloat16,
+    adam_beta2=0.99, max_grad_norm=0.5, ema_decay=0.9985, min_snr_gamma=5.0, dtype=torch.bfloat16,
     save_every=250,
 )  # fmt: skip
 HAN, APART = "[\u4e00-\u9fff，。：！？“”]", "|"  # what is in no piece with others, and what tells so
