@@ -9,7 +9,7 @@ Shapes: B images, H and W pixels, G cells of the grid's side, K kinds, C charact
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from benchmarks.tiny.scenes import (
     DIGITS,
     GROUNDS,
     KINDS,
+    LARGE,
     LETTERS,
     SIGN,
     Item,
@@ -148,8 +149,15 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[Found]:
-        """Detect what images [B, 3, H, W] in [-1, 1] show."""
-        return [found for part in images.split(64) for found in read(self(part))]
+        """Detect what images [B, 3, H, W] in [-1, 1] show.
+
+        Few things in training are large, so what is missed in an image may be found in the image halved.
+        """
+        found = list[Found]()
+        for part in images.split(64):
+            both = read(self(part)), read(self(halved(part)))
+            found += [with_large(whole, half) for whole, half in zip(*both, strict=True)]
+        return found
 
     @torch.no_grad()
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
@@ -199,6 +207,25 @@ def read(readings: Readings) -> list[Found]:
         text = "".join(CHARACTERS[character] for character, *_ in letters)
         found.append(Found(tuple(items), GROUNDS[int(ground.argmax())], text))
     return found
+
+
+def halved(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] at half their size in the middle of pages of their size, the edges drawn out."""
+    small = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+    right, down = images.shape[-1] // 4, images.shape[-2] // 4
+    return F.pad(small, (right, right, down, down), mode="replicate")
+
+
+def with_large(whole: Found, half: Found) -> Found:
+    """Add large things of the halved image where the whole one has none."""
+    items = list(whole.items)
+    for item in half.items:
+        twice = {name: 2 * getattr(item, name) for name in ("width", "height", "size")}
+        large = replace(item, x=2 * item.x - SIZE / 2, y=2 * item.y - SIZE / 2, **twice)
+        inside = (abs(i.x - large.x) < item.width and abs(i.y - large.y) < item.height for i in whole.items)
+        if large.size > LARGE and not any(inside):
+            items.append(large)
+    return replace(whole, items=tuple(items))
 
 
 class Reading(nn.Module):
