@@ -41,7 +41,7 @@ GAP = 2  # pixels between boxes, and to the page's edge
 TRIES = 60  # of placing all items at random, before their sizes are drawn again
 HELD_OUT = 10  # one pair of things in so many is never together in training
 MIXTURE = (((1,), 26), ((2,), 10), ((3,), 8), ((1, 1), 28), ((2, 1), 8), ((1, 2), 8), ((1, 1, 1), 12))
-SIGNS = 0.36  # how many scenes have a sign among their items
+SIGNS = 0.5  # how many scenes have a sign among their items
 LENGTHS = (1, 1, 2, 2, 3)  # of what signs say, each as often as it stands here
 WHITE = 0.35  # how many have the white ground
 
