@@ -67,7 +67,7 @@ _NAMES_IN = {
     "pipelines.image_to_image": ("KolorsImg2ImgPipeline",),
     "pipelines.inpainting": ("KolorsInpaintPipeline",), "pipelines.pag": ("KolorsPAGPipeline",),
     "pipelines.request": ("KolorsPipelineOutput",), "pipelines.text_to_image": ("KolorsPipeline",),
-    "schedule": ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
+    "schedulers": ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
 }  # fmt: skip
 # The drop-in classes, which stand before the plain ones of the same names; without compat/ those remain.
 _COMPAT_NAMES_IN = {

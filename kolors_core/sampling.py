@@ -2,23 +2,28 @@
 
 x = image + sigma * noise throughout, in float32 or better. Samplers keep no state between calls.
 Shapes: every tensor is [B, 4, H/8, W/8].
+
+Those of this file draw noise only if `noise` is given. All but `heun` and `dpm2` integrate a polynomial
+through the last predictions. Its values are x0 or the noise, its variable sigma (`lms`), the number of the
+step (`plms`) or log sigma (the others, `exponential_step`).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from kolors_core.schedule import DPMSolverMultistepScheduler, Schedule, Scheduler
-
 Denoiser = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int, Tensor], Tensor]
 Sampler = Callable[..., Tensor]
 Sigmas = Tensor | Sequence[float]
 Generators = torch.Generator | Sequence[torch.Generator] | None
+Order = int | Sequence[int]  # the highest order: one for all steps, or each step's; first steps have less
+Points = list[tuple[float, Tensor]]  # sigmas and what the model predicts there
+Moments = Callable[[float, int], list[float]]  # `exponential_moments`, or a method's approximation of them
 
 
 def euler(denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
@@ -29,34 +34,160 @@ def euler(denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None =
     on_step(i, x): called after step i, returns the x to continue with.
     """
     for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
-        x0 = denoise(x, sigma)
-        x = x + (x - x0) / sigma * (next_sigma - sigma)
+        x = x + predict_noise(denoise, x, sigma) * (next_sigma - sigma)
         if on_step is not None:
             x = on_step(i, x)
     return x
+
+
+def heun(denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
+    """Integrate by Heun's method: Euler's step, then again with the mean of the slopes at its two ends.
+
+    Two evaluations a step, one in a step to 0. Source: Karras et al., algorithm 1 without churn; diffusers'
+    schedulers/scheduling_heun_discrete.py. Arguments: as for `euler`.
+    """
+    for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
+        slope, size = predict_noise(denoise, x, sigma), next_sigma - sigma
+        if next_sigma > 0:
+            slope = (slope + predict_noise(denoise, x + slope * size, next_sigma)) / 2
+        x = x + slope * size
+        if on_step is not None:
+            x = on_step(i, x)
+    return x
+
+
+def dpm2(denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None) -> Tensor:
+    """Integrate by the midpoint method, with the middle in log sigma: sqrt(sigma * next_sigma).
+
+    Two evaluations a step, one in a step to 0. Source: DPM-Solver-2 (https://arxiv.org/abs/2206.00927,
+    algorithm 1) in sigmas; diffusers' schedulers/scheduling_k_dpm_2_discrete.py. Arguments: as for `euler`.
+    """
+    for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
+        slope, middle = predict_noise(denoise, x, sigma), math.sqrt(sigma * next_sigma)
+        if next_sigma > 0:
+            slope = predict_noise(denoise, x + slope * (middle - sigma), middle)
+        x = x + slope * (next_sigma - sigma)
+        if on_step is not None:
+            x = on_step(i, x)
+    return x
+
+
+def lms(
+    denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None, *, order: Order = 4
+) -> Tensor:
+    """Integrate by Adams-Bashforth's method: the noise is a polynomial in sigma through the last `order`.
+
+    Source: diffusers' schedulers/scheduling_lms_discrete.py, which integrates it numerically; this is exact.
+    x, sigmas, on_step: as for `euler`. order: see `Order`; 4 is the reference's.
+    """
+    points: Points = []
+    for i, (sigma, next_sigma, most) in enumerate(_steps(sigmas, order)):
+        points = [(sigma, predict_noise(denoise, x, sigma)), *points]
+        size, points = next_sigma - sigma, points[:most]
+        weights = fit_weights([(known - sigma) / size for known, _ in points], exponential_moments)
+        for (_, noise), weight in zip(points, weights, strict=True):
+            x = x.add(noise, alpha=size * weight)
+        if on_step is not None:
+            x = on_step(i, x)
+    return x
+
+
+def plms(
+    denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None, *,
+    midpoints: Sequence[float] = ()
+) -> Tensor:  # fmt: skip
+    """Integrate by PNDM: as `lms` of order 4, but a polynomial in the number of the step.
+
+    Source: https://arxiv.org/abs/2202.09778, equations 9, 12, 13; diffusers' schedulers/scheduling_pndm.py.
+    x, sigmas, on_step: as for `euler`. midpoints: sigmas within the first steps, in the middle of their
+    timesteps, three in the paper: these steps are Runge-Kutta's, of four evaluations. Without any, the first
+    is Heun's, of two (the reference's skip_prk_steps).
+    """
+    history: list[Tensor] = []
+    for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
+        slope, size = predict_noise(denoise, x, sigma), next_sigma - sigma
+        history = [slope, *history[:3]]
+        if i < len(midpoints) and next_sigma > 0:
+            middle, half = midpoints[i], midpoints[i] - sigma
+            second = predict_noise(denoise, x + slope * half, middle)
+            third = predict_noise(denoise, x + second * half, middle)
+            last = predict_noise(denoise, x + third * size, next_sigma)
+            x = x + (slope + 2 * second + 2 * third + last) * (size / 6)
+        elif i == 0 and len(sigmas) > 2:
+            x = x + (slope + predict_noise(denoise, x + slope * size, next_sigma)) * (size / 2)
+        else:
+            weights = fit_weights(range(0, -len(history), -1), exponential_moments)
+            for noise, weight in zip(history, weights, strict=True):
+                x = x.add(noise, alpha=size * weight)
+        if on_step is not None:
+            x = on_step(i, x)
+    return x
+
+
+def deis(
+    denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None, *, order: Order = 2
+) -> Tensor:
+    """Integrate by DEIS: the noise is a polynomial in log sigma through the last `order`.
+
+    Source: https://arxiv.org/abs/2204.13902, the log-rho form; diffusers' scheduling_deis_multistep.py.
+    x, sigmas, on_step: as for `euler`. order: see `Order`; a step to sigma 0 is of order 1.
+    """
+    return _multistep(denoise, x, sigmas, on_step, order, exponential_moments, predict_x0=False)
+
+
+def unipc(
+    denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None, *, order: Order = 2,
+    predict_x0: bool = True, solver_type: str = "bh2", disable_corrector: Collection[int] = ()
+) -> Tensor:  # fmt: skip
+    """Integrate by UniPC: each prediction also corrects the step that led to it, with no more evaluations.
+
+    Source: https://arxiv.org/abs/2302.04867; diffusers' schedulers/scheduling_unipc_multistep.py.
+    x, sigmas, on_step: as for `euler`; the correction starts again from the x before the step, so that what
+    on_step changed lives on in the prediction only. order: see `Order`; the paper's last steps fall,
+    `falling_orders`; a step to sigma 0 is of order 1. predict_x0: extrapolate x0, else the noise.
+    solver_type: "bh1" or "bh2", the paper's B(h). disable_corrector: steps that are not corrected.
+    """
+    return _multistep(
+        denoise, x, sigmas, on_step, order, _solver(solver_type, _UNIPC_SOLVERS), predict_x0=predict_x0,
+        uncorrected=disable_corrector
+    )  # fmt: skip
+
+
+def dpm_multistep(
+    denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None, *,
+    noise: Callable[[], Tensor] | None = None, order: Order = 2, predict_x0: bool = True,
+    solver_type: str = "midpoint"
+) -> Tensor:  # fmt: skip
+    """Integrate by the multistep DPM-Solver++ (predict_x0) or DPM-Solver (else), or their SDE forms (noise).
+
+    Source: https://arxiv.org/abs/2211.01095 and https://arxiv.org/abs/2206.00927; diffusers'
+    schedulers/scheduling_dpmsolver_multistep.py. x, sigmas, on_step: as for `euler`. noise: draws standard
+    normal noise like x. order: see `Order`, 1 to 3; a step to sigma 0 is of order 1. solver_type: "midpoint"
+    or "heun", the weights of order 2. Order 3 gives the second difference half its weight, as the authors'
+    code does, and converges like order 2; `unipc` has the exact weights.
+    """
+    chosen = _solver(solver_type, _DPM_SOLVERS)
+
+    def moments(z: float, count: int) -> list[float]:
+        exact = chosen(z, count)
+        return [*exact[:2], exact[2] / 2] if count == 3 else exact
+
+    return _multistep(denoise, x, sigmas, on_step, order, moments, predict_x0=predict_x0, noise=noise)
 
 
 def dpmpp_2m(
     denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None, *,
     noise: Callable[[], Tensor] | None = None, order: int = 2, first_order_last: bool = False
 ) -> Tensor:  # fmt: skip
-    """Integrate by DPM-Solver++(2M), written in sigmas: h = log(sigma / next_sigma).
+    """Integrate by DPM-Solver++(2M), `dpm_multistep` at its defaults.
 
     Source: https://arxiv.org/abs/2211.01095, algorithm 2. x, sigmas, on_step: as for `euler`. noise: draws
     standard normal noise like x, for the same paper's SDE-DPM-Solver++. order: 1 omits the multistep term.
     first_order_last: omit it in the last step only; a step to sigma 0 always omits it.
     """
-    last, steps = None, len(sigmas) - 1
-    for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
-        x0 = denoise(x, sigma)
-        # Drawn in the step to 0 too, so that the generator ends in the same state as the reference's.
-        eps = None if noise is None else noise()
-        is_first_order = order == 1 or (first_order_last and i == steps - 1)
-        x = dpmpp_step(x, x0, sigma, next_sigma, None if is_first_order else last, eps)
-        last = x0, sigma
-        if on_step is not None:
-            x = on_step(i, x)
-    return x
+    steps = len(sigmas) - 1
+    orders = falling_orders(order, steps) if first_order_last else [order] * steps
+    return dpm_multistep(denoise, x, sigmas, on_step, noise=noise, order=orders)
 
 
 def dpmpp_step(
@@ -64,31 +195,177 @@ def dpmpp_step(
     eps: Tensor | None
 ) -> Tensor:  # fmt: skip
     """Compute x at next_sigma by a step of `dpmpp_2m`. last: the last step's x0 and sigma; None: order 1."""
+    points = [(sigma, x0)] if last is None else [(sigma, x0), last[::-1]]
+    return exponential_step(x, next_sigma, points, midpoint_moments, eps=eps)
+
+
+def dpm_singlestep(
+    denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None = None, *,
+    noise: Callable[[], Tensor] | None = None, order: Order = 2, predict_x0: bool = True,
+    solver_type: str = "midpoint"
+) -> Tensor:  # fmt: skip
+    """Integrate by the single-step DPM-Solver++ or DPM-Solver: a step of order k spans k sigmas.
+
+    It is written as k steps, each of one evaluation: step j of them starts again from the first one's x, and
+    is of order j. Source: as for `dpm_multistep`; diffusers' schedulers/scheduling_dpmsolver_singlestep.py.
+    Arguments: as for `dpm_multistep`, but order, if a sequence, is as `singlestep_orders` gives it; if a
+    number, it does. Order 3 with "midpoint" omits the middle one of three predictions.
+    """
+    solver, start = _solver(solver_type, _DPM_SOLVERS), x
+    if isinstance(order, int):
+        order = singlestep_orders(order, len(sigmas) - 1)
+    history: Points = []
+    for i, (sigma, next_sigma, most) in enumerate(_steps(sigmas, order)):
+        x0 = denoise(x, sigma)
+        history = [*history[-2:], (sigma, x0 if predict_x0 else (x - x0) / sigma)]
+        eps, points = None if noise is None else noise(), history[-most if next_sigma > 0 else -1 :]
+        start, moments = x if len(points) == 1 else start, solver
+        if len(points) == 3:
+            points, moments = points[:: 2 if solver_type == "midpoint" else 1], exponential_moments
+        x = exponential_step(start, next_sigma, points, moments, predict_x0=predict_x0, eps=eps)
+        if on_step is not None:
+            x = on_step(i, x)
+    return x
+
+
+def falling_orders(order: int, steps: int) -> list[int]:
+    """Return each step's order where the last steps' falls to 1, as the reference's lower_order_final."""
+    return [min(order, steps - i) for i in range(steps)]
+
+
+def singlestep_orders(order: int, steps: int, *, lower_order_final: bool = True) -> list[int]:
+    """Return each step's order for `dpm_singlestep`: 1 to `order`, again and again.
+
+    lower_order_final: the last is 1 where it would be `order`, as the reference's.
+    """
+    orders = [i % order + 1 for i in range(steps)]
+    return [*orders[:-1], 1] if lower_order_final and steps % order == 0 else orders
+
+
+def exponential_step(
+    x: Tensor, next_sigma: float, points: Points, moments: Moments, *, predict_x0: bool = True,
+    eps: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Integrate from the first point's sigma, where x is, to next_sigma, with a polynomial in log sigma.
+
+    With h = log(sigma / next_sigma), and r = 0 to 1 in log sigma from sigma to next_sigma, the solution is
+        exp(-h) x + h Integral[exp(-h (1 - r)) x0(r)], or x - next_sigma h Integral[exp(h (1 - r)) noise(r)]
+    (propositions 4.1 of https://arxiv.org/abs/2211.01095 and 3.1 of https://arxiv.org/abs/2206.00927).
+    points: x0 or, without predict_x0, the noise; a step to sigma 0 returns the first one's x0. moments: see
+    `exponential_moments`. eps: noise to add in the SDE, of which the integral is twice as large.
+    """
+    sigma, first = points[0]
     if next_sigma == 0:
-        return x0
-    h = math.log(sigma / next_sigma)
-    if last is not None:
-        last_x0, last_sigma = last
-        x0 = x0 + (x0 - last_x0) * (0.5 * h / math.log(last_sigma / sigma))
+        return first if predict_x0 else x - sigma * first
+    if next_sigma == sigma:
+        return x
+    h, drift = math.log(sigma / next_sigma), 1 if eps is None else 2
+    if predict_x0:
+        z, scale, x = -drift * h, drift * h, math.exp(-drift * h) * x
+    else:
+        z, scale = h, -drift * h * next_sigma
+    weights = fit_weights([math.log(sigma / known) / h for known, _ in points], moments, z)
+    for (_, predicted), weight in zip(points, weights, strict=True):
+        x = x.add(predicted, alpha=scale * weight)
     if eps is None:
-        return (next_sigma / sigma) * x - math.expm1(-h) * x0
-    gain = -math.expm1(-2 * h)
-    x = (next_sigma / sigma) * math.exp(-h) * x + gain * x0
-    return x + next_sigma * math.sqrt(gain) * eps
+        return x
+    return x.add(eps, alpha=next_sigma * math.sqrt(abs(math.expm1(-2 * h if predict_x0 else 2 * h))))
+
+
+def exponential_moments(z: float, count: int) -> list[float]:
+    """Integrate exp(z (1 - r)) r^k over r from 0 to 1, for k = 0 to count - 1.
+
+    In the papers' terms these are k! phi_{k+1}(z); 1 / (k + 1) at z = 0.
+    """
+    if abs(z) > 1:
+        moments = [math.expm1(z) / z]
+        for k in range(1, count):
+            moments.append((k * moments[-1] - 1) / z)
+        return moments
+    moments = [0.0]  # Backwards, where forwards would lose digits, from a k whose moment does not matter.
+    for k in range(count + 20, 0, -1):
+        moments.append((z * moments[-1] + 1) / k)
+    return moments[: -count - 1 : -1]
+
+
+def midpoint_moments(z: float, count: int) -> list[float]:
+    """Return `exponential_moments`, but of two points the second as if exp were constant in the step."""
+    moments = exponential_moments(z, count)
+    return [moments[0], moments[0] / 2] if count == 2 else moments
+
+
+def bh1_moments(z: float, count: int) -> list[float]:
+    """Return `exponential_moments`, but of two points the second at z = 0 (UniPC's B(h) = h)."""
+    moments = exponential_moments(z, count)
+    return [moments[0], 1 / 2] if count == 2 else moments
+
+
+_DPM_SOLVERS: dict[str, Moments] = {"midpoint": midpoint_moments, "heun": exponential_moments}
+_UNIPC_SOLVERS: dict[str, Moments] = {"bh1": bh1_moments, "bh2": midpoint_moments}
+
+
+def _solver(solver_type: str, known: dict[str, Moments]) -> Moments:
+    if solver_type not in known:
+        raise ValueError(f"solver_type must be one of {', '.join(map(repr, known))}, got {solver_type!r}")
+    return known[solver_type]
+
+
+def fit_weights(nodes: Sequence[float], moments: Moments, z: float = 0) -> list[float]:
+    """Compute weights of values at the nodes: their sum integrates the polynomial through the values.
+
+    The integral is that of exp(z (1 - r)) times the polynomial, over r from 0 to 1, if moments are the exact.
+    """
+    integrals, weights = moments(z, len(nodes)), []
+    for node in nodes:
+        polynomial = [1.0]  # 1 at this node and 0 at the others; coefficients of rising powers
+        for other in nodes:
+            if other != node:
+                shifted = zip([0.0, *polynomial], [*polynomial, 0.0], strict=True)
+                polynomial = [(lower - other * same) / (node - other) for lower, same in shifted]
+        weights.append(sum(c * integral for c, integral in zip(polynomial, integrals, strict=True)))
+    return weights
+
+
+def predict_noise(denoise: Denoiser, x: Tensor, sigma: float) -> Tensor:
+    """Predict the noise in x, which is also the slope dx/dsigma."""
+    return (x - denoise(x, sigma)) / sigma
+
+
+def _multistep(
+    denoise: Denoiser, x: Tensor, sigmas: Sigmas, on_step: OnStep | None, order: Order, moments: Moments, *,
+    predict_x0: bool, noise: Callable[[], Tensor] | None = None, uncorrected: Collection[int] | None = None
+) -> Tensor:  # fmt: skip
+    """Integrate with polynomials through the last predictions. uncorrected: see `unipc`; None: all steps."""
+    history: Points = []
+    points, start, step = history, x, partial(exponential_step, moments=moments, predict_x0=predict_x0)
+    steps = _steps(sigmas, order)
+    kept = max([1, *[most for _, _, most in steps]])
+    for i, (sigma, next_sigma, most) in enumerate(steps):
+        x0 = denoise(x, sigma)
+        newest = (sigma, x0 if predict_x0 else (x - x0) / sigma)
+        if points and uncorrected is not None and i - 1 not in uncorrected:
+            x = step(start, sigma, [*points, newest])
+        # Drawn in the step to 0 too, so that the generator ends in the same state as the reference's.
+        eps = None if noise is None else noise()
+        history = [newest, *history][:kept]
+        start, points = x, history[:most]
+        x = step(x, next_sigma, points, eps=eps)
+        if on_step is not None:
+            x = on_step(i, x)
+    return x
+
+
+def _steps(sigmas: Sigmas, order: Order) -> list[tuple[float, float, int]]:
+    """Return each step's sigma, next sigma and highest order; ValueError for another number of orders."""
+    pairs = list(pairwise(_floats(sigmas)))
+    orders = [order] * len(pairs) if isinstance(order, int) else order
+    if len(orders) != len(pairs) or any(most < 1 for most in orders):
+        raise ValueError(f"order must be at least 1, one or one for each of {len(pairs)} steps, got {order}")
+    return [(*pair, most) for pair, most in zip(pairs, orders, strict=True)]
 
 
 def _floats(sigmas: Sigmas) -> Sequence[float]:
     return sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas
-
-
-def make_sampler(scheduler: Scheduler, schedule: Schedule, noise: Callable[[], Tensor]) -> Sampler:
-    """Make the sampler of a scheduler: (denoise, x, sigmas, on_step) -> x."""
-    if not isinstance(scheduler, DPMSolverMultistepScheduler):
-        return euler
-    return partial(
-        dpmpp_2m, noise=noise if scheduler.algorithm_type == "sde-dpmsolver++" else None,
-        order=scheduler.solver_order, first_order_last=schedule.first_order_last
-    )  # fmt: skip
 
 
 def randn_latents(

@@ -26,7 +26,7 @@ from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.pipelines.provenance import TENSORS, describe_pipeline, pixel_hash
 from kolors_core.pipelines.seeds import MAX_DRAWN, seeded_generator
 from kolors_core.pipelines.stages import Task
-from kolors_core.schedule import SCHEDULERS
+from kolors_core.schedulers import SCHEDULERS
 from kolors_core.validation import LARGEST_SEED, check_int
 from weights_convert.untrusted_files import one_line, printable
 

@@ -22,7 +22,8 @@ from kolors_core.pipelines.quantization_report import quantize
 from kolors_core.pipelines.single_file import open_model
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
+from kolors_core.schedule import Scheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from kolors_core.validation import LARGEST_SEED, check_int
 from weights_convert.untrusted_files import one_line, printable
 

@@ -1,6 +1,6 @@
 """Schedulers with the reference's stateful interface, for scripts that write their own denoising loop.
 
-Each is a frozen description, as pipelines use it, of the class of the same name in `kolors_core.schedule`;
+Each is a frozen description, as pipelines use it, of the class of the same name in `kolors_core.schedulers`;
 the state of a custom loop is one separate object beside the fields, which hash and equality leave out.
 Latents are scaled as the reference scales them: for DPM-Solver++ to variance 1.
 Source: diffusers' schedulers/scheduling_euler_discrete.py and scheduling_dpmsolver_multistep.py.
@@ -18,24 +18,25 @@ import torch
 from torch import Tensor
 
 from kolors_core import checkpoint
-from kolors_core import schedule as plain
+from kolors_core import schedulers as plain
 from kolors_core.checkpoint import SCHEDULER_FILE
 from kolors_core.compat.configs import ReadOnlyConfig
 from kolors_core.compat.model_outputs import ModelOutput
 from kolors_core.devices import loading_device
+from kolors_core.diffusion import DiffusionScheduler
 from kolors_core.sampling import Generators, dpmpp_step, euler, randn_latents
-from kolors_core.schedule import ONE_VALUE_FIELDS, UNUSED_FIELDS, Schedule, Scheduler
+from kolors_core.schedule import Schedule, Scheduler
 from kolors_core.validation import as_path, check_int
 
 
 class Fields(TypedDict, total=False):
-    """Fields of the reference's two classes; those that are not ours take the values that change nothing."""
+    """Fields of the reference's two classes; some take only the values that change nothing."""
 
     num_train_timesteps: int
     beta_start: float
     beta_end: float
     beta_schedule: str
-    trained_betas: None
+    trained_betas: Sequence[float] | None
     prediction_type: str
     timestep_spacing: str
     steps_offset: int
@@ -45,8 +46,8 @@ class Fields(TypedDict, total=False):
     rescale_betas_zero_snr: bool
     final_sigmas_type: str
     interpolation_type: str
-    sigma_min: None
-    sigma_max: None
+    sigma_min: float | None
+    sigma_max: float | None
     timestep_type: str
     algorithm_type: str
     solver_order: int
@@ -63,6 +64,13 @@ class Fields(TypedDict, total=False):
     variance_type: None
     use_dynamic_shifting: bool
     time_shift_type: str
+
+
+# Values of fields that `step` computes; pipelines, which do not call it, take all.
+STEP_VALUES: dict[str, tuple[Any, ...]] = {
+    "prediction_type": ("epsilon",), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+    "solver_order": (1, 2), "solver_type": ("midpoint",),
+}  # fmt: skip
 
 
 class SchedulerConfig(ReadOnlyConfig):
@@ -98,11 +106,10 @@ class LoopState:
     last: tuple[Tensor, float] | None = None  # the last step's clean latents and sigma, for order 2
 
 
-class StatefulScheduler(Scheduler):
+class StatefulScheduler(DiffusionScheduler):
     """Scheduler with the reference's interface: `set_timesteps`, then `step` for each of its timesteps."""
 
     order = 1
-    _other_fields: tuple[str, ...] = ()  # the reference's fields that are not ours
     _state: LoopState
 
     def __init__(self, **given: Unpack[Fields]) -> None:
@@ -154,8 +161,7 @@ class StatefulScheduler(Scheduler):
     @property
     def config(self) -> SchedulerConfig:
         """The fields of the reference's class, for another's `from_config`."""
-        others = {name: same[0] for name, same in ONE_VALUE_FIELDS.items()} | UNUSED_FIELDS
-        return SchedulerConfig({name: others[name] for name in self._other_fields} | asdict(self))
+        return SchedulerConfig({name: values[0] for name, values in self.fixed.items()} | asdict(self))
 
     @property
     def compatibles(self) -> list[type[Scheduler]]:
@@ -249,7 +255,13 @@ class StatefulScheduler(Scheduler):
     def _sigmas_of(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor
     ) -> tuple[float, float]:  # fmt: skip
-        """Return the sigmas that a step leads from and to."""
+        """Return the sigmas that a step leads from and to; ValueError for fields that only pipelines take."""
+        for name, taken in STEP_VALUES.items():
+            if (value := getattr(self, name, taken[0])) not in taken:
+                expected = f"step() computes {name} {', '.join(map(repr, taken))} only"
+                raise ValueError(
+                    f"{expected}, got {value!r}: a pipeline takes it, or a sampler of kolors_core"
+                )
         if model_output.shape != sample.shape:
             got = f"{list(model_output.shape)}, {list(sample.shape)}"
             raise ValueError(f"model_output and sample must be of one shape, got {got}")
@@ -276,11 +288,6 @@ class StatefulScheduler(Scheduler):
 @dataclass(frozen=True, kw_only=True, init=False)
 class EulerDiscreteScheduler(StatefulScheduler, plain.EulerDiscreteScheduler):
     """Scheduler of Euler's method; fields beside Kolors' are the reference's, at the values that it uses."""
-
-    _other_fields = (
-        "trained_betas", "prediction_type", "interpolation_type", "use_exponential_sigmas", "use_beta_sigmas",
-        "sigma_min", "sigma_max", "timestep_type", "rescale_betas_zero_snr",
-    )  # fmt: skip
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """Scale latents to variance 1, as the UNet takes them."""
@@ -323,13 +330,6 @@ class EulerDiscreteScheduler(StatefulScheduler, plain.EulerDiscreteScheduler):
 class DPMSolverMultistepScheduler(StatefulScheduler, plain.DPMSolverMultistepScheduler):
     """Scheduler of DPM-Solver++; fields beside Kolors' are the reference's, at the values that it uses."""
 
-    _other_fields = (
-        "trained_betas", "prediction_type", "thresholding", "dynamic_thresholding_ratio", "sample_max_value",
-        "solver_type", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas",
-        "flow_shift", "lambda_min_clipped", "variance_type", "rescale_betas_zero_snr", "use_dynamic_shifting",
-        "time_shift_type",
-    )  # fmt: skip
-
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """Return the latents: they have variance 1 already."""
         return sample
@@ -351,7 +351,7 @@ class DPMSolverMultistepScheduler(StatefulScheduler, plain.DPMSolverMultistepSch
             if noise is None:
                 noise = randn_latents(tuple(x0.shape), generator, x0.device, torch.float32)
             noise = noise.to(x0.device, torch.float32)
-        is_last = state.step_index == len(state.timesteps) - 1 and state.schedule.first_order_last
+        is_last = state.step_index == len(state.timesteps) - 1 and state.schedule.orders[-1] == 1
         last = None if self.solver_order == 1 or is_last else state.last
         x = dpmpp_step(sample.to(torch.float32) * scale, x0, sigma, next_sigma, last, noise)
         state.last = x0, sigma

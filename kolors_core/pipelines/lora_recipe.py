@@ -24,7 +24,7 @@ from kolors_core.inspection.before_after import Pair, render_pairs
 from kolors_core.pipelines.png_metadata import save_png
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler
 from kolors_core.training.data import Batches, Example, LatentDataset, buckets, load_pixels, read_folder
 from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.run_record import Losses, digest_model

@@ -25,7 +25,7 @@ from kolors_core.pipelines.provenance import describe_images
 from kolors_core.pipelines.request import KolorsPipelineOutput, PipelineInputs
 from kolors_core.pipelines.single_file import SingleFileMethods
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts, repeat_text
-from kolors_core.sampling import Generators, Sampler, make_sampler, randn_latents
+from kolors_core.sampling import Generators, Sampler, randn_latents
 from kolors_core.schedule import Schedule
 from kolors_core.validation import check_int
 
@@ -133,7 +133,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         wrap_sampler: wraps the pipeline's sampler, such as `preserve_masked_latents`.
         """
         draw = partial(randn_latents, tuple(x.shape), inputs.generator, self.device, torch.float32)
-        sampler = make_sampler(self.scheduler, schedule, draw) if self.sampler is None else self.sampler
+        sampler = self.scheduler.sampler(schedule, draw) if self.sampler is None else self.sampler
         sampler = sampler if wrap_sampler is None else wrap_sampler(sampler)
         self._enter_stage("unet")
         with self._lora_factor(inputs), self._progress_bar(len(schedule.timesteps)) as bar:
