@@ -13,13 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kolors_core.schedule import (
-    Schedule,
-    Scheduler,
-    check_descending,
-    check_one_given,
-    check_sigmas,
-)
+from kolors_core.schedule import Schedule, Scheduler, check_descending, check_one_given, check_sigmas
+from kolors_core.scheduler_config import check_betas
 from kolors_core.sigmas import (
     LAST_ALPHA,
     beta,
@@ -223,7 +218,7 @@ class DiffusionScheduler(Scheduler):
             scale = raised.item() if self.timestep_spacing == "leading" else first
         return Schedule(
             torch.from_numpy(sigmas).double(), times, scale, table, self.whole_timesteps,
-            self._orders(len(times)), self.prediction_type
+            self._orders(len(times)), self.target
         )  # fmt: skip
 
 
@@ -242,27 +237,3 @@ class SigmaScheduler(SpacedScheduler):
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
-
-
-def check_limits(low: float | None, high: float | None) -> None:
-    """Raise ValueError unless those of sigma_min and sigma_max that are given are above 0 and rise."""
-    low = 0.0 if low is None else check_float("sigma_min", low, least=1e-10)
-    if high is not None and check_float("sigma_max", high) <= low:
-        raise ValueError(f"sigma_min must be below sigma_max, got {low:g}, {high:g}")
-
-
-def limited(ends: tuple[float, float], low: float | None, high: float | None) -> tuple[float, float]:
-    """Replace the ends of a family of sigmas by those of sigma_min and sigma_max that are given."""
-    return ends[0] if low is None else low, ends[1] if high is None else high
-
-
-def check_betas(betas: Any, total: int) -> tuple[float, ...]:
-    """Convert trained_betas to floats; ValueError unless they are `total` numbers between 0 and 1."""
-    try:
-        numbers = tuple(float(one) for one in betas)
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != total or not all(0 < one < 1 for one in numbers):
-        expected = f"trained_betas must be num_train_timesteps = {total} numbers between 0 and 1"
-        raise ValueError(f"{expected}, got {short_repr(betas)}")
-    return numbers

@@ -15,7 +15,6 @@ from kolors_core.module import WrapStep
 from kolors_core.precompute import has_default_forward, predict_precomputed, predict_uncached
 from kolors_core.sampling import Denoiser
 from kolors_core.schedule import Schedule
-from kolors_core.targets import target_of
 from kolors_core.unet import UNet
 from kolors_core.validation import check_float
 
@@ -38,7 +37,7 @@ def guided(
 ) -> Denoiser:  # fmt: skip
     """Apply classifier-free guidance: eps = uncond + scale * (cond - uncond) (https://arxiv.org/abs/2207.12598).
 
-    eps: the UNet's output, also where the schedule's `prediction` is another. Without a negative, with a
+    eps: the UNet's output, also where the schedule's target is another. Without a negative, with a
     scale of at most 1, or outside the interval, the UNet runs on the positive alone. Its input is x, scaled
     (targets.py), followed by `extra`, in its own dtype; x and x0 keep theirs.
 
@@ -68,10 +67,10 @@ def make_denoiser(
 ) -> Denoiser:  # fmt: skip
     """Return `denoise(x, sigma) -> x0`, computed from combine(timestep, the UNet's output for all rows).
 
-    schedule: its `prediction` says what the UNet's output is, see targets.py. conditioning: rows of B images,
+    schedule: its `target` says what the UNet's output is, see targets.py. conditioning: rows of B images,
     `repeats` for each latent. precompute, wrap_step: see `guided`.
     """
-    target, total = target_of(schedule.prediction), len(schedule.training_sigmas)
+    target, total = schedule.target, len(schedule.training_sigmas)
     dtype, extra = unet.conv_in.weight.dtype, conditioning.extra  # `denoise` must not keep the rest alive
     repeats = repeats if extra is None else 1  # with it, `concat_extra_channels` has repeated the latents
     residuals = None

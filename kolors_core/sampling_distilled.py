@@ -5,13 +5,11 @@ Arguments and shapes are those of sampling.py; `noise()` draws standard normal n
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
 
-from kolors_core.sampling import Denoiser, OnStep, Sigmas, _floats, euler
-from kolors_core.sampling_stochastic import Noise
+from kolors_core.sampling import Denoiser, Noise, OnStep, Sigmas, euler, step_ends
 
 
 def lcm(
@@ -25,7 +23,7 @@ def lcm(
     draws nothing. scalings(sigma): the weights of latents of variance 1 and of x0 in the prediction, see
     `boundary_scalings`; without them it is x0.
     """
-    for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
+    for i, (sigma, next_sigma) in enumerate(step_ends(sigmas)):
         x0 = denoise(x, sigma)
         if scalings is not None:
             c_skip, c_out = scalings(sigma)
@@ -56,7 +54,7 @@ def tcd(
     `euler`; the reference's last sigma is that of timestep 0, not 0. lower: see `lower_sigma`; a step draws
     nothing where it returns next_sigma itself, as it does in the last step, and at eta 0 in all.
     """
-    for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
+    for i, (sigma, next_sigma) in enumerate(step_ends(sigmas)):
         down = lower(next_sigma)
         x = euler(denoise, x, (sigma, down))
         if down < next_sigma:

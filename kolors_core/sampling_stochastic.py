@@ -15,16 +15,14 @@ reference's schedulers draw, and as often, one seed gives the same image.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from itertools import pairwise
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from kolors_core.sampling import Denoiser, OnStep, Sampler, Sigmas, _floats, euler, heun
+from kolors_core.sampling import Denoiser, Noise, OnStep, Sampler, Sigmas, euler, step_ends
+from kolors_core.sampling_deterministic import heun
 from kolors_core.sigmas import karras
-
-Noise = Callable[[], Tensor]
 
 
 def ancestral(
@@ -40,7 +38,7 @@ def ancestral(
     weight 0. The reference's Euler ancestral and DDIM do, and DDPM unless that step's timestep is 0; KDPM2
     ancestral does not. fixed_large: DDPM's other variance, beta; it has a weight in the step to 0 too.
     """
-    for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
+    for i, (sigma, next_sigma) in enumerate(step_ends(sigmas)):
         down, up = split_sigma(sigma, next_sigma, eta)
         if fixed_large:  # beta = 1 - (1 + next_sigma^2) / (1 + sigma^2), of latents of variance 1
             up = math.sqrt((sigma**2 - next_sigma**2) / (sigma**2 + 1) * (next_sigma**2 + 1))
@@ -77,7 +75,7 @@ def churn(
     the UNet, which then cannot remove it.
     """
     most = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
-    for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
+    for i, (sigma, next_sigma) in enumerate(step_ends(sigmas)):
         gamma = most if s_tmin <= sigma <= s_tmax else 0.0
         raised = sigma * (gamma + 1)
         if gamma > 0:
@@ -99,7 +97,7 @@ def dpmpp_sde(
     one Brownian motion in sigma, drawn in order of time: to the midpoint, then from there to the end; the
     reference's come from a tree with a seed of its own. eta: 0 draws nothing.
     """
-    for i, (sigma, next_sigma) in enumerate(pairwise(_floats(sigmas))):
+    for i, (sigma, next_sigma) in enumerate(step_ends(sigmas)):
         x0 = denoise(x, sigma)
         if next_sigma > 0:
             middle = math.sqrt(sigma * next_sigma)
@@ -131,7 +129,7 @@ def restart(
     the run's sigma that is nearest to its sigma_min, its steps in Karras' spacing. ValueError if that sigma
     is not below its sigma_max.
     """
-    ends = list(_floats(sigmas))[1:]
+    ends = [end for _, end in step_ends(sigmas)]
     plans = {}
     for sigma_min, (steps, repeats, high) in restarts.items():
         low = min(ends, key=lambda end: abs(end - sigma_min))

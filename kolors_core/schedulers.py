@@ -13,38 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kolors_core.diffusion import DiffusionScheduler, SigmaScheduler, SpacedScheduler, check_limits, limited
-from kolors_core.sampling import (
-    Sampler,
-    dpm2,
-    dpm_multistep,
-    euler,
-    heun,
-    lms,
-    plms,
-)
+from kolors_core.diffusion import DiffusionScheduler, SigmaScheduler, SpacedScheduler
+from kolors_core.sampling import Noise, Sampler, dpm_multistep, euler
+from kolors_core.sampling_deterministic import dpm2, heun, lms, plms
 from kolors_core.sampling_distilled import boundary_scalings, lcm, lower_sigma, tcd
 from kolors_core.sampling_stochastic import ancestral, dpmpp_sde
-from kolors_core.schedule import (
-    SCHEDULERS,
-    Schedule,
-    Scheduler,
-    check_descending,
-    check_one_given,
-    check_sigmas,
-)
+from kolors_core.schedule import Schedule, Scheduler, check_descending, check_one_given, check_sigmas
+from kolors_core.scheduler_config import CLIPPING, KNOWN, NO, SHIFTING, THRESHOLDING, check_limits, limited
 from kolors_core.sigmas import beta, exponential, karras, shift_time, time_to_sigma
 from kolors_core.solvers import (
-    CLIPPING,
-    NO,
-    SHIFTING,
-    THRESHOLDING,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
-    Noise,
     UniPCMultistepScheduler,
 )
 from kolors_core.validation import check_float, check_int
@@ -52,7 +34,7 @@ from kolors_core.validation import check_float, check_int
 
 @dataclass(frozen=True, kw_only=True)
 class DDIMScheduler(SpacedScheduler):
-    """Scheduler of DDIM at eta 0 (https://arxiv.org/abs/2010.02502): Euler's method; scheduling_ddim.py.
+    """Scheduler of DDIM (https://arxiv.org/abs/2010.02502), Euler's method at eta 0; scheduling_ddim.py.
 
     A step ends at the next step's timestep. The reference's ends num_train_timesteps // n below its own,
     which is the same for leading spacing, but misses the next one by some timesteps for the others.
@@ -61,15 +43,16 @@ class DDIMScheduler(SpacedScheduler):
     set_alpha_to_one: bool = False
     rescale_betas_zero_snr: bool = False
 
+    takes_eta = True
     whole_timesteps = True
     fixed = CLIPPING | THRESHOLDING
 
     def _end(self, run: np.ndarray, times: np.ndarray, table: Tensor) -> float:
         return _end_of_last(self.set_alpha_to_one, times, table)
 
-    def sampler(self, schedule: Schedule, noise: Noise) -> Sampler:
-        """Return `euler`."""
-        return euler
+    def sampler(self, schedule: Schedule, noise: Noise, eta: float = 0.0) -> Sampler:
+        """Return `euler`, or `ancestral` for an eta above 0; 1 has DDPM's noise."""
+        return partial(ancestral, noise=noise, eta=eta) if check_float("eta", eta, 0) else euler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +99,11 @@ class PNDMScheduler(SpacedScheduler):
         """Return `plms`."""
         return plms
 
+    def evaluations(self, schedule: Schedule) -> int:
+        """Count the UNet's evaluations of a run: one a step, and one more in the first of several."""
+        steps = len(schedule.timesteps)
+        return steps + (steps > 1)
+
 
 def _end_of_last(set_alpha_to_one: bool, times: np.ndarray, table: Tensor) -> float:
     """Return the sigma total // n below the last timestep; where that is negative, of timestep 0, or 0."""
@@ -161,10 +149,18 @@ class EulerDiscreteScheduler(SigmaScheduler):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeunDiscreteScheduler(SigmaScheduler):
+class TwoEvaluations(SigmaScheduler):
+    """Scheduler whose steps take two evaluations of the UNet, but for one in a step to 0."""
+
+    def evaluations(self, schedule: Schedule) -> int:
+        """Count the UNet's evaluations of a run."""
+        return len(schedule.timesteps) + int((schedule.sigmas[1:] > 0).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeunDiscreteScheduler(TwoEvaluations):
     """Scheduler of Heun's method (Karras et al., algorithm 1); scheduling_heun_discrete.py."""
 
-    evaluations = 2
     choices: ClassVar = DiffusionScheduler.choices | {
         "beta_schedule": ("scaled_linear", "linear", "squaredcos_cap_v2", "exp")
     }
@@ -187,10 +183,9 @@ class EulerAncestralDiscreteScheduler(SpacedScheduler):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KDPM2DiscreteScheduler(SigmaScheduler):
+class KDPM2DiscreteScheduler(TwoEvaluations):
     """Scheduler of DPM-Solver-2 in sigmas (Karras et al., algorithm 2); scheduling_k_dpm_2_discrete.py."""
 
-    evaluations = 2
     float64_timesteps = True
 
     def _rounds(self, family: str) -> bool:
@@ -211,13 +206,12 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPMSolverSDEScheduler(SigmaScheduler):
+class DPMSolverSDEScheduler(TwoEvaluations):
     """Scheduler of DPM-Solver++(2S) with noise in each step; scheduling_dpmsolver_sde.py.
 
     The reference draws from a Brownian tree with a seed of its own, so that its images are others.
     """
 
-    evaluations = 2
     float64_timesteps = True
     linspace_precision = np.float64
     fixed: ClassVar = {"noise_sampler_seed": (None,)}
@@ -271,6 +265,7 @@ class TCDScheduler(DiffusionScheduler):
     original_inference_steps: int = 50
     rescale_betas_zero_snr: bool = False
 
+    takes_eta = True
     whole_timesteps = True
     fixed = LCMScheduler.fixed | {"timestep_scaling": (10.0, ...)}
 
@@ -285,9 +280,10 @@ class TCDScheduler(DiffusionScheduler):
     def _end(self, run: np.ndarray, times: np.ndarray, table: Tensor) -> float:
         return table[0].item()
 
-    def sampler(self, schedule: Schedule, noise: Noise) -> Sampler:
-        """Return `tcd` with the reference's eta, 0.3."""
-        lower = partial(lower_sigma, training_sigmas=schedule.training_sigmas, eta=0.3)
+    def sampler(self, schedule: Schedule, noise: Noise, eta: float = 0.3) -> Sampler:
+        """Return `tcd`; eta, 0 to 1: how much of each step's noise is drawn anew."""
+        check_float("eta", eta, 0, 1)
+        lower = partial(lower_sigma, training_sigmas=schedule.training_sigmas, eta=eta)
         return partial(tcd, noise=noise, lower=lower)
 
 
@@ -312,6 +308,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
 
+    prediction_type = "flow_prediction"
     fixed = SHIFTING | {
         "base_shift": (0.5, ...), "max_shift": (1.15, ...), "base_image_seq_len": (256, ...),
         "max_image_seq_len": (4096, ...), "shift_terminal": (None,), "invert_sigmas": NO,
@@ -366,7 +363,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
 
     def _finish(self, sigmas: Tensor, timesteps: Tensor) -> Schedule:
         scale = self.latent_scale(sigmas[0].item())
-        return Schedule(sigmas, timesteps, scale, self.training_sigmas(), False, (), "flow_prediction")
+        return Schedule(sigmas, timesteps, scale, self.training_sigmas(), False, (), self.target)
 
     def latent_scale(self, sigma: float) -> float:
         """Return sigma + 1: the reference keeps (1 - t) * image + t * noise."""
@@ -377,16 +374,15 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         return partial(dpm_multistep, order=1)
 
 
-SCHEDULERS.update(
-    {
-        kind.__name__: kind
-        for kind in (
-            EulerDiscreteScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler,
-            UniPCMultistepScheduler, DEISMultistepScheduler, EulerAncestralDiscreteScheduler,
-            HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler,
-            LMSDiscreteScheduler, DPMSolverSDEScheduler, DDIMScheduler, DDPMScheduler, PNDMScheduler,
-            LCMScheduler, TCDScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler,
-            EDMDPMSolverMultistepScheduler,
-        )
-    }
-)  # fmt: skip
+SCHEDULERS: dict[str, type[Scheduler]] = {
+    kind.__name__: kind
+    for kind in (
+        EulerDiscreteScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler,
+        UniPCMultistepScheduler, DEISMultistepScheduler, EulerAncestralDiscreteScheduler,
+        HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler,
+        LMSDiscreteScheduler, DPMSolverSDEScheduler, DDIMScheduler, DDPMScheduler, PNDMScheduler,
+        LCMScheduler, TCDScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler,
+        EDMDPMSolverMultistepScheduler,
+    )
+}  # fmt: skip
+KNOWN.extend(SCHEDULERS.values())

@@ -6,7 +6,7 @@ class of the same name in diffusers' schedulers, whose file each names, with the
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -15,35 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kolors_core.diffusion import DiffusionScheduler, SigmaScheduler, check_limits, limited
-from kolors_core.sampling import (
-    Sampler,
-    deis,
-    dpm_multistep,
-    dpm_singlestep,
-    euler,
-    falling_orders,
-    singlestep_orders,
-    unipc,
-)
-from kolors_core.schedule import (
-    Schedule,
-    Scheduler,
-    check_one_given,
-    check_sigmas,
-)
+from kolors_core.diffusion import DiffusionScheduler, SigmaScheduler
+from kolors_core.sampling import Noise, Sampler, dpm_multistep, euler, falling_orders
+from kolors_core.sampling_deterministic import deis, dpm_singlestep, singlestep_orders, unipc
+from kolors_core.schedule import Schedule, Scheduler, check_one_given, check_sigmas
+from kolors_core.scheduler_config import SHIFTING, THRESHOLDING, check_limits, limited
 from kolors_core.sigmas import shift_time
+from kolors_core.targets import EDM, Target
 from kolors_core.validation import check_float, check_int
 
-Noise = Callable[[], Tensor]
-Fixed = dict[str, tuple[Any, ...]]
-
-NO = (False, None)
-CLIPPING: Fixed = {"clip_sample": NO, "clip_sample_range": (1.0, ...)}
-THRESHOLDING: Fixed = {
-    "thresholding": NO, "dynamic_thresholding_ratio": (0.995, ...), "sample_max_value": (1.0, ...),
-}  # fmt: skip
-SHIFTING: Fixed = {"use_dynamic_shifting": NO, "time_shift_type": ("exponential", ...)}
 SMALL_VARIANCES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 FLOW_CHOICES = DiffusionScheduler.choices | {
     "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -265,6 +245,11 @@ class EDMEulerScheduler(Scheduler):
         check_float("sigma_data", self.sigma_data, least=1e-10)
         check_float("rho", self.rho, least=1e-10)
 
+    @property
+    def target(self) -> Target:
+        """Conversion of the model's output, see targets.py."""
+        return EDM(self.sigma_data, 1 if self.prediction_type == "epsilon" else -1)
+
     def schedule(
         self, steps: int | None = None, *, timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None
@@ -283,9 +268,8 @@ class EDMEulerScheduler(Scheduler):
         times, scale = 0.25 * torch.log(run[:-1]), (self.sigma_max**2 + 1) ** 0.5
         table = self.training_sigmas()
         return Schedule(
-            run.double(), times.double(), scale, table, False, self._orders(len(times)),
-            f"edm_{self.prediction_type}",
-        )  # fmt: skip
+            run.double(), times.double(), scale, table, False, self._orders(len(times)), self.target
+        )
 
     def training_sigmas(self) -> Tensor:
         """Compute num_train_timesteps sigmas, spaced as those of a run: float32 [T], ascending."""

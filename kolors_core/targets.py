@@ -8,6 +8,7 @@ x0 = c_skip * x + c_out * output(c_in * x); the targets differ in these three fa
     v_prediction      1 / sqrt(1 + s^2)  (noise - s * image) * c_in        x / (1 + s^2) - s * c_in * output
     sample            1 / sqrt(1 + s^2)  image                             output
     flow_prediction   1 / (1 + s)        noise - image                     (x - s * output) / (1 + s)
+    (EDM, table 1)    1 / sqrt(d^2 + s^2), with d the images' standard deviation: see `EDM`
 
 In the first three the model's input is cos(a) * image + sin(a) * noise with tan(a) = s (appendix D of
 https://arxiv.org/abs/2202.00512), in rectified flow (https://arxiv.org/abs/2209.03003) (1 - t) * image +
@@ -16,9 +17,10 @@ schedulers/scheduling_dpmsolver_multistep.py.
 Shapes: x, images, noise and outputs are [B, 4, H/8, W/8]; sigma is a float, or [B, 1, 1, 1].
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -32,9 +34,13 @@ Time = TypeVar("Time", float, Tensor)
 class Target(ABC):
     """Target of a variance-preserving process; it has no state."""
 
+    def scale(self, sigma: Any) -> Any:
+        """Return the ratio of x to the model's input, 1 / c_in; pure noise times it starts a run."""
+        return (sigma**2 + 1) ** 0.5
+
     def model_input(self, x: Tensor, sigma: Sigma) -> Tensor:
         """Scale x to the model's input, c_in * x."""
-        return x / (sigma**2 + 1) ** 0.5
+        return x / self.scale(sigma)
 
     def timestep(self, of_schedule: Time, sigma: Time, total: int) -> Time:
         """Compute the time that the model's input has, from 0 to `total` training timesteps.
@@ -117,9 +123,9 @@ class Sample(Target):
 class Flow(Target):
     """Target of rectified flow: the velocity of (1 - t) * image + t * noise; the model's time is t itself."""
 
-    def model_input(self, x: Tensor, sigma: Sigma) -> Tensor:
-        """Scale x to (1 - t) * image + t * noise."""
-        return x / (sigma + 1)
+    def scale(self, sigma: Any) -> Any:
+        """Return the ratio of x to (1 - t) * image + t * noise."""
+        return sigma + 1
 
     def timestep(self, of_schedule: Time, sigma: Time, total: int) -> Time:
         """Compute t * total, t = sigma / (1 + sigma)."""
@@ -136,6 +142,41 @@ class Flow(Target):
     def error_ratio(self, snr: Tensor) -> Tensor:
         """Compute 1 / t^2 = (1 + sqrt(snr))^2."""
         return (1 + snr**0.5) ** 2
+
+
+@dataclass(frozen=True)
+class EDM(Target):
+    """Target of Karras et al., table 1: an output and an input of variance 1 at every sigma.
+
+    sigma_data: the standard deviation of images. sign: 1, or -1 for what the reference's EDM schedulers call
+    v_prediction, which is VPrediction at sigma_data 1. The model's time is log(sigma) / 4.
+    """
+
+    sigma_data: float = 0.5
+    sign: int = 1
+
+    def scale(self, sigma: Any) -> Any:
+        """Return the standard deviation of x."""
+        return (sigma**2 + self.sigma_data**2) ** 0.5
+
+    def timestep(self, of_schedule: Time, sigma: Time, total: int) -> Time:
+        """Compute c_noise, log(sigma) / 4."""
+        log: Any = sigma.log() if isinstance(sigma, Tensor) else math.log(sigma)
+        return log / 4
+
+    def x0(self, x: Tensor, sigma: Sigma, output: Tensor) -> Tensor:
+        """Compute c_skip * x + c_out * output."""
+        scale, data = self.scale(sigma), self.sigma_data
+        return (data / scale) ** 2 * x + self.sign * sigma * data / scale * output
+
+    def output(self, image: Tensor, noise: Tensor, sigma: Sigma) -> Tensor:
+        """Compute (image - c_skip * x) / c_out."""
+        data = self.sigma_data
+        return self.sign * (sigma * image - data**2 * noise) / (data * self.scale(sigma))
+
+    def error_ratio(self, snr: Tensor) -> Tensor:
+        """Compute snr + 1 / sigma_data^2."""
+        return snr + self.sigma_data**-2
 
 
 TARGETS: dict[str, Target] = {

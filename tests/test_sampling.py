@@ -10,19 +10,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity.samplers import SHAPE, our_trajectory, reference_trajectory
-from kolors_core.sampling import (
-    Sampler,
+from kolors_core.sampling import Sampler, dpm_multistep, dpmpp_2m, euler, exponential_moments, randn_latents
+from kolors_core.sampling_deterministic import (
     deis,
     dpm2,
-    dpm_multistep,
     dpm_singlestep,
-    dpmpp_2m,
-    euler,
-    exponential_moments,
     heun,
     lms,
     plms,
-    randn_latents,
     singlestep_orders,
     unipc,
 )

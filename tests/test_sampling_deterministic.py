@@ -17,13 +17,11 @@ from diffusers.schedulers import scheduling_lms_discrete
 from torch import Tensor
 
 from benchmarks.parity.samplers import SHAPE, our_run, reference_run, reference_sigmas, use_float64
-from kolors_core.sampling import (
-    Sampler,
+from kolors_core.sampling import Sampler, dpm_multistep, falling_orders
+from kolors_core.sampling_deterministic import (
     deis,
     dpm2,
-    dpm_multistep,
     dpm_singlestep,
-    falling_orders,
     heun,
     lms,
     plms,

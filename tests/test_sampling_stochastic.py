@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.parity.samplers import SHAPE, predict
-from kolors_core.sampling import Denoiser, Sampler, dpm2, dpm_multistep, euler, heun
+from kolors_core.sampling import Denoiser, Sampler, dpm_multistep, euler
+from kolors_core.sampling_deterministic import dpm2, heun
 from kolors_core.sampling_stochastic import ancestral, churn, dpmpp_sde, restart
 from kolors_core.sigmas import karras, sigma_to_timestep
 from tests.support.small import EXACT, FLOAT32, relative_error

@@ -12,8 +12,7 @@ from torch import Tensor
 from benchmarks.parity.samplers import SHAPE, predict
 from kolors_core.sampling import Denoiser
 from kolors_core.schedule import Schedule
-from kolors_core.schedulers import SCHEDULERS, EDMEulerScheduler
-from kolors_core.targets import target_of
+from kolors_core.schedulers import SCHEDULERS
 from tests.support.reference_schedulers import TWICE, reference_scheduler
 from tests.support.small import FLOAT32, relative_error
 
@@ -42,24 +41,10 @@ RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
-def denoiser(scheduler: Any, schedule: Schedule) -> Denoiser:
-    if isinstance(scheduler, EDMEulerScheduler):
-        return edm_denoiser(scheduler)
-    target = target_of(schedule.prediction)
-
+def denoiser(schedule: Schedule) -> Denoiser:
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        return target.x0(x, sigma, predict(target.model_input(x, sigma), schedule.timestep(sigma)))
-
-    return denoise
-
-
-def edm_denoiser(scheduler: EDMEulerScheduler) -> Denoiser:
-    data, sign = scheduler.sigma_data, 1 if scheduler.prediction_type == "epsilon" else -1
-
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        total = sigma**2 + data**2
-        output = predict(x / total**0.5, 0.25 * torch.tensor(sigma).log().item())
-        return data**2 / total * x + sign * sigma * data / total**0.5 * output
+        output = predict(schedule.target.model_input(x, sigma), schedule.timestep(sigma))
+        return schedule.target.x0(x, sigma, output)
 
     return denoise
 
@@ -105,7 +90,7 @@ def our_run(scheduler: Any, steps: int, dtype: torch.dtype) -> tuple[list[Tensor
         return x
 
     x = noise() * schedule.init_noise_sigma
-    scheduler.sampler(schedule, noise)(denoiser(scheduler, schedule), x, schedule.sigmas, on_step)
+    scheduler.sampler(schedule, noise)(denoiser(schedule), x, schedule.sigmas, on_step)
     return found, generator.get_state()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from kolors_core.schedulers import SCHEDULERS
 from kolors_core.sigmas import time_to_sigma
+from kolors_core.targets import TARGETS
 from tests.support.reference_schedulers import (
     parameters,
     reference_scheduler,
@@ -224,7 +225,8 @@ def test_a_flow_on_the_sigmas_of_a_diffusion() -> None:
     schedule = kind.from_config({}, prediction_type="flow_prediction", use_karras_sigmas=True).schedule(9)
     times = schedule.sigmas[:-1] / (1 + schedule.sigmas[:-1])
     assert (
-        torch.equal(schedule.timesteps, (1100 * times).trunc()) and schedule.prediction == "flow_prediction"
+        torch.equal(schedule.timesteps, (1100 * times).trunc())
+        and schedule.target == TARGETS["flow_prediction"]
     )
 
 
