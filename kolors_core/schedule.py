@@ -55,16 +55,16 @@ class Schedule:
         cutoff = self._cutoff_timestep(check_fraction("denoising_start", fraction))
         if (steps := int((self.timesteps < cutoff).sum())) == 0:
             raise ValueError(f"denoising_start {fraction} leaves none of the {len(self.timesteps)} steps")
-        return self._keep_last(steps)
+        return self.keep_last(steps)
 
     def last_steps(self, strength: float) -> Self:
         """Keep the last int(n * strength) of n steps, for an image noised with this strength."""
         if (steps := int(len(self.timesteps) * check_fraction("strength", strength))) == 0:
             got = f"{strength} times {len(self.timesteps)}"
             raise ValueError(f"no step is left: strength times steps must be at least 1, got {got}")
-        return self._keep_last(steps)
+        return self.keep_last(steps)
 
-    def _keep_last(self, steps: int) -> Self:
+    def keep_last(self, steps: int) -> Self:
         """Keep the last steps; pure noise before them is what the model's input scales to variance 1."""
         if steps == len(self.timesteps):
             return self

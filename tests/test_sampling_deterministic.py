@@ -6,11 +6,9 @@ A function is compared on the sigmas and timesteps that the reference's `set_tim
 import math
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import scheduling_lms_discrete
@@ -29,6 +27,7 @@ from kolors_core.sampling_deterministic import (
     unipc,
 )
 from tests.support.reference_folder import KOLORS_SCHEDULER
+from tests.support.reference_schedulers import use_exact_integrals
 from tests.support.small import EXACT, FLOAT32, relative_error
 
 pytestmark = pytest.mark.numerical
@@ -42,19 +41,8 @@ STEPS = (5, 10, 25, 50)
 
 
 @pytest.fixture(autouse=True)
-def quadrature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the reference's LMS, in place of scipy's quad, Gauss' quadrature: exact for its polynomials.
-
-    Without scipy, diffusers has a stand-in in its place, so that the class itself is taken from its module.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(4)
-
-    def quad(function: Callable[[float], Any], low: Any, high: Any, epsrel: float) -> tuple[float]:
-        half, middle = float(high - low) / 2, float(high + low) / 2
-        points = zip(nodes, weights, strict=True)
-        return (half * sum(weight * float(function(half * node + middle)) for node, weight in points),)
-
-    monkeypatch.setattr(scheduling_lms_discrete, "integrate", SimpleNamespace(quad=quad), raising=False)
+def integrals(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_exact_integrals(monkeypatch)
 
 
 def reference(name: str, changes: dict[str, Any], steps: int) -> Any:

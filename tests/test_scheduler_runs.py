@@ -1,19 +1,16 @@
 """Whole runs of every scheduler: each step's latents, and the generator's end, against the reference's."""
 
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from diffusers.schedulers import scheduling_lms_discrete
 from torch import Tensor
 
 from benchmarks.parity.samplers import SHAPE, predict
 from kolors_core.sampling import Denoiser
 from kolors_core.schedule import Schedule
 from kolors_core.schedulers import SCHEDULERS
-from tests.support.reference_schedulers import TWICE, reference_scheduler
+from tests.support.reference_schedulers import TWICE, reference_scheduler, use_exact_integrals
 from tests.support.small import FLOAT32, relative_error
 
 pytestmark = pytest.mark.numerical
@@ -50,16 +47,8 @@ def denoiser(schedule: Schedule) -> Denoiser:
 
 
 @pytest.fixture(autouse=True)
-def quadrature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the reference's LMS Gauss' quadrature, exact for its polynomials, in place of scipy's."""
-    nodes, weights = np.polynomial.legendre.leggauss(4)
-
-    def quad(function: Any, low: Any, high: Any, epsrel: float) -> tuple[float]:
-        half, middle = float(high - low) / 2, float(high + low) / 2
-        points = zip(nodes, weights, strict=True)
-        return (half * sum(weight * float(function(half * node + middle)) for node, weight in points),)
-
-    monkeypatch.setattr(scheduling_lms_discrete, "integrate", SimpleNamespace(quad=quad), raising=False)
+def integrals(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_exact_integrals(monkeypatch)
 
 
 def reference_run(theirs: Any, steps: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
