@@ -133,7 +133,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         wrap_sampler: wraps the pipeline's sampler, such as `preserve_masked_latents`.
         """
         draw = partial(randn_latents, tuple(x.shape), inputs.generator, self.device, torch.float32)
-        sampler = self._own_sampler(schedule, draw, inputs.eta) if self.sampler is None else self.sampler
+        sampler = self._choose_sampler(schedule, draw, inputs.eta)
         sampler = sampler if wrap_sampler is None else wrap_sampler(sampler)
         self._enter_stage("unet")
         with self._lora_factor(inputs), self._progress_bar(len(schedule.timesteps)) as bar:
@@ -144,13 +144,14 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
             )  # fmt: skip
             return loop(sampler, x)
 
-    def _own_sampler(self, schedule: Schedule, noise: Noise, eta: float) -> Sampler:
-        """Return the scheduler's sampler, with the call's eta if it takes one, as the reference does."""
-        if self.scheduler.takes_eta:
+    def _choose_sampler(self, schedule: Schedule, noise: Noise, eta: float) -> Sampler:
+        """Return the pipeline's sampler, or the scheduler's, with the call's eta if it takes one."""
+        if self.sampler is None and self.scheduler.takes_eta:
             return self.scheduler.sampler(schedule, noise, **{"eta": eta})
         if eta:
-            warn_unused("eta", f"with {type(self.scheduler).__name__}: DDIMScheduler and TCDScheduler use it")
-        return self.scheduler.sampler(schedule, noise)
+            name = type(self.scheduler).__name__ if self.sampler is None else "pipe.sampler"
+            warn_unused("eta", f"with {name}: DDIMScheduler and TCDScheduler use it")
+        return self.scheduler.sampler(schedule, noise) if self.sampler is None else self.sampler
 
     def _output(
         self, inputs: PipelineInputs, latents: Tensor, positive: Conditioning, metadata: Mapping[str, Any],
