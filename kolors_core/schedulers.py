@@ -281,8 +281,9 @@ class TCDScheduler(DiffusionScheduler):
         return table[0].item()
 
     def sampler(self, schedule: Schedule, noise: Noise, eta: float = 0.3) -> Sampler:
-        """Return `tcd`; eta, 0 to 1: how much of each step's noise is drawn anew."""
-        check_float("eta", eta, 0, 1)
+        """Return `tcd`; eta, 0 to 1: how much of each step's noise is drawn anew, `euler` at 0."""
+        if check_float("eta", eta, 0, 1) == 0:
+            return euler
         lower = partial(lower_sigma, training_sigmas=schedule.training_sigmas, eta=eta)
         return partial(tcd, noise=noise, lower=lower)
 
