@@ -99,13 +99,13 @@ def measure(pipe: KolorsPipeline, prompts: Sequence[str], budgets: Sequence[int]
     return found
 
 
-def write_table(errors: Errors, budgets: Sequence[int], model: str, file: Path) -> None:
+def write_table(errors: Errors, budgets: Sequence[int], model: str, solution: int, file: Path) -> None:
     """Write a row for each curve, a column for each number of evaluations; the least of a column is bold."""
     least = [min(curve[i][1] for curve in errors.values()) for i in range(len(budgets))]
     lines = [
         f"# Error by evaluations of the UNet, {model}",
         "",
-        "Distance to the solution of 1,000 steps of Heun's method by its norm, all from one noise, at",
+        f"Distance to the solution of {solution:,} steps of Heun's method by its norm, all from one noise, at",
         "Karras' sigmas. `python -m benchmarks.samplers OUT` writes it.",
         "",
         f"| evaluations, at most | {' | '.join(map(str, budgets))} |",
@@ -120,10 +120,8 @@ def write_table(errors: Errors, budgets: Sequence[int], model: str, file: Path) 
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def plot(errors: Errors, model: str, file: Path) -> None:
+def plot(errors: Errors, model: str, pyplot: Any, file: Path) -> None:
     """Write the curves."""
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     for i, (label, curve) in enumerate(errors.items()):
         axes.plot(*zip(*curve, strict=True), "os^vDP*Xdp"[i] + "-", label=label, markersize=5, linewidth=1.2)
@@ -131,7 +129,7 @@ def plot(errors: Errors, model: str, file: Path) -> None:
     ticks = sorted({evaluations for curve in errors.values() for evaluations, _ in curve})
     axes.set_xticks(ticks[::2], [str(tick) for tick in ticks[::2]])
     axes.minorticks_off()
-    axes.set_title(f"Distance to the solution of 1,000 steps, {model}", fontsize=10)
+    axes.set_title(f"Distance to the solution, {model}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=90)
@@ -167,6 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--smallest", action="store_true", help="few steps and one prompt")
     options = parser.parse_args(arguments)
+    from matplotlib import pyplot  # what the plot needs is found missing before the work, not after
+
     name = os.environ.get(VARIABLE)
     pipe = KolorsPipeline.from_pretrained(EMBEDDED_NAME if name is None else name)
     if torch.cuda.is_available():
@@ -176,9 +176,10 @@ def main(arguments: list[str] | None = None) -> None:
     model = "embedded model" if name is None else f"what {VARIABLE} names"
     small = options.smallest
     prompts, budgets, steps = (PROMPTS[:1], (4, 6), (1,)) if small else (PROMPTS, BUDGETS, STEPS)
-    errors = measure(pipe, prompts, budgets, 20 if small else SOLUTION)
-    write_table(errors, budgets, model, options.out / "samplers.md")
-    plot(errors, model, options.out / "samplers.png")
+    solution = 20 if small else SOLUTION
+    errors = measure(pipe, prompts, budgets, solution)
+    write_table(errors, budgets, model, solution, options.out / "samplers.md")
+    plot(errors, model, pyplot, options.out / "samplers.png")
     draw(pipe, prompts[0], steps, 128 if name is None else 256, options.out / "images.png")
 
 
