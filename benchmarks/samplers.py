@@ -105,7 +105,7 @@ def write_table(errors: Errors, budgets: Sequence[int], model: str, solution: in
     lines = [
         f"# Error by evaluations of the UNet, {model}",
         "",
-        f"Distance to the solution of {solution:,} steps of Heun's method by its norm, all from one noise, at",
+        f"Distance to the solution of {solution:,} steps of Heun's method by its norm, from one noise, at",
         "Karras' sigmas. `python -m benchmarks.samplers OUT` writes it.",
         "",
         f"| evaluations, at most | {' | '.join(map(str, budgets))} |",
