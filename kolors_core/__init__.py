@@ -45,7 +45,27 @@ if TYPE_CHECKING:
         KolorsPAGPipeline,
         KolorsPipeline,
     )
-    from kolors_core.compat.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+    from kolors_core.compat.schedulers import (
+        DDIMScheduler,
+        DDPMScheduler,
+        DEISMultistepScheduler,
+        DPMSolverMultistepScheduler,
+        DPMSolverSDEScheduler,
+        DPMSolverSinglestepScheduler,
+        EDMDPMSolverMultistepScheduler,
+        EDMEulerScheduler,
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        KDPM2AncestralDiscreteScheduler,
+        KDPM2DiscreteScheduler,
+        LCMScheduler,
+        LMSDiscreteScheduler,
+        PNDMScheduler,
+        TCDScheduler,
+        UniPCMultistepScheduler,
+    )
     from kolors_core.compat.tokenizer import ChatGLMTokenizer
     from kolors_core.compat.utils import make_image_grid
     from kolors_core.image import load_image
@@ -55,6 +75,14 @@ if TYPE_CHECKING:
     from kolors_core.pipelines.image_prompts import IPAdapterMaskProcessor
     from kolors_core.pipelines.request import KolorsPipelineOutput
 
+_SCHEDULERS = (
+    "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "TCDScheduler",
+    "UniPCMultistepScheduler",
+)  # fmt: skip
 _NAMES_IN = {
     "adapters.canny": ("canny",), "adapters.controlnet_files": ("KolorsControlNet",),
     "adapters.ip_adapter_files": ("CLIPVisionModelWithProjection", "load_image_embeds", "save_image_embeds"),
@@ -67,7 +95,7 @@ _NAMES_IN = {
     "pipelines.image_to_image": ("KolorsImg2ImgPipeline",),
     "pipelines.inpainting": ("KolorsInpaintPipeline",), "pipelines.pag": ("KolorsPAGPipeline",),
     "pipelines.request": ("KolorsPipelineOutput",), "pipelines.text_to_image": ("KolorsPipeline",),
-    "schedule": ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
+    "schedulers": _SCHEDULERS,
 }  # fmt: skip
 # The drop-in classes, which stand before the plain ones of the same names; without compat/ those remain.
 _COMPAT_NAMES_IN = {
@@ -81,7 +109,7 @@ _COMPAT_NAMES_IN = {
         "KolorsControlNetImg2ImgPipeline", "KolorsControlNetInpaintPipeline", "KolorsControlNetPipeline",
         "KolorsImg2ImgPipeline", "KolorsInpaintPipeline", "KolorsPAGPipeline", "KolorsPipeline",
     ),
-    "compat.schedulers": ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
+    "compat.schedulers": _SCHEDULERS,
     "compat.tokenizer": ("ChatGLMTokenizer",), "compat.utils": ("make_image_grid",),
 }  # fmt: skip
 if (Path(__file__).parent / "compat").is_dir():
@@ -89,14 +117,20 @@ if (Path(__file__).parent / "compat").is_dir():
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
 __all__ = [
-    "AutoPipelineForImage2Image", "AutoPipelineForInpainting", "AutoPipelineForText2Image", "AutoencoderKL",
-    "CLIPVisionModelWithProjection", "ChatGLMModel", "ChatGLMTokenizer", "ControlNetModel",
-    "DPMSolverMultistepScheduler", "DiffusionPipeline", "EulerDiscreteScheduler", "IPAdapterMaskProcessor",
-    "KolorsControlNet", "KolorsControlNetImg2ImgPipeline", "KolorsControlNetInpaintPipeline",
-    "KolorsControlNetPipeline", "KolorsImg2ImgPipeline", "KolorsInpaintPipeline", "KolorsPAGPipeline",
-    "KolorsPipeline", "KolorsPipelineOutput", "SDXLCFGCutoffCallback", "UNet2DConditionModel",
-    "VaeImageProcessor", "__version__", "canny", "capture", "inject", "load_image", "load_image_embeds",
-    "make_image_grid", "record_attention", "save_image_embeds",
+    "AutoPipelineForImage2Image", "AutoPipelineForInpainting", "AutoPipelineForText2Image",
+    "AutoencoderKL", "CLIPVisionModelWithProjection", "ChatGLMModel", "ChatGLMTokenizer",
+    "ControlNetModel", "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler",
+    "DiffusionPipeline", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler", "IPAdapterMaskProcessor", "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler", "KolorsControlNet", "KolorsControlNetImg2ImgPipeline",
+    "KolorsControlNetInpaintPipeline", "KolorsControlNetPipeline", "KolorsImg2ImgPipeline",
+    "KolorsInpaintPipeline", "KolorsPAGPipeline", "KolorsPipeline", "KolorsPipelineOutput",
+    "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SDXLCFGCutoffCallback", "TCDScheduler",
+    "UNet2DConditionModel", "UniPCMultistepScheduler", "VaeImageProcessor", "__version__", "canny",
+    "capture", "inject", "load_image", "load_image_embeds", "make_image_grid", "record_attention",
+    "save_image_embeds",
 ]  # fmt: skip
 
 

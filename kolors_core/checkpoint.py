@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +25,8 @@ from kolors_core.devices import check_dtype, loading_device
 from kolors_core.hub import fetch
 from kolors_core.loading import Initializer, LoadReport, assign_weights, check, load
 from kolors_core.module import require_plain
-from kolors_core.schedule import SCHEDULERS, Scheduler
+from kolors_core.schedule import Scheduler
+from kolors_core.schedulers import SCHEDULERS
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert import TABLES, safetensors_files
@@ -267,8 +268,9 @@ def open_scheduler(file: Path, kind: type[AnyScheduler]) -> AnyScheduler:
     """Build a scheduler of this class from a config file, whatever class it names."""
     config = read_json(file)
     # The reference's defaults for these are not Kolors', so a missing field would be ambiguous.
+    own = {field.name for field in fields(kind)}
     for field in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing"):
-        if field not in config:
+        if field in own and field not in config:
             raise ValueError(f"{file}: the field {field} is missing")
     try:
         return kind.from_config({"steps_offset": 0} | config)

@@ -37,8 +37,9 @@ def guided(
 ) -> Denoiser:  # fmt: skip
     """Apply classifier-free guidance: eps = uncond + scale * (cond - uncond) (https://arxiv.org/abs/2207.12598).
 
-    Without a negative, with a scale of at most 1, or outside the interval, the UNet runs on the positive
-    alone. Its input is x / sqrt(1 + sigma^2), followed by `extra`, in its own dtype; x and x0 keep theirs.
+    eps: the UNet's output, also where the schedule's target is another. Without a negative, with a
+    scale of at most 1, or outside the interval, the UNet runs on the positive alone. Its input is x, scaled
+    (targets.py), followed by `extra`, in its own dtype; x and x0 keep theirs.
 
     rescale: see `cfg_rescale`. interval: see `use_inside_interval`. precompute: compute what does not depend
     on x (keys and values of text and images, each block's projection of all timesteps) once instead of in
@@ -64,10 +65,12 @@ def make_denoiser(
     combine: Callable[[float, Tensor], Tensor] = lambda _timestep, noise: noise, *, precompute: bool = True,
     wrap_step: WrapStep | None = None
 ) -> Denoiser:  # fmt: skip
-    """Return `denoise(x, sigma) -> x0 = x - sigma * combine(timestep, noise)`, with the noise of all rows.
+    """Return `denoise(x, sigma) -> x0`, computed from combine(timestep, the UNet's output for all rows).
 
-    conditioning: rows of B images, `repeats` for each latent. precompute, wrap_step: see `guided`.
+    schedule: its `target` says what the UNet's output is, see targets.py. conditioning: rows of B images,
+    `repeats` for each latent. precompute, wrap_step: see `guided`.
     """
+    target, total = schedule.target, len(schedule.training_sigmas)
     dtype, extra = unet.conv_in.weight.dtype, conditioning.extra  # `denoise` must not keep the rest alive
     repeats = repeats if extra is None else 1  # with it, `concat_extra_channels` has repeated the latents
     residuals = None
@@ -81,10 +84,11 @@ def make_denoiser(
     timestep_at = dict(zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        latents = concat_extra_channels((x / (sigma**2 + 1) ** 0.5).to(dtype), extra)
-        timestep = timestep_at[sigma] if sigma in timestep_at else schedule.timestep(sigma)
+        latents = concat_extra_channels(target.model_input(x, sigma).to(dtype), extra)
+        if (timestep := timestep_at.get(sigma)) is None:
+            timestep = target.timestep(schedule.timestep(sigma), sigma, total)
         added = [] if residuals is None else residuals(latents, timestep, sigma)
-        return x - sigma * combine(timestep, predict(latents, timestep, added).to(x.dtype))
+        return target.x0(x, sigma, combine(timestep, predict(latents, timestep, added).to(x.dtype)))
 
     return denoise
 

@@ -1,25 +1,24 @@
-"""Noise schedules: betas -> sigmas -> timesteps.
+"""Schedules, the numbers of one run, and the interface of schedulers, which compute them.
 
 A scheduler is a frozen config; `scheduler.schedule(25)` computes the tensors of one run. `sigma` is the
 standard deviation of the noise added to a clean image of variance 1 (Karras et al.,
-https://arxiv.org/abs/2206.00364): x = image + sigma * noise. The training sigmas are computed in float32 and
-the arithmetic on them in float64, as in the reference, so that all numbers are equal to the last bit.
-Source: diffusers' schedulers/scheduling_euler_discrete.py and scheduling_dpmsolver_multistep.py.
+https://arxiv.org/abs/2206.00364): x = image + sigma * noise. Classes are in schedulers.py and solvers.py.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from kolors_core.config import ConfigDict
-from kolors_core.validation import check_fraction, check_int, did_you_mean, short_repr
+from kolors_core.scheduler_config import SchedulerFields
+from kolors_core.sigmas import sigma_to_timestep
+from kolors_core.targets import Epsilon, Target, target_of
+from kolors_core.validation import check_fraction, short_repr
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Schedule:
     init_noise_sigma: float  # factor on the initial standard normal noise
     training_sigmas: Tensor  # float32 [T], one for each training timestep
     whole_timesteps: bool  # whether the UNet gets rounded ones
-    first_order_last: bool = False  # whether the last step omits DPM-Solver++'s multistep term
+    orders: tuple[int, ...] = ()  # [n], the highest order of each step, for samplers that have several
+    target: Target = Epsilon()  # what the model predicts
 
     def timestep(self, sigma: float) -> float:
         """Return the timestep of a sigma: the step's if it is one of the run's, else interpolated."""
@@ -48,25 +48,29 @@ class Schedule:
         if (steps := int((self.timesteps >= self._cutoff_timestep(fraction)).sum())) == 0:
             raise ValueError(f"denoising_end {fraction} leaves none of the {len(self.timesteps)} steps")
         kept = {"sigmas": self.sigmas[: steps + 1], "timesteps": self.timesteps[:steps]}
-        return replace(self, **kept, first_order_last=self.first_order_last and steps == len(self.timesteps))
+        return replace(self, **kept, orders=self.orders[:steps])
 
     def after(self, fraction: float) -> Self:
         """Keep the steps that `before` with the same fraction drops (`denoising_start`)."""
         cutoff = self._cutoff_timestep(check_fraction("denoising_start", fraction))
         if (steps := int((self.timesteps < cutoff).sum())) == 0:
             raise ValueError(f"denoising_start {fraction} leaves none of the {len(self.timesteps)} steps")
-        return self._keep_last(steps)
+        return self.keep_last(steps)
 
     def last_steps(self, strength: float) -> Self:
         """Keep the last int(n * strength) of n steps, for an image noised with this strength."""
         if (steps := int(len(self.timesteps) * check_fraction("strength", strength))) == 0:
             got = f"{strength} times {len(self.timesteps)}"
             raise ValueError(f"no step is left: strength times steps must be at least 1, got {got}")
-        return self._keep_last(steps)
+        return self.keep_last(steps)
 
-    def _keep_last(self, steps: int) -> Self:
+    def keep_last(self, steps: int) -> Self:
+        """Keep the last steps; pure noise before them is what the model's input scales to variance 1."""
+        if steps == len(self.timesteps):
+            return self
         kept = {"sigmas": self.sigmas[-steps - 1 :], "timesteps": self.timesteps[-steps:]}
-        return replace(self, **kept, init_noise_sigma=math.sqrt(kept["sigmas"][0].item() ** 2 + 1))
+        scale = self.target.scale(kept["sigmas"][0].item())
+        return replace(self, **kept, orders=self.orders[-steps:], init_noise_sigma=scale)
 
     def _cutoff_timestep(self, fraction: float) -> int:
         total = len(self.training_sigmas)
@@ -74,95 +78,18 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheduler(ABC):
-    """Scheduler fields and methods that Euler and DPM-Solver++ share; defaults are the released Kolors'."""
+class Scheduler(SchedulerFields, ABC):
+    """Scheduler: fields (scheduler_config.py) that the schedule and the sampler of a run depend on."""
 
-    num_train_timesteps: int = 1100
-    beta_start: float = 0.00085
-    beta_end: float = 0.014
-    beta_schedule: str = "scaled_linear"
-    timestep_spacing: str = "leading"
-    steps_offset: int = 1
-    use_karras_sigmas: bool = False
-    final_sigmas_type: str = "zero"
-
-    def __post_init__(self) -> None:
-        check_int("num_train_timesteps", self.num_train_timesteps, least=2, most=100_000)
-        check_int("steps_offset", self.steps_offset, least=0, most=self.num_train_timesteps - 1)
-        betas = (self.beta_start, self.beta_end)
-        if not all(isinstance(beta, float) for beta in betas) or not 0 < betas[0] <= betas[1] < 1:
-            raise ValueError(f"0 < beta_start <= beta_end < 1 does not hold for {betas[0]!r}, {betas[1]!r}")
-        _one_of("use_karras_sigmas", self.use_karras_sigmas, (False, True))
-        _one_of("beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
-        _one_of("timestep_spacing", self.timestep_spacing, ("leading", "linspace", "trailing"))
-        _one_of("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
+    takes_eta: ClassVar[bool] = False  # whether `sampler` takes DDIM's eta, as the reference's step does
+    prediction_type = "epsilon"  # a field of the classes that declare it so
 
     @property
-    def config(self) -> ConfigDict:
-        """The scheduler's fields, for another's `from_config`."""
-        return ConfigDict(asdict(self))
+    def target(self) -> Target:
+        """Conversion of the model's output, see targets.py."""
+        return target_of(self.prediction_type)
 
-    def describe(self) -> str:
-        """Return the scheduler's name and the fields that differ from the released Kolors'."""
-        changed = [f"{f.name}={value}" for f in fields(self) if (value := getattr(self, f.name)) != f.default]
-        return type(self).__name__ + (f"({', '.join(changed)})" if changed else "")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
-        """Build from a public config, or another scheduler's `.config`, with some fields changed.
-
-        Fields that the config has for another class of scheduler are ignored. ValueError for a value that we
-        do not implement and that would change the result, or for a change of a field that is not ours.
-        """
-        if not isinstance(config, Mapping):
-            expected = "a scheduler's config, such as pipe.scheduler.config"
-            raise TypeError(f"expected {expected}, got {config!r:.99}")
-        checked = {*ONE_VALUE_FIELDS, *(field.name for field in fields(cls))}
-        ignored = _FIELDS_OF_OTHERS.union(UNUSED_FIELDS, *_FIELDS_OF.values()) - checked
-        given = {
-            name: value
-            for name, value in config.items()
-            if name in checked or not (name in ignored or name[:1] == "_" or value is None or value is False)
-        }
-        return cls(**cls.own_fields(given | changes))
-
-    @classmethod
-    def own_fields(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Select this class's fields from those of the reference's schedulers.
-
-        ValueError for another field at a value that would change the result, or of neither class.
-        """
-        own = {field.name for field in fields(cls)}
-        for name in sorted(given.keys() - own):
-            value, other = given[name], next((kind for kind in _FIELDS_OF if name in _FIELDS_OF[kind]), None)
-            if other is not None:
-                if value != getattr(SCHEDULERS[other], name):
-                    raise ValueError(f"{cls.__name__} has no field {name!r}, {other} has")
-            elif name in ONE_VALUE_FIELDS:
-                same = ONE_VALUE_FIELDS[name]
-                if not isinstance(value, str | int | float | None) or value not in same:
-                    raise ValueError(f"{cls.__name__}: {name} is {short_repr(value)}, expected {same[0]!r}")
-            elif name not in UNUSED_FIELDS:
-                hint = did_you_mean(name, sorted({*own, *ONE_VALUE_FIELDS, *UNUSED_FIELDS}))
-                hint = hint or f"; it has {', '.join(sorted(own))}"
-                raise ValueError(f"{cls.__name__} has no field {name!r}{hint}")
-        return {name: value for name, value in given.items() if name in own}
-
-    def to_public(self) -> dict[str, Any]:
-        """Return the `scheduler_config.json` that the reference reads."""
-        return {"_class_name": type(self).__name__, **asdict(self), "prediction_type": "epsilon"}
-
-    def training_betas(self) -> Tensor:
-        """Compute the variance that each training timestep adds: float32 [T]."""
-        root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
-        ends = self.beta_start**root, self.beta_end**root
-        return torch.linspace(*ends, self.num_train_timesteps, device="cpu") ** (1 / root)
-
-    def training_sigmas(self) -> Tensor:
-        """Compute sqrt((1 - a) / a), a = cumprod(1 - beta), of each training timestep: float32 [T]."""
-        alphas = torch.cumprod(1.0 - self.training_betas(), dim=0)
-        return ((1 - alphas) / alphas) ** 0.5
-
+    @abstractmethod
     def schedule(
         self, steps: int | None = None, *, timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None
@@ -171,154 +98,40 @@ class Scheduler(ABC):
 
         ValueError unless exactly one is given and the numbers are strictly descending.
         """
-        if sum(given is not None for given in (steps, timesteps, sigmas)) != 1:
-            raise ValueError("give exactly one of steps, timesteps and sigmas")
-        if timesteps is not None and self.use_karras_sigmas:
-            raise ValueError("timesteps cannot be given with use_karras_sigmas, which sets its own")
-        table, most = self.training_sigmas(), self.num_train_timesteps - 1
-        if sigmas is not None:
-            sigmas = _check_descending("sigmas", sigmas, 0.0, math.inf)
-            if len(sigmas) < 2:
-                raise ValueError(f"sigmas must be at least two, of which the last ends the run, got {sigmas}")
-            rounded = np.array(sigmas, np.float32)  # the reference takes the logarithm in float32
-            return self._finish(rounded, [sigma_to_timestep(sigma, table) for sigma in rounded[:-1]], table)
-        if timesteps is not None:
-            times = _check_descending("timesteps", timesteps, 0.0, most)
-        else:
-            times = self._spaced(check_int("the number of steps", steps, most=most)).tolist()
-        run = np.interp(times, np.arange(len(table)), table).tolist()
-        if self.use_karras_sigmas:
-            run = karras(*self._karras_range(run, table), len(run))
-            times = [sigma_to_timestep(sigma, table) for sigma in run]
-        end = table[0].item() if self.final_sigmas_type == "sigma_min" else 0.0
-        return self._finish(np.array([*run, end], np.float32), times, table)
+
+    @abstractmethod
+    def training_sigmas(self) -> Tensor:
+        """Compute the sigma of each training timestep: float32 [T], ascending."""
+
+    @abstractmethod
+    def sampler(self, schedule: Schedule, noise: Callable[[], Tensor]) -> Callable[..., Tensor]:
+        """Return the sampler of a run: (denoise, x, sigmas, on_step) -> x. noise: draws noise like x."""
 
     def latent_scale(self, sigma: float) -> float:
         """Return the ratio of x to the latents that the reference keeps between steps."""
         return 1.0
 
-    @abstractmethod
-    def _finish(self, sigmas: np.ndarray, timesteps: list[float], table: Tensor) -> Schedule:
-        """Make the schedule of sigmas (float32 [n + 1]) and timesteps (n), rounded as the reference does."""
-
-    @abstractmethod
-    def _spaced(self, steps: int) -> np.ndarray:
-        """Compute timesteps by `timestep_spacing`, descending: [steps]."""
-
-    def _leading(self, ratio: int, first: int, steps: int) -> np.ndarray:
-        """Compute ratio * (first, first + 1, ...) + offset, clipped to the last timestep; descending."""
-        timesteps = np.arange(first, first + steps)[::-1] * ratio + self.steps_offset
-        return timesteps.clip(max=self.num_train_timesteps - 1)
-
-    def _trailing(self, steps: int) -> np.ndarray:
-        """Step back from the end by equal parts; unlike the reference, cut numpy's range to `steps`."""
-        total = self.num_train_timesteps
-        return np.arange(total, 0, -total / steps)[:steps].round() - 1
-
-    @abstractmethod
-    def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
-        """Return the smallest and largest of Karras' sigmas; run: the sigmas of the spaced timesteps."""
+    def evaluations(self, schedule: Schedule) -> int:
+        """Count the UNet's evaluations of a run."""
+        return len(schedule.timesteps)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EulerDiscreteScheduler(Scheduler):
-    """Scheduler of Euler's method (Karras et al., algorithm 1 without churn), Kolors' published default."""
-
-    def _spaced(self, steps: int) -> np.ndarray:
-        total = self.num_train_timesteps
-        if self.timestep_spacing == "linspace":
-            return np.linspace(0, total - 1, steps, dtype=np.float32)[::-1]
-        if self.timestep_spacing == "leading":
-            return self._leading(total // steps, 0, steps)
-        return self._trailing(steps)
-
-    def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
-        return run[-1], run[0]
-
-    def _finish(self, sigmas: np.ndarray, timesteps: list[float], table: Tensor) -> Schedule:
-        start = float(sigmas[0])
-        scale = math.sqrt(start**2 + 1) if self.timestep_spacing == "leading" else start
-        rounded = torch.tensor(timesteps, dtype=torch.float32, device="cpu").double()
-        return Schedule(torch.from_numpy(sigmas).double(), rounded, scale, table, whole_timesteps=False)
+def check_one_given(steps: Any, timesteps: Any, sigmas: Any) -> None:
+    """Raise ValueError unless exactly one is given."""
+    if sum(given is not None for given in (steps, timesteps, sigmas)) != 1:
+        raise ValueError("give exactly one of steps, timesteps and sigmas")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DPMSolverMultistepScheduler(Scheduler):
-    """Scheduler of DPM-Solver++ (https://arxiv.org/abs/2211.01095); `sde-dpmsolver++` is its SDE form."""
-
-    algorithm_type: str = "dpmsolver++"
-    solver_order: int = 2
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of("algorithm_type", self.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
-        check_int("solver_order", self.solver_order, most=2)
-        _one_of("lower_order_final", self.lower_order_final, (False, True))
-        _one_of("euler_at_final", self.euler_at_final, (False, True))
-
-    def latent_scale(self, sigma: float) -> float:
-        """Return sqrt(sigma^2 + 1): the reference keeps latents of variance 1."""
-        return math.sqrt(sigma**2 + 1)
-
-    def _spaced(self, steps: int) -> np.ndarray:
-        total = self.num_train_timesteps
-        if self.timestep_spacing == "linspace":
-            return np.linspace(0, total - 1, steps + 1).round()[:0:-1]
-        if self.timestep_spacing == "leading":
-            return self._leading(total // (steps + 1), 1, steps)
-        return self._trailing(steps)
-
-    def _karras_range(self, run: list[float], table: Tensor) -> tuple[float, float]:
-        return table[0].item(), table[-1].item()
-
-    def _finish(self, sigmas: np.ndarray, timesteps: list[float], table: Tensor) -> Schedule:
-        whole = torch.tensor(timesteps, dtype=torch.float64, device="cpu").round()
-        last = self.euler_at_final or (self.lower_order_final and len(whole) < 15)
-        sigmas64, scale = torch.from_numpy(sigmas).double(), self.latent_scale(float(sigmas[0]))
-        return Schedule(sigmas64, whole, scale, table, whole_timesteps=True, first_order_last=last)
+def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
+    """Convert a run's sigmas to float32 [n + 1]; ValueError unless they are at least two and descending."""
+    given = check_descending("sigmas", sigmas, 0.0, math.inf)
+    if len(given) < 2:
+        raise ValueError(f"sigmas must be at least two, of which the last ends the run, got {given}")
+    return np.array(given, np.float32)
 
 
-SCHEDULERS: dict[str, type[Scheduler]] = {
-    kind.__name__: kind for kind in (EulerDiscreteScheduler, DPMSolverMultistepScheduler)
-}
-
-# The other fields of the reference's schedulers: those with one value here, of which the first is the default
-# and the others compute the same; those without effect at these values; those of its other schedulers.
-ONE_VALUE_FIELDS: dict[str, tuple[Any, ...]] = {
-    "trained_betas": (None,), "prediction_type": ("epsilon",), "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",), "sigma_min": (None,), "sigma_max": (None,), "variance_type": (None,),
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"), "lambda_min_clipped": (-math.inf,),
-    "thresholding": (False, None), "use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None), "use_flow_sigmas": (False, None),
-    "rescale_betas_zero_snr": (False, None), "use_dynamic_shifting": (False, None),
-}  # fmt: skip
-UNUSED_FIELDS: dict[str, Any] = {
-    "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0, "flow_shift": 1.0,
-    "time_shift_type": "exponential",
-}  # fmt: skip
-_FIELDS_OF = {name: {field.name for field in fields(kind)} for name, kind in SCHEDULERS.items()}
-_FIELDS_OF_OTHERS = {"clip_sample_range", "set_alpha_to_one", "skip_prk_steps"}
-
-
-def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> list[float]:
-    """Compute descending sigmas, evenly spaced in sigma^(1/rho) (Karras et al., eq. 5, without the 0)."""
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    ramp = [i / (steps - 1) for i in range(steps)] if steps > 1 else [0.0]
-    return [(high + r * (low - high)) ** rho for r in ramp]
-
-
-def sigma_to_timestep(sigma: float | np.float32, table: Tensor) -> float:
-    """Interpolate the timestep of a sigma, linearly in log sigma, in the table of training sigmas."""
-    logs = np.log(table.numpy())  # float32, as in the reference: torch's float32 log rounds differently
-    log_sigma = np.log(max(sigma, 1e-10))
-    low = np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2)
-    weight = np.clip((logs[low] - log_sigma) / (logs[low] - logs[low + 1]), 0, 1)
-    return float((1 - weight) * low + weight * (low + 1))
-
-
-def _check_descending(name: str, values: Sequence[float], least: float, most: float) -> list[float]:
+def check_descending(name: str, values: Sequence[float], least: float, most: float) -> list[float]:
+    """Convert numbers to floats; ValueError naming them unless they are strictly descending and in range."""
     try:
         numbers = [float(value) for value in values if not isinstance(value, str | bool)]
         if len(numbers) < len(values):
@@ -329,8 +142,3 @@ def _check_descending(name: str, values: Sequence[float], least: float, most: fl
     if not numbers or not is_descending or not least <= numbers[-1] <= numbers[0] <= most:
         raise ValueError(f"{name} must fall strictly, within {least} to {most}, got {numbers}")
     return numbers
-
-
-def _one_of(name: str, got: Any, allowed: tuple[Any, ...]) -> None:
-    if got not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {got!r}")

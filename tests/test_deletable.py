@@ -88,7 +88,7 @@ def test_without_compat_the_names_are_the_plain_classes(tmp_path: Path) -> None:
     program = """
 import kolors_core
 assert kolors_core.KolorsPipeline.__module__ == "kolors_core.pipelines.text_to_image"
-assert kolors_core.EulerDiscreteScheduler.__module__ == "kolors_core.schedule"
+assert kolors_core.EulerDiscreteScheduler.__module__ == "kolors_core.schedulers"
 assert not hasattr(kolors_core, "DiffusionPipeline")
 """
     draw(tmp_path, ("compat",), program + PIPELINE)

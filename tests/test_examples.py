@@ -21,7 +21,7 @@ from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import guided
 from kolors_core.loading import load, zeros
 from kolors_core.sampling import euler
-from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler
 from tests.support.parity import assert_parity
 from tests.support.small import FLOAT32, relative_error
 from tests.test_readme import block_after

@@ -18,7 +18,7 @@ from kolors_core.conditioning import Conditioning
 from kolors_core.guidance import SigmaInterval, guided, interval_sigmas
 from kolors_core.pipelines.pag import perturbed
 from kolors_core.sampling import dpmpp_2m
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.unet import UNet
 from tests.support.parity import pair
 from tests.support.pipelines import NO_SAVINGS, SOLVERS, Pair, picture, saving, steps_of, use_solver

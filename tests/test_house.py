@@ -140,9 +140,10 @@ def test_files_are_read_in_one_sitting() -> None:
     for folder in ("kolors_core", "weights_convert", "tests", "benchmarks"):
         for file in (ROOT / folder).rglob("*.py"):
             assert len(file.read_text().splitlines()) <= 400, file
-    path = ("tokenizer", "chatglm", "unet", "vae", "schedule", "sampling", "guidance")
+    path = ("tokenizer", "chatglm", "unet", "vae", "schedule", "diffusion", "sampling", "guidance")
     lines = sum(len((ROOT / "kolors_core" / f"{name}.py").read_text().splitlines()) for name in path)
-    assert lines < 1550, "the text-to-image path grows too long to read"
+    # 150 lines more than with two schedulers: one file computes the timesteps of all.
+    assert lines < 1700, "the text-to-image path grows too long to read"
 
 
 @pytest.mark.parametrize("file", [*FILES, *CONVERTERS], ids=name_of)

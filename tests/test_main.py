@@ -132,7 +132,7 @@ def test_completion(tmp_path: Path) -> None:
     pytest.importorskip("argcomplete", reason="argcomplete is an extra")
     assert complete("kolors ba", tmp_path) == ["batch"]
     assert complete("kolors batch prompts.txt OUT --spl", tmp_path) == ["--split-guidance"]
-    assert complete("kolors 'a cat' --sampler eu", tmp_path) == ["euler", "euler-karras"]
+    assert complete("kolors 'a cat' --sampler eu", tmp_path) == ["euler", "euler-karras", "euler-ancestral"]
 
 
 def test_without_argcomplete_nothing_is_lost() -> None:

@@ -1,16 +1,27 @@
 """Schedules: equal to the reference's to the last bit, for all spacings and step counts."""
 
+import math
 from itertools import product
 
 import diffusers
+import mpmath
+import numpy as np
 import pytest
 import torch
+from diffusers.schedulers import AysSchedules
 
-from kolors_core.schedule import (
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    Scheduler,
+from kolors_core.schedule import Scheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from kolors_core.sigmas import (
+    AYS_SD15,
+    AYS_SDXL,
+    align_your_steps,
+    beta_quantile,
+    exponential,
+    polyexponential,
     sigma_to_timestep,
+    simple,
+    time_to_sigma,
 )
 from tests.support.reference_folder import KOLORS_SCHEDULER
 
@@ -95,6 +106,44 @@ def test_own_sigmas(karras: bool) -> None:
     assert torch.equal(rounded.timesteps, schedule.timesteps.round())
 
 
+def test_the_quantile_of_a_beta_distribution() -> None:
+    """Compared with 30 digits: bisection on the incomplete beta function."""
+    mpmath.mp.dps = 30
+    shares = [1e-9, 0.02, 0.3, 0.4999, 0.5, 0.7, 0.999]
+    for a, b in ((0.6, 0.6), (0.3, 3.0), (1.0, 1.0)):
+        for share, got in zip(shares, beta_quantile(np.array(shares), a, b), strict=True):
+            low, high = mpmath.mpf(0), mpmath.mpf(1)
+            for _ in range(70):
+                middle = (low + high) / 2
+                is_below = mpmath.betainc(a, b, 0, middle, regularized=True) < share
+                low, high = (middle, high) if is_below else (low, middle)
+            assert abs(got - float(low)) < 1e-15
+        assert beta_quantile(np.array([0.0, 1.0]), a, b).tolist() == [0, 1]
+
+
+def test_families_of_sigmas_beside_the_references() -> None:
+    table = EulerDiscreteScheduler().training_sigmas()
+    low, high = table[0].item(), table[-1].item()
+    assert np.allclose(polyexponential(low, high, 9), exponential(low, high, 9), rtol=1e-12)
+    ramp = [(1 - i / 4) ** 2 for i in range(5)]  # as k-diffusion writes it
+    written_out = [math.exp(r * (math.log(high) - math.log(low)) + math.log(low)) for r in ramp]
+    assert np.allclose(polyexponential(low, high, 5, rho=2.0), written_out, rtol=1e-12)
+    assert simple(table, 3).tolist() == [table[-(1 + int(i * 1100 / 3))].item() for i in range(3)]
+    for published in (AYS_SD15, AYS_SDXL):
+        assert np.allclose(align_your_steps(10, published), published[:-1], rtol=1e-12)
+        between = align_your_steps(20, published)
+        assert len(between) == 20 and between[1] == pytest.approx(math.sqrt(published[0] * published[1]))
+    schedule = EulerDiscreteScheduler().schedule(sigmas=[*align_your_steps(7), 0.0])
+    assert len(schedule.timesteps) == 7
+    assert AYS_SDXL[:-1] == tuple(AysSchedules["StableDiffusionXLSigmas"][:-1])
+    assert AYS_SD15[:-1] == tuple(AysSchedules["StableDiffusionSigmas"][:-1])
+
+
+def test_pure_noise_has_a_finite_sigma() -> None:
+    assert time_to_sigma(torch.tensor([1.0, 0.5, 0.0])).tolist() == [2**24 - 1, 1.0, 0.0]
+    assert EulerDiscreteScheduler(rescale_betas_zero_snr=True).training_sigmas()[-1] == 4096
+
+
 def test_timestep_of_a_sigma() -> None:
     scheduler = EulerDiscreteScheduler(use_karras_sigmas=True)
     schedule = scheduler.schedule(10)
@@ -139,9 +188,9 @@ def test_from_config_takes_the_published_and_the_siblings_fields() -> None:
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ({"prediction_type": "v_prediction"}, {}, "prediction_type is 'v_prediction', expected 'epsilon'"),
-        ({"use_beta_sigmas": True}, {}, "use_beta_sigmas is True"),
-        ({"solver_order": 3}, {}, "solver_order must be a whole number from 1 to 2, got 3"),
+        ({"prediction_type": "velocity"}, {}, "prediction_type must be one of 'epsilon', 'v_prediction'"),
+        ({"thresholding": True}, {}, "thresholding is True"),
+        ({"solver_order": 4}, {}, "solver_order must be a whole number from 1 to 3, got 4"),
         ({}, {"karras": True}, "has no field 'karras'"),
         ({"beta_end": 2.0}, {}, "beta_end < 1 does not hold"),
         ({"num_train_timesteps": -5}, {}, "num_train_timesteps must be a whole number from 2"),
@@ -149,7 +198,7 @@ def test_from_config_takes_the_published_and_the_siblings_fields() -> None:
         ({"steps_offset": 1.5}, {}, "steps_offset must be a whole number from 0 to 1099, got 1.5"),
         ({"use_karras_sigmas": "yes"}, {}, "use_karras_sigmas must be one of False, True, got 'yes'"),
         ({"beta_schedule": "cosine"}, {}, "beta_schedule must be one of"),
-        ({"algorithm_type": "dpmsolver"}, {}, "algorithm_type must be one of"),
+        ({"algorithm_type": "dpm"}, {}, "algorithm_type must be one of"),
     ],
 )  # fmt: skip
 def test_what_would_change_the_result_is_refused(config: dict, changes: dict, message: str) -> None:

@@ -20,7 +20,7 @@ from kolors_core.checkpoint import EMBEDDED
 from kolors_core.pipelines.lora_recipe import nearest
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import dpmpp_2m
-from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler
 from kolors_core.training.data import Batch, Batches, Example, LatentDataset, load_pixels, read_folder
 from kolors_core.training.trainer import TrainingConfig
 

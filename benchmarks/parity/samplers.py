@@ -1,6 +1,8 @@
 """Schedulers and samplers: schedules, and every step of a run with a stand-in for the UNet."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -9,8 +11,9 @@ from torch import Tensor
 
 from benchmarks.parity.layers import Layer
 from benchmarks.parity.measure import DTYPES, FLOAT32, Measured, Result, error_of, name_of
-from kolors_core.sampling import make_sampler, randn_latents
-from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Schedule, Scheduler
+from kolors_core.sampling import Sampler, randn_latents
+from kolors_core.schedule import Schedule, Scheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 SHAPE = (2, 4, 6, 5)
 KARRAS = {"use_karras_sigmas": True}
@@ -44,20 +47,92 @@ def our_denoise(schedule: Schedule) -> Callable[[Tensor, float], Tensor]:
     return denoise
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run: the latents before each evaluation of the UNet and at the end, and the generator's last state.
+
+    A sampler of two evaluations a step has the latents within the steps, too.
+    """
+
+    latents: list[Tensor]
+    state: Tensor
+
+
+def reference_run(theirs: Any, dtype: torch.dtype = torch.float32, first: int = 0) -> Run:
+    """The run of a scheduler of the reference after `set_timesteps`, from one of its timesteps on."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(SHAPE, generator=generator).to(dtype) * float(theirs.init_noise_sigma)
+    given = {"generator": generator} if "generator" in theirs.step.__code__.co_varnames else {}
+    trajectory = [latents]
+    if first > 0:
+        theirs.set_begin_index(first)
+    for timestep in theirs.timesteps[first:]:
+        noise = predict(theirs.scale_model_input(latents, timestep), timestep)
+        latents = theirs.step(noise, timestep, latents, return_dict=False, **given)[0]
+        trajectory.append(latents)
+    return Run(trajectory, generator.get_state())
+
+
+def our_run(
+    sampler: Sampler,
+    theirs: Any,
+    dtype: torch.dtype = torch.float32,
+    first: int = 0,
+    stochastic: bool = False,
+) -> Run:
+    """Our sampler's run on the timesteps and sigmas of a scheduler of the reference, latents at its scale."""
+    generator = torch.Generator().manual_seed(0)
+    sigmas, unit_variance = reference_sigmas(theirs)
+    timesteps = iter(theirs.timesteps[first:].tolist())
+    trajectory = []
+
+    def noise() -> Tensor:
+        return torch.randn(SHAPE, generator=generator).to(dtype)
+
+    def scale(sigma: float) -> float:
+        return (sigma**2 + 1) ** 0.5 if unit_variance else 1
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        trajectory.append(x / scale(sigma))
+        return x - sigma * predict(x / (sigma**2 + 1) ** 0.5, next(timesteps))
+
+    x = noise() * float(theirs.init_noise_sigma) * scale(sigmas[first])
+    sampler = partial(sampler, noise=noise) if stochastic else sampler
+    trajectory.append(sampler(denoise, x, sigmas[first:]) / scale(sigmas[-1]))
+    return Run(trajectory, generator.get_state())
+
+
+def reference_sigmas(theirs: Any) -> tuple[list[float], bool]:
+    """The n + 1 sigmas of a run of the reference, and whether its latents have variance 1."""
+    kind = type(theirs).__name__
+    if kind == "PNDMScheduler":  # which names timesteps only
+        alphas = theirs.alphas_cumprod.double()[torch.tensor(theirs._timesteps[::-1].astype("int64"))]
+        alphas = torch.cat([alphas, theirs.final_alpha_cumprod.double()[None]])
+        return ((1 - alphas) / alphas).sqrt().tolist(), True
+    repeats = kind in ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler")  # one for each evaluation
+    sigmas = torch.unique_consecutive(theirs.sigmas) if repeats else theirs.sigmas
+    return sigmas.tolist(), not repeats and kind not in ("LMSDiscreteScheduler", "EulerDiscreteScheduler")
+
+
+def use_float64(theirs: Any) -> None:
+    """Let a scheduler of the reference compute in float64, after `set_timesteps`."""
+    for name in ("sigmas", "alphas_cumprod", "final_alpha_cumprod"):
+        if hasattr(theirs, name):
+            setattr(theirs, name, getattr(theirs, name).double())
+    if hasattr(theirs, "sigmas_interpol"):
+        sigmas = torch.unique_consecutive(theirs.sigmas)
+        middle = (sigmas * sigmas.roll(1)).sqrt()
+        theirs.sigmas_interpol = torch.cat([middle[:1], middle[1:].repeat_interleave(2), middle[-1:]])
+
+
 def reference_trajectory(
     kind: type[Scheduler], config: Mapping[str, Any], steps: int
 ) -> tuple[list[Tensor], Tensor]:
     """The reference's latents after each step, and the generator's state at the end."""
     theirs = getattr(diffusers, kind.__name__).from_config(config)
     theirs.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(SHAPE, generator=generator) * theirs.init_noise_sigma
-    trajectory = []
-    for timestep in theirs.timesteps:
-        noise = predict(theirs.scale_model_input(latents, timestep), timestep)
-        latents = theirs.step(noise, timestep, latents, generator=generator, return_dict=False)[0]
-        trajectory.append(latents)
-    return trajectory, generator.get_state()
+    run = reference_run(theirs)
+    return run.latents[1:], run.state
 
 
 def our_trajectory(
@@ -77,7 +152,7 @@ def our_trajectory(
         trajectory.append(x / scheduler.latent_scale(schedule.sigmas[i + 1].item()))
         return x
 
-    make_sampler(scheduler, schedule, noise)(
+    scheduler.sampler(schedule, noise)(
         our_denoise(schedule), noise() * schedule.init_noise_sigma, schedule.sigmas, on_step
     )
     return trajectory, generator.get_state()

@@ -33,7 +33,7 @@ from kolors_core.config import TINY
 from kolors_core.devices import best_device
 from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import SPECIAL_TOKENS, Tokenizer
 from kolors_core.training.loss_curve import draw_curve
 from kolors_core.training.trainer import Trainer, TrainingConfig

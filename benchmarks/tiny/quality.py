@@ -36,7 +36,7 @@ from kolors_core.guidance import guided
 from kolors_core.image import to_images
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.sampling import dpmpp_2m
-from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler
 
 STEPS, BATCH, GUIDANCE = 25, 50, 5.0
 GOALS = {"present": 0.85, "claims": 0.8, "number": 0.75, "ground": 0.95, "characters": 0.7, "single": 0.97}

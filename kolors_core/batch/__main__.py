@@ -40,7 +40,7 @@ def parser() -> cli.Parser:
     cli.add_steps(sampling)
     cli.add_guidance(sampling)
     return top.list_only("--force", "--seed", "--split-guidance", "-q", "-w", "-n", "--height", "--width",
-                         "--steps", "--sampler", "--guidance",
+                         "--steps", "--sampler", "--schedule", "--guidance",
                          note="More flags of the model, guidance and FreeU: kolors draw --help")  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from kolors_core.batch.prompt_file import FINGERPRINT_KEY, Job, JobSettings, png
 from kolors_core.batch.split_guidance import GuidancePair, PeerLost
 from kolors_core.checkpoint import logger
 from kolors_core.cli import options as cli
+from kolors_core.cli.samplers import default_steps
 from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import check_int, short_repr
@@ -56,7 +57,8 @@ class Worker:
         if (keywords := cli.guidance_kwargs(options)) and options.split_guidance:
             raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
         # Unset options are left out, so that images of versions without these options keep their fingerprint.
-        model |= {name: value for name, value in {"rule": keywords, "freeu": options.freeu}.items() if value}
+        later = {"rule": keywords, "freeu": options.freeu, "schedule": options.schedule}
+        model |= {name: value for name, value in later.items() if value}
         self.jobs = read_jobs(options.prompts, model, cli.select_seed(options), _defaults(options))
         self.run_name = self._synchronize_jobs()
         self.pair = GuidancePair() if options.split_guidance else None
@@ -288,7 +290,7 @@ def _defaults(options: argparse.Namespace) -> dict[str, object]:
             check_int(f"--{name}", value, multiple)
     given = {
         "negative_prompt": options.negative, "height": options.height, "width": options.width,
-        "steps": cli.default_steps(options.sampler) if options.steps is None else options.steps,
+        "steps": default_steps(options.sampler) if options.steps is None else options.steps,
         "guidance": options.guidance, "lora_partial": options.lora_partial,
     }  # fmt: skip
     return {name: value for name, value in given.items() if value is not None}

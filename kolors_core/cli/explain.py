@@ -9,6 +9,7 @@ import torch
 from kolors_core.adapters.textual_inversion import words_of
 from kolors_core.cli import options as cli
 from kolors_core.cli.parsers import explain_parser
+from kolors_core.cli.samplers import default_steps
 from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.inspection.attention_report import Explanation, render_html, render_png
 from kolors_core.inspection.token_attention import explain_prompt
@@ -33,7 +34,7 @@ def explain(options: argparse.Namespace) -> None:
         if (pixels := getattr(options, side)) is not None:
             check_int(side, pixels, 8)
     seed = cli.select_seed(options)
-    steps = cli.default_steps(options.sampler) if options.steps is None else check_int("steps", options.steps)
+    steps = default_steps(options.sampler) if options.steps is None else check_int("steps", options.steps)
     cli.make_writable(outs[0])
     pipe = cli.load_pipeline(options, named_device(options.device))
     quantized = cli.apply_quantization(pipe, options)

@@ -26,7 +26,7 @@ from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.pipelines.provenance import TENSORS, describe_pipeline, pixel_hash
 from kolors_core.pipelines.seeds import MAX_DRAWN, seeded_generator
 from kolors_core.pipelines.stages import Task
-from kolors_core.schedule import SCHEDULERS
+from kolors_core.schedulers import SCHEDULERS
 from kolors_core.validation import LARGEST_SEED, check_int
 from weights_convert.untrusted_files import one_line, printable
 
@@ -42,7 +42,7 @@ PLAIN = {  # facts whose text is a flag's
     "negative_prompt": "negative", "seed": "seed", "guidance_scale": "guidance", "variant": "variant",
     "strength": "strength", "padding_mask_crop": "padding-mask-crop", "denoising_end": "denoising-end",
     "max_sequence_length": "max-tokens", "face_adapter": "face-adapter", "face_embeds_file": "face-embeds",
-    "unet_file": "unet", "text_encoder_file": "text-encoder", "vae_file": "vae",
+    "unet_file": "unet", "text_encoder_file": "text-encoder", "vae_file": "vae", "eta": "eta",
 }  # fmt: skip
 SIZES = {
     "original_size": "original-size", "target_size": "target-size", "crops_coords_top_left": "crop",
@@ -222,7 +222,8 @@ class _Arguments:
         facts = self.facts
         own = [f"--{name}={','.join(map(str, json.loads(facts[name])))}" for name in ("timesteps", "sigmas")
                if name in facts]  # fmt: skip
-        self.flags += [*own, "--sampler=euler"] if own else [f"--steps={facts['steps']}"]
+        self.flags += own or [f"--steps={facts['steps']}"]
+        self.flags.append("--sampler=own")  # `prepare` sets the image's
         is_from_image = "start_image" in facts
         width, height = facts["size"].split("x")
         for side, pixels in (("height", height), ("width", width)):

@@ -19,6 +19,7 @@ from kolors_core.cli import options as cli
 from kolors_core.cli.memory import check_memory
 from kolors_core.cli.output import STANDARD_OUTPUT, read_image_metadata, save_image
 from kolors_core.cli.parsers import OUT_SUFFIXES, draw_parser
+from kolors_core.cli.samplers import SCHEDULES, default_steps, with_schedule
 from kolors_core.devices import named_device, planned_device
 from kolors_core.image import load_image
 from kolors_core.performance.quantize import quantize
@@ -108,6 +109,8 @@ def _generate(options: argparse.Namespace) -> tuple[list[Path], Sequence[Any]]:
     quantized = cli.apply_quantization(pipe, options)
     _load_adapters(pipe, options)
     from_png.prepare(pipe, facts)
+    if "scheduler" in facts and options.schedule is not None:
+        pipe.scheduler = with_schedule(pipe.scheduler, options.schedule)
     image = arguments.get("image")  # to start from, or of ControlNets
     check_memory(pipe, options, image[0] if isinstance(image, list) else image)
     images = from_png.select_image(pipe(**arguments)[0], facts, has_seed)
@@ -120,12 +123,12 @@ def _generate(options: argparse.Namespace) -> tuple[list[Path], Sequence[Any]]:
 
 
 def _pipeline_kwargs(options: argparse.Namespace) -> dict[str, Any]:
-    steps = cli.default_steps(options.sampler) if options.steps is None else options.steps
+    steps = default_steps(options.sampler) if options.steps is None else options.steps
     if options.timesteps or options.sigmas:
         steps = 50  # the pipeline's default, which it takes as unset
     arguments: dict[str, Any] = dict(
         prompt=options.prompt, negative_prompt=options.negative, height=options.height, width=options.width,
-        num_inference_steps=steps, timesteps=options.timesteps, sigmas=options.sigmas,
+        num_inference_steps=steps, timesteps=options.timesteps, sigmas=options.sigmas, eta=options.eta,
         denoising_end=options.denoising_end, guidance_scale=options.guidance,
         num_images_per_prompt=options.images,
         generator=[torch.Generator().manual_seed(options.seed + i) for i in range(options.images)],
@@ -176,8 +179,11 @@ def _validate(options: argparse.Namespace) -> list[Path]:
         raise ValueError("no prompt: say what to draw")
     if options.steps is not None and (options.timesteps or options.sigmas):
         raise ValueError("--steps has no effect with --timesteps or --sigmas")
-    if options.timesteps and "karras" in options.sampler:
-        raise ValueError(f"--timesteps needs a --sampler without karras, got {options.sampler}")
+    sets_levels = "karras" in options.sampler if options.schedule is None else (
+        "timestep_spacing" not in SCHEDULES[options.schedule])  # fmt: skip
+    if options.timesteps and sets_levels:
+        got = options.schedule or options.sampler
+        raise ValueError(f"--timesteps needs a --sampler without karras and no such --schedule, got {got}")
     out, count = options.out, options.images
     if check_int("--images", count) > MOST_IMAGES:
         raise ValueError(f"--images must be at most {MOST_IMAGES}, got {count}: kolors batch draws more")

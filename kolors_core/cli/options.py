@@ -15,6 +15,7 @@ import torch
 
 from kolors_core.checkpoint import EMBEDDED_NAME, logger
 from kolors_core.cli import parsers
+from kolors_core.cli.samplers import choose_scheduler
 from kolors_core.devices import best_dtype, is_out_of_memory
 from kolors_core.guidance import cfg_rescale, check_interval, guided
 from kolors_core.pipelines.pag import check_scales, perturbed, perturbed_layers
@@ -22,22 +23,11 @@ from kolors_core.pipelines.quantization_report import quantize
 from kolors_core.pipelines.single_file import open_model
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.schedule import DPMSolverMultistepScheduler, EulerDiscreteScheduler, Scheduler
 from kolors_core.validation import LARGEST_SEED, check_int
 from weights_convert.untrusted_files import one_line, printable
 
 MODELS = parsers.MODELS
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Each sets every field that distinguishes it, since the checkpoint's own scheduler may be any of them.
-SAMPLERS: dict[str, tuple[type[Scheduler], dict[str, object]]] = {
-    name + suffix: (kind, {**fields, "use_karras_sigmas": bool(suffix)})
-    for name, kind, fields in (
-        ("euler", EulerDiscreteScheduler, {}),
-        ("dpmpp-2m", DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-        ("dpmpp-2m-sde", DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    )
-    for suffix in ("", "-karras")
-}
 
 
 def check_output_paths(outs: Sequence[Path], is_forced: bool) -> None:
@@ -94,11 +84,6 @@ def select_seed(options: argparse.Namespace) -> int:
     return check_int("--seed", seed, least=0, most=LARGEST_SEED)
 
 
-def default_steps(sampler: str) -> int:
-    """Return a sampler's default number of steps."""
-    return 50 if sampler.startswith("euler") else 25
-
-
 def select_dtype(options: argparse.Namespace, device: torch.device) -> torch.dtype:
     """Return --dtype, or the device's default."""
     return DTYPES[options.dtype] if options.dtype else best_dtype(device)
@@ -152,8 +137,7 @@ def load_pipeline(
     if options.vae_tiling:
         pipe.enable_vae_tiling()
     pipe.set_progress_bar_config(disable=options.quiet)
-    kind, changes = SAMPLERS[options.sampler]
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    pipe.scheduler = choose_scheduler(pipe.scheduler, options.sampler, options.schedule)
     return pipe
 
 

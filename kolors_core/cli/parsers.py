@@ -14,9 +14,12 @@ from kolors_core.validation import did_you_mean
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = ("float32", "float16", "bfloat16")
 BITS = (4, 8)
-SAMPLERS = tuple(
-    name + suffix for name in ("euler", "dpmpp-2m", "dpmpp-2m-sde") for suffix in ("", "-karras")
-)
+SAMPLERS = (
+    "euler", "euler-karras", "dpmpp-2m", "dpmpp-2m-karras", "dpmpp-2m-sde", "dpmpp-2m-sde-karras", "dpmpp-3m",
+    "dpmpp-3m-sde", "dpmpp-2s", "dpmpp-sde", "unipc", "deis", "heun", "dpm2", "dpm2-ancestral",
+    "euler-ancestral", "lms", "pndm", "ddim", "ddpm", "lcm", "tcd", "own",
+)  # fmt: skip
+SCHEDULES = ("leading", "linspace", "trailing", "karras", "exponential", "beta", "lu")
 OUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CONTROL_SCALE = 0.8  # of pipelines/request.py
 
@@ -137,10 +140,23 @@ def add_seed(image: argparse._ArgumentGroup) -> None:
 def add_steps(sampling: argparse._ArgumentGroup) -> None:
     """Add the flags of the steps, the sampler and the guidance scale."""
     add = sampling.add_argument
-    add("--steps", type=integer, metavar="N",
-        help="denoising steps (default: 50 for euler, 25 for the others)")  # fmt: skip
-    add("--sampler", "--scheduler", choices=SAMPLERS, type=one_of(SAMPLERS), default="dpmpp-2m-karras",
-        metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")  # fmt: skip
+    add(
+        "--steps",
+        type=integer,
+        metavar="N",
+        help="denoising steps (default: 50 for methods of order 1, lms and pndm, 4 for lcm and tcd, else 25)",
+    )
+    add(
+        "--sampler",
+        "--scheduler",
+        choices=SAMPLERS,
+        type=one_of(SAMPLERS),
+        default="dpmpp-2m-karras",
+        metavar="NAME",
+        help=f"{', '.join(SAMPLERS)}, which is the checkpoint's (default: %(default)s)",
+    )
+    add("--schedule", choices=SCHEDULES, type=one_of(SCHEDULES), metavar="NAME",
+        help=f"noise levels, instead of the sampler's: {', '.join(SCHEDULES)}")  # fmt: skip
     add("-g", "--guidance", type=number, default=5.0, metavar="SCALE",
         help="how strongly to follow the prompt; 1 is off (default: %(default)s)")  # fmt: skip
 
@@ -210,6 +226,8 @@ def draw_parser(command: str = "draw") -> Parser:
     add = sampling.add_argument
     add("--timesteps", type=numbers, metavar="T,T,...", help="descending timesteps, instead of --steps")
     add("--sigmas", type=numbers, metavar="S,S,...", help="noise levels, of which the last ends the run")
+    add("--eta", type=number, default=0.0, metavar="PART",
+        help="noise that ddim and tcd add in each step, 0 to 1 (default: 0)")  # fmt: skip
     add("--denoising-end", type=number, metavar="PART", help="stop after this part of the noise schedule")
     _add_sizes(top.add_argument_group("size conditions (SDXL's), as HEIGHT,WIDTH or TOP,LEFT in pixels"))
     top.set_defaults(crop=(0, 0), negative_crop=(0, 0), overridden=())
@@ -291,7 +309,7 @@ def explain_parser() -> Parser:
     add_seed(image)
     add_steps(top.add_argument_group("sampling"))
     return top.list_only("--out", "--force", "-q", "-w", "--variant", "--device", "-n", "--height", "--width",
-                         "--seed", "--steps", "--sampler", "--guidance",
+                         "--seed", "--steps", "--sampler", "--schedule", "--guidance",
                          note="More flags of the model: kolors draw --help")  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def parser() -> parsers.Parser:
         help="of images that are drawn (default: %(default)s)")  # fmt: skip
     add("--seed", type=parsers.integer, metavar="N", default=settings.seed,
         help="of all that is drawn by chance (default: 0)")  # fmt: skip
-    top.set_defaults(sampler="dpmpp-2m-karras")
+    top.set_defaults(sampler="dpmpp-2m-karras", schedule=None)
     return top.list_only("--out", "--sheet", "--force", "-q", "-w", "--steps", "--rank", "--learning-rate",
                          "--batch-size", "--accumulate", "--checkpointing", "--keep", "--inference-steps",
                          "--seed", note="More flags of the model: kolors draw --help")  # fmt: skip

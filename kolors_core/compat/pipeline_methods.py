@@ -201,7 +201,7 @@ class ReferenceMethods(ReferenceFiles):
 
     def prepare_extra_step_kwargs(self, generator: Generators, eta: float) -> dict[str, Any]:
         """Return the arguments of the scheduler's `step` that a call passes on."""
-        return {"generator": generator}
+        return {"generator": generator} | ({"eta": eta} if self.scheduler.takes_eta else {})
 
     def _get_add_time_ids(
         self, original_size: Size, crops_coords_top_left: Size, target_size: Size, dtype: torch.dtype,
@@ -252,13 +252,15 @@ class ReferenceImageMethods(ReferenceMethods, FromImage):
         self, num_inference_steps: int, strength: float, device: Any, denoising_start: float | None = None
     ) -> tuple[Tensor, int]:
         """Return the timesteps after the start that strength or denoising_start sets, and their number."""
-        timesteps = self.scheduler.timesteps
+        timesteps, order = self.scheduler.timesteps, self.scheduler.order
+        every_step = timesteps[::order]  # of its first evaluation
         if denoising_start is None:
-            steps = min(int(num_inference_steps * strength), num_inference_steps)
+            steps, whole = min(int(num_inference_steps * strength), num_inference_steps), num_inference_steps
         else:
             total = self.scheduler.num_train_timesteps
-            steps = int((timesteps < round(total - denoising_start * total)).sum())
-        start = (num_inference_steps if denoising_start is None else len(timesteps)) - steps
+            steps = int((every_step < round(total - denoising_start * total)).sum())
+            whole = len(every_step)
+        start = (whole - steps) * order
         self.scheduler.set_begin_index(start)
         return timesteps[start:], steps
 

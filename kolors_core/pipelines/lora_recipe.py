@@ -9,7 +9,7 @@ Shapes: B images, N known ones, H and W pixels.
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ from kolors_core.inspection.before_after import Pair, render_pairs
 from kolors_core.pipelines.png_metadata import save_png
 from kolors_core.pipelines.stages import Task
 from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler
+from kolors_core.targets import TARGETS
 from kolors_core.training.data import Batches, Example, LatentDataset, buckets, load_pixels, read_folder
 from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.run_record import Losses, digest_model
@@ -241,8 +242,9 @@ def _draw(
 ) -> list["Image"]:
     """Draw an image of each prompt, at the model's own size; image i has the seed plus i."""
     drawer = KolorsPipeline.from_pipe(pipe, controlnet=None)
-    config = pipe.scheduler.config
-    drawer.scheduler = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+    solver = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    if solver.target == pipe.scheduler.target:  # else it is of other models
+        drawer.scheduler = solver
     drawer.set_progress_bar_config(
         **pipe._progress | {"desc": title} | ({} if progress else {"disable": True})
     )
@@ -293,12 +295,22 @@ def _attached(pipe: Task, recipe: LoRARecipe) -> Iterator[LoRAAdapter]:
             parameter.requires_grad_(True)
 
 
+def _training_of(pipe: Task, recipe: LoRARecipe) -> TrainingConfig:
+    """Return the recipe's training of what the model predicts; ValueError if the recipe says otherwise."""
+    own = next((name for name, target in TARGETS.items() if target == pipe.scheduler.target), None)
+    if own is None:
+        raise ValueError(f"{type(pipe.scheduler).__name__} is of models that cannot be trained here")
+    if (asked := recipe.training.prediction_type) not in ("epsilon", own):
+        raise ValueError(f"prediction_type must be the model's own, {own!r}, got {asked!r}")
+    return replace(recipe.training, prediction_type=own)
+
+
 def _train(
     pipe: Task, subject: Sequence[Example], others: Sequence[Example], recipe: LoRARecipe, folder: Path,
     resume: str, progress: bool,
 ) -> Losses:  # fmt: skip
     """Train the UNet's adapter on as many images of the subject, repeated, as of other things."""
-    config, side, sigmas = recipe.training, _side(pipe), pipe.scheduler.training_sigmas()
+    config, side, sigmas = _training_of(pipe, recipe), _side(pipe), pipe.scheduler.training_sigmas()
     assert pipe.tokenizer is not None
     examples = [*list(subject) * max(1, round(len(others) / len(subject))), *others]
     batches = Batches(examples, buckets(side, step=max(8, side // 4)), config.batch_size, config.seed, 0.0)

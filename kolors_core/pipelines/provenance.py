@@ -57,6 +57,8 @@ def describe_call(inputs: PipelineInputs, **given: Any) -> dict[str, Any]:
     sizes = {name: [_as_number(side) for side in size] for name, size in given_sizes.items()}
     if sizes:
         facts["size_conditions"] = as_json(sizes)
+    if inputs.eta:
+        facts["eta"] = str(float(inputs.eta))
     if inputs.max_sequence_length != MAX_TOKENS:
         facts["max_sequence_length"] = str(inputs.max_sequence_length)
     if (masks := (inputs.cross_attention_kwargs or {}).get("ip_adapter_masks")) is not None:

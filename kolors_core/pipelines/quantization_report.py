@@ -20,7 +20,7 @@ from kolors_core.guidance import guided
 from kolors_core.performance.quantize import model_bytes, quantizable_layers
 from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.pipelines.stages import Task
-from kolors_core.sampling import make_sampler, randn_latents
+from kolors_core.sampling import randn_latents
 
 # Encoded before and after. The first is drawn, guided away from the last, the usual negative prompt.
 CALIBRATION_PROMPTS = (
@@ -177,4 +177,4 @@ def _denoise(pipe: Task, texts: Sequence[TextEmbedding]) -> Tensor:
     x = _noise(pipe) * schedule.init_noise_sigma
     noise = partial(randn_latents, tuple(x.shape), generator, pipe.device, torch.float32)
     denoise = guided(pipe.unet, schedule, positive, negative, GUIDANCE)
-    return make_sampler(pipe.scheduler, schedule, noise)(denoise, x, schedule.sigmas).flatten()
+    return pipe.scheduler.sampler(schedule, noise)(denoise, x, schedule.sigmas).flatten()

@@ -127,7 +127,7 @@ class PipelineInputs:
     where the run ends.
     guidance_scale: 1 or less runs without guidance, and what is negative has no effect then.
     num_images_per_prompt: how many images are made of each prompt.
-    eta: only DDIM, which is not here, uses it: it has no effect.
+    eta: noise that DDIM and TCD add in each step, 0 to 1; of no effect with other schedulers.
     generator: one for all images, or one for each; noise is drawn on its device, the CPU's if None.
     ip_adapter_image: for each loaded IP-Adapter an image, or a list of them.
     ip_adapter_image_embeds: in its place, from `prepare_ip_adapter_image_embeds`.
@@ -226,8 +226,6 @@ class PipelineInputs:
         if not self.is_guided:
             for name in (name for name, value in negatives.items() if value is not None):
                 warn_unused(name, f"without guidance, and guidance_scale is {self.guidance_scale}")
-        if self.eta:
-            warn_unused("eta", "here: only DDIM uses it")
         if self.callback_on_step_end is None and tuple(self.callback_tensors) != ("latents",):
             warn_unused("callback_on_step_end_tensor_inputs", "without callback_on_step_end")
         if self.num_inference_steps != 50 and (self.timesteps is not None or self.sigmas is not None):

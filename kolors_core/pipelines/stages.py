@@ -22,10 +22,10 @@ from kolors_core.pipelines.denoising_loop import DenoisingLoop
 from kolors_core.pipelines.embedded import warn_unknown
 from kolors_core.pipelines.performance_methods import PerformanceMethods
 from kolors_core.pipelines.provenance import describe_images
-from kolors_core.pipelines.request import KolorsPipelineOutput, PipelineInputs
+from kolors_core.pipelines.request import KolorsPipelineOutput, PipelineInputs, warn_unused
 from kolors_core.pipelines.single_file import SingleFileMethods
 from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts, repeat_text
-from kolors_core.sampling import Generators, Sampler, make_sampler, randn_latents
+from kolors_core.sampling import Generators, Noise, Sampler, randn_latents
 from kolors_core.schedule import Schedule
 from kolors_core.validation import check_int
 
@@ -133,7 +133,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         wrap_sampler: wraps the pipeline's sampler, such as `preserve_masked_latents`.
         """
         draw = partial(randn_latents, tuple(x.shape), inputs.generator, self.device, torch.float32)
-        sampler = make_sampler(self.scheduler, schedule, draw) if self.sampler is None else self.sampler
+        sampler = self._choose_sampler(schedule, draw, inputs.eta)
         sampler = sampler if wrap_sampler is None else wrap_sampler(sampler)
         self._enter_stage("unet")
         with self._lora_factor(inputs), self._progress_bar(len(schedule.timesteps)) as bar:
@@ -143,6 +143,15 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
                 names=inputs.callback_tensors, progress=bar.update,
             )  # fmt: skip
             return loop(sampler, x)
+
+    def _choose_sampler(self, schedule: Schedule, noise: Noise, eta: float) -> Sampler:
+        """Return the pipeline's sampler, or the scheduler's, with the call's eta if it takes one."""
+        if self.sampler is None and self.scheduler.takes_eta:
+            return self.scheduler.sampler(schedule, noise, **{"eta": eta})
+        if eta:
+            name = type(self.scheduler).__name__ if self.sampler is None else "pipe.sampler"
+            warn_unused("eta", f"with {name}: DDIMScheduler and TCDScheduler use it")
+        return self.scheduler.sampler(schedule, noise) if self.sampler is None else self.sampler
 
     def _output(
         self, inputs: PipelineInputs, latents: Tensor, positive: Conditioning, metadata: Mapping[str, Any],

@@ -295,7 +295,7 @@ class LatentDataset:
         noise = torch.randn(mean.shape, generator=generator)
         if self.config.noise_offset:
             noise += self.config.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=generator)
-        timesteps = torch.randint(self.timesteps, (len(indices),), generator=generator)
+        timesteps = draw_timesteps(self.config, self.timesteps, len(indices), generator)
         ids = torch.cat([self.sizes[i] for i in indices])
         latents, ids, timesteps, noise = (x[rows].to(device) for x in (latents, ids, timesteps, noise))
         own, controls = captions[rows], [self.controls[i] for i in indices[rows] if self.controls]
@@ -354,6 +354,35 @@ def random_masks(count: int, height: int, width: int, generator: torch.Generator
             top, left = round(y * (1 - h) * height), round(x * (1 - w) * width)
             mask[:, top : top + round(h * height), left : left + round(w * width)] = 1
     return masks
+
+
+def draw_timesteps(config: TrainingConfig, total: int, count: int, generator: torch.Generator) -> Tensor:
+    """Draw `count` of `total` training timesteps: int64 [count]; by default evenly.
+
+    `logit_normal`: the fraction t of all timesteps is drawn as the sigmoid of a normal number
+    (https://arxiv.org/abs/2403.03206, eq. 19): a mean above 0 prefers much noise. `timestep_weights`: see
+    `timestep_density`.
+    """
+    if config.logit_normal is not None:
+        mean, std = config.logit_normal
+        fraction = (mean + std * torch.randn(count, generator=generator, dtype=torch.float64)).sigmoid()
+        return (fraction * total).long().clamp(max=total - 1)
+    if config.timestep_weights is not None:
+        density = timestep_density(config.timestep_weights, total)
+        return torch.multinomial(density, count, replacement=True, generator=generator)
+    return torch.randint(total, (count,), generator=generator)
+
+
+def timestep_density(weights: Sequence[float], total: int) -> Tensor:
+    """Compute how often timesteps are drawn relative to even drawing: float32 [total], of mean 1.
+
+    weights: one for each of as many equal parts of the timesteps. ValueError for more weights than timesteps.
+    """
+    if len(weights) > total:
+        raise ValueError(f"expected at most {total} timestep_weights, one a timestep, got {len(weights)}")
+    parts = torch.arange(total) * len(weights) // total
+    each = torch.tensor(weights, dtype=torch.float64)[parts]  # [total]
+    return (each / each.mean()).float()
 
 
 def derive_seed(seed: int, *stream: int) -> int:

@@ -1,25 +1,31 @@
-"""Training loss: predict the noise in the latents.
+"""Training loss: predict the noise in the latents, or another of kolors_core/targets.py.
 
-DDPM's simple loss (https://arxiv.org/abs/2006.11239, eq. 14): predict the noise of sqrt(a) latents +
-sqrt(1 - a) noise, at a timestep drawn uniformly from the 1,100 of the schedule.
+DDPM's simple loss (https://arxiv.org/abs/2006.11239, eq. 14): predict the target of sqrt(a) latents +
+sqrt(1 - a) noise, at a timestep that is drawn from those of the schedule (1,100 for Kolors; data.py).
 Shapes: b images of one rank, T training timesteps.
 """
 
+import torch
 from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.conditioning import concat_extra_channels
+from kolors_core.targets import target_of
 from kolors_core.tokenizer import TokenBatch
-from kolors_core.training.data import Batch
-from kolors_core.training.trainer import TrainingConfig
+from kolors_core.training.data import Batch, timestep_density
+from kolors_core.training.trainer import BatchSource, TrainingConfig
 from kolors_core.unet import UNet
+from kolors_core.validation import check_int
+
+LARGEST_SIGMA = 1e12  # in the place of infinity, the last sigma at zero terminal SNR: the same to float32
 
 
 class DiffusionLoss(nn.Module):
     """Diffusion loss as one module, which DDP and FSDP need. text_encoder: None unless it is trained too.
 
-    controlnet: a `ControlNet` to train, or another module that takes its inputs and returns residuals for
-    the UNet, which is then best frozen (`requires_grad_(False)`).
+    sigmas: of each training timestep [T]; infinity means pure noise. controlnet: a `ControlNet` to train, or
+    another module that takes its inputs and returns residuals for the UNet, which is then best frozen
+    (`requires_grad_(False)`).
     """
 
     def __init__(
@@ -40,20 +46,50 @@ class DiffusionLoss(nn.Module):
 
     def each(self, batch: Batch) -> Tensor:
         """Compute the loss of each of the rank's images: [b]."""
-        text = batch.text
+        text, target = batch.text, target_of(self.config.prediction_type)
         if isinstance(text, TokenBatch):
             assert self.text_encoder is not None
             text = self.text_encoder(text)
-        sigma = self.sigmas.to(batch.latents.device)[batch.timesteps][:, None, None, None]  # [b, 1, 1, 1]
-        noisy = (batch.latents + sigma * batch.noise) / (sigma**2 + 1).sqrt()
-        times, noisy = batch.timesteps.float(), concat_extra_channels(noisy, batch.extra)
-        inputs = noisy, times, text.tokens, text.pooled, batch.size_ids
+        sigma = self.sigmas.to(batch.latents.device)[batch.timesteps].clamp(max=LARGEST_SIGMA)  # [b]
+        times, level = target.timestep(batch.timesteps, sigma, len(self.sigmas)), sigma[:, None, None, None]
+        noisy = target.model_input(batch.latents + level * batch.noise, level)
+        noisy = concat_extra_channels(noisy, batch.extra)
+        inputs = noisy, times.float(), text.tokens, text.pooled, batch.size_ids
         if (self.controlnet is None) != (batch.control is None):
             raise ValueError("a ControlNet and control images need each other: one of them is missing")
         residuals = () if self.controlnet is None else self.controlnet(*inputs, batch.control, text.counts)
         predicted = self.unet(*inputs, text.counts, residuals=residuals)
-        loss = (predicted.float() - batch.noise).square().mean(dim=(1, 2, 3))  # [b]
+        wanted = target.output(batch.latents, batch.noise, level)
+        loss = (predicted.float() - wanted).square().mean(dim=(1, 2, 3))  # [b]
         if self.config.min_snr_gamma is not None:
-            snr = sigma.flatten() ** -2
-            loss = loss * (snr.clamp(max=self.config.min_snr_gamma) / snr)
+            loss = loss * target.min_snr(sigma, self.config.min_snr_gamma)
+        if (weights := self.config.timestep_weights) is not None:
+            density = timestep_density(weights, len(self.sigmas)).to(loss.device)
+            loss = loss / density[batch.timesteps]
         return loss
+
+
+@torch.no_grad()
+def measure_timestep_weights(
+    loss: DiffusionLoss, data: BatchSource, batch_size: int, batches: int = 64, parts: int = 20
+) -> tuple[float, ...]:
+    """Measure `TrainingConfig.timestep_weights` on the first batches: the root mean square loss of each part.
+
+    Drawing timesteps in this proportion gives the mean loss the least variance
+    (https://arxiv.org/abs/2102.09672, eq. 18). The weights are measured once, not while training as there:
+    so a batch stays a function of the step alone. ValueError if the loss has such weights already, or a part
+    no timestep that was drawn.
+    """
+    if loss.config.timestep_weights is not None:
+        raise ValueError("weights are measured by a loss that has no timestep_weights itself")
+    total, device = len(loss.sigmas), next(loss.parameters()).device
+    check_int("parts", parts, most=total)
+    squares, counts = torch.zeros(parts, dtype=torch.float64), torch.zeros(parts)
+    for step in range(check_int("batches", batches)):
+        batch = data.batch(step, slice(0, batch_size), device)
+        part = batch.timesteps.cpu() * parts // total
+        squares.index_add_(0, part, loss.each(batch).double().cpu().square())
+        counts.index_add_(0, part, torch.ones(len(part)))
+    if not counts.all():
+        raise ValueError(f"{batches} batches have no timestep of some of {parts} parts: take more batches")
+    return tuple((squares / counts).sqrt().tolist())

@@ -30,7 +30,7 @@ from kolors_core.performance.prompt_cache import PromptCache
 from kolors_core.performance.quantize import quantize
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.precompute import Savings
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import Batches, LatentDataset, read_folder
 from kolors_core.training.loss import DiffusionLoss

@@ -11,7 +11,7 @@ from benchmarks.tiny.text import SEEN, SIDE
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.conditioning import size_ids
 from kolors_core.config import TINY
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.training.data import Batch
 from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.trainer import TrainingConfig

@@ -34,7 +34,7 @@ from kolors_core.adapters.clip_vision import CLIPVision, preprocess_clip
 from kolors_core.adapters.ip_adapter import IPAdapter, attach, attached, cross_attentions
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import TINY, VAEConfig
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import derive_seed
 from kolors_core.training.trainer import Trainer, TrainingConfig

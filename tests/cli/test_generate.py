@@ -22,7 +22,7 @@ from kolors_core import (
 )
 from kolors_core.adapters.lora import attach, save_adapters
 from kolors_core.cli.generate import main
-from kolors_core.cli.options import SAMPLERS, parse_source_scale, with_revision
+from kolors_core.cli.options import parse_source_scale, with_revision
 from kolors_core.pipelines.pag import perturbed
 from kolors_core.pipelines.png_metadata import read_metadata
 from tests.support.controlnets import write_controlnet
@@ -97,19 +97,6 @@ def test_several_pictures_are_numbered_and_each_is_its_seeds(reference_folder: P
     second = np.asarray(Image.open(tmp_path / "x-2.png")).astype(int)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.png", "x-1.png", "x-2.png"]
     assert abs(second - np.asarray(Image.open(tmp_path / "alone.png")).astype(int)).max() <= 1
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_draws(sampler: str, reference_folder: Path, tmp_path: Path) -> None:
-    assert draw(reference_folder, tmp_path / "x.png", "--sampler", sampler, "--seed", "1") == 0
-
-
-def test_a_sampler_is_its_names_whatever_the_checkpoint_has() -> None:
-    own = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True)
-    for name, (kind, changes) in SAMPLERS.items():
-        made = kind.from_config(own.config, **changes)
-        assert made.use_karras_sigmas == name.endswith("-karras")
-        assert ("sde" in getattr(made, "algorithm_type", "")) == ("sde" in name)
 
 
 def test_size_conditions_and_own_steps(reference_folder: Path, tmp_path: Path) -> None:

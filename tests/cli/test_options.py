@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from kolors_core.__main__ import main
 from kolors_core.checkpoint import EMBEDDED_NAME
-from kolors_core.cli import options, parsers
+from kolors_core.cli import options, parsers, samplers
 from kolors_core.performance.quantize import BITS
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.pipelines.request import CONTROL_SCALE
@@ -23,7 +23,8 @@ SMALL = ["--height", "64", "--width", "64", "--steps", "2", "--device", "cpu", "
 
 def test_what_the_parsers_repeat_is_what_the_library_has() -> None:
     """They import none of it, so that help needs no torch."""
-    assert tuple(options.SAMPLERS) == parsers.SAMPLERS and tuple(options.DTYPES) == parsers.DTYPES
+    assert tuple(samplers.SAMPLERS) == parsers.SAMPLERS and tuple(options.DTYPES) == parsers.DTYPES
+    assert tuple(samplers.SCHEDULES) == parsers.SCHEDULES
     assert (parsers.EMBEDDED_NAME, parsers.CONTROL_SCALE) == (EMBEDDED_NAME, CONTROL_SCALE)
     assert parsers.BITS == BITS
 

@@ -38,7 +38,8 @@ LINES = [part.partition("\n")[::2] for part in FILE.read_text().split("\n# ")[1:
 NAMES = (
     "KolorsPipeline", "KolorsImg2ImgPipeline", "KolorsPAGPipeline", "DiffusionPipeline", "AutoencoderKL",
     "AutoPipelineForText2Image", "AutoPipelineForImage2Image", "UNet2DConditionModel",
-    "EulerDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler",
+    "UniPCMultistepScheduler", "DDIMScheduler",
 )  # fmt: skip
 THEIRS: dict[str, Any] = {name: getattr(diffusers, name) for name in NAMES} | {
     "ChatGLMModel": ChatGLMModel, "ChatGLMTokenizer": ChatGLMTokenizer, "load_image": load_image,

@@ -15,7 +15,7 @@ from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.guidance import guided
 from kolors_core.image import to_images
 from kolors_core.sampling import dpmpp_2m
-from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler
 from kolors_core.tokenizer import Tokenizer
 
 

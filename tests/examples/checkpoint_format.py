@@ -18,7 +18,7 @@ from kolors_core.guidance import guided
 from kolors_core.image import to_images
 from kolors_core.loading import load
 from kolors_core.sampling import dpmpp_2m
-from kolors_core.schedule import DPMSolverMultistepScheduler
+from kolors_core.schedulers import DPMSolverMultistepScheduler
 from kolors_core.tokenizer import Tokenizer
 from weights_convert import TABLES
 from weights_convert.key_mapping import Table, inverse, rename

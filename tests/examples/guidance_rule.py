@@ -17,7 +17,8 @@ from kolors_core.conditioning import Conditioning, size_ids
 from kolors_core.guidance import guided, make_denoiser
 from kolors_core.image import to_images
 from kolors_core.sampling import Denoiser, dpmpp_2m
-from kolors_core.schedule import DPMSolverMultistepScheduler, Schedule
+from kolors_core.schedule import Schedule
+from kolors_core.schedulers import DPMSolverMultistepScheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 

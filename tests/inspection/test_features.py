@@ -17,7 +17,7 @@ from kolors_core.guidance import guided
 from kolors_core.performance.compile import compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.precompute import Savings
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.unet import UNet
 from tests.performance.test_compile import Recorder
 from tests.support.controlnets import net_pair

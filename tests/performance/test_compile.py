@@ -28,7 +28,7 @@ from kolors_core.guidance import guided
 from kolors_core.module import is_block
 from kolors_core.performance.compile import compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE

@@ -20,7 +20,7 @@ from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.quantization_report import quantize
 from kolors_core.sampling import euler
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.unet import UNet
 from tests.performance.test_compile import Recorder
 from tests.support.inpainting import NINE, Nine, mask_of

@@ -21,7 +21,7 @@ from kolors_core.performance.compile import compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.pag import perturbed, perturbed_layers
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.unet import Attention, UNet
 from tests.performance.test_compile import Recorder
 from tests.support.ip_adapters import Both

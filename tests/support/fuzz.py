@@ -32,7 +32,7 @@ from kolors_core.adapters.face_id import load_face_embeds
 from kolors_core.checkpoint import load_index, load_scheduler, read_json
 from kolors_core.config import KOLORS
 from kolors_core.pipelines.adapter_methods import MODELS
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from weights_convert import detect_component
 from weights_convert.safetensors_files import Source, read_shard_index
 

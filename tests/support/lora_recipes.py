@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE

@@ -15,7 +15,7 @@ from torch import Tensor
 from kolors_core import EulerDiscreteScheduler, KolorsPipeline
 from kolors_core.chatglm import ChatGLM
 from kolors_core.precompute import Savings
-from kolors_core.schedule import SCHEDULERS
+from kolors_core.schedulers import SCHEDULERS
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kolors_core import KolorsControlNet, canny
 from kolors_core.chatglm import ChatGLM, TextEmbedding
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import Batch, Batches, LatentDataset, read_folder
 from kolors_core.training.loss import DiffusionLoss

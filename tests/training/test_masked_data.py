@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.loading import load, zero_padded
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import (
     Batches,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from kolors_core.adapters.lora import attach
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.training.run_record import Losses, differences, digest, digest_model
 from kolors_core.training.trainer import Trainer
 from tests.support.small import randomise

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from kolors_core.adapters.lora import attach
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.schedule import EulerDiscreteScheduler
+from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.training.data import Batch
 from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.trainer import Trainer, TrainingConfig
