@@ -2,11 +2,12 @@
 
 Drawing and encoding a scene costs as much as a large part of a training step of it, so each is used several
 times, with another caption, noise and timestep, some steps apart. A batch is a function of seed and step.
-Shapes: B images, L tokens.
+Shapes: B or b images, L tokens, P places of a grid, S of all that may be at one.
 """
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from PIL.Image import Image
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from benchmarks.tiny.captions import Grammar
 from benchmarks.tiny.emoji import SIZE
-from benchmarks.tiny.scene_loss import SceneBatch
 from benchmarks.tiny.scenes import Scene, compose, render
 from benchmarks.tiny.text import SEEN, grid_of
 from kolors_core.chatglm import ChatGLM
@@ -29,6 +29,13 @@ from kolors_core.vae import VAE
 APART = 32  # steps between two uses of a scene
 USES = 12  # of a scene
 DROPPED = 0.1  # captions, for guidance
+
+
+@dataclass(frozen=True)
+class SceneBatch(Batch):
+    """A batch whose scenes are known. grid: what is at each place [b, P], of `SEEN`, S for nothing."""
+
+    grid: Tensor | None = None
 
 
 class SceneLatents:

@@ -6,13 +6,13 @@ stands where, as the text encoder's reader asks the tokens; they ask each cell t
 Shapes: b images of one rank, C channels, P places of a grid, S of all that may be at a place.
 """
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.tiny.scene_data import SceneBatch
 from benchmarks.tiny.text import NOTHING_WEIGHT, SEEN, SIDE
 from kolors_core.training.data import Batch
 from kolors_core.training.loss import DiffusionLoss
@@ -24,13 +24,6 @@ HEARD = (("down.1.attentions.0", 1), ("mid", 2), ("up.0.attentions.1", 2), ("up.
 READERS_WEIGHT = 0.03
 OCCUPIED_WEIGHT = 4.0
 TOLD = len(SEEN) + 1 + 1 + 2  # what is there or nothing, whether anything is, and the place itself
-
-
-@dataclass(frozen=True)
-class SceneBatch(Batch):
-    """A batch whose scenes are known. grid: what is at each place [b, P], of `SEEN`, S for nothing."""
-
-    grid: Tensor | None = None
 
 
 class FeatureReader(nn.Module):

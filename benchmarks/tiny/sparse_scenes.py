@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.tiny.captions import Grammar
-from benchmarks.tiny.scene_data import APART, SceneLatents
+from benchmarks.tiny.scene_data import APART, SceneBatch, SceneLatents
 from benchmarks.tiny.scenes import Scene, place, render
 from kolors_core.adapters.clip_vision import CLIPVision, preprocess_clip
-from kolors_core.training.data import Batch, derive_seed
+from kolors_core.training.data import derive_seed
 from kolors_core.training.run_record import digest_model
 
 EMPTY, BRIEF = 0.3, 0.4  # shares of captions; the others are whole
@@ -63,7 +63,7 @@ class SparseScenes(SceneLatents):
 
 
 @dataclass(frozen=True)
-class PromptedBatch(Batch):
+class PromptedBatch(SceneBatch):
     """A batch with the image encoder's states of an image prompt for each image, [B, P, image_dim]."""
 
     states: Tensor | None = None

@@ -37,11 +37,11 @@ def parser() -> cli.Parser:
     cli.add_lora_partial(model)
     cli.add_image(top.add_argument_group("of lines that do not say otherwise"))
     sampling = top.add_argument_group("sampling, where steps and guidance are of lines without their own")
-    cli.add_steps(sampling)
+    cli.add_steps(sampling, lists_names=False)
     cli.add_guidance(sampling)
     return top.list_only("--force", "--seed", "--split-guidance", "-q", "-w", "-n", "--height", "--width",
-                         "--steps", "--sampler", "--schedule", "--guidance",
-                         note="More flags of the model, guidance and FreeU: kolors draw --help")  # fmt: skip
+                         "--steps", "--sampler", "--guidance",
+                         note="Schedules, and more of model and guidance: kolors draw --help")  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -137,24 +137,14 @@ def add_seed(image: argparse._ArgumentGroup) -> None:
     image.add_argument("--seed", type=integer, metavar="N", help="of the noise (default: random)")
 
 
-def add_steps(sampling: argparse._ArgumentGroup) -> None:
-    """Add the flags of the steps, the sampler and the guidance scale."""
+def add_steps(sampling: argparse._ArgumentGroup, *, lists_names: bool = True) -> None:
+    """Add the flags of the steps, the sampler, the schedule and the guidance scale."""
     add = sampling.add_argument
-    add(
-        "--steps",
-        type=integer,
-        metavar="N",
-        help="denoising steps (default: 50 for methods of order 1, lms and pndm, 4 for lcm and tcd, else 25)",
-    )
-    add(
-        "--sampler",
-        "--scheduler",
-        choices=SAMPLERS,
-        type=one_of(SAMPLERS),
-        default="dpmpp-2m-karras",
-        metavar="NAME",
-        help=f"{', '.join(SAMPLERS)}, which is the checkpoint's (default: %(default)s)",
-    )
+    samplers = f"{', '.join(SAMPLERS)}, which is the checkpoint's" if lists_names else "the method"
+    add("--steps", type=integer, metavar="N",
+        help="denoising steps (default: 50 for methods of order 1, 4 for lcm and tcd, else 25)")  # fmt: skip
+    add("--sampler", "--scheduler", choices=SAMPLERS, type=one_of(SAMPLERS), default="dpmpp-2m-karras",
+        metavar="NAME", help=f"{samplers} (default: %(default)s)")  # fmt: skip
     add("--schedule", choices=SCHEDULES, type=one_of(SCHEDULES), metavar="NAME",
         help=f"noise levels, instead of the sampler's: {', '.join(SCHEDULES)}")  # fmt: skip
     add("-g", "--guidance", type=number, default=5.0, metavar="SCALE",
@@ -307,10 +297,10 @@ def explain_parser() -> Parser:
     image = top.add_argument_group("image")
     add_image(image)
     add_seed(image)
-    add_steps(top.add_argument_group("sampling"))
+    add_steps(top.add_argument_group("sampling"), lists_names=False)
     return top.list_only("--out", "--force", "-q", "-w", "--variant", "--device", "-n", "--height", "--width",
                          "--seed", "--steps", "--sampler", "--schedule", "--guidance",
-                         note="More flags of the model: kolors draw --help")  # fmt: skip
+                         note="More flags of the model, and all samplers: kolors draw --help")  # fmt: skip
 
 
 def info_parser() -> Parser:

@@ -91,8 +91,9 @@ class StatefulScheduler(Scheduler):
             levels, steps = self._find_evaluations(schedule)
             times = [schedule.timestep(sigma) for sigma in levels]
         dtype = torch.int64 if schedule.whole_timesteps else torch.float32
-        timesteps = torch.tensor(times, dtype=torch.float64).to(device, dtype)
-        return LoopState(schedule, levels, steps, timesteps, torch.tensor([*levels, end]).float())
+        timesteps = torch.tensor(times, dtype=torch.float64, device="cpu").to(device, dtype)
+        sigmas = torch.tensor([*levels, end], dtype=torch.float32, device="cpu")
+        return LoopState(schedule, levels, steps, timesteps, sigmas)
 
     def _find_evaluations(self, schedule: Schedule) -> tuple[list[float], list[int]]:
         """Run the sampler on zeros; return the sigma and the step of each evaluation of the model."""
@@ -107,7 +108,7 @@ class StatefulScheduler(Scheduler):
             done[0] = i + 1
             return x
 
-        zero = torch.zeros(())
+        zero = torch.zeros((), device="cpu")
         self.sampler(schedule, lambda: zero)(denoise, zero, schedule.sigmas, on_step)
         return levels, steps
 

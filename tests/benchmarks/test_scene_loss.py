@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.tiny.scene_loss import HEARD, READERS_WEIGHT, TOLD, FeatureReader, SceneBatch, SceneLoss
+from benchmarks.tiny.scene_data import SceneBatch
+from benchmarks.tiny.scene_loss import HEARD, READERS_WEIGHT, TOLD, FeatureReader, SceneLoss
 from benchmarks.tiny.text import SEEN, SIDE
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.conditioning import size_ids
