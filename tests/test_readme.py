@@ -161,8 +161,9 @@ def test_the_few_step_example_trains_a_lora_that_draws(
     (tmp_path / "images" / "a.txt").write_text("a cat")
     code = block_with("ConsistencyLoss(", "kolors_core/training/README.md")
     for published, here in (
-        ("Kwai-Kolors/Kolors-diffusers", "tiny"), ('device="cuda"', 'device="cpu"'), ("buckets(1024)", "[(128, 128)]"),
-        ("steps=1500, batch_size=16", "steps=1, batch_size=4"), ("rank=64", "rank=2"),
+        ("Kwai-Kolors/Kolors-diffusers", "tiny"), ('device="cuda"', 'device="cpu"'),
+        ("buckets(1024)", "[(128, 128)]"), ("steps=1500, batch_size=16", "steps=1, batch_size=4"),
+        ("rank=64", "rank=2"),
     ):  # fmt: skip
         assert published in code
         code = code.replace(published, here)

@@ -99,8 +99,7 @@ class ConsistencyLoss(DiffusionLoss):
         start, middle, end = self.positions(batch.timesteps)
         sigma, next_sigma, last_sigma = (self._level(at) for at in (start, middle, end))
         x = batch.latents + sigma * batch.noise
-        # The student's own prediction comes first: autocast keeps the weights that it has cast, and those
-        # that it casts without gradients would get none afterwards.
+        # Before the target: versions of autocast that keep casts made without gradients would use those here.
         found = move(x, self._predict(self.unet, batch, x, start), sigma, last_sigma)
         with torch.no_grad():
             with self._teaching() as teacher:
