@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from kolors_core import KolorsControlNetPipeline, KolorsImg2ImgPipeline, KolorsPipeline
+from kolors_core import KolorsControlNetPipeline, KolorsImg2ImgPipeline, KolorsPipeline, LCMScheduler
 from kolors_core.__main__ import COMMANDS
 from kolors_core.batch import __main__ as batch
 from kolors_core.checkpoint import EMBEDDED
@@ -52,7 +52,7 @@ RUN = {
     "kolors_core/compat/README.md": ["make_image_grid(images"],
     "kolors_core/performance/README.md": ["quantize(pipe", "plan(pipe"],
     "kolors_core/inspection/README.md": ["record_attention("],
-    "kolors_core/training/README.md": ["train_lora("],
+    "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
 }
 
 
@@ -149,6 +149,30 @@ def test_the_lora_example_trains_and_draws(tmp_path: Path, monkeypatch: pytest.M
     run(imports + block_with("train_lora(", page).replace("LoRARecipe())", f"{quick})"), page)
     assert Image.open("zorp.png").size == (128, 128) and Image.open("zorp_sheet.png").height > 256
     assert all(name.startswith("unet.") for name in load_file("zorp.safetensors"))
+
+
+def test_the_few_step_example_trains_a_lora_that_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the embedded model in the place of the published one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    noise_image("RGB", 128, 128).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a cat")
+    code = block_with("ConsistencyLoss(", "kolors_core/training/README.md")
+    for published, here in (
+        ("Kwai-Kolors/Kolors-diffusers", "tiny"), ('device="cuda"', 'device="cpu"'),
+        ("buckets(1024)", "[(128, 128)]"), ("steps=1500, batch_size=16", "steps=1, batch_size=4"),
+        ("rank=64", "rank=2"),
+    ):  # fmt: skip
+        assert published in code
+        code = code.replace(published, here)
+    run(code, "kolors_core/training/README.md")
+    pipe = KolorsPipeline.from_pretrained("tiny")
+    pipe.load_lora_weights("kolors_lcm.safetensors")
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    [image] = pipe("a cat", num_inference_steps=1, guidance_scale=1.0).images
+    assert image.size == (128, 128)
 
 
 def test_the_example_of_less_memory_runs(capsys: pytest.CaptureFixture[str]) -> None:
