@@ -149,9 +149,8 @@ def draw(pipe: KolorsPipeline, prompt: str, steps: Sequence[int], side: int, fil
         pen.text((4, top + side // 2), name, fill="black")
         for column, count in enumerate(steps):
             generator = torch.Generator().manual_seed(SEED)
-            image = pipe(prompt, num_inference_steps=count, guidance_scale=GUIDANCE, generator=generator)[0][
-                0
-            ]
+            given: dict[str, Any] = {"num_inference_steps": count, "guidance_scale": GUIDANCE}
+            image = pipe(prompt, generator=generator, **given).images[0]
             page.paste(image.resize((side, side)), (LABEL + (side + GAP) * column, top))
     pipe.scheduler = own
     page.save(file, optimize=True)

@@ -78,15 +78,6 @@ def dpmpp_2m(
     return dpm_multistep(denoise, x, sigmas, on_step, noise=noise, order=orders)
 
 
-def dpmpp_step(
-    x: Tensor, x0: Tensor, sigma: float, next_sigma: float, last: tuple[Tensor, float] | None,
-    eps: Tensor | None
-) -> Tensor:  # fmt: skip
-    """Compute x at next_sigma by a step of `dpmpp_2m`. last: the last step's x0 and sigma; None: order 1."""
-    points = [(sigma, x0)] if last is None else [(sigma, x0), last[::-1]]
-    return exponential_step(x, next_sigma, points, midpoint_moments, eps=eps)
-
-
 def falling_orders(order: int, steps: int) -> list[int]:
     """Return each step's order where the last steps' falls to 1, as the reference's lower_order_final."""
     return [min(order, steps - i) for i in range(steps)]

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LAST_ALPHA = (
-    2**-24
-)  # in place of 0, where sigma or the time of a flow would be infinite; the reference's value
+# In place of 0, where sigma or the time of a flow would be infinite; the reference's value.
+LAST_ALPHA = 2**-24
 
 # Published for Stable Diffusion 1.5 and XL, 10 steps: https://arxiv.org/abs/2404.14507, appendix; the last is
 # the end of the interpolation, where a run has 0.

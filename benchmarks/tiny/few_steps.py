@@ -221,7 +221,6 @@ def main(out: Path, model: str, students: Sequence[str], steps: int, prompts: in
     """Load or train what judges, and run."""
     device = best_device()
     grammar = Grammar(read_concepts(fetch_names(out)))
-    (out / "detector").mkdir(exist_ok=True)
     detector = load_detector(out / "detector", device)
     pipe = KolorsPipeline.from_pretrained(model, device=device)
     run(pipe, detector, grammar, out / "few_steps", students, replace(CONFIG, steps=steps), prompts)

@@ -263,14 +263,15 @@ def told_sides(reading: SceneReading, grammar: Grammar, tokenizer: Tokenizer) ->
         asked = [(side, word) for side in sides for word in PLACES[side][language]]
         texts = [f"a {cat.english[0]} {word}" if language == 0 else f"{word}有一只{cat.chinese[0]}"
                  for _, word in asked]  # fmt: skip
-        read = reading.read(reading.text_encoder(tokenizer(texts).merge_padding()))
+        tokens = tokenizer(texts).merge_padding().to(reading.places.device)
+        read = reading.read(reading.text_encoder(tokens))
         for source, logits in (("tokens", read.occupied), ("pooled", read.pooled_occupied)):
             grid = logits.sigmoid().unflatten(-1, (SIDE, SIDE))
             grid = torch.stack([rows.T if side in sides[:2] else rows
                                 for (side, _), rows in zip(asked, grid, strict=True)])  # fmt: skip
-            sign = torch.tensor([1.0 if side in ("left", "top") else -1.0 for side, _ in asked])
+            sign = grid.new_tensor([1.0 if side in ("left", "top") else -1.0 for side, _ in asked])
             difference = grid[:, : SIDE // 2].mean((1, 2)) - grid[:, SIDE // 2 :].mean((1, 2))
-            found[f"{name} places from {source}"] = float((sign.to(difference) * difference).mean())
+            found[f"{name} places from {source}"] = float((sign * difference).mean())
     return found
 
 

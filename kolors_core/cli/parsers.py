@@ -142,7 +142,8 @@ def add_steps(sampling: argparse._ArgumentGroup, *, lists_names: bool = True) ->
     add = sampling.add_argument
     samplers = f"{', '.join(SAMPLERS)}, which is the checkpoint's" if lists_names else "the method"
     add("--steps", type=integer, metavar="N",
-        help="denoising steps (default: 50 for methods of order 1, 4 for lcm and tcd, else 25)")  # fmt: skip
+        help="denoising steps (default: 50 for euler, ddim, ddpm, pndm, lms and own, 4 for lcm and tcd, "
+        "else 25)")  # fmt: skip
     add("--sampler", "--scheduler", choices=SAMPLERS, type=one_of(SAMPLERS), default="dpmpp-2m-karras",
         metavar="NAME", help=f"{samplers} (default: %(default)s)")  # fmt: skip
     add("--schedule", choices=SCHEDULES, type=one_of(SCHEDULES), metavar="NAME",

@@ -3,11 +3,11 @@
 from dataclasses import fields
 from typing import Any
 
+from kolors_core.diffusion import FAMILIES
 from kolors_core.schedule import Scheduler
 from kolors_core.schedulers import SCHEDULERS
 
 Fields = dict[str, Any]
-FAMILIES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 KARRAS: Fields = {"use_karras_sigmas": True}
 SCHEDULES: dict[str, Fields] = {
     **{spacing: {"timestep_spacing": spacing} for spacing in ("leading", "linspace", "trailing")},
@@ -46,12 +46,12 @@ SAMPLERS: dict[str, tuple[type[Scheduler] | None, Fields]] = {
     )
 }
 FEW_STEPS = ("lcm", "tcd")
-FIRST_ORDER = ("euler", "ddim", "ddpm", "pndm", "lms", OWN)
+MANY_STEPS = ("euler", "ddim", "ddpm", "pndm", "lms", OWN)
 
 
 def default_steps(sampler: str) -> int:
     """Return a sampler's default number of steps."""
-    return 4 if sampler in FEW_STEPS else 50 if sampler.startswith(FIRST_ORDER) else 25
+    return 4 if sampler in FEW_STEPS else 50 if sampler.startswith(MANY_STEPS) else 25
 
 
 def choose_scheduler(own: Scheduler, sampler: str, schedule: str | None) -> Scheduler:
@@ -62,8 +62,7 @@ def choose_scheduler(own: Scheduler, sampler: str, schedule: str | None) -> Sche
     kind, changes = SAMPLERS[sampler]
     if kind is None:
         return own if schedule is None else with_schedule(own, schedule)
-    off = dict.fromkeys({field.name for field in fields(kind)}.intersection(FAMILIES), False)
-    chosen = kind.from_config(own.config, **{**off, **changes})
+    chosen = _changed(kind, own, changes)
     if chosen.target != own.target:
         expected = f"a {type(own).__name__} of {own.prediction_type}"
         raise ValueError(
@@ -74,5 +73,10 @@ def choose_scheduler(own: Scheduler, sampler: str, schedule: str | None) -> Sche
 
 def with_schedule(scheduler: Scheduler, schedule: str) -> Scheduler:
     """Return the same scheduler with a schedule's fields; ValueError if its class has no such field."""
-    off = dict.fromkeys({field.name for field in fields(scheduler)}.intersection(FAMILIES), False)
-    return type(scheduler).from_config(scheduler.config, **{**off, **SCHEDULES[schedule]})
+    return _changed(type(scheduler), scheduler, SCHEDULES[schedule])
+
+
+def _changed(kind: type[Scheduler], own: Scheduler, changes: Fields) -> Scheduler:
+    """Build a scheduler of a class from another's config, with these changes and no other family."""
+    off = {field.name: False for field in fields(kind) if FAMILIES.get(field.name) is not None}
+    return kind.from_config(own.config, **{**off, **changes})
