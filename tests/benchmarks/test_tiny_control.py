@@ -30,6 +30,7 @@ from benchmarks.tiny.sparse_scenes import (
 )
 from benchmarks.tiny.text import SIDE
 from kolors_core import KolorsPipeline, canny
+from kolors_core.adapters import ip_adapter_files
 from kolors_core.adapters.clip_vision import CLIPVision, preprocess_clip
 from kolors_core.adapters.ip_adapter import IPAdapter, attach, attached, cross_attentions
 from kolors_core.chatglm import ChatGLM
@@ -259,7 +260,7 @@ def saved(encoder: CLIPVision, tmp_path: Path) -> Iterator[tuple[KolorsPipeline,
 
 
 def test_what_is_saved_is_loaded_as_a_user_loads_it(
-    saved: tuple[KolorsPipeline, IPAdapter, Path], encoder: CLIPVision
+    saved: tuple[KolorsPipeline, IPAdapter, Path], encoder: CLIPVision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, adapter, folder = saved
     pipe.load_ip_adapter(folder / "ip_adapter")
@@ -269,6 +270,14 @@ def test_what_is_saved_is_loaded_as_a_user_loads_it(
     expected = encoder.penultimate(preprocess_clip(ring(), SMALL_CLIP.image_size))[None]
     assert relative_error(states, expected) < 1e-2, "in float16"
     assert relative_error(handle.adapter.tokens(states), adapter.tokens(expected)) < 1e-2
+    pipe.unload_ip_adapter()
+    monkeypatch.setattr(ip_adapter_files, "EMBEDDED", folder)
+    pipe.load_ip_adapter("tiny")
+    (handle,) = attached(pipe.unet)
+    assert handle.source == "tiny" and handle.encoder is not None
+    with pytest.raises(FileNotFoundError, match=r"\./tiny"):
+        pipe.load_ip_adapter("./tiny")
+    assert attached(pipe.unet) == [handle], "a failed load changes nothing"
 
 
 @needs_fonts
