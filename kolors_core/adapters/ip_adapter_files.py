@@ -13,7 +13,7 @@ from torch import Tensor
 from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
 from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
 from kolors_core.adapters.ip_adapter import ImagePromptAdapter, IPAdapter, IPAdapterConfig
-from kolors_core.checkpoint import load_component
+from kolors_core.checkpoint import EMBEDDED, EMBEDDED_NAME, load_component
 from kolors_core.devices import dtype_of, merge_dtype_arguments
 from kolors_core.hub import find_file, reject_unused
 from kolors_core.loading import load
@@ -56,6 +56,8 @@ def load_adapter(
 ) -> tuple[ImagePromptAdapter, CLIPVision | None]:  # fmt: skip
     """Load an "ip_adapter" or "face_id" that fits the UNet, and its image encoder unless one is given."""
     weight = unet.conv_in.weight
+    if isinstance(source, str) and source == EMBEDDED_NAME and not subfolder:
+        source, subfolder = EMBEDDED, "ip_adapter"
     if not isinstance(source, Mapping) and as_path("the IP-Adapter", source).is_file():
         if subfolder or weight_name is not None:
             raise ValueError(f"{source} is a file: subfolder and weight_name have no effect on it")

@@ -24,7 +24,7 @@ from kolors_core.devices import named_device, planned_device
 from kolors_core.image import load_image
 from kolors_core.performance.quantize import quantize
 from kolors_core.pipelines.controlnet import KolorsControlNetPipeline
-from kolors_core.pipelines.embedded import concepts
+from kolors_core.pipelines.embedded import concepts, grammar
 from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
 from kolors_core.pipelines.inpainting import KolorsInpaintPipeline
 from kolors_core.pipelines.masks import load_mask
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None, options: argparse.Namespace) -> None:
     if options.concepts:
-        return print(*concepts(), sep="\n")
+        return print(*concepts(), "", grammar(), sep="\n")
     if options.info is not None:
         return _print_info(options)
     if options.from_png is not None:

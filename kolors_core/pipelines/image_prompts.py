@@ -40,6 +40,7 @@ class IPAdapterMethods(Components):
         """Load one or several IP-Adapters in place of those loaded before, and CLIP if there is none yet.
 
         pretrained_model_name_or_path_or_dict: a folder, hub repository, file, or dict of tensors; or a list.
+        "tiny" is the embedded model's IP-Adapter.
         subfolder, weight_name: one, or one for each; None takes the only safetensors file there is.
         image_encoder_folder: where CLIP is, beside the adapter's file, or from the repository's top if it has
         a slash; None loads none, for pipelines that are given their `image_encoder` or image embeddings.
