@@ -94,7 +94,7 @@ def outlines() -> list[tuple[str, Image.Image]]:
     found = []
     for prompt, boxes in (
         ("a basketball", [(8, 40, 72, 104)]),
-        ("an orange and a football", [(10, 14, 56, 60), (66, 62, 118, 114)]),
+        ("a tangerine and a football", [(10, 14, 56, 60), (66, 62, 118, 114)]),
         ("三个篮球", [(6, 6, 44, 44), (48, 46, 86, 84), (84, 86, 120, 122)]), ("", [(30, 30, 100, 100)]),
     ):  # fmt: skip
         page = Image.new("RGB", (SIZE, SIZE))

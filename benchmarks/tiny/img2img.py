@@ -26,7 +26,7 @@ Shape = tuple[str, tuple[int, ...], tuple[int, int, int]]  # "disc", "box" or "t
 # (ground, shapes, prompt)
 ROWS: tuple[tuple[str, tuple[Shape, ...], str], ...] = (
     ("white", (("disc", (8, 40, 58, 90), RED), ("disc", (70, 36, 120, 86), ORANGE)),
-     "an apple to the left of an orange"),
+     "an apple to the left of a tangerine"),
     ("grass", (("triangle", (12, 30, 60, 84), GREEN), ("box", (32, 84, 40, 96), BROWN),
                ("disc", (76, 64, 118, 106), RED)), "a pine tree and a ladybug on the grass"),
     ("night", (("disc", (10, 10, 46, 46), YELLOW), ("box", (60, 60, 118, 112), BROWN)),
