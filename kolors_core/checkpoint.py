@@ -61,8 +61,8 @@ OPTIONAL_COMPONENTS = {"image_encoder"}  # a checkpoint may lack them
 
 EMBEDDED = Path(__file__).parent / "tiny"  # the small Kolors in this package, named "tiny" for `resolve`
 EMBEDDED_NOTICE = (
-    "using the embedded tiny model, which draws emoji at 128x128; for the real one (17 GB) name "
-    "Kwai-Kolors/Kolors-diffusers with the variant fp16"
+    "using the embedded tiny model, which draws scenes of 127 things at 128x128; for the real one (17 GB) "
+    "name Kwai-Kolors/Kolors-diffusers with the variant fp16"
 )
 MAX_CONFIG_BYTES = 2**18  # real ones have less than 2**13
 SCHEDULER_FILE = "scheduler_config.json"

@@ -106,7 +106,7 @@ def add_model(model: argparse._ArgumentGroup) -> None:
     add = model.add_argument
     add("-w", "--weights", metavar="DIR", default=EMBEDDED_NAME,
         help="a checkpoint folder or .safetensors file, or a hub repository such as "
-        "Kwai-Kolors/Kolors-diffusers (default: the embedded model, which draws emoji)")  # fmt: skip
+        "Kwai-Kolors/Kolors-diffusers (default: the embedded model, see --concepts)")  # fmt: skip
     for name in MODELS:
         add(f"--{name.replace('_', '-')}", metavar="FILE",
             help="take it from this .safetensors file, in any naming, and not from --weights")  # fmt: skip
