@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import diffusers
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from kolors_core import KolorsControlNet, KolorsControlNetPipeline, KolorsPipeline, canny
 from kolors_core.adapters.controlnet_files import ControlNetConfig
@@ -24,9 +26,11 @@ from kolors_core.checkpoint import (
     resolve,
 )
 from kolors_core.cli.generate import main
+from kolors_core.image import to_images
 from kolors_core.pipelines import embedded
 from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.png_metadata import read_metadata
+from tests.support import scenes
 from weights_convert.__main__ import main as convert
 
 
@@ -42,16 +46,47 @@ def generators(count: int, seed: int) -> list[torch.Generator]:
 
 
 def test_its_controlnet_puts_a_thing_where_the_edges_are(pipe: KolorsPipeline) -> None:
+    """With the same noise at two places, so that one at most is the seed's own."""
     steered = KolorsControlNetPipeline.from_pipe(pipe, controlnet=KolorsControlNet.from_pretrained("tiny"))
     for x, y in ((40, 88), (88, 40)):
         drawing = Image.new("RGB", (128, 128), "white")
         ImageDraw.Draw(drawing).ellipse((x - 28, y - 28, x + 28, y + 28), fill="orange")
         arguments = {"num_inference_steps": 15, "generator": generators(1, 3), "output_type": "pt"}
-        made = steered("a basketball", canny(drawing), guidance_scale=2.0, **arguments).images
-        ink = (1 - made.amin(dim=1)[0]).clamp(min=0.2) - 0.2  # [128, 128]
-        places = torch.arange(128.0)
-        found = (ink.sum(0) @ places / ink.sum()).item(), (ink.sum(1) @ places / ink.sum()).item()
-        assert abs(found[0] - x) < 10 and abs(found[1] - y) < 10, found
+        prompt = "a basketball on a white background"
+        (image,) = steered(prompt, canny(drawing), guidance_scale=2.0, **arguments).images
+        assert scenes.ground_of(image) == "white"
+        column, row = scenes.middle(scenes.items(image)[0])
+        assert abs(column - x) < 12 and abs(row - y) < 12, (column, row)
+
+
+def shown(part: Tensor) -> Image.Image:
+    """An image prompt: a thing of `scenes.parts` [3, S, S] in the middle of a white page."""
+    page = Image.new("RGB", (128, 128), "white")
+    page.paste(to_images(2 * part[None] - 1, "pil")[0].resize((72, 72)), (28, 28))
+    return page
+
+
+def test_its_ip_adapter_draws_what_an_image_prompt_shows() -> None:
+    """Without a text, and with the same noise for each thing: if the image prompt changed nothing, a thing
+    would be the fourth or fifth of the eight that the image is most like, in the mean.
+    """
+    pipe = KolorsPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": 15, "guidance_scale": 3.0, "num_images_per_prompt": 2}
+    without = pipe("", generator=generators(2, 5), output_type="pt", **given).images
+    pipe.load_ip_adapter("tiny", local_files_only=True)
+
+    def prompted(part: Tensor) -> Tensor:
+        more = {"ip_adapter_image": shown(part), "generator": generators(2, 5), "output_type": "pt"}
+        return pipe("", **more, **given).images
+
+    things = dict(zip(scenes.THINGS, scenes.parts()[0], strict=True))
+    images = {name: prompted(part) for name, part in things.items()}
+    places = {name: [scenes.alike(image).index(name) for image in two] for name, two in images.items()}
+    assert sum(map(sum, places.values())) / (2 * len(places)) < 2, places
+    assert all((two - without).abs().mean() > 0.01 for two in images.values())
+    pipe.set_ip_adapter_scale(0.0)
+    assert (prompted(things["fox"]) - without).abs().max() < 1e-3
 
 
 def test_a_seed_is_one_picture_run_to_run_and_nearly_so_in_a_batch(pipe: KolorsPipeline) -> None:
@@ -108,23 +143,40 @@ def test_the_command_line_draws_with_it_when_no_weights_are_named(tmp_path: Path
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_the_command_line_takes_its_ip_adapter_by_name(tmp_path: Path) -> None:
+    given, first, again = (tmp_path / f"{name}.png" for name in ("given", "first", "again"))
+    shown(scenes.parts()[0][0]).save(given)
+    command = ["a fox", "--ip-adapter", "tiny", "--ip-image", str(given), "--steps", "2", "--seed", "3", "-q"]
+    assert main([*command, "-o", str(first)]) == 0
+    assert read_metadata(first)["ip_adapter"] == "tiny"
+    assert main(["--from", str(first), "-q", "-o", str(again)]) == 0
+    assert Image.open(first).tobytes() == Image.open(again).tobytes()
+
+
 def test_info_stands_alone(capsys: pytest.CaptureFixture) -> None:
     assert main(["--info", "x.png", "-w", "somewhere"]) == 2
     assert "--info stands alone" in capsys.readouterr().err
 
 
 def test_a_character_of_a_sign_is_one_token_and_so_is_a_chinese_name(pipe: KolorsPipeline) -> None:
-    """Whatever stands beside it: a sign's characters are read one by one."""
+    """Also a character that names have. On a sign, too, a whole name is one token."""
     assert pipe.tokenizer is not None
-    encode = pipe.tokenizer.pieces.encode
-    alone = {one: encode(f'"{one}"', out_type=str) for one in "".join(embedded.grammar().characters)}
-    assert all(pieces.count(one) == 1 for one, pieces in alone.items()), alone
-    for text in ("AB1", "图9可", "大小图"):
-        pieces = encode(f"写着“{text}”的牌子", out_type=str)
-        assert "".join(piece for piece in pieces if piece in alone) == text, pieces
-    for one in embedded.concepts():
-        for name in one.chinese:
-            assert len(name) == 1 or name in encode(f"一个{name}", out_type=str), name
+
+    def encode(text: str) -> list[str]:
+        return pipe.tokenizer.pieces.encode(text, out_type=str)
+
+    characters = "".join(embedded.grammar().characters)
+    names = [name for one in embedded.concepts() for name in one.chinese]
+    assert sum(not {*name}.isdisjoint(characters) for name in names) > 20
+    assert all(len(name) == 1 or name in encode(f"一个{name}") for name in names)
+    texts = [*characters, *map("".join, product(characters, repeat=2)), "AB1", "图9可"]
+    on_signs = {text for text in texts if text in names}
+    assert on_signs == {"火车", "火山"}
+    for before, after in (('a sign that says "', '"'), ("一只熊猫，写着“", "”的牌子")):
+        head, tail = " ".join(encode(f"{before}0{after}")).split(" 0 ")
+        for text in texts:
+            said = text if text in on_signs else " ".join(text)
+            assert " ".join(encode(f"{before}{text}{after}")) == f"{head} {said} {tail}"
 
 
 def test_its_list_is_of_these_weights(pipe: KolorsPipeline) -> None:
@@ -169,7 +221,9 @@ def test_its_name_works_wherever_a_checkpoint_is_named(tmp_path: Path, capsys: p
     net = load_component("tiny", "controlnet", kind=spec)
     assert fingerprint(net) == fingerprint(KolorsControlNet.from_pretrained("tiny"))
     assert convert([str(EMBEDDED), str(tmp_path / "x.safetensors"), "--to", "single"]) == 0
-    assert "controlnet: skipped, a ControlNet is a model beside the pipeline" in capsys.readouterr().err
+    report = capsys.readouterr().err
+    assert "controlnet: skipped, a ControlNet is a model beside the pipeline" in report
+    assert report.count(": skipped, an IP-Adapter is loaded into a pipeline") == 2, "itself and its encoder"
     whole = KolorsPipeline.from_single_file(tmp_path / "x.safetensors")
     assert fingerprint(whole.unet) == fingerprint(unet)
     assert whole.name_or_path == str(tmp_path / "x.safetensors")

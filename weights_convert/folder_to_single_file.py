@@ -46,7 +46,10 @@ Layout = dict[str, tuple[Metadata, list[str] | None]]
 LAYOUT_KEY = FILES + "layout.json"
 PROVENANCE_FILE = "single_file.json"  # in a folder
 MAX_FILE_BYTES = 2**28
-LEFT_OUT = {"controlnet": "a ControlNet is a model beside the pipeline, with a file of its own"}
+LEFT_OUT = {
+    "controlnet": "a ControlNet is a model beside the pipeline, with a file of its own",
+    "ip_adapter": "an IP-Adapter is loaded into a pipeline, from files of its own",
+}
 
 
 def to_single(source: Path, destination: Path) -> list[str]:
@@ -64,8 +67,8 @@ def to_single(source: Path, destination: Path) -> list[str]:
     for folder, files in walk_files(source):
         weights = [name for name in files if name.endswith(".safetensors")]
         component = str(folder.relative_to(source).as_posix())
-        if component in LEFT_OUT and weights:
-            report.append(f"{folder}: skipped, {LEFT_OUT[component]}")
+        if (left_out := component.partition("/")[0]) in LEFT_OUT and weights:
+            report.append(f"{folder}: skipped, {LEFT_OUT[left_out]}")
             continue
         if weights:
             part = _component_in(folder, component, weights)

@@ -88,18 +88,25 @@ def cut(image: Tensor, mask: Tensor) -> Tensor:
     return F.interpolate(part[None], (SIDE, SIDE), mode="bilinear", antialias=True)[0]
 
 
+def alike(image: Tensor) -> list[str]:
+    """`THINGS`, those first that the largest item on a white ground is most like, mirrored or not."""
+    every = _distances(image, torch.cat([parts()[0], parts()[0].flip(3)]))
+    return [THINGS[i] for i in every.unflatten(0, (2, -1)).amin(0).argsort().tolist()]
+
+
 def thing_in(image: Tensor) -> str:
     """Which of `THINGS` the largest item on a white ground is most like, mirrored or not."""
-    return THINGS[_nearest(image, torch.cat([parts()[0], parts()[0].flip(3)])) % len(THINGS)]
+    return alike(image)[0]
 
 
 def character_in(image: Tensor) -> str:
     """What the sign on a white ground says, one of `CHARACTERS`."""
-    return CHARACTERS[_nearest(image, parts()[1])]
+    return CHARACTERS[int(_distances(image, parts()[1]).argmin())]
 
 
-def _nearest(image: Tensor, known: Tensor) -> int:
+def _distances(image: Tensor, known: Tensor) -> Tensor:
+    """How far the largest item is from each of the known parts [N, 3, SIDE, SIDE]: [N]."""
     found = items(image)
     part = cut(image, found[0]) if found else torch.ones(3, SIDE, SIDE)
     blurred = F.avg_pool2d(torch.cat([part[None], known]), 2)
-    return int((blurred[1:] - blurred[:1]).flatten(1).norm(dim=1).argmin())
+    return (blurred[1:] - blurred[:1]).flatten(1).norm(dim=1)
