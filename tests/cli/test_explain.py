@@ -70,7 +70,7 @@ def test_the_sheet_is_bright_where_a_labels_map_is(made: Explanation) -> None:
 def test_the_font_has_what_the_models_read() -> None:
     pieces = Tokenizer(TINY).pieces
     read = {c for i in range(len(pieces)) if not pieces.is_byte(i) for c in pieces.id_to_piece(i)}
-    assert not [c for c in read if has_no_glyph(c)] and len(read) > 1000
+    assert not [c for c in read if has_no_glyph(c)] and len(read) > 400
     rows = [bytes([a, b]).decode("gb2312", "ignore") for a in range(0xB0, 0xF8) for b in range(0xA1, 0xFF)]
     assert not [c for c in "".join(rows) + "…␣éñüЖΩあア한" if has_no_glyph(c)] and len("".join(rows)) == 6763
     assert shortened("🐞\n\u202e瓢", 400) == "U+1F41EU+000AU+202E瓢"
