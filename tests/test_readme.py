@@ -102,7 +102,7 @@ def test_the_image_to_image_example_draws(tmp_path: Path, monkeypatch: pytest.Mo
     made = np.asarray(Image.open("ladybug.png")).astype(int)
     assert made.shape == (128, 128, 3)
     red, black = (made[..., 0] > 180) & (made[..., 1] < 90), made.max(axis=2) < 90
-    assert red.mean() > 0.1 and black.mean() > 0.05, "a red sketch became a ladybug with black spots and legs"
+    assert red.mean() > 0.1 and black.mean() > 0.03, "a red sketch became a ladybug with black spots and legs"
 
 
 def test_the_drop_in_example_draws_a_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
