@@ -1,7 +1,7 @@
 """What the embedded model draws: the things asked for, as many, where, before which ground, and signs.
 
-Of few images each: the limits are between chance and the model's goals (benchmarks/tiny/quality.py). The model
-card has the shares over many images.
+Of few images each: the limits are between chance and the model's goals (benchmarks/tiny/quality.py). The
+model card has the shares over many images.
 """
 
 import random
