@@ -119,19 +119,20 @@ def distilled(
 
 @torch.no_grad()
 def draw(
-    pipe: KolorsPipeline, prompts: Sequence[str], sampler: str, steps: int, guidance: float, seed: int = 0
-) -> tuple[Tensor, float]:
+    pipe: KolorsPipeline, prompts: Sequence[str], scheduler: Scheduler, steps: int, guidance: float,
+    seed: int = 0,
+) -> tuple[Tensor, float]:  # fmt: skip
     """Draw latents [B, 4, H/8, W/8] on the CPU, of which i has seed + i; and the seconds an image takes.
 
     The time is that of batches, from prompts, whose embeddings the pipeline keeps, to latents.
     """
-    pipe.scheduler, parts, start = SCHEDULERS[sampler], list[Tensor](), time.monotonic()
+    pipe.scheduler, parts, start = scheduler, list[Tensor](), time.monotonic()
     for first in range(0, len(prompts), BATCH):
         own = list(prompts[first : first + BATCH])
         seeds = [torch.Generator().manual_seed(seed + first + i) for i in range(len(own))]
         parts.append(pipe(
             own, num_inference_steps=steps, guidance_scale=guidance, generator=seeds, output_type="latent",
-            eta=ETA if sampler == "tcd" else 0.0,
+            eta=ETA if isinstance(scheduler, TCDScheduler) else 0.0,
         ).images.float().cpu())  # fmt: skip
     return torch.cat(parts), (time.monotonic() - start) / len(prompts)
 
@@ -163,7 +164,7 @@ class Measurement:
         """Measure one way to draw. guidance: when drawing; baked: of the right images."""
         for language, prompts in enumerate(self.asked):
             texts = [prompt.text for prompt in prompts]
-            latents, seconds = draw(self.pipe, texts, sampler, steps, guidance)
+            latents, seconds = draw(self.pipe, texts, SCHEDULERS[sampler], steps, guidance)
             right = self.right.setdefault((baked, language), latents)  # the first is of `RIGHT_STEPS`
             images = decode(self.pipe, latents)
             shares = measure_prompts(self.detector, prompts, images)[0]
@@ -174,7 +175,7 @@ class Measurement:
             }  # fmt: skip
             self.rows.append(row)
             print(describe(row), flush=True)
-        shown, _ = draw(self.pipe, SHOWN[:SHOWN_AT_MOST], sampler, steps, guidance, seed=7)
+        shown, _ = draw(self.pipe, SHOWN[:SHOWN_AT_MOST], SCHEDULERS[sampler], steps, guidance, seed=7)
         self.images.append(decode(self.pipe, shown))
         self.labels += [f"{student}, {sampler} {steps}, guidance {baked:g}"] * len(shown)
 

@@ -32,8 +32,8 @@ def test_all_samplers_start_from_the_same_noise_and_end_near_the_same_image() ->
     """Without guidance in many steps, where even those that draw noise stay with what is there."""
     pipe = KolorsPipeline.from_pretrained("tiny")
     pipe.set_progress_bar_config(disable=True)
-    found = {name: draw(pipe, ["a cat"], name, 20, 1.0)[0] for name in SCHEDULERS}
-    again, seconds = draw(pipe, ["a cat", "a dog"], "dpm++ 2m karras", 20, 1.0)
+    found = {name: draw(pipe, ["a cat"], scheduler, 20, 1.0)[0] for name, scheduler in SCHEDULERS.items()}
+    again, seconds = draw(pipe, ["a cat", "a dog"], SCHEDULERS["dpm++ 2m karras"], 20, 1.0)
     assert seconds > 0 and again.shape == (2, 4, 16, 16)
     assert relative_error(again[:1], found["dpm++ 2m karras"]) < 1e-4, "an image has a seed of its own"
     distance = {name: (found[name] - again[:1]).square().mean().item() for name in ("lcm", "tcd")}
