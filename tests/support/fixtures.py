@@ -13,7 +13,7 @@ from tests.support.inpainting import NINE, Nine
 from tests.support.ip_adapters import Both, load_both, with_image_encoder, write_adapter
 from tests.support.parity import pair, reference_clip
 from tests.support.pipelines import SOLVERS, Pair, make_pair, use_solver
-from tests.support.published import TOKENIZER, published_file, write_stand_in
+from tests.support.published import MARK, TOKENIZER, published_file, write_stand_in
 from tests.support.reference_folder import train_tokenizer, write
 from tests.support.small import SMALL_CLIP, randomise
 from weights_convert.folder_to_single_file import to_single
@@ -27,7 +27,7 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(
     scope="session",
-    params=["stand-in", *(["real"] if published_file(TOKENIZER) else [])],
+    params=["stand-in", *([pytest.param("real", marks=MARK)] if published_file(TOKENIZER) else [])],
 )
 def chatglm_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model with ChatGLM3's ids: the stand-in, and the real one in KOLORS_TEST_DATA."""
