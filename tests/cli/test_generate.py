@@ -1,8 +1,6 @@
 """The command line: the reference's image from a folder, its description, and one-line errors."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from tests.support.controlnets import write_controlnet
 from tests.support.ip_adapters import write_adapter
 from tests.support.parity import pair
 from tests.support.pipelines import picture
+from tests.support.processes import COMMAND, run_program
 
 PROMPT = "一张瓢虫的照片，微距，高质量"
 
@@ -37,10 +36,10 @@ PROMPT = "一张瓢虫的照片，微距，高质量"
 def test_its_png_is_the_references(reference_folder: Path, tmp_path: Path, sampler: str) -> None:
     """A folder as published goes through the command line; no pixel differs by more than 1 of 255."""
     out = tmp_path / "out.png"
-    arguments = [PROMPT, "--weights", str(reference_folder), "--variant", "fp16", "-o", str(out),
+    arguments = [COMMAND, PROMPT, "--weights", str(reference_folder), "--variant", "fp16", "-o", str(out),
                  "--seed", "7", "--negative", "red cat", "--guidance", "6.5", "--steps", "25",
                  "--device", "cpu", "--sampler", sampler, "--height", "96", "--width", "128"]  # fmt: skip
-    run = subprocess.run([sys.executable, "-m", "kolors_core", *arguments], capture_output=True, text=True)
+    run = run_program(*arguments)
     assert run.returncode == 0, run.stderr
     assert "25/25" in run.stderr and "seed 7" in run.stderr
 

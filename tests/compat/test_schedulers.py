@@ -3,8 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from kolors_core import KolorsPipeline, schedulers
 from kolors_core.compat.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, of
 from kolors_core.compat.stateful_scheduler import STATEFUL, StatefulScheduler
 from tests.support.hub import environment, files_of, serving
+from tests.support.processes import run_program
 from tests.support.reference_folder import KOLORS_SCHEDULER
 from tests.support.small import FLOAT32, relative_error
 
@@ -350,10 +349,7 @@ scheduler = DPMSolverMultistepScheduler.from_pretrained("someone/kolors", subfol
 print(scheduler.steps_offset)
 """
     with serving({"someone/kolors": {"main": files_of(tmp_path)}}) as hub:
-        run = subprocess.run(
-            [sys.executable, "-c", program], env=environment(hub.endpoint, tmp_path / "home"),
-            cwd=Path(__file__).parents[2], capture_output=True, text=True,
-        )  # fmt: skip
+        run = run_program(program, env=environment(hub.endpoint, tmp_path / "home"))
     assert (run.returncode, run.stdout) == (0, "3\n"), run.stderr
     assert hub.fetched("someone/kolors") == ["scheduler/scheduler_config.json"]
 
