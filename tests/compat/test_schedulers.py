@@ -237,6 +237,7 @@ def test_velocity_and_shares() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.exact
 def test_results_by_name_and_as_a_tuple(kind: type[StatefulScheduler]) -> None:
     scheduler: Any = kind()
     scheduler.set_timesteps(5)
@@ -248,6 +249,7 @@ def test_results_by_name_and_as_a_tuple(kind: type[StatefulScheduler]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.exact
 def test_the_description_is_the_plain_one_and_frozen(kind: type[StatefulScheduler]) -> None:
     described: Any = getattr(schedulers, kind.__name__)(use_karras_sigmas=True)
     scheduler: Any = of(described)
@@ -268,6 +270,7 @@ def test_the_description_is_the_plain_one_and_frozen(kind: type[StatefulSchedule
         assert (twin.begin_index, scheduler.begin_index) == (4, 2)
 
 
+@pytest.mark.exact
 def test_another_class_of_scheduler_stays_as_it_is() -> None:
     class Own(schedulers.EulerDiscreteScheduler):
         pass
@@ -300,6 +303,7 @@ def test_a_pipeline_draws_the_same_by_the_stateful_scheduler(kind: type[Stateful
     (lambda s: [s.step(torch.ones(SHAPE), t, torch.ones(SHAPE)) for t in (*s.timesteps, 5.0)], "all 5 steps"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.exact
 def test_wrong_calls(kind: type[StatefulScheduler], call: Any, message: str) -> None:
     scheduler = kind()
     scheduler.set_timesteps(5)
@@ -307,6 +311,7 @@ def test_wrong_calls(kind: type[StatefulScheduler], call: Any, message: str) -> 
         call(scheduler)
 
 
+@pytest.mark.exact
 def test_a_step_that_fails_does_not_count() -> None:
     scheduler, latents = DPMSolverMultistepScheduler(**SDE), torch.ones(SHAPE)
     scheduler.set_timesteps(5)
@@ -316,6 +321,7 @@ def test_a_step_that_fails_does_not_count() -> None:
     assert scheduler.step_index == 1
 
 
+@pytest.mark.exact
 def test_eulers_step_takes_no_index() -> None:
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(5)
@@ -325,6 +331,7 @@ def test_eulers_step_takes_no_index() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.exact
 def test_saved_and_loaded_by_both_libraries(kind: type[StatefulScheduler], tmp_path: Path) -> None:
     scheduler = kind(use_karras_sigmas=True, timestep_spacing="linspace")
     scheduler.save_pretrained(tmp_path / "scheduler")
@@ -339,6 +346,7 @@ def test_saved_and_loaded_by_both_libraries(kind: type[StatefulScheduler], tmp_p
     assert kind.from_pretrained("tiny") == kind.from_pretrained("tiny", "scheduler") == kind()  # Euler's file
 
 
+@pytest.mark.exact
 def test_of_a_hub_repository_one_file_is_fetched(tmp_path: Path) -> None:
     EulerDiscreteScheduler(steps_offset=3).save_pretrained(tmp_path / "scheduler")
     (tmp_path / "unet").mkdir()
@@ -354,6 +362,7 @@ print(scheduler.steps_offset)
     assert hub.fetched("someone/kolors") == ["scheduler/scheduler_config.json"]
 
 
+@pytest.mark.exact
 def test_a_faulty_config_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "scheduler_config.json"
     for changes, message in (
