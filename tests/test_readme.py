@@ -86,8 +86,10 @@ def test_the_path_written_out_gives_the_pipelines_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(block_after("## The whole path", "python"), FRONT)
-    command = ["一张瓢虫的照片", "-o", "pipeline.png", "--seed", "7", "--device", "cpu", "-q"]
+    code = block_after("## The whole path", "python")
+    assert "schedule(25)" in code, "as many steps as the command takes"
+    run(code.replace("schedule(25)", "schedule(8)"), FRONT)
+    command = ["一张瓢虫的照片", "-o", "pipeline.png", "--seed", "7", "--steps", "8", "--device", "cpu", "-q"]
     assert run_program(COMMAND, *command, cwd=tmp_path).returncode == 0
     written, made = (np.asarray(Image.open(name)).astype(int) for name in ("ladybug.png", "pipeline.png"))
     assert written.shape == made.shape == (128, 128, 3)

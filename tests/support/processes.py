@@ -59,8 +59,9 @@ COMMAND = "import runpy; runpy.run_module('kolors_core', run_name='__main__', al
 def _server() -> subprocess.Popen[str]:
     """Start the process to fork from; it ends with this one, which closes its standard input."""
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONHASHSEED": "271828"},
+    )  # fmt: skip
     atexit.register(server.communicate)
     return server
 
