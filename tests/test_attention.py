@@ -63,6 +63,7 @@ def test_the_kernel_is_chosen_by_device_and_shape(monkeypatch: pytest.MonkeyPatc
         assert chosen(large, "cuda") == name
 
 
+@pytest.mark.exact
 def test_an_unknown_kernel_and_one_that_cannot_run_are_errors() -> None:
     with (
         pytest.raises(ValueError, match="attention kernel 'fast' is not one of sdpa, flash"),
@@ -103,5 +104,6 @@ def test_on_a_cpu_in_bfloat16_short_rows_and_wide_heads_use_matmul(
         assert select_kernel(*full) == "sdpa"  # type: ignore[arg-type]
 
 
+@pytest.mark.exact
 def test_every_kernel_has_a_name() -> None:
     assert {"sdpa", "flash", "cudnn", "efficient", "cudnn_first", "chunked", "matmul"} == set(KERNELS)

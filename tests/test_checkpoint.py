@@ -3,8 +3,6 @@
 import gc
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from kolors_core.checkpoint import files_to_download, load_component, resolve, s
 from kolors_core.loading import load
 from kolors_core.unet import UNet
 from tests.support.pipelines import NO_SAVINGS
+from tests.support.processes import run_program
 from tests.support.small import FLOAT32, SMALL, relative_error
 from weights_convert import TABLES
 from weights_convert.__main__ import convert
@@ -295,10 +294,8 @@ def test_loading_needs_no_more_memory_than_the_weights_kept(tmp_path: Path) -> N
     save_component(UNet(config).to(torch.bfloat16), tmp_path, "unet")
 
     def peak(dtype: str, release_after: int = 2**20) -> float:
-        command = [sys.executable, "-c", LOADING, str(tmp_path), dtype, str(release_after)]
-        run = subprocess.run(
-            command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
-        )
+        run = run_program(LOADING, str(tmp_path), dtype, str(release_after))
+        assert run.returncode == 0, run.stderr
         return float(run.stdout)
 
     assert peak("float16") < 1.1

@@ -1,12 +1,10 @@
 """Downloads from a hub, against a small one on this machine: what is asked of it, and what the cache serves.
 
-The hub's client reads its settings when it is imported, so every load runs in a process of its own:
-`python -m tests.test_hub CALLS`, where CALLS is a JSON list of the arguments of `from_pretrained`.
+The hub's client reads its settings when it is imported, so every load runs in a process of its own.
 """
 
 import hashlib
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,9 @@ from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.support.hub import Files, Hub, environment, files_of, serving
+from tests.support.processes import run_program
 
+LOADING = "import json, sys, tests.test_hub as own; own.main(json.loads(sys.argv[1]))"
 REPO, PULL_REQUEST = "someone/kolors", "refs/pr/4"
 FIRST = "pretrained_model_name_or_path"
 NEEDED = {
@@ -64,11 +64,8 @@ class Outcome(NamedTuple):
 
 def from_pretrained(endpoint: str, home: Path, *calls: dict[str, Any], **settings: str) -> list[Outcome]:
     """Each call of `KolorsPipeline.from_pretrained`, in a fresh process with this hub and cache only."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_hub", json.dumps([{FIRST: REPO, **call} for call in calls])],
-        env=environment(endpoint, home, **settings), cwd=Path(__file__).parents[1], capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+    told = json.dumps([{FIRST: REPO, **call} for call in calls])
+    done = run_program(LOADING, told, env=environment(endpoint, home, **settings))
     assert done.returncode == 0, done.stderr
     return [Outcome(*outcome) for outcome in json.loads(done.stdout)]
 
@@ -244,7 +241,3 @@ def test_an_error_is_one_line_and_comes_before_any_file(repository: dict[str, Fi
     assert no_name.error.startswith("FileNotFoundError: someone/no such name: cannot be had from the hub: ")
     assert not [outcome for outcome in (no_repo, no_revision, no_name) if "\n" in outcome.error]
     assert not [path for _, path, _ in hub.seen if "/resolve/" in path]
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

@@ -12,6 +12,7 @@ import pytest
 
 from kolors_core.__main__ import COMMANDS, HELP, main
 from kolors_core.config import VERSION
+from tests.support.processes import COMMAND, run_program
 
 ROOT = Path(__file__).parents[1]
 LIGHT = """
@@ -54,12 +55,9 @@ def test_help_is_one_screen_and_has_an_example_for_each_command() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_is_short_and_imports_nothing_heavy(name: str) -> None:
     """Those of `train-lora` and `convert` have the library's own defaults, and import torch."""
-    command = [sys.executable, "-m", "kolors_core", name, "--help"]
     is_light = name not in ("train-lora", "convert")
-    environment = os.environ | {"COLUMNS": "100"}
-    run = light(name, "--help") if is_light else subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment
-    )  # fmt: skip
+    wide = os.environ | {"COLUMNS": "100"}
+    run = light(name, "--help") if is_light else run_program(COMMAND, name, "--help", env=wide)
     lines = run.stdout.splitlines()
     assert run.returncode == 0 and "Example: " in run.stdout, run.stderr
     assert max(map(len, lines)) <= 100
@@ -155,11 +153,8 @@ def test_a_png_on_standard_output_is_all_that_is_there(tmp_path: Path) -> None:
 
 def test_a_reader_that_has_gone_is_no_error() -> None:
     """As `head` is after ten lines."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, "-m", "kolors_core", "--concepts"]
-    run = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.close(writing)
+    gone = "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 1); os.close(write)"
+    run = run_program(f"{gone}\n{COMMAND}", "--concepts")
     assert (run.returncode, run.stderr) == (141, "")
 
 
@@ -184,4 +179,5 @@ def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
         _, error = process.communicate(timeout=60)
         assert process.returncode == 130, error
         assert b"Traceback" not in error and error.splitlines()[-1].startswith(b"interrupted")
+        assert moment is not None or error.endswith(b"interrupted, nothing written\n")
     assert list(tmp_path.iterdir()) == []

@@ -6,8 +6,6 @@ import importlib
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -25,6 +23,7 @@ from kolors_core.checkpoint import EMBEDDED
 from kolors_core.cli import parsers
 from kolors_core.cli.train_lora import parser as train_lora_parser
 from tests.support.images import noise_image
+from tests.support.processes import COMMAND, run_program
 
 ROOT = Path(__file__).parents[1]
 FRONT = "README.md"
@@ -87,9 +86,11 @@ def test_the_path_written_out_gives_the_pipelines_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(block_after("## The whole path", "python"), FRONT)
-    command = ["一张瓢虫的照片", "-o", "pipeline.png", "--seed", "7", "--device", "cpu", "-q"]
-    assert subprocess.run([sys.executable, "-m", "kolors_core", *command]).returncode == 0
+    code = block_after("## The whole path", "python")
+    assert "schedule(25)" in code, "as many steps as the command takes"
+    run(code.replace("schedule(25)", "schedule(8)"), FRONT)
+    command = ["一张瓢虫的照片", "-o", "pipeline.png", "--seed", "7", "--steps", "8", "--device", "cpu", "-q"]
+    assert run_program(COMMAND, *command, cwd=tmp_path).returncode == 0
     written, made = (np.asarray(Image.open(name)).astype(int) for name in ("ladybug.png", "pipeline.png"))
     assert written.shape == made.shape == (128, 128, 3)
     assert abs(written - made).max() <= 1

@@ -204,6 +204,7 @@ def test_one_step_to_zero_is_the_clean_image(sampler: Sampler) -> None:
         (dpm_singlestep, {"solver_type": "bh1"}, "one of 'midpoint', 'heun'"),
     ],
 )
+@pytest.mark.exact
 def test_wrong_options_are_refused(sampler: Sampler, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sampler(lambda x, sigma: x, torch.ones(SHAPE), [5.0, 2.0, 1.0, 0.5, 0.0], **options)

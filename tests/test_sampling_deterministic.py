@@ -226,6 +226,7 @@ def test_a_run_from_the_middle(name: str, changes: dict[str, Any], first: int) -
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])
 @pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.exact
 def test_singlestep_orders(order: int, end: str, lower: bool) -> None:
     changes = {"solver_order": order, "final_sigmas_type": end, "lower_order_final": lower}
     for steps in range(1, 20):

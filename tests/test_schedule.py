@@ -167,6 +167,7 @@ def test_until_keeps_the_first_part(end: float, kept: int) -> None:
     assert part.init_noise_sigma == schedule.init_noise_sigma
 
 
+@pytest.mark.exact
 def test_from_config_takes_the_published_and_the_siblings_fields() -> None:
     published = KOLORS_SCHEDULER | {
         "_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.18.0.dev0", "clip_sample": False,
@@ -201,6 +202,7 @@ def test_from_config_takes_the_published_and_the_siblings_fields() -> None:
         ({"algorithm_type": "dpm"}, {}, "algorithm_type must be one of"),
     ],
 )  # fmt: skip
+@pytest.mark.exact
 def test_what_would_change_the_result_is_refused(config: dict, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DPMSolverMultistepScheduler.from_config(config, **changes)
@@ -218,6 +220,7 @@ def test_what_would_change_the_result_is_refused(config: dict, changes: dict, me
         ({"sigmas": [float("nan"), 0.0]}, "must fall strictly"),
     ],
 )  # fmt: skip
+@pytest.mark.exact
 def test_bad_runs_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EulerDiscreteScheduler().schedule(**given)

@@ -120,6 +120,7 @@ def test_fields_are_the_references(name: str) -> None:
         assert torch.equal(kind().schedule(steps).sigmas, sigmas)
 
 
+@pytest.mark.exact
 def test_from_any_config_to_any_class() -> None:
     """Fields that a class lacks are ignored in a config, in theirs and in ours."""
     special = {"num_train_timesteps": 1000, "beta_end": 0.012, "use_karras_sigmas": True}
@@ -133,6 +134,7 @@ def test_from_any_config_to_any_class() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.exact
 def test_the_references_config_is_taken(name: str) -> None:
     """Of each class with the released fields; with its own defaults, what clips is refused."""
     kind = SCHEDULERS[name]
@@ -147,6 +149,7 @@ def test_the_references_config_is_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.exact
 def test_misspelt_and_foreign_fields(name: str) -> None:
     kind = SCHEDULERS[name]
     for make in (lambda **given: kind.from_config(given), lambda **given: kind.from_config({}, **given)):
@@ -193,11 +196,13 @@ def test_misspelt_and_foreign_fields(name: str) -> None:
         (FLOW_MATCH, {"invert_sigmas": True}, "invert_sigmas is True, expected False"),
     ],
 )  # fmt: skip
+@pytest.mark.exact
 def test_what_is_not_computed_is_refused(name: str, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SCHEDULERS[name].from_config({}, **given)
 
 
+@pytest.mark.exact
 def test_other_names_of_a_value() -> None:
     """The reference's classes take some values of each other, as one of theirs."""
     multistep, unipc = SCHEDULERS[MULTISTEP], SCHEDULERS[UNIPC]
@@ -209,6 +214,7 @@ def test_other_names_of_a_value() -> None:
     )
 
 
+@pytest.mark.exact
 def test_bad_runs_are_refused() -> None:
     with pytest.raises(ValueError, match="at most original_inference_steps, 50, got 51"):
         SCHEDULERS["LCMScheduler"]().schedule(51)

@@ -1,7 +1,5 @@
 """The embedded model: small, the default, the same in the reference, and saying what it does not know."""
 
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from kolors_core.pipelines import embedded
 from kolors_core.pipelines.fingerprint import fingerprint
 from kolors_core.pipelines.png_metadata import read_metadata
 from tests.support import scenes
+from tests.support.processes import COMMAND, run_program
 from weights_convert.__main__ import main as convert
 
 
@@ -134,11 +133,11 @@ def test_it_says_so_and_how_to_get_the_real_one(caplog: pytest.LogCaptureFixture
 
 
 def test_the_command_line_draws_with_it_when_no_weights_are_named(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kolors_core", "一张瓢虫的照片", "--seed", "3", "--steps", "5"]
-    run = subprocess.run([*command, "-o", "a.png"], capture_output=True, text=True, cwd=tmp_path)
+    command = [COMMAND, "一张瓢虫的照片", "--seed", "3", "--steps", "5"]
+    run = run_program(*command, "-o", "a.png", cwd=tmp_path)
     assert run.returncode == 0 and run.stderr.count(EMBEDDED_NOTICE) == 1 and "128x128" in run.stderr
     assert read_metadata(tmp_path / "a.png")["prompt"] == "一张瓢虫的照片"
-    quiet = subprocess.run([*command, "-o", "b.png", "-q"], capture_output=True, text=True, cwd=tmp_path)
+    quiet = run_program(*command, "-o", "b.png", "-q", cwd=tmp_path)
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "b.png\n", "")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 

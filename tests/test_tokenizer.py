@@ -12,8 +12,6 @@ from benchmarks.parity.texts import TEXTS as PROMPTS
 from kolors_core.tokenizer import Tokenizer
 from tests.support.published import IDS, PREFIX, VOCABULARY, pieces
 
-pytestmark = pytest.mark.numerical
-
 
 @pytest.mark.parametrize("max_length", [256, 77, 8, 3])
 def test_ids_mask_and_positions_equal_the_reference(chatglm_tokenizer: Path, max_length: int) -> None:

@@ -182,6 +182,7 @@ def test_counted_tokens_stand_for_repeated_ones() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.exact
 def test_perturbed_rows_must_be_given_for_every_transformer_block(count: int) -> None:
     """Regression: fewer numbers than blocks silently skipped the last blocks."""
     ours, _ = pair("unet", torch.float64, SHALLOW)

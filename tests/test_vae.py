@@ -64,6 +64,7 @@ def test_parity_can_fail(spoil: str) -> None:
         assert relative_error(ours.decode_latents(latents), expected) > 100 * EXACT
 
 
+@pytest.mark.exact
 def test_image_sides_must_be_multiples_of_8() -> None:
     ours, _ = pair("vae", torch.float64)
     with pytest.raises(ValueError, match="multiples of 8, got 60 x 64"):

@@ -3,8 +3,6 @@ changes, and nothing is written."""
 
 import http.server
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +34,7 @@ from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import Batches, buckets, read_folder
 from kolors_core.training.trainer import TrainingConfig
 from kolors_core.validation import check_float, check_fraction, check_int
+from tests.support.processes import run_program
 
 SHORT = {"prompt": "cat", "num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
 NAN, PICTURE, ZEROS = float("nan"), Image.new("RGB", (64, 64)), torch.zeros(1, 4, 8, 8)
@@ -220,9 +219,7 @@ KolorsPipeline.from_pretrained("made-up/repository", token="hf_SECRETSECRET{end}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-        run = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | place
-        )
+        run = run_program(program, env=os.environ | place)
         server.shutdown()
     last = run.stderr.strip().splitlines()[-1]
     assert "token has" in last if end else "made-up/repository: cannot be had" in last

@@ -112,11 +112,13 @@ def test_penultimate_does_not_compute_the_last_layer() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 28, 35), (2, 1, 28, 28), (3, 28, 28), (1, 3, 336, 336)])
+@pytest.mark.exact
 def test_pixels_of_another_shape_are_named(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"must be \[B, 3, 28, 28\], got \[" + ", ".join(map(str, shape))):
         CLIPVision(SMALL_CLIP).penultimate(torch.zeros(shape))
 
 
+@pytest.mark.exact
 def test_public_and_back() -> None:
     for config in (CLIPVisionConfig(), SMALL_CLIP):
         assert CLIPVisionConfig.from_public(config.to_public()) == config
@@ -124,6 +126,7 @@ def test_public_and_back() -> None:
 
 
 @pytest.mark.parametrize("public", configs(IMAGE_ENCODER, IMAGE_ENCODER_CONFIG))
+@pytest.mark.exact
 def test_the_real_config_is_the_default(public: dict[str, Any]) -> None:
     assert CLIPVisionConfig.from_public(public) == CLIPVisionConfig()
     assert public.items() >= IMAGE_ENCODER_CONFIG.items()
@@ -164,11 +167,13 @@ def test_what_the_reference_saves_is_read(tmp_path: Path) -> None:
     ],
     ids=str,
 )
+@pytest.mark.exact
 def test_another_image_encoder_is_refused_by_its_field(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"image_encoder/config.json: {message}"):
         CLIPVisionConfig.from_public(CLIPVisionConfig().to_public() | change)
 
 
+@pytest.mark.exact
 def test_a_size_left_out_is_demanded_and_what_both_take_alike_is_not() -> None:
     public = CLIPVisionConfig().to_public()
     alike = {"architectures", "model_type", "hidden_act", "num_channels", "layer_norm_eps"}
@@ -200,12 +205,14 @@ def test_of_a_whole_clip_the_image_encoder_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "back.safetensors").read_bytes()
 
 
+@pytest.mark.exact
 def test_one_without_projection_is_named() -> None:
     names = [name for name in reference_clip(SMALL_CLIP).state_dict() if name.startswith("vision_model.")]
     with pytest.raises(ValueError, match="visual_projection.weight is missing .it makes image_embeds"):
         detect_component(names, "here")
 
 
+@pytest.mark.exact
 def test_position_numbers_of_older_files_are_dropped_with_a_reason() -> None:
     name = "vision_model.embeddings.position_ids"
     table, theirs = TABLES["image_encoder"], reference_clip(SMALL_CLIP)

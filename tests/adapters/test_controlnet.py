@@ -47,6 +47,7 @@ def control_image(batch: int, height: int, width: int) -> Tensor:
     return torch.rand(batch, 3, 8 * height, 8 * width, generator=generator, dtype=torch.float64)
 
 
+@pytest.mark.exact
 def test_the_table_is_closed_both_ways_at_full_size() -> None:
     config = ControlNetConfig()
     with torch.device("meta"):
@@ -72,6 +73,7 @@ def test_the_table_is_closed_both_ways_at_full_size() -> None:
     assert compare(table, renamed | {"to_mid.bias": (7,)}, target)
 
 
+@pytest.mark.exact
 def test_the_config_is_read_back_as_it_is_written_by_the_reference(tmp_path: Path) -> None:
     reference_controlnet().save_pretrained(tmp_path)
     public = json.loads((tmp_path / "config.json").read_text())
@@ -94,6 +96,7 @@ def test_the_config_is_read_back_as_it_is_written_by_the_reference(tmp_path: Pat
         ({"new_switch": True}, "new_switch is True"),
     ],
 )
+@pytest.mark.exact
 def test_a_config_that_would_be_computed_differently_is_refused(change: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         ControlNetConfig.from_public(NET.to_public() | change)
@@ -255,6 +258,7 @@ def test_a_single_file_is_the_folders_controlnet(tmp_path: Path) -> None:
         KolorsControlNet.from_single_file(tmp_path / "nothing.safetensors")
 
 
+@pytest.mark.exact
 def test_a_single_file_of_the_released_sizes_needs_no_config(tmp_path: Path) -> None:
     """Of the header alone: the tensors are a hole in the file."""
     with torch.device("meta"):
@@ -274,6 +278,7 @@ def test_a_single_file_of_the_released_sizes_needs_no_config(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("load", [KolorsPipeline.from_pretrained, KolorsControlNet.from_pretrained])
+@pytest.mark.exact
 def test_a_file_in_place_of_a_folder_is_told_what_loads_it(load: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "kolors.safetensors"
     save_tensors({"x": torch.zeros(1)}, file)
@@ -327,6 +332,7 @@ def test_borrowing_keeps_an_added_condition_that_fits_and_refuses_what_needs_non
         ({"end": 1.1}, ValueError, "1.1"),
     ],
 )
+@pytest.mark.exact
 def test_a_control_without_effect_is_refused(arguments: dict, error: type, named: str) -> None:
     with pytest.raises(error, match=named):
         ControlInput(KolorsControlNet(NET), torch.zeros(1, 3, 8, 8), **arguments)
@@ -351,6 +357,7 @@ def test_a_batch_of_batches_shares_an_image_of_one_row() -> None:
         ControlInput.cat(one, ControlInput(net, image, scale=0.5))
 
 
+@pytest.mark.exact
 def test_a_controlnet_for_another_unet_is_refused() -> None:
     unet = UNet(SMALL.unet)
     with pytest.raises(ValueError, match=r"channels is \(32, 64, 96\), and the UNet's \(32, 64, 128\)"):

@@ -151,6 +151,7 @@ def test_factors_of_1_change_nothing_and_0_is_a_value(pipes: Pair) -> None:
         ({"b1": True}, "b1 must be a number, got True"),
     ],
 )
+@pytest.mark.exact
 def test_what_is_no_factor_is_named(pipes: Pair, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipes[0].enable_freeu(**SDXL | change)
@@ -189,12 +190,14 @@ def test_a_join_compiles_whole() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.exact
 def test_it_can_be_planned(reference_folder: Path, capsys: pytest.CaptureFixture) -> None:
     planned = KolorsPipeline.from_pretrained(reference_folder, device="meta")
     planned.enable_freeu(**SDXL)
     assert plan(planned, 64, 64).stages["unet"].work > 0
 
 
+@pytest.mark.exact
 def test_a_unet_of_one_level_has_none() -> None:
     one = OfUNet(UNet(replace(SMALL.unet, channels=(32,), heads=(2,), depths=(1,))))
     assert one.freeu is None

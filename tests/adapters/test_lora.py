@@ -322,6 +322,7 @@ def test_it_compiles_without_a_graph_break(unet: UNet) -> None:
     adapter.detach()
 
 
+@pytest.mark.exact
 def test_nothing_to_adapt_and_bad_names_are_errors(unet: UNet) -> None:
     with pytest.raises(ValueError, match="no linear layer of this Linear is named to_q or to_k"):
         attach(nn.Linear(2, 2), rank=1)
@@ -377,6 +378,7 @@ def test_a_scale_may_be_a_list_for_each_picture(unet: UNet) -> None:
     ("half", "the scale: a scale must be a number, got 'half'"),
     (True, "the scale: a scale must be a number, got True"),
 ])  # fmt: skip
+@pytest.mark.exact
 def test_scales_of_blocks_that_are_not_there(unet: UNet, scale: BlockScale, fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         block_scales(scale, unet, 1.0)

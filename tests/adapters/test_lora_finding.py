@@ -1,8 +1,6 @@
 """Which file of a folder or hub repository is the LoRA."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from kolors_core.pipelines.lora_methods import find_lora
 from tests.support.hub import environment, serving
 from tests.support.loras import ATTENTION, Models, factors, peft_names
 from tests.support.parity import pair
+from tests.support.processes import run_program
 
 LORA, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 
@@ -99,11 +98,8 @@ def test_of_a_hub_repository_only_the_lora_is_fetched(tmp_path: Path) -> None:
         "    except FileNotFoundError as error: print(error)",
     ])  # fmt: skip
     with serving({"someone/style": {"main": files}}) as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", program, json.dumps([(None, "late"), (None, None)])],
-            env=environment(hub.endpoint, tmp_path), cwd=Path(__file__).parents[2], capture_output=True,
-            text=True,
-        )  # fmt: skip
+        names = json.dumps([(None, "late"), (None, None)])
+        done = run_program(program, names, env=environment(hub.endpoint, tmp_path))
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [
             PEFT,

@@ -126,6 +126,7 @@ def test_the_page_of_a_folder_that_the_reference_wrote(reference_folder: Path, t
     }  # fmt: skip
 
 
+@pytest.mark.exact
 def test_a_folder_that_is_none_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +137,7 @@ def test_a_folder_that_is_none_is_one_clear_error(
     assert not (tmp_path / "page").exists()
 
 
+@pytest.mark.exact
 def test_a_checkpoint_that_is_not_whole_is_refused_before_it_runs(
     reference_folder: Path, tmp_path: Path
 ) -> None:
@@ -146,6 +148,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_before_it_runs(
         pass
 
 
+@pytest.mark.exact
 def test_a_checkpoint_s_own_image_encoder_is_compared(whole_folder: Path) -> None:
     with opened(whole_folder, CPU) as checkpoint:
         assert checkpoint.random == {"ip_adapter", "controlnet"}

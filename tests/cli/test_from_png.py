@@ -219,6 +219,7 @@ def test_a_controlnet_of_one_file_is_its_folders_and_loaded_again(files: Path, t
     assert all(np.array_equal(np.asarray(made[0]), np.asarray(image)) for image in made)
 
 
+@pytest.mark.exact
 def test_transparency_that_changes_an_image_prompt_is_said(
     pipe: KolorsPipeline, files: Path, tmp_path: Path
 ) -> None:
@@ -264,6 +265,7 @@ def test_another_seed_is_another_image_of_it(pipe: KolorsPipeline, tmp_path: Pat
     assert np.array_equal(np.asarray(Image.open(tmp_path / "9.png")), np.asarray(expected))
 
 
+@pytest.mark.exact
 def test_what_is_not_known_is_said(pipe: KolorsPipeline, files: Path, tmp_path: Path) -> None:
     """Each input that an image cannot hold is a sentence, and an image that is needed is asked for."""
     own = KolorsImg2ImgPipeline.from_pipe(pipe)
@@ -296,6 +298,7 @@ def _lora(files: Path) -> dict[str, torch.Tensor]:
     return load_file(files / "0.safetensors")
 
 
+@pytest.mark.exact
 def test_a_changed_input_is_said(
     pipe: KolorsPipeline, files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -327,6 +330,7 @@ def test_a_changed_input_is_said(
     assert "the unet is another" not in said
 
 
+@pytest.mark.exact
 def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     picture().save(tmp_path / "plain.png")
     with pytest.raises(ValueError, match="plain.png: does not say how it was made"):
@@ -361,6 +365,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     assert main(["cat", "-o", str(tmp_path / "x.png"), "--exactly", str(tmp_path / "damaged.png")]) == 2
 
 
+@pytest.mark.exact
 def test_no_address_in_an_image_is_fetched_and_no_text_reaches_the_terminal(tmp_path: Path) -> None:
     """An image from a stranger names an address and has control characters in its texts."""
     made = picture()

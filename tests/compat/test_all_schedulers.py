@@ -96,6 +96,7 @@ def test_eta(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", schedulers.SCHEDULERS)
+@pytest.mark.exact
 def test_every_name_is_a_class_with_the_references_interface(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,6 +201,7 @@ def test_a_whole_unet_compiles_and_hooks_see_both_calls() -> None:
 
 
 @pytest.mark.parametrize("component", KINDS)
+@pytest.mark.exact
 def test_a_config_has_both_names_and_equals_the_plain_one(component: str) -> None:
     plain, config = CONFIGS[component], KINDS[component](CONFIGS[component]).config
     assert config == plain and plain == config and hash(config) == hash(plain) and repr(config) == repr(plain)
@@ -224,6 +225,7 @@ def test_a_config_has_both_names_and_equals_the_plain_one(component: str) -> Non
         assert isinstance(model, KINDS[component]) and dict(model.config) == public
 
 
+@pytest.mark.exact
 def test_the_names_that_scripts_read() -> None:
     unet, vae = UNet2DConditionModel(SMALL.unet).config, AutoencoderKL(SMALL.vae).config
     assert (unet.cross_attention_dim, unet.in_channels, unet.sample_size) == (48, 4, 16)
@@ -257,6 +259,7 @@ def test_a_model_is_loaded_saved_over_itself_and_read_by_the_reference(
         assert theirs.num_parameters() == model.num_parameters()
 
 
+@pytest.mark.exact
 def test_what_loading_and_saving_refuse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     vae = AutoencoderKL.from_pretrained("tiny", torch_dtype=torch.float16)
     assert vae.dtype == torch.float32 and "the VAE is loaded in torch.float32" in caplog.text
@@ -348,6 +351,7 @@ def test_kernels_and_compilation_by_the_references_names(caplog: pytest.LogCaptu
             use()
 
 
+@pytest.mark.exact
 def test_parameters_are_counted_as_by_the_reference() -> None:
     ours, theirs = copy.deepcopy(both("unet"))
     assert ours.num_parameters() == theirs.num_parameters() and ours.half().dtype == torch.float16
@@ -370,6 +374,7 @@ def test_parameters_are_counted_as_by_the_reference() -> None:
     ],
     ids=["too few", "too many", "timestep_cond", "attention_mask", "scale"],
 )  # fmt: skip
+@pytest.mark.exact
 def test_what_would_change_the_result_is_refused(more: dict[str, Any], message: str) -> None:
     given = {"encoder_hidden_states": TEXT, "added_cond_kwargs": ADDED} | more
     for component in ("unet", "controlnet"):

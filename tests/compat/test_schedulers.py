@@ -3,8 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from kolors_core import KolorsPipeline, schedulers
 from kolors_core.compat.schedulers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, of
 from kolors_core.compat.stateful_scheduler import STATEFUL, StatefulScheduler
 from tests.support.hub import environment, files_of, serving
+from tests.support.processes import run_program
 from tests.support.reference_folder import KOLORS_SCHEDULER
 from tests.support.small import FLOAT32, relative_error
 
@@ -238,6 +237,7 @@ def test_velocity_and_shares() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.exact
 def test_results_by_name_and_as_a_tuple(kind: type[StatefulScheduler]) -> None:
     scheduler: Any = kind()
     scheduler.set_timesteps(5)
@@ -249,6 +249,7 @@ def test_results_by_name_and_as_a_tuple(kind: type[StatefulScheduler]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.exact
 def test_the_description_is_the_plain_one_and_frozen(kind: type[StatefulScheduler]) -> None:
     described: Any = getattr(schedulers, kind.__name__)(use_karras_sigmas=True)
     scheduler: Any = of(described)
@@ -269,6 +270,7 @@ def test_the_description_is_the_plain_one_and_frozen(kind: type[StatefulSchedule
         assert (twin.begin_index, scheduler.begin_index) == (4, 2)
 
 
+@pytest.mark.exact
 def test_another_class_of_scheduler_stays_as_it_is() -> None:
     class Own(schedulers.EulerDiscreteScheduler):
         pass
@@ -301,6 +303,7 @@ def test_a_pipeline_draws_the_same_by_the_stateful_scheduler(kind: type[Stateful
     (lambda s: [s.step(torch.ones(SHAPE), t, torch.ones(SHAPE)) for t in (*s.timesteps, 5.0)], "all 5 steps"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.exact
 def test_wrong_calls(kind: type[StatefulScheduler], call: Any, message: str) -> None:
     scheduler = kind()
     scheduler.set_timesteps(5)
@@ -308,6 +311,7 @@ def test_wrong_calls(kind: type[StatefulScheduler], call: Any, message: str) -> 
         call(scheduler)
 
 
+@pytest.mark.exact
 def test_a_step_that_fails_does_not_count() -> None:
     scheduler, latents = DPMSolverMultistepScheduler(**SDE), torch.ones(SHAPE)
     scheduler.set_timesteps(5)
@@ -317,6 +321,7 @@ def test_a_step_that_fails_does_not_count() -> None:
     assert scheduler.step_index == 1
 
 
+@pytest.mark.exact
 def test_eulers_step_takes_no_index() -> None:
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(5)
@@ -326,6 +331,7 @@ def test_eulers_step_takes_no_index() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.exact
 def test_saved_and_loaded_by_both_libraries(kind: type[StatefulScheduler], tmp_path: Path) -> None:
     scheduler = kind(use_karras_sigmas=True, timestep_spacing="linspace")
     scheduler.save_pretrained(tmp_path / "scheduler")
@@ -340,6 +346,7 @@ def test_saved_and_loaded_by_both_libraries(kind: type[StatefulScheduler], tmp_p
     assert kind.from_pretrained("tiny") == kind.from_pretrained("tiny", "scheduler") == kind()  # Euler's file
 
 
+@pytest.mark.exact
 def test_of_a_hub_repository_one_file_is_fetched(tmp_path: Path) -> None:
     EulerDiscreteScheduler(steps_offset=3).save_pretrained(tmp_path / "scheduler")
     (tmp_path / "unet").mkdir()
@@ -350,14 +357,12 @@ scheduler = DPMSolverMultistepScheduler.from_pretrained("someone/kolors", subfol
 print(scheduler.steps_offset)
 """
     with serving({"someone/kolors": {"main": files_of(tmp_path)}}) as hub:
-        run = subprocess.run(
-            [sys.executable, "-c", program], env=environment(hub.endpoint, tmp_path / "home"),
-            cwd=Path(__file__).parents[2], capture_output=True, text=True,
-        )  # fmt: skip
+        run = run_program(program, env=environment(hub.endpoint, tmp_path / "home"))
     assert (run.returncode, run.stdout) == (0, "3\n"), run.stderr
     assert hub.fetched("someone/kolors") == ["scheduler/scheduler_config.json"]
 
 
+@pytest.mark.exact
 def test_a_faulty_config_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "scheduler_config.json"
     for changes, message in (

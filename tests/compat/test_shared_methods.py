@@ -3,8 +3,6 @@
 The hub's client reads its settings when it is imported, so all uploads run in one process of their own.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from safetensors.torch import load
 from kolors_core.compat.models import AutoencoderKL
 from kolors_core.compat.tokenizer import ChatGLMTokenizer
 from tests.support.hub import environment, serving
+from tests.support.processes import run_program
 
 PROGRAM = """
 import sys
@@ -56,10 +55,7 @@ print(again.name_or_path, all((one == other).all() for one, other in pairs))
 
 def test_a_model_is_pushed_and_loads_again_and_what_is_refused_is_one_line(tmp_path: Path) -> None:
     with serving({}) as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(tmp_path)], env=environment(hub.endpoint, tmp_path),
-            cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        done = run_program(PROGRAM, str(tmp_path), env=environment(hub.endpoint, tmp_path))
         assert done.returncode == 0, done.stderr
         assert "hf_secret" not in done.stdout + done.stderr
         refused, lines = done.stdout.splitlines()[:6], done.stdout.splitlines()[6:]

@@ -305,6 +305,7 @@ def test_a_recorded_step_is_not_used_while_a_layer_is_watched(unets: tuple[UNet,
     assert recorder.count == 1
 
 
+@pytest.mark.exact
 def test_compiled_blocks_are_refused(unets: tuple[UNet, Any]) -> None:
     unet = deepcopy(unets[0])
     compile_blocks(unet, backend="eager")
@@ -317,6 +318,7 @@ def test_compiled_blocks_are_refused(unets: tuple[UNet, Any]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.exact
 def test_what_cannot_be_recorded_is_named(unets: tuple[UNet, Any]) -> None:
     unet, given = unets[0], inputs(1, 4, 4)
 

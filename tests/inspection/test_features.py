@@ -268,6 +268,7 @@ BAD: list[tuple[Callable[[UNet], Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("call", "kind", "message"), BAD)
 @torch.no_grad()
+@pytest.mark.exact
 def test_what_cannot_be_is_named(
     unets: tuple[UNet, Any], call: Callable[[UNet], Any], kind: type[Exception], message: str
 ) -> None:
@@ -277,6 +278,7 @@ def test_what_cannot_be_is_named(
 
 
 @torch.no_grad()
+@pytest.mark.exact
 def test_what_never_ran_is_named_unless_another_exception_is(pipes: Pair) -> None:
     ours = pipes[0]
     with pytest.raises(ValueError, match="encoder.conv_in never ran"), capture(ours.vae, "encoder.conv_in"):

@@ -174,6 +174,7 @@ def test_a_picture_of_one_tile_is_run_whole() -> None:
         assert seen == [2]
 
 
+@pytest.mark.exact
 def test_settings_are_the_vaes_and_go_where_it_goes(pipes: Pair) -> None:
     pipe = KolorsPipeline.from_pipe(pipes[0], vae=small())
     assert tiled_coder(pipe.vae) == TiledCoder(use_tiling=False, use_slicing=False)
@@ -191,6 +192,7 @@ def test_settings_are_the_vaes_and_go_where_it_goes(pipes: Pair) -> None:
 
 
 @pytest.mark.parametrize("side", [0, 24, 100, -64, 64.0, True, "64"])
+@pytest.mark.exact
 def test_sides_that_are_refused(side: Any) -> None:
     vae = small()
     with pytest.raises(ValueError, match=f"multiple of 8 from 32 to 16777216, got {side!r}"):
@@ -206,6 +208,7 @@ class Louder(ResBlock):
         return 2 * super().forward(x)
 
 
+@pytest.mark.exact
 def test_parts_that_are_not_known_are_refused() -> None:
     vae = small()
     enable_tiling(vae, tile_sample_min_size=SIDE)
@@ -260,6 +263,7 @@ def test_a_new_attention_and_a_subclass_with_the_old_forward_are_run() -> None:
     assert max(errors(vae, 1, 13, 11)) < EXACT
 
 
+@pytest.mark.exact
 def test_gradients_are_refused() -> None:
     vae = small()
     enable_tiling(vae, tile_sample_min_size=SIDE)

@@ -98,6 +98,7 @@ def test_a_callback_is_of_a_step(pipes: Pair) -> None:
     assert seen == [0, 1, 2, 3]
 
 
+@pytest.mark.exact
 def test_eta_of_a_scheduler_without_it_is_named(pipes: Pair, caplog: pytest.LogCaptureFixture) -> None:
     latents_of(pipes[0], eta=0.5, num_inference_steps=1)
     assert "eta has no effect with EulerDiscreteScheduler: DDIMScheduler and TCDScheduler" in caplog.text

@@ -1,7 +1,5 @@
 """The second example of the reference's Kolors page, with its import lines changed, against a hub here."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from tests.support.hub import environment, files_of, serving
 from tests.support.ip_adapters import write_adapter
 from tests.support.parity import pair
 from tests.support.pipelines import picture
+from tests.support.processes import run_program
 
 MODEL, ADAPTER, REVISION = "Kwai-Kolors/Kolors-diffusers", "Kwai-Kolors/Kolors-IP-Adapter-Plus", "refs/pr/4"
 CAT = "asset/test_ip/cat_square.png"
@@ -71,21 +70,13 @@ def test_the_pages_second_example_runs(reference_folder: Path, tmp_path: Path) -
     }
     with serving(repositories) as hub:
         script = PAGE.replace("https://huggingface.co", hub.endpoint).replace("steps=25", "steps=2")
-        place = environment(hub.endpoint, tmp_path / "home", PYTHONPATH=str(Path(__file__).parents[2]))
         command = [
             "cat", "-w", str(reference_folder), "--steps", "1", "--device", "cpu",
             "-o", "more.png", "--ip-adapter", f"{ADAPTER}@{REVISION}", "--ip-image", "cat.png",
             "--image", f"{hub.endpoint}/{ADAPTER}/resolve/main/{CAT}", "--strength", "1",
         ]  # fmt: skip
         script += f"\nfrom kolors_core.__main__ import main\nraise SystemExit(main({command}))\n"
-        run = subprocess.run(
-            [sys.executable, "-c", script],
-            env=place,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        run = run_program(script, cwd=tmp_path, env=environment(hub.endpoint, tmp_path / "home"))
         assert run.returncode == 0, run.stderr
         wanted = ["image_encoder/config.json", "image_encoder/model.safetensors"]
         wanted += ["ip_adapter_plus_general.safetensors"]

@@ -225,6 +225,7 @@ def mask_of(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     ],
     ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
 )
+@pytest.mark.exact
 def test_bad_arguments_are_named(loaded: Both, arguments: dict, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         guided_steps(loaded[0], **arguments)
@@ -240,11 +241,13 @@ def test_bad_arguments_are_named(loaded: Both, arguments: dict, message: str) ->
         ("strong", "a scale must be a number, got 'strong'"),
     ],
 )
+@pytest.mark.exact
 def test_bad_scales_are_named(loaded: Both, scale: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loaded[0].set_ip_adapter_scale(scale)
 
 
+@pytest.mark.exact
 def test_a_scale_for_each_picture_needs_masks(both: Both, adapters: list[Path]) -> None:
     load_both(both, adapters[0])
     both[0].set_ip_adapter_scale([[0.5, 0.4]])
@@ -252,6 +255,7 @@ def test_a_scale_for_each_picture_needs_masks(both: Both, adapters: list[Path]) 
         guided_steps(both[0], ip_adapter_image=[[picture(0), picture(1)]])
 
 
+@pytest.mark.exact
 def test_a_picture_without_an_adapter_is_an_error(both: Both) -> None:
     for arguments in ({}, {"ip_adapter_image": None, "ip_adapter_image_embeds": [torch.zeros(2, 1, 17, 64)]}):
         with pytest.raises(ValueError, match="no IP-Adapter is loaded: load_ip_adapter first"):

@@ -49,6 +49,7 @@ def test_embeddings_without_guidance_are_a_warning(pipes: Pair, caplog: pytest.L
     assert_parity(mine[-1], other[-1], 5e-6, lambda: "")
 
 
+@pytest.mark.exact
 def test_callback_names_without_a_callback_are_a_warning(
     pipes: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,12 +93,14 @@ def test_a_scale_of_a_block_without_transformers(loaded: Both, caplog: pytest.Lo
         ("zzz", "lists them"),
     ],
 )
+@pytest.mark.exact
 def test_a_misspelled_argument_suggests_the_right_one(pipes: Pair, wrong: str, right: str) -> None:
     pipe = pipes[0]
     with pytest.raises(TypeError, match=f"'{wrong}' is no argument of KolorsPipeline.*{re.escape(right)}"):
         pipe("cat", **{wrong: 3})  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+@pytest.mark.exact
 def test_each_task_suggests_its_own(pipes: Pair) -> None:
     pipe = KolorsPAGPipeline.from_pipe(pipes[0])
     with pytest.raises(TypeError, match="KolorsPAGPipeline, did you mean pag_scale?"):
@@ -105,6 +108,7 @@ def test_each_task_suggests_its_own(pipes: Pair) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.exact
 def test_help_describes_every_argument(task: str) -> None:
     """Each is named before the colon of a description, or among several that one describes."""
     call = getattr(kolors_core, task).__call__
@@ -115,6 +119,7 @@ def test_help_describes_every_argument(task: str) -> None:
     assert wanted - described == set()
 
 
+@pytest.mark.exact
 def test_the_output_is_a_tuple_and_a_mapping(pipes: Pair) -> None:
     out = KolorsPipelineOutput(["one"])
     (images,) = out
@@ -129,6 +134,7 @@ def test_the_output_is_a_tuple_and_a_mapping(pipes: Pair) -> None:
     assert len(pipes[0]("cat", return_dict=False, **given)) == 1
 
 
+@pytest.mark.exact
 def test_an_editor_knows_what_a_call_returns(tmp_path: Path) -> None:
     """Pyright takes `.images[0].save(...)` of any task, as users write it."""
     pyright = pytest.importorskip("pyright")

@@ -1,16 +1,11 @@
 """Runs that end early: interrupted, or by an exception at any operation; then all works as before."""
 
 import gc
-import re
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from itertools import chain
-from pathlib import Path
 from typing import Any
 from weakref import ref
 
@@ -239,24 +234,6 @@ def test_models_are_moved_together_or_not_at_all(pipe: KolorsPipeline, dtype: to
     layer = torch.nn.Linear(2, 2)
     move_models([(layer, torch.float64)])
     assert layer.weight.dtype == torch.float64
-
-
-def test_ctrl_c_on_the_command_line_writes_nothing(tmp_path: Path) -> None:
-    """A real signal to a real process, in the midst of its steps."""
-    out = tmp_path / "apple.png"
-    command = [sys.executable, "-m", "kolors_core", "a red apple", "--steps", "500", "-o", str(out)]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, bufsize=1,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
-    )  # fmt: skip
-    assert process.stderr is not None
-    told = ""
-    while not re.search(r" [1-9]\d*/500", told) and (more := process.stderr.read(1)):
-        told += more
-    process.send_signal(signal.SIGINT)
-    rest = process.stderr.read()
-    assert process.wait() == 130 and rest.endswith("interrupted, nothing written\n")
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_argument_that_no_task_has_is_named(pipe: KolorsPipeline) -> None:

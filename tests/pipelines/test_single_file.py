@@ -1,8 +1,6 @@
 """Models and pipelines from single files: every spelling, THUDM's whole numbers, what is refused."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from kolors_core.pipelines.adapter_methods import MODELS
 from kolors_core.pipelines.single_file import load_model
 from kolors_core.tokenizer import Tokenizer
 from tests.support.hub import environment, serving
+from tests.support.processes import run_program
 from tests.support.single_files import FOREIGN, LINEAR, State, behind, full_size_unet, public, sparse, thudm
 from weights_convert import TABLES
 from weights_convert.__main__ import convert, main
@@ -142,8 +141,7 @@ assert load_model(address, "vae", config={str(whole_folder)!r}).config.norm_grou
 """
     content = {"vae/vae.safetensors": (tmp_path / "vae.safetensors").read_bytes(), "unet.safetensors": b""}
     with serving({"owner/kolors": {"main": content}}) as hub:
-        own = environment(hub.endpoint, tmp_path / "home")
-        run = subprocess.run([sys.executable, "-c", program], env=own, capture_output=True, text=True)
+        run = run_program(program, env=environment(hub.endpoint, tmp_path / "home"))
         assert run.returncode == 0, run.stderr
         assert hub.fetched("owner/kolors") == ["vae/vae.safetensors"]
 

@@ -6,6 +6,8 @@ nothing.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import lru_cache
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -51,8 +53,15 @@ def reference_clip(config: CLIPVisionConfig) -> CLIPVisionModelWithProjection:
 def pair(component: str, dtype: torch.dtype, config: KolorsConfig = SMALL) -> tuple[nn.Module, nn.Module]:
     """Ours and the reference's with the same random weights, put across by the real table, strictly.
 
-    The image encoder stands outside of a Kolors: it is always `SMALL_CLIP`.
+    The image encoder stands outside of a Kolors: it is always `SMALL_CLIP`. Both are a test's own, to change.
     """
+    ours, theirs = _made(component, config)
+    return deepcopy(ours).to(dtype), deepcopy(theirs).to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _made(component: str, config: KolorsConfig) -> tuple[nn.Module, nn.Module]:
+    """Make what `pair` copies, in float32."""
     theirs, ours = {
         "text_encoder": lambda: (reference_chatglm(config.text_encoder), ChatGLM(config.text_encoder)),
         "unet": lambda: (reference_unet(config.unet), UNet(config.unet)),
@@ -60,9 +69,8 @@ def pair(component: str, dtype: torch.dtype, config: KolorsConfig = SMALL) -> tu
         "image_encoder": lambda: (reference_clip(SMALL_CLIP), CLIPVision(SMALL_CLIP)),
     }[component]()
     randomise(theirs)
-    theirs, ours = theirs.to(dtype), ours.to(dtype).eval()
     transfer(theirs, ours, component)
-    return ours, theirs
+    return ours.eval(), theirs
 
 
 def transfer(theirs: nn.Module, ours: nn.Module, component: str) -> None:

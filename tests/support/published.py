@@ -1,7 +1,7 @@
 """Facts of the published files as numbers, so that no test needs the files: ChatGLM3's tokens, and configs.
 
 They were read once from the files. Where the environment variable KOLORS_TEST_DATA names a folder with
-those, the tests of these facts run on the files too.
+those, the tests of these facts run on the files too; so run, they are marked `published`.
 """
 
 import json
@@ -16,6 +16,7 @@ from _pytest.mark import ParameterSet
 TOKENIZER = "chatglm3_tokenizer.model"
 TEXT_ENCODER = "kolors_text_encoder_config.json"
 IMAGE_ENCODER = "clip_vit_l_14_336_config.json"
+MARK = pytest.mark.published
 
 VOCABULARY = 64_789  # SentencePiece's pieces; the special tokens are numbered after them
 PREFIX = [64_790, 64_792]  # [gMASK] sop
@@ -114,7 +115,7 @@ def published_file(name: str) -> Path | None:
 def configs(name: str, facts: dict[str, Any]) -> list[ParameterSet]:
     """List the configs to test: the facts, and the published file where there is one."""
     file = published_file(name)
-    files = [] if file is None else [pytest.param(json.loads(file.read_text()), id=name)]
+    files = [] if file is None else [pytest.param(json.loads(file.read_text()), id=name, marks=MARK)]
     return [pytest.param(facts, id="facts"), *files]
 
 

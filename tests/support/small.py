@@ -1,9 +1,10 @@
 """Small models with random weights, and how far apart two results may be: all that needs no reference."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.parity.layers import relative_error as relative_error
 from kolors_core.adapters.clip_vision import CLIPVisionConfig
@@ -36,11 +37,22 @@ SHALLOW = replace(
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Give every parameter its own random values, of a size that keeps activations near 1."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if parameter.ndim > 1:
-            value = noise / parameter[0].numel() ** 0.5
-        else:
-            value = 0.3 * noise + (1.0 if name.endswith("weight") else 0.0)
+    named = dict(model.named_parameters())
+    layout = tuple((tuple(parameter.shape), name.endswith("weight")) for name, parameter in named.items())
+    is_float32 = all(parameter.dtype == torch.float32 for parameter in named.values())
+    for parameter, value in zip(named.values(), _values(layout, seed, is_float32), strict=True):
         parameter.data.copy_(value)
+
+
+@lru_cache(maxsize=12)
+def _values(layout: tuple[tuple[tuple[int, ...], bool], ...], seed: int, is_float32: bool) -> list[Tensor]:
+    """Draw values for parameters of these shapes, weights or not; kept, as many tests have the same model."""
+    generator, values = torch.Generator().manual_seed(seed), []
+    for shape, is_weight in layout:
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if len(shape) > 1:
+            value = noise / noise[0].numel() ** 0.5
+        else:
+            value = 0.3 * noise + (1.0 if is_weight else 0.0)
+        values.append(value.float() if is_float32 else value)
+    return values

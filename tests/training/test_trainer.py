@@ -30,6 +30,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
+@pytest.fixture(scope="module")
+def whole(pictures: Path, small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run of CONFIG that nothing disturbed, which others are compared with."""
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"), pictures, small_tokenizer)
+    trainer.fit()
+    return trainer
+
+
 def test_the_objective_is_the_references() -> None:
     """Its DDPM scheduler's noising on the 1,100-step table, its UNet, mean squared error."""
     ours, theirs = pair("unet", torch.float64)
@@ -89,11 +97,9 @@ def test_second_moments_decay_as_told(pictures: Path, tmp_path: Path, small_toke
 
 
 def test_a_killed_run_goes_on_to_the_same_losses(
-    pictures: Path, tmp_path: Path, small_tokenizer: Path
+    whole: Trainer, pictures: Path, tmp_path: Path, small_tokenizer: Path
 ) -> None:
-    whole = make_trainer(tmp_path / "whole", pictures, small_tokenizer)
-    expected = whole.fit()
-
+    expected = list(whole.losses)
     first = make_trainer(tmp_path / "parts", pictures, small_tokenizer)
     first.on_step = kill
     with pytest.raises(Killed):
@@ -175,11 +181,10 @@ def test_the_loss_falls_and_the_average_follows(
     ids=lambda value: str(value),
 )
 def test_other_ways_to_compute_the_same(
-    changes: dict, tolerance: float, pictures: Path, tmp_path: Path, small_tokenizer: Path
+    changes: dict, tolerance: float, whole: Trainer, pictures: Path, tmp_path: Path, small_tokenizer: Path
 ) -> None:
-    expected = make_trainer(tmp_path / "a", pictures, small_tokenizer).fit()
-    losses = make_trainer(tmp_path / "b", pictures, small_tokenizer, replace(CONFIG, **changes)).fit()
-    assert losses == pytest.approx(expected, rel=tolerance)
+    losses = make_trainer(tmp_path, pictures, small_tokenizer, replace(CONFIG, **changes)).fit()
+    assert len(losses) == 6 and losses == pytest.approx(list(whole.losses), rel=tolerance)
 
 
 def test_the_text_encoder_can_be_trained_too(pictures: Path, tmp_path: Path, small_tokenizer: Path) -> None:
@@ -191,16 +196,15 @@ def test_the_text_encoder_can_be_trained_too(pictures: Path, tmp_path: Path, sma
 
 @pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=shards_on_cpu)])
 def test_two_processes_train_as_one_does(
-    way: str, pictures: Path, tmp_path: Path, small_tokenizer: Path
+    way: str, whole: Trainer, pictures: Path, tmp_path: Path, small_tokenizer: Path
 ) -> None:
-    expected = make_trainer(tmp_path / "one", pictures, small_tokenizer).fit()
     log = tmp_path / "log"
     work = way == "fsdp", pictures, small_tokenizer, tmp_path / "two"
     for process in start_two(train_killed_and_resumed, log, *work):
         process.join(120)
         assert process.exitcode == 0, log.read_text()[-3000:]
     losses = [float(line) for line in (tmp_path / "two" / "losses.txt").read_text().splitlines()]
-    assert losses == pytest.approx(expected[3:], rel=1e-5), "killed, resumed, and on two processes"
+    assert losses == pytest.approx(list(whole.losses)[3:], rel=1e-5), "killed, resumed, and on two processes"
 
 
 def test_lora_trains_by_the_same_loop_and_leaves_no_trace(

@@ -1,8 +1,6 @@
 """Weights in shards: the reference's names, written and read both ways, in the memory of one shard."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.support.controlnets import NET
 from tests.support.parity import reference_unet
+from tests.support.processes import run_program
 from tests.support.small import SMALL, SMALL_CLIP, randomise
 from weights_convert.safetensors_files import parse_size, read_shard_index, save_shards
 
@@ -135,8 +134,9 @@ print((memory("VmHWM") - before) // 1000)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_saving_in_shards_needs_the_memory_of_one(tmp_path: Path) -> None:
     def peak(size: str) -> int:
-        command = [sys.executable, "-c", PEAK, str(tmp_path), size]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+        run = run_program(PEAK, str(tmp_path), size)
+        assert run.returncode == 0, run.stderr
+        return int(run.stdout)
 
     # The allocator may keep two freed shards of 16 beside the one that is written: 47 in one run of five.
     assert peak("16MB") < 64 < 90 < peak("1GB"), "megabytes; all of them are 96"
