@@ -20,6 +20,8 @@ LAST_ALPHA = 2**-24
 # the end of the interpolation, where a run has 0.
 AYS_SD15 = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
 AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
+# Of the embedded model and all of Kolors' sigmas, by `python -m benchmarks.align_steps`.
+AYS_TINY = (29.061, 15.514, 7.724, 4.124, 2.714, 1.786, 1.260, 0.829, 0.509, 0.236, 0.029)
 
 
 def betas_of(name: str, start: float, end: float, total: int) -> Tensor:
@@ -102,10 +104,10 @@ def simple(training_sigmas: Tensor, steps: int) -> np.ndarray:
 
 
 def align_your_steps(steps: int, table: tuple[float, ...] = AYS_SDXL) -> np.ndarray:
-    """Interpolate a published table in log sigma, for any number of steps.
+    """Interpolate a table in log sigma, for any number of steps.
 
-    Source: https://arxiv.org/abs/2404.14507; the interpolation is the authors'. The tables are of models
-    whose largest sigma is 14.6; what Kolors has above that, up to 29, is left out.
+    Source: https://arxiv.org/abs/2404.14507; the interpolation is the authors'. Their tables are of models
+    whose largest sigma is 14.6; what Kolors has above that, up to 29, is left out. `AYS_TINY` begins there.
     """
     places = np.linspace(0, 1, steps + 1)[:-1]
     return np.exp(np.interp(places, np.linspace(0, 1, len(table)), np.log(table)))

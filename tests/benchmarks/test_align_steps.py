@@ -11,20 +11,22 @@ from torch import Tensor
 from benchmarks.align_steps import losses, main, shortest
 
 
-def test_a_model_that_moves_where_the_noise_is_little_gets_its_steps_there() -> None:
-    """D = f(sigma) alone: the losses are integrals that can be written down."""
-    grid = np.linspace(4.0, 1.0, 400).tolist()
+def test_the_error_of_a_step_is_that_of_eulers_method() -> None:
+    """D = x0 + c t^2 has the trajectory x0 + t n - c t^2, since d(x / t) = -D / t^2 dt."""
+    grid, c = np.linspace(4.0, 1.0, 400).tolist(), 0.3
+    x0, noise = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        return torch.full_like(x, sigma**2, dtype=torch.float64)
+    def exact(sigma: float) -> Tensor:
+        return x0 + sigma * noise - c * sigma**2
 
-    found = losses(denoise, torch.zeros(2, 3), grid, torch.Generator().manual_seed(0))
-
-    def loss(s: float, e: float) -> float:  # of the integral of (t^2 - s^2)^2 / t^3 from e to s
-        return (s**2 - e**2) / 2 - 2 * s**2 * np.log(s / e) + s**4 / 2 * (e**-2 - s**-2)
-
+    found = losses(torch.stack([x0 + c * sigma**2 for sigma in grid]), grid)
     for i, j in ((0, 399), (100, 250), (3, 4)):
-        assert found[i, j] == pytest.approx(loss(grid[i], grid[j]), rel=0.02, abs=1e-6)
+        s, e = grid[i], grid[j]
+        step = exact(s) + (e - s) * (exact(s) - (x0 + c * s**2)) / s
+        wanted = (step - exact(e)).square().mean().sqrt().item() / (
+            1 + e**2
+        ) ** 0.5  # what is left at the end
+        assert found[i, j] == pytest.approx(wanted, rel=1e-3, abs=1e-8)
     assert np.isinf(found[np.tril_indices(400)]).all(), "no step goes up or stays"
 
 
