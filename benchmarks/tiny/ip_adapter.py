@@ -45,7 +45,7 @@ from weights_convert import TABLES
 from weights_convert.safetensors_files import save_tensors
 
 CONFIG = TrainingConfig(
-    steps=1500, batch_size=16, learning_rate=1e-3, schedule="cosine", warmup=100, weight_decay=0.0,
+    steps=4500, batch_size=16, learning_rate=1e-3, schedule="cosine", warmup=100, weight_decay=0.0,
     ema_decay=0.99, min_snr_gamma=5.0, max_tokens=64, dtype=torch.bfloat16, save_every=100,
 )  # fmt: skip
 WIDTH, QUERIES, HEADS, LAYERS = 96, 8, 2, 2  # of the resampler
