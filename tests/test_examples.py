@@ -245,7 +245,7 @@ def test_the_condition_changes_nothing_at_first_and_learns(run: Examples) -> Non
 
 def test_the_text_encoder_has_learned_and_a_pipeline_reads_it(run: Examples) -> None:
     names, plain = run("text_encoder"), run.picture("plain")
-    assert abs(run.picture("text_encoder") - plain).mean() < 20  # of 255; those of other things and seeds are 29 to 49 away
+    assert abs(run.picture("text_encoder") - plain).mean() < 20  # of 255; other things and seeds: 29 to 49
     assert all(parameter.grad.any() for parameter in names["encoder"].parameters())
     (tokens, negative), (pooled, negative_pooled) = (
         names["text"].tokens.split(1), names["text"].pooled.split(1),
