@@ -15,7 +15,6 @@ With the environment variable KOLORS_WEIGHTS of the checkpoint that it names, el
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,9 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.samplers import VARIABLE, denoiser_of
-from kolors_core.checkpoint import EMBEDDED_NAME
-from kolors_core.pipelines.text_to_image import KolorsPipeline
+from benchmarks.samplers import denoiser_of, distance, open_model
 from kolors_core.sampling import Denoiser, dpmpp_2m, euler
 from kolors_core.sampling_deterministic import heun
 from kolors_core.sigmas import align_your_steps, exponential, karras
@@ -86,7 +83,7 @@ def compare(denoise: Denoiser, noise: Tensor, table: tuple[float, ...], solution
             for steps in counts:
                 sigmas = [*sigmas_of(steps).tolist(), 0.0]
                 x = sampler(denoise, noise * (sigmas[0] ** 2 + 1) ** 0.5, sigmas)
-                errors.append(((x - exact).norm() / exact.norm()).item())
+                errors.append(distance(x, exact))
             rows.append((f"{name}, {family}", errors))
     return rows
 
@@ -118,11 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--smallest", action="store_true", help="few sigmas and steps, to see that it runs")
     options = parser.parse_args(arguments)
-    name = os.environ.get(VARIABLE)
-    pipe = KolorsPipeline.from_pretrained(EMBEDDED_NAME if name is None else name)
-    if torch.cuda.is_available():
-        pipe.to("cuda")
-    pipe.set_progress_bar_config(disable=True)
+    pipe, model = open_model()
     options.out.mkdir(parents=True, exist_ok=True)
     small = options.smallest
     grid_size, solution, counts = (COUNT + 2, 4, COUNTS[:1]) if small else (GRID, SOLUTION, COUNTS)
@@ -140,7 +133,6 @@ def main(arguments: list[str] | None = None) -> None:
     cost = losses(torch.stack(denoised).flatten(1).double(), grid)
     table = tuple(grid[place] for place in shortest(cost, COUNT))
     rows = compare(*denoiser_of(pipe, OTHER_PROMPTS[:1] if small else OTHER_PROMPTS), table, solution, counts)
-    model = "embedded model" if name is None else f"what {VARIABLE} names"
     write(table, rows, counts, model, options.out / "align_steps.md")
 
 

@@ -52,6 +52,21 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
 Errors = dict[str, list[tuple[int, float]]]  # of each curve: evaluations and error
 
 
+def open_model() -> tuple[KolorsPipeline, str]:
+    """Load the checkpoint that KOLORS_WEIGHTS names, or the embedded model; also what to call it."""
+    name = os.environ.get(VARIABLE)
+    pipe = KolorsPipeline.from_pretrained(EMBEDDED_NAME if name is None else name)
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, "embedded model" if name is None else f"what {VARIABLE} names"
+
+
+def distance(x: Tensor, solution: Tensor) -> float:
+    """Compute |x - x*| / |x*|."""
+    return ((x - solution).norm() / solution.norm()).item()
+
+
 def denoiser_of(pipe: KolorsPipeline, prompts: Sequence[str]) -> tuple[Denoiser, Tensor]:
     """Return the guided denoiser of the prompts, at any sigma, and standard normal noise."""
     held: list[tuple[Denoiser, Tensor]] = []
@@ -94,8 +109,7 @@ def measure(pipe: KolorsPipeline, prompts: Sequence[str], budgets: Sequence[int]
         for budget in budgets:
             schedule = steps_within(scheduler, budget, schedule_of)
             x = scheduler.sampler(schedule, lambda: noise)(denoise, start, schedule.sigmas)
-            error = ((x - exact).norm() / exact.norm()).item()
-            found[label].append((scheduler.evaluations(schedule), error))
+            found[label].append((scheduler.evaluations(schedule), distance(x, exact)))
     return found
 
 
@@ -166,20 +180,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     from matplotlib import pyplot  # what the plot needs is found missing before the work, not after
 
-    name = os.environ.get(VARIABLE)
-    pipe = KolorsPipeline.from_pretrained(EMBEDDED_NAME if name is None else name)
-    if torch.cuda.is_available():
-        pipe.to("cuda")
-    pipe.set_progress_bar_config(disable=True)
+    pipe, model = open_model()
     options.out.mkdir(parents=True, exist_ok=True)
-    model = "embedded model" if name is None else f"what {VARIABLE} names"
     small = options.smallest
     prompts, budgets, steps = (PROMPTS[:1], (4, 6), (1,)) if small else (PROMPTS, BUDGETS, STEPS)
     solution = 20 if small else SOLUTION
     errors = measure(pipe, prompts, budgets, solution)
     write_table(errors, budgets, model, solution, options.out / "samplers.md")
     plot(errors, model, pyplot, options.out / "samplers.png")
-    draw(pipe, prompts[0], steps, 128 if name is None else 256, options.out / "images.png")
+    side = pipe.unet.config.sample_size * pipe.vae.config.vae_scale_factor
+    draw(pipe, prompts[0], steps, min(side, 256), options.out / "images.png")
 
 
 if __name__ == "__main__":

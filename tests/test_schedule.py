@@ -15,6 +15,7 @@ from kolors_core.schedulers import DPMSolverMultistepScheduler, EulerDiscreteSch
 from kolors_core.sigmas import (
     AYS_SD15,
     AYS_SDXL,
+    AYS_TINY,
     align_your_steps,
     beta_quantile,
     exponential,
@@ -129,7 +130,7 @@ def test_families_of_sigmas_beside_the_references() -> None:
     written_out = [math.exp(r * (math.log(high) - math.log(low)) + math.log(low)) for r in ramp]
     assert np.allclose(polyexponential(low, high, 5, rho=2.0), written_out, rtol=1e-12)
     assert simple(table, 3).tolist() == [table[-(1 + int(i * 1100 / 3))].item() for i in range(3)]
-    for published in (AYS_SD15, AYS_SDXL):
+    for published in (AYS_SD15, AYS_SDXL, AYS_TINY):
         assert np.allclose(align_your_steps(10, published), published[:-1], rtol=1e-12)
         between = align_your_steps(20, published)
         assert len(between) == 20 and between[1] == pytest.approx(math.sqrt(published[0] * published[1]))

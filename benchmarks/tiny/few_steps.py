@@ -39,6 +39,7 @@ from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import Scheduler
 from kolors_core.schedulers import DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler
 from kolors_core.training.distillation import ConsistencyLoss
+from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.trainer import Trainer, TrainingConfig
 
 COUNTS, RIGHT_STEPS, SHOWN_AT_MOST = (1, 2, 4, 8), 100, 8
@@ -74,6 +75,19 @@ STUDENTS = {
 }  # fmt: skip
 
 
+def train(
+    loss: DiffusionLoss, data: SceneLatents, config: TrainingConfig, folder: Path, device: torch.device
+) -> dict[str, Any]:
+    """Train in a folder, or take what is finished there, to the weights' average; returns how it went."""
+    start = time.monotonic()
+    trainer = Trainer(loss, data, config, folder, report_every(50, folder.name))
+    with attention_kernel("matmul") if device.type == "cpu" else nullcontext():
+        trainer.fit(progress=False)
+    trainer.load_ema_weights()
+    return {"steps": config.steps, "batch": config.batch_size, "seconds": time.monotonic() - start,
+            "losses": repr(trainer.losses)}  # fmt: skip
+
+
 @contextmanager
 def distilled(
     pipe: KolorsPipeline, grammar: Grammar, student: Student, config: TrainingConfig, folder: Path
@@ -97,14 +111,8 @@ def distilled(
         guidance_scale=student.guidance, negative=nothing if student.guidance > 1 else None,
     )  # fmt: skip
     data = SceneLatents(grammar, pipe.tokenizer, pipe.text_encoder, pipe.vae, config, len(sigmas))
-    start = time.monotonic()
     try:
-        trainer = Trainer(loss, data, config, folder, report_every(50, folder.name))
-        with attention_kernel("matmul") if pipe.device.type == "cpu" else nullcontext():
-            trainer.fit(progress=False)
-        trainer.load_ema_weights()
-        trained = {"steps": config.steps, "batch": config.batch_size, "seconds": time.monotonic() - start,
-                   "losses": repr(trainer.losses)}  # fmt: skip
+        trained = train(loss, data, config, folder, pipe.device)
         if adapter is not None:
             file = folder.with_suffix(".safetensors")
             save_adapters({"unet": adapter}, file, overwrite=True)
@@ -218,13 +226,17 @@ def run(
     return result
 
 
-def main(out: Path, model: str, students: Sequence[str], steps: int, prompts: int) -> None:
-    """Load or train what judges, and run."""
+def open_all(out: Path, model: str) -> tuple[KolorsPipeline, Detector, Grammar]:
+    """Load the model, and load or make what judges it in the recipe's folder."""
     device = best_device()
     grammar = Grammar(read_concepts(fetch_names(out)))
     detector = load_detector(out / "detector", device)
-    pipe = KolorsPipeline.from_pretrained(model, device=device)
-    run(pipe, detector, grammar, out / "few_steps", students, replace(CONFIG, steps=steps), prompts)
+    return KolorsPipeline.from_pretrained(model, device=device), detector, grammar
+
+
+def main(out: Path, model: str, students: Sequence[str], steps: int, prompts: int) -> None:
+    """Load what is needed, and run."""
+    run(*open_all(out, model), out / "few_steps", students, replace(CONFIG, steps=steps), prompts)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ Writes targets.json, targets.png and the models to OUT/targets.
 import argparse
 import copy
 import json
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.tiny.__main__ import fetch_names
 from benchmarks.tiny.captions import Grammar
 from benchmarks.tiny.detector import Detector
-from benchmarks.tiny.emoji import read_concepts
-from benchmarks.tiny.few_steps import decode, draw
+from benchmarks.tiny.few_steps import decode, draw, open_all, train
 from benchmarks.tiny.judge import LANGUAGES, Prompt, write_prompts
-from benchmarks.tiny.processes import report_every
-from benchmarks.tiny.quality import SHOWN, load_detector, measure_prompts, sheet
+from benchmarks.tiny.quality import SHOWN, measure_prompts, sheet
 from benchmarks.tiny.scene_data import SceneLatents
-from kolors_core.attention import attention_kernel
 from kolors_core.config import VERSION
-from kolors_core.devices import best_device
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedule import Scheduler
 from kolors_core.schedulers import (
@@ -43,7 +36,7 @@ from kolors_core.schedulers import (
     UniPCMultistepScheduler,
 )  # fmt: skip
 from kolors_core.training.loss import DiffusionLoss
-from kolors_core.training.trainer import Trainer, TrainingConfig
+from kolors_core.training.trainer import TrainingConfig
 
 STEPS, GUIDANCE, SHOWN_AT_MOST = 25, 5.0, 8
 CONFIG = TrainingConfig(
@@ -93,17 +86,10 @@ def fine_tune(
     scheduler = next(iter(way.samplers.values()))
     sigmas, unet = scheduler.training_sigmas(), copy.deepcopy(pipe.unet).requires_grad_(True)
     data = SceneLatents(grammar, pipe.tokenizer, pipe.text_encoder, pipe.vae, config, len(sigmas))
-    start = time.monotonic()
-    trainer = Trainer(
-        DiffusionLoss(unet, None, sigmas, config), data, config, folder, report_every(50, folder.name)
-    )
-    with attention_kernel("matmul") if pipe.device.type == "cpu" else nullcontext():
-        trainer.fit(progress=False)
-    trainer.load_ema_weights()
+    trained = train(DiffusionLoss(unet, None, sigmas, config), data, config, folder, pipe.device)
     tuned = KolorsPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, unet, scheduler)
     tuned.save_pretrained(folder / "model")
-    return {"steps": config.steps, "batch": config.batch_size, "seconds": time.monotonic() - start,
-            "losses": repr(trainer.losses)}  # fmt: skip
+    return trained
 
 
 def measure(
@@ -154,12 +140,8 @@ def run(
 
 
 def main(out: Path, model: str, steps: int, prompts: int) -> None:
-    """Load or train what judges, and run."""
-    device = best_device()
-    grammar = Grammar(read_concepts(fetch_names(out)))
-    detector = load_detector(out / "detector", device)
-    pipe = KolorsPipeline.from_pretrained(model, device=device)
-    run(pipe, detector, grammar, out / "targets", replace(CONFIG, steps=steps), prompts)
+    """Load what is needed, and run."""
+    run(*open_all(out, model), out / "targets", replace(CONFIG, steps=steps), prompts)
 
 
 if __name__ == "__main__":

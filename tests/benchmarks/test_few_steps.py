@@ -9,23 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.tiny import few_steps
-from benchmarks.tiny.captions import Grammar
 from benchmarks.tiny.detector import Detector
-from benchmarks.tiny.emoji import CONCEPTS, FONT, Concept
 from benchmarks.tiny.few_steps import CONFIG, RIGHT_STEPS, SCHEDULERS, STUDENTS, draw, run
-from benchmarks.tiny.scenes import SIGN_FONT
 from kolors_core import KolorsPipeline
-from kolors_core.config import VAEConfig
-from kolors_core.unet import UNet
-from kolors_core.vae import VAE
-from tests.support.lora_recipes import shallow_pipe
-from tests.support.small import SHALLOW, randomise, relative_error
-
-SMALLEST_VAE = VAEConfig(sample_size=128, channels=(8, 8, 8, 8), norm_groups=4)
-
-needs_fonts = pytest.mark.skipif(
-    not (FONT.exists() and SIGN_FONT.exists()), reason="Debian's Noto fonts of emoji and Chinese are missing"
-)
+from tests.support.scene_recipes import GRAMMAR, needs_fonts, scene_pipe
+from tests.support.small import relative_error
 
 
 def test_all_samplers_start_from_the_same_noise() -> None:
@@ -45,19 +33,15 @@ def test_all_samplers_start_from_the_same_noise() -> None:
 def test_it_trains_measures_and_leaves_the_model_as_it_was(
     small_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = shallow_pipe(small_tokenizer)
-    pipe.unet, pipe.vae = UNet(replace(SHALLOW.unet, sample_size=16)), VAE(SMALLEST_VAE)
-    for seed, model in enumerate((pipe.unet, pipe.vae)):
-        randomise(model.eval().requires_grad_(False), seed)
+    pipe = scene_pipe(small_tokenizer)
     monkeypatch.setattr(few_steps, "RIGHT_STEPS", 3)
     monkeypatch.setattr(few_steps, "SHOWN_AT_MOST", 2)
-    grammar = Grammar([Concept(c, (f"thing {i}",), (f"东西{i}",)) for i, c in enumerate(CONCEPTS)])
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     unet, scheduler = pipe.unet, pipe.scheduler
     config = replace(CONFIG, steps=1, batch_size=2, warmup=0, max_tokens=48, dtype=torch.float32)
     names = ["tcd-5", "lcm-5-whole"]
     detector = Detector().eval().requires_grad_(False)
-    run(pipe, detector, grammar, tmp_path, names, config, 2, counts=(1, 2))
+    run(pipe, detector, GRAMMAR, tmp_path, names, config, 2, counts=(1, 2))
     assert pipe.unet is unet and pipe.scheduler is scheduler
     after = unet.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.tiny.attention_share import densities, find_columns, of_two_things
-from benchmarks.tiny.captions import Grammar, place_of, relation_of
+from benchmarks.tiny.captions import place_of, relation_of
 from benchmarks.tiny.detector import Found
 from benchmarks.tiny.emoji import CONCEPTS, FONT, SIZE, Concept
 from benchmarks.tiny.judge import MARGIN, Prompt, holds, judge, write_prompts, write_single_prompts
@@ -16,12 +16,12 @@ from benchmarks.tiny.scenes import SIGN, SIGN_FONT, Item, Scene, is_held_out
 from benchmarks.tiny.sparse_scenes import another
 from kolors_core.checkpoint import resolve
 from kolors_core.tokenizer import Tokenizer
+from tests.support.scene_recipes import GRAMMAR
 
 needs_fonts = pytest.mark.skipif(
     not (FONT.exists() and SIGN_FONT.exists()),
     reason="Debian's fonts-noto-color-emoji and fonts-noto-cjk are not installed",
 )
-GRAMMAR = Grammar([Concept(c, (f"thing {i}",), (f"东西{i}",)) for i, c in enumerate(CONCEPTS)])
 FOX, CAT = "🦊", "🐱"
 
 

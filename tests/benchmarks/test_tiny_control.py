@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from benchmarks.tiny import image_encoder, ip_adapter
 from benchmarks.tiny.captions import NUMBERS, Grammar
 from benchmarks.tiny.controlnet import contrast, followed
-from benchmarks.tiny.emoji import CONCEPTS, FONT, SIZE, Concept
+from benchmarks.tiny.emoji import CONCEPTS, SIZE, Concept
 from benchmarks.tiny.image_encoder import ENCODER, ImageReading, SceneImageSource, new_encoder, scene_images
 from benchmarks.tiny.img2img import RED, sketch
 from benchmarks.tiny.inpaint import MaskedScenes
 from benchmarks.tiny.ip_adapter import Answers, ImagePromptLoss, new_adapter, save
-from benchmarks.tiny.scenes import SIGN, SIGN_FONT, compose, render
+from benchmarks.tiny.scenes import SIGN, compose, render
 from benchmarks.tiny.sparse_scenes import (
     EMPTY,
     PromptedScenes,
@@ -34,22 +34,19 @@ from kolors_core.adapters import ip_adapter_files
 from kolors_core.adapters.clip_vision import CLIPVision, preprocess_clip
 from kolors_core.adapters.ip_adapter import IPAdapter, attach, attached, cross_attentions
 from kolors_core.chatglm import ChatGLM
-from kolors_core.config import TINY, VAEConfig
+from kolors_core.config import TINY
 from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import derive_seed
 from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
+from tests.support.scene_recipes import SMALLEST_VAE, needs_fonts
 from tests.support.small import SHALLOW, SMALL_CLIP, randomise, relative_error
 
 CPU = torch.device("cpu")
 Parts = tuple[Grammar, Tokenizer, ChatGLM, VAE]
-SMALLEST_VAE = VAEConfig(sample_size=128, channels=(8, 8, 8, 8), norm_groups=4)
 CONFIG = TrainingConfig(steps=3, batch_size=4, learning_rate=1e-3, warmup=1, max_tokens=48)
-needs_fonts = pytest.mark.skipif(
-    not (FONT.exists() and SIGN_FONT.exists()), reason="Debian's Noto fonts of emoji and Chinese are missing"
-)
 
 
 @pytest.fixture(scope="module")
