@@ -2,9 +2,10 @@
 
     python -m benchmarks.tiny.lora OUT [--model tiny]
 
-The subject, a small purple robot called "zorp", is drawn here, in five views. Writes them,
-`zorp.safetensors`, sheets and lora.json; exits with 1 unless the subject appears with its word and not
-without, and other things stay what they were.
+The subject, a small purple robot, is drawn here, in five views. It is called "teddy bear", as one calls a dog
+of one's own "dog": a word that the model does not know is drawn in the phrasings trained on alone
+(benchmarks/NOTES.md). Writes the views, `subject.safetensors`, sheets and lora.json; exits with 1 unless the
+subject appears with its word and not without, and other things stay what they were.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from kolors_core.devices import best_device
 from kolors_core.pipelines.lora_recipe import LoRARecipe, train_lora
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 
-WORD = "zorp"
+WORD = "teddy bear"
 # Where it is seen: size, offset and tilt in degrees.
 VIEWS = ((0.8, 0, 0, 0), (0.7, -9, 5, 12), (0.75, 8, -4, -10), (0.85, 2, 2, 4), (0.72, 0, 9, -5))
 
@@ -57,12 +58,12 @@ def main(out: Path, model: str) -> int:
     views = [draw_subject(*view) for view in VIEWS]
     subject = Image.new("RGB", (SIZE * len(views), SIZE), "white")
     for i, view in enumerate(views):
-        view.save(images / f"{WORD}-{i}.png")
+        view.save(images / f"{i}.png")
         subject.paste(view, (i * SIZE, 0))
     subject.save(out / "subject.png")
     pipe, recipe = KolorsPipeline.from_pretrained(model, device=best_device()), LoRARecipe()
     start = time.monotonic()
-    result = train_lora(pipe, images, WORD, out / f"{WORD}.safetensors", recipe)
+    result = train_lora(pipe, images, WORD, out / "subject.safetensors", recipe)
     effect = result.effect
     seconds, size = round(time.monotonic() - start), result.file.stat().st_size
     measured = {"steps": recipe.training.steps, "rank": recipe.rank, "seconds": seconds, "bytes": size}
