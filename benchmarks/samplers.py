@@ -167,7 +167,7 @@ def draw(pipe: KolorsPipeline, prompt: str, steps: Sequence[int], side: int, fil
             image = pipe(prompt, generator=generator, **given).images[0]
             page.paste(image.resize((side, side)), (LABEL + (side + GAP) * column, top))
     pipe.scheduler = own
-    page.save(file, optimize=True)
+    page.quantize(256).save(file, optimize=True)
 
 
 @torch.no_grad()
