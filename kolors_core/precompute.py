@@ -50,18 +50,21 @@ class PrecomputedInputs:
         self.embedding = net.added_embedding(c.pooled_text, c.size_ids, c.added)  # [B, T]
         self.widths = [block.time_proj.out_features for block in net.modules() if isinstance(block, ResBlock)]
         timesteps = schedule.timesteps.tolist()
-        self.scheduled = dict(zip(timesteps, self._shifts(timesteps), strict=True))
+        times = torch.tensor(timesteps, dtype=torch.float32, device=self.embedding.device)
+        self.scheduled = dict(zip(timesteps, self._shifts(times), strict=True))
 
     def shifts(self, timestep: float) -> Tensor:
         """Return the time shifts of all blocks at a timestep: [B, sum of the blocks' C]."""
-        return self.scheduled[timestep] if timestep in self.scheduled else self._shifts([timestep])[0]
+        if timestep in self.scheduled:
+            return self.scheduled[timestep]
+        # Filled on the device: a tensor of given values is copied there, which the host waits for.
+        return self._shifts(torch.full((1,), timestep, dtype=torch.float32, device=self.embedding.device))[0]
 
     def split(self, shifts: Tensor) -> Iterator[TimeShift]:
         """Split `shifts` into one for each block."""
         return map(TimeShift, shifts.split(self.widths, dim=-1))
 
-    def _shifts(self, timesteps: list[float]) -> list[Tensor]:
-        times = torch.tensor(timesteps, dtype=torch.float32, device=self.embedding.device)
+    def _shifts(self, times: Tensor) -> list[Tensor]:
         shifts = self.net.time_shifts(self.net.embed_time(times)[:, None] + self.embedding)  # each [n, B, C]
         return list(torch.cat([shift.added for shift in shifts], dim=-1))  # n of [B, sum of the blocks' C]
 
@@ -79,7 +82,7 @@ def predict_uncached(unet: UNet, conditioning: Conditioning, repeats: int) -> Pr
     optional |= {} if c.added is None else {"added": c.added}
 
     def predict(latents: Tensor, timestep: float, residuals: list[Tensor]) -> Tensor:
-        time = torch.tensor(timestep, dtype=torch.float32, device=latents.device)
+        time = torch.full((), timestep, dtype=torch.float32, device=latents.device)
         inputs = latents.repeat(repeats, 1, 1, 1), time, c.text_tokens, c.pooled_text, c.size_ids
         keywords = optional | {"residuals": residuals} if residuals else optional
         return unet(*inputs, c.text_counts, c.image_prompts, **keywords)

@@ -50,7 +50,6 @@ class Components:
     model_specs: ClassVar[Mapping[str, ModelSpec]] = MODEL_SPECS  # of the models that a checkpoint may have
     tokenizer_class: ClassVar[type[Tokenizer]] = Tokenizer
     accepts_mask_channels: ClassVar[bool] = False  # whether the UNet may read a mask and masked latents too
-    _wrap_step: WrapStep | None = None  # of the denoising loop: captures a step as a CUDA graph
 
     def __init__(
         self, vae: VAE | None, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet | None,
@@ -261,6 +260,10 @@ class Components:
         encoder: Any = self.text_encoder
         self._enter_stage("text_encoder")
         return encoder(tokens.to(self._compute_device(unwrap_compiled(encoder).embedding.weight)))
+
+    def _step_wrapper(self) -> WrapStep | None:
+        """Return what wraps the steps of a run that begins now, such as CUDA graphs; None for nothing."""
+        return None
 
     def _available_memory(self) -> int | None:
         """Return the bytes that can still be allocated where the models run; None if that is not known."""

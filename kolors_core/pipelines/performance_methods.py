@@ -9,6 +9,7 @@ import torch
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import named_device, unwrap_compiled
+from kolors_core.module import WrapStep
 from kolors_core.performance.available_memory import available_memory
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
@@ -24,6 +25,8 @@ Device = torch.device | str | None
 
 class PerformanceMethods(Components):
     """A pipeline that can offload and compile its models, run its VAE in tiles, and cache prompts."""
+
+    _wrap_step: CUDAGraphCache | None = None
 
     def _init_state(self) -> None:
         super()._init_state()
@@ -45,22 +48,21 @@ class PerformanceMethods(Components):
         """Compile the models' blocks when they first run, and again for each new kind of input.
 
         mode, backend: as for `torch.compile`; "reduce-overhead" and "max-autotune" also make each step one
-        CUDA graph, where the UNet is on CUDA. Other image sizes, LoRAs and weights work as before. See
-        kolors_core/performance/compile.py; ValueError for an unknown mode.
+        CUDA graph, in runs where the UNet stays on CUDA, so not under offload. Other image sizes, LoRAs and
+        weights work as before. See kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
         nets = [net for net in self._attached_models() if isinstance(unwrap_compiled(net), UNetEncoder)]
         for model in (*self._own_models().values(), *nets):
             compile_blocks(unwrap_compiled(model), mode, backend)
-        has_graphs = mode in CUDA_GRAPH_MODES and self.device.type == "cuda"
-        self._wrap_step = CUDAGraphCache() if has_graphs else None
+        self._wrap_step = CUDAGraphCache() if mode in CUDA_GRAPH_MODES else None
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Device = None) -> None:
         """Keep on the accelerator only the model that runs: text encoder, CLIP, UNet or VAE.
 
         The next one is copied meanwhile, if both together are no larger than the largest. All others are on
-        the CPU, for CUDA in page-locked memory. `pipe.offload.peak_bytes` is the peak of weights.
-        gpu_id: of CUDA; or device; the best there is if both are None; on a machine without an accelerator
-        nothing changes. ValueError for a device that is not there.
+        the CPU, for CUDA in page-locked memory until this ends. `pipe.offload.peak_bytes` is the peak of
+        weights. gpu_id: of CUDA; or device; the best there is if both are None; on a machine without an
+        accelerator nothing changes. ValueError for a device that is not there.
         """
         self._start_offload(gpu_id, device, by_block=False)
 
@@ -115,6 +117,8 @@ class PerformanceMethods(Components):
     def _before_move(self, target: torch.device | torch.dtype) -> None:
         if isinstance(target, torch.device):
             self.offload.end()
+        if self._wrap_step is not None:
+            self._wrap_step.clear()
         self.offload.release()
 
     def _check_loaded(self) -> None:
@@ -130,6 +134,8 @@ class PerformanceMethods(Components):
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         """Return the cached embedding of these tokens, or encode and cache it."""
         savings, encoder = self.savings, unwrap_compiled(self.text_encoder)
+        if not savings.cached_prompts and savings.prompt_folder is None:
+            return super()._run_text_encoder(tokens)
         key = Key.of(encoder, tokens)
         if (text := self.prompt_cache.get(key, savings.prompt_folder, encoder, tokens)) is None:
             text = super()._run_text_encoder(tokens)
@@ -139,4 +145,9 @@ class PerformanceMethods(Components):
     def _needs_alone(self) -> str | None:
         if self.offload.device is not None:
             return "offload"
-        return super()._needs_alone() if self._wrap_step is None else "a CUDA graph"
+        has_graphs = self._wrap_step is not None and self._wrap_step.records_on(self.device)
+        return "a CUDA graph" if has_graphs else super()._needs_alone()
+
+    def _step_wrapper(self) -> WrapStep | None:
+        # Offloaded weights are in other memory in every run: each would record its steps anew.
+        return self._wrap_step if self.offload.device is None else None

@@ -1,0 +1,390 @@
+"""Runs of every task and feature, to be compared between devices: each returns tensors, latents and images.
+
+A run is given a `Place`: where its models are, which have random weights and are copied for it alone.
+"""
+
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kolors_core as kc
+from kolors_core.adapters.clip_vision import CLIPVision
+from kolors_core.adapters.controlnet import ControlNet, ControlNetConfig
+from kolors_core.adapters.lora import supported_layers
+from kolors_core.attention import attention_kernel
+from kolors_core.chatglm import ChatGLM
+from kolors_core.guidance import guided
+from kolors_core.inspection.attention_maps import record_attention
+from kolors_core.inspection.features import capture, inject
+from kolors_core.inspection.token_attention import explain_prompt
+from kolors_core.performance.quantize import quantize as quantize_model
+from kolors_core.performance.vae_tiling import enable_tiling
+from kolors_core.pipelines.quantization_report import quantize
+from kolors_core.precompute import Savings
+from kolors_core.tokenizer import Tokenizer
+from kolors_core.unet import UNet
+from kolors_core.vae import VAE
+from tests.support.face_ids import face_config, write_face
+from tests.support.inpainting import mask_of
+from tests.support.ip_adapters import adapter_config, write_adapter
+from tests.support.pipelines import NO_SAVINGS, picture, steps_of
+from tests.support.small import SHALLOW, SMALL_CLIP, randomise
+from weights_convert import TABLES
+
+# Runs that add nothing to others under offload.
+RESIDENT = {
+    "text, latents there", "text, timesteps", "text, generators", "text, generator there",
+    "text_without_savings", "image, tensor", "image, latents there", "image, map", "inpaint",
+    "control and inpaint", "PAG, adaptive", "kernels", "rescaled_in_an_interval",
+    "guidance_ends", "freeu", "bfloat16", "outputs",
+}  # fmt: skip
+CONFIG = replace(SHALLOW, text_encoder=replace(SHALLOW.text_encoder, layers=2))
+SIZE = {"height": 32, "width": 40}
+START = picture(1, 32, 40)
+HINT = picture(2, 32, 40)
+MASK = mask_of(32, 40)
+Run = Callable[["Place"], list[Tensor]]
+RUNS: dict[str, Run] = {}
+
+
+def seeded(seed: int = 0, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def made(model: Any, seed: int = 0) -> Any:
+    """A model with random weights."""
+    randomise(model, seed)
+    return model.eval()
+
+
+@dataclass
+class Models:
+    """What runs are made of. folder: for files."""
+
+    pipe: kc.KolorsPipeline
+    nine: UNet
+    nets: list[ControlNet]
+    clip: CLIPVision
+    ip_adapter: Path
+    face: Path
+    folder: Path
+
+    @classmethod
+    def make(cls, tokenizer: Path, folder: Path) -> "Models":
+        unet = CONFIG.unet
+        pipe = kc.KolorsPipeline(
+            text_encoder=made(ChatGLM(CONFIG.text_encoder)), unet=made(UNet(unet)),
+            vae=made(VAE(CONFIG.vae)), tokenizer=Tokenizer(tokenizer),
+            scheduler=kc.EulerDiscreteScheduler(),
+        )  # fmt: skip
+        pipe.set_progress_bar_config(disable=True)
+        net = ControlNetConfig(**vars(unet), conditioning_widths=(4, 4, 8, 8))
+        return cls(
+            pipe, made(UNet(replace(unet, in_channels=9))), [made(ControlNet(net), i) for i in (1, 2)],
+            made(CLIPVision(SMALL_CLIP)),
+            write_adapter(folder / "ip" / "ip.safetensors", 0, adapter_config(unet)),
+            write_face(folder / "face" / "face.safetensors", face_config(unet)), folder,
+        )  # fmt: skip
+
+
+@dataclass
+class Place:
+    """Where a run's models are. name: "cpu", a device, or "model" or "block" for offload to `device`."""
+
+    name: str
+    device: str
+    models: Models
+
+    @property
+    def own(self) -> str:
+        """The device that the run's tensors may be on."""
+        return "cpu" if self.name == "cpu" else self.device
+
+    def pipe(self, kind: Any = None, **changes: Any) -> Any:
+        """A pipeline of its own, still on the CPU."""
+        pipe = deepcopy(self.models.pipe)
+        return pipe if kind is None else kind.from_pipe(pipe, **deepcopy(changes))
+
+    def put(self, pipe: Any) -> Any:
+        """Move the pipeline there."""
+        if self.name == "model":
+            pipe.enable_model_cpu_offload(device=self.device)
+        elif self.name == "block":
+            pipe.enable_sequential_cpu_offload(device=self.device)
+        elif self.name != "cpu":
+            pipe.to(self.device)
+        return pipe
+
+
+def draw(pipe: Any, **given: Any) -> list[Tensor]:
+    """Latents after each step of two, and the image."""
+    return steps_of(pipe, **{"prompt": "a cat", "num_inference_steps": 2} | SIZE | given)
+
+
+def run(function: Run) -> None:
+    RUNS[function.__name__] = function
+
+
+def plain(
+    kind: Any = None, changes: Callable[[Models], dict[str, Any]] = lambda models: {}, **given: Any
+) -> Run:
+    """A run of one task with these arguments; functions among them are given the place."""
+
+    def function(at: Place) -> list[Tensor]:
+        pipe = at.put(at.pipe(kind, **changes(at.models)))
+        return draw(pipe, **{k: v(at) if callable(v) else v for k, v in given.items()})
+
+    return function
+
+
+def noise(*shape: int, seed: int = 4) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed))
+
+
+two = {"prompt": ["a cat", "一张照片 of the red ladybug"], "num_images_per_prompt": 2}
+again = {"num_inference_steps": 4, "strength": 0.6}
+one_net = {"changes": lambda models: {"controlnet": models.nets[0]}}
+RUNS |= {
+    "text of two lengths": plain(**two, negative_prompt="bad"),
+    "text, unguided": plain(guidance_scale=1.0),
+    "text, generators": plain(num_images_per_prompt=2, generator=lambda _at: [seeded(i) for i in range(2)]),
+    "text, generator there": plain(generator=lambda at: seeded(0, at.own)),
+    "text, timesteps": plain(num_inference_steps=50, timesteps=[900.0, 500.5, 20.0]),
+    "text, latents there": plain(latents=lambda at: noise(1, 4, 4, 5).to(at.own)),
+    "image": plain(kc.KolorsImg2ImgPipeline, image=START, **again),
+    "image, tensor": plain(kc.KolorsImg2ImgPipeline, image=noise(1, 3, 32, 40).sigmoid(), **again),
+    "image, latents there": plain(
+        kc.KolorsImg2ImgPipeline, image=lambda at: noise(1, 4, 4, 5).to(at.own), **again
+    ),
+    "image, map": plain(kc.KolorsImg2ImgPipeline, image=START, strength_map=MASK, **again),
+    "inpaint": plain(kc.KolorsInpaintPipeline, image=START, mask_image=MASK, **again),
+    "inpaint of nine channels": plain(
+        kc.KolorsInpaintPipeline, lambda models: {"unet": models.nine}, image=START, mask_image=MASK, **again
+    ),
+    "control": plain(kc.KolorsControlNetPipeline, **one_net, image=HINT),
+    "two controls": plain(
+        kc.KolorsControlNetPipeline, lambda models: {"controlnet": models.nets},
+        image=[HINT, picture(3, 32, 40)], controlnet_conditioning_scale=[0.7, 1.2],
+        control_guidance_start=[0.0, 0.2], control_guidance_end=[0.5, 1.0],
+    ),
+    "control and image": plain(
+        kc.KolorsControlNetImg2ImgPipeline, **one_net, image=START, control_image=HINT, **again
+    ),
+    "control and inpaint": plain(
+        kc.KolorsControlNetInpaintPipeline, **one_net, image=START, mask_image=MASK, control_image=HINT,
+        **again,
+    ),
+    "PAG": plain(kc.KolorsPAGPipeline, pag_scale=3.0),
+    "PAG, adaptive": plain(kc.KolorsPAGPipeline, pag_scale=3.0, pag_adaptive_scale=0.002, guidance_scale=1.0),
+}  # fmt: skip
+
+
+@run
+def text_without_savings(at: Place) -> list[Tensor]:
+    pipe = at.pipe()
+    pipe.savings = NO_SAVINGS
+    return draw(at.put(pipe))
+
+
+@run
+def embeddings(at: Place) -> list[Tensor]:
+    """Encoded there, and on the CPU."""
+    found, names = [], ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt")
+    for encode_first in (False, True):
+        pipe = at.pipe()
+        pipe = pipe if encode_first else at.put(pipe)
+        given = {f"{name}_embeds": e for name, e in zip(names, pipe.encode_prompt("cat"), strict=True)}
+        found += draw(at.put(pipe) if encode_first else pipe, prompt=None, **given)
+    return found
+
+
+@run
+def outputs(at: Place) -> list[Tensor]:
+    pipe = at.put(at.pipe())
+    calls = {"prompt": "cat", "num_inference_steps": 1} | SIZE
+    images = [pipe(**calls, output_type=kind, generator=seeded()).images for kind in ("latent", "np", "pil")]
+    return [images[0], torch.from_numpy(images[1]), torch.from_numpy(np.array(images[2][0])).float()]
+
+
+@run
+def moved_to_and_fro(at: Place) -> list[Tensor]:
+    """A prompt that was encoded elsewhere is found again."""
+    pipe = at.pipe()
+    return [*draw(pipe), *draw(at.put(pipe)), *draw(pipe.to("cpu"))]
+
+
+@run
+def prompts_on_disk(at: Place) -> list[Tensor]:
+    pipe = at.pipe()
+    pipe.savings = Savings(prompt_folder=tempfile.mkdtemp(dir=at.models.folder))
+    first = draw(at.put(pipe))
+    pipe.prompt_cache.clear()
+    return [*first, *draw(pipe)]
+
+
+@run
+def callback_tensors(at: Place) -> list[Tensor]:
+    pipe, seen = at.put(at.pipe()), list[Tensor]()
+    names = ("latents", "prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "add_time_ids",
+             "negative_add_time_ids", "negative_pooled_prompt_embeds")  # fmt: skip
+
+    def callback(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.extend(tensor.clone() for tensor in tensors.values())
+        return {"prompt_embeds": tensors["prompt_embeds"] * 0.9}
+
+    given = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+    pipe(prompt="cat", num_inference_steps=2, output_type="pt", generator=seeded(), **SIZE, **given)
+    return seen
+
+
+@run
+def guidance_ends(at: Place) -> list[Tensor]:
+    given = {
+        "callback_on_step_end": kc.SDXLCFGCutoffCallback(cutoff_step_ratio=0.4),
+        "num_inference_steps": 3,
+    }
+    call = {"prompt": "cat", "output_type": "pt", "generator": seeded()} | SIZE
+    return [at.put(at.pipe())(**call | given).images]
+
+
+@run
+def rescaled_in_an_interval(at: Place) -> list[Tensor]:
+    pipe = at.put(at.pipe())
+    pipe.guided = partial(guided, rescale=0.7, interval=(0.2, 0.8))
+    return draw(pipe, num_inference_steps=3)
+
+
+@run
+def image_prompts(at: Place) -> list[Tensor]:
+    """Loaded before and there; with masks; embedded; unloaded there."""
+    file, pipe = at.models.ip_adapter, at.pipe()
+    pipe.image_encoder = deepcopy(at.models.clip)
+    load = partial(
+        pipe.load_ip_adapter, str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None
+    )
+    load()
+    at.put(pipe)
+    found = draw(pipe, ip_adapter_image=picture(3))
+    masks = kc.IPAdapterMaskProcessor().preprocess([MASK], height=32, width=40)
+    given = {"cross_attention_kwargs": {"ip_adapter_masks": masks}}
+    found += draw(pipe, ip_adapter_image=picture(3), **given)
+    embeds = pipe.prepare_ip_adapter_image_embeds(picture(3), None, None, 1, True)
+    found += draw(pipe, ip_adapter_image_embeds=embeds)
+    pipe.unload_ip_adapter()
+    found += draw(pipe)
+    load()
+    return [*found, *draw(pipe, ip_adapter_image=picture(3))]
+
+
+@run
+def faces(at: Place) -> list[Tensor]:
+    file, pipe = at.models.face, at.pipe()
+    pipe.image_encoder = deepcopy(at.models.clip)
+    pipe.load_ip_adapter_face_id(file)
+    face = noise(1, 12).double()
+    return draw(at.put(pipe), face_embeds=face, face_image=picture(7, 64, 64))
+
+
+def lora_state(pipe: Any) -> dict[str, Tensor]:
+    """Random factors of rank 2 for some layers of each kind."""
+    state, draws = {}, seeded(3)
+    for component, most in (("unet", 5), ("text_encoder", 9)):
+        for path, layer in list(supported_layers(getattr(pipe, component)).items())[::most]:
+            public = TABLES[component].to_public(f"{path}.weight").removesuffix(".weight")
+            out, *rest = layer.weight.shape
+            down = torch.randn(2, *rest, generator=draws) / 8
+            up = torch.randn(out, 2, *(1 for _ in rest[1:]), generator=draws) / 8
+            name = f"{component}.{public}"
+            state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    return state
+
+
+@run
+def lora(at: Place) -> list[Tensor]:
+    """Loaded before; scaled; fused and unfused there; unloaded and loaded there."""
+    pipe = at.pipe()
+    state = lora_state(pipe)
+    pipe.load_lora_weights(state)
+    found = draw(at.put(pipe), cross_attention_kwargs={"scale": 0.7})
+    pipe.fuse_lora()
+    found += draw(pipe)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    found += draw(pipe)
+    pipe.load_lora_weights(state)
+    return [*found, *draw(pipe)]
+
+
+@run
+def freeu(at: Place) -> list[Tensor]:
+    pipe = at.pipe()
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    return draw(at.put(pipe))
+
+
+@run
+def learned_words(at: Place) -> list[Tensor]:
+    """Learned before and there, and forgotten there."""
+    pipe, vectors = at.pipe(), noise(2, 64)
+    pipe.load_textual_inversion({"<one>": vectors})
+    found = draw(at.put(pipe), prompt="a <one>")
+    pipe.load_textual_inversion({"<two>": vectors + 1})
+    found += draw(pipe, prompt="a <two>")
+    pipe.unload_textual_inversion()
+    return [*found, *draw(pipe)]
+
+
+@run
+def quantized(at: Place) -> list[Tensor]:
+    """In 8 bits there, with a report; in 4 bits before."""
+    pipe = at.put(at.pipe())
+    quantize(pipe, unet=8, text_encoder=8)
+    found, pipe = draw(pipe), at.pipe()
+    quantize_model(pipe.unet, 4)
+    return [*found, *draw(at.put(pipe))]
+
+
+@run
+def tiled(at: Place) -> list[Tensor]:
+    pipe = at.put(at.pipe(kc.KolorsImg2ImgPipeline))
+    enable_tiling(pipe.vae, tile_sample_min_size=32)
+    pipe.enable_vae_slicing()
+    size = {"height": 48, "width": 40}
+    return draw(pipe, image=picture(1, **size), num_images_per_prompt=2, **again, **size)
+
+
+@run
+def inspected(at: Place) -> list[Tensor]:
+    """Maps, features and the report."""
+    pipe = at.put(at.pipe())
+    with record_attention(pipe.unet, "*") as maps, capture(pipe.unet, "mid*") as features:
+        found = draw(pipe)
+    with inject(pipe.unet, {"mid.resnets.0": features["mid.resnets.0"]}):
+        found += draw(pipe)
+    told = explain_prompt(pipe, "a cat", 1, generator=seeded(), **SIZE)
+    return [*found, *maps.values(), *(view for shares in told.views.values() for view in shares)]
+
+
+@run
+def kernels(at: Place) -> list[Tensor]:
+    """Those that a CPU has too."""
+    found, pipe = [], at.put(at.pipe())
+    for name in ("sdpa", "chunked", "matmul"):
+        with attention_kernel(name):
+            found += draw(pipe, num_inference_steps=1)
+    return found
+
+
+@run
+def bfloat16(at: Place) -> list[Tensor]:
+    """Latents by one kernel: choices for a CPU in bfloat16, of which the VAE makes more, are its alone."""
+    with attention_kernel("sdpa"):
+        return draw(at.put(at.pipe().to(torch.bfloat16)), output_type="latent")
