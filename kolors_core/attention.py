@@ -55,10 +55,10 @@ def log_multiplicity_bias(counts: Tensor, dtype: torch.dtype) -> Tensor:
 def select_kernel(q: Tensor, k: Tensor, device_type: str | None = None) -> str:
     """Select a kernel by name for these inputs on a type of device, their own if None.
 
-    MPS: chunks of queries if there are many scores.
-    CPU in bfloat16 without gradients: matrix products and a softmax where they are faster, by 1.6 on short
-    rows and 1.7 on the VAE's wide head (benchmarks/NOTES.md). Otherwise: torch's choice, which on
-    Hopper GPUs is cuDNN if its release is a good one; "cudnn_first" forces that order, for 12 us a call.
+    MPS: chunks of queries if there are many scores. CPU in bfloat16 without gradients: matrix products and a
+    softmax where they are faster, by 1.6 on short rows and 1.7 on the VAE's wide head (benchmarks/NOTES.md).
+    Otherwise: torch's choice. On Hopper GPUs torch 2.13 prefers cuDNN, earlier ones flash; whether the forced
+    "cudnn_first" is faster there is not measured yet: `python -m benchmarks.speed.gpu OUT --only attention`.
     """
     device = q.device.type if device_type is None else device_type
     (batch, heads, queries, width), keys = q.shape, k.shape[2]

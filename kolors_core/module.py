@@ -98,11 +98,11 @@ def sample_weights(tensors: Mapping[str, Tensor], whole: Sequence[Tensor] = ()) 
     """
     ordered = sorted(tensors.items())
     samples = [t.detach().flatten()[:: max(1, t.numel() // SAMPLES)] for _, t in ordered]
-    values = [
-        v.double().numpy().tobytes() for v in _to_cpu([*samples, *(t.detach().flatten() for t in whole)])
-    ]
+    on_cpu = _to_cpu([*samples, *(t.detach().flatten() for t in whole)])
+    values = [v.double().numpy().tobytes() for v in on_cpu]  # after the copy: MPS has no float64
     names = [f"{name} {list(tensor.shape)} ".encode() for name, tensor in ordered]
-    return b"".join([*chain.from_iterable(zip(names, values, strict=False)), *values[len(names) :]])
+    named = chain.from_iterable(zip(names, values[: len(names)], strict=True))
+    return b"".join([*named, *values[len(names) :]])
 
 
 def _to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -20,7 +20,8 @@ from kolors_core.performance.offload import TransferStream
 from kolors_core.pipelines import inpainting, text_prompts
 from kolors_core.sampling import euler
 from kolors_core.schedulers import SCHEDULERS
-from tests.support.device_runs import RESIDENT, RUNS, SIZE, Models, Place, lora_state, seeded
+from tests.support.device_places import SIZE, Models, Place, seeded
+from tests.support.device_runs import RESIDENT, RUNS, lora_state
 from tests.support.simulated_device import Device, any_device, simulates
 from tests.support.simulated_streams import Copy
 from tests.support.small import relative_error
@@ -40,12 +41,12 @@ def models(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> M
 
 
 def assert_same(got: list[Tensor], expected: list[Tensor], is_exact: bool, what: str) -> None:
-    """Bit for bit, or within what kernels of two devices differ by."""
+    """Bit for bit, or within what kernels of two devices differ by: a level of 8-bit images is 4e-3."""
     assert len(got) == len(expected) > 0
     for i, (one, other) in enumerate(zip(got, expected, strict=True)):
         assert torch.isfinite(one).all(), f"{what}: tensor {i} of {len(got)}"
         error = relative_error(one.detach().cpu().double(), other.detach().cpu().double())
-        assert error <= (0 if is_exact else 2e-3), f"{what}: tensor {i} of {len(got)} differs by {error:.1e}"
+        assert error <= (0 if is_exact else 5e-3), f"{what}: tensor {i} of {len(got)} differs by {error:.1e}"
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -124,15 +125,12 @@ def test_weights_used_before_they_have_come_are_caught(
 
 @simulates
 def test_training_is_the_same_on_a_device() -> None:
-    """Three steps of a LoRA, checkpointed blocks, averages and saving; and one with a tensor left behind.
-
-    The loss to the bit; torch's backward pass and optimizer compute in another order on devices.
-    """
+    """Three steps of a LoRA, checkpointed blocks, averages and saving; and one with a tensor left behind."""
     command = [sys.executable, "-m", "tests.support.train_on_device"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     loss, gradients, weights, fault = run.stdout.splitlines()
-    assert float(loss) == 0 and float(gradients) < 1e-5 and float(weights) < 1e-4
+    assert float(loss) == float(gradients) == float(weights) == 0
     assert fault.startswith("Expected all tensors to be on the same device")
 
 

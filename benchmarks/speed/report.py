@@ -20,6 +20,7 @@ ORDER = (
     "encode_bfloat16", "encode_float32", "unet_step", "tiny", "load", "load_memory", "load_bfloat16",
     "load_memory_bfloat16", "alignment_load", "alignment_step", "start", "gpu_eager", "gpu_compiled",
     "gpu_seconds", "gpu_memory_resident", "gpu_memory_staged", "gpu_memory_smallest", "gpu_batch",
+    "gpu_attention",
 )  # fmt: skip
 MET, MISSED = "#4c9f70", "#c8553d"
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes, of a tensor in its chunk: as of torch's own on a CPU
-LARGEST_CHUNK = (
-    2**28
-)  # bytes, but of one with a larger tensor: while it is filled, its tensors are there twice
+# Bytes, unless a tensor is larger. A chunk's tensors are in memory twice while it is filled or emptied.
+LARGEST_CHUNK = 2**28
 
 
 def place(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -49,13 +48,21 @@ def pin(tensors: Sequence[Tensor]) -> None:
 
 
 def unpin(tensors: Sequence[Tensor]) -> None:
-    """Move the data of tensors from page-locked to ordinary memory, and give the freed chunks back."""
+    """Move the data of tensors from page-locked to ordinary memory, and free it chunk by chunk."""
+    by_chunk: dict[int, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.is_pinned():
+            by_chunk.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    for group in by_chunk.values():
+        for tensor in group:
             tensor.data = tensor.data.clone()
-    # Public in newer releases of torch alone.
-    free: Any = getattr(torch.accelerator, "empty_host_cache", None) or getattr(
-        torch._C, "_host_emptyCache", None
-    )
+        _empty_host_cache()
+
+
+def _empty_host_cache() -> None:
+    """Return freed page-locked memory, which torch keeps, to the system."""
+    # The first is in newer releases of torch, the second in older ones.
+    free: Any = getattr(torch.accelerator, "empty_host_cache", None)
+    free = free or getattr(torch._C, "_host_emptyCache", None)
     if free is not None:
         free()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
-from tests.support.device_runs import SIZE, Models, Place, draw, lora_state, noise, seeded
+from tests.support.device_places import SIZE, Models, Place, seeded
+from tests.support.device_runs import draw, lora_state, noise
 from tests.support.simulated_device import Device, any_device
 from tests.support.simulated_streams import Graph
 from tests.support.small import relative_error
@@ -122,18 +123,12 @@ def test_graphs_are_of_the_device_that_a_run_is_on(at: Place, device: Device) ->
     """Chosen on the CPU, moved there, and back: CUDA's recorder on CPU tensors would record nothing."""
     pipe, expected, eager = at.pipe(), draw(at.pipe()), draw(at.put(at.pipe()))
     pipe.compile("reduce-overhead")
-    for model in (
-        pipe.text_encoder,
-        pipe.unet,
-        pipe.vae,
-    ):  # blocks as they are: compiled code is no matter here
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
         for module in model.modules():
-            module._compiled_call_impl = None
+            module._compiled_call_impl = None  # the blocks as they are: compiled code does not matter here
     pipe.to(device.name)
     resident = draw(pipe)
-    assert len(pipe._wrap_step.captured) == 1, (
-        "recorded, though the pipeline was on the CPU when it was asked"
-    )
+    assert len(pipe._wrap_step.captured) == 1, "compiled on the CPU, recorded on the device"
     assert same(resident, eager, device)
     pipe.to("cpu")
     assert not pipe._wrap_step.captured, "its memory is free again"

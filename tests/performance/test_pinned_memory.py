@@ -10,11 +10,12 @@ from torch import nn
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.config import KOLORS
+from kolors_core.performance import pinned_memory
 from kolors_core.performance.offload import Offload, blocks_of, bytes_of, tensors_of
-from kolors_core.performance.pinned_memory import ALIGNMENT, pin, place
+from kolors_core.performance.pinned_memory import ALIGNMENT, pin, place, unpin
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
-from tests.support.device_runs import Models, Place
+from tests.support.device_places import Models, Place
 from tests.support.simulated_device import Simulation, simulated_cuda, simulates
 from tests.support.simulated_streams import Copy
 
@@ -93,6 +94,25 @@ def test_pinned_tensors_keep_their_values_and_dtypes(simulation: Simulation) -> 
     for tensor, old in zip(tensors, before, strict=True):
         assert torch.equal(tensor, old) and tensor.dtype == old.dtype
         assert tensor.is_pinned() or not tensor.numel()
+
+
+@simulates
+def test_no_more_than_a_chunk_is_in_memory_twice(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed, empty = list[int](), torch.accelerator.empty_host_cache
+
+    def empty_host_cache() -> None:
+        freed.append(simulation.cached_pinned_bytes)
+        empty()
+
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", empty_host_cache)
+    monkeypatch.setattr(pinned_memory, "LARGEST_CHUNK", 4096)
+    tensors = [torch.ones(512) for _ in range(8)]
+    pin(tensors)
+    assert simulation.pinned_bytes == 4 * 4096
+    unpin(tensors)
+    assert freed == [4096] * 4 and simulation.pinned_bytes == 0
 
 
 @simulates

@@ -1,26 +1,24 @@
 """Runs of every task and feature, to be compared between devices: each returns tensors, latents and images.
 
-A run is given a `Place`: where its models are, which have random weights and are copied for it alone.
+A run is given a `Place` (device_places.py), which has models of its own for it.
 """
 
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import kolors_core as kc
-from kolors_core.adapters.clip_vision import CLIPVision
-from kolors_core.adapters.controlnet import ControlNet, ControlNetConfig
 from kolors_core.adapters.lora import supported_layers
 from kolors_core.attention import attention_kernel
-from kolors_core.chatglm import ChatGLM
+from kolors_core.batch.__main__ import main as run_batch
 from kolors_core.guidance import guided
 from kolors_core.inspection.attention_maps import record_attention
 from kolors_core.inspection.features import capture, inject
@@ -29,104 +27,39 @@ from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.performance.vae_tiling import enable_tiling
 from kolors_core.pipelines.quantization_report import quantize
 from kolors_core.precompute import Savings
-from kolors_core.tokenizer import Tokenizer
-from kolors_core.unet import UNet
-from kolors_core.vae import VAE
-from tests.support.face_ids import face_config, write_face
+from tests.support.device_places import SIZE, Models, Place, seeded
 from tests.support.inpainting import mask_of
-from tests.support.ip_adapters import adapter_config, write_adapter
 from tests.support.pipelines import NO_SAVINGS, picture, steps_of
-from tests.support.small import SHALLOW, SMALL_CLIP, randomise
 from weights_convert import TABLES
 
-# Runs that add nothing to others under offload.
+# Runs that need nothing of offload that others do not: the same models, in the same stages.
 RESIDENT = {
-    "text, latents there", "text, timesteps", "text, generators", "text, generator there",
-    "text_without_savings", "image, tensor", "image, latents there", "image, map", "inpaint",
-    "control and inpaint", "PAG, adaptive", "kernels", "rescaled_in_an_interval",
-    "guidance_ends", "freeu", "bfloat16", "outputs",
+    "text, unguided", "text, latents there", "text, timesteps", "text, generators", "text, generator there",
+    "text_without_savings", "image", "image, tensor", "image, latents there", "image, map", "inpaint",
+    "control", "control and image", "control and inpaint", "PAG", "PAG, adaptive", "kernels", "outputs",
+    "rescaled_in_an_interval", "guidance_ends", "freeu", "bfloat16", "callback_tensors", "prompts_on_disk",
+    "quantization_report",
 }  # fmt: skip
-CONFIG = replace(SHALLOW, text_encoder=replace(SHALLOW.text_encoder, layers=2))
-SIZE = {"height": 32, "width": 40}
 START = picture(1, 32, 40)
 HINT = picture(2, 32, 40)
 MASK = mask_of(32, 40)
-Run = Callable[["Place"], list[Tensor]]
+Run = Callable[[Place], list[Tensor]]
 RUNS: dict[str, Run] = {}
-
-
-def seeded(seed: int = 0, device: str = "cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
-
-
-def made(model: Any, seed: int = 0) -> Any:
-    """A model with random weights."""
-    randomise(model, seed)
-    return model.eval()
-
-
-@dataclass
-class Models:
-    """What runs are made of. folder: for files."""
-
-    pipe: kc.KolorsPipeline
-    nine: UNet
-    nets: list[ControlNet]
-    clip: CLIPVision
-    ip_adapter: Path
-    face: Path
-    folder: Path
-
-    @classmethod
-    def make(cls, tokenizer: Path, folder: Path) -> "Models":
-        unet = CONFIG.unet
-        pipe = kc.KolorsPipeline(
-            text_encoder=made(ChatGLM(CONFIG.text_encoder)), unet=made(UNet(unet)),
-            vae=made(VAE(CONFIG.vae)), tokenizer=Tokenizer(tokenizer),
-            scheduler=kc.EulerDiscreteScheduler(),
-        )  # fmt: skip
-        pipe.set_progress_bar_config(disable=True)
-        net = ControlNetConfig(**vars(unet), conditioning_widths=(4, 4, 8, 8))
-        return cls(
-            pipe, made(UNet(replace(unet, in_channels=9))), [made(ControlNet(net), i) for i in (1, 2)],
-            made(CLIPVision(SMALL_CLIP)),
-            write_adapter(folder / "ip" / "ip.safetensors", 0, adapter_config(unet)),
-            write_face(folder / "face" / "face.safetensors", face_config(unet)), folder,
-        )  # fmt: skip
-
-
-@dataclass
-class Place:
-    """Where a run's models are. name: "cpu", a device, or "model" or "block" for offload to `device`."""
-
-    name: str
-    device: str
-    models: Models
-
-    @property
-    def own(self) -> str:
-        """The device that the run's tensors may be on."""
-        return "cpu" if self.name == "cpu" else self.device
-
-    def pipe(self, kind: Any = None, **changes: Any) -> Any:
-        """A pipeline of its own, still on the CPU."""
-        pipe = deepcopy(self.models.pipe)
-        return pipe if kind is None else kind.from_pipe(pipe, **deepcopy(changes))
-
-    def put(self, pipe: Any) -> Any:
-        """Move the pipeline there."""
-        if self.name == "model":
-            pipe.enable_model_cpu_offload(device=self.device)
-        elif self.name == "block":
-            pipe.enable_sequential_cpu_offload(device=self.device)
-        elif self.name != "cpu":
-            pipe.to(self.device)
-        return pipe
 
 
 def draw(pipe: Any, **given: Any) -> list[Tensor]:
     """Latents after each step of two, and the image."""
     return steps_of(pipe, **{"prompt": "a cat", "num_inference_steps": 2} | SIZE | given)
+
+
+def draw_one_step(pipe: Any, **given: Any) -> list[Tensor]:
+    """The same of one step, for all drawings of a run but the first."""
+    return draw(pipe, num_inference_steps=1, **given)
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """Its values, 0 to 255."""
+    return torch.from_numpy(np.array(image)).float()
 
 
 def run(function: Run) -> None:
@@ -197,12 +130,12 @@ def text_without_savings(at: Place) -> list[Tensor]:
 @run
 def embeddings(at: Place) -> list[Tensor]:
     """Encoded there, and on the CPU."""
-    found, names = [], ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt")
+    found, names = list[Tensor](), ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt")
     for encode_first in (False, True):
         pipe = at.pipe()
         pipe = pipe if encode_first else at.put(pipe)
         given = {f"{name}_embeds": e for name, e in zip(names, pipe.encode_prompt("cat"), strict=True)}
-        found += draw(at.put(pipe) if encode_first else pipe, prompt=None, **given)
+        found += draw_one_step(at.put(pipe) if encode_first else pipe, prompt=None, **given)
     return found
 
 
@@ -211,14 +144,14 @@ def outputs(at: Place) -> list[Tensor]:
     pipe = at.put(at.pipe())
     calls = {"prompt": "cat", "num_inference_steps": 1} | SIZE
     images = [pipe(**calls, output_type=kind, generator=seeded()).images for kind in ("latent", "np", "pil")]
-    return [images[0], torch.from_numpy(images[1]), torch.from_numpy(np.array(images[2][0])).float()]
+    return [images[0], torch.from_numpy(images[1]), as_tensor(images[2][0])]
 
 
 @run
 def moved_to_and_fro(at: Place) -> list[Tensor]:
     """A prompt that was encoded elsewhere is found again."""
     pipe = at.pipe()
-    return [*draw(pipe), *draw(at.put(pipe)), *draw(pipe.to("cpu"))]
+    return [*draw_one_step(pipe), *draw(at.put(pipe)), *draw_one_step(pipe.to("cpu"))]
 
 
 @run
@@ -227,7 +160,7 @@ def prompts_on_disk(at: Place) -> list[Tensor]:
     pipe.savings = Savings(prompt_folder=tempfile.mkdtemp(dir=at.models.folder))
     first = draw(at.put(pipe))
     pipe.prompt_cache.clear()
-    return [*first, *draw(pipe)]
+    return [*first, *draw_one_step(pipe)]
 
 
 @run
@@ -275,13 +208,13 @@ def image_prompts(at: Place) -> list[Tensor]:
     found = draw(pipe, ip_adapter_image=picture(3))
     masks = kc.IPAdapterMaskProcessor().preprocess([MASK], height=32, width=40)
     given = {"cross_attention_kwargs": {"ip_adapter_masks": masks}}
-    found += draw(pipe, ip_adapter_image=picture(3), **given)
+    found += draw_one_step(pipe, ip_adapter_image=picture(3), **given)
     embeds = pipe.prepare_ip_adapter_image_embeds(picture(3), None, None, 1, True)
-    found += draw(pipe, ip_adapter_image_embeds=embeds)
+    found += draw_one_step(pipe, ip_adapter_image_embeds=embeds)
     pipe.unload_ip_adapter()
-    found += draw(pipe)
+    found += draw_one_step(pipe)
     load()
-    return [*found, *draw(pipe, ip_adapter_image=picture(3))]
+    return [*found, *draw_one_step(pipe, ip_adapter_image=picture(3))]
 
 
 @run
@@ -315,12 +248,12 @@ def lora(at: Place) -> list[Tensor]:
     pipe.load_lora_weights(state)
     found = draw(at.put(pipe), cross_attention_kwargs={"scale": 0.7})
     pipe.fuse_lora()
-    found += draw(pipe)
+    found += draw_one_step(pipe)
     pipe.unfuse_lora()
     pipe.unload_lora_weights()
-    found += draw(pipe)
+    found += draw_one_step(pipe)
     pipe.load_lora_weights(state)
-    return [*found, *draw(pipe)]
+    return [*found, *draw_one_step(pipe)]
 
 
 @run
@@ -337,19 +270,40 @@ def learned_words(at: Place) -> list[Tensor]:
     pipe.load_textual_inversion({"<one>": vectors})
     found = draw(at.put(pipe), prompt="a <one>")
     pipe.load_textual_inversion({"<two>": vectors + 1})
-    found += draw(pipe, prompt="a <two>")
+    found += draw_one_step(pipe, prompt="a <two>")
     pipe.unload_textual_inversion()
-    return [*found, *draw(pipe)]
+    return [*found, *draw_one_step(pipe)]
 
 
 @run
 def quantized(at: Place) -> list[Tensor]:
-    """In 8 bits there, with a report; in 4 bits before."""
-    pipe = at.put(at.pipe())
-    quantize(pipe, unet=8, text_encoder=8)
-    found, pipe = draw(pipe), at.pipe()
+    """In 8 bits there, in 4 bits before."""
+    pipe = at.pipe()
     quantize_model(pipe.unet, 4)
-    return [*found, *draw(at.put(pipe))]
+    at.put(pipe)
+    quantize_model(pipe.text_encoder, 8)
+    return draw(pipe)
+
+
+@run
+def quantization_report(at: Place) -> list[Tensor]:
+    pipe = at.put(at.pipe())
+    report = quantize(pipe, unet=8)
+    errors = [number for error in (report.noise, report.latents) for number in vars(error).values()]
+    return [torch.tensor(errors), *draw_one_step(pipe)]
+
+
+@run
+def batch(at: Place) -> list[Tensor]:
+    """A file of two prompts by the command, with a saved checkpoint."""
+    folder = Path(tempfile.mkdtemp(dir=at.models.folder))
+    (folder / "prompts.txt").write_text("a cat\na small red cat\n")
+    at.models.pipe.save_pretrained(folder / "model")
+    options = {"weights": folder / "model", "device": at.own, "dtype": "float32", "steps": 2} | SIZE
+    options |= {"offload": at.name} if at.name in ("model", "block") else {}
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    assert run_batch([str(folder / "prompts.txt"), str(folder / "images"), "--quiet", *flags]) == 0
+    return [as_tensor(Image.open(file)) for file in sorted((folder / "images").glob("*.png"))]
 
 
 @run
@@ -379,7 +333,7 @@ def kernels(at: Place) -> list[Tensor]:
     found, pipe = [], at.put(at.pipe())
     for name in ("sdpa", "chunked", "matmul"):
         with attention_kernel(name):
-            found += draw(pipe, num_inference_steps=1)
+            found += draw_one_step(pipe)
     return found
 
 

@@ -42,9 +42,10 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2",
 # Given to the fallback by name, as torch would take them apart: into other arithmetic than the CPU's, or into
 # an allocation and the operation itself. The last two have gradients only as their parts.
 WHOLE = (
-    "copy_", "convolution", "convolution_backward", "native_group_norm", "native_layer_norm", "silu", "gelu",
-    "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "cat", "mm", "addmm", "bmm", "_softmax", "rsqrt",
-    "cos", "sin", "exp", "log", "upsample_nearest2d", "linear", "scaled_dot_product_attention",
+    "copy_", "convolution", "convolution_backward", "native_group_norm", "native_layer_norm", "silu",
+    "silu_backward", "gelu", "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "cat", "mm", "addmm",
+    "bmm", "_softmax", "rsqrt", "cos", "sin", "exp", "log", "upsample_nearest2d", "linear",
+    "scaled_dot_product_attention",
 )  # fmt: skip
 ALLOCATES = {"empty", "empty_strided", "empty_like"}
 
@@ -243,8 +244,7 @@ class Simulation:
 
     def is_pinned(self, tensor: Tensor) -> bool:
         """Stand-in for `Tensor.is_pinned`."""
-        place = tensor.data_ptr()
-        return any(start <= place < start + memory.nbytes for start, memory in list(self.pinned.items()))
+        return tensor.untyped_storage().data_ptr() in self.pinned
 
     @property
     def pinned_bytes(self) -> int:
@@ -301,8 +301,9 @@ def simulated_cuda() -> Iterator[Simulation]:
 
     cuda: dict[str, Any] = {
         "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
-        "current_device": lambda: 0, "get_device_properties": lambda *_: properties,
-        "get_device_capability": lambda *_: (9, 0), "get_device_name": lambda *_: "simulated",
+        "current_device": lambda: 0, "set_device": lambda *_: None,
+        "get_device_properties": lambda *_: properties, "get_device_capability": lambda *_: (9, 0),
+        "get_device_name": lambda *_: "simulated",
         "synchronize": lambda *_: None, "empty_cache": lambda: None, "Stream": Stream,
         "mem_get_info": lambda *_: (2**37, 2**37), "memory_reserved": lambda *_: 0,
         "memory_allocated": lambda *_: 0, "current_stream": lambda *_: Stream.compute,

@@ -52,9 +52,7 @@ class Stream:
         return list(self.pending)
 
     def wait_event(self, event: list["Copy"]) -> None:
-        if (
-            self is Stream.compute
-        ):  # a side stream's wait orders its copies after the computation, which is done
+        if self is Stream.compute:  # a side stream waits for the computation, which is done
             for copy in event:
                 copy.finish()
 
