@@ -81,7 +81,7 @@ def on_the_cpu(module: Any, name: str, argument: int | str) -> Callable[[pytest.
     return plant
 
 
-def sigmas_on_the_device(patch: pytest.MonkeyPatch) -> None:
+def sigmas_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
     """A fault: a sampler that computes with the schedule's table as it is."""
 
     def sampler(denoise: Any, x: Tensor, sigmas: Tensor, on_step: Any = None) -> Tensor:
@@ -97,7 +97,7 @@ FAULTS = {
     "RoPE's angles": ("text, unguided", on_the_cpu(chatglm, "rotary_cos_sin", 0)),
     "a logit bias": ("text of two lengths", on_the_cpu(unet, "log_multiplicity_bias", 0)),
     "a sinusoid": ("text, unguided", on_the_cpu(unet, "sinusoid", 0)),
-    "a table of sigmas": ("text, unguided", sigmas_on_the_device),
+    "a table of sigmas": ("text, unguided", sigmas_on_the_cpu),
     "a control image": ("control", on_the_cpu(ImageEmbedding, "forward", 1)),
     "an image's mask": ("inpaint", on_the_cpu(inpainting, "preserve_masked_latents", "strength")),
 }  # fmt: skip

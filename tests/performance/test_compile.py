@@ -132,8 +132,9 @@ def test_many_variants_are_allowed_by_every_torch(
 
     if not has_argument:
         monkeypatch.setattr(torch, "compile", older)
-    block = Doubled()
-    with torch._dynamo.config.patch(recompile_limit=8):
+    block, config = Doubled(), torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    with config.patch({limit: 8}):
         assert compile_blocks(block, backend="eager") == 1
         for axes in range(1, 11):
             assert block(torch.ones([2] * axes)).sum() == 2 * 2**axes
