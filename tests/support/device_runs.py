@@ -38,7 +38,7 @@ RESIDENT = {
     "text_without_savings", "image", "image, tensor", "image, latents there", "image, map", "inpaint",
     "control", "control and image", "control and inpaint", "PAG", "PAG, adaptive", "kernels", "outputs",
     "rescaled_in_an_interval", "guidance_ends", "freeu", "bfloat16", "callback_tensors", "prompts_on_disk",
-    "quantization_report",
+    "quantization_report", "batch",
 }  # fmt: skip
 START = picture(1, 32, 40)
 HINT = picture(2, 32, 40)
@@ -300,7 +300,6 @@ def batch(at: Place) -> list[Tensor]:
     (folder / "prompts.txt").write_text("a cat\na small red cat\n")
     at.models.pipe.save_pretrained(folder / "model")
     options = {"weights": folder / "model", "device": at.own, "dtype": "float32", "steps": 2} | SIZE
-    options |= {"offload": at.name} if at.name in ("model", "block") else {}
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     assert run_batch([str(folder / "prompts.txt"), str(folder / "images"), "--quiet", *flags]) == 0
     return [as_tensor(Image.open(file)) for file in sorted((folder / "images").glob("*.png"))]
