@@ -282,6 +282,8 @@ def _device_guard(kind: str) -> Any:
 def simulated_cuda() -> Iterator[Simulation]:
     """A simulated "cuda:0" while the block lasts."""
     torch.zeros(1, requires_grad=True).sum().backward()  # starts the threads of the devices that there are
+    with torch.device("meta"):
+        torch.empty(0)  # torch lists what makes tensors at the first such block: its own `empty`, not ours
     libraries = _register("CUDA", WHOLE)
     guards = (ctypes.c_void_p * GUARDS).in_dll(
         ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libc10.so")),
