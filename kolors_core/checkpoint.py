@@ -146,7 +146,7 @@ def load_component(
     """Load one model from a checkpoint folder or hub repository, in public names or ours.
 
     name, hub: as for `resolve`. subfolder: the component's folder; its name if None. device: on "meta" no
-    weights are read. kind: of one not in `MODEL_SPECS`. Errors name file, field or tensor.
+    weights are read. kind: of one not in `MODEL_SPECS`. Errors name the file, field or tensor.
     """
     check_dtype(dtype)
     device, subfolder = loading_device(device), component if subfolder is None else subfolder
@@ -305,7 +305,7 @@ def save_component(
 ) -> None:  # fmt: skip
     """Write a model's config and weights under public names, as the reference reads it, without adapters.
 
-    subfolder: its name if None. max_shard_size: such as "5GB", of a file. ValueError for a quantized model.
+    subfolder: the component if None. max_shard_size: such as "5GB", of a file. ValueError if quantized.
     """
     check_savable(model, component)
     tensors = {TABLES[component].to_public(name): tensor for name, tensor in base_state(model).items()}

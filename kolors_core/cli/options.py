@@ -106,7 +106,7 @@ def quantization_formats(options: argparse.Namespace) -> dict[str, Format]:
 
 @contextmanager
 def progress_of_layers(is_quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Draw a bar for each model that is quantized: a function of its name, the layers done and all."""
+    """Yield a function that draws a bar for each model, called as show(name, layers done, all)."""
     from tqdm.auto import tqdm
 
     bars = dict[str, Any]()

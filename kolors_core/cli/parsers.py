@@ -118,11 +118,8 @@ def add_model(model: argparse._ArgumentGroup) -> None:
     for flag in ("--text-encoder-bits", "--unet-bits"):
         add(flag, choices=FORMATS, type=one_of(FORMATS),
             help="quantize its large layers while they are read; w8a8 also rounds their inputs")  # fmt: skip
-    add(
-        "--report",
-        action="store_true",
-        help="quantize after loading, and measure the error, which takes long",
-    )
+    add("--report", action="store_true",
+        help="quantize after loading, and measure the error, which takes long")  # fmt: skip
     add("--offload", choices=("model", "block"), type=one_of(("model", "block")),
         help="keep only the running model or block (least memory, slowest) on the device")  # fmt: skip
     add("--vae-tiling", action="store_true", help="decode in tiles, with less memory")

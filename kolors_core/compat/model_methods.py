@@ -156,7 +156,7 @@ class ModelMethods(SharedMethods, nn.Module):
         """Write a folder that the reference and `from_pretrained` load, whole or not at all.
 
         It may be a saved model's own, which is replaced in one step. repo_id: where to push to; the folder's
-        name if None. A quantized model is for `from_pretrained` alone. FileExistsError for a folder with
+        name if None. A quantized model is for this library alone. FileExistsError for a folder with
         other files.
         """
         check_safe_serialization(safe_serialization)

@@ -1,11 +1,11 @@
-"""Quantized weights: 8 or 4 bits or float8 with scales, dequantized layer by layer or multiplied as stored.
+"""Quantized layers: weights of 8 or 4 bits or float8 with scales, dequantized or multiplied as stored.
 
 | format | a weight | its product |
 |---|---|---|
 | 8, 4 | integers of 8 or 4 bits | with the dequantized weight, in the model's dtype |
 | "fp8" | float8_e4m3fn | the same |
-| "w8a8" | as 8 | of int8 with inputs that are rounded to int8, each row with its own scale |
-| "w8a8-fp8", "w8a8-fp8-fast" | as "fp8" | of float8 in the same way; "fast": sums of fewer bits on CUDA |
+| "w8a8" | as 8 | int8 by int8: inputs are rounded too, each row with its own scale |
+| "w8a8-fp8", "w8a8-fp8-fast" | as "fp8" | float8 by float8, likewise; fast: sums of fewer bits on CUDA |
 
 All linear layers of ChatGLM are quantized, and of the UNet those in its transformers, 86% of its weights;
 "fp8" also stores the convolutions and linear layers of its residual blocks, 99% in all. The others embed text

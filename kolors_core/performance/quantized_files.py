@@ -24,7 +24,7 @@ from kolors_core import changed_models, checkpoint
 from kolors_core.changed_models import QUANTIZATION
 from kolors_core.checkpoint import MODEL_SPECS, ModelSpec, UnloadedModel
 from kolors_core.devices import check_dtype, loading_device
-from kolors_core.loading import assign_weights
+from kolors_core.loading import Converter, assign_weights
 from kolors_core.module import ReplacedModule
 from kolors_core.performance.quantize import (
     FORMATS,
@@ -57,8 +57,6 @@ class QuantizedOnRead(UnloadedModel):
 
         In memory are the quantized layers so far and a part of the one that is read.
         """
-        if self.source is None:
-            return super().fill(dtype, device)
         layers = {f"{path}.weight": layer for path, layer in _quantized_layers(self.model).items()}
         done = 0
 
@@ -72,9 +70,7 @@ class QuantizedOnRead(UnloadedModel):
                 self.progress(done, len(layers))
             return {f"{name.removesuffix('weight')}{key}": buffer for key, buffer in buffers.items()}
 
-        with checkpoint.gc_disabled():
-            assign_weights(self.model, self.source, self.names, dtype=dtype, device=device, convert=convert)
-        return self.model.eval()
+        return _fill(self, dtype, device, convert)
 
 
 class SavedQuantized(UnloadedModel):
@@ -82,32 +78,40 @@ class SavedQuantized(UnloadedModel):
 
     def fill(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         """Load the tensors and return the model; scales and other floats get the dtype."""
-        if self.source is None:
-            return super().fill(dtype, device)
 
         def convert(name: str, tensor: Tensor) -> Mapping[str, Tensor] | None:
-            is_stored = name.endswith(".quantized")
-            tensor = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
-            return {name: tensor.to(device)} if is_stored else None
+            if not name.endswith(".quantized"):
+                return None
+            is_float8 = tensor.dtype == torch.float8_e4m3fn
+            return {name: (tensor.view(torch.uint8) if is_float8 else tensor).to(device)}
 
-        with checkpoint.gc_disabled():
-            assign_weights(self.model, self.source, self.names, dtype=dtype, device=device, convert=convert)
-        return self.model.eval()
+        return _fill(self, dtype, device, convert)
+
+
+def _fill(
+    part: UnloadedModel, dtype: torch.dtype, device: torch.device | str, convert: Converter
+) -> nn.Module:
+    """Load the weights, of which some are converted, and return the model."""
+    if part.source is None:
+        return UnloadedModel.fill(part, dtype, device)
+    with checkpoint.gc_disabled():
+        assign_weights(part.model, part.source, part.names, dtype=dtype, device=device, convert=convert)
+    return part.model.eval()
 
 
 def quantized_on_read(
     part: UnloadedModel, weight_format: Format, progress: Progress | None = None
 ) -> UnloadedModel:
-    """Return a model that is to be loaded as one that is quantized meanwhile.
+    """Return a model that will be quantized while it is filled; one of quantized files stays as it is.
 
-    One that is quantized in its files stays so. ValueError for that in another format, and as of `quantize`.
+    ValueError for files that are quantized to another format, and as of `quantize`.
     """
     if is_quantized(part.model):
         own = {layer.weight_format for layer in _quantized_layers(part.model).values()}
         if own != {weight_format}:
             found = " and ".join(map(repr, sorted(own, key=str)))
             where = "" if part.source is None else f"{part.source.where}: "
-            raise ValueError(f"{where}is quantized to {found}, and cannot be to {weight_format!r}")
+            raise ValueError(f"{where}quantized to {found} already, and cannot be to {weight_format!r}")
         return part
     quantize(part.model, weight_format)
     return QuantizedOnRead(part.model, part.source, part.names, progress)
@@ -182,7 +186,7 @@ def save_component(
 
 
 def check_savable(model: nn.Module, component: str) -> None:
-    """Raise ValueError for a quantized model that cannot be saved: `quantize` would not make it."""
+    """Raise ValueError for a model with layers quantized as `quantize` would not: it cannot be saved."""
     if is_quantized(model):
         _settings(model, component)
 
@@ -265,10 +269,12 @@ def _check(model: nn.Module, source: Source, component: str) -> dict[str, str]:
         raise ValueError(f"{source.where}: {component}: the tensors do not fit config.json: {faults}")
     for name in present:
         path, _, kind = names[name].rpartition(".")
-        got, is_stored = source.dtype(name), kind == "quantized"
-        expected = (
-            FILE_DTYPES[STORED_AS[layers[path].weight_format]] if is_stored else "floats of 2 bytes or more"
-        )
-        if got != expected if is_stored else not got.is_floating_point or got.itemsize == 1:
+        got = source.dtype(name)
+        if kind == "quantized":
+            expected = FILE_DTYPES[STORED_AS[layers[path].weight_format]]
+            is_right = got == expected
+        else:
+            expected, is_right = "floats of 2 bytes or more", got.is_floating_point and got.itemsize > 1
+        if not is_right:
             raise ValueError(f"{source.where}: {name} holds {got}, expected {expected}")
     return names

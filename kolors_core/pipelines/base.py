@@ -51,6 +51,10 @@ class Components:
     tokenizer_class: ClassVar[type[Tokenizer]] = Tokenizer
     accepts_mask_channels: ClassVar[bool] = False  # whether the UNet may read a mask and masked latents too
     _wrap_step: WrapStep | None = None  # of the denoising loop: captures a step as a CUDA graph
+    # How models and files become each other; with performance/, quantized ones too.
+    _open_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.open_component)
+    _save_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.save_component)
+    _check_savable: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.check_savable)
 
     def __init__(
         self, vae: VAE | None, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet | None,
@@ -108,10 +112,10 @@ class Components:
         None, and the VAE is never float16. variant: such as "fp16"; None takes the only one there is. device:
         the device that tensors are read to; "meta" fetches and reads no weights and no tokenizer, for a
         pipeline whose memory is planned (memory_plan.py). The files of a component that is passed in, or is
-        None, are not fetched. force_download: fetch again what the cache has. quantization: such as
-        {"text_encoder": 8, "unet": "fp8"}, formats of performance/quantize.py; layer by layer while they are
-        read, and called after each, progress(component, done, all). Raises FileNotFoundError or ValueError
-        naming the file, field or tensor.
+        None, are not fetched. force_download: fetch again what the cache has. quantization: the formats of
+        performance/quantize.py in which models are quantized while they are read, such as
+        {"text_encoder": 8, "unet": "fp8"}. progress: called as progress(component, layers done, all) after
+        each quantized layer. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         asked = devices.merge_dtype_arguments(torch_dtype, dtype)
         parts: dict[str, Any] = {
@@ -174,10 +178,10 @@ class Components:
     ) -> None:  # fmt: skip
         """Write a folder that the reference and `from_pretrained` load, whole or not at all.
 
-        Quantized models are for `from_pretrained` alone. Of adapters only a fused LoRA is saved, in the
-        weights. max_shard_size: such as "5GB", of each file of weights; one file for each model if None. A
-        folder of a saved pipeline and nothing else is replaced. Raises FileExistsError for another folder,
-        ValueError if a model is missing.
+        Quantized models are for this library alone. Of adapters only a fused LoRA is saved, in the weights.
+        max_shard_size: such as "5GB", of each file of weights; one file for each model if None. A folder of a
+        saved pipeline and nothing else is replaced. Raises FileExistsError for another folder, ValueError if
+        a model is missing.
         """
         check_safe_serialization(safe_serialization)
         folder, needed = as_path("save_directory", save_directory), ("tokenizer", *MODEL_SPECS, "scheduler")
@@ -216,10 +220,6 @@ class Components:
                 for model in models
             )
         return self
-
-    _open_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.open_component)
-    _save_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.save_component)
-    _check_savable: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.check_savable)
 
     @classmethod
     def _quantized_on_read(

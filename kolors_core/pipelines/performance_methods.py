@@ -38,6 +38,8 @@ class PerformanceMethods(Components):
     def _quantized_on_read(
         cls, parts: Mapping[str, Any], formats: Mapping[str, Any], progress: Callable[..., object] | None
     ) -> dict[str, Any]:
+        if not isinstance(formats, Mapping):
+            raise TypeError(f"quantization must be a mapping such as {{'unet': 8}}, got {formats!r}")
         if strangers := sorted(formats.keys() - {*QUANTIZABLE}):
             raise ValueError(f"quantization names {strangers[0]!r}; expected {' or '.join(QUANTIZABLE)}")
         if given := [name for name in formats if not isinstance(parts[name], UnloadedModel)]:

@@ -1,6 +1,7 @@
 """Quantized while read, saved and loaded: the same bits, little memory, and no file taken for another."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from kolors_core.performance.quantize import (
 from kolors_core.performance.quantized_files import load_component, save_component
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.pipelines.text_to_image import KolorsPipeline as PlainPipeline
+from kolors_core.unet import UNet
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 SIZE: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
@@ -198,10 +200,31 @@ def test_what_does_not_fit_is_refused_by_name(saved: Path) -> None:
     with pytest.raises(ValueError, match=f"1 missing: {scale}"):
         load_component(saved, "unet")
     save_file(tensors, weights)
-    with pytest.raises(ValueError, match="is quantized to 8, and cannot be to 4"):
+    with pytest.raises(ValueError, match=f"{UNET_FILE}: quantized to 8 already, and cannot be to 4"):
         load_component(saved, "unet", 4)
     with pytest.raises(ValueError, match="its weights are quantized: load it by KolorsPipeline.from_pre"):
         checkpoint.load_component(saved, "unet")
+    with pytest.raises(ValueError, match="_scale"):
+        checkpoint.load_modified(saved, "unet", UNet, {})
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=f"{UNET_FILE}: "):
+        load_component(saved, "unet")
+    weights.write_bytes(whole)
+
+
+def test_a_saved_pipeline_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    """Also by the one that was loaded from it, whose weights are mapped from its files."""
+    PlainPipeline.from_pretrained(quantization={"unet": 8}).save_pretrained(tmp_path)
+    pipe = PlainPipeline.from_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    pipe.save_pretrained(tmp_path)
+    again = PlainPipeline.from_pretrained(tmp_path).unet
+    assert same(pipe.unet, again) and all(torch.equal(before[n], t) for n, t in again.state_dict().items())
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=re.escape(str(tmp_path))):
+        pipe.save_pretrained(tmp_path)
+    assert same(PlainPipeline.from_pretrained(tmp_path).unet, pipe.unet)
 
 
 def test_the_reference_refuses_it_too(saved: Path) -> None:
@@ -217,6 +240,8 @@ def test_quantization_names_models_that_are_read() -> None:
         KolorsPipeline.from_pretrained(unet=unet, quantization={"unet": 8})
     with pytest.raises(ValueError, match="quantization names 'vae'; expected text_encoder or unet"):
         KolorsPipeline.from_pretrained(quantization={"vae": 8})
+    with pytest.raises(TypeError, match="quantization must be a mapping such as {'unet': 8}, got 'fp8'"):
+        KolorsPipeline.from_pretrained(quantization="fp8")  # type: ignore[arg-type]
     seen = list[tuple[str, int, int]]()
     pipe = KolorsPipeline.from_pretrained(quantization={"unet": 8}, progress=lambda *now: seen.append(now))
     assert is_quantized(pipe.unet) and seen[-1] == ("unet", len(seen), len(seen))
@@ -235,5 +260,8 @@ def test_the_command_line_measures_only_on_request(
     assert [facts[0]["bits"], facts[1]["bits"]] == ['{"unet": "fp8"}'] * 2
     assert "quantized" not in facts[0] and facts[1]["quantized"].startswith("unet fp8, 29.6 -> ")
     assert facts[0]["fingerprint"] == facts[1]["fingerprint"]
+    with pytest.raises(SystemExit):
+        main(["cat", *small, "--unet-bits", "fp9"])
+    assert "fp9" in capsys.readouterr().err
     assert main(["cat", "-o", str(tmp_path / "no.png"), "-q", "--report", *small]) == 2
     assert "--report has no effect without --unet-bits" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The report of quantizing, and the choice of each layer's format by its own error."""
+"""Each layer's format, chosen by its own error while a pipeline is quantized."""
 
 import copy
 import re
