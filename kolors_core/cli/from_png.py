@@ -153,9 +153,7 @@ class _Arguments:
             if str(bits) in FORMATS:
                 self._add(f"{component.replace('_', '-')}-bits", bits)
             else:  # chosen for each layer
-                self.unknown.append(
-                    f"the {component} was quantized, {bits}: its saved folder alone is the same"
-                )
+                self.unknown.append(f"the {component}'s layers were quantized to several formats")
         self.flags += ["--vae-tiling"] if "vae_tiling" in facts else []
         dtype = facts["dtype"]
         if dtype.startswith("{"):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from kolors_core.chatglm import ChatGLMLayer
 from kolors_core.module import apply_to_all, require_plain
 from kolors_core.unet import DownBlock, MidBlock, Transformer, UpBlock
+from kolors_core.validation import check_int
 
 Format = int | str  # of `FORMATS`
 Progress = Callable[[int, int], object]  # of layers done, and of all
@@ -82,6 +83,10 @@ class QuantizedLayer(nn.Module):
 
         A few rows at a time are converted and quantized: on a CPU in an eighth of the time of all at once.
         """
+        if torch.device(device).type == "meta":  # by the shapes of one row, without importing decompositions
+            row = self._encode_rows(torch.zeros(1, *weight.shape[1:], dtype=dtype)).items()
+            shapes = {name: (len(weight), *part.shape[1:]) for name, part in row}
+            return {name: part.new_empty(shapes[name], device="meta") for name, part in row}
         chunk = CHUNK if torch.device(device).type == "cpu" else ACCELERATOR_CHUNK
         rows = max(1, chunk // weight[0].numel())
         parts = [self._encode_rows(part.to(device, dtype)) for part in weight.split(rows)]
@@ -192,12 +197,13 @@ def quantize(
 
     This goes layer by layer, never with two whole models in memory, and cannot be undone. A model on the meta
     device gets the shapes, for a quantized state dict to be assigned to. weight_format: of `FORMATS`. group:
-    with 4 bits, how many weights share a scale; `PER_ROW` for all of a row. exceptions: other formats of
-    some layers, by their paths; None leaves one as it is. progress: called after each layer with the number
-    done and of all.
+    with 4 bits, how many weights share a scale, an even number; `PER_ROW` for all of a row. exceptions: other
+    formats of some layers, by their paths; None leaves one as it is. progress: called after each layer with
+    the number done and of all.
     ValueError, before any change, as of `quantizable_layers`, and for a path that is none of these. Once it
     has begun, an interrupt is raised when all layers are quantized: what is left of the weights is theirs.
     """
+    group = check_int("group", group, 2, PER_ROW)
     formats = formats_of_layers(model, weight_format, exceptions or {})
     done = 0
 

@@ -224,9 +224,7 @@ def _quantize_as(model: nn.Module, component: str, settings: Any, where: str) ->
     if odd := sorted(settings.keys() ^ {"quant_method", "format", "group", "exceptions"}):
         fault = "unknown" if odd[0] in settings else "missing"
         raise ValueError(f"{where}: the field {odd[0][:100]!r} is {fault}")
-    group, listed = settings["group"], settings["exceptions"]
-    if type(group) is not int or group < 0:
-        raise ValueError(f"{where}: group is {repr(group)[:100]}, expected 0 or a number of weights")
+    listed = settings["exceptions"]
     is_lists = isinstance(listed, dict) and all(isinstance(paths, list) for paths in listed.values())
     if not is_lists or not {*listed} <= {WHOLE, *FORMAT_OF}:
         known = ", ".join((WHOLE, *FORMAT_OF))
@@ -234,7 +232,7 @@ def _quantize_as(model: nn.Module, component: str, settings: Any, where: str) ->
     to_ours = partial(_own_path, component)
     exceptions = {to_ours(str(path)): FORMAT_OF.get(key) for key, paths in listed.items() for path in paths}
     try:
-        quantize(model, settings["format"], group, exceptions=exceptions)
+        quantize(model, settings["format"], settings["group"], exceptions=exceptions)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
 

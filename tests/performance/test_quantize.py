@@ -251,6 +251,8 @@ def test_what_cannot_be_quantised_is_refused_and_untouched() -> None:
     for bits in (0, 2, 16, True, "8", "int8", None):
         with pytest.raises(ValueError, match="a weight's format is 4, 8, 'fp8', .* or 'w8a8-fp8-fast', got"):
             quantize(unet, bits)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="group must be a multiple of 2 from 0 to"):
+        quantize(unet, 4, group=3)
     adapter = attach(unet, rank=2, targets=("to_v",))
     with pytest.raises(
         ValueError, match="to_v is a LoRALinear, expected a plain nn.Linear: LoRAs are attached"

@@ -179,11 +179,12 @@ def test_what_does_not_fit_is_refused_by_name(saved: Path) -> None:
     cases: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
         (settings | {"quant_method": "gguf"}, {}, "quant_method is 'gguf', only 'kolors_core' is read here"),
         (settings | {"bits": 8}, {}, "the field 'bits' is unknown"),
-        (settings | {"group": "64"}, {}, "group is '64', expected 0 or a number of weights"),
+        (settings | {"group": "64"}, {}, "quantization_config: group must be a multiple of 2"),
         (settings | {"format": "int3"}, {}, "a weight's format is 4, 8, .* got 'int3'"),
         (settings | {"format": 4}, {}, "do not fit config.json: .*_lowest"),
         (settings | {"format": "fp8"}, {}, "do not fit config.json: .*weight_scale"),
         (settings | {"exceptions": {"none": ["conv_in"]}}, {}, "'conv_in' is no layer"),
+        (settings | {"exceptions": {"4": ["nothing"]}}, {}, "'nothing' is no layer"),
         (settings | {"exceptions": {"int3": []}}, {}, "exceptions must be lists of layers by none, 4, 8"),
         (settings, {name: tensors[name].float()}, f"{name} holds torch.float32, expected torch.int8"),
         (settings, {scale: tensors[scale].int()}, f"{scale} holds torch.int32, expected floats of 2 bytes"),
