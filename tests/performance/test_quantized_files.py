@@ -205,11 +205,11 @@ def test_what_does_not_fit_is_refused_by_name(saved: Path) -> None:
         load_component(saved, "unet", 4)
     with pytest.raises(ValueError, match="its weights are quantized: load it by KolorsPipeline.from_pre"):
         checkpoint.load_component(saved, "unet")
-    with pytest.raises(ValueError, match="_scale"):
+    with pytest.raises(ValueError, match="quantization_config is .* expected no such field"):
         checkpoint.load_modified(saved, "unet", UNet, {})
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match=f"{UNET_FILE}: "):
+    with pytest.raises(ValueError, match=f"{UNET_FILE}: not a whole safetensors file"):
         load_component(saved, "unet")
     weights.write_bytes(whole)
 
