@@ -22,6 +22,7 @@ from kolors_core.batch import __main__ as batch
 from kolors_core.checkpoint import EMBEDDED
 from kolors_core.cli import parsers
 from kolors_core.cli.train_lora import parser as train_lora_parser
+from kolors_core.performance.quantize import is_quantized
 from tests.support.images import noise_image
 from tests.support.processes import COMMAND, run_program
 
@@ -49,7 +50,7 @@ RUN = {
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
-    "kolors_core/performance/README.md": ["quantize(pipe", "plan(pipe"],
+    "kolors_core/performance/README.md": ["quantize(pipe", "quantization={", "plan(pipe"],
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
 }
@@ -180,6 +181,13 @@ def test_the_example_of_less_memory_runs(capsys: pytest.CaptureFixture[str]) -> 
     page = "kolors_core/performance/README.md"
     run(block_with("quantize(pipe", page), page)
     assert "text_encoder int8" in capsys.readouterr().out
+
+
+def test_the_example_of_quantized_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = "kolors_core/performance/README.md"
+    pipe = run(block_with("quantization={", page), page)["pipe"]
+    assert pipe.name_or_path == "kolors-small" and is_quantized(pipe.unet)
 
 
 def test_the_example_of_a_plan_runs(capsys: pytest.CaptureFixture[str]) -> None:

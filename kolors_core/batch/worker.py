@@ -52,7 +52,7 @@ class Worker:
         if options.quiet:
             logger.setLevel(logging.ERROR)
         model = {name: getattr(options, name) for name in ("weights", "variant", "revision", "sampler")}
-        model |= {"dtype": str(cli.select_dtype(options, device)), "bits": cli.quantization_bits(options)}
+        model |= {"dtype": str(cli.select_dtype(options, device)), "bits": cli.quantization_formats(options)}
         model |= cli.component_files(options)
         if (keywords := cli.guidance_kwargs(options)) and options.split_guidance:
             raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
@@ -211,7 +211,7 @@ class Worker:
         """The pipeline, loaded when the first job needs it."""
         pipe = cli.load_pipeline(self.options, self.device)
         pipe.set_progress_bar_config(disable=True)
-        self.metadata = cli.apply_quantization(pipe, self.options)
+        self.metadata = cli.measure_quantization(pipe, self.options)
         cli.apply_guidance(pipe, self.options)
         if self.pair is not None:
             pipe.guided = self.pair.guided

@@ -22,7 +22,6 @@ from kolors_core.cli.parsers import OUT_SUFFIXES, draw_parser
 from kolors_core.cli.samplers import SCHEDULES, default_steps, with_schedule
 from kolors_core.devices import named_device, planned_device
 from kolors_core.image import load_image
-from kolors_core.performance.quantize import quantize
 from kolors_core.pipelines.controlnet import KolorsControlNetPipeline
 from kolors_core.pipelines.embedded import concepts, grammar
 from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
@@ -106,7 +105,7 @@ def _generate(options: argparse.Namespace) -> tuple[list[Path], Sequence[Any]]:
     if outs[0] != STANDARD_OUTPUT:
         cli.make_writable(outs[0])
     pipe = cli.load_pipeline(options, device, _pipeline_class(options))
-    quantized = cli.apply_quantization(pipe, options)
+    quantized = cli.measure_quantization(pipe, options)
     _load_adapters(pipe, options)
     from_png.prepare(pipe, facts)
     if "scheduler" in facts and options.schedule is not None:
@@ -164,8 +163,6 @@ def _print_plan(options: argparse.Namespace) -> None:
     _validate(options)
     device = planned_device(options.device)
     pipe = cli.load_pipeline(options, device, _pipeline_class(options), is_planned=True)
-    for name, bits in cli.quantization_bits(options).items():
-        quantize(getattr(pipe, name), bits)
     _load_adapters(pipe, options)
     plan(
         pipe, options.height, options.width, num_images_per_prompt=options.images,

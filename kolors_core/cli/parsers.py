@@ -13,7 +13,7 @@ from kolors_core.validation import did_you_mean
 
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = ("float32", "float16", "bfloat16")
-BITS = (4, 8)
+FORMATS = ("4", "8", "fp8", "w8a8", "w8a8-fp8", "w8a8-fp8-fast")
 SAMPLERS = (
     "euler", "euler-karras", "dpmpp-2m", "dpmpp-2m-karras", "dpmpp-2m-sde", "dpmpp-2m-sde-karras", "dpmpp-3m",
     "dpmpp-3m-sde", "dpmpp-2s", "dpmpp-sde", "unipc", "deis", "heun", "dpm2", "dpm2-ancestral",
@@ -116,8 +116,10 @@ def add_model(model: argparse._ArgumentGroup) -> None:
     add("--device", help="cuda, mps, cpu, cuda:1, ... (default: the best there is)")
     add("--dtype", choices=DTYPES, type=one_of(DTYPES), help="precision (default: float16, on a CPU float32)")
     for flag in ("--text-encoder-bits", "--unet-bits"):
-        add(flag, type=integer, choices=BITS,
-            help="quantize its linear layers to so many bits; reports the error")  # fmt: skip
+        add(flag, choices=FORMATS, type=one_of(FORMATS),
+            help="quantize its large layers while they are read; w8a8 also rounds their inputs")  # fmt: skip
+    add("--report", action="store_true",
+        help="quantize after loading, and measure the error, which takes long")  # fmt: skip
     add("--offload", choices=("model", "block"), type=one_of(("model", "block")),
         help="keep only the running model or block (least memory, slowest) on the device")  # fmt: skip
     add("--vae-tiling", action="store_true", help="decode in tiles, with less memory")

@@ -3,13 +3,17 @@
 Source: the methods of these names in diffusers' pipelines/pipeline_utils.py.
 """
 
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import torch
 
 from kolors_core.chatglm import TextEmbedding
+from kolors_core.checkpoint import UnloadedModel
 from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.module import WrapStep
+from kolors_core.performance import quantized_files
 from kolors_core.performance.available_memory import available_memory
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
@@ -21,12 +25,31 @@ from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import UNetEncoder
 
 Device = torch.device | str | None
+QUANTIZABLE = ("text_encoder", "unet")
 
 
 class PerformanceMethods(Components):
-    """A pipeline that can offload and compile its models, run its VAE in tiles, and cache prompts."""
+    """A pipeline that can offload, compile, quantize and tile its models, and cache prompts."""
 
+    _open_component: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.open_component)
+    _save_component: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.save_component)
+    _check_savable: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.check_savable)
     _wrap_step: CUDAGraphCache | None = None
+
+    @classmethod
+    def _quantized_on_read(
+        cls, parts: Mapping[str, Any], formats: Mapping[str, Any], progress: Callable[..., object] | None
+    ) -> dict[str, Any]:
+        if not isinstance(formats, Mapping):
+            raise TypeError(f"quantization must be a mapping such as {{'unet': 8}}, got {formats!r}")
+        if strangers := sorted(formats.keys() - {*QUANTIZABLE}):
+            raise ValueError(f"quantization names {strangers[0]!r}; expected {' or '.join(QUANTIZABLE)}")
+        if given := [name for name in formats if not isinstance(parts[name], UnloadedModel)]:
+            raise ValueError(f"quantization has no effect on the {given[0]}: it is not read from files")
+        return {
+            name: quantized_files.quantized_on_read(parts[name], one, progress and partial(progress, name))
+            for name, one in formats.items()
+        }
 
     def _init_state(self) -> None:
         super()._init_state()

@@ -210,6 +210,7 @@ def _dtype(model: torch.nn.Module) -> str:
     return "unknown" if tensor is None else str(tensor.dtype).removeprefix("torch.")
 
 
-def _bits(model: torch.nn.Module) -> int | None:
-    found = (getattr(layer, "bits", None) for layer in model.modules())
-    return next((bits for bits in found if isinstance(bits, int)), None)
+def _bits(model: torch.nn.Module) -> int | str | None:
+    """Return the format of a quantized model's layers, or "mixed", of performance/quantize.py."""
+    found = {getattr(layer, "weight_format", None) for layer in model.modules()} - {None}
+    return found.pop() if len(found) == 1 else "mixed" if found else None
