@@ -90,13 +90,16 @@ def predict_uncached(unet: UNet, conditioning: Conditioning, repeats: int) -> Pr
 def predict_precomputed(
     unet: UNet, schedule: Schedule, conditioning: Conditioning, repeats: int, wrap_step: WrapStep | None
 ) -> PredictNoise:
-    """Return a function that runs the UNet on inputs computed once a run, see `PrecomputedInputs`."""
+    """Return a function that runs the UNet on inputs computed once a run, see `PrecomputedInputs`.
+
+    wrap_step: gets the step as a function of all keys and values, latents [b, ...], `shifts` and residuals.
+    """
     inputs = PrecomputedInputs(unet, schedule, conditioning)
 
     def step(keys_values: Any, latents: Tensor, shifts: Tensor, *residuals: Tensor) -> Tensor:
         return unet.forward_precomputed(latents, inputs.split(shifts), keys_values, repeats, residuals)
 
     run = partial(step, inputs.keys_values)
-    if wrap_step is not None and all(image.masks is None for image in conditioning.image_prompts):
+    if wrap_step is not None:
         run = wrap_step(step, inputs.keys_values, [unet], (repeats, conditioning.perturbed))
     return lambda latents, timestep, residuals: run(latents, inputs.shifts(timestep), *residuals)

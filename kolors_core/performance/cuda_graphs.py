@@ -7,6 +7,7 @@ Source: https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kolors_core.attention import forced_kernel
+from kolors_core.context import ResizedMasks
 from kolors_core.module import state_of
 
 Replay = Callable[[], object]
@@ -59,8 +61,11 @@ class CUDAGraphCache:
     ) -> Callable[..., Any]:
         """Return `step(constant, *changing)` of one run as a function of `changing`; see `module.WrapStep`.
 
-        A recorded step would call no hook: where one of the nets' modules has any, the step itself runs.
+        A recorded step would call no hook: where one of the nets' modules has any, the step itself runs; as
+        where image prompts have masks, which are resized while a step runs.
         """
+        if any(isinstance(leaf, ResizedMasks) for leaf in tree_leaves(constant)):
+            return partial(step, constant)
         run, key = object(), (key, forced_kernel(), *map(state_of, nets))
         hooks = [h for net in nets for m in net.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
 
