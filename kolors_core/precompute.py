@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kolors_core.conditioning import Conditioning
 from kolors_core.module import WrapStep
@@ -66,7 +66,7 @@ class PrecomputedInputs:
         return list(torch.cat([shift.added for shift in shifts], dim=-1))  # n of [B, sum of the blocks' C]
 
 
-def has_default_forward(net: UNetEncoder, kind: type[UNetEncoder]) -> bool:
+def has_default_forward(net: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether calling parts of `kind.forward` equals calling the net: not overridden, and no hooks."""
     is_overridden = type(net).forward is not kind.forward or "forward" in vars(net)
     return not (is_overridden or net._compiled_call_impl or net._forward_hooks or net._forward_pre_hooks)

@@ -13,11 +13,11 @@ Shapes: B images, R rows of the UNet, with guidance 2B, C channels, H height, W 
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import islice
-from typing import Any, NamedTuple, cast
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,15 @@ from torch import Tensor, nn
 from kolors_core.conditioning import Conditioning
 from kolors_core.context import KnownOutput
 from kolors_core.guidance import GuidanceRule, Interval, check_interval, guided, interval_sigmas
-from kolors_core.module import WrapStep, settings
+from kolors_core.module import WrapStep
+from kolors_core.performance.model_version import ModelVersion
 from kolors_core.precompute import has_default_forward
 from kolors_core.sampling import Denoiser
 from kolors_core.schedule import Schedule
 from kolors_core.unet import Contexts, DownBlock, ResBlock, Times, TimeShift, TransformerBlock, UNet, UpBlock
 from kolors_core.validation import check_float, check_int
 
+Mode = Literal["compute", "record", "known"]  # of cross-attentions, see `CachedRun.mode`
 Result = tuple[Any, list[Tensor]]  # of a part of the UNet, and outputs of its cross-attentions if recorded
 Units = list[tuple[Any, int | None]]  # (level, number of a ResBlock in it, None for its downsampling)
 
@@ -125,7 +127,7 @@ class StepCache:
         ) -> Denoiser:  # fmt: skip
             check_unet(unet, precompute)
             images, has_negative = len(positive.text_tokens), negative is not None and scale > 1
-            run = CachedRun(self, schedule, images, has_negative, wrap_step)
+            run = CachedRun(self, unet, schedule, images, has_negative, wrap_step)
             saved: dict[str, Any] = {"precompute": precompute, "wrap_step": run.wrap_step}
             inside = outside = rule(unet, schedule, positive, negative, scale, **saved, **options)
             run.check_rule(rule)
@@ -148,19 +150,22 @@ def check_unet(unet: Any, precompute: bool = True) -> None:
     """Raise ValueError for a UNet whose parts cannot be run one by one, naming the part."""
     if not precompute:
         raise ValueError("a step cache needs Savings.precompute")
-    if not isinstance(unet, UNet) or not has_default_forward(unet, UNet):
+    own = ("encode", "forward_precomputed")  # besides forward, what `UNetParts` does in their place
+    is_plain = isinstance(unet, UNet) and has_default_forward(unet, UNet)
+    if not is_plain or any(getattr(type(unet), name) is not getattr(UNet, name) for name in own):
         hint = "pipe.compile() compiles blocks"
         raise ValueError(f"a step cache needs UNet's own forward, no hooks, and not compiled whole: {hint}")
     for path, level in unet.named_modules():
         kind = next((kind for kind in (DownBlock, UpBlock) if isinstance(level, kind)), None)
-        if kind is not None and not has_default_forward(cast(Any, level), cast(Any, kind)):
+        if kind is not None and not has_default_forward(level, kind):
             raise ValueError(f"a step cache divides {path}, whose own forward and hooks would not be called")
 
 
-class Path:
-    """Path through a UNet in three parts, each with the arguments of a `module.WrapStep`'s step.
+class UNetParts:
+    """UNet cut at a skip connection, the `branch`: its head, deep part and tail, numbered 0, 1, 2.
 
-    constant: keys and values, or outputs, of all cross-attentions. shifts: [R, sum of all ResBlocks' C].
+    Together they are `UNet.forward_precomputed`. Each takes the contexts of its own cross-attentions, in the
+    order of execution, and the time shifts of all ResBlocks: [R, sum of their C].
     """
 
     def __init__(self, unet: UNet, branch: int) -> None:
@@ -175,42 +180,40 @@ class Path:
         modules = [*unet.modules()]
         self.widths = [block.time_proj.out_features for block in modules if isinstance(block, ResBlock)]
         blocks = sum(isinstance(module, TransformerBlock) for module in modules)
-        before, after = _count(self.down[0]), _count(self.up[1])
-        # ResBlocks and transformer blocks that run before each part.
-        self.starts = (0, 0), before, (len(self.widths) - after[0], blocks - after[1])
+        in_head, in_tail = _count(self.down[0]), _count(self.up[1])
+        self.first_resnets = 0, in_head[0], len(self.widths) - in_tail[0]
+        ends = 0, in_head[1], blocks - in_tail[1], blocks
+        self.blocks = [slice(start, end) for start, end in pairwise(ends)]  # TransformerBlocks of each part
 
-    def head(self, constant: Sequence[Any], latents: Tensor, shifts: Tensor) -> list[Tensor]:
+    def head(self, contexts: Iterable[Any], latents: Tensor, shifts: Tensor) -> list[Tensor]:
         """Map latents [b, ..., H, W] to the skip connections up to the branch's, of R rows."""
         x, copies = self.unet.conv_in(latents), len(shifts) // len(latents)
         skips = [x.repeat(copies, 1, 1, 1) if copies > 1 else x]  # [R, C, H, W]
-        return _descend(self.down[0], skips, *self._inputs(constant, shifts, 0))
+        return _descend(self.down[0], skips, self._times(shifts, 0), iter(contexts))
 
-    def deep(self, constant: Sequence[Any], shifts: Tensor, skip: Tensor, *residuals: Tensor) -> Tensor:
+    def deep(self, contexts: Iterable[Any], shifts: Tensor, skip: Tensor, *residuals: Tensor) -> Tensor:
         """Map the branch's skip connection to what the up path has where it reads that one.
 
         residuals: none, or those of the later skip connections and of the middle.
         """
-        times, contexts = self._inputs(constant, shifts, 1)
+        times, contexts = self._times(shifts, 1), iter(contexts)
         skips = _descend(self.down[1], [skip], times, contexts)
         x, skips = self.unet.mid(skips[-1], times, contexts), skips[1:]
         if residuals:
             *skips, x = map(torch.add, [*skips, x], residuals)
         return _ascend(self.up[0], x, [skip, *skips], times, contexts)
 
-    def tail(self, constant: Sequence[Any], shifts: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
+    def tail(self, contexts: Iterable[Any], shifts: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
         """Map the deep part's output to the noise. inputs: skip connections, then none or their residuals."""
         skips, residuals = list(inputs[: self.branch + 1]), inputs[self.branch + 1 :]
         if residuals:
             skips = list(map(torch.add, skips, residuals))
-        x = _ascend(self.up[1], x, skips, *self._inputs(constant, shifts, 2))
+        x = _ascend(self.up[1], x, skips, self._times(shifts, 2), iter(contexts))
         return self.unet.conv_out(F.silu(self.unet.norm_out(x)))
 
-    def _inputs(self, constant: Sequence[Any], shifts: Tensor, part: int) -> tuple[Times, Contexts]:
-        """Return the time shifts and contexts from a part's first block on, in the order of execution."""
-        times = map(TimeShift, shifts.split(self.widths, dim=-1))
-        contexts = (KnownOutput(one) if isinstance(one, Tensor) else one for one in constant)
-        resnets, blocks = self.starts[part]
-        return islice(times, resnets, None), islice(contexts, blocks, None)
+    def _times(self, shifts: Tensor, part: int) -> Times:
+        """Return the time shifts from a part's first ResBlock on."""
+        return map(TimeShift, shifts.split(self.widths, dim=-1)[self.first_resnets[part] :])
 
 
 def _count(units: Units) -> tuple[int, int]:
@@ -242,27 +245,13 @@ def _ascend(units: Units, x: Tensor, skips: list[Tensor], times: Times, contexts
     return x
 
 
-class UNetState:
-    """Parameters of a UNet and its settings; equal where nothing was replaced, written to or set.
-
-    Unlike `module.state_of` it stays the same while weights are offloaded and copied back.
-    """
-
-    def __init__(self, unet: UNet) -> None:
-        self.parameters = list(unet.parameters())  # kept alive, so that no other has the identity of one
-        self.key = [(id(parameter), parameter._version) for parameter in self.parameters], settings(unet)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, UNetState) and self.key == other.key
-
-
 class Kept(NamedTuple):
-    """Tensors of the last full step, the denoiser that took it, and the state of the UNet."""
+    """Tensors of the last full step, the denoiser that took it, and the UNet's version."""
 
     owner: object
     skip: Tensor  # of the branch: [R, C, H, W]
     deep: Tensor  # [R, C', H, W]
-    state: UNetState
+    version: int
 
 
 class CachedRun:
@@ -273,9 +262,11 @@ class CachedRun:
     """
 
     def __init__(
-        self, cache: StepCache, schedule: Schedule, images: int, has_negative: bool, inner: WrapStep | None
-    ) -> None:
+        self, cache: StepCache, unet: UNet, schedule: Schedule, images: int, has_negative: bool,
+        inner: WrapStep | None,
+    ) -> None:  # fmt: skip
         self.cache, self.images, self.has_negative, self.inner = cache, images, has_negative, inner
+        self.parts, self.version = UNetParts(unet, cache.branch_of(unet)), ModelVersion(unet)
         self.sigmas, self.guidance = schedule.sigmas.tolist()[:-1], (-math.inf, math.inf)
         self.full_steps = cache.full_steps(len(self.sigmas))
         self.gate = math.inf if cache.gate is None else max(1, round(cache.gate * len(self.sigmas)))
@@ -286,7 +277,7 @@ class CachedRun:
         self.step, self.is_similar, self.rows = 0, False, 0  # rows: the most that a denoiser has
         self.kept: Kept | None = None
         self.outputs: list[Tensor] | None = None  # of all cross-attentions, [B, N, C] each
-        self.recorded_state: UNetState | None = None
+        self.version_of_outputs = 0
 
     def begin_step(self, sigma: float) -> bool:
         """Begin the step at a noise level; returns whether it has guidance."""
@@ -309,18 +300,18 @@ class CachedRun:
         self, step: Callable[..., Any], constant: Any, nets: Sequence[nn.Module], key: Hashable = ()
     ) -> Callable[..., Any]:
         """Return a denoiser's step on the UNet in three parts; those of other networks stay whole."""
-        if isinstance(nets[0], UNet):
-            return CachedStep(self, nets[0], constant, key)
+        if nets[0] is self.parts.unet:
+            return CachedStep(self, constant, key)
         return partial(step, constant) if self.inner is None else self.inner(step, constant, nets, key)
 
-    def mode(self, state: UNetState) -> str:
-        """Return how cross-attentions run in this step: "plain", "recorded", or "known"."""
+    def mode(self, version: int) -> Mode:
+        """Return what cross-attentions do in this step: compute, and have their output kept, or return it."""
         if self.step < self.gate - 1:
-            return "plain"
-        is_known = self.step >= self.gate and self.outputs is not None and self.recorded_state == state
-        return "known" if is_known else "recorded"
+            return "compute"
+        is_known = self.step >= self.gate and self.outputs is not None and self.version_of_outputs == version
+        return "known" if is_known else "record"
 
-    def record(self, outputs: Sequence[Tensor], state: UNetState) -> None:
+    def record(self, outputs: Sequence[Tensor], version: int) -> None:
         """Keep the outputs [R, N, C] of all cross-attentions, as means of negative and positive rows."""
         count = self.images
 
@@ -328,7 +319,7 @@ class CachedRun:
             has_both = self.has_negative and len(rows) >= 2 * count
             return (rows[:count] + rows[count : 2 * count]) / 2 if has_both else rows[:count]
 
-        self.outputs, self.recorded_state = list(map(mean, outputs)), state
+        self.outputs, self.version_of_outputs = list(map(mean, outputs)), version
 
     def compare_halves(self, noise: Tensor) -> None:
         """End guidance if the negative and positive rows of the noise [R, C, H, W] are similar enough."""
@@ -342,58 +333,62 @@ class CachedRun:
 class CachedStep:
     """Step of one denoiser on the UNet: latents, time shifts and residuals -> noise."""
 
-    def __init__(self, run: CachedRun, unet: UNet, keys_values: Any, key: Hashable) -> None:
-        self.run, self.unet, self.keys_values, self.key = run, unet, keys_values, key
-        self.path = Path(unet, run.cache.branch_of(unet))
-        self.parts: dict[str, tuple[Any, list[Callable[..., Result]]]] = {}  # by mode, after their constant
+    def __init__(self, run: CachedRun, keys_values: Any, key: Hashable) -> None:
+        self.run, self.keys_values, self.key = run, keys_values, key
+        self.functions: dict[str, tuple[Any, list[Callable[..., Result]]]] = {}  # by mode, after the contexts
         run.rows = max(run.rows, len(keys_values[0].k) if keys_values else 2 * run.images)
 
     def __call__(self, latents: Tensor, shifts: Tensor, *residuals: Tensor) -> Tensor:
         """Predict the noise; arguments as in `precompute.predict_precomputed`."""
-        run, first, state = self.run, self.path.branch + 1, UNetState(self.unet)
-        if residuals and len(residuals) != (expected := len(self.unet.skip_channels) + 1):
+        run, first, version = self.run, self.run.parts.branch + 1, self.run.version.read()
+        if residuals and len(residuals) != (expected := len(run.parts.unet.skip_channels) + 1):
             raise ValueError(f"expected {expected} residuals, skips and mid, got {len(residuals)}")
-        head, deep, tail = self._parts_of(mode := run.mode(state))
-        skips, recorded = head(latents, shifts)
-        if mode == "recorded" or (x := self._reusable(skips[-1], state)) is None:
-            x, outputs = deep(shifts, skips[-1], *residuals[first:])
-            recorded, run.kept = recorded + outputs, Kept(self, skips[-1], x, state)
-        noise, outputs = tail(shifts, x, *skips, *residuals[:first])
-        if mode == "recorded":
-            run.record(recorded + outputs, state)
+        mode = run.mode(version)
+        head, deep, tail = self._functions_of(mode)
+        skips, outputs = head(latents, shifts)
+        x = None if mode == "record" else self._reusable(skips[-1], version)
+        if x is None:
+            x, more = deep(shifts, skips[-1], *residuals[first:])
+            outputs, run.kept = outputs + more, Kept(self, skips[-1], x, version)
+        noise, more = tail(shifts, x, *skips, *residuals[:first])
+        if mode == "record":
+            run.record(outputs + more, version)
         run.compare_halves(noise)
         return noise
 
-    def _reusable(self, skip: Tensor, state: UNetState) -> Tensor | None:
+    def _reusable(self, skip: Tensor, version: int) -> Tensor | None:
         """Return the last output of the deep part if it is to be used again."""
         kept, limit = self.run.kept, self.run.cache.threshold
-        if kept is None or kept.owner is not self or self.run.step in self.run.full_steps:
+        if kept is None or kept.owner is not self or kept.version != version:
             return None
-        if limit is not None and not (skip - kept.skip).abs().mean() < limit * kept.skip.abs().mean():
-            return None
-        return kept.deep if kept.state == state else None
+        if limit is None:
+            return None if self.run.step in self.run.full_steps else kept.deep
+        is_near = (skip - kept.skip).abs().mean() < limit * kept.skip.abs().mean()
+        return kept.deep if is_near else None
 
-    def _parts_of(self, mode: str) -> list[Callable[..., Result]]:
-        """Return head, deep part and tail as functions of what changes."""
-        constant = self.run.outputs if mode == "known" else self.keys_values
-        if mode not in self.parts or self.parts[mode][0] is not constant:
-            parts, inner = [], self.run.inner
-            for i, run in enumerate((self.path.head, self.path.deep, self.path.tail)):
-                part, key = (
-                    partial(_with_outputs, run, mode == "recorded"),
-                    (self.key, self.path.branch, mode, i),
-                )
-                wrapped = (
-                    partial(part, constant) if inner is None else inner(part, constant, [self.unet], key)
-                )
-                parts.append(wrapped)
-            self.parts[mode] = constant, parts
-        return self.parts[mode][1]
+    def _functions_of(self, mode: Mode) -> list[Callable[..., Result]]:
+        """Return head, deep part and tail as functions of what changes from step to step."""
+        run, parts = self.run, self.run.parts
+        contexts: Any = run.outputs if mode == "known" else self.keys_values
+        if mode not in self.functions or self.functions[mode][0] is not contexts:
+            functions = list[Callable[..., Result]]()
+            for part, blocks in zip((parts.head, parts.deep, parts.tail), parts.blocks, strict=True):
+                function, own = partial(_with_outputs, part, mode), contexts[blocks]
+                if run.inner is None or mode == "record":  # once a run: recording a graph takes longer
+                    functions.append(partial(function, own))
+                else:
+                    key = (self.key, parts.branch, mode, part.__name__)
+                    functions.append(run.inner(function, own, [parts.unet], key))
+            self.functions[mode] = contexts, functions
+        return self.functions[mode][1]
 
 
-def _with_outputs(part: Callable[..., Any], is_recorded: bool, constant: Any, *changing: Tensor) -> Result:
-    """Run a part; also return the outputs of its cross-attentions if they are recorded."""
-    if not is_recorded:
-        return part(constant, *changing), []
-    constant = [keys_values._replace(outputs=[]) for keys_values in constant]
-    return part(constant, *changing), [output for one in constant for output in one.outputs]
+def _with_outputs(part: Callable[..., Any], mode: Mode, constant: Sequence[Any], *changing: Tensor) -> Result:
+    """Run a part; also return the outputs of its cross-attentions if they are recorded.
+
+    constant: the keys and values of its cross-attentions, or their known outputs.
+    """
+    if mode != "record":
+        return part(map(KnownOutput, constant) if mode == "known" else constant, *changing), []
+    contexts = [keys_values._replace(outputs=[]) for keys_values in constant]
+    return part(contexts, *changing), [output for context in contexts for output in context.outputs]
