@@ -7,8 +7,8 @@
     guidance_similarity  guidance until its two halves agree: adaptive guidance, arxiv.org/abs/2312.12487
 
 A UNet is cut at a skip connection, the `branch`. Its head leads from the latents down to that skip, the deep
-part from there through the middle up to where the skip is read, the tail from there to the output. The models
-know nothing of it: a guidance rule gets a `wrap_step` that runs the parts, and a `CachedRun` has the state.
+part from there through the middle up to where the skip is read, the tail from there to the output. A guidance
+rule gets a `wrap_step` that runs the parts; a `CachedRun` has the state of one run, none is in the models.
 Shapes: B images, R rows of the UNet, with guidance 2B, C channels, H height, W width (in latents).
 """
 
@@ -65,11 +65,8 @@ class StepCache:
 
     def __post_init__(self) -> None:
         bounds = {
-            "center": (0, 1),
-            "threshold": (0, math.inf),
-            "gate": (0, 1),
-            "guidance_similarity": (-1, 1),
-        }
+            "center": (0, 1), "threshold": (0, math.inf), "gate": (0, 1), "guidance_similarity": (-1, 1)
+        }  # fmt: skip
         for name, (least, most) in bounds.items():
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_float(name, value, least, most))
