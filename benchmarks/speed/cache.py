@@ -17,7 +17,7 @@ cache.png; the plot needs the `bench` extra.
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ CURVES: dict[str, Sequence[Settings]] = {
         for n, end in ((2, 0.6), (3, 0.8), (3, 0.6), (3, 0.4), (4, 0.6))
     ],
 }  # fmt: skip
-RECOMMENDED: Sequence[Settings] = [{"interval": n, "guidance_interval": (0.0, 0.6)} for n in (2, 3)]
+RECOMMENDED: Sequence[Settings] = [{"interval": 3, "branch": 0}]
 DECIDING = {"threshold", "guidance_similarity"}  # settings whose steps depend on the images
 
 
@@ -151,29 +151,26 @@ def clocked(run: Callable[[], object]) -> Contestant:
 def measure(
     pipe: KolorsPipeline, curves: Mapping[str, Sequence[Settings]], texts: Sequence[str],
     see: Callable[[Tensor], list[Verdict]] | None, rounds: int,
-) -> list[Measured]:  # fmt: skip
-    """Measure all settings, the whole run first. see: judges images of the texts."""
-    found = list[Measured]()
+) -> Iterator[Measured]:  # fmt: skip
+    """Measure settings one after another, the whole run first. see: judges images of the texts."""
     exact, all_rows = latents_of(pipe, texts, {})
     exact_images = decode(pipe, exact)
     verdicts = [] if see is None else see(exact_images)
     listed = [(WHOLE, dict[str, Any]())] + [(curve, one) for curve in curves for one in curves[curve]]
     for curve, settings in listed:
-        x, rows = latents_of(pipe, texts, settings)
+        x, rows = latents_of(pipe, texts, settings) if settings else (exact, all_rows)
         images = decode(pipe, x)
         shares = {} if see is None else compare(see(images), verdicts)
         runs = {WHOLE: {}, "set": settings}
         result = race(
             {name: clocked(partial(draw, pipe, texts[:1], one)) for name, one in runs.items()}, rounds
         )
-        found.append(Measured(
+        yield Measured(
             curve=curve, settings=settings, prompts=len(texts), saved=1 - rows / all_rows,
             error=errors(x, exact).median().item(), psnr=psnr(images, exact_images).median().item(),
             times_as_fast=result.ratio(WHOLE, "set", "own_seconds"),
             times_as_fast_by_the_clock=result.ratio(WHOLE, "set"), shares=shares,
-        ))  # fmt: skip
-        print(row_of(found[-1]), flush=True)
-    return found
+        )  # fmt: skip
 
 
 COLUMNS = ("present", "number", "claims", "characters", "right", "lost", "gained", "change")
@@ -301,12 +298,15 @@ def measure_model(options: argparse.Namespace) -> None:
         prompts = [prompt for language in (0, 1) for prompt in write_prompts(grammar, count, language)]
         texts = [prompt.text for prompt in prompts]
         see = partial(judged, load_detector(options.data / "detector", pipe.device), prompts)
-    found = measure(pipe, curves, texts, see, options.rounds)
-    write_json(
-        {"environment": environment(), "settings": [asdict(one) for one in found]},
-        options.out / f"{name}.json",
-    )
-    write_table(found, options.model, options.out / f"{name}.md")
+    found, about = list[Measured](), environment()
+    for one in measure(pipe, curves, texts, see, options.rounds):
+        found.append(one)
+        print(row_of(one), flush=True)
+        write_json(
+            {"environment": about, "settings": [asdict(each) for each in found]},
+            options.out / f"{name}.json",
+        )
+        write_table(found, options.model, options.out / f"{name}.md")
     if not options.recommended:
         plot(found, pyplot, options.out / "cache.png")
 
