@@ -61,7 +61,7 @@ CURVES: dict[str, Sequence[Settings]] = {
         for n, end in ((2, 0.6), (3, 0.8), (3, 0.6), (3, 0.4), (4, 0.6))
     ],
 }  # fmt: skip
-RECOMMENDED: Sequence[Settings] = [{"interval": 3, "branch": 0}]
+RECOMMENDED: Sequence[Settings] = [{"interval": n, "guidance_interval": (0.0, 0.6)} for n in (2, 3)]
 DECIDING = {"threshold", "guidance_similarity"}  # settings whose steps depend on the images
 
 

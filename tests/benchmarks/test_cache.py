@@ -39,4 +39,4 @@ def test_a_row_says_what_was_set() -> None:
         times_as_fast=2.031, times_as_fast_by_the_clock=2.2,
     )  # fmt: skip
     assert row_of(one) == f"| interval | {name_of(RECOMMENDED[0])} | 64% | 2.03 | 0.300 | 22.6 |"
-    assert len(StepCache(**RECOMMENDED[0]).full_steps(STEPS)) == 9
+    assert len(StepCache(**RECOMMENDED[-1]).full_steps(STEPS)) == 9
