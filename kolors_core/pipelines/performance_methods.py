@@ -105,7 +105,7 @@ class PerformanceMethods(Components):
         power: float = 1.4, threshold: float | None = None, gate: float | None = None,
         guidance_interval: Interval | None = None, guidance_similarity: float | None = None,
     ) -> None:  # fmt: skip
-        """Reuse in each step what hardly changes: faster, for other images; measured in performance/README.md.
+        """Reuse in each step what hardly changes: faster, for other images; see performance/README.md.
 
         interval: the whole UNet runs in every so many steps. Others and errors: see `step_cache.StepCache`;
         also ValueError for a branch that the UNet has not. Calls raise it for what cannot be cached.
