@@ -49,7 +49,7 @@ RUN = {
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
-    "kolors_core/performance/README.md": ["quantize(pipe", "plan(pipe"],
+    "kolors_core/performance/README.md": ["enable_step_cache()", "quantize(pipe", "plan(pipe"],
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
 }
@@ -180,6 +180,11 @@ def test_the_example_of_less_memory_runs(capsys: pytest.CaptureFixture[str]) -> 
     page = "kolors_core/performance/README.md"
     run(block_with("quantize(pipe", page), page)
     assert "text_encoder int8" in capsys.readouterr().out
+
+
+def test_the_example_of_a_step_cache_runs() -> None:
+    page = "kolors_core/performance/README.md"
+    assert run(block_with("enable_step_cache()", page), page)["pipe"].step_cache is None
 
 
 def test_the_example_of_a_plan_runs(capsys: pytest.CaptureFixture[str]) -> None:
