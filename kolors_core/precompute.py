@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kolors_core.conditioning import Conditioning
 from kolors_core.module import WrapStep
@@ -69,7 +69,7 @@ class PrecomputedInputs:
         return list(torch.cat([shift.added for shift in shifts], dim=-1))  # n of [B, sum of the blocks' C]
 
 
-def has_default_forward(net: UNetEncoder, kind: type[UNetEncoder]) -> bool:
+def has_default_forward(net: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether calling parts of `kind.forward` equals calling the net: not overridden, and no hooks."""
     is_overridden = type(net).forward is not kind.forward or "forward" in vars(net)
     return not (is_overridden or net._compiled_call_impl or net._forward_hooks or net._forward_pre_hooks)
@@ -93,13 +93,16 @@ def predict_uncached(unet: UNet, conditioning: Conditioning, repeats: int) -> Pr
 def predict_precomputed(
     unet: UNet, schedule: Schedule, conditioning: Conditioning, repeats: int, wrap_step: WrapStep | None
 ) -> PredictNoise:
-    """Return a function that runs the UNet on inputs computed once a run, see `PrecomputedInputs`."""
+    """Return a function that runs the UNet on inputs computed once a run, see `PrecomputedInputs`.
+
+    wrap_step: gets the step as a function of all keys and values, latents [b, ...], `shifts` and residuals.
+    """
     inputs = PrecomputedInputs(unet, schedule, conditioning)
 
     def step(keys_values: Any, latents: Tensor, shifts: Tensor, *residuals: Tensor) -> Tensor:
         return unet.forward_precomputed(latents, inputs.split(shifts), keys_values, repeats, residuals)
 
     run = partial(step, inputs.keys_values)
-    if wrap_step is not None and all(image.masks is None for image in conditioning.image_prompts):
+    if wrap_step is not None:
         run = wrap_step(step, inputs.keys_values, [unet], (repeats, conditioning.perturbed))
     return lambda latents, timestep, residuals: run(latents, inputs.shifts(timestep), *residuals)

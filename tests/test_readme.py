@@ -50,7 +50,12 @@ RUN = {
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
-    "kolors_core/performance/README.md": ["quantize(pipe", "quantization={", "plan(pipe"],
+    "kolors_core/performance/README.md": [
+        "enable_step_cache()",
+        "quantize(pipe",
+        "quantization={",
+        "plan(pipe",
+    ],
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
 }
@@ -188,6 +193,11 @@ def test_the_example_of_quantized_models_runs(tmp_path: Path, monkeypatch: pytes
     page = "kolors_core/performance/README.md"
     pipe = run(block_with("quantization={", page), page)["pipe"]
     assert pipe.name_or_path == "kolors-small" and is_quantized(pipe.unet)
+
+
+def test_the_example_of_a_step_cache_runs() -> None:
+    page = "kolors_core/performance/README.md"
+    assert run(block_with("enable_step_cache()", page), page)["pipe"].step_cache is None
 
 
 def test_the_example_of_a_plan_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,6 +240,8 @@ class _Arguments:
             self._add_several("freeu", (part.partition("=")[2] for part in facts["freeu"].split(", ")))
         if " with " in facts["sampler"]:
             self.unknown.append(f"the sampler was an own function, {facts['sampler'].partition(' with ')[0]}")
+        if "step_cache" in facts:
+            self.unknown.append(f"steps were cached, enable_step_cache({facts['step_cache']})")
         self._rule(facts.get("guidance", "guided"))
 
     def _rule(self, text: str) -> None:

@@ -7,6 +7,7 @@ Source: https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kolors_core.attention import forced_kernel
+from kolors_core.context import ResizedMasks
 
 Replay = Callable[[], object]
 Recorder = Callable[[Callable[[], Any]], tuple[Replay, Any]]
@@ -139,9 +141,12 @@ class CUDAGraphCache:
     ) -> Callable[..., Any]:
         """Return `step(constant, *changing)` of one run as a function of `changing`; see `module.WrapStep`.
 
-        A recorded step would call no hook: where one of the nets' modules has any, the step itself runs. It
-        is recorded anew where a net has changed, also between two steps.
+        A recorded step would call no hook: where one of the nets' modules has any, the step itself runs; as
+        where image prompts have masks, which are resized while a step runs. It is recorded anew where a net
+        has changed, also between two steps.
         """
+        if any(isinstance(leaf, ResizedMasks) for leaf in tree_leaves(constant)):
+            return partial(step, constant)
         run, state, of_constant = object(), NetState(nets), Hashed(forms_of(constant))
 
         def replayed(*changing: Tensor) -> Any:

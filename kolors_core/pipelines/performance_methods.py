@@ -1,4 +1,4 @@
-"""Methods of a pipeline for less time or memory: offload, compilation, tiled VAE, and the prompt cache.
+"""Methods of a pipeline for less time or memory: offload, compilation, tiled VAE, prompt and step cache.
 
 Source: the methods of these names in diffusers' pipelines/pipeline_utils.py.
 """
@@ -12,6 +12,7 @@ import torch
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import UnloadedModel
 from kolors_core.devices import named_device, unwrap_compiled
+from kolors_core.guidance import GuidanceRule, Interval
 from kolors_core.module import WrapStep
 from kolors_core.performance import quantized_files
 from kolors_core.performance.available_memory import available_memory
@@ -19,6 +20,7 @@ from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
+from kolors_core.performance.step_cache import StepCache
 from kolors_core.performance.vae_tiling import disable_slicing, disable_tiling, enable_slicing, enable_tiling
 from kolors_core.pipelines.base import Components
 from kolors_core.tokenizer import TokenBatch
@@ -29,12 +31,13 @@ QUANTIZABLE = ("text_encoder", "unet")
 
 
 class PerformanceMethods(Components):
-    """A pipeline that can offload, compile, quantize and tile its models, and cache prompts."""
+    """A pipeline that can offload, compile, quantize and tile its models, and cache prompts and steps."""
 
     _open_component: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.open_component)
     _save_component: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.save_component)
     _check_savable: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.check_savable)
     _wrap_step: CUDAGraphCache | None = None
+    step_cache: StepCache | None = None
 
     @classmethod
     def _quantized_on_read(
@@ -63,7 +66,7 @@ class PerformanceMethods(Components):
     def from_pipe(cls, pipeline: Components, **changes: Any) -> Self:
         """Create another task with the very same models, offload and cached prompts; see `Components`."""
         pipe = super().from_pipe(pipeline, **changes)
-        for name in ("offload", "prompt_cache", "_wrap_step"):
+        for name in ("offload", "prompt_cache", "step_cache", "_wrap_step"):
             setattr(pipe, name, getattr(pipeline, name))
         return pipe
 
@@ -120,6 +123,30 @@ class PerformanceMethods(Components):
     def disable_vae_slicing(self) -> None:
         """Run the VAE on all images of a batch at once."""
         disable_slicing(unwrap_compiled(self.vae))
+
+    def enable_step_cache(
+        self, interval: int | None = 3, *, branch: int | None = None, center: float | None = None,
+        power: float = 1.4, threshold: float | None = None, gate: float | None = None,
+        guidance_interval: Interval | None = None, guidance_similarity: float | None = None,
+    ) -> None:  # fmt: skip
+        """Reuse in each step what hardly changes: faster, for other images; see performance/README.md.
+
+        interval: the whole UNet runs in every so many steps. Others and errors: see `step_cache.StepCache`;
+        also ValueError for a branch that the UNet has not. Calls raise it for what cannot be cached.
+        """
+        cache = StepCache(
+            interval=interval, branch=branch, center=center, power=power, threshold=threshold, gate=gate,
+            guidance_interval=guidance_interval, guidance_similarity=guidance_similarity,
+        )  # fmt: skip
+        cache.branch_of(unwrap_compiled(self.unet))
+        self.step_cache = cache
+
+    def disable_step_cache(self) -> None:
+        """Compute every step as a whole."""
+        self.step_cache = None
+
+    def _wrap_rule(self, rule: GuidanceRule) -> GuidanceRule:
+        return rule if self.step_cache is None else self.step_cache.wrap_rule(rule)
 
     def _start_offload(self, gpu_id: int | None, device: Device, by_block: bool) -> None:
         if gpu_id is not None and device is not None:

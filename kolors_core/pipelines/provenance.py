@@ -99,6 +99,8 @@ def describe_images(
     rule = call_text(pipe.guided if inputs.guidance_rule is None else inputs.guidance_rule)
     if rule != "guided":
         shared["guidance"] = rule
+    if (cache := getattr(pipe, "step_cache", None)) is not None:
+        shared["step_cache"] = cache.describe()
     shared |= pipe._adapter_metadata(positive.residuals)
     factor = (inputs.cross_attention_kwargs or {}).get("scale")
     if factor is not None and "lora" in shared:
