@@ -36,6 +36,7 @@ LINES = {
     "kolors_core/SAMPLERS.md": 100,
     "weights_convert/README.md": 150,
     "benchmarks/README.md": 150,
+    "tests/README.md": 60,
 }
 PAGES = [*LINES, "CHANGELOG.md"]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

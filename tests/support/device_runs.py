@@ -286,6 +286,24 @@ def quantized(at: Place) -> list[Tensor]:
 
 
 @run
+def quantized_products(at: Place) -> list[Tensor]:
+    """In float8, and with quantized activations."""
+    pipe = at.put(at.pipe())
+    quantize_model(pipe.text_encoder, "fp8")
+    quantize_model(pipe.unet, "w8a8")
+    return draw_one_step(pipe)
+
+
+@run
+def cached_steps(at: Place) -> list[Tensor]:
+    pipe = at.put(at.pipe())
+    pipe.enable_step_cache(2, gate=0.5, guidance_interval=(0.0, 0.7))
+    fixed = draw(pipe, num_inference_steps=4)
+    pipe.enable_step_cache(None, threshold=0.2, guidance_similarity=0.9)
+    return fixed + draw(pipe, num_inference_steps=3)
+
+
+@run
 def quantization_report(at: Place) -> list[Tensor]:
     pipe = at.put(at.pipe())
     report = quantize(pipe, unet=8)
