@@ -17,7 +17,7 @@ from kolors_core.checkpoint import EMBEDDED_NAME, MODEL_SPECS, ModelSpec
 from kolors_core.conditioning import Residuals
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import Dtypes, dtype_of, unwrap_compiled
-from kolors_core.guidance import guided
+from kolors_core.guidance import GuidanceRule, guided
 from kolors_core.hub import hub_commit
 from kolors_core.image import Size
 from kolors_core.module import WrapStep
@@ -360,6 +360,10 @@ class Components:
         from tqdm.auto import tqdm
 
         return tqdm(total=total, **self._progress)
+
+    def _wrap_rule(self, rule: GuidanceRule) -> GuidanceRule:
+        """Return the rule that a call uses in place of this one."""
+        return rule
 
     def _needs_alone(self) -> str | None:
         """Name what a call uses that two threads cannot share; None if nothing."""

@@ -1,4 +1,4 @@
-"""Methods of a pipeline for less time or memory: offload, compilation, tiled VAE, and the prompt cache.
+"""Methods of a pipeline for less time or memory: offload, compilation, tiles, row split, prompt cache.
 
 Source: the methods of these names in diffusers' pipelines/pipeline_utils.py.
 """
@@ -9,11 +9,13 @@ import torch
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import named_device, unwrap_compiled
+from kolors_core.guidance import GuidanceRule
 from kolors_core.performance.available_memory import available_memory
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
+from kolors_core.performance.row_split import RowSplit, set_coder
 from kolors_core.performance.vae_tiling import disable_slicing, disable_tiling, enable_slicing, enable_tiling
 from kolors_core.pipelines.base import Components
 from kolors_core.tokenizer import TokenBatch
@@ -23,21 +25,23 @@ Device = torch.device | str | None
 
 
 class PerformanceMethods(Components):
-    """A pipeline that can offload and compile its models, run its VAE in tiles, and cache prompts."""
+    """A pipeline that can offload, compile, tile and split its models over processes, and cache prompts."""
+
+    row_split: RowSplit | None = None
 
     def _init_state(self) -> None:
         super()._init_state()
         self.offload, self.prompt_cache = Offload(), PromptCache()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of copies and pickles, without cached prompts and captured graphs."""
-        return self.__dict__ | {"prompt_cache": PromptCache(), "_wrap_step": None}
+        """Return the state of copies and pickles, without cached prompts, captured graphs and processes."""
+        return self.__dict__ | {"prompt_cache": PromptCache(), "_wrap_step": None, "row_split": None}
 
     @classmethod
     def from_pipe(cls, pipeline: Components, **changes: Any) -> Self:
         """Create another task with the very same models, offload and cached prompts; see `Components`."""
         pipe = super().from_pipe(pipeline, **changes)
-        for name in ("offload", "prompt_cache", "_wrap_step"):
+        for name in ("offload", "prompt_cache", "row_split", "_wrap_step"):
             setattr(pipe, name, getattr(pipeline, name))
         return pipe
 
@@ -96,6 +100,27 @@ class PerformanceMethods(Components):
         """Run the VAE on all images of a batch at once."""
         disable_slicing(unwrap_compiled(self.vae))
 
+    def enable_row_split(self, group: Any = None) -> None:
+        """Draw each image on several processes, each with some rows of every feature map: the same image.
+
+        Every process makes the same calls and gets the same images. group: of torch.distributed, whose
+        processes split the UNet's and ControlNets' rows, where there are others that compute another half of
+        guidance; None for all. All split the VAE's. Holds for every pipeline with this VAE. RuntimeError
+        without a process group; TypeError, naming the VAE's `run_coder`, if it runs in tiles. Calls raise
+        ValueError or TypeError for what cannot be split: see kolors_core/performance/row_split.py.
+        """
+        vae, whole = unwrap_compiled(self.vae), RowSplit()
+        set_coder(vae, whole)
+        self.row_split = whole if group is None else RowSplit(group)
+
+    def disable_row_split(self) -> None:
+        """Draw images on this process alone."""
+        set_coder(unwrap_compiled(self.vae), None)
+        self.row_split = None
+
+    def _wrap_rule(self, rule: GuidanceRule) -> GuidanceRule:
+        return rule if self.row_split is None else self.row_split.wrap_rule(rule)
+
     def _start_offload(self, gpu_id: int | None, device: Device, by_block: bool) -> None:
         if gpu_id is not None and device is not None:
             raise ValueError("give either gpu_id or device, not both")
@@ -139,4 +164,6 @@ class PerformanceMethods(Components):
     def _needs_alone(self) -> str | None:
         if self.offload.device is not None:
             return "offload"
+        if self.row_split is not None:
+            return "a row split"
         return super()._needs_alone() if self._wrap_step is None else "a CUDA graph"

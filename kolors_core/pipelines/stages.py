@@ -100,7 +100,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         return positive, conditioning(negative_text, negative_ids, given.negative_image_prompts)
 
     def _rule(self, inputs: PipelineInputs) -> GuidanceRule:
-        return self.guided if inputs.guidance_rule is None else inputs.guidance_rule
+        return self._wrap_rule(self.guided if inputs.guidance_rule is None else inputs.guidance_rule)
 
     def _latent_shape(self, count: int, size: Size) -> tuple[int, int, int, int]:
         scale = self.vae.config.vae_scale_factor
