@@ -145,11 +145,10 @@ class RowSplit:
 
     It is the `wrap_step` of a guidance rule (`module.WrapStep`), and `run_coder` that of a VAE. Every process
     calls the same with the same inputs, and gets the same results, bit for bit. There are no gradients.
-    ranks: counts what is exchanged. group: as of `Ranks`.
     """
 
-    def __init__(self, group: Any = None) -> None:
-        self.ranks, self.wrapped = Ranks(group), 0  # wrapped: steps so far
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.wrapped = ranks, 0  # wrapped: steps so far
         self._shares: dict[Any, Tensor] = {}
 
     def wrap_rule(self, rule: GuidanceRule) -> GuidanceRule:

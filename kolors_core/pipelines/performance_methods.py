@@ -15,7 +15,7 @@ from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
-from kolors_core.performance.row_split import RowSplit, set_coder
+from kolors_core.performance.row_split import Ranks, RowSplit, set_coder
 from kolors_core.performance.vae_tiling import disable_slicing, disable_tiling, enable_slicing, enable_tiling
 from kolors_core.pipelines.base import Components
 from kolors_core.tokenizer import TokenBatch
@@ -109,9 +109,9 @@ class PerformanceMethods(Components):
         without a process group; TypeError, naming the VAE's `run_coder`, if it runs in tiles. Calls raise
         ValueError or TypeError for what cannot be split: see kolors_core/performance/row_split.py.
         """
-        vae, whole = unwrap_compiled(self.vae), RowSplit()
-        set_coder(vae, whole)
-        self.row_split = whole if group is None else RowSplit(group)
+        everyone = RowSplit(Ranks())
+        set_coder(unwrap_compiled(self.vae), everyone)
+        self.row_split = everyone if group is None else RowSplit(Ranks(group))
 
     def disable_row_split(self) -> None:
         """Draw images on this process alone."""

@@ -6,8 +6,9 @@ The first two and three of them are groups too. Each writes its errors, relative
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,12 +22,12 @@ from kolors_core.adapters.controlnet import ControlInput, ControlNet, ControlNet
 from kolors_core.adapters.ip_adapter import IPAdapter, IPAdapterConfig, attach, cross_attentions
 from kolors_core.adapters.lora import add_adapter, supported_layers
 from kolors_core.adapters.lora_layers import LoRAWeights
+from kolors_core.cli.split import split_pipeline
 from kolors_core.conditioning import Conditioning
 from kolors_core.context import ImagePrompt
 from kolors_core.guidance import guided
 from kolors_core.performance.processes import join_processes
-from kolors_core.performance.row_split import Ranks, RowSplit
-from kolors_core.performance.split_guidance import GuidancePair
+from kolors_core.performance.row_split import Ranks, RowSplit, set_coder
 from kolors_core.pipelines.pag import perturbed
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedulers import EulerDiscreteScheduler
@@ -34,9 +35,12 @@ from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from tests.support.small import SMALL, randomise, relative_error
 
-HEIGHTS = (13, 18, 19)  # of latents: 4, 5 and 5 rows at the innermost level, odd ones above it
-WIDTH = 6
 PROCESSES = 4
+# Rows of latents, by processes: 4 or 5 at the innermost level, as (2, 3), (1, 1, 2) and (1, 1, 1, 2); odd ones
+# on the levels above.
+HEIGHTS = {2: 19, 3: 13, 4: 19}
+WIDTH = 6
+VAE_HEIGHT = 5
 SCHEDULE = EulerDiscreteScheduler().schedule(2)
 
 
@@ -46,18 +50,23 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 
 def condition(unet: UNet, seed: int, dtype: torch.dtype = torch.float64) -> Conditioning:
-    c, tokens = unet.config, 4 + seed
+    c = unet.config
     sizes = torch.tensor([[104.0, 48.0, 0.0, 0.0, 104.0, 48.0]])
-    text, pooled = noise(1, 7, c.text_dim, seed=tokens, dtype=dtype), noise(1, c.text_dim, seed=seed, dtype=dtype)
+    text, pooled = (
+        noise(1, 7, c.text_dim, seed=8 + seed, dtype=dtype),
+        noise(1, c.text_dim, seed=seed, dtype=dtype),
+    )
     return Conditioning(text, pooled, sizes, torch.arange(1.0, 8.0)[None])
 
 
+@cache
 def small_unet(dtype: torch.dtype = torch.float64) -> UNet:
     unet = UNet(SMALL.unet).to(dtype).eval()
     randomise(unet)
     return unet
 
 
+@cache
 def small_vae(dtype: torch.dtype = torch.float64) -> VAE:
     vae = VAE(SMALL.vae).to(dtype).eval()
     randomise(vae)
@@ -84,7 +93,7 @@ def with_all_adapters(unet: UNet) -> Callable[[Conditioning], Conditioning]:
     net = ControlNet(ControlNetConfig(**vars(SMALL.unet), conditioning_widths=(8, 8, 8, 8))).double().eval()
     randomise(net, 3)
     images = ImagePrompt(noise(1, 1, 2, unet.config.context_dim, seed=4))
-    control = ControlInput(net, noise(1, 3, 8 * HEIGHTS[0], 8 * WIDTH, seed=5).sigmoid())
+    control = ControlInput(net, noise(1, 3, 8 * HEIGHTS[3], 8 * WIDTH, seed=5).sigmoid())
     return lambda c: replace(c, image_prompts=(images,), residuals=ControlResiduals((control,)))
 
 
@@ -136,28 +145,82 @@ def fault(name: str) -> Iterator[None]:
         yield
 
 
-def measure_parts(errors: Errors, split: RowSplit) -> None:
-    """Measure the UNet and the VAE alone, with every adapter, and with a fault in each exchange."""
+def measure_parts(errors: Errors, split: RowSplit) -> dict[str, int]:
+    """Measure the UNet and the VAE alone; return what this process received for a step of the UNet."""
     unet, vae, size = small_unet(), small_vae(), split.ranks.size
-    rule = split.wrap_rule(guided)
-    for height in HEIGHTS:
-        results, whole = denoised(unet, rule, height), denoised(unet, guided, height)
-        errors.add(f"unet, {height} rows, {size}", split, [results], [whole])
-    for height in (size, 7):
-        whole, vae.run_coder = both_ways(vae, height), split.run_coder
-        errors.add(f"vae, {height} rows, {size}", split, both_ways(vae, height), whole)
-        del vae.run_coder
-        vae.run_coder = VAE(SMALL.vae).run_coder
+    height = HEIGHTS[size]
+    whole = denoised(unet, guided, height)
+    split.ranks.received.clear()
+    found = denoised(unet, split.wrap_rule(guided), height)
+    received = dict(split.ranks.received)
+    errors.add(f"unet, {size}", split, [found], [whole])
+    whole = both_ways(vae, VAE_HEIGHT)
+    with splitting(vae, split):
+        errors.add(f"vae, {size}", split, both_ways(vae, VAE_HEIGHT), whole)
+    return received
 
 
-def measure(out: Path, commands: list[list[str]]) -> int:
-    """Write this process's errors; then run the commands, and return the worst status."""
+@contextmanager
+def splitting(vae: VAE, split: RowSplit) -> Iterator[None]:
+    set_coder(vae, split)
+    try:
+        yield
+    finally:
+        set_coder(vae, None)
+
+
+def measure_adapters(errors: Errors, split: RowSplit) -> None:
+    """Measure a UNet with a LoRA of every layer, an IP-Adapter and a ControlNet, under PAG; then float32."""
+    unet, rule = deepcopy(small_unet()), partial(perturbed, pag_scale=2.0)
+    change = with_all_adapters(unet)
+    found, whole = (denoised(unet, r, HEIGHTS[3], change) for r in (split.wrap_rule(rule), rule))
+    errors.add("adapters", split, [found], [whole])
+    plain = small_unet(torch.float32)
+    found, whole = (denoised(plain, r, HEIGHTS[3]) for r in (split.wrap_rule(guided), guided))
+    errors.add("float32", split, [found], [whole])
+
+
+def measure_faults(errors: Errors, split: RowSplit) -> None:
+    """Measure the UNet and the VAE where one of the exchanges is spoiled."""
+    unet, vae = small_unet(), small_vae()
+    whole = [denoised(unet, guided, HEIGHTS[3])], both_ways(vae, VAE_HEIGHT)
+    for name in ("extend", "stack", "gather"):
+        with fault(name), splitting(vae, split):
+            errors.add(
+                f"fault: unet, {name}", split, [denoised(unet, split.wrap_rule(guided), HEIGHTS[3])], whole[0]
+            )
+            errors.add(f"fault: vae, {name}", split, both_ways(vae, VAE_HEIGHT), whole[1])
+
+
+def measure_pipeline(errors: Errors) -> None:
+    """Measure an image of the embedded model, guidance split over two groups of two that split the rows."""
+    pipe = KolorsPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(torch.float64)
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return pipe("a red apple", 64, 72, 2, negative_prompt="cat", generator=generator, output_type="pt")[0]
+
+    whole = draw()
+    split_pipeline(pipe, "guidance")
+    errors.add("pipeline, 2 x 2", pipe.vae.run_coder.split, [draw()], [whole])
+
+
+def measure(out: Path, command: list[str]) -> int:
+    """Write this process's errors, and what one of two receives; then return the command's status."""
     join_processes("cpu")
     rank, errors = dist.get_rank(), Errors()
-    groups = [dist.new_group(list(range(size))) for size in (2, 3, 4)]
+    groups = [dist.new_group(list(range(size))) for size in HEIGHTS]
+    splits = [RowSplit(Ranks(group)) for size, group in zip(HEIGHTS, groups, strict=True) if rank < size]
     with torch.no_grad():
-        for size, group in zip((2, 3, 4), groups, strict=True):
-            if rank < size:
-                measure_parts(errors, RowSplit(group))
+        for split in splits:
+            received = measure_parts(errors, split)
+            if split.ranks.size == 2:
+                measure_faults(errors, split)
+                out.with_suffix(f".received.{rank}").write_text(json.dumps(received))
+            if split.ranks.size == 3:
+                measure_adapters(errors, split)
+    measure_pipeline(errors)
     out.with_suffix(f".{rank}").write_text(json.dumps(errors))
-    return 0
+    return main(command)

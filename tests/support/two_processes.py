@@ -1,4 +1,4 @@
-"""Two or more processes of one run, as `torchrun` would start them, but watched by nobody and quick to start."""
+"""Processes of one run, as `torchrun` would start them, but watched by nobody and quick to start."""
 
 import multiprocessing
 import os
