@@ -95,7 +95,8 @@ class Ranks:
         most = max(rows)
         padded = F.pad(band, (0, 0, 0, most - band.shape[-2])) if band.shape[-2] < most else band.contiguous()
         parts = padded.new_empty(self.size, *padded.shape)
-        work = self._all_gather(kind, parts, padded)
+        work = self._all_gather(parts, padded)
+        self._count(kind, (self.size - 1) * padded.nbytes)
 
         def whole(sent: Tensor = padded) -> Tensor:  # what is sent lives until all of it is
             work.wait()
@@ -106,7 +107,8 @@ class Ranks:
     def stack(self, kind: str, own: Tensor) -> Tensor:
         """Gather tensors of one shape: [P, ...]."""
         parts = own.new_empty(self.size, *own.shape)
-        self._all_gather(kind, parts, own.contiguous()).wait()
+        self._all_gather(parts, own.contiguous()).wait()
+        self._count(kind, (self.size - 1) * own.nbytes)
         return parts
 
     def extend(self, band: Tensor, has_above: bool) -> Tensor:
@@ -119,15 +121,15 @@ class Ranks:
         pairs = [("isend", first, self.rank - 1), ("irecv", below, self.rank + 1)]
         if has_above:
             pairs += [("isend", last, self.rank + 1), ("irecv", above, self.rank - 1)]
-        self._send_and_receive([pair for pair in pairs if 0 <= pair[2] < self.size])
+        pairs = [pair for pair in pairs if 0 <= pair[2] < self.size]
+        self._send_and_receive(pairs)
+        self._count("neighbors' rows", sum(rows.nbytes for name, rows, _ in pairs if name == "irecv"))
         return torch.cat([above, band, below] if has_above else [band, below], dim=2)
 
-    def _all_gather(self, kind: str, parts: Tensor, own: Tensor) -> Any:
-        self._count(kind, (self.size - 1) * own.nbytes)
+    def _all_gather(self, parts: Tensor, own: Tensor) -> Any:
         return ALL_GATHER(parts.flatten(0, 1), own, self.group, async_op=True)
 
     def _send_and_receive(self, pairs: Sequence[tuple[str, Tensor, int]]) -> None:
-        self._count("neighbors' rows", sum(rows.nbytes for name, rows, _ in pairs if name == "irecv"))
         exchanges = [
             dist.P2POp(getattr(dist, name), rows, group=self.group, group_peer=peer)
             for name, rows, peer in pairs

@@ -36,8 +36,8 @@ from kolors_core.vae import VAE
 from tests.support.small import SMALL, randomise, relative_error
 
 PROCESSES = 4
-# Rows of latents, by processes: 4 or 5 at the innermost level, as (2, 3), (1, 1, 2) and (1, 1, 1, 2); odd ones
-# on the levels above.
+# Rows of latents, by processes: at the innermost level 4 or 5, as (2, 3), (1, 1, 2) and (1, 1, 1, 2); on the
+# levels above it odd numbers.
 HEIGHTS = {2: 19, 3: 13, 4: 19}
 WIDTH = 6
 VAE_HEIGHT = 5
