@@ -27,6 +27,7 @@ from kolors_core.conditioning import Conditioning
 from kolors_core.context import ImagePrompt
 from kolors_core.guidance import guided
 from kolors_core.performance.processes import join_processes
+from kolors_core.performance.quantize import quantize
 from kolors_core.performance.row_split import Ranks, RowSplit, set_coder
 from kolors_core.pipelines.pag import perturbed
 from kolors_core.pipelines.text_to_image import KolorsPipeline
@@ -170,8 +171,11 @@ def splitting(vae: VAE, split: RowSplit) -> Iterator[None]:
 
 
 def measure_adapters(errors: Errors, split: RowSplit) -> None:
-    """Measure a UNet with a LoRA of every layer, an IP-Adapter and a ControlNet, under PAG; then float32."""
+    """Measure a UNet with a LoRA of every layer, an IP-Adapter and a ControlNet, quantized, under PAG; then
+    float32.
+    """
     unet, rule = deepcopy(small_unet()), partial(perturbed, pag_scale=2.0)
+    quantize(unet, 8)
     change = with_all_adapters(unet)
     found, whole = (denoised(unet, r, HEIGHTS[3], change) for r in (split.wrap_rule(rule), rule))
     errors.add("adapters", split, [found], [whole])
