@@ -1,16 +1,15 @@
 """Row split: one image on several processes, each with a band of rows of every feature map.
 
-The image is the same, within rounding:
-
     convolution      reads the rows beside its band from the two neighbors
     GroupNorm        pools the statistics of all bands
     self-attention   gathers keys and values while it computes its band's own queries
     all else         is computed by pixel, or is the same for all pixels
 
-The bands are chosen at the innermost level, and are twice as high one level further out, where an odd map
-ends with its last row. So a convolution of stride 2 reads one row above its band, and upsampling no other's.
-Latents, and what samplers do with them, are whole in every process. While a step or a coder runs, the
-forwards of these modules are replaced; before and after it the models are what they were.
+The image is the same within rounding. Bands are chosen at the innermost level, and are twice as high one
+level further out, where an odd map ends with its last row. So a convolution of stride 2 reads one row above
+its band, and upsampling no other's. Latents, and what samplers do with them, are whole in every process.
+While a step or a coder runs, the forwards of these modules are replaced; before and after it the models are
+what they were.
 DistriFusion (https://arxiv.org/abs/2402.19481) has the same split, with the other bands of the step before.
 Shapes: B batch, C channels, H height, W width, N pixels of a band, D width of a head, G groups, P processes.
 """
@@ -19,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -42,12 +41,11 @@ from kolors_core.schedule import Schedule
 Band = tuple[int, int]  # (top, bottom): rows from top to before bottom
 Bands = tuple[Band, ...]  # of one level's map, in the order of the processes
 
-ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
 # The forwards that a band can run as they are; of these modules' attentions only those over pixels are not.
 SUPPORTED_FORWARDS = [
     getattr(module, name).forward for module, names in (
         (unet, "DownBlock MidBlock UpBlock ResBlock Transformer TransformerBlock Attention FeedForward"),
-        (vae, "DownBlock MidBlock UpBlock ResBlock Attention"),
+        (vae, "Encoder Decoder DownBlock MidBlock UpBlock ResBlock Attention"),
     ) for name in names.split()
 ]  # fmt: skip
 BY_PIXEL = (nn.Linear, nn.LayerNorm, nn.Identity, nn.ModuleList, nn.ModuleDict)
@@ -60,8 +58,7 @@ ONCE_A_RUN = {"time_embedding", "add_embedding", "text_proj", "image_embedding"}
 def split_rows(height: int, levels: int, processes: int) -> list[Bands]:
     """Return the bands of each level's map, from the outermost, `height` rows high, to the innermost.
 
-    ValueError if a process would have no row of the innermost level, which has height / 2^(levels - 1) rows,
-    rounded up.
+    ValueError if a process would have no row of the innermost, of height / 2^(levels - 1), rounded up.
     """
     rows = -(-height // 2 ** (levels - 1))
     if processes > rows:
@@ -76,14 +73,25 @@ def split_rows(height: int, levels: int, processes: int) -> list[Bands]:
     ]
 
 
+@lru_cache(maxsize=64)
+def _shares(bands: Bands, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the part of the map in each band: [P, 1, 1]."""
+    shares = [(bottom - top) / bands[-1][1] for top, bottom in bands]
+    return torch.tensor(shares, dtype=dtype, device=device)[:, None, None]
+
+
 class Ranks:
     """Processes that share an image, in the order of their bands, and all that they exchange.
 
     group: a process group of torch.distributed, of which this process is one; None for all processes.
-    received, calls: bytes that this process received from others, and exchanges, by kind.
+    received, calls: bytes that this process received from others, and exchanges, by kind. ValueError where
+    torch.distributed is not initialized.
     """
 
     def __init__(self, group: Any = None) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            hint = "start them with torchrun and call torch.distributed.init_process_group()"
+            raise ValueError(f"rows are split over several processes, got one: {hint}")
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.received, self.calls = Counter[str](), Counter[str]()
 
@@ -126,15 +134,21 @@ class Ranks:
         self._count("neighbors' rows", sum(rows.nbytes for name, rows, _ in pairs if name == "irecv"))
         return torch.cat([above, band, below] if has_above else [band, below], dim=2)
 
+    def check_same(self, x: Tensor) -> None:
+        """Raise ValueError if processes have other values, as of noise from generators of their own."""
+        totals = self.stack("checks", x.to(torch.promote_types(x.dtype, torch.float32)).sum()[None])
+        if bool((totals != totals[0]).any()) and not bool(totals.isnan().any()):
+            hint = "give all a generator of the same seed, and the same arguments"
+            raise ValueError(f"the processes that split rows have different latents: {hint}")
+
     def _all_gather(self, parts: Tensor, own: Tensor) -> Any:
-        return ALL_GATHER(parts.flatten(0, 1), own, self.group, async_op=True)
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before 2.13
+        return all_gather(parts.flatten(0, 1), own, self.group, async_op=True)
 
     def _send_and_receive(self, pairs: Sequence[tuple[str, Tensor, int]]) -> None:
-        exchanges = [
-            dist.P2POp(getattr(dist, name), rows, group=self.group, group_peer=peer)
-            for name, rows, peer in pairs
-        ]
-        for work in dist.batch_isend_irecv(exchanges):
+        place = {"group": self.group}
+        ops = [dist.P2POp(getattr(dist, name), x, **place, group_peer=peer) for name, x, peer in pairs]
+        for work in dist.batch_isend_irecv(ops):
             work.wait()
 
     def _count(self, kind: str, received: int) -> None:
@@ -151,7 +165,6 @@ class RowSplit:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.wrapped = ranks, 0  # wrapped: steps so far
-        self._shares: dict[Any, Tensor] = {}
 
     def wrap_rule(self, rule: GuidanceRule) -> GuidanceRule:
         """Return a guidance rule that computes another with split rows.
@@ -166,14 +179,13 @@ class RowSplit:
             if wrap_step is not None:
                 raise ValueError("rows are not split together with CUDA graphs or a step cache")
             if not precompute or not has_default_forward(net, unet.UNet):
-                what = "compiled as a whole, hooked, overridden, or not precomputed (pipe.savings)"
-                raise ValueError(f"rows cannot be split where the UNet is {what}")
+                what = "the UNet is compiled as a whole, hooked, overridden, or not precomputed"
+                raise ValueError(f"rows cannot be split where {what}")
             if any(image.masks is not None for image in positive.image_prompts):
                 raise ValueError("rows are not split where image prompts have masks")
             before = self.wrapped
-            denoise = rule(
-                net, schedule, positive, negative, scale, precompute=precompute, wrap_step=self, **options
-            )
+            options |= {"precompute": precompute, "wrap_step": self}
+            denoise = rule(net, schedule, positive, negative, scale, **options)
             if self.wrapped == before:
                 name = getattr(rule, "__qualname__", repr(rule))
                 raise ValueError(f"rows cannot be split: the guidance rule {name} uses no wrap_step")
@@ -194,14 +206,21 @@ class RowSplit:
         check_splits(net)
         levels, rank = len(net.down), self.ranks.rank  # pyright: ignore[reportArgumentType]
 
+        unchecked = [True]  # until the first step
+
         def split(latents: Tensor, shifts: Tensor, *residuals: Tensor) -> Any:
             if torch.is_grad_enabled():
                 raise RuntimeError("split rows have no gradients: use torch.no_grad()")
+            for i, level in enumerate(getattr(net, "up", ())):  # a callback may have enabled FreeU
+                _check_state(f"up.{i}", level)
             bands = split_rows(latents.shape[-2], levels, self.ranks.size)
             top, bottom = bands[0][rank]
             if residuals and residuals[0].shape[-2] != bottom - top:
                 raise ValueError("rows cannot be split where a ControlNet is compiled as a whole or hooked")
             own = [part[..., top:bottom, :] if isinstance(part, Tensor) else part for part in constant]
+            if unchecked:
+                self.ranks.check_same(latents)
+                unchecked.clear()
             with self._replaced(net, bands):
                 result = step(own, latents[..., top:bottom, :], shifts, *residuals)
             return self._whole(result, bands[0]) if isinstance(result, Tensor) else result
@@ -216,9 +235,9 @@ class RowSplit:
             raise RuntimeError("split rows have no gradients: use torch.no_grad()")
         check_splits(coder)
         encodes = isinstance(coder, vae.Encoder)
-        levels: Any = coder.down if encodes else coder.up
-        factor = 2 ** (len(levels) - 1)
-        bands = split_rows(x.shape[-2] * (1 if encodes else factor), len(levels), self.ranks.size)
+        levels = len(coder.down if encodes else coder.up)  # pyright: ignore[reportArgumentType]
+        height = x.shape[-2] if encodes else x.shape[-2] * 2 ** (levels - 1)
+        bands = split_rows(height, levels, self.ranks.size)
         given, returned = (bands[0], bands[-1]) if encodes else (bands[-1], bands[0])
         top, bottom = given[self.ranks.rank]
         with self._replaced(coder, bands):
@@ -230,10 +249,8 @@ class RowSplit:
 
     @contextmanager
     def _replaced(self, net: nn.Module, levels: Sequence[Bands]) -> Iterator[None]:
-        """Replace the forwards of all modules that read other rows than their band's, while the block lasts.
-
-        The modules are searched anew each time: a callback between two steps may replace some.
-        """
+        """Replace the forwards of all modules that read other rows than their band's, while the block lasts."""
+        # They are searched anew each time: a callback between two steps may replace some.
         restored: list[tuple[nn.Module, Any]] = []
         try:
             for level, part in parts_with_level(net):
@@ -268,19 +285,11 @@ class RowSplit:
         groups = x.to(precision).unflatten(1, (norm.num_groups, -1))  # [B, G, C/G, R, W]
         variance, mean = torch.var_mean(groups, (2, 3, 4), correction=0)
         moments = self.ranks.stack("statistics", torch.stack((mean, variance)))  # [P, 2, B, G]
-        scale, shift = pooled_affine(norm, moments[:, 0], moments[:, 1], self._shares_of(bands, mean))
+        shares = _shares(bands, precision, x.device)
+        scale, shift = pooled_affine(norm, moments[:, 0], moments[:, 1], shares)
         return torch.addcmul(shift, x.to(precision), scale).to(x.dtype)
 
-    def _shares_of(self, bands: Bands, like: Tensor) -> Tensor:
-        """Return the part of the map in each band: [P, 1, 1]."""
-        if (key := (bands, like.dtype, like.device)) not in self._shares:
-            shares = [(bottom - top) / bands[-1][1] for top, bottom in bands]
-            self._shares[key] = like.new_tensor(shares)[:, None, None]
-        return self._shares[key]
-
-    def _attend(
-        self, own: unet.Attention, bands: Bands, x: Tensor, context: Context, perturbed: int = 0
-    ) -> Tensor:
+    def _attend(self, own: Any, bands: Bands, x: Tensor, context: Context, perturbed: int = 0) -> Tensor:
         """Compute `unet.Attention.forward` from a band [B, N, C] to the pixels of all bands."""
         kv = own.project_kv(context)
         gathered = self._gather_pixels(torch.stack((kv.k, kv.v)), bands)  # of [2, B, heads, N, D]
@@ -360,10 +369,10 @@ def check_splits(net: nn.Module) -> None:
     if not isinstance(net, unet.UNetEncoder | vae.Encoder | vae.Decoder):
         raise TypeError(f"rows can be split of a UNet, ControlNet or VAE, got {type(net).__name__}")
     for path, part in net.named_modules():
-        if not path or path.partition(".")[0] in ONCE_A_RUN or hasattr(part, "is_adapter"):
+        is_checked = not path and isinstance(part, unet.UNetEncoder)  # see `precompute.has_default_forward`
+        if is_checked or path.partition(".")[0] in ONCE_A_RUN or hasattr(part, "is_adapter"):
             continue
-        if reason := _why_not(part):
-            raise ValueError(f"rows cannot be split in {path}: {reason}")
+        _check_state(path, part)
         forward = getattr(part.forward, "__func__", part.forward)
         is_known = forward in SUPPORTED_FORWARDS or isinstance(part, BY_PIXEL)
         if forward is nn.GroupNorm.forward:
@@ -374,17 +383,18 @@ def check_splits(net: nn.Module) -> None:
             is_known = "forward" not in vars(part) and (geometry in KERNELS or is_vaes)
         if not is_known:
             got = f"{type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})"
-            raise TypeError(f"rows cannot be split in {path}: expected a module of kolors_core, got {got}")
+            expected = f"{path or 'the VAE'}: expected a module of kolors_core"
+            raise TypeError(f"rows cannot be split in {expected}, got {got}")
 
 
-def _why_not(part: Any) -> str | None:
-    """Return what is on for a module and works on whole maps only."""
-    if part._compiled_call_impl is not None:
-        return "it is compiled"
-    if any(not isinstance(hook, OnloadHook) for hook in part._forward_pre_hooks.values()):
-        return "it has a hook"
-    if part._forward_hooks:
-        return "it has a hook"
-    if isinstance(part, unet.Attention) and part.observers:
-        return "its attention maps are recorded"
-    return "FreeU is enabled" if isinstance(part, unet.UpBlock) and part.freeu is not None else None
+def _check_state(path: str, part: Any) -> None:
+    """Raise ValueError if something is on for a module that works on whole maps only."""
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    reasons = {
+        "it is compiled": part._compiled_call_impl is not None,
+        "it has a hook": any(not isinstance(hook, OnloadHook) for hook in hooks),
+        "its attention maps are recorded": isinstance(part, unet.Attention) and part.observers,
+        "FreeU is enabled": isinstance(part, unet.UpBlock) and part.freeu is not None,
+    }
+    if found := [reason for reason, is_on in reasons.items() if is_on]:
+        raise ValueError(f"rows cannot be split in {path or 'the VAE'}: {found[0]}")

@@ -103,11 +103,12 @@ class PerformanceMethods(Components):
     def enable_row_split(self, group: Any = None) -> None:
         """Draw each image on several processes, each with some rows of every feature map: the same image.
 
-        Every process makes the same calls and gets the same images. group: of torch.distributed, whose
-        processes split the UNet's and ControlNets' rows, where there are others that compute another half of
-        guidance; None for all. All split the VAE's. Holds for every pipeline with this VAE. RuntimeError
-        without a process group; TypeError, naming the VAE's `run_coder`, if it runs in tiles. Calls raise
-        ValueError or TypeError for what cannot be split: see kolors_core/performance/row_split.py.
+        Every process makes the same calls, with generators of the same seed, and gets the same images.
+        group: of torch.distributed, whose processes split the UNet's and ControlNets' rows, where there are
+        others that compute another half of guidance; None for all. All split the VAE's. Holds for every
+        pipeline with this VAE. ValueError where torch.distributed is not initialized; TypeError, naming the
+        VAE's `run_coder`, if it runs in tiles. Calls raise ValueError or TypeError for what cannot be split:
+        see kolors_core/performance/row_split.py.
         """
         everyone = RowSplit(Ranks())
         set_coder(unwrap_compiled(self.vae), everyone)

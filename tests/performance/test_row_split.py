@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -25,11 +26,11 @@ from kolors_core.guidance import guided, make_denoiser
 from kolors_core.inspection.attention_maps import record_attention
 from kolors_core.performance.compile import compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
-from kolors_core.performance.row_split import RowSplit, split_rows
+from kolors_core.performance.row_split import Ranks, RowSplit, split_rows
 from kolors_core.performance.vae_tiling import enable_tiling
 from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.png_metadata import read_metadata
-from kolors_core.vae import call
+from kolors_core.vae import Decoder, call
 from tests.support.row_worker import (
     HEIGHTS,
     PROCESSES,
@@ -57,7 +58,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         assert process.exitcode == 0, log.read_text()
     errors = [json.loads((folder / f"rank.{rank}").read_text()) for rank in range(PROCESSES)]
     received = [json.loads((folder / f"rank.received.{rank}").read_text()) for rank in range(2)]
-    return SimpleNamespace(errors=errors, received=received, image=image, log=log.read_text())
+    refused = [(folder / f"rank.refused.{rank}").read_text() for rank in range(2)]
+    found = {"errors": errors, "received": received, "refused": refused}
+    return SimpleNamespace(**found, image=image, log=log.read_text())
 
 
 @pytest.mark.numerical
@@ -69,6 +72,11 @@ def test_processes_compute_what_one_does(measured: SimpleNamespace) -> None:
         for case, error in errors.items():
             if not case.startswith("fault"):
                 assert 0 < error < (FLOAT32 if case == "float32" else EXACT), (case, error)
+
+
+def test_processes_with_noise_of_their_own_are_refused(measured: SimpleNamespace) -> None:
+    hint = "have different latents: give all a generator of the same seed"
+    assert all(hint in refused for refused in measured.refused)
 
 
 @pytest.mark.parametrize("exchange", ["extend", "stack", "gather"])
@@ -102,7 +110,7 @@ def test_no_more_is_exchanged_than_is_needed(measured: SimpleNamespace) -> None:
         assert received == {
             "neighbors' rows": number * neighbor, "keys and values": number * keys,
             "statistics": number * norms * 2 * batch * c.norm_groups,
-            "results": number * batch * 4 * rows[0] * widths[0],
+            "results": number * batch * 4 * rows[0] * widths[0], "checks": number,
         }  # fmt: skip
 
 
@@ -206,6 +214,8 @@ def test_runs_that_cannot_be_split_are_refused() -> None:
     with pytest.raises(ValueError, match="got 2 for 1 rows of the innermost level, of 4 of the outermost"):
         denoised(unet, split, 4)
     step = rows(lambda *_: None, [], [unet])
+    with patch.object(unet.up[1], "freeu", torch.add), pytest.raises(ValueError, match=r"up\.1: FreeU is"):
+        step(noise(1, 4, 19, WIDTH), noise(1, 2))  # enabled between two steps
     with pytest.raises(ValueError, match="where a ControlNet is compiled as a whole or hooked"):
         step(noise(1, 4, 19, WIDTH), noise(1, 2), noise(1, 32, 19, WIDTH))
     with torch.enable_grad(), pytest.raises(RuntimeError, match="split rows have no gradients"):
@@ -214,6 +224,15 @@ def test_runs_that_cannot_be_split_are_refused() -> None:
         rows.run_coder(small_vae().decoder, noise(1, 4, 5, 5))
     with pytest.raises(TypeError, match="of a UNet, ControlNet or VAE, got Sequential"):
         rows.run_coder(nn.Sequential(), noise(1, 4, 5, 5))
+    with pytest.raises(TypeError, match="in the VAE: expected a module of kolors_core, got .*Louder"):
+        rows.run_coder(Louder(SMALL.vae), noise(1, 4, 5, 5))
+    with pytest.raises(ValueError, match="over several processes, got one: start them with torchrun"):
+        Ranks()
+
+
+class Louder(Decoder):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
 
 
 @pytest.mark.exact

@@ -196,6 +196,17 @@ def measure_faults(errors: Errors, split: RowSplit) -> None:
             errors.add(f"fault: vae, {name}", split, both_ways(vae, VAE_HEIGHT), whole[1])
 
 
+def with_own_noise(split: RowSplit) -> str:
+    """Return the error of processes with different latents."""
+    unet = small_unet()
+    denoise = split.wrap_rule(guided)(unet, SCHEDULE, condition(unet, 0))
+    try:
+        denoise(noise(1, 4, HEIGHTS[3], WIDTH, seed=split.ranks.rank), SCHEDULE.sigmas[0].item())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def measure_pipeline(errors: Errors) -> None:
     """Measure an image of the embedded model, guidance split over two groups of two that split the rows."""
     pipe = KolorsPipeline.from_pretrained()
@@ -223,6 +234,7 @@ def measure(out: Path, command: list[str]) -> int:
             if split.ranks.size == 2:
                 measure_faults(errors, split)
                 out.with_suffix(f".received.{rank}").write_text(json.dumps(received))
+                out.with_suffix(f".refused.{rank}").write_text(with_own_noise(split))
             if split.ranks.size == 3:
                 measure_adapters(errors, split)
     measure_pipeline(errors)
