@@ -249,7 +249,7 @@ class RowSplit:
 
     @contextmanager
     def _replaced(self, net: nn.Module, levels: Sequence[Bands]) -> Iterator[None]:
-        """Replace the forwards of all modules that read other rows than their band's, while the block lasts."""
+        """Replace the forwards of modules that read other rows than their band's, while the block lasts."""
         # They are searched anew each time: a callback between two steps may replace some.
         restored: list[tuple[nn.Module, Any]] = []
         try:
