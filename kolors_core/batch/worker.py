@@ -28,10 +28,10 @@ from tqdm.auto import tqdm
 
 from kolors_core.batch.manifest import JobLocks, Manifest, Record
 from kolors_core.batch.prompt_file import FINGERPRINT_KEY, Job, JobSettings, png_fingerprint, read_jobs
-from kolors_core.batch.split_guidance import GuidancePair, PeerLost
 from kolors_core.checkpoint import logger
 from kolors_core.cli import options as cli
 from kolors_core.cli.samplers import default_steps
+from kolors_core.performance.split_guidance import GuidancePair, PeerLost
 from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import check_int, short_repr

@@ -20,6 +20,7 @@ SAMPLERS = (
     "euler-ancestral", "lms", "pndm", "ddim", "ddpm", "lcm", "tcd", "own",
 )  # fmt: skip
 SCHEDULES = ("leading", "linspace", "trailing", "karras", "exponential", "beta", "lu")
+SPLITS = ("rows", "guidance")
 OUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CONTROL_SCALE = 0.8  # of pipelines/request.py
 
@@ -199,6 +200,9 @@ def draw_parser(command: str = "draw") -> Parser:
     add("-q", "--quiet", action="store_true", help="no progress bar and no report")
     model = top.add_argument_group("model")
     add_model(model)
+    model.add_argument("--split", choices=SPLITS, type=one_of(SPLITS),
+        help="under torchrun: an image on all processes, each with some rows of every feature map; guidance: "
+        "half of them for the prompt, half for the negative prompt, and rows within each half")  # fmt: skip
     model.add_argument("--lora", action="append", metavar="FROM[:SCALE]",
         help="a LoRA in any naming: a file, folder or hub repository, whose revision may follow an @; may "
         "be repeated")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Methods of a pipeline for less time or memory: offload, compilation, tiled VAE, prompt and step cache.
+"""Methods of a pipeline for less time or memory: offload, compilation, tiles, row split, caches.
 
 Source: the methods of these names in diffusers' pipelines/pipeline_utils.py.
 """
@@ -20,6 +20,7 @@ from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
+from kolors_core.performance.row_split import Ranks, RowSplit, set_coder
 from kolors_core.performance.step_cache import StepCache
 from kolors_core.performance.vae_tiling import disable_slicing, disable_tiling, enable_slicing, enable_tiling
 from kolors_core.pipelines.base import Components
@@ -31,13 +32,14 @@ QUANTIZABLE = ("text_encoder", "unet")
 
 
 class PerformanceMethods(Components):
-    """A pipeline that can offload, compile, quantize and tile its models, and cache prompts and steps."""
+    """A pipeline that can offload, compile, quantize, tile and split its models, and cache prompts and steps."""
 
     _open_component: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.open_component)
     _save_component: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.save_component)
     _check_savable: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.check_savable)
     _wrap_step: CUDAGraphCache | None = None
     step_cache: StepCache | None = None
+    row_split: RowSplit | None = None
 
     @classmethod
     def _quantized_on_read(
@@ -59,14 +61,14 @@ class PerformanceMethods(Components):
         self.offload, self.prompt_cache = Offload(), PromptCache()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of copies and pickles, without cached prompts and captured graphs."""
-        return self.__dict__ | {"prompt_cache": PromptCache(), "_wrap_step": None}
+        """Return the state of copies and pickles, without cached prompts, captured graphs and processes."""
+        return self.__dict__ | {"prompt_cache": PromptCache(), "_wrap_step": None, "row_split": None}
 
     @classmethod
     def from_pipe(cls, pipeline: Components, **changes: Any) -> Self:
         """Create another task with the very same models, offload and cached prompts; see `Components`."""
         pipe = super().from_pipe(pipeline, **changes)
-        for name in ("offload", "prompt_cache", "step_cache", "_wrap_step"):
+        for name in ("offload", "prompt_cache", "step_cache", "row_split", "_wrap_step"):
             setattr(pipe, name, getattr(pipeline, name))
         return pipe
 
@@ -145,8 +147,29 @@ class PerformanceMethods(Components):
         """Compute every step as a whole."""
         self.step_cache = None
 
+    def enable_row_split(self, group: Any = None) -> None:
+        """Draw each image on several processes, each with some rows of every feature map: the same image.
+
+        Every process makes the same calls, with generators of the same seed, and gets the same images.
+        group: of torch.distributed, whose processes split the UNet's and ControlNets' rows, where there are
+        others that compute another half of guidance; None for all. All split the VAE's. Holds for every
+        pipeline with this VAE. ValueError where torch.distributed is not initialized; TypeError, naming the
+        VAE's `run_coder`, if it runs in tiles. Calls raise ValueError or TypeError for what cannot be split:
+        see kolors_core/performance/row_split.py.
+        """
+        everyone = RowSplit(Ranks())
+        set_coder(unwrap_compiled(self.vae), everyone)
+        self.row_split = everyone if group is None else RowSplit(Ranks(group))
+
+    def disable_row_split(self) -> None:
+        """Draw images on this process alone."""
+        set_coder(unwrap_compiled(self.vae), None)
+        self.row_split = None
+
     def _wrap_rule(self, rule: GuidanceRule) -> GuidanceRule:
-        return rule if self.step_cache is None else self.step_cache.wrap_rule(rule)
+        for wrapper in (self.row_split, self.step_cache):  # a step cache refuses split rows by name
+            rule = rule if wrapper is None else wrapper.wrap_rule(rule)
+        return rule
 
     def _start_offload(self, gpu_id: int | None, device: Device, by_block: bool) -> None:
         if gpu_id is not None and device is not None:
@@ -195,6 +218,8 @@ class PerformanceMethods(Components):
     def _needs_alone(self) -> str | None:
         if self.offload.device is not None:
             return "offload"
+        if self.row_split is not None:
+            return "a row split"
         has_graphs = self._wrap_step is not None and self._wrap_step.records_on(self.device)
         return "a CUDA graph" if has_graphs else super()._needs_alone()
 

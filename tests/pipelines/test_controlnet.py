@@ -275,7 +275,7 @@ def test_a_callback_keeps_the_controls(steered: KolorsControlNetPipeline) -> Non
 
 
 def test_halves_of_guidance_apart_are_what_both_are_together(steered: KolorsControlNetPipeline) -> None:
-    """As kolors_core/batch/split_guidance.py computes them, each by its own process."""
+    """As kolors_core/performance/split_guidance.py computes them, each by its own process."""
     whole = run(steered)
 
     def apart(unet: Any, schedule: Any, positive: Any, negative: Any, scale: float, **more: Any) -> Any:
