@@ -55,7 +55,7 @@ class QuantizedOnRead(UnloadedModel):
     def fill(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         """Load and quantize the weights, and return the model: with the bits of `quantize` after loading.
 
-        In memory are the quantized layers so far and a part of the one that is read.
+        In memory are the layers quantized so far, and a part of the next.
         """
         layers = {f"{path}.weight": layer for path, layer in _quantized_layers(self.model).items()}
         done = 0

@@ -32,7 +32,7 @@ QUANTIZABLE = ("text_encoder", "unet")
 
 
 class PerformanceMethods(Components):
-    """A pipeline that can offload, compile, quantize, tile and split its models, and cache prompts and steps."""
+    """A pipeline that can offload, compile, quantize, tile and split models, and cache prompts and steps."""
 
     _open_component: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.open_component)
     _save_component: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.save_component)
