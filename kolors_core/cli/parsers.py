@@ -333,7 +333,7 @@ def export_parser() -> Parser:
     add("weights", metavar="DIR", help="a checkpoint folder or .safetensors file, a hub repository, or tiny")
     add("out", type=Path, metavar="OUT", help="the folder to write; must not exist")
     add("--to", required=True, choices=FORMATS, type=one_of(FORMATS),
-        help="torch: .pt2 of torch.export; onnx; aot: .pt2 that AOTInductor compiles for this machine's device")  # fmt: skip
+        help="torch: .pt2 of torch.export; onnx; aot: .pt2 compiled by AOTInductor for --device")  # fmt: skip
     add("--programs", nargs="+", choices=PROGRAMS, type=one_of(PROGRAMS), metavar="NAME", default=PROGRAMS,
         help=f"of {', '.join(PROGRAMS)} (default: all); unet_context, once an image, and unet_step, once a "
         "step, compute what unet does")  # fmt: skip
