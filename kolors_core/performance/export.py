@@ -172,8 +172,8 @@ def check_can_export(to: str) -> None:
 def trace(program: Program) -> ExportedProgram:
     """Export a program by torch.export, with every open size left open.
 
-    Attention is torch's own kernel, whose name is forced: another may be chosen by sizes, once for all. Source
-    lines, which name this machine's folders, are left out.
+    Attention is torch's own kernel, whose name is forced: another may be chosen by sizes, once for all. Stack
+    traces, which name this machine's folders, are left out.
     """
     sizes = {"B": 2, "S": 7, "N": 3, "H": program.least + 3, "W": program.least + 6}
     least = {"B": 1, "S": 1, "N": 1, "H": program.least, "W": program.least}
