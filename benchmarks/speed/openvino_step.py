@@ -3,7 +3,7 @@
 `unet_step` (performance/export.py) at full width with random weights in bfloat16, two rows of latents as with
 guidance, 32 text tokens; by OpenVINO in bfloat16, and with its weights in int8 as NNCF compresses them. One
 thread, and seconds of the processor, so that other work on the machine counts little; rounds are A B B A.
---blocks: transformer blocks of the innermost level, 10 at full size, which takes 13 GB. It needs packages that
+--blocks: transformer blocks of the innermost level, 10 at full size (13 GB of memory). It needs packages that
 the project does not: `pip install openvino nncf`.
 """
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ def export(options: argparse.Namespace) -> None:
     if options.check and options.to == "onnx" and dtype == torch.bfloat16:
         raise ValueError("--check cannot run bfloat16: onnxruntime has no such kernels on a CPU")
     is_file = options.weights.endswith(".safetensors")
-    pipe = (KolorsPipeline.from_single_file if is_file else KolorsPipeline.from_pretrained)(
+    pipe: Any = (KolorsPipeline.from_single_file if is_file else KolorsPipeline.from_pretrained)(
         options.weights, variant=options.variant, revision=options.revision,
         local_files_only=options.local_files_only, torch_dtype=dtype, device=device,
     )  # fmt: skip
