@@ -35,6 +35,7 @@ LINES = {
     "kolors_core/README.md": 150,
     "kolors_core/SAMPLERS.md": 100,
     "kolors_core/performance/MEMORY.md": 100,
+    "kolors_core/performance/EXPORT.md": 100,
     "weights_convert/README.md": 150,
     "benchmarks/README.md": 150,
     "tests/README.md": 60,
@@ -54,6 +55,7 @@ RUN = {
     "kolors_core/compat/README.md": ["make_image_grid(images"],
     "kolors_core/performance/README.md": ["enable_step_cache()"],
     "kolors_core/performance/MEMORY.md": ["quantize(pipe", "quantization={", "plan(pipe"],
+    "kolors_core/performance/EXPORT.md": ["InferenceSession"],  # by tests/cli/test_export.py
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
 }
@@ -269,6 +271,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "kolors_core explain": parsers.explain_parser,
     "kolors_core info": parsers.info_parser,
     "kolors_core plan": parsers.plan_parser,
+    "kolors_core export": parsers.export_parser,
     "kolors_core batch": batch.parser,
     "kolors_core train-lora": train_lora_parser,
     "kolors_core.batch": batch.parser,
