@@ -42,7 +42,7 @@ DONE = "written.json"  # in SCRATCH, once all of it is there
 
 def fresh(command: list[str], threads: int, out: Path | None = None) -> Contestant:
     """A contestant in a process of its own, which the kernel measures. out: what it has to write."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
 
     def measure() -> Mapping[str, float]:
         if out is not None:
@@ -93,7 +93,7 @@ def measure_images(folder: Path, pixels: int, options: argparse.Namespace) -> li
     images = {name: folder / f"{name.split()[-1]}.png" for name in (*LIBRARIES, BY_COMMAND)}
     commands = {side: once("draw", side, folder, images[side], pixels, STEPS) for side in LIBRARIES}
     commands[BY_COMMAND] = command_line(folder, images[BY_COMMAND], pixels)
-    before = os.getloadavg()[0]
+    before, memory = os.getloadavg()[0], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     result = race(
         {name: fresh(command, options.threads, images[name]) for name, command in commands.items()},
         options.rounds,
@@ -102,7 +102,7 @@ def measure_images(folder: Path, pixels: int, options: argparse.Namespace) -> li
     pixel_values = np.asarray(Image.open(images["ours"]), dtype=np.float64)
     details = {
         "files": options.files, "psnr_db": apart, "gray_levels_deviation": float(pixel_values.std()),
-        "load_average_before": before,
+        "load_average_before": before, "memory_gib": memory / GIB,
     }  # fmt: skip
     disk = " and ".join(f"{result.median(side, 'disk_gib'):.1f}" for side in LIBRARIES)
     common: dict[str, Any] = {"is_rehearsal": options.small, "race": result, "details": details}
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process (default: all)")
     parser.add_argument("--small", action="store_true", help="rehearse at the embedded model's size")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)  # which the rows say
     layers = prepare(options.folder, options)
     for row in measure_images(options.folder, 64 if options.small else 512, options):
         row.write(options.out)

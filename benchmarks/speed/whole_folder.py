@@ -24,7 +24,7 @@ from weights_convert.safetensors_files import FORMAT, WEIGHT_FILE_STEMS
 from weights_convert.untrusted_files import DTYPES
 
 SEED, BLOCK, STRIDE = 20261130, 2**24 - 3, 10_000_019
-SHARD, SPARE = 2 * 10**9, 2**30  # bytes: of one of the text encoder's files, and to leave on the disk
+SHARD, SPARE = 2 * 10**9, 2**30  # bytes: of a file, and to leave on the disk
 VARIANTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 LORA_TARGETS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
 Shapes = dict[str, tuple[int, ...]]
@@ -37,13 +37,17 @@ def public_shapes(component: str, config: Any) -> Shapes:
     if component == "text_encoder":
         shapes["encoder.final_layernorm.weight"] = (config.hidden_size,)
         shapes["output_layer.weight"] = (config.vocab_size, config.hidden_size)
+        shapes["rotary_pos_emb.inv_freq"] = (config.head_dim // 4,)
     return dict(sorted(shapes.items()))
 
 
-def write_folder(folder: Path, config: KolorsConfig, dtype: torch.dtype, tokenizer: Path) -> int:
+def write_folder(
+    folder: Path, config: KolorsConfig, dtype: torch.dtype, tokenizer: Path, shard: int = SHARD
+) -> int:
     """Write a Kolors as Kwai-Kolors/Kolors-diffusers has it; return the bytes of its weights.
 
-    dtype: float16 or bfloat16. tokenizer: a folder with tokenizer.model. SystemExit if the disk is too full.
+    dtype: float16 or bfloat16. tokenizer: a folder with tokenizer.model. shard: bytes of one of the text
+    encoder's files. SystemExit if the disk is too full.
     """
     shapes = {name: public_shapes(name, getattr(config, name)) for name in MODEL_SPECS}
     sizes = {name: sum(map(prod, model.values())) * dtype.itemsize for name, model in shapes.items()}
@@ -56,7 +60,7 @@ def write_folder(folder: Path, config: KolorsConfig, dtype: torch.dtype, tokeniz
         (place := folder / component).mkdir(exist_ok=True)
         write_json(getattr(config, component).to_public(), place / "config.json")
         stem = f"{WEIGHT_FILE_STEMS[component]}.{VARIANTS[dtype]}"
-        parts = _shards(tensors, dtype.itemsize, SHARD if component == "text_encoder" else sizes[component])
+        parts = _shards(tensors, dtype.itemsize, shard if component == "text_encoder" else sizes[component])
         names = [f"{stem}-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
         for file, part in zip(names if len(parts) > 1 else [f"{stem}.safetensors"], parts, strict=True):
             _write_file(place / file, part, block, dtype)

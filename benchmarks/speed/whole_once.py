@@ -67,7 +67,7 @@ def _load(library: str, folder: str, times: list[float], **parts: None) -> Any:
 
     times.append(time.perf_counter())
     variant = next(Path(folder, "unet").glob("*.safetensors")).name.split(".")[1]
-    pipe = pipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, variant=variant, **parts)
+    pipe = pipeline.from_pretrained(folder, dtype=torch.bfloat16, variant=variant, **parts)
     times.append(time.perf_counter())
     return pipe
 
