@@ -9,7 +9,7 @@ Each process is measured from outside: how long it took and computed, the most m
 files too), and what it read from the disk, 0 where the page cache had the files. Files of float16, as they
 are published, are converted: 38 GB of memory hold them and the copy, and with less each process reads the
 disk. Of bfloat16 (--files bfloat16) they are mapped, as those of float16 are on a GPU, and 22 GB will do.
-On two cores it takes 5 minutes to write at 60 MB/s, and 12 to measure where the cache has the files.
+It takes 5 minutes to write at 60 MB/s, and by reckoning 10 to measure where the cache has the files.
 """
 
 import argparse
