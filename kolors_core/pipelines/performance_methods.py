@@ -207,7 +207,8 @@ class PerformanceMethods(Components):
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         """Return the cached embedding of these tokens, or encode and cache it."""
         savings, encoder = self.savings, unwrap_compiled(self.text_encoder)
-        if not savings.cached_prompts and savings.prompt_folder is None:
+        if not savings.cached_prompts and savings.prompt_folder is None:  # no key is made, for nothing
+            self.prompt_cache.clear()
             return super()._run_text_encoder(tokens)
         key = Key.of(encoder, tokens)
         if (text := self.prompt_cache.get(key, savings.prompt_folder, encoder, tokens)) is None:
