@@ -22,7 +22,7 @@ SAMPLERS = (
 SCHEDULES = ("leading", "linspace", "trailing", "karras", "exponential", "beta", "lu")
 SPLITS = ("rows", "guidance")
 OUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = ("torch", "onnx", "aot")
+EXPORT_FORMATS = ("torch", "onnx", "aot")
 PROGRAMS = ("text_encoder", "unet", "unet_context", "unet_step", "vae_encoder", "vae_decoder")
 CONTROL_SCALE = 0.8  # of pipelines/request.py
 
@@ -120,7 +120,7 @@ def add_model(model: argparse._ArgumentGroup) -> None:
     add("--dtype", choices=DTYPES, type=one_of(DTYPES), help="precision (default: float16, on a CPU float32)")
     for flag in ("--text-encoder-bits", "--unet-bits"):
         add(flag, choices=FORMATS, type=one_of(FORMATS),
-            help="quantize its large layers while they are read; w8a8 also rounds their inputs")  # fmt: skip
+            help="quantize large layers while they are read; w8a8 rounds inputs too")  # fmt: skip
     add("--report", action="store_true",
         help="quantize after loading, and measure the error, which takes long")  # fmt: skip
     add("--offload", choices=("model", "block"), type=one_of(("model", "block")),
@@ -338,7 +338,7 @@ def export_parser() -> Parser:
     add = top.add_argument
     add("weights", metavar="DIR", help="a checkpoint folder or .safetensors file, a hub repository, or tiny")
     add("out", type=Path, metavar="OUT", help="the folder to write; must not exist")
-    add("--to", required=True, choices=FORMATS, type=one_of(FORMATS),
+    add("--to", required=True, choices=EXPORT_FORMATS, type=one_of(EXPORT_FORMATS),
         help="torch: .pt2 of torch.export; onnx; aot: .pt2 compiled by AOTInductor for --device")  # fmt: skip
     add("--programs", nargs="+", choices=PROGRAMS, type=one_of(PROGRAMS), metavar="NAME", default=PROGRAMS,
         help=f"of {', '.join(PROGRAMS)} (default: all); unet_context, once an image, and unet_step, once a "
