@@ -244,6 +244,7 @@ def test_its_name_works_wherever_a_checkpoint_is_named(tmp_path: Path, capsys: p
     report = capsys.readouterr().err
     assert "controlnet: skipped, a ControlNet is a model beside the pipeline" in report
     assert report.count(": skipped, an IP-Adapter is loaded into a pipeline") == 2, "itself and its encoder"
+    assert report.count(": skipped, a LoRA is loaded into a pipeline") == 1
     whole = KolorsPipeline.from_single_file(tmp_path / "x.safetensors")
     assert fingerprint(whole.unet) == fingerprint(unet)
     assert whole.name_or_path == str(tmp_path / "x.safetensors")

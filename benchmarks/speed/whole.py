@@ -41,7 +41,10 @@ DONE = "written.json"  # in SCRATCH, once all of it is there
 
 
 def fresh(command: list[str], threads: int, out: Path | None = None) -> Contestant:
-    """A contestant in a process of its own, which the kernel measures. out: what it has to write."""
+    """A contestant in a process of its own, which the kernel measures. out: what it has to write.
+
+    Its peak is at least this process's own memory, which it has until it begins.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
 
     def measure() -> Mapping[str, float]:
