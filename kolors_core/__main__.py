@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": Command("kolors_core.cli.parsers:plan_parser", "kolors_core.cli.generate", ("--plan",)),
     "batch": Command("kolors_core.batch.__main__:parser", "kolors_core.batch.__main__"),
     "train-lora": Command("kolors_core.cli.train_lora:parser", "kolors_core.cli.train_lora"),
+    "export": Command("kolors_core.cli.parsers:export_parser", "kolors_core.cli.export"),
     "convert": Command("weights_convert.__main__:parser", "weights_convert.__main__"),
 }
 HELP = f"""\
@@ -58,6 +59,8 @@ many images
 models
   train-lora   learn a thing or a style from a few images
                  kolors train-lora photos zorp -o zorp.safetensors
+  export       write the models as programs of torch.export, ONNX or AOTInductor
+                 kolors export tiny OUT --to onnx
   convert      rename a checkpoint's tensors to those of this library, or back
                  kolors convert Kolors-diffusers Kolors.safetensors --to single
 

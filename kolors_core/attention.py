@@ -26,9 +26,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     """Compute softmax(q k^T / sqrt(D) + bias) v with the forced kernel, or else `select_kernel`'s.
 
     q: [B, H, L, D]; k, v: [B, H, S, D]; bias: None, or broadcastable to [B, H, L, S]: bool (True attends) or
-    floats added to the logits. Returns [B, H, L, D]. RuntimeError if a forced kernel cannot run these inputs.
+    floats added to the logits, converted to q's dtype. Returns [B, H, L, D]. RuntimeError if a forced kernel
+    cannot run these inputs.
     """
     name = _forced if _forced is not None else select_kernel(q, k)
+    if bias is not None and bias.dtype != q.dtype and bias.dtype != torch.bool:
+        bias = bias.to(q.dtype)  # cuDNN reads float32 as if it were q's half
     try:
         return KERNELS[name](q, k, v, bias)
     except RuntimeError as error:
@@ -52,15 +55,13 @@ def log_multiplicity_bias(counts: Tensor, dtype: torch.dtype) -> Tensor:
 def select_kernel(q: Tensor, k: Tensor, device_type: str | None = None) -> str:
     """Select a kernel by name for these inputs on a type of device, their own if None.
 
-    Hopper GPUs: cuDNN before flash, which is faster there only (six GPUs in
-    https://github.com/huggingface/transformers/pull/48163). MPS: chunks of queries if there are many scores.
-    CPU in bfloat16 without gradients: matrix products and a softmax where they are faster, by 1.6 on short
-    rows and 1.7 on the VAE's wide head (benchmarks/NOTES.md). Otherwise: torch's choice.
+    MPS: chunks of queries if there are many scores. CPU in bfloat16 without gradients: matrix products and a
+    softmax where they are faster, by 1.6 on short rows and 1.7 on the VAE's wide head (benchmarks/NOTES.md).
+    Otherwise: torch's choice. On Hopper GPUs torch 2.13 prefers cuDNN, earlier ones flash; whether the forced
+    "cudnn_first" is faster there is not measured yet: `python -m benchmarks.speed.gpu OUT --only attention`.
     """
     device = q.device.type if device_type is None else device_type
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
-    if q.device.type == "cuda" and torch.cuda.get_device_properties(q.device).major == 9:
-        return "cudnn_first"
     if device == "mps" and batch * heads * queries * keys > MPS_SCORE_ELEMENTS:
         return "chunked"
     if device == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():

@@ -1,7 +1,7 @@
 """Changed models in checkpoints: `config.json` names the class or block that is not this library's.
 
-Such a model is loaded by its own class, and the error of any other way to load it says so. Fields that its
-config adds are written and read too.
+Such a model is loaded by its own class, and the error of any other way to load it says so, as that of a
+quantized one does. Fields that its config adds are written and read too.
 """
 
 import json
@@ -15,6 +15,7 @@ from torch import nn
 from kolors_core.config import PublicConfig
 
 FIELD = "_kolors_core"  # the reference ignores fields that start with an underscore
+QUANTIZATION = "quantization_config"  # the reference reads it, and refuses a method that it does not know
 _NAME = re.compile(r"[\w.<>]{1,200}")
 
 
@@ -62,6 +63,9 @@ def read_config(kind: Any, public: PublicConfig, where: str) -> Any:
 
 def describe(public: PublicConfig, component: str) -> str:
     """Say of whom a changed model's `config.json` is, and how to load it; "" for the library's own."""
+    if public.get(QUANTIZATION) is not None:
+        how = "KolorsPipeline.from_pretrained or kolors_core.performance.quantized_files.load_component"
+        return f"its weights are quantized: load it by {how}"
     if not (record := _record(public)):
         return ""
     how = f"load_component(FOLDER, {component!r}, kind=ModelSpec({record['config']}, {record['class']}))"

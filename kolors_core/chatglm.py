@@ -31,15 +31,17 @@ class TextEmbedding:
     def cat(cls, parts: Sequence["TextEmbedding"]) -> "TextEmbedding":
         """Concatenate embeddings; shorter ones are filled up on the left with tokens of count 0."""
         length = max(part.tokens.shape[1] for part in parts)
-        tokens, counts = [], []
-        for part in parts:
-            ones = part.tokens.new_ones(part.tokens.shape[:2], dtype=torch.float32)
-            missing = length - part.tokens.shape[1]
-            tokens.append(F.pad(part.tokens, (0, 0, missing, 0)))
-            counts.append(F.pad(ones if part.counts is None else part.counts, (missing, 0)))
         is_uniform = all(part.counts is None and part.tokens.shape[1] == length for part in parts)
-        pooled = torch.cat([part.pooled for part in parts])
-        return cls(torch.cat(tokens), pooled, None if is_uniform else torch.cat(counts))
+        filled = [part.fill(length) for part in parts]
+        tokens, pooled, counts = zip(*((p.tokens, p.pooled, p.counts) for p in filled), strict=True)
+        return cls(torch.cat(tokens), torch.cat(pooled), None if is_uniform else torch.cat(counts))
+
+    def fill(self, length: int) -> "TextEmbedding":
+        """Fill up on the left with tokens of count 0, which nothing attends to: tokens [B, length, C]."""
+        missing, counts = length - self.tokens.shape[1], self.counts
+        if counts is None:
+            counts = self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.float32)
+        return TextEmbedding(F.pad(self.tokens, (0, 0, missing, 0)), self.pooled, F.pad(counts, (missing, 0)))
 
     @property
     def length(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +53,9 @@ MODEL_SPECS = {
     "unet": ModelSpec(UNetConfig, UNet),
     "vae": ModelSpec(VAEConfig, VAE),
 }
+SCHEDULER_FILE = "scheduler_config.json"
 # The files of a saved pipeline's folders other than its models.
-OWN_FILES = {
-    "tokenizer": {"tokenizer.model", "tokenizer_config.json"}, "scheduler": {"scheduler_config.json"},
-}  # fmt: skip
+OWN_FILES = {"tokenizer": {"tokenizer.model", "tokenizer_config.json"}, "scheduler": {SCHEDULER_FILE}}
 OPTIONAL_COMPONENTS = {"image_encoder"}  # a checkpoint may lack them
 
 EMBEDDED = Path(__file__).parent / "tiny"  # the small Kolors in this package, named "tiny" for `resolve`
@@ -65,7 +64,6 @@ EMBEDDED_NOTICE = (
     "name Kwai-Kolors/Kolors-diffusers with the variant fp16"
 )
 MAX_CONFIG_BYTES = 2**18  # real ones have less than 2**13
-SCHEDULER_FILE = "scheduler_config.json"
 AnyScheduler = TypeVar("AnyScheduler", bound=Scheduler)
 logger = logging.getLogger("kolors_core")
 
@@ -147,9 +145,8 @@ def load_component(
 ) -> Any:  # fmt: skip
     """Load one model from a checkpoint folder or hub repository, in public names or ours.
 
-    name: "tiny" is the embedded model, as in `resolve`.
-    subfolder: the component's folder; its name if None. device: on "meta" no weights are read. kind: of one
-    not in `MODEL_SPECS`. hub: as for `resolve`. FileNotFoundError or ValueError names file, field or tensor.
+    name, hub: as for `resolve`. subfolder: the component's folder; its name if None. device: on "meta" no
+    weights are read. kind: of one not in `MODEL_SPECS`. Errors name the file, field or tensor.
     """
     check_dtype(dtype)
     device, subfolder = loading_device(device), component if subfolder is None else subfolder
@@ -160,7 +157,8 @@ def load_component(
     ).fill(dtype, device)
 
 
-class UnloadedModel(NamedTuple):
+@dataclass(frozen=True)
+class UnloadedModel:
     """Model without weights, and the files that fit it; None for a model on the meta device."""
 
     model: nn.Module
@@ -297,7 +295,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_savable(model: nn.Module, component: str) -> None:
-    """Raise ValueError for a quantized model: its tensors have no public names."""
+    """Raise ValueError for a quantized model, which performance/quantized_files.py saves."""
     require_plain(model, f"save the {component} for the reference, which reads full weights only")
 
 
@@ -307,18 +305,25 @@ def save_component(
 ) -> None:  # fmt: skip
     """Write a model's config and weights under public names, as the reference reads it, without adapters.
 
-    subfolder: the component's folder; its name if None. max_shard_size: such as "5GB", of each file of
-    weights; None for one file. ValueError for a quantized model, a bad variant or size.
+    subfolder: the component if None. max_shard_size: such as "5GB", of a file. ValueError if quantized.
     """
     check_savable(model, component)
+    tensors = {TABLES[component].to_public(name): tensor for name, tensor in base_state(model).items()}
+    path = Path(folder) / (component if subfolder is None else subfolder)
+    write_component(changed_models.public_config(model), tensors, path, component, variant, max_shard_size)
+
+
+def write_component(
+    config: dict[str, Any], tensors: Mapping[str, Tensor], path: Path, component: str, variant: str | None,
+    max_shard_size: int | str | None,
+) -> None:  # fmt: skip
+    """Write a model's folder: its `config.json` and public tensors; ValueError for a bad variant or size."""
     if max_shard_size is not None:
         safetensors_files.parse_size(max_shard_size)
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
         raise ValueError(f"variant must be letters, digits and underscores, such as fp16, got {variant!r}")
-    path = Path(folder) / (component if subfolder is None else subfolder)
     path.mkdir(parents=True, exist_ok=True)
-    write_json(changed_models.public_config(model), path / "config.json")
-    tensors = {TABLES[component].to_public(name): tensor for name, tensor in base_state(model).items()}
+    write_json(config, path / "config.json")
     stem = safetensors_files.WEIGHT_FILE_STEMS[component]
     safetensors_files.save_shards(tensors, path, stem, variant, max_shard_size)
 

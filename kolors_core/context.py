@@ -54,6 +54,7 @@ class KeysValues(NamedTuple):
     bias: Tensor | None  # logit bias [B, 1, 1, S]
     images: tuple[ImageKeysValues, ...]
     perturbed: int = 0  # as in `Context`
+    outputs: list[Tensor] | None = None  # a list, to which the cross-attention appends its output
 
     def select_rows(self, rows: Tensor) -> "KeysValues":
         """Select rows [B] of all tensors but the masks, which have all B rows already."""
@@ -65,6 +66,14 @@ class KeysValues(NamedTuple):
         )
         bias = None if self.bias is None else self.bias[rows]
         return KeysValues(self.k[rows], self.v[rows], bias, images, self.perturbed)
+
+
+class KnownOutput(NamedTuple):
+    """Output [B, N, C] of one cross-attention that was computed before, in place of its keys and values."""
+
+    output: Tensor
+    images: tuple[()] = ()
+    perturbed: int = 0
 
 
 class Context(NamedTuple):
@@ -93,8 +102,10 @@ class Context(NamedTuple):
         return context, torch.tensor(index, device=self.tokens.device)
 
 
-def resize_masks(context: Context | KeysValues, height: int, width: int) -> Context | KeysValues:
-    """Resize the masks of a `Context` or `KeysValues`, if it has any, to a feature map's size."""
+def resize_masks(
+    context: Context | KeysValues | KnownOutput, height: int, width: int
+) -> Context | KeysValues | KnownOutput:
+    """Resize the masks of a context, if it has any, to a feature map's size."""
     images: Any = tuple(
         part._replace(masks=part.masks.at(height, width)) if isinstance(part.masks, ResizedMasks) else part
         for part in context.images

@@ -45,7 +45,7 @@ def guided(
     on x (keys and values of text and images, each block's projection of all timesteps) once instead of in
     every step; the result is the same. A UNet that is compiled as a whole, has hooks itself, or overrides
     forward is called as a whole in every step. wrap_step: another way to run a step, such as CUDA graphs;
-    not used if image prompts have masks or nothing is precomputed.
+    not used if nothing is precomputed.
     """
     scale, rescaled = check_float("the guidance scale", scale), cfg_rescale(rescale)
 

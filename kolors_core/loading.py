@@ -23,6 +23,8 @@ RELEASE_AFTER = 2**26  # bytes copied from a mapped file, after which its pages 
 
 # (the model's shape, the checkpoint's tensor of another shape or None) -> a tensor of the model's shape
 Initializer = Callable[[torch.Size, Tensor | None], Tensor]
+# (a model name, the file's tensor) -> what the model has in its place, by name; None for the tensor as usual
+Converter = Callable[[str, Tensor], Mapping[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,18 @@ def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[st
 
 def assign_weights(
     model: nn.Module, source: Source | Tensors, names: Mapping[str, str], *, dtype: torch.dtype,
-    device: torch.device | str, initialized: Mapping[str, Tensor] | None = None
+    device: torch.device | str, initialized: Mapping[str, Tensor] | None = None,
+    convert: Converter | None = None,
 ) -> None:  # fmt: skip
     """Assign a checkpoint's tensors (checkpoint name -> model name) and initialized ones to a model."""
     state, copied = dict(initialized or {}), 0
     for public, name in names.items():
         tensor = source.mapped(public)
-        state[name] = aligned(tensor.to(device=device, dtype=dtype))
-        copied += tensor.nbytes if state[name] is not tensor else 0
+        converted = None if convert is None else convert(name, tensor)
+        if converted is None:
+            converted = {name: aligned(tensor.to(device=device, dtype=dtype))}
+        state |= converted
+        copied += tensor.nbytes if converted.get(name) is not tensor else 0
         if isinstance(source, Source) and copied > RELEASE_AFTER:
             source.release(public)
             copied = 0

@@ -10,6 +10,7 @@ A feature sets them on its own classes; the core reads them without knowing the 
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -89,23 +90,34 @@ def settings(model: nn.Module) -> tuple[Any, ...]:
     return tuple((path, key) for path, key in keys if key)
 
 
-def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """Return a key that changes with a setting or a weight, unless that is written through `.data`."""
-    weights = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
-    return weights, settings(model)
-
-
-def sample_weights(tensors: Mapping[str, Tensor]) -> bytes:
+def sample_weights(tensors: Mapping[str, Tensor], whole: Sequence[Tensor] = ()) -> bytes:
     """Return each tensor's name, shape and `SAMPLES` of its values: the same in any order, on any device.
 
-    A dtype that holds the same values gives the same bytes.
+    A dtype that holds the same values gives the same bytes. whole: tensors whose values follow, all of them.
+    An accelerator is waited for once for each dtype, not for each tensor.
     """
-    parts = list[bytes]()
-    for name, tensor in sorted(tensors.items()):
-        values = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)]
-        parts.append(f"{name} {list(tensor.shape)} ".encode())
-        parts.append(values.cpu().double().numpy().tobytes())  # MPS has no float64
-    return b"".join(parts)
+    ordered = sorted(tensors.items())
+    samples = [t.detach().flatten()[:: max(1, t.numel() // SAMPLES)] for _, t in ordered]
+    on_cpu = _to_cpu([*samples, *(t.detach().flatten() for t in whole)])
+    values = [v.double().numpy().tobytes() for v in on_cpu]  # after the copy: MPS has no float64
+    names = [f"{name} {list(tensor.shape)} ".encode() for name, tensor in ordered]
+    named = chain.from_iterable(zip(names, values[: len(names)], strict=True))
+    return b"".join([*named, *values[len(names) :]])
+
+
+def _to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors of one axis to the CPU, all of one device and dtype at once."""
+    groups: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    found = list(tensors)
+    for (device, _), members in groups.items():
+        if device.type != "cpu":
+            sizes = [found[i].numel() for i in members]
+            together = torch.cat([found[i] for i in members]).cpu()
+            for i, part in zip(members, together.split(sizes), strict=True):
+                found[i] = part
+    return found
 
 
 def require_plain(model: nn.Module, action: str) -> None:

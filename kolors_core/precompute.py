@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kolors_core.conditioning import Conditioning
 from kolors_core.module import WrapStep
@@ -50,23 +50,26 @@ class PrecomputedInputs:
         self.embedding = net.added_embedding(c.pooled_text, c.size_ids, c.added)  # [B, T]
         self.widths = [block.time_proj.out_features for block in net.modules() if isinstance(block, ResBlock)]
         timesteps = schedule.timesteps.tolist()
-        self.scheduled = dict(zip(timesteps, self._shifts(timesteps), strict=True))
+        times = torch.tensor(timesteps, dtype=torch.float32, device=self.embedding.device)
+        self.scheduled = dict(zip(timesteps, self._shifts(times), strict=True))
 
     def shifts(self, timestep: float) -> Tensor:
         """Return the time shifts of all blocks at a timestep: [B, sum of the blocks' C]."""
-        return self.scheduled[timestep] if timestep in self.scheduled else self._shifts([timestep])[0]
+        if timestep in self.scheduled:
+            return self.scheduled[timestep]
+        # Filled on the device: a tensor of given values is copied there, which the host waits for.
+        return self._shifts(torch.full((1,), timestep, dtype=torch.float32, device=self.embedding.device))[0]
 
     def split(self, shifts: Tensor) -> Iterator[TimeShift]:
         """Split `shifts` into one for each block."""
         return map(TimeShift, shifts.split(self.widths, dim=-1))
 
-    def _shifts(self, timesteps: list[float]) -> list[Tensor]:
-        times = torch.tensor(timesteps, dtype=torch.float32, device=self.embedding.device)
+    def _shifts(self, times: Tensor) -> list[Tensor]:
         shifts = self.net.time_shifts(self.net.embed_time(times)[:, None] + self.embedding)  # each [n, B, C]
         return list(torch.cat([shift.added for shift in shifts], dim=-1))  # n of [B, sum of the blocks' C]
 
 
-def has_default_forward(net: UNetEncoder, kind: type[UNetEncoder]) -> bool:
+def has_default_forward(net: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether calling parts of `kind.forward` equals calling the net: not overridden, and no hooks."""
     is_overridden = type(net).forward is not kind.forward or "forward" in vars(net)
     return not (is_overridden or net._compiled_call_impl or net._forward_hooks or net._forward_pre_hooks)
@@ -79,7 +82,7 @@ def predict_uncached(unet: UNet, conditioning: Conditioning, repeats: int) -> Pr
     optional |= {} if c.added is None else {"added": c.added}
 
     def predict(latents: Tensor, timestep: float, residuals: list[Tensor]) -> Tensor:
-        time = torch.tensor(timestep, dtype=torch.float32, device=latents.device)
+        time = torch.full((), timestep, dtype=torch.float32, device=latents.device)
         inputs = latents.repeat(repeats, 1, 1, 1), time, c.text_tokens, c.pooled_text, c.size_ids
         keywords = optional | {"residuals": residuals} if residuals else optional
         return unet(*inputs, c.text_counts, c.image_prompts, **keywords)
@@ -90,13 +93,16 @@ def predict_uncached(unet: UNet, conditioning: Conditioning, repeats: int) -> Pr
 def predict_precomputed(
     unet: UNet, schedule: Schedule, conditioning: Conditioning, repeats: int, wrap_step: WrapStep | None
 ) -> PredictNoise:
-    """Return a function that runs the UNet on inputs computed once a run, see `PrecomputedInputs`."""
+    """Return a function that runs the UNet on inputs computed once a run, see `PrecomputedInputs`.
+
+    wrap_step: gets the step as a function of all keys and values, latents [b, ...], `shifts` and residuals.
+    """
     inputs = PrecomputedInputs(unet, schedule, conditioning)
 
     def step(keys_values: Any, latents: Tensor, shifts: Tensor, *residuals: Tensor) -> Tensor:
         return unet.forward_precomputed(latents, inputs.split(shifts), keys_values, repeats, residuals)
 
     run = partial(step, inputs.keys_values)
-    if wrap_step is not None and all(image.masks is None for image in conditioning.image_prompts):
+    if wrap_step is not None:
         run = wrap_step(step, inputs.keys_values, [unet], (repeats, conditioning.perturbed))
     return lambda latents, timestep, residuals: run(latents, inputs.shifts(timestep), *residuals)

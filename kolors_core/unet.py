@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from kolors_core.attention import attention, log_multiplicity_bias, split_heads
 from kolors_core.config import UNetConfig
-from kolors_core.context import Context, ImagePrompt, KeysValues, ResizedMasks, resize_masks
+from kolors_core.context import Context, ImagePrompt, KeysValues, KnownOutput, ResizedMasks, resize_masks
 from kolors_core.module import Model
 
 
@@ -65,7 +65,7 @@ class TimeShift(NamedTuple):
 
 
 Times = Iterator[Tensor | TimeShift]
-Contexts = Iterator[Context | KeysValues]
+Contexts = Iterator[Context | KeysValues | KnownOutput]
 
 
 class ResBlock(nn.Module):
@@ -119,8 +119,10 @@ class Attention(nn.Module):
         k, v = (split_heads(project(context.tokens), self.heads) for project in (self.to_k, self.to_v))
         return KeysValues(k, v, context.bias, images, context.perturbed)
 
-    def forward(self, x: Tensor, context: Context | KeysValues, perturbed: int = 0) -> Tensor:
+    def forward(self, x: Tensor, context: Context | KeysValues | KnownOutput, perturbed: int = 0) -> Tensor:
         """Map x [B, N, C] to [B, N, C]; perturbed: number of last rows with the identity as attention map."""
+        if isinstance(context, KnownOutput):
+            return context.output
         q = split_heads(self.to_q(x), self.heads)  # [B, heads, N, C/heads]
         kv = self.project_kv(context) if isinstance(context, Context) else context
         h = attention(q, kv.k, kv.v, kv.bias)
@@ -130,7 +132,10 @@ class Attention(nn.Module):
             h = branch(h, q, images)
         for observe in self.observers:
             observe(q, kv.k, kv.bias, perturbed)
-        return self.to_out(h.transpose(1, 2).flatten(2))  # [B, N, C]
+        h = self.to_out(h.transpose(1, 2).flatten(2))  # [B, N, C]
+        if kv.outputs is not None:
+            kv.outputs.append(h)
+        return h
 
 
 class FeedForward(nn.Module):
@@ -161,8 +166,8 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Context | KeysValues) -> Tensor:
-        """Map x [B, N, C] to [B, N, C]; context: of the cross-attention, or its keys and values."""
+    def forward(self, x: Tensor, context: Context | KeysValues | KnownOutput) -> Tensor:
+        """Map x [B, N, C] to [B, N, C]; context: the cross-attention's, see `Contexts`."""
         normed = self.norm1(x)
         x = x + self.self_attention(normed, Context(normed), context.perturbed)
         x = x + self.cross_attention(self.norm2(x), context)
@@ -358,15 +363,16 @@ class UNet(UNetEncoder):
         return self.forward_precomputed(latents, repeat(time), contexts, residuals=residuals)
 
     def forward_precomputed(
-        self, latents: Tensor, times: Iterable[Tensor | TimeShift], contexts: Iterable[Context | KeysValues],
+        self, latents: Tensor, times: Iterable[Tensor | TimeShift],
+        contexts: Iterable[Context | KeysValues | KnownOutput],
         copies: int = 1, residuals: Sequence[Tensor] = ()
     ) -> Tensor:  # fmt: skip
         """Compute `forward` from inputs that a run computes once.
 
         latents: [b, in_channels, H, W]. times: for each ResBlock in order of execution (down, mid, up),
         `embed_time` plus `added_embedding` [B, T], or its `time_shifts`. contexts: likewise for each
-        TransformerBlock, a context or its `project_kv`. copies: B / b, repeats of each latent, 2 with
-        guidance. residuals: as in `forward`. Returns [B, out_channels, H, W].
+        TransformerBlock, a context, its `project_kv`, or a known output. copies: B / b, repeats of each
+        latent, 2 with guidance. residuals: as in `forward`. Returns [B, out_channels, H, W].
         """
         times, contexts = iter(times), iter(contexts)
         x = self.conv_in(latents)

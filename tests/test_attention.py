@@ -1,7 +1,5 @@
 """Attention: every kernel equals an explicit softmax, and a forced kernel is the one that runs."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor
@@ -52,15 +50,33 @@ def chosen(tensor: Tensor, device: str) -> str:
     return select_kernel(placed, placed)  # type: ignore[arg-type]
 
 
-def test_the_kernel_is_chosen_by_device_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks on MPS for many scores; cuDNN before flash on Hopper only."""
+def test_the_kernel_is_chosen_by_device_and_shape() -> None:
+    """Chunks on MPS for many scores; on CUDA torch chooses by GPU."""
     small, large = torch.empty(1, 1, 8, 4, device="meta"), torch.empty(2, 20, 4096, 64, device="meta")
     assert [chosen(small, "mps"), chosen(large, "mps")] == ["sdpa", "chunked"]
     assert {chosen(tensor, "cpu") for tensor in (small, large)} == {"sdpa"}
-    for major, name in ((8, "sdpa"), (9, "cudnn_first"), (10, "sdpa")):
-        properties = SimpleNamespace(major=major)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
-        assert chosen(large, "cuda") == name
+    assert {chosen(tensor, "cuda") for tensor in (small, large)} == {"sdpa"}
+
+
+def test_a_bias_of_another_dtype_is_converted() -> None:
+    """cuDNN took float32 for the half precision of q, without an error."""
+    q, k, v = (
+        torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3)
+    )
+    bias = torch.linspace(-3, 3, 5)[None, None, None]
+    seen = list[torch.dtype]()
+    plain = KERNELS["sdpa"]
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(bias.dtype)
+        return plain(q, k, v, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KERNELS, "sdpa", kernel)
+        with attention_kernel("sdpa"):
+            attention(q, k, v, bias)
+            attention(q, k, v, bias > 0)
+    assert seen == [torch.bfloat16, torch.bool]
 
 
 @pytest.mark.exact

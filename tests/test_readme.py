@@ -22,6 +22,7 @@ from kolors_core.batch import __main__ as batch
 from kolors_core.checkpoint import EMBEDDED
 from kolors_core.cli import parsers
 from kolors_core.cli.train_lora import parser as train_lora_parser
+from kolors_core.performance.quantize import is_quantized
 from tests.support.images import noise_image
 from tests.support.processes import COMMAND, run_program
 
@@ -33,8 +34,11 @@ LINES = {
     **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
     "kolors_core/README.md": 150,
     "kolors_core/SAMPLERS.md": 100,
+    "kolors_core/performance/MEMORY.md": 100,
+    "kolors_core/performance/EXPORT.md": 100,
     "weights_convert/README.md": 150,
     "benchmarks/README.md": 150,
+    "tests/README.md": 60,
 }
 PAGES = [*LINES, "CHANGELOG.md"]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -49,7 +53,9 @@ RUN = {
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
-    "kolors_core/performance/README.md": ["quantize(pipe", "plan(pipe"],
+    "kolors_core/performance/README.md": ["enable_step_cache()"],
+    "kolors_core/performance/MEMORY.md": ["quantize(pipe", "quantization={", "plan(pipe"],
+    "kolors_core/performance/EXPORT.md": ["InferenceSession"],  # by tests/cli/test_export.py
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
 }
@@ -177,14 +183,26 @@ def test_the_few_step_example_trains_a_lora_that_draws(
 
 
 def test_the_example_of_less_memory_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = "kolors_core/performance/README.md"
+    page = "kolors_core/performance/MEMORY.md"
     run(block_with("quantize(pipe", page), page)
     assert "text_encoder int8" in capsys.readouterr().out
 
 
+def test_the_example_of_quantized_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = "kolors_core/performance/MEMORY.md"
+    pipe = run(block_with("quantization={", page), page)["pipe"]
+    assert pipe.name_or_path == "kolors-small" and is_quantized(pipe.unet)
+
+
+def test_the_example_of_a_step_cache_runs() -> None:
+    page = "kolors_core/performance/README.md"
+    assert run(block_with("enable_step_cache()", page), page)["pipe"].step_cache is None
+
+
 def test_the_example_of_a_plan_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """Of the embedded model; the table of the published one has the same rows."""
-    page = "kolors_core/performance/README.md"
+    page = "kolors_core/performance/MEMORY.md"
     run(block_with("plan(pipe", page).replace("Kwai-Kolors/Kolors-diffusers", "tiny"), page)
     shown = text_of(page).partition("```\nGiB for ")[2].partition("```")[0].splitlines()
     printed = capsys.readouterr().out.removeprefix("GiB for ").splitlines()
@@ -253,6 +271,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "kolors_core explain": parsers.explain_parser,
     "kolors_core info": parsers.info_parser,
     "kolors_core plan": parsers.plan_parser,
+    "kolors_core export": parsers.export_parser,
     "kolors_core batch": batch.parser,
     "kolors_core train-lora": train_lora_parser,
     "kolors_core.batch": batch.parser,

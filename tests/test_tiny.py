@@ -2,6 +2,7 @@
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from kolors_core import KolorsControlNet, KolorsControlNetPipeline, KolorsPipeline, canny
+from kolors_core import KolorsControlNet, KolorsControlNetPipeline, KolorsPipeline, LCMScheduler, canny
 from kolors_core.adapters.controlnet_files import ControlNetConfig
 from kolors_core.adapters.lora import attach
 from kolors_core.checkpoint import (
@@ -86,6 +87,26 @@ def test_its_ip_adapter_draws_what_an_image_prompt_shows() -> None:
     assert all((two - without).abs().mean() > 0.01 for two in images.values())
     pipe.set_ip_adapter_scale(0.0)
     assert (prompted(things["fox"]) - without).abs().max() < 1e-3
+
+
+def test_its_lora_draws_in_two_steps() -> None:
+    """Without guidance. A thing would be the fourth or fifth of the eight that an image of noise is like."""
+    pipe = KolorsPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    given: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
+    prompts = [f"a {name}" for name in scenes.THINGS]
+
+    def drawn() -> tuple[float, float]:
+        """The mean place of the things, and how colorful the images are."""
+        images = pipe(prompts, generator=generators(len(prompts), 0), **given).images
+        places = [scenes.alike(image).index(name) for image, name in zip(images, scenes.THINGS, strict=True)]
+        return sum(places) / len(places), (images.amax(1) - images.amin(1)).mean().item()
+
+    place, color = drawn()
+    pipe.load_lora_weights("tiny", local_files_only=True)
+    trained_place, trained_color = drawn()
+    assert trained_place < 0.5 < place and trained_color > 1.3 * color
 
 
 def test_a_seed_is_one_picture_run_to_run_and_nearly_so_in_a_batch(pipe: KolorsPipeline) -> None:
@@ -223,6 +244,7 @@ def test_its_name_works_wherever_a_checkpoint_is_named(tmp_path: Path, capsys: p
     report = capsys.readouterr().err
     assert "controlnet: skipped, a ControlNet is a model beside the pipeline" in report
     assert report.count(": skipped, an IP-Adapter is loaded into a pipeline") == 2, "itself and its encoder"
+    assert report.count(": skipped, a LoRA is loaded into a pipeline") == 1
     whole = KolorsPipeline.from_single_file(tmp_path / "x.safetensors")
     assert fingerprint(whole.unet) == fingerprint(unet)
     assert whole.name_or_path == str(tmp_path / "x.safetensors")

@@ -49,6 +49,7 @@ MAX_FILE_BYTES = 2**28
 LEFT_OUT = {
     "controlnet": "a ControlNet is a model beside the pipeline, with a file of its own",
     "ip_adapter": "an IP-Adapter is loaded into a pipeline, from files of its own",
+    "lora": "a LoRA is loaded into a pipeline, from a file of its own",
 }
 
 

@@ -1,6 +1,7 @@
 """Every group of rows, each in a process of its own, then the report: `python -m benchmarks.speed OUT`.
 
 At full size it takes about an hour on two cores that nothing else uses, 12 GB of memory and 6 GB of disk.
+`benchmarks.speed.whole`, which needs more, is run by itself.
 """
 
 import subprocess

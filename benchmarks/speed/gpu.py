@@ -5,6 +5,7 @@ eager: both in fp16 as their `from_pretrained` leaves them, the VAE in float32.
 compiled: both in bfloat16, the VAE too, since the reference's documented way does not run with a float32 VAE.
 memory: ours in fp16, all resident, staged and smallest, the peak that torch has allocated.
 batch: ours eager in fp16, 8 images at once and one after another.
+attention: ours eager in fp16, with the kernels that torch chooses and with cuDNN's where it can.
 Without CUDA all of it runs at the embedded model's size on the CPU, and every row is a rehearsal or empty.
 """
 
@@ -20,6 +21,7 @@ from benchmarks.pairs import make_pair, make_reference
 from benchmarks.side_by_side import Goal, Row, below, nothing, race, share, timed
 from benchmarks.speed import arguments
 from kolors_core import DPMSolverMultistepScheduler, KolorsPipeline
+from kolors_core.attention import attention_kernel
 from kolors_core.checkpoint import EMBEDDED
 from kolors_core.config import KOLORS, TINY, KolorsConfig
 
@@ -171,6 +173,21 @@ def batch(where: Place, rounds: int) -> list[Row]:
     return [row(where, "batch", work, goal, BATCH * result.ratio("one", "batch"), race=result)]
 
 
+def attention(where: Place, rounds: int) -> list[Row]:
+    """torch's choice of attention kernels against the forced "cudnn_first"."""
+    _, pipe = pipelines(where, where.half, torch.float32)
+    run = drawing(pipe, where)
+
+    def forced() -> None:
+        with attention_kernel("cudnn_first"):
+            run()
+
+    runs = {"chosen": run, "cudnn_first": forced}
+    result = race({name: timed(one, where.wait) for name, one in runs.items()}, rounds, warm_ups=2)
+    goal, work = below(1.0, "times cuDNN first"), "torch's choice of attention kernels, eager, fp16"
+    return [row(where, "attention", work, goal, result.ratio("chosen", "cudnn_first"), race=result)]
+
+
 def row(where: Place, name: str, work: str, goal: Goal, value: float | None, **more: Any) -> Row:
     """A row of this file."""
     size = f"{where.pixels}x{where.pixels}, {where.steps} steps"
@@ -180,7 +197,7 @@ def row(where: Place, name: str, work: str, goal: Goal, value: float | None, **m
     )  # fmt: skip
 
 
-STAGES = {"eager": eager, "compiled": compiled, "memory": memory, "batch": batch}
+STAGES = {"eager": eager, "compiled": compiled, "memory": memory, "batch": batch, "attention": attention}
 
 
 def main() -> None:

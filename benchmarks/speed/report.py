@@ -1,7 +1,8 @@
 """The rows in a folder as one table and one plot: `python -m benchmarks.speed.report OUT`.
 
 Writes README.md, the table, and speed.png: of each row that compares ours with the reference, how many times
-better ours is, and where its goal lies. Needs the `bench` extra.
+better ours is, and where its goal lies. Prints the table and that of the project's README. `tiny` and `start`
+have goals that nobody reached and no user feels: they stand in NOTES.md. Needs the `bench` extra.
 """
 
 import json
@@ -11,16 +12,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot
-
-from benchmarks.side_by_side import Goal
+from benchmarks.side_by_side import Goal, Spread
 from benchmarks.speed import RESULTS
 
 ORDER = (
-    "encode_bfloat16", "encode_float32", "unet_step", "tiny", "load", "load_memory", "load_bfloat16",
-    "load_memory_bfloat16", "alignment_load", "alignment_step", "start", "gpu_eager", "gpu_compiled",
-    "gpu_seconds", "gpu_memory_resident", "gpu_memory_staged", "gpu_memory_smallest", "gpu_batch",
+    "whole", "whole_memory", "whole_lora", "encode_bfloat16", "encode_float32", "unet_step", "load",
+    "load_memory", "load_bfloat16", "load_memory_bfloat16", "alignment_load", "alignment_step", "gpu_eager",
+    "gpu_compiled", "gpu_seconds", "gpu_memory_resident", "gpu_memory_staged", "gpu_memory_smallest",
+    "gpu_batch", "gpu_attention",
 )  # fmt: skip
+FRONT = (
+    "whole",
+    "whole_memory",
+    "whole_lora",
+    "encode_bfloat16",
+    "unet_step",
+    "load",
+    "load_memory_bfloat16",
+)
 MET, MISSED = "#4c9f70", "#c8553d"
 
 
@@ -38,28 +47,45 @@ def is_measured(row: dict[str, Any]) -> bool:
     return row["value"] is not None and not row["is_rehearsal"]
 
 
-def seconds(row: dict[str, Any], contestant: str) -> str:
-    """The median of a contestant, with the least and the most, where it was measured."""
+def measured(row: dict[str, Any], contestant: str) -> tuple[Spread, str] | None:
+    """The spread of a contestant and its unit, if it was measured."""
     contestants = row["race"]["contestants"] if row["race"] and is_measured(row) else {}
-    quantity = "peak_gib" if "memory" in row["name"] else "seconds"
     names = [name for name in contestants if name.split(",")[0] == contestant]
     names.sort(key=lambda name: name != contestant)  # the plain one first, if there is one
     if not names:
+        return None
+    if "memory" in row["name"]:
+        return Spread(**contestants[names[0]]["peak_gib"]), "GiB"
+    return Spread(**contestants[names[0]]["total" if row["name"] == "whole_lora" else "seconds"]), "s"
+
+
+def with_spread(row: dict[str, Any], contestant: str) -> str:
+    """The median of a contestant, with the least and the most."""
+    if (found := measured(row, contestant)) is None:
         return ""
-    spread = contestants[names[0]][quantity]
-    digits = [f"{spread[part]:.3g}" for part in ("median", "least", "most")]
-    return f"{digits[0]} {'GiB' if quantity == 'peak_gib' else 's'} ({digits[1]} to {digits[2]})"
+    spread, unit = found
+    return f"{spread.median:.3g} {unit} ({spread.least:.3g} to {spread.most:.3g})"
+
+
+def machine(row: dict[str, Any]) -> str:
+    """What a row was measured on, and when."""
+    found = row["environment"]
+    name = found["cpu"].replace(" Processor", "") if found["device"] == "cpu" else found["device"]
+    return f"{name}, {found['threads']} threads, {found['date']}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown; and the machines that the rows were measured on."""
-    lines = ["| work | goal | measured | reference | ours | |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| work | ours | the reference | ratio | goal | machine and date | |", "|---|---|---|---|---|---|---|"
+    ]  # fmt: skip
     for row in rows:
-        value = "not measured"
+        value, place = "not measured", ""
         if is_measured(row):
             value = f"**{row['value']:.2f}**" + ("" if row["goal"].is_met(row["value"]) else ", missed")
-        cells = [row["work"], str(row["goal"]), value, seconds(row, "reference"), seconds(row, "ours")]
-        lines.append(f"| {' | '.join([*cells, row['note'] if is_measured(row) else ''])} |")
+            place = machine(row)
+        cells = [row["work"], with_spread(row, "ours"), with_spread(row, "reference"), value]
+        lines.append(f"| {' | '.join([*cells, str(row['goal']), place, row['note'] if place else ''])} |")
     lines += ["", "Medians (least to most) of runs that take turns: reference, ours, ours, reference."]
     machines = {json.dumps(row["environment"]): row["environment"] for row in rows if is_measured(row)}
     for m in machines.values():
@@ -71,6 +97,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def front(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of the project's README: what a user feels most, each row in short."""
+    lines = ["| work | ours | the reference | ratio | machine and date |", "|---|---|---|---|---|"]
+    for row in (row for row in rows if row["name"] in FRONT and is_measured(row)):
+        found = measured(row, "ours"), measured(row, "reference")
+        cells = [f"{spread.median:.3g} {unit}" for spread, unit in filter(None, found)]
+        ratio = f"**{row['value']:.2f}** {row['goal'].unit}"
+        lines.append(f"| {' | '.join([row['work'], *cells, ratio, machine(row)])} |")
+    return "\n".join(lines) + "\n"
+
+
 def advantage(goal: Goal, value: float) -> float:
     """How many times better than the reference: above 1 is better, whichever way the goal is told."""
     return value if goal.at_least else 1 / value
@@ -78,6 +115,8 @@ def advantage(goal: Goal, value: float) -> float:
 
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """A bar a row, and a line across it where the goal is."""
+    from matplotlib import pyplot
+
     rows = [row for row in rows if row["goal"].is_ratio][::-1]
     figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 1.2), layout="constrained")
     goals = [advantage(row["goal"], row["goal"].limit) for row in rows]
@@ -107,7 +146,7 @@ def write(folder: Path) -> None:
     head = "# Speed and memory beside the reference\n\n`python -m benchmarks.speed` writes this folder.\n\n"
     (folder / "README.md").write_text(f"{head}{text}\n![Bars](speed.png)\n", encoding="utf-8")
     plot(rows, folder / "speed.png")
-    print(text)
+    print(text, front(rows), sep="\n")
 
 
 if __name__ == "__main__":

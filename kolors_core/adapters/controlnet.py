@@ -224,7 +224,7 @@ def _prepare(
     if not (precompute and has_default_forward(net, ControlNet)):
 
         def call(latents: Tensor, timestep: float) -> list[Tensor]:
-            time = torch.tensor(timestep, dtype=torch.float32, device=latents.device)
+            time = torch.full((), timestep, dtype=torch.float32, device=latents.device)
             inputs = latents.repeat(repeats, 1, 1, 1), time, c.text_tokens, c.pooled_text, c.size_ids
             return net(*inputs, control.image, c.text_counts)
 

@@ -6,6 +6,7 @@ factor for a whole map. Shapes: B batch, C channels, H height, W width (in laten
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import cast
 
 import torch
@@ -34,7 +35,8 @@ class FreeU:
         """Multiply the skip's lowest frequencies, 0 and -1 along each side, by `self.skip`, in float32."""
         spectrum = torch.fft.fft2(skip.float())  # [B, c, H, W]
         low = torch.ones_like(spectrum.real[0, 0])  # [H, W]
-        low[[[0], [-1]], [0, -1]] = self.skip
+        for row, column in product((0, -1), repeat=2):  # assigned, a number is copied from the host
+            low[row, column].fill_(self.skip)
         return torch.fft.ifft2(spectrum * low).real.to(skip.dtype)
 
 

@@ -1,5 +1,5 @@
-"""LoRA layers: `LoRALinear` is an `nn.Linear`, `LoRAConv2d` an `nn.Conv2d`, and `LoRAReadOnlyLinear` replaces
-a quantized layer (QLoRA, https://arxiv.org/abs/2305.14314).
+"""LoRA layers: `LoRALinear` is an `nn.Linear`, `LoRAConv2d` an `nn.Conv2d`, and those with ReadOnly in their
+names replace quantized layers (QLoRA, https://arxiv.org/abs/2305.14314).
 
 The base weight keeps its name, so every table and checkpoint still fits; adapters add keys,
 `<layer>.lora.<adapter>.down`, and never rename. lora.py attaches them to models.
@@ -94,18 +94,23 @@ class LoRALayer(ReplacedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer without adapters plus the active ones' outputs. Fused adapters cost nothing."""
-        weight, bias, outputs = self.weight, self.bias, []
+        weight, bias, outputs = None, self.bias, []
         is_on = self.is_enabled and not self.fused
         for part in (part for part in self.parts().values() if is_on and part.is_active):
             if part.down is None or part.up is None or part.magnitude is not None:
-                weight = weight + part.delta_weight(self.weight)
+                weight = (self.weight if weight is None else weight) + part.delta_weight(self.weight)
             else:
                 h = self.run(input, part.down.to(input.dtype), None)  # [..., R]
                 project_up = F.linear if part.up.ndim == 2 else F.conv2d
                 outputs.append(part.effective_scale * part.scale * project_up(h, part.up.to(input.dtype)))
             if part.bias is not None and bias is not None:
                 bias = bias + part.effective_scale * part.bias.to(bias.dtype)
-        return sum(outputs, self.run(input, weight, bias))
+        base = self.run_base(input, bias) if weight is None else self.run(input, weight, bias)
+        return sum(outputs, base)
+
+    def run_base(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the layer without adapters, with this bias."""
+        return self.run(input, self.weight, bias)
 
     @torch.no_grad()
     def fuse(self, names: Sequence[str], factor: float) -> None:
@@ -143,12 +148,18 @@ class LoRALinear(LoRALayer, nn.Linear):
     run = staticmethod(F.linear)
 
 
-class LoRAReadOnlyLinear(LoRALinear):
-    """Linear layer with adapters on a quantized layer; its weight is dequantized on read. Cannot be fused."""
+class LoRAConv2d(LoRALayer, nn.Conv2d):
+    """Convolution with adapters, [B, I, H, W] -> [B, O, H', W']; `down` has its kernel and stride."""
+
+    run = nn.Conv2d._conv_forward
+
+
+class ReadOnlyLayer(LoRALayer):
+    """Base of layers with adapters on a quantized layer, whose weight is dequantized on read. Not fused."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight [O, I], dequantized."""
+        """The weight [O, I, *K], dequantized."""
         return cast(Tensor, self.base[0].weight)  # the base's buffers are this layer's too
 
     @property
@@ -161,16 +172,22 @@ class LoRAReadOnlyLinear(LoRALinear):
         raise ValueError(f"cannot fuse {', '.join(names)}: the layer's weight is {self.not_plain}")
 
 
-class LoRAConv2d(LoRALayer, nn.Conv2d):
-    """Convolution with adapters, [B, I, H, W] -> [B, O, H', W']; `down` has its kernel and stride."""
+class LoRAReadOnlyLinear(ReadOnlyLayer, LoRALinear):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Linear layer with adapters on a quantized one, which multiplies as it does without them."""
 
-    run = nn.Conv2d._conv_forward
+    def run_base(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the quantized layer, with this bias."""
+        return self.base[0].product(input, bias)  # pyright: ignore[reportCallIssue]
+
+
+class LoRAReadOnlyConv2d(ReadOnlyLayer, LoRAConv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Convolution with adapters on a quantized one."""
 
 
 def lora_class(layer: nn.Module) -> type[LoRALayer] | None:
     """Return the class of a layer with adapters, or of its replacement with some; None if it has none."""
     if isinstance(layer, LoRALayer):
         return type(layer)
-    if isinstance(layer, nn.Linear) and getattr(layer, "not_plain", None) is not None:
-        return LoRAReadOnlyLinear
+    if getattr(layer, "not_plain", None) is not None:
+        return LoRAReadOnlyConv2d if isinstance(layer, nn.Conv2d) else LoRAReadOnlyLinear
     return {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}.get(type(layer))

@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> "list[Job]":
     """Run this process's part of a batch; return the jobs that failed."""
-    from kolors_core.batch.processes import join_processes
     from kolors_core.batch.worker import Worker
+    from kolors_core.performance.processes import join_processes
 
     worker = Worker(options, join_processes(options.device))
     with closing(worker.locks):

@@ -28,10 +28,10 @@ from tqdm.auto import tqdm
 
 from kolors_core.batch.manifest import JobLocks, Manifest, Record
 from kolors_core.batch.prompt_file import FINGERPRINT_KEY, Job, JobSettings, png_fingerprint, read_jobs
-from kolors_core.batch.split_guidance import GuidancePair, PeerLost
 from kolors_core.checkpoint import logger
 from kolors_core.cli import options as cli
 from kolors_core.cli.samplers import default_steps
+from kolors_core.performance.split_guidance import GuidancePair, PeerLost
 from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import check_int, short_repr
@@ -52,7 +52,7 @@ class Worker:
         if options.quiet:
             logger.setLevel(logging.ERROR)
         model = {name: getattr(options, name) for name in ("weights", "variant", "revision", "sampler")}
-        model |= {"dtype": str(cli.select_dtype(options, device)), "bits": cli.quantization_bits(options)}
+        model |= {"dtype": str(cli.select_dtype(options, device)), "bits": cli.quantization_formats(options)}
         model |= cli.component_files(options)
         if (keywords := cli.guidance_kwargs(options)) and options.split_guidance:
             raise ValueError("--split-guidance splits no --pag, --guidance-rescale or --guidance-interval")
@@ -211,7 +211,7 @@ class Worker:
         """The pipeline, loaded when the first job needs it."""
         pipe = cli.load_pipeline(self.options, self.device)
         pipe.set_progress_bar_config(disable=True)
-        self.metadata = cli.apply_quantization(pipe, self.options)
+        self.metadata = cli.measure_quantization(pipe, self.options)
         cli.apply_guidance(pipe, self.options)
         if self.pair is not None:
             pipe.guided = self.pair.guided

@@ -13,6 +13,7 @@ from kolors_core.cli.samplers import default_steps
 from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.inspection.attention_report import Explanation, render_html, render_png
 from kolors_core.inspection.token_attention import explain_prompt
+from kolors_core.performance.quantize import format_name
 from kolors_core.pipelines.png_metadata import attach_metadata
 from kolors_core.validation import check_int
 from weights_convert.atomic_write import atomic_file
@@ -37,7 +38,8 @@ def explain(options: argparse.Namespace) -> None:
     steps = default_steps(options.sampler) if options.steps is None else check_int("steps", options.steps)
     cli.make_writable(outs[0])
     pipe = cli.load_pipeline(options, named_device(options.device))
-    quantized = cli.apply_quantization(pipe, options)
+    formats = {name: format_name(one) for name, one in cli.quantization_formats(options).items()}
+    quantized = cli.measure_quantization(pipe, options) or formats
     explanation = explain_prompt(
         pipe, options.prompt, steps, words_of(unwrap_compiled(pipe.text_encoder)),
         negative_prompt=options.negative, height=options.height, width=options.width,

@@ -18,7 +18,7 @@ import torch
 
 from kolors_core.adapters.controlnet import controlnets_of
 from kolors_core.checkpoint import logger
-from kolors_core.cli.parsers import DTYPES
+from kolors_core.cli.parsers import DTYPES, FORMATS
 from kolors_core.devices import unwrap_compiled
 from kolors_core.image import load_image, to_8_bits
 from kolors_core.pipelines.fingerprint import fingerprint
@@ -150,7 +150,10 @@ class _Arguments:
         if "revision" in facts and not Path(facts["model"]).exists():
             self._add("revision", facts["revision"])
         for component, bits in json.loads(facts.get("bits", "{}")).items():
-            self._add(f"{component.replace('_', '-')}-bits", bits)
+            if str(bits) in FORMATS:
+                self._add(f"{component.replace('_', '-')}-bits", bits)
+            else:  # chosen for each layer
+                self.unknown.append(f"the {component}'s layers were quantized to several formats")
         self.flags += ["--vae-tiling"] if "vae_tiling" in facts else []
         dtype = facts["dtype"]
         if dtype.startswith("{"):
@@ -237,6 +240,8 @@ class _Arguments:
             self._add_several("freeu", (part.partition("=")[2] for part in facts["freeu"].split(", ")))
         if " with " in facts["sampler"]:
             self.unknown.append(f"the sampler was an own function, {facts['sampler'].partition(' with ')[0]}")
+        if "step_cache" in facts:
+            self.unknown.append(f"steps were cached, enable_step_cache({facts['step_cache']})")
         self._rule(facts.get("guidance", "guided"))
 
     def _rule(self, text: str) -> None:

@@ -20,9 +20,9 @@ from kolors_core.cli.memory import check_memory
 from kolors_core.cli.output import STANDARD_OUTPUT, read_image_metadata, save_image
 from kolors_core.cli.parsers import OUT_SUFFIXES, draw_parser
 from kolors_core.cli.samplers import SCHEDULES, default_steps, with_schedule
-from kolors_core.devices import named_device, planned_device
+from kolors_core.cli.split import check_split, join_split, leave_split, split_pipeline
+from kolors_core.devices import planned_device
 from kolors_core.image import load_image
-from kolors_core.performance.quantize import quantize
 from kolors_core.pipelines.controlnet import KolorsControlNetPipeline
 from kolors_core.pipelines.embedded import concepts, grammar
 from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
@@ -96,30 +96,36 @@ def _with_metadata(arguments: list[str] | None, options: argparse.Namespace) -> 
 
 
 def _generate(options: argparse.Namespace) -> tuple[list[Path], Sequence[Any]]:
-    """Generate the images; return the files to write and the images with their metadata."""
+    """Generate the images; return the files to write and the images with their metadata.
+
+    Of processes that split an image, the first has files to write.
+    """
     facts = from_png.read_facts(options)
     facts = {name: text for name, text in facts.items() if name not in options.overridden}
     has_seed = options.seed is not None
-    outs, arguments = _validate(options), _pipeline_kwargs(options)  # images are read before weights
+    outs, device = _validate(options), join_split(options)
+    arguments = _pipeline_kwargs(options)  # images are read before weights
     arguments |= from_png.call_arguments(facts, has_seed)
-    device = named_device(options.device)
     if outs[0] != STANDARD_OUTPUT:
         cli.make_writable(outs[0])
     pipe = cli.load_pipeline(options, device, _pipeline_class(options))
-    quantized = cli.apply_quantization(pipe, options)
+    quantized = cli.measure_quantization(pipe, options)
     _load_adapters(pipe, options)
     from_png.prepare(pipe, facts)
     if "scheduler" in facts and options.schedule is not None:
         pipe.scheduler = with_schedule(pipe.scheduler, options.schedule)
     image = arguments.get("image")  # to start from, or of ControlNets
-    check_memory(pipe, options, image[0] if isinstance(image, list) else image)
+    if options.split is None:
+        check_memory(pipe, options, image[0] if isinstance(image, list) else image)
+    else:
+        split_pipeline(pipe, options.split)
     images = from_png.select_image(pipe(**arguments)[0], facts, has_seed)
     files = cli.component_files(options) | {"face_embeds": options.face_embeds}
     metadata = {f"{name}_file": file for name, file in files.items() if file is not None}
     metadata |= {} if options.canny is None else {"canny": options.canny}
     for image in images:
         attach_metadata(image, image.info | metadata | quantized)
-    return outs, images
+    return (outs, images) if leave_split(options.split) else ([], [])
 
 
 def _pipeline_kwargs(options: argparse.Namespace) -> dict[str, Any]:
@@ -164,8 +170,6 @@ def _print_plan(options: argparse.Namespace) -> None:
     _validate(options)
     device = planned_device(options.device)
     pipe = cli.load_pipeline(options, device, _pipeline_class(options), is_planned=True)
-    for name, bits in cli.quantization_bits(options).items():
-        quantize(getattr(pipe, name), bits)
     _load_adapters(pipe, options)
     plan(
         pipe, options.height, options.width, num_images_per_prompt=options.images,
@@ -184,6 +188,7 @@ def _validate(options: argparse.Namespace) -> list[Path]:
     if options.timesteps and sets_levels:
         got = options.schedule or options.sampler
         raise ValueError(f"--timesteps needs a --sampler without karras and no such --schedule, got {got}")
+    check_split(options)
     out, count = options.out, options.images
     if check_int("--images", count) > MOST_IMAGES:
         raise ValueError(f"--images must be at most {MOST_IMAGES}, got {count}: kolors batch draws more")

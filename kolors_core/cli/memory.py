@@ -6,6 +6,7 @@ from typing import Any
 from kolors_core.pipelines.stages import Task
 
 SMALL = 256 * 256  # pixels of all images: what these need is there where the weights are
+LARGEST_BOUND, ROOM = 1024 * 1024, 2**14  # pixels of an image up to which it needs fewer bytes a pixel
 MOST_IN_TILES = 16384 * 16384  # of all images: the plan of more takes minutes, and tiles little memory
 FLAGS = {
     "enable_vae_tiling()": "--vae-tiling", "enable_model_cpu_offload()": "--offload model",
@@ -26,6 +27,11 @@ def check_memory(pipe: Task, options: argparse.Namespace, image: Any = None) -> 
     pixels = options.images * height * width
     if options.force or pixels <= SMALL or (options.vae_tiling and pixels > MOST_IN_TILES):
         return
+    # Kolors takes a fifth of that, in float32, and a plan takes seconds of each start.
+    if pipe.offload.device is None and height * width <= LARGEST_BOUND:
+        free = pipe._available_memory()
+        if free is not None and free >= ROOM * pixels:
+            return
     from kolors_core.pipelines.memory_plan import check_fits
 
     try:

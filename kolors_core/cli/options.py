@@ -6,7 +6,8 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kolors_core.cli import parsers
 from kolors_core.cli.samplers import choose_scheduler
 from kolors_core.devices import best_dtype, is_out_of_memory
 from kolors_core.guidance import cfg_rescale, check_interval, guided
+from kolors_core.performance.quantize import Format
 from kolors_core.pipelines.pag import check_scales, perturbed, perturbed_layers
 from kolors_core.pipelines.quantization_report import quantize
 from kolors_core.pipelines.single_file import open_model
@@ -94,9 +96,32 @@ def component_files(options: argparse.Namespace) -> dict[str, str]:
     return {name: file for name in MODELS if (file := getattr(options, name)) is not None}
 
 
-def quantization_bits(options: argparse.Namespace) -> dict[str, int]:
-    """Return the bits of each model to quantize."""
-    return {name: bits for name in ("text_encoder", "unet") if (bits := getattr(options, f"{name}_bits"))}
+def quantization_formats(options: argparse.Namespace) -> dict[str, Format]:
+    """Return the format of each model to quantize; ValueError for --report without any."""
+    given = {name: getattr(options, f"{name}_bits") for name in ("text_encoder", "unet")}
+    if options.report and not any(given.values()):
+        raise ValueError("--report has no effect without --unet-bits or --text-encoder-bits")
+    return {name: int(text) if text.isdigit() else text for name, text in given.items() if text is not None}
+
+
+@contextmanager
+def progress_of_layers(is_quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function that draws a bar for each model, called as show(name, layers done, all)."""
+    from tqdm.auto import tqdm
+
+    bars = dict[str, Any]()
+
+    def show(name: str, done: int, total: int) -> None:
+        if name not in bars:
+            what = name if name == "measured" else f"quantizing {name}"
+            bars[name] = tqdm(total=total, desc=what, leave=False, disable=is_quiet)
+        bars[name].update(done - bars[name].n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            bar.close()
 
 
 def guidance_kwargs(options: argparse.Namespace) -> dict[str, object]:
@@ -118,7 +143,10 @@ def load_pipeline(
     options: argparse.Namespace, device: torch.device, task: type[Task] = KolorsPipeline,
     is_planned: bool = False,
 ) -> Any:  # fmt: skip
-    """Load the pipeline, with the sampler of the options; without weights if it is only planned."""
+    """Load the pipeline, with the sampler of the options; without weights if it is only planned.
+
+    Models are quantized while they are read, unless that is to be measured: see `measure_quantization`.
+    """
     files = component_files(options)
     if files and options.weights == EMBEDDED_NAME:
         flag = next(iter(files)).replace("_", "-")
@@ -126,11 +154,15 @@ def load_pipeline(
     folder = options.weights if Path(options.weights).is_dir() else None
     keywords: dict[str, Any] = {"config": folder, "has_weights": not is_planned}
     models: dict[str, Any] = {name: open_model(file, name, **keywords) for name, file in files.items()}
-    pipe = (task.from_single_file if options.weights.endswith(".safetensors") else task.from_pretrained)(
-        options.weights, variant=options.variant, revision=options.revision,
-        local_files_only=options.local_files_only, torch_dtype=select_dtype(options, device),
-        device="meta" if is_planned else "cpu" if options.offload else device, **models,
-    )  # fmt: skip
+    formats = quantization_formats(options)
+    is_file = options.weights.endswith(".safetensors")
+    with progress_of_layers(options.quiet) as show:
+        pipe = (task.from_single_file if is_file else task.from_pretrained)(
+            options.weights, variant=options.variant, revision=options.revision,
+            local_files_only=options.local_files_only, torch_dtype=select_dtype(options, device),
+            device="meta" if is_planned else "cpu" if options.offload else device, progress=show,
+            quantization={} if options.report and not is_planned else formats, **models,
+        )  # fmt: skip
     if options.offload and not is_planned:
         is_model = options.offload == "model"
         (pipe.enable_model_cpu_offload if is_model else pipe.enable_sequential_cpu_offload)(device=device)
@@ -141,11 +173,15 @@ def load_pipeline(
     return pipe
 
 
-def apply_quantization(pipe: Task, options: argparse.Namespace) -> dict[str, str]:
-    """Quantize the models of the options; return the report as metadata, empty if there are none."""
-    if not (bits := quantization_bits(options)):
+def measure_quantization(pipe: Task, options: argparse.Namespace) -> dict[str, str]:
+    """Quantize and measure with --report; return the report as metadata, else nothing."""
+    if not options.report:
         return {}
-    report = quantize(pipe, **bits)
+    with progress_of_layers(options.quiet) as show:
+        formats = quantization_formats(options)
+        report = quantize(
+            pipe, text_encoder=formats.get("text_encoder"), unet=formats.get("unet"), progress=show
+        )
     if not options.quiet:
         print(f"quantized: {report}", file=sys.stderr)
     return {"quantized": str(report)}

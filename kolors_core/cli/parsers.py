@@ -13,14 +13,17 @@ from kolors_core.validation import did_you_mean
 
 MODELS = ("unet", "text_encoder", "vae")
 DTYPES = ("float32", "float16", "bfloat16")
-BITS = (4, 8)
+FORMATS = ("4", "8", "fp8", "w8a8", "w8a8-fp8", "w8a8-fp8-fast")
 SAMPLERS = (
     "euler", "euler-karras", "dpmpp-2m", "dpmpp-2m-karras", "dpmpp-2m-sde", "dpmpp-2m-sde-karras", "dpmpp-3m",
     "dpmpp-3m-sde", "dpmpp-2s", "dpmpp-sde", "unipc", "deis", "heun", "dpm2", "dpm2-ancestral",
     "euler-ancestral", "lms", "pndm", "ddim", "ddpm", "lcm", "tcd", "own",
 )  # fmt: skip
 SCHEDULES = ("leading", "linspace", "trailing", "karras", "exponential", "beta", "lu")
+SPLITS = ("rows", "guidance")
 OUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+EXPORT_FORMATS = ("torch", "onnx", "aot")
+PROGRAMS = ("text_encoder", "unet", "unet_context", "unet_step", "vae_encoder", "vae_decoder")
 CONTROL_SCALE = 0.8  # of pipelines/request.py
 
 
@@ -116,8 +119,10 @@ def add_model(model: argparse._ArgumentGroup) -> None:
     add("--device", help="cuda, mps, cpu, cuda:1, ... (default: the best there is)")
     add("--dtype", choices=DTYPES, type=one_of(DTYPES), help="precision (default: float16, on a CPU float32)")
     for flag in ("--text-encoder-bits", "--unet-bits"):
-        add(flag, type=integer, choices=BITS,
-            help="quantize its linear layers to so many bits; reports the error")  # fmt: skip
+        add(flag, choices=FORMATS, type=one_of(FORMATS),
+            help="quantize large layers while they are read; w8a8 rounds inputs too")  # fmt: skip
+    add("--report", action="store_true",
+        help="quantize after loading, and measure the error, which takes long")  # fmt: skip
     add("--offload", choices=("model", "block"), type=one_of(("model", "block")),
         help="keep only the running model or block (least memory, slowest) on the device")  # fmt: skip
     add("--vae-tiling", action="store_true", help="decode in tiles, with less memory")
@@ -172,6 +177,14 @@ def add_lora_partial(model: argparse._ActionsContainer) -> None:
         help="take from LoRAs what fits, and report the rest, such as SDXL's text encoders")  # fmt: skip
 
 
+def add_lora(model: argparse._ActionsContainer) -> None:
+    """Add the flags for LoRAs by name."""
+    model.add_argument("--lora", action="append", metavar="FROM[:SCALE]",
+        help="a LoRA in any naming: a file, folder or hub repository, whose revision may follow an @; may "
+        "be repeated")  # fmt: skip
+    add_lora_partial(model)
+
+
 def draw_parser(command: str = "draw") -> Parser:
     """Build the parser of all flags of an image, in groups."""
     top = Parser(
@@ -197,10 +210,10 @@ def draw_parser(command: str = "draw") -> Parser:
     add("-q", "--quiet", action="store_true", help="no progress bar and no report")
     model = top.add_argument_group("model")
     add_model(model)
-    model.add_argument("--lora", action="append", metavar="FROM[:SCALE]",
-        help="a LoRA in any naming: a file, folder or hub repository, whose revision may follow an @; may "
-        "be repeated")  # fmt: skip
-    add_lora_partial(model)
+    model.add_argument("--split", choices=SPLITS, type=one_of(SPLITS),
+        help="under torchrun: an image on all processes, each with some rows of every feature map; guidance: "
+        "half of them for the prompt, half for the negative prompt, and rows within each half")  # fmt: skip
+    add_lora(model)
     model.add_argument("--textual-inversion", action="append", metavar="FROM[:WORD]",
         help="learned vectors of a word of the prompt, which is its name in the file or WORD; a file, folder "
         "or hub repository; may be repeated")  # fmt: skip
@@ -312,4 +325,31 @@ def info_parser() -> Parser:
     )  # fmt: skip
     top.add_argument("info", type=Path, metavar="FILE", help="a .png, .jpg or .webp that kolors wrote")
     top.set_defaults(quiet=True)
+    return top
+
+
+def export_parser() -> Parser:
+    """Build the parser of `export`."""
+    top = Parser(
+        "export", usage="kolors export DIR OUT --to FORMAT [flags]",
+        description="Write the models as programs that run without this library, at any size.",
+        epilog="Example: kolors export tiny OUT --to onnx",
+    )  # fmt: skip
+    add = top.add_argument
+    add("weights", metavar="DIR", help="a checkpoint folder or .safetensors file, a hub repository, or tiny")
+    add("out", type=Path, metavar="OUT", help="the folder to write; must not exist")
+    add("--to", required=True, choices=EXPORT_FORMATS, type=one_of(EXPORT_FORMATS),
+        help="torch: .pt2 of torch.export; onnx; aot: .pt2 compiled by AOTInductor for --device")  # fmt: skip
+    add("--programs", nargs="+", choices=PROGRAMS, type=one_of(PROGRAMS), metavar="NAME", default=PROGRAMS,
+        help=f"of {', '.join(PROGRAMS)} (default: all); unet_context, once an image, and unet_step, once a "
+        "step, compute what unet does")  # fmt: skip
+    add("--check", action="store_true",
+        help="run what is written, at other sizes, and compare it with the model")  # fmt: skip
+    add("--variant", help='which weight files, such as "fp16" (default: the only ones there are)')
+    add("--revision", help="branch, tag or commit of the hub repository")
+    add("--local-files-only", action="store_true", help="never download, use the hub's local cache")
+    add("--device", help="of torch and aot: where the programs run (default: the best there is)")
+    add("--dtype", choices=DTYPES, type=one_of(DTYPES), help="precision (default: float16, on a CPU float32)")
+    add_lora(top)
+    add("-q", "--quiet", action="store_true", help="no report")
     return top

@@ -92,7 +92,7 @@ def train_lora(options: argparse.Namespace) -> None:
     ))  # fmt: skip
     lora_recipe.subject_examples(options.images, options.word, recipe)  # before weights are read
     pipe = cli.load_pipeline(options, device)
-    cli.apply_quantization(pipe, options)
+    cli.measure_quantization(pipe, options)
     try:
         result = lora_recipe.train_lora(
             pipe, options.images, options.word, out, recipe, resume="never" if options.force else "same",

@@ -16,6 +16,7 @@ from kolors_core.compat.configs import with_public_names
 from kolors_core.compat.neutral import check_neutral
 from kolors_core.compat.shared_methods import ATTENTION_HINT, SharedMethods, push_folder
 from kolors_core.module import is_block
+from kolors_core.performance import quantized_files
 from kolors_core.performance.compile import compile_blocks
 from kolors_core.validation import as_path, check_safe_serialization, short_repr
 from weights_convert.atomic_write import atomic_folder
@@ -98,7 +99,7 @@ class ModelMethods(SharedMethods, nn.Module):
         wanted = devices.merge_dtype_arguments(*dtypes)
         if (chosen := devices.dtype_of(cls.component, wanted)) != wanted and wanted is not None:
             logger.warning("torch_dtype: the VAE is loaded in %s, since in float16 it overflows", chosen)
-        model = checkpoint.load_component(
+        model = quantized_files.load_component(
             name, cls.component, subfolder=subfolder, variant=variant, dtype=chosen,
             device=parse_device(device, device_map), kind=ModelSpec(cls.config_type, cls), revision=revision,
             cache_dir=cache_dir, local_files_only=local_files_only, token=token,
@@ -155,14 +156,15 @@ class ModelMethods(SharedMethods, nn.Module):
         """Write a folder that the reference and `from_pretrained` load, whole or not at all.
 
         It may be a saved model's own, which is replaced in one step. repo_id: where to push to; the folder's
-        name if None. FileExistsError for a folder with other files, ValueError for a quantized model.
+        name if None. A quantized model is for this library alone. FileExistsError for a folder with
+        other files.
         """
         check_safe_serialization(safe_serialization)
         if not is_main_process:
             return
         folder = as_path("save_directory", save_directory)
         with atomic_folder(folder, checkpoint.is_own_folder) as place:
-            checkpoint.save_component(
+            quantized_files.save_component(
                 self, place, self.component, subfolder="", variant=variant, max_shard_size=max_shard_size
             )
         if push_to_hub:

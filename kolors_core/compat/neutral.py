@@ -20,7 +20,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_memory": ((None, {}), "pipe.enable_model_cpu_offload() needs no plan"),
     "offload_folder": ((None, ""), "weights are offloaded to memory alone"),
     "offload_state_dict": ((None, False), "weights are offloaded to memory alone"),
-    "quantization_config": ((None,), "use kolors_core.performance.quantize on a loaded model"),
+    "quantization_config": ((None,), "a pipeline takes quantization={'unet': 'fp8'}"),
     "use_onnx": ((None, False), "only safetensors are opened"),
     "use_flashpack": ((None, False), "only safetensors are opened"),
     "safety_checker": ((None,), "Kolors has none"),

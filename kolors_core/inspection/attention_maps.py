@@ -119,8 +119,9 @@ def record_attention(
     Each map is [B, h, w, S] (whole: [steps, B, heads, h, w, S]) on the layer's device, in float32, of a
     float64 model in float64. B: under guidance the unconditional rows, then the conditional, then perturbed
     ones, whose self-attention is the identity. h, w: of the layer's feature map. S: in self-attention its
-    h * w pixels, row by row; in cross-attention the net's text tokens: one column for all equal pads, and for
-    a text shorter than the longest columns of 0 on its left; in an image branch the tokens of all its images.
+    h * w pixels, row by row; in cross-attention the net's text tokens: one column for all equal pads, and
+    columns of 0 on the left for a text shorter than the longest, on an accelerator than the next multiple of
+    32; in an image branch the tokens of all its images.
     A row's sum is 1, in a masked image branch 1 for each image; neither scale nor masks are included.
     The results are those without recording, to the bit. ValueError for a pattern that matches nothing, a
     compiled net, steps where a map changes shape (as guidance begins or ends), and on leaving missing steps.

@@ -33,8 +33,10 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(str, MODES))}, got {mode!r}")
     options = dict[str, Any](fullgraph=True, mode=CUDA_GRAPH_MODES.get(mode, mode), backend=backend)
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13; before, 8 are allowed
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = RECOMPILE_LIMIT
+    else:
+        _raise_recompile_limit()
     compiled: dict[Any, Callable[..., Any]] = {}  # by kind
     for block in filter(is_block, model.modules()):
         kind = type(block), tuple(tensor.shape for tensor in block.state_dict().values())
@@ -43,6 +45,14 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
             compiled[kind] = torch.compile(FunctionType(_call.__code__.replace(), globals()), **options)
         block._compiled_call_impl = partial(compiled[kind], block)
     return len(compiled)
+
+
+def _raise_recompile_limit() -> None:
+    """Allow the whole process as many variants: torch before 2.13 knows no other limit, and has 8."""
+    from torch._dynamo import config
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    setattr(config, name, max(getattr(config, name), RECOMPILE_LIMIT))
 
 
 def _call(block: nn.Module, *inputs: Any, **named: Any) -> Any:

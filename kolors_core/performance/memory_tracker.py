@@ -4,7 +4,7 @@ A `MemoryTracker` follows every storage until it is freed. It does not see what 
 within one operation; `fused_attention_memory` and `conv_workspace_bytes` add that. All sizes are in bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 from weakref import finalize
 
@@ -142,9 +142,8 @@ class TrackedTransferStream(TransferStream):
         super().__init__(META)
         self.tracker = tracker
 
-    def cpu_copy(self, data: Tensor) -> Tensor:
-        """Return the same data."""
-        return data
+    def move_to_cpu(self, tensors: Iterable[Tensor]) -> None:
+        """Leave the data where they are."""
 
     def copy_to_device(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         """Return empty copies."""

@@ -1,8 +1,9 @@
 """Offload: models are kept on the CPU and copied to the accelerator to run, as models or block by block.
 
-A parameter's data is kept on the CPU, page-locked for CUDA, and copied back only if it was written meanwhile.
-While a unit (model or block) runs, the next, as observed before, is prefetched; a whole model only if
-both together are no larger than the largest, which costs no memory. A backward pass would find no weights.
+A parameter's data is kept on the CPU, page-locked for CUDA while this is on, and copied back only if it was
+written meanwhile. While a unit (model or block) runs, the next, as observed before, is prefetched; a whole
+model only if both together are no larger than the largest, which costs no memory. A backward pass would find
+no weights.
 Source: diffusers' pipelines/pipeline_utils.py, `enable_{model,sequential}_cpu_offload`; they wait for copies.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from kolors_core.devices import unwrap_compiled
 from kolors_core.module import is_block
+from kolors_core.performance.pinned_memory import pin, unpin
 
 STAGE_ORDER = ("text_encoder", "image_encoder", "unet", "vae")  # assumed until a run was observed
 Models = Mapping[str, Sequence[nn.Module]]  # by stage
@@ -39,9 +41,17 @@ def as_unit(models: Iterable[nn.Module]) -> OffloadUnit:
 
 
 def tensors_of(unit: OffloadUnit) -> dict[int, Tensor]:
-    """Return a unit's present parameters and buffers, by their identity."""
-    modules = [model.get_submodule(path) for model, path in unit]
-    return {id(tensor): tensor for m in modules for tensor in chain(m.parameters(), m.buffers())}
+    """Return a unit's present parameters and buffers, by their identity.
+
+    Each step of sequential offload asks twice for each block: torch's own iterators take 10 times as long.
+    """
+    found, modules = dict[int, Tensor](), [model.get_submodule(path) for model, path in unit]
+    while modules:
+        module = modules.pop()
+        for own in (module._parameters, module._buffers):
+            found |= {id(tensor): tensor for tensor in own.values() if tensor is not None}
+        modules += filter(None, module._modules.values())
+    return found
 
 
 def bytes_of(unit: OffloadUnit) -> int:
@@ -67,10 +77,19 @@ class TransferStream:
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def cpu_copy(self, data: Tensor) -> Tensor:
-        """Return the same data on the CPU, page-locked for CUDA; `data` itself if it is so already."""
-        data = data.to("cpu")
-        return data if self.stream is None or data.is_pinned() else data.pin_memory()
+    def move_to_cpu(self, tensors: Iterable[Tensor]) -> None:
+        """Move the tensors' data to the CPU, page-locked for CUDA, unless it is so already."""
+        moved = list(tensors)
+        for tensor in moved:
+            if tensor.device.type != "cpu":
+                tensor.data = tensor.data.to("cpu")
+        if self.stream is not None and (pageable := [t for t in moved if not t.is_pinned()]):
+            pin(pageable)
+
+    def unpin(self, tensors: Iterable[Tensor]) -> None:
+        """Move the data of tensors on the CPU to ordinary memory."""
+        if self.stream is not None:
+            unpin(list(tensors))
 
     def copy_to_device(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         """Start copies to the accelerator; returns them, and the event to `wait` for before any use."""
@@ -157,11 +176,16 @@ class Offload:
         self.device, self.by_block, self.transfers = device, by_block, TransferStream(device)
         self.peak_bytes, self._followers = 0, {}
 
+    @torch.inference_mode(False)
     def end(self) -> None:
-        """Offload all weights and forget the mode."""
+        """Offload all weights, to ordinary memory, and forget the mode."""
         self.release()
         self._unhook()
+        self.transfers.unpin(tensors_of(tuple(chain(*self._units.values()))).values())
         self.device, self._units = None, {}
+
+    def __del__(self) -> None:
+        self.transfers.synchronize()  # freed earlier, the memory of a copy under way would be given to others
 
     def enter(self, stage: str | None, models: Models) -> None:
         """Prepare the models of the stage that runs now; None at the end of a run offloads all.
@@ -178,9 +202,10 @@ class Offload:
             self._hook(stages)
         else:
             self._units, self._limit = stages, max(map(bytes_of, stages.values()), default=0)
-        for key, tensor in tensors_of(tuple(chain(*stages.values()))).items():
-            if key not in self._on_device and tensor.device.type != "cpu":  # created on the accelerator
-                tensor.data = self.transfers.cpu_copy(tensor.data)
+        self.transfers.move_to_cpu(
+            tensor for key, tensor in tensors_of(tuple(chain(*stages.values()))).items()
+            if key not in self._on_device and tensor.device.type != "cpu"  # created on the accelerator
+        )  # fmt: skip
         if stage is not None and not self.by_block:
             self.onload(stage)
 
@@ -218,8 +243,10 @@ class Offload:
         guess = self._followers.get((self._previous, name), dict(pairwise(self._units)).get(name))
         if guess not in self._units or guess == name:
             return {}
-        size = bytes_of(self._units[name]) + bytes_of(self._units[guess])
-        return tensors_of(self._units[guess]) if self._limit is None or size <= self._limit else {}
+        both = (self._units[name], self._units[guess])
+        if self._limit is not None and sum(map(bytes_of, both)) > self._limit:
+            return {}
+        return tensors_of(self._units[guess])
 
     @torch.inference_mode(False)
     def _offload_others(self, current: Mapping[int, Tensor], kept: Mapping[int, Tensor]) -> None:
@@ -230,9 +257,11 @@ class Offload:
             if key not in kept or not entry.is_unmodified(entry.cpu_data)
         }  # fmt: skip
         self._wait([*leaving.values(), *dropped.values()])
+        modified = {k: e.tensor for k, e in leaving.items() if not e.is_unmodified(e.device_data)}
+        self.transfers.move_to_cpu(modified.values())
         for key, entry in leaving.items():
-            tensor, unmodified = entry.tensor, entry.is_unmodified(entry.device_data)
-            tensor.data = entry.cpu_data if unmodified else self.transfers.cpu_copy(tensor.data)
+            if key not in modified:
+                entry.tensor.data = entry.cpu_data
             del self._on_device[key]
         for key in dropped:
             del self._prefetched[key]
@@ -241,10 +270,10 @@ class Offload:
 
     def _start_copies(self, tensors: Mapping[int, Tensor]) -> None:
         present = self._on_device.keys() | self._prefetched.keys()
-        new = [tensor for key, tensor in tensors.items() if key not in present]
-        for tensor in new:
-            tensor.data = self.transfers.cpu_copy(tensor.data)
-        copies, ready = self.transfers.copy_to_device([tensor.data for tensor in new]) if new else ([], None)
+        if not (new := [tensor for key, tensor in tensors.items() if key not in present]):
+            return
+        self.transfers.move_to_cpu(new)
+        copies, ready = self.transfers.copy_to_device([tensor.data for tensor in new])
         for tensor, copy in zip(new, copies, strict=True):
             self._prefetched[id(tensor)] = DeviceCopy(tensor, tensor.data, copy, tensor._version, ready)
         self.peak_bytes = max(self.peak_bytes, self.bytes_on_device)
@@ -266,7 +295,7 @@ class Offload:
                     if block not in hooked:
                         name, new = f"{stage}.{i}.{path}", set(block.modules()) - hooked
                         hooked |= new
-                        hook, self._units[name] = OnloadHook(ref(self), name), ((model, path),)
+                        hook, self._units[name] = OnloadHook(ref(self), name), as_unit([block])
                         for part in new:
                             self._hooks.append(part.register_forward_pre_hook(hook, prepend=True))
 

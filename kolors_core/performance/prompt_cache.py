@@ -21,6 +21,7 @@ from kolors_core.changed_models import is_ours
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.devices import all_finite
 from kolors_core.module import sample_weights, settings
+from kolors_core.performance.offload import OnloadHook
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.validation import short_repr
 from weights_convert.safetensors_files import Source, save_tensors
@@ -33,7 +34,7 @@ class Key(NamedTuple):
     """Key of an embedding: `name` in a folder, and also `memory_key` in memory.
 
     is_persistable: whether the name identifies the embedding; not for an encoder with forward hooks or
-    another class or forward. A pre-hook is taken for one that only copies weights (offload.py).
+    another class or forward. Pre-hooks do not count there, nor anywhere those that copy weights (offload.py).
     """
 
     name: str
@@ -44,7 +45,10 @@ class Key(NamedTuple):
     def of(cls, encoder: ChatGLM, tokens: TokenBatch) -> Self:
         """Make the key of these tokens' embedding by this encoder."""
         hooks = [hook for module in encoder.modules() for hook in module._forward_hooks.values()]
-        pre_hooks = [hook for module in encoder.modules() for hook in module._forward_pre_hooks.values()]
+        pre_hooks = [
+            hook for module in encoder.modules() for hook in module._forward_pre_hooks.values()
+            if not isinstance(hook, OnloadHook)  # new in every run
+        ]  # fmt: skip
         versions = tuple(parameter._version for parameter in encoder.parameters())
         is_plain = is_ours(type(encoder)) and "forward" not in vars(encoder)
         memory_key = type(encoder), versions, tuple(map(id, [*hooks, *pre_hooks]))
@@ -123,9 +127,9 @@ def fingerprint(encoder: ChatGLM, tokens: TokenBatch) -> str:
     """Hash what determines the embedding of these tokens, to 64 hexadecimal digits."""
     state = encoder.state_dict()
     description = [encoder.config, settings(encoder), *((name, t.dtype) for name, t in state.items())]
-    ids = tokens.ids.to(encoder.embedding.weight.device).unique()
-    embedded = encoder.embedding.forward(ids).detach().cpu().double()  # without hooks
-    content = repr(description).encode() + sample_weights(state) + embedded.numpy().tobytes()
+    ids = tokens.ids.unique().to(encoder.embedding.weight.device)
+    embedded = encoder.embedding.forward(ids)  # without hooks
+    content = repr(description).encode() + sample_weights(state, [embedded])
     for tensor in (tokens.ids, tokens.mask, tokens.positions, tokens.counts):
         content += repr(None if tensor is None else tensor.tolist()).encode()
     return hashlib.sha256(content).hexdigest()

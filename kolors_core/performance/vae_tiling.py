@@ -271,14 +271,9 @@ class _TiledRun:
         tiles = self.tiles(x)
         means, variances = torch.stack([moments(*tile) for tile in tiles], dim=1)  # [P, G] each
         shares = means.new_tensor([(bottom - top) / x.height for top, bottom in tiles])[:, None]  # [P, 1]
-        mean = (shares * means).sum(0)  # [G]
-        variance = (shares * (variances + (means - mean) ** 2)).sum(0)
         # Run its hooks: offload copies the weights that are read below to the device.
-        norm(torch.zeros(1, x.channels, 1, 2, dtype=norm.weight.dtype, device=mean.device))
-        mean_std = torch.stack((mean, (variance + norm.eps).rsqrt()))[:, :, None, None]  # [2, G, 1, 1]
-        mean, inverse_std = mean_std.repeat_interleave(x.channels // norm.num_groups, dim=1)  # [C, 1, 1]
-        scale = norm.weight.to(precision)[:, None, None] * inverse_std
-        shift = norm.bias.to(precision)[:, None, None] - mean * scale
+        norm(torch.zeros(1, x.channels, 1, 2, dtype=norm.weight.dtype, device=means.device))
+        scale, shift = pooled_affine(norm, means, variances, shares)  # [C, 1, 1] each
         return lambda x: F.silu(torch.addcmul(shift, x.to(precision), scale).to(x.dtype), inplace=True)
 
     def tiles(self, x: _Map) -> list[tuple[int, int]]:
@@ -299,6 +294,22 @@ class _TiledRun:
             band = x.read(top, bottom)
             bands.append(band.clone() if band.untyped_storage().nbytes() > band.nbytes else band)
         return MaterializedMap(bands)
+
+
+def pooled_affine(
+    norm: nn.GroupNorm, means: Tensor, variances: Tensor, shares: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return scale and shift [..., C, 1, 1] of a GroupNorm, from the statistics of P parts of its map.
+
+    means, variances: [P, ..., G]. shares: of the map in each part, their sum 1, of as many axes.
+    """
+    mean = (shares * means).sum(0)  # [..., G]
+    variance = (shares * (variances + (means - mean) ** 2)).sum(0)
+    mean_std = torch.stack((mean, (variance + norm.eps).rsqrt()))  # [2, ..., G]
+    repeated = mean_std.repeat_interleave(norm.num_channels // norm.num_groups, dim=-1)
+    mean, inverse_std = repeated[..., None, None]  # [..., C, 1, 1]
+    scale = norm.weight.to(mean.dtype)[:, None, None] * inverse_std
+    return scale, norm.bias.to(mean.dtype)[:, None, None] - mean * scale
 
 
 def _check(coder: nn.Module) -> None:

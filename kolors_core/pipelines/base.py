@@ -17,7 +17,7 @@ from kolors_core.checkpoint import EMBEDDED_NAME, MODEL_SPECS, ModelSpec
 from kolors_core.conditioning import Residuals
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import Dtypes, dtype_of, unwrap_compiled
-from kolors_core.guidance import guided
+from kolors_core.guidance import GuidanceRule, guided
 from kolors_core.hub import hub_commit
 from kolors_core.image import Size
 from kolors_core.module import WrapStep
@@ -50,7 +50,10 @@ class Components:
     model_specs: ClassVar[Mapping[str, ModelSpec]] = MODEL_SPECS  # of the models that a checkpoint may have
     tokenizer_class: ClassVar[type[Tokenizer]] = Tokenizer
     accepts_mask_channels: ClassVar[bool] = False  # whether the UNet may read a mask and masked latents too
-    _wrap_step: WrapStep | None = None  # of the denoising loop: captures a step as a CUDA graph
+    # How models and files become each other; with performance/, quantized ones too.
+    _open_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.open_component)
+    _save_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.save_component)
+    _check_savable: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.check_savable)
 
     def __init__(
         self, vae: VAE | None, text_encoder: ChatGLM | None, tokenizer: Tokenizer | None, unet: UNet | None,
@@ -100,6 +103,7 @@ class Components:
         tokenizer: Tokenizer | None = _LOAD, unet: UNet | None = _LOAD, vae: VAE | None = _LOAD,
         scheduler: Scheduler | None = _LOAD, image_encoder: Any = _LOAD,
         feature_extractor: Callable[..., Any] | None = None, controlnet: Any = None,
+        quantization: Mapping[str, Any] | None = None, progress: Callable[..., object] | None = None,
     ) -> Self:  # fmt: skip
         """Load a checkpoint folder or hub repository; the embedded tiny model if none is named.
 
@@ -107,8 +111,10 @@ class Components:
         None, and the VAE is never float16. variant: such as "fp16"; None takes the only one there is. device:
         the device that tensors are read to; "meta" fetches and reads no weights and no tokenizer, for a
         pipeline whose memory is planned (memory_plan.py). The files of a component that is passed in, or is
-        None, are not fetched. force_download: fetch again what the cache has. Raises FileNotFoundError or
-        ValueError naming the file, field or tensor.
+        None, are not fetched. force_download: fetch again what the cache has. quantization: the formats of
+        performance/quantize.py in which models are quantized while they are read, such as
+        {"text_encoder": 8, "unet": "fp8"}. progress: called as progress(component, layers done, all) after
+        each quantized layer. Raises FileNotFoundError or ValueError naming the file, field or tensor.
         """
         asked = devices.merge_dtype_arguments(torch_dtype, dtype)
         parts: dict[str, Any] = {
@@ -136,9 +142,10 @@ class Components:
                 parts[component] = checkpoint.load_scheduler(folder)
             else:
                 spec = cls.model_specs[component]
-                parts[component] = checkpoint.open_component(
+                parts[component] = cls._open_component(
                     folder, component, variant=variant, has_weights=has_weights, kind=spec
                 )
+        parts |= cls._quantized_on_read(parts, quantization or {}, progress)
         for component, part in parts.items():  # all fit: only now are weights read
             if isinstance(part, checkpoint.UnloadedModel):
                 parts[component] = part.fill(dtypes[component], device)
@@ -170,9 +177,10 @@ class Components:
     ) -> None:  # fmt: skip
         """Write a folder that the reference and `from_pretrained` load, whole or not at all.
 
-        Of adapters only a fused LoRA is saved, in the weights. max_shard_size: such as "5GB", of each file of
-        weights; one file for each model if None. A folder of a saved pipeline and nothing else is replaced.
-        Raises FileExistsError for another folder, ValueError if a model is missing or quantized.
+        Quantized models are for this library alone. Of adapters only a fused LoRA is saved, in the weights.
+        max_shard_size: such as "5GB", of each file of weights; one file for each model if None. A folder of a
+        saved pipeline and nothing else is replaced. Raises FileExistsError for another folder, ValueError if
+        a model is missing.
         """
         check_safe_serialization(safe_serialization)
         folder, needed = as_path("save_directory", save_directory), ("tokenizer", *MODEL_SPECS, "scheduler")
@@ -180,12 +188,10 @@ class Components:
             raise ValueError(f"this pipeline has no {absent} and cannot be saved whole")
         models = {name: unwrap_compiled(model) for name, model in self._own_models().items()}
         for component, model in models.items():
-            checkpoint.check_savable(model, component)
+            self._check_savable(model, component)
         with atomic_folder(folder, checkpoint.is_own_folder) as place:
             for component, model in models.items():
-                checkpoint.save_component(
-                    model, place, component, variant=variant, max_shard_size=max_shard_size
-                )
+                self._save_component(model, place, component, variant=variant, max_shard_size=max_shard_size)
             task = type(self).__name__.replace("ControlNet", "")  # the reference has no such class for Kolors
             checkpoint.save_metadata(place, task, self.components)
 
@@ -213,6 +219,15 @@ class Components:
                 for model in models
             )
         return self
+
+    @classmethod
+    def _quantized_on_read(
+        cls, parts: Mapping[str, Any], formats: Mapping[str, Any], progress: Callable[..., object] | None
+    ) -> dict[str, Any]:
+        """Return the models of these formats, by component, quantized when they are filled."""
+        if formats:
+            raise ValueError("quantization is a feature of kolors_core/performance, which is not here")
+        return {}
 
     def _own_models(self) -> dict[str, Any]:
         """Return the models that are not None, by component."""
@@ -261,6 +276,10 @@ class Components:
         encoder: Any = self.text_encoder
         self._enter_stage("text_encoder")
         return encoder(tokens.to(self._compute_device(unwrap_compiled(encoder).embedding.weight)))
+
+    def _step_wrapper(self) -> WrapStep | None:
+        """Return what wraps the steps of a run that begins now, such as CUDA graphs; None for nothing."""
+        return None
 
     def _available_memory(self) -> int | None:
         """Return the bytes that can still be allocated where the models run; None if that is not known."""
@@ -360,6 +379,10 @@ class Components:
         from tqdm.auto import tqdm
 
         return tqdm(total=total, **self._progress)
+
+    def _wrap_rule(self, rule: GuidanceRule) -> GuidanceRule:
+        """Return the rule that a call uses in place of this one."""
+        return rule
 
     def _needs_alone(self) -> str | None:
         """Name what a call uses that two threads cannot share; None if nothing."""

@@ -67,7 +67,7 @@ class DenoisingLoop:
     def _guided(self, positive: Conditioning, negative: Conditioning | None) -> Denoiser:
         return self.rule(
             self.pipe.unet, self.schedule, positive, negative, self.run.guidance_scale,
-            precompute=self.pipe.savings.precompute, wrap_step=self.pipe._wrap_step,
+            precompute=self.pipe.savings.precompute, wrap_step=self.pipe._step_wrapper(),
         )  # fmt: skip
 
     def __call__(self, sampler: Sampler, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from kolors_core.adapters.block_scales import BlockScale
 from kolors_core.adapters.lora_files import METADATA, LoRAReport, configs_of, parse_lora
 from kolors_core.adapters.lora_layers import LoRAWeights
 from kolors_core.chatglm import ChatGLM
+from kolors_core.checkpoint import EMBEDDED, EMBEDDED_NAME
 from kolors_core.devices import unwrap_compiled
 from kolors_core.hub import find_file, named_source, reject_unused
 from kolors_core.module import all_or_nothing, apply_to_all, require_plain
@@ -29,10 +30,19 @@ from weights_convert.safetensors_files import PICKLES, Source, Tensors, save_ten
 COMPONENTS = ("unet", "text_encoder")
 logger = logging.getLogger("kolors_core")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-# The file of a LoRA, by the names that diffusers and PEFT give it; PEFT's settings are fetched with it.
-find_lora = partial(
-    find_file, preferred=(WEIGHT_NAME, "adapter_model.safetensors"), with_files=("adapter_config.json",)
-)
+
+
+def find_lora(
+    source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+) -> Path:
+    """Find a LoRA's file by the names that diffusers and PEFT give it; PEFT's settings are fetched with it.
+
+    "tiny" is the embedded model's, of few steps. Others and errors: see `find_file`.
+    """
+    if source == EMBEDDED_NAME and not subfolder:
+        source, subfolder = EMBEDDED, "lora"
+    preferred, settings = (WEIGHT_NAME, "adapter_model.safetensors"), ("adapter_config.json",)
+    return find_file(source, weight_name, subfolder, preferred=preferred, with_files=settings, **hub)
 
 
 class ClassAndInstanceMethod:

@@ -96,8 +96,9 @@ def plan(
     pipeline. device: whose kernels are meant, such as "cuda", which this machine need not have; if None the
     pipeline's own, or on the meta device the best there is.
     Quantized models, adapters (with one image each) and offloading count as they are now. Not counted: what
-    the device's own libraries keep, and the workspaces of an accelerator's convolutions. Compiled models may
-    need less. Encoding an image to start from needs less than decoding. is_printed: whether it is printed.
+    the device's own libraries and a step cache keep, and the workspaces of an accelerator's convolutions.
+    Compiled models may need less, as do processes that split rows. Encoding an image to start from needs less
+    than decoding. is_printed: whether it is printed.
     """
     size = pipe._size("height", height), pipe._size("width", width)
     prompts, copies = check_int("batch", batch), check_int("num_images_per_prompt", num_images_per_prompt)
@@ -203,6 +204,7 @@ def _meta_copy(pipe: Task, offload: Offload) -> Task:
     for name, part in copies.items():
         setattr(twin, name, part)
     twin.offload, twin._progress, twin.runs = offload, {"disable": True}, Runs()
+    twin.step_cache = twin.row_split = None
     return twin
 
 

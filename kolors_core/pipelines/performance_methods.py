@@ -1,43 +1,74 @@
-"""Methods of a pipeline for less time or memory: offload, compilation, tiled VAE, and the prompt cache.
+"""Methods of a pipeline for less time or memory: offload, compilation, tiles, row split, caches.
 
 Source: the methods of these names in diffusers' pipelines/pipeline_utils.py.
 """
 
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import torch
 
 from kolors_core.chatglm import TextEmbedding
+from kolors_core.checkpoint import UnloadedModel
 from kolors_core.devices import named_device, unwrap_compiled
+from kolors_core.guidance import GuidanceRule, Interval
+from kolors_core.module import WrapStep
+from kolors_core.performance import quantized_files
 from kolors_core.performance.available_memory import available_memory
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
+from kolors_core.performance.row_split import Ranks, RowSplit, set_coder
+from kolors_core.performance.step_cache import StepCache
 from kolors_core.performance.vae_tiling import disable_slicing, disable_tiling, enable_slicing, enable_tiling
 from kolors_core.pipelines.base import Components
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import UNetEncoder
 
 Device = torch.device | str | None
+QUANTIZABLE = ("text_encoder", "unet")
 
 
 class PerformanceMethods(Components):
-    """A pipeline that can offload and compile its models, run its VAE in tiles, and cache prompts."""
+    """A pipeline that can offload, compile, quantize, tile and split models, and cache prompts and steps."""
+
+    _open_component: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.open_component)
+    _save_component: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.save_component)
+    _check_savable: ClassVar[Callable[..., Any]] = staticmethod(quantized_files.check_savable)
+    _wrap_step: CUDAGraphCache | None = None
+    step_cache: StepCache | None = None
+    row_split: RowSplit | None = None
+
+    @classmethod
+    def _quantized_on_read(
+        cls, parts: Mapping[str, Any], formats: Mapping[str, Any], progress: Callable[..., object] | None
+    ) -> dict[str, Any]:
+        if not isinstance(formats, Mapping):
+            raise TypeError(f"quantization must be a mapping such as {{'unet': 8}}, got {formats!r}")
+        if strangers := sorted(formats.keys() - {*QUANTIZABLE}):
+            raise ValueError(f"quantization names {strangers[0]!r}; expected {' or '.join(QUANTIZABLE)}")
+        if given := [name for name in formats if not isinstance(parts[name], UnloadedModel)]:
+            raise ValueError(f"quantization has no effect on the {given[0]}: it is not read from files")
+        return {
+            name: quantized_files.quantized_on_read(parts[name], one, progress and partial(progress, name))
+            for name, one in formats.items()
+        }
 
     def _init_state(self) -> None:
         super()._init_state()
         self.offload, self.prompt_cache = Offload(), PromptCache()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of copies and pickles, without cached prompts and captured graphs."""
-        return self.__dict__ | {"prompt_cache": PromptCache(), "_wrap_step": None}
+        """Return the state of copies and pickles, without cached prompts, captured graphs and processes."""
+        return self.__dict__ | {"prompt_cache": PromptCache(), "_wrap_step": None, "row_split": None}
 
     @classmethod
     def from_pipe(cls, pipeline: Components, **changes: Any) -> Self:
         """Create another task with the very same models, offload and cached prompts; see `Components`."""
         pipe = super().from_pipe(pipeline, **changes)
-        for name in ("offload", "prompt_cache", "_wrap_step"):
+        for name in ("offload", "prompt_cache", "step_cache", "row_split", "_wrap_step"):
             setattr(pipe, name, getattr(pipeline, name))
         return pipe
 
@@ -45,22 +76,21 @@ class PerformanceMethods(Components):
         """Compile the models' blocks when they first run, and again for each new kind of input.
 
         mode, backend: as for `torch.compile`; "reduce-overhead" and "max-autotune" also make each step one
-        CUDA graph, where the UNet is on CUDA. Other image sizes, LoRAs and weights work as before. See
-        kolors_core/performance/compile.py; ValueError for an unknown mode.
+        CUDA graph, in runs where the UNet stays on CUDA, so not under offload. Other image sizes, LoRAs and
+        weights work as before. See kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
         nets = [net for net in self._attached_models() if isinstance(unwrap_compiled(net), UNetEncoder)]
         for model in (*self._own_models().values(), *nets):
             compile_blocks(unwrap_compiled(model), mode, backend)
-        has_graphs = mode in CUDA_GRAPH_MODES and self.device.type == "cuda"
-        self._wrap_step = CUDAGraphCache() if has_graphs else None
+        self._wrap_step = CUDAGraphCache() if mode in CUDA_GRAPH_MODES else None
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Device = None) -> None:
         """Keep on the accelerator only the model that runs: text encoder, CLIP, UNet or VAE.
 
         The next one is copied meanwhile, if both together are no larger than the largest. All others are on
-        the CPU, for CUDA in page-locked memory. `pipe.offload.peak_bytes` is the peak of weights.
-        gpu_id: of CUDA; or device; the best there is if both are None; on a machine without an accelerator
-        nothing changes. ValueError for a device that is not there.
+        the CPU, for CUDA in page-locked memory until this ends. `pipe.offload.peak_bytes` is the peak of
+        weights. gpu_id: of CUDA; or device; the best there is if both are None; on a machine without an
+        accelerator nothing changes. ValueError for a device that is not there.
         """
         self._start_offload(gpu_id, device, by_block=False)
 
@@ -96,6 +126,51 @@ class PerformanceMethods(Components):
         """Run the VAE on all images of a batch at once."""
         disable_slicing(unwrap_compiled(self.vae))
 
+    def enable_step_cache(
+        self, interval: int | None = 3, *, branch: int | None = None, center: float | None = None,
+        power: float = 1.4, threshold: float | None = None, gate: float | None = None,
+        guidance_interval: Interval | None = None, guidance_similarity: float | None = None,
+    ) -> None:  # fmt: skip
+        """Reuse in each step what hardly changes: faster, for other images; see performance/README.md.
+
+        interval: the whole UNet runs in every so many steps. Others and errors: see `step_cache.StepCache`;
+        also ValueError for a branch that the UNet has not. Calls raise it for what cannot be cached.
+        """
+        cache = StepCache(
+            interval=interval, branch=branch, center=center, power=power, threshold=threshold, gate=gate,
+            guidance_interval=guidance_interval, guidance_similarity=guidance_similarity,
+        )  # fmt: skip
+        cache.branch_of(unwrap_compiled(self.unet))
+        self.step_cache = cache
+
+    def disable_step_cache(self) -> None:
+        """Compute every step as a whole."""
+        self.step_cache = None
+
+    def enable_row_split(self, group: Any = None) -> None:
+        """Draw each image on several processes, each with some rows of every feature map: the same image.
+
+        Every process makes the same calls, with generators of the same seed, and gets the same images.
+        group: of torch.distributed, whose processes split the UNet's and ControlNets' rows, where there are
+        others that compute another half of guidance; None for all. All split the VAE's. Holds for every
+        pipeline with this VAE. ValueError where torch.distributed is not initialized; TypeError, naming the
+        VAE's `run_coder`, if it runs in tiles. Calls raise ValueError or TypeError for what cannot be split:
+        see kolors_core/performance/row_split.py.
+        """
+        everyone = RowSplit(Ranks())
+        set_coder(unwrap_compiled(self.vae), everyone)
+        self.row_split = everyone if group is None else RowSplit(Ranks(group))
+
+    def disable_row_split(self) -> None:
+        """Draw images on this process alone."""
+        set_coder(unwrap_compiled(self.vae), None)
+        self.row_split = None
+
+    def _wrap_rule(self, rule: GuidanceRule) -> GuidanceRule:
+        for wrapper in (self.row_split, self.step_cache):  # a step cache refuses split rows by name
+            rule = rule if wrapper is None else wrapper.wrap_rule(rule)
+        return rule
+
     def _start_offload(self, gpu_id: int | None, device: Device, by_block: bool) -> None:
         if gpu_id is not None and device is not None:
             raise ValueError("give either gpu_id or device, not both")
@@ -115,6 +190,8 @@ class PerformanceMethods(Components):
     def _before_move(self, target: torch.device | torch.dtype) -> None:
         if isinstance(target, torch.device):
             self.offload.end()
+        if self._wrap_step is not None:
+            self._wrap_step.clear()
         self.offload.release()
 
     def _check_loaded(self) -> None:
@@ -130,6 +207,9 @@ class PerformanceMethods(Components):
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         """Return the cached embedding of these tokens, or encode and cache it."""
         savings, encoder = self.savings, unwrap_compiled(self.text_encoder)
+        if not savings.cached_prompts and savings.prompt_folder is None:  # no key is made, for nothing
+            self.prompt_cache.clear()
+            return super()._run_text_encoder(tokens)
         key = Key.of(encoder, tokens)
         if (text := self.prompt_cache.get(key, savings.prompt_folder, encoder, tokens)) is None:
             text = super()._run_text_encoder(tokens)
@@ -139,4 +219,11 @@ class PerformanceMethods(Components):
     def _needs_alone(self) -> str | None:
         if self.offload.device is not None:
             return "offload"
-        return super()._needs_alone() if self._wrap_step is None else "a CUDA graph"
+        if self.row_split is not None:
+            return "a row split"
+        has_graphs = self._wrap_step is not None and self._wrap_step.records_on(self.device)
+        return "a CUDA graph" if has_graphs else super()._needs_alone()
+
+    def _step_wrapper(self) -> WrapStep | None:
+        # Offloaded weights are in other memory in every run: each would record its steps anew.
+        return self._wrap_step if self.offload.device is None else None

@@ -29,6 +29,8 @@ def describe(pipe: Any) -> str:
     if (device := getattr(getattr(pipe, "offload", None), "device", None)) is not None:
         unit = "block" if pipe.offload.by_block else "model"
         lines.append(("offload", f"{unit} by {unit} to {device}"))
+    if (cache := getattr(pipe, "step_cache", None)) is not None:
+        lines.append(("step_cache", cache.describe()))
     return "\n".join(f"  {name:<14} {text}" if name else text for name, text in lines)
 
 

@@ -99,6 +99,8 @@ def describe_images(
     rule = call_text(pipe.guided if inputs.guidance_rule is None else inputs.guidance_rule)
     if rule != "guided":
         shared["guidance"] = rule
+    if (cache := getattr(pipe, "step_cache", None)) is not None:
+        shared["step_cache"] = cache.describe()
     shared |= pipe._adapter_metadata(positive.residuals)
     factor = (inputs.cross_attention_kwargs or {}).get("scale")
     if factor is not None and "lora" in shared:
@@ -210,6 +212,7 @@ def _dtype(model: torch.nn.Module) -> str:
     return "unknown" if tensor is None else str(tensor.dtype).removeprefix("torch.")
 
 
-def _bits(model: torch.nn.Module) -> int | None:
-    found = (getattr(layer, "bits", None) for layer in model.modules())
-    return next((bits for bits in found if isinstance(bits, int)), None)
+def _bits(model: torch.nn.Module) -> int | str | None:
+    """Return the format of a quantized model's layers, or "mixed", of performance/quantize.py."""
+    found = {getattr(layer, "weight_format", None) for layer in model.modules()} - {None}
+    return found.pop() if len(found) == 1 else "mixed" if found else None

@@ -1,15 +1,17 @@
 """Quantization of a pipeline's models (performance/quantize.py), and its error against full precision.
 
-report = quantize(pipe, text_encoder=8, unet=4)
+report = quantize(pipe, text_encoder=8, unet="w8a8", layer_error=0.05)
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import TextEmbedding
@@ -17,10 +19,18 @@ from kolors_core.conditioning import Conditioning, concat_extra_channels, size_i
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import unwrap_compiled
 from kolors_core.guidance import guided
-from kolors_core.performance.quantize import model_bytes, quantizable_layers
+from kolors_core.performance.quantize import (
+    Format,
+    QuantizedConv2d,
+    QuantizedLinear,
+    format_name,
+    model_bytes,
+    quantizable_layers,
+)
 from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.pipelines.stages import Task
 from kolors_core.sampling import randn_latents
+from kolors_core.validation import check_float
 
 # Encoded before and after. The first is drawn, guided away from the last, the usual negative prompt.
 CALIBRATION_PROMPTS = (
@@ -29,6 +39,10 @@ CALIBRATION_PROMPTS = (
     "雪人", "",
 )  # fmt: skip
 STEPS, GUIDANCE = 4, 5.0
+# The format of a layer whose error is too large; None: it stays whole.
+MORE_EXACT: dict[Format, Format | None] = {
+    4: 8, 8: None, "fp8": None, "w8a8": 8, "w8a8-fp8": "fp8", "w8a8-fp8-fast": "w8a8-fp8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,14 +68,23 @@ class QuantizationError:
 
 @dataclass(frozen=True)
 class QuantizedComponent:
-    """A quantized model: its bits, and its bytes before and after, adapters included."""
+    """A quantized model: its format, and its bytes before and after, adapters included.
 
-    bits: int
+    layers: how many there are. others: of them, the formats of those whose error was too large for it.
+    """
+
+    format: Format
     bytes_before: int
     bytes_after: int
+    layers: int
+    others: dict[str, Format | None] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"int{self.bits}, {self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB"
+        counts = Counter("whole" if one is None else format_name(one) for one in self.others.values())
+        kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
+        others = f" ({kinds} of {self.layers} layers)" if kinds else ""
+        size = f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB"
+        return f"{format_name(self.format)}{others}, {size}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,31 +117,46 @@ class QuantizationReport:
 
 
 @torch.no_grad()
-def quantize(pipe: Task, *, text_encoder: int | None = None, unet: int | None = None) -> QuantizationReport:
-    """Quantize the linear layers of a pipeline's text encoder, UNet or both to 8 or 4 bits, and measure it.
+def quantize(
+    pipe: Task, *, text_encoder: Format | None = None, unet: Format | None = None,
+    layer_error: float | None = None, progress: Callable[[str, int, int], object] | None = None,
+) -> QuantizationReport:  # fmt: skip
+    """Quantize the large layers of a pipeline's text encoder, UNet or both to a format, and measure it.
 
     None leaves a model as it is. Both models run before and after, where and as the pipeline runs them;
     `performance.quantize.quantize` of a model alone runs nothing. To go back, load again. LoRAs are loaded
     after it. An IP-Adapter may be loaded already; it is measured with image tokens of zeros.
-    ValueError, before any change, without bits or text encoder, and for what `quantizable_layers` refuses.
+    layer_error: the most |x - y| / |y| of a layer's output while the calibration prompts are encoded and one
+    step is predicted; a layer with more gets the next format of `MORE_EXACT`. None: all have one format.
+    progress: called as progress(component, layers done, all), and for runs of the models ("measured", ..).
+    ValueError, before any change, without format or text encoder, and for what `quantizable_layers` refuses.
     """
-    bits = {name: n for name, n in (("text_encoder", text_encoder), ("unet", unet)) if n is not None}
-    if not bits:
-        raise ValueError("nothing to quantize: give text_encoder=8 or 4, unet=8 or 4, or both")
+    formats = {name: n for name, n in (("text_encoder", text_encoder), ("unet", unet)) if n is not None}
+    if not formats:
+        raise ValueError("nothing to quantize: give text_encoder=8, unet=8 or another format, or both")
     if pipe.text_encoder is None or pipe.tokenizer is None:
         raise ValueError("this pipeline has no text encoder or tokenizer to measure quantizing with")
-    models = {name: unwrap_compiled(getattr(pipe, name)) for name in bits}
-    for name, model in models.items():
-        quantizable_layers(model, bits[name])
-    texts = _encode(pipe)
-    noise, latents = _predict(pipe, texts[0]), _denoise(pipe, texts)
+    if layer_error is not None:
+        check_float("layer_error", layer_error, 0)
+    models = {name: unwrap_compiled(getattr(pipe, name)) for name in formats}
+    choices = {name: _Choice(model, formats[name], layer_error) for name, model in models.items()}
+    show = (lambda *_: None) if progress is None else progress
+    with _observed(choices.get("text_encoder")):
+        texts = _encode(pipe)
+    show("measured", 1, 4)
+    with _observed(choices.get("unet")):
+        noise = _predict(pipe, texts[0])
+    latents = _denoise(pipe, texts)
+    show("measured", 2, 4)
     quantized = {}
     for name, model in models.items():
         pipe._enter_stage(name)
-        before = model_bytes(model)
-        quantize_model(model, bits[name])
-        quantized[name] = QuantizedComponent(bits[name], before, model_bytes(model))
+        before, others = model_bytes(model), choices[name].exceptions()
+        quantize_model(model, formats[name], exceptions=others, progress=partial(show, name))
+        layers = len(choices[name].formats)
+        quantized[name] = QuantizedComponent(formats[name], before, model_bytes(model), layers, others)
     new_texts = texts if text_encoder is None else _encode(pipe)
+    show("measured", 3, 4)
     new_noise = noise if unet is None else _predict(pipe, texts[0])
     compare = QuantizationError.between
     report = QuantizationReport(
@@ -128,7 +166,49 @@ def quantize(pipe: Task, *, text_encoder: int | None = None, unet: int | None = 
         noise=compare([new_noise], [noise]), latents=compare([_denoise(pipe, new_texts)], [latents]),
     )  # fmt: skip
     pipe._enter_stage()
+    show("measured", 4, 4)
     return report
+
+
+class _Choice:
+    """Choice of each layer's format: the first whose error is small enough on all inputs that it has seen."""
+
+    def __init__(self, model: nn.Module, weight_format: Format, most: float | None) -> None:
+        self.model, self.format, self.most = model, weight_format, most
+        paths = quantizable_layers(model, weight_format)
+        self.formats: dict[str, Format | None] = dict.fromkeys(paths, weight_format)
+
+    def exceptions(self) -> dict[str, Format | None]:
+        """Return the formats of the layers that have another one than asked for."""
+        return {path: one for path, one in self.formats.items() if one != self.format}
+
+    def see(self, path: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Compare a layer's output with that of its quantized forms, and keep the first that is near."""
+        assert self.most is not None
+        kind = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
+        while (one := self.formats[path]) is not None:
+            got = kind(layer, one).forward(*inputs)  # a call would run the hooks, which it has too
+            if (got.float() - output.float()).norm() <= self.most * output.float().norm():
+                return
+            self.formats[path] = MORE_EXACT[one]
+
+
+@contextmanager
+def _observed(choice: _Choice | None) -> Iterator[None]:
+    """Show a choice the inputs and outputs of its layers, which run uncompiled within the block."""
+    if choice is None or choice.most is None:
+        yield
+        return
+    handles = [
+        choice.model.get_submodule(path).register_forward_hook(partial(choice.see, path))
+        for path in choice.formats
+    ]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _encode(pipe: Task) -> list[TextEmbedding]:

@@ -14,9 +14,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kolors_core.checkpoint import MODEL_SPECS, ModelSpec, UnloadedModel, read_json, resolve, write_json
+from kolors_core.checkpoint import (
+    MODEL_SPECS,
+    ModelSpec,
+    UnloadedModel,
+    check_savable,
+    read_json,
+    resolve,
+    write_json,
+)
 from kolors_core.config import UNetConfig
-from kolors_core.devices import check_dtype, loading_device
+from kolors_core.devices import check_dtype, loading_device, unwrap_compiled
 from kolors_core.hub import find_linked_file, hub_commit
 from kolors_core.loading import check
 from kolors_core.pipelines.base import Components
@@ -130,6 +138,8 @@ class SingleFileMethods(Components):
         file = as_path("file", file)
         if file.exists() or file.suffix != ".safetensors":
             raise ValueError(f"{file}: expected a new .safetensors file")
+        for component, model in self._own_models().items():
+            check_savable(unwrap_compiled(model), component)
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked_scratch_dir(file) as scratch:
             self.save_pretrained(scratch / "folder", variant=variant)

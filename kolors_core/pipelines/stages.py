@@ -24,7 +24,7 @@ from kolors_core.pipelines.performance_methods import PerformanceMethods
 from kolors_core.pipelines.provenance import describe_images
 from kolors_core.pipelines.request import KolorsPipelineOutput, PipelineInputs, warn_unused
 from kolors_core.pipelines.single_file import SingleFileMethods
-from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts, repeat_text
+from kolors_core.pipelines.text_prompts import MAX_TOKENS, Prompt, embed_prompts, fill_tokens, repeat_text
 from kolors_core.sampling import Generators, Noise, Sampler, randn_latents
 from kolors_core.schedule import Schedule
 from kolors_core.validation import check_int
@@ -89,7 +89,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         def conditioning(text: TextEmbedding, ids: Tensor, images: tuple[ImagePrompt, ...]) -> Conditioning:
             check_finite(text.tokens, "the prompt's embeddings", text.tokens.dtype)
             text = text.expand_padding() if sees_tokens else text  # a callback knows no counts
-            text = repeat_text(text, copies, self.device)
+            text = fill_tokens(repeat_text(text, copies, self.device), self.device)
             tokens, pooled = text.tokens.to(self.dtype), text.pooled.to(self.dtype)
             ids = ids.to(self.device).expand(len(tokens), -1)
             return Conditioning(tokens, pooled, ids, text.counts, images, residuals=given.residuals)
@@ -100,7 +100,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         return positive, conditioning(negative_text, negative_ids, given.negative_image_prompts)
 
     def _rule(self, inputs: PipelineInputs) -> GuidanceRule:
-        return self.guided if inputs.guidance_rule is None else inputs.guidance_rule
+        return self._wrap_rule(self.guided if inputs.guidance_rule is None else inputs.guidance_rule)
 
     def _latent_shape(self, count: int, size: Size) -> tuple[int, int, int, int]:
         scale = self.vae.config.vae_scale_factor

@@ -5,6 +5,7 @@ Shapes: B images (prompts times images per prompt), S text tokens.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from kolors_core.validation import check_int
 Prompt = str | Sequence[str]
 
 MAX_TOKENS = 256
+FILLED = 32  # a multiple of it are the tokens of merged prompts on an accelerator
 logger = logging.getLogger("kolors_core")
 
 
@@ -106,6 +108,22 @@ def repeat_text(text: TextEmbedding, copies: int, device: torch.device) -> TextE
 
     counts = None if text.counts is None else repeated(text.counts)
     return TextEmbedding(repeated(text.tokens), repeated(text.pooled), counts)
+
+
+def fills_on(device: torch.device) -> bool:
+    """Return whether prompts are filled up there: where kernels are planned or recorded for each length."""
+    return device.type not in ("cpu", "meta")
+
+
+def fill_tokens(text: TextEmbedding, device: torch.device) -> TextEmbedding:
+    """Fill up merged tokens to one of the lengths 32, 64, ..., 256, for a run on a device.
+
+    cuDNN plans attention for each length (25 ms), a CUDA graph is of one length, and CUDA's kernels copy a
+    bias of another alignment in every call.
+    """
+    if text.counts is None or not fills_on(device):
+        return text
+    return text.fill(math.ceil(text.tokens.shape[1] / FILLED) * FILLED)
 
 
 def _matched(negative: TextEmbedding, positive: TextEmbedding) -> TextEmbedding:

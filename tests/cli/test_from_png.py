@@ -275,12 +275,13 @@ def test_what_is_not_known_is_said(pipe: KolorsPipeline, files: Path, tmp_path: 
         made = own("a cat", picture(9), **START, callback_on_step_end=lambda *_: {}).images[0]
     finally:
         own.unload_lora_weights()
-    made.info["model"] = "unknown: built by hand"
+    made.info |= {"model": "unknown: built by hand", "bits": '{"unet": "mixed"}'}
     attach_metadata(made, made.info)
     save_png(made, tmp_path / "made.png")
     flags, unknown = arguments_of(tmp_path / "made.png")
     assert unknown == [
         "no name of the model is known: give --weights",
+        "the unet's layers were quantized to several formats",
         "the LoRA toy was given as tensors, and its file is not known: give --lora",
         "the image to start from is known by its pixels' hash only: give --image",
         "the sampler was an own function, _sampler",

@@ -36,6 +36,21 @@ def test_only_in_tiles_there_is_a_size_without_a_plan() -> None:
     check_memory(pipe, parse(["a cat", *LARGER, "--vae-tiling"]))
 
 
+def test_no_plan_is_made_where_there_is_room() -> None:
+    pipe, parse = KolorsPipeline.from_pretrained("tiny"), draw_parser().parse_args
+    pipe._available_memory = lambda: 4 * 2**30
+    start = time.process_time()
+    check_memory(pipe, parse(["a cat", "--height", "512", "--width", "512"]))
+    assert time.process_time() - start < 0.1
+    pipe._available_memory = lambda: 2**24  # a plan says what such an image needs
+    with pytest.raises(ValueError, match=r"1 image of 512x512 .* and 0\.\d\d GiB can be had"):
+        check_memory(pipe, parse(["a cat", "--height", "512", "--width", "512"]))
+    pipe.offload.device = pipe.device  # weights come and go: only a plan knows
+    pipe._available_memory = lambda: 4 * 2**30
+    check_memory(pipe, parse(["a cat", "--height", "512", "--width", "512"]))
+    assert time.process_time() - start > 0.2
+
+
 def test_force_goes_on_and_small_images_are_not_asked_for() -> None:
     pipe, parse = KolorsPipeline.from_pretrained("tiny"), draw_parser().parse_args
     start = time.process_time()

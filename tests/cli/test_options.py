@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from kolors_core.__main__ import main
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.cli import options, parsers, samplers
-from kolors_core.performance.quantize import BITS
+from kolors_core.performance.quantize import FORMATS
 from kolors_core.pipelines.png_metadata import read_metadata
 from kolors_core.pipelines.request import CONTROL_SCALE
 from tests.support.loras import write_noisy
@@ -26,7 +26,7 @@ def test_what_the_parsers_repeat_is_what_the_library_has() -> None:
     assert tuple(samplers.SAMPLERS) == parsers.SAMPLERS and tuple(options.DTYPES) == parsers.DTYPES
     assert tuple(samplers.SCHEDULES) == parsers.SCHEDULES
     assert (parsers.EMBEDDED_NAME, parsers.CONTROL_SCALE) == (EMBEDDED_NAME, CONTROL_SCALE)
-    assert parsers.BITS == BITS
+    assert tuple(map(str, FORMATS)) == parsers.FORMATS
 
 
 @pytest.mark.parametrize("text", ["", "could not create a primitive"])

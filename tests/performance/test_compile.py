@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
@@ -109,6 +109,36 @@ def test_blocks_are_compiled_once_a_kind_and_serve_other_sizes_and_adapters() ->
         adapter.detach()
     assert same(unet, 8, 8) == 0
     assert not counters["graph_break"]
+
+
+class Doubled(nn.Module):
+    """A block of which each number of axes is a variant."""
+
+    is_block = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("has_argument", [True, False])
+def test_many_variants_are_allowed_by_every_torch(
+    has_argument: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to torch 2.12 `compile` has no argument for it, and a process allows 8."""
+    plain = torch.compile
+
+    def older(function: Any, *, fullgraph: bool, mode: str | None, backend: str) -> Any:
+        return plain(function, fullgraph=fullgraph, mode=mode, backend=backend)
+
+    if not has_argument:
+        monkeypatch.setattr(torch, "compile", older)
+    block, config = Doubled(), torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    with config.patch({limit: 8}):
+        assert compile_blocks(block, backend="eager") == 1
+        for axes in range(1, 11):
+            assert block(torch.ones([2] * axes)).sum() == 2 * 2**axes
+    assert compilations() == 10
 
 
 def test_each_model_says_what_its_blocks_are() -> None:

@@ -19,7 +19,9 @@ from kolors_core.performance.prompt_cache import Key, PromptCache
 from kolors_core.performance.quantize import quantize
 from kolors_core.precompute import Savings
 from kolors_core.tokenizer import TokenBatch
+from tests.support.offloads import offloaded
 from tests.support.pipelines import Pair, steps_of
+from tests.support.simulated_device import simulated_cuda, simulates
 from weights_convert.safetensors_files import save_tensors
 
 
@@ -186,6 +188,36 @@ def test_keys_tell_tokens_apart_and_moves_not(pipes: Pair) -> None:
     with torch.no_grad():
         encoder.layers[0].mlp.proj_in.weight[1, 1] += 1  # a value that no sample need see
     assert key(encoder) != before
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_prompts_are_found_again_under_offload(by_block: bool, pipes: Pair, tmp_path: Path) -> None:
+    """Though each run has hooks of its own that copy blocks; nothing is added for them either."""
+    pipe = another(pipes, tmp_path)
+    pipe.savings = Savings()
+    with offloaded(pipe, by_block):
+        expected = steps_of(pipe, prompt="the red cat")
+        pipe.text_encoder.layers[0].forward = None  # whoever calls it fails
+        got = steps_of(pipe, prompt="the red cat")
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert len(pipe.prompt_cache.kept) == 2, "the prompt and the empty one"
+
+
+@simulates
+def test_a_key_waits_for_the_device_once(pipes: Pair) -> None:
+    """Not for each of the encoder's tensors, and for none if nothing is kept."""
+    pipe, tokens = deepcopy(pipes[0]), pipes[0].tokenizer(["cat"]).merge_padding()
+    before = Key.of(pipe.text_encoder, tokens)
+    with simulated_cuda() as simulation:
+        pipe.to("cuda")
+        waits = len(simulation.synchronized)
+        assert Key.of(pipe.text_encoder, tokens).name == before.name
+        assert len(simulation.synchronized) - waits == 2, "ids to the device, and samples back"
+        pipe.savings = Savings(cached_prompts=0)
+        waits = len(simulation.synchronized)
+        with torch.no_grad():
+            pipe._run_text_encoder(tokens)
+        assert len(simulation.synchronized) - waits == 4, "the tokens, to the device"
 
 
 def test_whoever_watches_the_encoder_is_not_passed_by(pipes: Pair, tmp_path: Path) -> None:

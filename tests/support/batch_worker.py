@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from kolors_core import KolorsPipeline
 from kolors_core.batch.__main__ import main
-from kolors_core.batch.processes import join_processes
-from kolors_core.batch.split_guidance import GuidancePair
 from kolors_core.guidance import guided
+from kolors_core.performance.processes import join_processes
+from kolors_core.performance.split_guidance import GuidancePair
 
 
 def draw_unlike(*arguments: list[str]) -> int:

@@ -26,14 +26,18 @@ class LateTransfers(TransferStream):
         return copies, self.under_way[-1]
 
     def wait(self, event: Any) -> None:
-        for copy, home in event:
-            copy.copy_(home)
+        self._arrive(event)
         self.under_way = [other for other in self.under_way if other is not event]
-        event.clear()
 
     def synchronize(self) -> None:
-        while self.under_way:
-            self.wait(self.under_way[0])
+        for event in self.under_way:
+            self._arrive(event)
+        self.under_way = []
+
+    def _arrive(self, event: Any) -> None:
+        for copy, home in event:
+            copy.copy_(home)
+        event.clear()
 
 
 @contextmanager

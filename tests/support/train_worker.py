@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from kolors_core.batch.processes import join_processes
 from kolors_core.chatglm import ChatGLM
+from kolors_core.performance.processes import join_processes
 from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import Batches, LatentDataset, read_folder

@@ -1,4 +1,4 @@
-"""Two processes of one run, as `torchrun` would start them, but watched by nobody and quick to start."""
+"""Processes of one run, as `torchrun` would start them, but watched by nobody and quick to start."""
 
 import multiprocessing
 import os
@@ -12,28 +12,36 @@ from typing import Any
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, not in every process
-CONTEXT.set_forkserver_preload(["tests.support.batch_worker", "tests.support.train_worker"])
+WORKERS = ("batch_worker", "row_worker", "train_worker")
+CONTEXT.set_forkserver_preload([f"tests.support.{name}" for name in WORKERS])
 
 
 def start_two(work: Callable[..., int], log: Path, *arguments: Any) -> list[BaseProcess]:
     """Start `work(*arguments)`, which returns an exit status, in both; what they print goes to the log."""
+    return start(2, work, log, *arguments)
+
+
+def start(count: int, work: Callable[..., int], log: Path, *arguments: Any) -> list[BaseProcess]:
+    """Start `work(*arguments)` in so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        CONTEXT.Process(target=_run, args=(rank, port, log, work, arguments), daemon=True)
-        for rank in range(2)
+        CONTEXT.Process(target=_run, args=(rank, count, port, log, work, arguments), daemon=True)
+        for rank in range(count)
     ]
     for process in processes:
         process.start()
     return list(processes)
 
 
-def _run(rank: int, port: int, log: Path, work: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, count: int, port: int, log: Path, work: Callable[..., int], arguments: tuple[Any, ...]
+) -> None:
     told = {
         "RANK": rank,
         "LOCAL_RANK": rank,
-        "WORLD_SIZE": 2,
+        "WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
