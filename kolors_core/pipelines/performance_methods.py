@@ -12,6 +12,13 @@ from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.performance.available_memory import available_memory
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
+from kolors_core.performance.fuse_projections import fuse_projections, keep_fused, unfuse_projections
+from kolors_core.performance.fused_kernels import fuse_kernels, unfuse_kernels
+from kolors_core.performance.half_precision_vae import (
+    HalfPrecisionDecoder,
+    disable_half_precision,
+    enable_half_precision,
+)
 from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
 from kolors_core.performance.vae_tiling import disable_slicing, disable_tiling, enable_slicing, enable_tiling
@@ -48,7 +55,7 @@ class PerformanceMethods(Components):
         CUDA graph, where the UNet is on CUDA. Other image sizes, LoRAs and weights work as before. See
         kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
-        nets = [net for net in self._attached_models() if isinstance(unwrap_compiled(net), UNetEncoder)]
+        nets = [net for net in self._unets() if net is not unwrap_compiled(self.unet)]
         for model in (*self._own_models().values(), *nets):
             compile_blocks(unwrap_compiled(model), mode, backend)
         has_graphs = mode in CUDA_GRAPH_MODES and self.device.type == "cuda"
@@ -96,6 +103,56 @@ class PerformanceMethods(Components):
         """Run the VAE on all images of a batch at once."""
         disable_slicing(unwrap_compiled(self.vae))
 
+    def enable_fused_kernels(self) -> None:
+        """Run GEGLU, LayerNorm and GroupNorm of UNet and ControlNets by fused kernels, channels-last.
+
+        On CUDA with Triton, up to rounding; elsewhere, with gradients and under `compile`, torch's operators
+        run. Holds for every pipeline with this UNet. See kolors_core/performance/fused_kernels.py.
+        """
+        self._enter_stage()
+        for net in self._unets():
+            fuse_kernels(net)
+
+    def disable_fused_kernels(self) -> None:
+        """Run torch's operators again."""
+        self._enter_stage()
+        for net in self._unets():
+            unfuse_kernels(net)
+
+    def fuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values of self-attention in one product, in UNet and ControlNets.
+
+        The same up to rounding, in the same memory. Under offload and `compile`, with a LoRA or quantized
+        weights the three are computed one by one. See kolors_core/performance/fuse_projections.py.
+        """
+        self._enter_stage()
+        for net in self._unets():
+            fuse_projections(net)
+
+    def unfuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values one by one again."""
+        self._enter_stage()
+        for net in self._unets():
+            unfuse_projections(net)
+
+    def enable_vae_half_precision(
+        self, dtype: torch.dtype | None = None, limit: float = 1.0
+    ) -> HalfPrecisionDecoder:
+        """Decode in float16 or bfloat16, if the first image stays within `limit` gray levels of float32's.
+
+        Arguments, result and errors as of `half_precision_vae.enable_half_precision`.
+        """
+        return enable_half_precision(unwrap_compiled(self.vae), dtype, limit)
+
+    def disable_vae_half_precision(self) -> None:
+        """Decode in the VAE's own precision."""
+        disable_half_precision(unwrap_compiled(self.vae))
+
+    def _unets(self) -> list[UNetEncoder]:
+        """Return the UNet and the ControlNets beside it."""
+        models = (unwrap_compiled(model) for model in (self.unet, *self._attached_models()))
+        return [model for model in models if isinstance(model, UNetEncoder)]
+
     def _start_offload(self, gpu_id: int | None, device: Device, by_block: bool) -> None:
         if gpu_id is not None and device is not None:
             raise ValueError("give either gpu_id or device, not both")
@@ -111,6 +168,9 @@ class PerformanceMethods(Components):
     def _enter_stage(self, stage: str | None = None) -> None:
         super()._enter_stage(stage)
         self.offload.enter(stage, self._models())
+        if stage == "unet" and self.offload.device is None:
+            for net in self._unets():
+                keep_fused(net)
 
     def _before_move(self, target: torch.device | torch.dtype) -> None:
         if isinstance(target, torch.device):

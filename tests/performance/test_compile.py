@@ -30,7 +30,7 @@ from kolors_core.performance.compile import compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
 from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import TokenBatch
-from kolors_core.unet import UNet
+from kolors_core.unet import Transformer, UNet
 from kolors_core.vae import VAE
 from tests.support.ip_adapters import Both, adapter_config, guided_steps, load_both
 from tests.support.parity import pair
@@ -109,6 +109,24 @@ def test_blocks_are_compiled_once_a_kind_and_serve_other_sizes_and_adapters() ->
         adapter.detach()
     assert same(unet, 8, 8) == 0
     assert not counters["graph_break"]
+
+
+@torch.no_grad()
+def test_maps_stay_channels_last_between_compiled_blocks() -> None:
+    """Convolutions' weights decide: no block turns a map back, and no layout needs another compilation."""
+    unet = UNet(SHALLOW.unet).double().eval()
+    randomise(unet)
+    given = inputs(2, 8, 12, torch.float64)
+    plain = unet(**given)
+    unet.to(memory_format=torch.channels_last)
+    kinds, maps = compile_blocks(unet, backend="eager"), list[bool]()
+    for module in unet.modules():
+        if isinstance(module, Transformer) or module is unet.conv_out:
+            module.register_forward_pre_hook(
+                lambda _module, x: maps.append(x[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    assert relative_error(unet(**given), plain) < EXACT
+    assert compilations() == kinds and len(maps) > 3 and all(maps)
 
 
 def test_each_model_says_what_its_blocks_are() -> None:
