@@ -43,6 +43,9 @@ LARGEST_E4M3 = 448.0
 E4M3_EXPONENTS = -24, 15  # of scales, which float16 has too
 _int_mm: Any = getattr(torch, "_int_mm", None)  # private names of torch
 _scaled_mm: Any = getattr(torch, "_scaled_mm", None)
+_LARGEST = torch.full((2, 64), 127, dtype=torch.int8, device="cpu")
+# Whether this CPU adds products of int8 exactly: without VNNI, torch's kernel cuts sums off at 16 bits.
+CPU_ADDS_INT8 = _int_mm is not None and _int_mm(_LARGEST, _LARGEST.t())[0, 0].item() == 64 * 127**2
 # Since then scales of rows are for a CPU and Ada too, before for Hopper alone.
 HAS_NEW_SCALED_MM = hasattr(torch, "_scaled_mm_v2")
 
@@ -145,10 +148,10 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # pyright: ignore[reportIncom
 
     def _int8_product(self, x: Tensor) -> Tensor:
         q, scale = quantize_rows(x, torch.int8)
-        (rows, width), outputs, device = q.shape, len(self.quantized), q.device.type
-        # A CPU's kernel takes all sizes, CUDA's these, and other devices have none.
-        is_eights = device == "cuda" and rows > 16 and width % 8 == outputs % 8 == 0
-        if is_eights or device in ("cpu", "meta"):
+        (rows, width), outputs, device = q.shape, len(self.quantized), q.device
+        # A CPU's kernel takes all sizes, CUDA's these.
+        takes_sizes = device.type != "cuda" or (rows > 16 and width % 8 == outputs % 8 == 0)
+        if takes_sizes and (CPU_ADDS_INT8 if device.type == "cpu" else device.type in ("cuda", "meta")):
             sums = _int_mm(q, self.quantized.t()).to(scale.dtype)
         else:
             sums = F.linear(q.to(scale.dtype), self.quantized.to(scale.dtype))
