@@ -218,7 +218,8 @@ def run(
                 measured.measure(name, student.sampler, steps, 1.0, student.guidance)
     pipe.scheduler = own
     images = torch.cat(measured.images)
-    sheet(images, measured.labels, SHOWN_AT_MOST, 1.0).save(out / "few_steps.png", optimize=True)
+    page = sheet(images, measured.labels, SHOWN_AT_MOST, 1.0)
+    page.quantize(64).save(out / "few_steps.png", optimize=True)
     result = {"version": VERSION, "prompts": prompts, "right": RIGHT_STEPS, "device": str(pipe.device),
               "trained": trained, "rows": measured.rows}  # fmt: skip
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
