@@ -157,6 +157,11 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 class ReadOnlyLayer(LoRALayer):
     """Base of layers with adapters on a quantized layer, whose weight is dequantized on read. Not fused."""
 
+    def state_key(self) -> tuple[Any, ...]:
+        """Return the quantized layer's settings and the adapters'."""
+        base: Any = self.base[0]
+        return *base.state_key(), *super().state_key()
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight [O, I, *K], dequantized."""

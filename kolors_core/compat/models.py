@@ -165,12 +165,12 @@ class AutoencoderKL(ModelMethods, VAE):
     @property
     def use_tiling(self) -> bool:
         """Whether large images are run in tiles."""
-        return vae_tiling.tiled_coder(self).use_tiling
+        return getattr(self.run_coder, "use_tiling", False)
 
     @property
     def use_slicing(self) -> bool:
         """Whether one image of a batch is run after another."""
-        return vae_tiling.tiled_coder(self).use_slicing
+        return getattr(self.run_coder, "use_slicing", False)
 
     def enable_tiling(self) -> None:
         """Run large images in tiles, with the same result up to rounding; see performance/vae_tiling.py."""

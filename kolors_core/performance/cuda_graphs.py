@@ -121,7 +121,7 @@ class CUDAGraphCache:
     any device, for tests.
     """
 
-    MAX_GRAPHS = 8
+    MAX_GRAPHS = 24  # a step cache has three for each kind of step, and up to three kinds
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.recorder: Recorder = GraphRecorder() if recorder is None else recorder

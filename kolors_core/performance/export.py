@@ -43,7 +43,7 @@ from kolors_core.context import KeysValues
 from kolors_core.module import require_plain
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import ResBlock, TimeShift, TransformerBlock, UNet
-from kolors_core.vae import VAE
+from kolors_core.vae import VAE, call
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "aot": ".pt2"}  # by format
 EXTRA = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # packages of the extra `export` that a format needs
@@ -149,6 +149,7 @@ def vae_programs(vae: VAE) -> dict[str, Program]:
     latents = {"latents": Input(("B", config.latent_channels, "H", "W"), dtype)}
     encoder = _with_weights(vae, r"encoder\..*|quant_conv")
     decoder = _with_weights(vae, r"decoder\..*|post_quant_conv")
+    encoder.run_coder = decoder.run_coder = call  # whole: tiles are chosen by sizes, which stay open
     return {
         "vae_encoder": Program(encoder, _encode_images, images, ("mean", "std")),
         "vae_decoder": Program(decoder, _decode_latents, latents, ("images",)),

@@ -1,5 +1,6 @@
 """Version of a model: whether modules, weights or settings have changed since it was read last."""
 
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,8 @@ class ModelVersion:
     def _list_modules(self) -> None:
         modules = [*self.model.modules()]
         self.children_by_name = [module._modules for module in modules]  # modules change these in place
-        self.weights_by_name = [module._parameters for module in modules]
+        dicts = ((module._parameters, module._buffers) for module in modules)  # quantized weights are buffers
+        self.weights_by_name = [*chain.from_iterable(dicts)]
         self.with_settings: list[Any] = [module for module in modules if hasattr(module, "state_key")]
         self.children = self._list_children()
 

@@ -114,6 +114,10 @@ class QuantizedLayer(nn.Module):
         is_float = self.quantized.dtype == torch.uint8
         return decode_e4m3(self.quantized, dtype) if is_float else self.quantized.to(dtype)
 
+    def state_key(self) -> tuple[Format, ...]:
+        """Return the format: "w8a8" stores the weights of 8, and multiplies otherwise; see module.py."""
+        return (self.weight_format,)
+
     def extra_repr(self) -> str:
         """Describe this layer for `print`, with its format."""
         return f"{super().extra_repr()}, format={self.weight_format}"

@@ -33,7 +33,7 @@ from kolors_core.context import Context
 from kolors_core.guidance import GuidanceRule
 from kolors_core.module import WrapStep
 from kolors_core.performance.offload import OnloadHook
-from kolors_core.performance.vae_tiling import pooled_affine
+from kolors_core.performance.vae_tiling import TiledCoder, pooled_affine
 from kolors_core.precompute import has_default_forward
 from kolors_core.sampling import Denoiser
 from kolors_core.schedule import Schedule
@@ -146,8 +146,7 @@ class Ranks:
         return all_gather(parts.flatten(0, 1), own, self.group, async_op=True)
 
     def _send_and_receive(self, pairs: Sequence[tuple[str, Tensor, int]]) -> None:
-        place = {"group": self.group}
-        ops = [dist.P2POp(getattr(dist, name), x, **place, group_peer=peer) for name, x, peer in pairs]
+        ops = [dist.P2POp(getattr(dist, op), x, group=self.group, group_peer=peer) for op, x, peer in pairs]
         for work in dist.batch_isend_irecv(ops):
             work.wait()
 
@@ -205,7 +204,6 @@ class RowSplit:
         [net] = nets
         check_splits(net)
         levels, rank = len(net.down), self.ranks.rank  # pyright: ignore[reportArgumentType]
-
         unchecked = [True]  # until the first step
 
         def split(latents: Tensor, shifts: Tensor, *residuals: Tensor) -> Any:
@@ -241,8 +239,7 @@ class RowSplit:
         given, returned = (bands[0], bands[-1]) if encodes else (bands[-1], bands[0])
         top, bottom = given[self.ranks.rank]
         with self._replaced(coder, bands):
-            own = coder(x[..., top:bottom, :])
-        return self._whole(own, returned)
+            return self._whole(coder(x[..., top:bottom, :]), returned)
 
     def _whole(self, band: Tensor, bands: Bands) -> Tensor:
         return self.ranks.gather("results", band, [bottom - top for top, bottom in bands])()
@@ -332,10 +329,13 @@ def _plain_coder() -> vae.RunCoder:
 
 
 def set_coder(model: vae.VAE, split: RowSplit | None) -> None:
-    """Split a VAE's rows, or run it whole again; TypeError for one with another `run_coder`, as of tiles."""
-    if model.run_coder is not vae.call and not isinstance(model.run_coder, SplitCoder):
-        raise TypeError(f"rows can be split of a VAE whose run_coder is vae.call, got {model.run_coder!r}")
-    model.run_coder = vae.call if split is None else SplitCoder(split)
+    """Split a VAE's rows, or run a split one whole again; TypeError for a `run_coder` that runs in tiles."""
+    own = model.run_coder
+    is_off = isinstance(own, TiledCoder) and not (own.use_tiling or own.use_slicing)
+    if split is not None and not (own is vae.call or is_off or isinstance(own, SplitCoder)):
+        raise TypeError(f"rows can be split of a VAE whose run_coder is vae.call, got {own!r}")
+    if split is not None or isinstance(own, SplitCoder):
+        model.run_coder = vae.call if split is None else SplitCoder(split)
 
 
 def parts_with_level(net: nn.Module) -> Iterator[tuple[int, nn.Module]]:

@@ -88,9 +88,10 @@ class StepCache:
             raise ValueError("branch needs an interval or a threshold")
 
     def describe(self) -> str:
-        """Return the fields that differ from their defaults."""
+        """Return the arguments of `enable_step_cache`: the interval, and others than the defaults."""
         changed = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
-        return ", ".join(f"{name}={value!r}" for name, value, default in changed if value != default)
+        named = (each for each in changed if each[0] == "interval" or each[1] != each[2])
+        return ", ".join(f"{name}={value!r}" for name, value, _ in named)
 
     def full_steps(self, steps: int) -> frozenset[int]:
         """Return the steps of a run in which the deep part runs in any case; all without an interval.

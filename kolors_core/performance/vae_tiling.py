@@ -76,7 +76,8 @@ def enable_tiling(vae: VAE, *, tile_sample_min_size: int | None = None) -> None:
 
 def disable_tiling(vae: VAE) -> None:
     """Run images whole again."""
-    vae.run_coder = replace(tiled_coder(vae), use_tiling=False)
+    if isinstance(vae.run_coder, TiledCoder):  # else it runs in none
+        vae.run_coder = replace(vae.run_coder, use_tiling=False)
 
 
 def enable_slicing(vae: VAE) -> None:
@@ -86,7 +87,8 @@ def enable_slicing(vae: VAE) -> None:
 
 def disable_slicing(vae: VAE) -> None:
     """Run batches whole again."""
-    vae.run_coder = replace(tiled_coder(vae), use_slicing=False)
+    if isinstance(vae.run_coder, TiledCoder):
+        vae.run_coder = replace(vae.run_coder, use_slicing=False)
 
 
 def tiled_coder(vae: VAE) -> TiledCoder:

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from kolors_core.changed_models import QUANTIZATION
 from kolors_core.checkpoint import (
     MODEL_SPECS,
     ModelSpec,
@@ -169,7 +170,8 @@ def _open(part: SubModel, place: Path, has_weights: bool, specs: Mapping[str, Mo
         from kolors_core.adapters.clip_vision import IMAGE_ENCODER as spec  # of files with CLIP only
     file = place / part.component / "config.json"
     is_own = file.exists()
-    config = spec.config.from_public(read_json(file), str(file)) if is_own else spec.config()
+    public = {k: v for k, v in (read_json(file) if is_own else {}).items() if k != QUANTIZATION}  # of others
+    config = spec.config.from_public(public, str(file)) if is_own else spec.config()
     is_inpainting = "conv_in.weight" in part and part.shape("conv_in.weight")[1:2] == (9,)
     if isinstance(config, UNetConfig) and not is_own and is_inpainting:
         config = replace(config, in_channels=9)
