@@ -131,7 +131,8 @@ def run(
         own.set_progress_bar_config(disable=True)
         for all_of, part in zip((rows, images, labels), measure(own, detector, name, asked), strict=True):
             all_of.extend(part)
-    sheet(torch.cat(images), labels, SHOWN_AT_MOST, 1.0).save(out / "targets.png", optimize=True)
+    page = sheet(torch.cat(images), labels, SHOWN_AT_MOST, 1.0)
+    page.quantize(128).save(out / "targets.png", optimize=True)
     result = {"version": VERSION, "prompts": prompts, "steps": STEPS, "guidance": GUIDANCE,
               "device": str(pipe.device), "trained": trained, "rows": rows}  # fmt: skip
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
