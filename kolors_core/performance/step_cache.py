@@ -39,6 +39,9 @@ Result = tuple[Any, list[Tensor]]  # of a part of the UNet, and outputs of its c
 Units = list[tuple[Any, int | None]]  # (level, number of a ResBlock in it, None for its downsampling)
 
 
+SWITCHES = ("interval", "threshold", "gate", "guidance_interval", "guidance_similarity")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepCache:
     """Settings of a step cache; a run's steps are its evaluations of the model, numbered by noise level.
@@ -86,6 +89,8 @@ class StepCache:
             raise ValueError("power needs a center")
         if self.branch is not None and self.interval is None and self.threshold is None:
             raise ValueError("branch needs an interval or a threshold")
+        if all(getattr(self, name) is None for name in SWITCHES):
+            raise ValueError(f"a step cache needs {', '.join(SWITCHES[:-1])} or {SWITCHES[-1]}, got none")
 
     def describe(self) -> str:
         """Return the arguments of `enable_step_cache`: the interval, and others than the defaults."""
