@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kolors_core.attention import forced_kernel
 from kolors_core.context import ResizedMasks
+from kolors_core.performance.model_version import ModelListing
 
 Replay = Callable[[], object]
 Recorder = Callable[[Callable[[], Any]], tuple[Replay, Any]]
@@ -60,28 +61,17 @@ class Hashed:
         return self is other or (isinstance(other, Hashed) and self.value == other.value)
 
 
-class NetState:
+class NetState(ModelListing):
     """State of networks that a recording has in it: layers, settings, and where their tensors are.
 
     Not the tensors' values: a replay reads those of the moment.
     """
 
-    def __init__(self, nets: Sequence[nn.Module]) -> None:
-        self.nets = nets
-        self._list_modules()
-
-    def _list_modules(self) -> None:
-        self.modules = [module for net in self.nets for module in net.modules()]
-        # Modules change these in place, and asking a module for one takes longer than reading it.
-        self._own = [vars(module) for module in self.modules]
-        self._submodules = [own["_modules"] for own in self._own]
-        self._tensors = [own[name] for own in self._own for name in ("_parameters", "_buffers")]
-        self._hooks = [own[name] for own in self._own for name in ("_forward_hooks", "_forward_pre_hooks")]
-        self._with_settings: list[Any] = [module for module in self.modules if hasattr(module, "state_key")]
-        self._children, self._last, self._kept, self._key = self._list_children(), None, [], Hashed(None)
-
-    def _list_children(self) -> list[nn.Module | None]:
-        return [child for children in self._submodules for child in children.values()]
+    def list_modules(self) -> None:
+        """Walk through all modules."""
+        super().list_modules()
+        self._hooks = [own[name] for own in self.own for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self._last, self._kept, self._key = None, list[Tensor | None](), Hashed(None)
 
     def has_hooks(self) -> bool:
         """Return whether any module has a hook, which a replay would not call."""
@@ -89,12 +79,10 @@ class NetState:
 
     def key(self) -> Hashed:
         """Return the present state. It is compared in every step: a callback may change the networks."""
-        if self._children != self._list_children():
-            self._list_modules()
-        tensors = [tensor for named in self._tensors for tensor in named.values()]
+        self.refresh()
+        tensors, settings = self.tensors(), self.settings()
         places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        settings = [module.state_key() for module in self._with_settings]
-        forwards = [own.get("forward") for own in self._own]
+        forwards = [own.get("forward") for own in self.own]
         now = [*map(id, tensors)], places, settings, forwards
         if now != self._last:
             self._last, self._kept = now, tensors  # so that no new tensor gets the identity of one

@@ -17,6 +17,7 @@ Shapes: O and I the layer's output and input widths, g a group of neighbors alon
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import chain
 from typing import Any, cast
 
@@ -43,9 +44,6 @@ LARGEST_E4M3 = 448.0
 E4M3_EXPONENTS = -24, 15  # of scales, which float16 has too
 _int_mm: Any = getattr(torch, "_int_mm", None)  # private names of torch
 _scaled_mm: Any = getattr(torch, "_scaled_mm", None)
-_LARGEST = torch.full((2, 64), 127, dtype=torch.int8, device="cpu")
-# Whether this CPU adds products of int8 exactly: without VNNI, torch's kernel cuts sums off at 16 bits.
-CPU_ADDS_INT8 = _int_mm is not None and _int_mm(_LARGEST, _LARGEST.t())[0, 0].item() == 64 * 127**2
 # Since then scales of rows are for a CPU and Ada too, before for Hopper alone.
 HAS_NEW_SCALED_MM = hasattr(torch, "_scaled_mm_v2")
 
@@ -75,6 +73,7 @@ class QuantizedLayer(nn.Module):
         vars(self).update(vars(layer))  # sizes, mode and hooks; of the parameters only the bias
         self._parameters, self._buffers = {}, {}
         self.weight_format, self.group = weight_format, group
+        self.adds_on_cpu = weight_format == "w8a8" and cpu_adds_int8()  # compiled code cannot ask
         self.register_parameter("bias", cast(nn.Parameter | None, layer.bias))
         weight = cast(Tensor, layer.weight).detach()
         buffers = self.encode(weight, weight.dtype, weight.device)
@@ -155,7 +154,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # pyright: ignore[reportIncom
         (rows, width), outputs, device = q.shape, len(self.quantized), q.device
         # A CPU's kernel takes all sizes, CUDA's these.
         takes_sizes = device.type != "cuda" or (rows > 16 and width % 8 == outputs % 8 == 0)
-        if takes_sizes and (CPU_ADDS_INT8 if device.type == "cpu" else device.type in ("cuda", "meta")):
+        if takes_sizes and (self.adds_on_cpu if device.type == "cpu" else device.type in ("cuda", "meta")):
             sums = _int_mm(q, self.quantized.t()).to(scale.dtype)
         else:
             sums = F.linear(q.to(scale.dtype), self.quantized.to(scale.dtype))
@@ -186,6 +185,13 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = (x.abs().amax(dim=-1, keepdim=True).to(wide) / largest).clamp_(min=torch.finfo(wide).tiny)
     q = x / scale
     return (q.round_() if dtype == torch.int8 else q).to(dtype), scale
+
+
+@cache
+def cpu_adds_int8() -> bool:
+    """Return whether this CPU adds products of int8 exactly: without VNNI, torch cuts sums off at 16 bits."""
+    largest = torch.full((2, 64), 127, dtype=torch.int8, device="cpu")
+    return bool((_int_mm(largest, largest.t()) == 64 * 127**2).all())
 
 
 def multiplies_float8(device: torch.device) -> bool:

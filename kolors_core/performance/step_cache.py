@@ -37,8 +37,6 @@ from kolors_core.validation import check_float, check_int
 Mode = Literal["compute", "record", "known"]  # of cross-attentions, see `CachedRun.mode`
 Result = tuple[Any, list[Tensor]]  # of a part of the UNet, and outputs of its cross-attentions if recorded
 Units = list[tuple[Any, int | None]]  # (level, number of a ResBlock in it, None for its downsampling)
-
-
 SWITCHES = ("interval", "threshold", "gate", "guidance_interval", "guidance_similarity")
 
 

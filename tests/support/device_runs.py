@@ -23,7 +23,7 @@ from kolors_core.guidance import guided
 from kolors_core.inspection.attention_maps import record_attention
 from kolors_core.inspection.features import capture, inject
 from kolors_core.inspection.token_attention import explain_prompt
-from kolors_core.performance.quantize import CPU_ADDS_INT8
+from kolors_core.performance.quantize import cpu_adds_int8
 from kolors_core.performance.quantize import quantize as quantize_model
 from kolors_core.performance.vae_tiling import enable_tiling
 from kolors_core.pipelines.quantization_report import quantize
@@ -291,7 +291,7 @@ def quantized_products(at: Place) -> list[Tensor]:
     """In float8, and with quantized activations."""
     pipe = at.put(at.pipe())
     quantize_model(pipe.text_encoder, "fp8")
-    if CPU_ADDS_INT8:  # the simulated device's kernels are the CPU's
+    if cpu_adds_int8():  # the simulated device's kernels are the CPU's
         quantize_model(pipe.unet, "w8a8")
     return draw_one_step(pipe)
 
