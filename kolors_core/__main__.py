@@ -32,6 +32,7 @@ COMMANDS = {
     "train-lora": Command("kolors_core.cli.train_lora:parser", "kolors_core.cli.train_lora"),
     "export": Command("kolors_core.cli.parsers:export_parser", "kolors_core.cli.export"),
     "convert": Command("weights_convert.__main__:parser", "weights_convert.__main__"),
+    "env": Command("kolors_core.cli.parsers:env_parser", "kolors_core.cli.env"),
 }
 HELP = f"""\
 usage: kolors PROMPT [flags]
@@ -65,6 +66,8 @@ models
                  kolors convert Kolors-diffusers Kolors.safetensors --to single
 
 other
+  env          print versions, devices and kernels, for a report of a fault
+                 kolors env > machine.txt
   --concepts   list what the embedded model, the default, can draw
   --version    print the version
   -h, --help   print this
