@@ -1,4 +1,4 @@
-"""Command `python -m kolors_core env`: what a report of a fault should say of the machine, and nothing private."""
+"""Command `python -m kolors_core env`: what a report of a fault says of the machine, and nothing private."""
 
 import argparse
 import os
@@ -32,19 +32,17 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "needs", ", ".join(f"{name} {_version(name) or 'missing'}" for name in NEEDED)
     present = [f"{name} {found}" for name in OPTIONAL if (found := _version(name))]
     yield "beside it", ", ".join(present) or "none of its optional packages"
-    yield "CPU", (
-        f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, {_gib(available_memory(torch.device('cpu')))} GiB available"
-    )
+    free, kernels = _gib(available_memory(torch.device("cpu"))), torch.backends.cpu.get_cpu_capability()
+    counts = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    yield "CPU", f"{_cpu_name()}, {kernels}, {counts}, {free} GiB available"
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         free = _gib(available_memory(torch.device("cuda", index)))
         kind = f"compute capability {gpu.major}.{gpu.minor}"
         yield f"cuda:{index}", f"{gpu.name}, {kind}, {free} of {_gib(gpu.total_memory)} GiB available"
-    compiled = f"CUDA {torch.version.cuda or torch.version.hip or 'not built in'}"
-    yield "accelerators", f"{compiled}, cuDNN {torch.backends.cudnn.version() or 'none'}, " + (
-        "MPS available" if torch.backends.mps.is_available() else "no MPS"
-    )
+    cuda, cudnn = torch.version.cuda or torch.version.hip or "not built in", torch.backends.cudnn.version()
+    mps = "MPS available" if torch.backends.mps.is_available() else "no MPS"
+    yield "accelerators", f"CUDA {cuda}, cuDNN {cudnn or 'none'}, {mps}"
     device = best_device()
     yield "drawn on", f"{device} in {best_dtype(device)}, where nothing else is said"
     query = torch.empty(2, 20, 1024, 64, dtype=best_dtype(device), device="meta")
