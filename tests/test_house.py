@@ -20,6 +20,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "compat": ("adapters", "performance", "inspection", "training", "pipelines"),
     "cli": ("adapters", "performance", "inspection", "training", "pipelines"),
     "batch": ("adapters", "performance", "inspection", "training", "pipelines", "cli"),
+    "ui": ("adapters", "performance", "inspection", "training", "pipelines", "cli"),
 }
 DOORS = {"__init__", "__main__", "utils"}  # names and commands of every room, imported when asked for
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}

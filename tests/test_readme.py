@@ -28,7 +28,7 @@ from tests.support.processes import COMMAND, run_program
 
 ROOT = Path(__file__).parents[1]
 FRONT = "README.md"
-ROOMS = ("adapters", "performance", "inspection", "training", "pipelines", "compat", "cli", "batch")
+ROOMS = ("adapters", "performance", "inspection", "training", "pipelines", "compat", "cli", "batch", "ui")
 LINES = {
     FRONT: 250,
     **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
