@@ -34,6 +34,7 @@ LINES = {
     **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
     "kolors_core/README.md": 150,
     "kolors_core/SAMPLERS.md": 100,
+    "kolors_core/TROUBLESHOOTING.md": 100,
     "kolors_core/performance/MEMORY.md": 100,
     "kolors_core/performance/EXPORT.md": 100,
     "weights_convert/README.md": 150,
@@ -340,3 +341,12 @@ def test_every_name_in_backticks_is_in_the_source(page: str) -> None:
             parts = re.findall(r"[A-Za-z_]\w*", name.partition("(")[0])
             missing = [part for part in parts if part not in words_of_the_source()]
             assert not missing, name
+
+
+def test_what_a_page_quotes_is_what_the_library_says() -> None:
+    """Of the page for when something goes wrong, but for what is typed."""
+    text = re.sub("`[^`]*`", "", (ROOT / "kolors_core/TROUBLESHOOTING.md").read_text())
+    quoted = re.findall('"([^"]+)"', text)
+    files = [*(ROOT / "kolors_core").rglob("*.py"), *(ROOT / "weights_convert").glob("*.py")]
+    code = "\n".join(file.read_text() for file in files)
+    assert len(quoted) > 10 and [sentence for sentence in quoted if sentence not in code] == []
