@@ -1,7 +1,7 @@
 """What the embedded model draws: the things asked for, as many, where, before which ground, and signs.
 
-Of few images and steps each: the limits are between chance and the model's goals (benchmarks/tiny/quality.py).
-The model card has the shares over many images of 25 steps.
+Of few images and steps each: the limits are between chance and the model's goals
+(benchmarks/tiny/quality.py). The model card has the shares over many images of 25 steps.
 """
 
 import random
