@@ -1,8 +1,8 @@
 """Kolors on GPUs of 8 to 80 GB, by the memory plan: `python -m benchmarks.cards OUT` writes OUT/cards.md.
 
-The released sizes without weights, 1024x1024 with guidance, the VAE in tiles. Counted by the plan, which holds
-within a tenth of what is allocated (tests/pipelines/test_memory_plan.py). A card is taken to have `RESERVED` less than
-its name says: the driver, CUDA's context and what the allocator cannot use. Ten minutes of a core.
+The released sizes without weights, 1024x1024 with guidance, the VAE in tiles. Counted by the plan, which is
+within a tenth of what is allocated (tests/pipelines/test_memory_plan.py). A card is taken to have `RESERVED`
+less than its name says: the driver, CUDA's context and what the allocator cannot use. Ten minutes of a core.
 """
 
 import argparse
