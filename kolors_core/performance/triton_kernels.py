@@ -19,7 +19,8 @@ POOLED = 1024  # moments of chunks and channels that are pooled at a time
 def geglu(h: Tensor) -> Tensor:
     """Compute value * gelu(gate), the halves of h [..., 2C], contiguous: [..., C]."""
     out = h.new_empty(*h.shape[:-1], width := h.shape[-1] // 2)
-    _geglu[(out.numel() // width, triton.cdiv(width, COLUMNS))](h, out, width, COLUMNS)
+    with torch.cuda.device_of(h):  # Triton launches on the current device, whichever its tensors are on
+        _geglu[(out.numel() // width, triton.cdiv(width, COLUMNS))](h, out, width, COLUMNS)
     return out
 
 
@@ -28,9 +29,10 @@ def add_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: floa
     total, normed, width = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
     columns = triton.next_power_of_2(width)
     warps = min(max(columns // 256, 1), 8)
-    _add_layer_norm[(x.numel() // width,)](
-        x, y, weight, bias, total, normed, width, eps, columns, num_warps=warps
-    )
+    with torch.cuda.device_of(x):
+        _add_layer_norm[(x.numel() // width,)](
+            x, y, weight, bias, total, normed, width, eps, columns, num_warps=warps
+        )
     return total, normed
 
 
@@ -47,15 +49,16 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     pooled = x.new_empty(2, batch, groups, dtype=torch.float32)
     out, size = torch.empty_like(x), channels // groups
     columns = triton.next_power_of_2(size)
-    _moments[tiles](x, moments[0], moments[1], pixels, channels, PIXELS, CHANNELS, num_warps=8)
-    _pool[(groups, batch)](
-        moments[0], moments[1], pooled[0], pooled[1], pixels, channels, chunks, size, eps,
-        PIXELS, max(POOLED // columns, 1), columns,
-    )  # fmt: skip
-    _normalize[tiles](
-        x, pooled[0], pooled[1], weight, bias, out, pixels, channels, size, has_silu,
-        PIXELS, CHANNELS, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _moments[tiles](x, moments[0], moments[1], pixels, channels, PIXELS, CHANNELS, num_warps=8)
+        _pool[(groups, batch)](
+            moments[0], moments[1], pooled[0], pooled[1], pixels, channels, chunks, size, eps,
+            PIXELS, max(POOLED // columns, 1), columns,
+        )  # fmt: skip
+        _normalize[tiles](
+            x, pooled[0], pooled[1], weight, bias, out, pixels, channels, size, has_silu,
+            PIXELS, CHANNELS, num_warps=8,
+        )  # fmt: skip
     return out
 
 
@@ -89,10 +92,8 @@ def _add_layer_norm(x, y, weight, bias, total, normed, width, eps, COLUMNS: tl.c
 def _moments(x, mean, squares, pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """Write the mean of each chunk and channel, and the sum of squared deviations from it: [B, K, C]."""
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    pixel, channel = (
-        chunk * PIXELS + tl.arange(0, PIXELS),
-        tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS),
-    )
+    pixel = chunk * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     exists, inside = pixel < pixels, channel < channels
     mask = exists[:, None] & inside[None, :]
     place = (image * pixels + pixel)[:, None] * channels + channel[None, :]
@@ -146,10 +147,8 @@ def _normalize(
     mask = (pixel < pixels)[:, None] & inside[None, :]
     place = (image * pixels + pixel)[:, None] * channels + channel[None, :]
     group = image * (channels // size) + channel // size
-    mean, scale = (
-        tl.load(means + group, mask=inside, other=0.0),
-        tl.load(scales + group, mask=inside, other=0.0),
-    )
+    mean = tl.load(means + group, mask=inside, other=0.0)
+    scale = tl.load(scales + group, mask=inside, other=0.0)
     w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) * scale
     b = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     values = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)

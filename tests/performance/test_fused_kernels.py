@@ -6,7 +6,6 @@ Without a CUDA device Triton's interpreter runs the kernels on the CPU (conftest
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,30 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_core.adapters import lora
-from kolors_core.adapters.freeu import FreeU
-from kolors_core.attention import attention_kernel
-from kolors_core.checkpoint import load_component, save_component
-from kolors_core.conditioning import Conditioning
+from kolors_core.config import KOLORS, TINY
 from kolors_core.context import Context
-from kolors_core.guidance import guided
 from kolors_core.module import settings
 from kolors_core.performance import fused_kernels
 from kolors_core.performance.compile import compile_blocks
-from kolors_core.performance.cuda_graphs import CUDAGraphCache
+from kolors_core.performance.cuda_graphs import NetState
 from kolors_core.performance.fused_kernels import (
+    FUSED,
     FusedGroupNorm,
     fuse_kernels,
     has_triton,
     kernel,
     unfuse_kernels,
 )
-from kolors_core.performance.quantize import quantize
-from kolors_core.schedulers import EulerDiscreteScheduler
-from kolors_core.unet import TransformerBlock, UNet
-from tests.performance.test_compile import Recorder
-from tests.support.pipelines import Pair, steps_of
-from tests.support.small import SHALLOW, randomise, relative_error
+from kolors_core.performance.model_version import ModelVersion
+from kolors_core.unet import ResBlock, TransformerBlock, UNet
+from tests.support.small import EXACT, SHALLOW, randomise, relative_error
 from tests.test_unet import inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,12 +58,21 @@ def with_random_weights(norm: Any, dtype: torch.dtype) -> Any:
     return norm.to(dtype).to(DEVICE)
 
 
+def sizes_of(kind: type[nn.Module], size: Callable[[Any], int]) -> list[int]:
+    """A size of all such modules of Kolors' and TINY's UNet."""
+    with torch.device("meta"):
+        parts = [part for config in (KOLORS, TINY) for part in UNet(config.unet).modules()]
+    return sorted({size(part) for part in parts if isinstance(part, kind)})
+
+
 @needs_triton
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_geglu_and_add_layer_norm_at_every_width(dtype: torch.dtype) -> None:
-    """TINY's, SMALL's and Kolors' widths, and some that are no multiple of anything."""
-    for width, rows in ((37, 1), (64, 5), (96, 9), (333, 3), (640, 4), (1280, 2)):
+    """The UNet's widths, and some that are no multiple of anything."""
+    widths = sizes_of(nn.LayerNorm, lambda norm: norm.normalized_shape[0])
+    assert widths[-2:] == [640, 1280]
+    for rows, width in enumerate((37, 333, *widths), 1):
         h, x, y = (draw(2, rows, n, dtype=dtype) for n in (8 * width, width, width))
         y = y * 3 + 20  # the mean is large beside the deviation
         value, gate = h.double().chunk(2, dim=-1)
@@ -89,20 +90,19 @@ def test_geglu_and_add_layer_norm_at_every_width(dtype: torch.dtype) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_group_norm_at_every_width_and_size(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups as wide as the UNet's, a map of one pixel, odd sides, more chunks than are pooled at a time."""
+    """The UNet's widths of a group, a map of one pixel, odd sides, more chunks than are pooled at a time."""
     from kolors_core.performance import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "POOLED", 8)
-    for groups, channels, height, width in (
-        (32, 320, 3, 5), (4, 80, 1, 1), (4, 120, 1, 3), (4, 160, 2, 2), (4, 240, 1, 1), (4, 320, 1, 2),
-        (4, 12, 16, 33),
-    ):  # fmt: skip
+    widths = sizes_of(nn.GroupNorm, lambda norm: norm.num_channels // norm.num_groups)
+    assert widths[-3:] == [40, 60, 80]
+    maps = [(2, 2 * width, 1 + width % 3, 1 + width % 4) for width in widths]
+    for groups, channels, height, width in ((32, 320, 3, 5), (4, 12, 16, 33), (4, 80, 1, 1), *maps):
         batch, eps = 1 + (channels < 100), 1e-6 if channels == 160 else 1e-5
         x = draw(batch, channels, height, width, dtype=dtype, mean=3.0)
         last = x.to(memory_format=torch.channels_last)
         norm = with_random_weights(FusedGroupNorm(groups, channels, eps=eps), dtype)
-        weights = norm.weight.double(), norm.bias.double()
-        exact = F.group_norm(x.double(), groups, *weights, eps)
+        exact = F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double(), eps)
         with kernel("triton"):
             normed, active = (fused_kernels.group_norm(last, norm, has_silu) for has_silu in (False, True))
         assert_rounded(normed, exact)
@@ -117,9 +117,8 @@ def test_group_norm_loses_no_digits_to_a_large_mean() -> None:
     norm = FusedGroupNorm(4, 32).to(DEVICE)
     with kernel("triton"):
         normed = fused_kernels.group_norm(x, norm, has_silu=False)
-    assert (
-        relative_error(normed, F.group_norm(x.double(), 4, eps=norm.eps)) < 3e-4
-    )  # of sums of squares: 0.03
+    error = relative_error(normed, F.group_norm(x.double(), 4, eps=norm.eps))
+    assert error < 3e-4  # of sums of squares: 0.03
 
 
 def fused_pair() -> tuple[UNet, UNet]:
@@ -213,57 +212,58 @@ def test_torch_runs_where_no_kernel_is_written_for_the_inputs(monkeypatch: pytes
 
 @needs_triton
 @torch.no_grad()
-def test_with_lora_freeu_quantized_layers_and_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, fused = fused_pair()
-    called, x = count_kernels(monkeypatch), given()
-
-    def same() -> None:
-        called.clear()
-        with kernel("triton"):
-            assert relative_error(fused(**x), plain(**x)) < 3e-5  # the LoRA's random weights amplify
-        assert set(called) == {"geglu", "add_layer_norm", "group_norm"}
-
-    adapters = [lora.attach(model, rank=2) for model in (plain, fused)]
-    for mine, other in zip(*(adapter.parameters() for adapter in adapters), strict=True):
-        mine.copy_(draw(*mine.shape, dtype=torch.float32))
-        other.copy_(mine)
-    same()
-    for adapter in adapters:
-        adapter.detach()
-    for model in (plain, fused):
-        quantize(model, 8)
-        model.up[0].freeu = FreeU(1.1, 0.6)  # pyright: ignore
-    same()
-
-    recorder = Recorder()
-    graphs, schedule = CUDAGraphCache(recorder), EulerDiscreteScheduler().schedule(4)
-    told = Conditioning(x["text_tokens"], x["pooled_text"], x["size_ids"])
-    sigma = schedule.sigmas[1].item()
-    for name, count in (("torch", 1), ("triton", 2), ("torch", 2)):
-        with kernel(name), attention_kernel("sdpa"):
-            recorded = guided(fused, schedule, told, wrap_step=graphs)(x["latents"], sigma)
-            assert torch.equal(recorded, guided(fused, schedule, told)(x["latents"], sigma))
-        assert recorder.count == count
-    assert not settings(UNet(SHALLOW.unet))
+def test_norms_that_a_researcher_put_in_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without weights, of several axes, of another class or forward; wrong sizes are torch's error."""
+    called, x = count_kernels(monkeypatch), draw(2, 3, 64, dtype=torch.float32)
+    replaced, bare = nn.LayerNorm(64), nn.LayerNorm(64, elementwise_affine=False)
+    vars(replaced)["forward"] = torch.zeros_like
+    with kernel("triton"):
+        for norm in (bare, nn.LayerNorm((3, 64)), nn.RMSNorm(64), replaced):
+            total, normed = fused_kernels.add_layer_norm(x, x, norm.to(DEVICE))  # pyright: ignore
+            assert torch.equal(total, 2 * x) and torch.equal(normed, norm(2 * x))
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            fused_kernels.add_layer_norm(x, x, nn.LayerNorm(65).to(DEVICE))
+        maps = draw(1, 8, 2, 2, dtype=torch.float32).to(memory_format=torch.channels_last)
+        plain = FusedGroupNorm(4, 8, affine=False)
+        assert torch.equal(fused_kernels.group_norm(maps, plain, has_silu=False), F.group_norm(maps, 4))
+        with pytest.raises(RuntimeError, match="weight"):
+            fused_kernels.group_norm(maps, FusedGroupNorm(4, 16).to(DEVICE))
+    assert not called
 
 
-def test_a_fused_model_is_copied_saved_and_drawn_with_as_before(pipes: Pair, tmp_path: Path) -> None:
-    """Without Triton too: torch's operators on maps in another layout."""
-    ours = pipes[0]
-    arguments = {"prompt": "a cat", "num_inference_steps": 2, "height": 32, "width": 40}
-    plain = steps_of(ours, **arguments)
-    ours.enable_fused_kernels()
-    assert ours.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    for mine, other in zip(steps_of(ours, **arguments), plain, strict=True):
-        assert relative_error(mine, other) < 5e-6
-    again = copy.deepcopy(ours.unet)
-    assert [type(module) for module in again.modules()] == [type(module) for module in ours.unet.modules()]
-    save_component(ours.unet, tmp_path, "unet")
-    loaded = load_component(tmp_path, "unet")
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, ours.unet.state_dict()[name]), name
-    ours.disable_fused_kernels()
-    assert all(torch.equal(a, b) for a, b in zip(steps_of(ours, **arguments), plain, strict=True))
+@torch.no_grad()
+def test_without_triton_torchs_operators_run_and_unfusing_is_exact() -> None:
+    """On maps in another layout; blocks of a researcher's own class stay what they are."""
+    plain = UNet(SHALLOW.unet).double().eval()
+    randomise(plain)
+    fused, wanted = copy.deepcopy(plain), plain(**given(torch.float64))
+    mine = type("Mine", (ResBlock,), {})
+    fused.mid.resnets[0].__class__ = mine
+    fuse_kernels(fused)
+    kinds = {type(module) for module in fused.modules()}
+    assert {*FUSED.values(), mine} <= kinds and not {nn.GroupNorm, TransformerBlock} & kinds
+    assert fused.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    with kernel("torch"):
+        assert relative_error(fused(**given(torch.float64)), wanted) < EXACT
+        assert relative_error(copy.deepcopy(fused)(**given(torch.float64)), wanted) < EXACT
+    unfuse_kernels(fused)
+    fused.mid.resnets[0].__class__ = ResBlock
+    assert torch.equal(fused(**given(torch.float64)), wanted)
+    assert [*map(type, fused.modules())] == [*map(type, plain.modules())]
+
+
+def test_recordings_and_step_caches_are_told_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_kernels, "has_triton", lambda: True)
+    unet = UNet(SHALLOW.unet)
+    assert not settings(unet)
+    fuse_kernels(unet)
+    state, version = NetState([unet]), ModelVersion(unet)
+    found = []
+    for name in ("torch", "triton", "torch"):
+        with kernel(name):
+            found.append((state.key(), version.read()))
+    keys, versions = zip(*found, strict=True)
+    assert keys[0] == keys[2] != keys[1] and versions == (1, 2, 3)
 
 
 def test_kernels_are_chosen_by_device_or_forced_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
