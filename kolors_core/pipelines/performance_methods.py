@@ -171,8 +171,6 @@ class PerformanceMethods(Components):
         self._change_unets(unfuse_projections)
 
     def _change_unets(self, change: Callable[[UNetEncoder], object]) -> None:
-        """Change the UNet and the ControlNets beside it."""
-        self._enter_stage()  # no weights are on their way to a device
         for net in self._unets():
             change(net)
 

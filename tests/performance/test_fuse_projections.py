@@ -148,22 +148,23 @@ def test_copies_files_and_moves(tmp_path: Path) -> None:
     assert len(attentions(mine)) == count - 1
 
 
-def test_a_pipeline_stays_fused_after_a_move_but_not_under_offload(pipes: Pair) -> None:
+def test_a_pipeline_is_fused_and_its_runs_under_offload_are_not(pipes: Pair) -> None:
     ours = pipes[0]
     arguments = {"prompt": "a cat", "num_inference_steps": 2, "height": 32, "width": 40}
     plain = steps_of(ours, **arguments)
 
     def same() -> int:
         for mine, other in zip(steps_of(ours, **arguments), plain, strict=True):
-            assert relative_error(mine, other) < 5e-6
+            assert relative_error(mine, other) < EXACT
         return fused_count(ours.unet)
 
     ours.fuse_qkv_projections()
     count = len(attentions(ours.unet))
     assert same() == count > 0
-    assert fused_count(ours.to(torch.float64).to(torch.float32).unet) == same() == count
     with offloaded(ours):
-        assert same() == 0
+        same()
+        ours._enter_stage("unet")
+        assert fused_count(ours.unet) == 0
     assert same() == count
     ours.unfuse_qkv_projections()
     assert all(torch.equal(a, b) for a, b in zip(steps_of(ours, **arguments), plain, strict=True))
