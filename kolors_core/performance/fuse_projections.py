@@ -58,7 +58,7 @@ def unfuse_projections(model: nn.Module) -> None:
     """Give to_q, to_k and to_v of every fused attention memory of their own again."""
     for attention in _self_attentions(model):
         if type(attention) is FusedAttention:
-            attention.__class__ = Attention
+            attention.__class__ = Attention  # pyright: ignore[reportAttributeAccessIssue]
             for weight in _weights(attention) or ():
                 weight.data = weight.data.clone()
 

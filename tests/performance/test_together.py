@@ -167,9 +167,7 @@ def test_fused_models_draw_the_same(name: str, models: Models) -> None:
 
 
 @pytest.mark.device
-@pytest.mark.parametrize(
-    ("name", "mode"), [("lora", "resident"), ("lora", "block"), ("cached_steps", "model")]
-)
+@pytest.mark.parametrize(("name", "mode"), [("lora", "block"), ("cached_steps", "model")])
 def test_fused_models_draw_the_same_on_a_device(name: str, mode: str, models: Models, device: Device) -> None:
     expected = RUNS[name](Plain("cpu", device.name, models))
     assert_near(RUNS[name](Fused(mode, device.name, models)), expected)
