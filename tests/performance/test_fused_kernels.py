@@ -247,11 +247,8 @@ def test_without_triton_torchs_operators_run_and_unfusing_is_exact() -> None:
     kinds = {type(module) for module in fused.modules()}
     assert {*FUSED.values(), mine} <= kinds and not {nn.GroupNorm, TransformerBlock} & kinds
     layouts = list[bool]()
-    for module in fused.modules():
-        if isinstance(module, Transformer) or module is fused.conv_out:
-            module.register_forward_pre_hook(
-                lambda _module, given: layouts.append(is_channels_last(given[0]))
-            )
+    for part in (*(part for part in fused.modules() if isinstance(part, Transformer)), fused.conv_out):
+        part.register_forward_pre_hook(lambda _part, given: layouts.append(is_channels_last(given[0])))
     with kernel("torch"):
         assert relative_error(fused(**given(torch.float64)), wanted) < EXACT
         assert len(layouts) > 3 and all(layouts)
