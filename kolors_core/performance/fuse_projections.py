@@ -30,7 +30,7 @@ class FusedAttention(Attention):
         if not is_self or (weight := joint_weight(self)) is None:
             return super().project(x, context)
         q, k, v = (split_heads(part, self.heads) for part in F.linear(x, weight).chunk(3, dim=-1))
-        return q, KeysValues(k, v, context.bias, (), context.perturbed)
+        return q, KeysValues(k, v, context.bias, ())
 
     def _apply(self, fn: Callable[..., Any], *given: Any, **named: Any) -> Self:
         """Move or cast as `nn.Module`, and join the weights again."""

@@ -134,6 +134,11 @@ def test_copies_files_and_moves(tmp_path: Path) -> None:
     assert fused_count(again) == 0 and relative_error(again(**GIVEN), plain(**GIVEN)) < EXACT
     again.float().double()
     assert fused_count(again) == count
+    attention = attentions(again)[0]
+    layers = attention.to_q, attention.to_v, attention.to_k  # of one file, in another order
+    for layer, part in zip(layers, torch.cat([layer.weight for layer in layers]).chunk(3), strict=True):
+        layer.weight.data = part
+    assert fused_count(again) == count - 1
     save_component(fused, tmp_path, "unet")
     loaded = load_component(tmp_path, "unet", dtype=torch.float64)
     assert isinstance(loaded, UNet) and torch.equal(loaded(**GIVEN), plain(**GIVEN))
