@@ -73,6 +73,7 @@ def test_one_product_reads_the_three_layers_own_weights() -> None:
     assert relative_error(fused(**GIVEN, perturbed=rows), plain(**GIVEN, perturbed=rows)) < EXACT
     unfuse_projections(fused)
     assert torch.equal(fused(**GIVEN), plain(**GIVEN)) and not attentions(fused)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in fused.parameters())
 
 
 @torch.no_grad()
