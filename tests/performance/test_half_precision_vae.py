@@ -76,6 +76,9 @@ def test_float16_is_within_a_gray_level_and_bfloat16_is_not(vae: VAE, latents: T
         assert torch.equal(vae.decode_latents(latents), exact)
     assert strict.dtype is None and list(strict.errors) == [HALF, BFLOAT16]
     assert strict.errors[HALF] < 1 < strict.errors[BFLOAT16] < 8
+    decided = dict(strict.errors)
+    vae.decode_latents(latents.flip(-1))
+    assert strict.errors == decided, "the first image decides"
     disable_half_precision(vae)
     assert vae.run_coder is call and torch.equal(vae.decode_latents(latents), exact)
 
