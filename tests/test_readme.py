@@ -54,7 +54,7 @@ RUN = {
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
-    "kolors_core/performance/README.md": ["enable_step_cache()"],
+    "kolors_core/performance/README.md": ["enable_fused_kernels()", "enable_step_cache()"],
     "kolors_core/performance/MEMORY.md": ["quantize(pipe", "quantization={", "plan(pipe"],
     "kolors_core/performance/EXPORT.md": ["InferenceSession"],  # by tests/cli/test_export.py
     "kolors_core/inspection/README.md": ["record_attention("],
@@ -194,6 +194,12 @@ def test_the_example_of_quantized_models_runs(tmp_path: Path, monkeypatch: pytes
     page = "kolors_core/performance/MEMORY.md"
     pipe = run(block_with("quantization={", page), page)["pipe"]
     assert pipe.name_or_path == "kolors-small" and is_quantized(pipe.unet)
+
+
+def test_the_example_of_fewer_kernels_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = "kolors_core/performance/README.md"
+    run(block_with("enable_fused_kernels()", page), page)
+    assert capsys.readouterr().out.startswith("torch.float16 {torch.float16: 0.")
 
 
 def test_the_example_of_a_step_cache_runs() -> None:

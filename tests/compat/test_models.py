@@ -342,10 +342,10 @@ def test_kernels_and_compilation_by_the_references_names(caplog: pytest.LogCaptu
     unet.enable_xformers_memory_efficient_attention()
     unet.fuse_qkv_projections()
     unet.disable_xformers_memory_efficient_attention()
+    assert any(type(module).__name__ == "FusedAttention" for module in unet.modules())
     unet.unfuse_qkv_projections()
-    assert [record.message.split()[0] for record in caplog.records] == [
-        "fullgraph", "enable_xformers_memory_efficient_attention", "fuse_qkv_projections",
-    ]  # fmt: skip
+    said = [record.message.split()[0] for record in caplog.records]
+    assert said == ["fullgraph", "enable_xformers_memory_efficient_attention"]
     for use in (lambda: unet.set_attn_processor(None), lambda: unet.attn_processors):
         with pytest.raises(NotImplementedError, match=r"record_attention, .* set_attention_backend"):
             use()
