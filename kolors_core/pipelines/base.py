@@ -25,6 +25,8 @@ from kolors_core.pipelines.component_checks import check_component_type, check_d
 from kolors_core.pipelines.pipeline_repr import describe
 from kolors_core.pipelines.runs import Interrupt, Runs
 from kolors_core.precompute import Savings
+from kolors_core.readable import check_describable
+from kolors_core.registry import SELF_DESCRIBED
 from kolors_core.sampling import Denoiser, Sampler
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import TokenBatch, Tokenizer
@@ -137,11 +139,12 @@ class Components:
             if component in absent or (component == "tokenizer" and not has_weights):
                 parts[component] = None
             elif component == "tokenizer":
-                parts[component] = cls.tokenizer_class(folder / "tokenizer")
+                parts[component] = checkpoint.load_tokenizer(folder, cls.tokenizer_class)
             elif component == "scheduler":
                 parts[component] = checkpoint.load_scheduler(folder)
             else:
-                spec = cls.model_specs[component]
+                named = checkpoint.spec_named_in(folder / component, component)
+                spec = cls.model_specs[component] if named is None else named
                 parts[component] = cls._open_component(
                     folder, component, variant=variant, has_weights=has_weights, kind=spec
                 )
@@ -189,6 +192,8 @@ class Components:
         models = {name: unwrap_compiled(model) for name, model in self._own_models().items()}
         for component, model in models.items():
             self._check_savable(model, component)
+        for component in SELF_DESCRIBED:
+            check_describable(component, getattr(self, component))
         with atomic_folder(folder, checkpoint.is_own_folder) as place:
             for component, model in models.items():
                 self._save_component(model, place, component, variant=variant, max_shard_size=max_shard_size)
