@@ -25,7 +25,7 @@ class TextEmbedding:
 
     tokens: Tensor
     pooled: Tensor
-    counts: Tensor | None = None  # [B, L], each token's multiplicity (`TokenBatch.merge_padding`), 0 for fill
+    counts: Tensor | None = None  # [B, L], each token's multiplicity (`TokenBatch.merge_padding`), 0 for none
 
     @classmethod
     def cat(cls, parts: Sequence["TextEmbedding"]) -> "TextEmbedding":
@@ -48,10 +48,21 @@ class TextEmbedding:
         """Number of tokens of a prompt, with their multiplicity."""
         return self.tokens.shape[1] if self.counts is None else int(self.counts[0].sum())
 
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the prompts have other numbers of tokens, as under masks."""
+        return self.counts is not None and self.counts.sum(1).unique().numel() > 1
+
     def expand_padding(self) -> "TextEmbedding":
-        """Repeat each token by its count, and drop the counts: [B, length, C]."""
+        """Repeat each token by its count, and drop the counts: [B, length, C].
+
+        ValueError where the prompts' lengths differ, as with masks, which counts alone can say.
+        """
         if self.counts is None:
             return self
+        if self.is_ragged:
+            got = " and ".join(f"{length:g}" for length in self.counts.sum(1).tolist())
+            raise ValueError(f"prompts of {got} tokens have no form without their masks")
         rows = zip(self.tokens, self.counts.long(), strict=True)
         return TextEmbedding(torch.stack([row.repeat_interleave(n, dim=0) for row, n in rows]), self.pooled)
 
@@ -135,6 +146,8 @@ class ChatGLMLayer(nn.Module):
 
 class ChatGLM(Model):
     """ChatGLM without the final norm and language-model head: Kolors reads the states before both."""
+
+    reads_counts = True  # whether `TokenBatch.counts` are obeyed, so that pads may be merged
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()

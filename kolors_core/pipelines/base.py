@@ -20,8 +20,8 @@ from kolors_core.devices import Dtypes, dtype_of, unwrap_compiled
 from kolors_core.guidance import GuidanceRule, guided
 from kolors_core.hub import hub_commit
 from kolors_core.image import Size
-from kolors_core.module import WrapStep
-from kolors_core.pipelines.component_checks import check_component_type, check_dimensions
+from kolors_core.module import WrapStep, first_weight
+from kolors_core.pipelines.component_checks import check_component_type, check_dimensions, check_target
 from kolors_core.pipelines.pipeline_repr import describe
 from kolors_core.pipelines.runs import Interrupt, Runs
 from kolors_core.precompute import Savings
@@ -192,6 +192,7 @@ class Components:
         models = {name: unwrap_compiled(model) for name, model in self._own_models().items()}
         for component, model in models.items():
             self._check_savable(model, component)
+        check_target(self.unet, self.scheduler)
         for component in SELF_DESCRIBED:
             check_describable(component, getattr(self, component))
         with atomic_folder(folder, checkpoint.is_own_folder) as place:
@@ -270,8 +271,8 @@ class Components:
     def _weight(self) -> Tensor:
         """A weight of the UNet, whose device and dtype are the pipeline's; without one, of another model."""
         if self.unet is not None:
-            return self.unet.conv_in.weight
-        return next((next(model.parameters()) for model in self._own_models().values()), torch.empty(0))
+            return first_weight(self.unet)
+        return next((first_weight(model) for model in self._own_models().values()), torch.empty(0))
 
     def _compute_device(self, weight: Tensor) -> torch.device:
         """Return the device on which the model with this weight runs."""
@@ -280,7 +281,7 @@ class Components:
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         encoder: Any = self.text_encoder
         self._enter_stage("text_encoder")
-        return encoder(tokens.to(self._compute_device(unwrap_compiled(encoder).embedding.weight)))
+        return encoder(tokens.to(self._compute_device(first_weight(encoder))))
 
     def _step_wrapper(self) -> WrapStep | None:
         """Return what wraps the steps of a run that begins now, such as CUDA graphs; None for nothing."""

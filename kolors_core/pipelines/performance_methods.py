@@ -13,12 +13,12 @@ from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import UnloadedModel
 from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.guidance import GuidanceRule, Interval
-from kolors_core.module import WrapStep
+from kolors_core.module import WrapStep, find_blocks
 from kolors_core.performance import quantized_files
 from kolors_core.performance.available_memory import available_memory
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
-from kolors_core.performance.offload import Offload, refuse_compiled
+from kolors_core.performance.offload import Offload, check_blocks, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
 from kolors_core.performance.row_split import Ranks, RowSplit, set_coder
 from kolors_core.performance.step_cache import StepCache
@@ -80,8 +80,11 @@ class PerformanceMethods(Components):
         weights work as before. See kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
         nets = [net for net in self._attached_models() if isinstance(unwrap_compiled(net), UNetEncoder)]
-        for model in (*self._own_models().values(), *nets):
-            compile_blocks(unwrap_compiled(model), mode, backend)
+        models = [unwrap_compiled(model) for model in (*self._own_models().values(), *nets)]
+        for model in models:
+            find_blocks(model, "compile")  # all of them before one is compiled
+        for model in models:
+            compile_blocks(model, mode, backend)
         self._wrap_step = CUDAGraphCache() if mode in CUDA_GRAPH_MODES else None
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Device = None) -> None:
@@ -178,6 +181,7 @@ class PerformanceMethods(Components):
         place = named_device(None if name is None else str(name))
         if by_block and place.type != "cpu":
             refuse_compiled(self._models())
+            check_blocks(self._models())
         self.to("cpu")
         if place.type != "cpu":
             self.offload.start(place, by_block)
