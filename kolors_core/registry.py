@@ -80,9 +80,8 @@ def register(
     if not isinstance(config_class, type) or not is_dataclass(config_class):
         raise TypeError(f"config_class must be a dataclass, got {short_repr(config_class)}")
     if component == "scheduler" and not issubclass(config_class, Scheduler):
-        raise TypeError(
-            f"a scheduler must extend kolors_core.schedule.Scheduler, got {config_class.__name__}"
-        )
+        expected = "a subclass of kolors_core.schedule.Scheduler"
+        raise TypeError(f"a scheduler's class must be {expected}, got {config_class.__name__}")
     if (component in SELF_DESCRIBED) != (build is None):
         wanted = "None, since it is its own config" if build is not None else "a function of a config"
         raise TypeError(f"build of a {component} must be {wanted}, got {short_repr(build)}")
@@ -91,9 +90,8 @@ def register(
         return
     others = (spec.name for spec in _models.values() if spec.config is config_class and spec.name != name)
     if (other := next(others, None)) is not None:
-        raise ValueError(
-            f"config_class {config_class.__name__} is that of {other!r} already: files tell by it"
-        )
+        why = "a model's name is found by its config's class"
+        raise ValueError(f"config_class {config_class.__name__} is that of {other!r} already: {why}")
     own_names = Table(component=component, blocks=(), rules=())
     _models[component, name] = ModelSpec(config_class, build, name, own_names if table is None else table)
 
@@ -157,7 +155,7 @@ def described_name(component: str, part: Any) -> str | None:
 
 def fields_of(config: Any) -> dict[str, Any]:
     """Return the fields of a registered class's config, for JSON."""
-    return {field.name: getattr(config, field.name) for field in fields(config)}
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.init}
 
 
 def read_fields(kind: Any, public: PublicConfig, where: str) -> Any:

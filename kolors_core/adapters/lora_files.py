@@ -75,8 +75,9 @@ def parse_lora(
     component, only read. Raises ValueError if no tensor matches, or some do not without `allow_partial`.
     """
     layers = {component: supported_layers(model) for component, model in models.items()}
+    tables = {component: table_of(component, model) for component, model in models.items()}
     try:
-        places, unmatched = parse_keys(source, layers)
+        places, unmatched = parse_keys(source, layers, tables)
     except ValueError as error:
         raise ValueError(f"{source.where}: {error}") from None
     grouped: dict[tuple[str, str], dict[str, str]] = {}
@@ -91,7 +92,7 @@ def parse_lora(
                 if role != "alpha" and not source.dtype(name).is_floating_point:
                     raise IncompatibleTensors(f"expected floating-point numbers, got {source.dtype(name)}")
             tensors = {role: source[name] for role, name in names.items()}
-            public = table_of(component, models[component]).to_public(path)
+            public = tables[component].to_public(path)
             part = _build_weights(tensors, layer, public, config)
             parts.setdefault(component, {})[path] = part
             matched += names.values()
