@@ -91,17 +91,18 @@ def make_denoiser(
     # Plain numbers, so that torch can trace a step.
     timestep_at = dict(zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False))
 
+    def timestep_of(sigma: float) -> float:
+        known = timestep_at.get(sigma)
+        return target.timestep(schedule.timestep(sigma), sigma, total) if known is None else known
+
     def denoise(x: Tensor, sigma: Any) -> Tensor:
-        timestep: Any
         if isinstance(sigma, Tensor) and sigma.ndim:
             if residuals is not None:
                 raise ValueError("a ControlNet takes one sigma for all images, got one for each")
-            levels = sigma.flatten().tolist()  # [B]
-            of_schedule = torch.tensor([schedule.timestep(one) for one in levels], device=x.device)
-            timestep = target.timestep(of_schedule, sigma.to(x.device).flatten(), total)
+            timestep: Any = torch.tensor([timestep_of(one) for one in sigma.flatten().tolist()])  # [B]
             sigma = sigma.to(x).reshape(-1, 1, 1, 1)
-        elif (timestep := timestep_at.get(sigma := float(sigma))) is None:
-            timestep = target.timestep(schedule.timestep(sigma), sigma, total)
+        else:
+            timestep = timestep_of(sigma := float(sigma))
         latents = concat_extra_channels(target.model_input(x, sigma).to(dtype), extra)
         added = [] if residuals is None else residuals(latents, timestep, sigma)
         return target.x0(x, sigma, combine(timestep, predict(latents, timestep, added).to(x.dtype)))

@@ -30,7 +30,6 @@ from kolors_core import unet, vae
 from kolors_core.attention import attention, split_heads
 from kolors_core.conditioning import Conditioning
 from kolors_core.context import Context
-from kolors_core.denoiser import require_unet
 from kolors_core.guidance import GuidanceRule
 from kolors_core.module import WrapStep
 from kolors_core.performance.offload import OnloadHook
@@ -178,7 +177,6 @@ class RowSplit:
         ) -> Denoiser:  # fmt: skip
             if wrap_step is not None:
                 raise ValueError("rows are not split together with CUDA graphs or a step cache")
-            require_unet(net, "a row split")
             if not precompute or not has_default_forward(net, unet.UNet):
                 what = "the UNet is compiled as a whole, hooked, overridden, or not precomputed"
                 raise ValueError(f"rows cannot be split where {what}")

@@ -11,6 +11,7 @@ import torch
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import UnloadedModel
+from kolors_core.denoiser import require_unet
 from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.guidance import GuidanceRule, Interval
 from kolors_core.module import WrapStep, find_blocks
@@ -170,6 +171,8 @@ class PerformanceMethods(Components):
         self.row_split = None
 
     def _wrap_rule(self, rule: GuidanceRule) -> GuidanceRule:
+        if self.row_split is not None:
+            require_unet(self.unet, "a row split")
         for wrapper in (self.row_split, self.step_cache):  # a step cache refuses split rows by name
             rule = rule if wrapper is None else wrapper.wrap_rule(rule)
         return rule
