@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from kolors_core import EulerDiscreteScheduler, KolorsPipeline, registry
 from kolors_core.checkpoint import load_component, load_modified, save_component
+from kolors_core.guidance import guided
 from kolors_core.loading import zeros
 from kolors_core.pipelines import text_to_image
 from kolors_core.registry import register
+from kolors_core.sampling import euler
 from kolors_core.schedulers import EulerDiscreteScheduler as PlainEuler
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.training.data import Batch
@@ -118,6 +121,15 @@ def test_a_denoiser_and_an_encoder_of_ones_own_train_draw_and_come_back(
         assert type(again.unet) is DiT and type(again.text_encoder) is Reader
         assert again.unet.config == net.config and again.scheduler.prediction_type == "v_prediction"
         assert torch.equal(drawn(again), latents)
+
+
+def test_functions_are_not_saved_and_a_warning_says_so(
+    base: KolorsPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = own_pipeline(base)
+    pipe.guided, pipe.sampler = partial(guided, rescale=0.7), euler
+    pipe.save_pretrained(tmp_path / "own")
+    assert [r.getMessage().partition(" is")[0] for r in caplog.records] == ["pipe.guided", "pipe.sampler"]
 
 
 def test_files_name_the_class_and_reading_needs_it(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 Private methods that do nothing here are extended in adapter_methods.py and performance_methods.py.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -35,6 +36,7 @@ from kolors_core.vae import VAE
 from kolors_core.validation import as_path, check_safe_serialization
 from weights_convert.atomic_write import atomic_folder
 
+logger = logging.getLogger("kolors_core")
 _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; None is a component left out
 
 
@@ -193,6 +195,9 @@ class Components:
         for component, model in models.items():
             self._check_savable(model, component)
         check_target(self.unet, self.scheduler)
+        for name, own in {"guided": guided, "sampler": None}.items():
+            if getattr(self, name) is not own:
+                logger.warning("pipe.%s is a function, and is not saved: set it again after loading", name)
         for component in SELF_DESCRIBED:
             check_describable(component, getattr(self, component))
         with atomic_folder(folder, checkpoint.is_own_folder) as place:
