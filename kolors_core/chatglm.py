@@ -44,25 +44,17 @@ class TextEmbedding:
         return TextEmbedding(F.pad(self.tokens, (0, 0, missing, 0)), self.pooled, F.pad(counts, (missing, 0)))
 
     @property
-    def length(self) -> int:
-        """Number of tokens of a prompt, with their multiplicity."""
-        return self.tokens.shape[1] if self.counts is None else int(self.counts[0].sum())
-
-    @property
     def is_ragged(self) -> bool:
         """Whether the prompts have other numbers of tokens, as under masks."""
         return self.counts is not None and self.counts.sum(1).unique().numel() > 1
 
     def expand_padding(self) -> "TextEmbedding":
-        """Repeat each token by its count, and drop the counts: [B, length, C].
-
-        ValueError where the prompts' lengths differ, as with masks, which counts alone can say.
-        """
+        """Repeat each token by its count, and drop the counts: [B, length, C]; ValueError if it is ragged."""
         if self.counts is None:
             return self
         if self.is_ragged:
-            got = " and ".join(f"{length:g}" for length in self.counts.sum(1).tolist())
-            raise ValueError(f"prompts of {got} tokens have no form without their masks")
+            lengths = ", ".join(f"{length:g}" for length in self.counts.sum(1).tolist())
+            raise ValueError(f"prompts of {lengths} tokens have no form without their masks")
         rows = zip(self.tokens, self.counts.long(), strict=True)
         return TextEmbedding(torch.stack([row.repeat_interleave(n, dim=0) for row, n in rows]), self.pooled)
 

@@ -118,9 +118,10 @@ def spec_of(component: str, model: Any) -> ModelSpec | None:
     """Return the registered specification of a model; None if its class is not registered."""
     kind = type(getattr(model, "config", None))
     found = (spec for (part, _), spec in _models.items() if part == component and spec.config is kind)
-    spec = next(found, None)
-    is_class = spec is not None and isinstance(spec.build, type)
-    return None if is_class and not isinstance(model, spec.build) else spec
+    if (spec := next(found, None)) is None:
+        return None
+    is_another = isinstance(spec.build, type) and not isinstance(model, spec.build)
+    return None if is_another else spec
 
 
 def is_librarys(component: str, model: Any) -> bool:

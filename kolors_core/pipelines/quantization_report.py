@@ -217,7 +217,9 @@ def _encode(pipe: Task) -> list[TextEmbedding]:
     assert pipe.text_encoder is not None and pipe.tokenizer is not None
     pipe._enter_stage("text_encoder")
     place = pipe._compute_device(first_weight(pipe.text_encoder))
-    batches = (pipe.tokenizer([prompt]).merge_padding() for prompt in CALIBRATION_PROMPTS)
+    batches = [pipe.tokenizer([prompt]) for prompt in CALIBRATION_PROMPTS]
+    if getattr(pipe.text_encoder, "reads_counts", False):
+        batches = [tokens.merge_padding() for tokens in batches]
     return [pipe.text_encoder(tokens.to(place)) for tokens in batches]
 
 
