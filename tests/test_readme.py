@@ -16,7 +16,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from kolors_core import KolorsControlNetPipeline, KolorsImg2ImgPipeline, KolorsPipeline, LCMScheduler
+from kolors_core import (
+    KolorsControlNetPipeline,
+    KolorsImg2ImgPipeline,
+    KolorsPipeline,
+    LCMScheduler,
+    registry,
+)
 from kolors_core.__main__ import COMMANDS
 from kolors_core.batch import __main__ as batch
 from kolors_core.checkpoint import EMBEDDED
@@ -33,6 +39,7 @@ LINES = {
     FRONT: 250,
     **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
     "kolors_core/README.md": 150,
+    "kolors_core/CHANGING.md": 100,
     "kolors_core/SAMPLERS.md": 100,
     "kolors_core/TROUBLESHOOTING.md": 100,
     "kolors_core/performance/MEMORY.md": 100,
@@ -52,6 +59,7 @@ NOT_RUN = {
 RUN = {
     FRONT: ["Tokenizer(folder"],
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
+    "kolors_core/CHANGING.md": ["class Pointwise"],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
     "kolors_core/performance/README.md": ["enable_fused_kernels()", "enable_step_cache()"],
@@ -231,6 +239,15 @@ def test_the_example_of_a_changed_model_runs(tmp_path: Path, monkeypatch: pytest
     assert type(names["pipe"].unet) is names["GatedUNet"] and names["unet"].config.gates == 1
     with pytest.raises(ValueError, match=r"GatedUNet: load it by .*from_pretrained\(FOLDER, unet="):
         KolorsPipeline.from_pretrained("gated")
+
+
+def test_the_example_of_a_denoiser_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("_models", "_described"):
+        monkeypatch.setattr(registry, name, {})
+    page = "kolors_core/CHANGING.md"
+    names = run(block_with("class Pointwise", page), page)
+    assert type(names["pipe"].unet) is names["Pointwise"]
 
 
 def test_the_path_written_out_is_about_thirty_lines() -> None:

@@ -11,9 +11,10 @@ import torch
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import UnloadedModel
+from kolors_core.denoiser import require_unet
 from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.guidance import GuidanceRule, Interval
-from kolors_core.module import WrapStep
+from kolors_core.module import WrapStep, find_blocks
 from kolors_core.performance import quantized_files
 from kolors_core.performance.available_memory import available_memory
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
@@ -25,7 +26,7 @@ from kolors_core.performance.half_precision_vae import (
     disable_half_precision,
     enable_half_precision,
 )
-from kolors_core.performance.offload import Offload, refuse_compiled
+from kolors_core.performance.offload import Offload, check_blocks, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
 from kolors_core.performance.row_split import Ranks, RowSplit, set_coder
 from kolors_core.performance.step_cache import StepCache
@@ -87,7 +88,10 @@ class PerformanceMethods(Components):
         weights work as before. See kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
         own = map(unwrap_compiled, self._own_models().values())
-        for model in dict.fromkeys((*own, *self._unets())):
+        models = list(dict.fromkeys((*own, *self._unets())))
+        for model in models:
+            find_blocks(model, "compile")  # all of them before one is compiled
+        for model in models:
             compile_blocks(model, mode, backend)
         self._wrap_step = CUDAGraphCache() if mode in CUDA_GRAPH_MODES else None
 
@@ -151,7 +155,7 @@ class PerformanceMethods(Components):
         On CUDA with Triton, up to rounding; elsewhere, with gradients and under `compile`, torch's operators
         run. Holds for every pipeline with this UNet. See kolors_core/performance/fused_kernels.py.
         """
-        self._change_unets(fuse_kernels)
+        self._change_unets(fuse_kernels, "fused kernels")
 
     def disable_fused_kernels(self) -> None:
         """Run torch's operators again."""
@@ -164,13 +168,15 @@ class PerformanceMethods(Components):
         weights the three are computed one by one. Holds for every pipeline with this UNet. ValueError for a
         UNet that is quantized already. See kolors_core/performance/fuse_projections.py.
         """
-        self._change_unets(fuse_projections)
+        self._change_unets(fuse_projections, "fused projections")
 
     def unfuse_qkv_projections(self) -> None:
         """Compute queries, keys and values one by one again."""
         self._change_unets(unfuse_projections)
 
-    def _change_unets(self, change: Callable[[UNetEncoder], object]) -> None:
+    def _change_unets(self, change: Callable[[UNetEncoder], object], feature: str | None = None) -> None:
+        if feature is not None:
+            require_unet(self.unet, feature)
         for net in self._unets():
             change(net)
 
@@ -219,6 +225,8 @@ class PerformanceMethods(Components):
         self.row_split = None
 
     def _wrap_rule(self, rule: GuidanceRule) -> GuidanceRule:
+        if self.row_split is not None:
+            require_unet(self.unet, "a row split")
         for wrapper in (self.row_split, self.step_cache):  # a step cache refuses split rows by name
             rule = rule if wrapper is None else wrapper.wrap_rule(rule)
         return rule
@@ -230,6 +238,7 @@ class PerformanceMethods(Components):
         place = named_device(None if name is None else str(name))
         if by_block and place.type != "cpu":
             refuse_compiled(self._models())
+            check_blocks(self._models())
         self.to("cpu")
         if place.type != "cpu":
             self.offload.start(place, by_block)
