@@ -169,6 +169,8 @@ NEEDS_UNET: dict[str, tuple[Callable[[Any], object], str]] = {
     "a step cache": (lambda pipe: pipe.enable_step_cache(), "a step cache"),
     "row split": (in_rows, "a row split"),
     "FreeU": (lambda pipe: pipe.enable_freeu(1, 1, 1, 1), "FreeU"),
+    "fused kernels": (lambda pipe: pipe.enable_fused_kernels(), "running fused kernels"),
+    "fused projections": (lambda pipe: pipe.fuse_qkv_projections(), "fusing projections"),
     "ControlNet": (controlled, "a ControlNet"),
     "a ControlNet from it": (lambda pipe: ControlNet.from_unet(pipe.unet), "a ControlNet"),
     "IP-Adapter": (lambda pipe: pipe.load_ip_adapter("tiny"), "an IP-Adapter"),

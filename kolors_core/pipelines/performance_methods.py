@@ -155,7 +155,7 @@ class PerformanceMethods(Components):
         On CUDA with Triton, up to rounding; elsewhere, with gradients and under `compile`, torch's operators
         run. Holds for every pipeline with this UNet. See kolors_core/performance/fused_kernels.py.
         """
-        self._change_unets(fuse_kernels, "fused kernels")
+        self._change_unets(fuse_kernels, "running fused kernels")
 
     def disable_fused_kernels(self) -> None:
         """Run torch's operators again."""
@@ -168,7 +168,7 @@ class PerformanceMethods(Components):
         weights the three are computed one by one. Holds for every pipeline with this UNet. ValueError for a
         UNet that is quantized already. See kolors_core/performance/fuse_projections.py.
         """
-        self._change_unets(fuse_projections, "fused projections")
+        self._change_unets(fuse_projections, "fusing projections")
 
     def unfuse_qkv_projections(self) -> None:
         """Compute queries, keys and values one by one again."""

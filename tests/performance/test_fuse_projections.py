@@ -102,7 +102,7 @@ def test_adapters_quantized_layers_hooks_and_the_compiler_address_the_three() ->
     assert fused_count(fused) == count - 1 and relative_error(fused(**GIVEN), plain(**GIVEN)) > 1e-3
     hook.remove()
     block: Any = fused.mid.attentions[0].blocks[0]  # pyright: ignore
-    x, context = torch.randn(1, 5, 64).double(), Context(torch.randn(1, 3, 48).double())
+    x, context = torch.randn(1, 5, 32).double(), Context(torch.randn(1, 3, 48).double())
     eager = block(x, context)
     compile_blocks(block, backend="eager")
     assert relative_error(block(x, context), eager) < EXACT
