@@ -1,0 +1,33 @@
+"""Opt-in ways to compute the same image, raced against the plain pipeline: one entry each adds a row.
+
+An entry is the work in words, and a context within which a pipeline runs so. The stage `variants` writes
+`gpu_NAME`: the share of the plain pipeline's time at 1024x1024, with that at 512x512 and the error beside it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from kolors_core.attention import attention_kernel
+
+Context = Callable[[Any], AbstractContextManager[None]]
+
+
+def switched(enable: str, disable: str) -> Context:
+    """Methods of a pipeline as a context."""
+
+    @contextmanager
+    def context(pipe: Any) -> Iterator[None]:
+        getattr(pipe, enable)()
+        try:
+            yield
+        finally:
+            getattr(pipe, disable)()
+
+    return context
+
+
+VARIANTS: dict[str, tuple[str, Context]] = {
+    "attention": ("attention by cuDNN first", lambda pipe: attention_kernel("cudnn_first")),
+    "vae_tiling": ("the VAE in tiles", switched("enable_vae_tiling", "disable_vae_tiling")),
+}
