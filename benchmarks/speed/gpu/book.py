@@ -114,6 +114,12 @@ class Process:
         self.file.close()
 
 
+def end_with_starter() -> None:
+    """End this process, and what it has started, when the one that started it ends: for a thread."""
+    os.read(sys.stdin.fileno(), 1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def run_book(
     stages: Mapping[str, Stage], command: Callable[[str], list[str]], out: Path, budget: float
 ) -> dict[str, str]:

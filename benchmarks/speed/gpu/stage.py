@@ -6,8 +6,6 @@ It imports, waits for a line with its limit in seconds, and runs. When the line'
 import argparse
 import faulthandler
 import importlib
-import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,14 +14,8 @@ from threading import Thread
 
 import torch
 
-from benchmarks.speed.gpu.book import NO_DEVICE, STAGES
+from benchmarks.speed.gpu.book import NO_DEVICE, STAGES, end_with_starter
 from benchmarks.speed.gpu.place import Place, cuda_place, rehearsal
-
-
-def end_with_starter() -> None:
-    """End this process, and what it has started, with the one that started it."""
-    os.read(sys.stdin.fileno(), 1)
-    os.killpg(0, signal.SIGKILL)
 
 
 def main(make_rehearsal: Callable[[Path], Place] = rehearsal) -> None:
