@@ -36,7 +36,9 @@ BUDGET = 540  # seconds; limits of stages grow with a larger one
 def main(module: str = "benchmarks.speed.gpu.stage") -> int:
     """Run the book; module: of a stage's process."""
     parser = arguments(__doc__)
-    parser.add_argument("--budget", type=_seconds, default=BUDGET, help="seconds in all (default: %(default)s)")
+    parser.add_argument(
+        "--budget", type=_seconds, default=BUDGET, help="seconds in all (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help="these, in their order")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny: to see that it runs")
     options = parser.parse_args()

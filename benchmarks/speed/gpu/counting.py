@@ -47,7 +47,8 @@ def recorded() -> Iterator[Counter[Shape]]:
 
     def record(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         seen[Shape(tuple(q.shape), k.shape[2], None if bias is None else tuple(bias.shape))] += 1
-        return q.new_empty(*q.shape[:3], v.shape[3])
+        batch, heads, queries, _ = q.shape
+        return q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)  # as torch's kernels lay it out
 
     KERNELS["recorded"] = record
     try:
