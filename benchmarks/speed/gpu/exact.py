@@ -141,7 +141,9 @@ def recompiles(where: Place) -> None:
 def everywhere(where: Place) -> None:
     """Run the tests that are marked for a device, and write how many failed, as each ends."""
     missing = [
-        name for name in ("pytest", "hypothesis", "diffusers", "transformers") if find_spec(name) is None
+        name
+        for name in ("pytest", "hypothesis", "diffusers", "transformers", "peft")
+        if find_spec(name) is None
     ]
     if missing:
         return where.write("everywhere", None, f"needs {', '.join(missing)}")

@@ -44,10 +44,10 @@ def biases_of(shape: Shape) -> list[tuple[int, ...] | None]:
 
 def measure(where: Place, shape: Shape, dtype: torch.dtype) -> dict[str, dict[str, float | str]]:
     """Error, its limit and microseconds of each kernel by name, or why it refuses."""
-    draw, (batch, heads, _, width) = torch.Generator().manual_seed(0), shape.q
+    draw, (batch, heads, _, width) = torch.Generator(where.device).manual_seed(0), shape.q
     sizes = shape.q, *[(batch, heads, shape.keys, width)] * 2
-    q, k, v = (torch.randn(size, generator=draw).to(where.device, dtype) for size in sizes)
-    bias = None if shape.bias is None else make_bias(shape.bias, draw).to(where.device, dtype)
+    q, k, v = (torch.randn(size, generator=draw, device=where.device).to(dtype) for size in sizes)
+    bias = None if shape.bias is None else make_bias(shape.bias, draw).to(dtype)
     expected, found = exact(q, k, v, bias), {}
     for name, kernel in KERNELS.items():
         case: dict[str, float | str] = {"allowed": ALLOWED[dtype]}
@@ -71,10 +71,11 @@ def measure(where: Place, shape: Shape, dtype: torch.dtype) -> dict[str, dict[st
 
 def make_bias(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
     """Logarithms of counts as a prompt has them, or a causal mask: -inf where nothing stands."""
-    bias = torch.rand(shape, generator=draw).mul(200).round().log()
     if shape[-2] > 1:
-        bias = torch.zeros(shape).masked_fill(torch.ones(shape[-2:]).triu(1).bool(), float("-inf"))
-    bias[..., 0] = 0.0  # each query has something to attend to
+        allowed = torch.ones(shape, dtype=torch.bool, device=draw.device).tril()
+        return torch.zeros(shape, device=draw.device).masked_fill(~allowed, float("-inf"))
+    bias = torch.rand(shape, generator=draw, device=draw.device).mul(200).round().log()
+    bias[..., :1].zero_()  # each query has something to attend to
     return bias
 
 

@@ -1,6 +1,8 @@
 """Peaks of ours in its three placements, on the device and of the host; and images of a batch."""
 
 import gc
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,8 @@ def peak(run: Callable[[], object], where: Place) -> tuple[float | None, dict[st
 
 def host_peak() -> float:
     """GiB of this process at most so far, of the host (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) / 2**20 if found else math.nan
 
 
 def batch(where: Place) -> None:

@@ -159,7 +159,7 @@ def by_kind(step: Callable[[], object], where: Place) -> tuple[Counter[str], dic
     kinds, names, launches = Counter[str](), Counter[str](), 0
     for event in seen.events():
         if len(activities) == 1 or event.device_type.name == "CUDA":
-            took = event.self_cpu_time_total if len(activities) == 1 else event.self_device_time_total
+            took = event.self_cpu_time_total if len(activities) == 1 else event.time_range.elapsed_us()
             kinds[kind_of(event.name)] += took / 1e3
             names[event.name[:90]] += took / 1e3
             launches += 1
