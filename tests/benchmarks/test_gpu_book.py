@@ -92,7 +92,7 @@ def test_a_stage_that_hangs_or_dies_is_ended_and_later_ones_write_their_rows(tmp
     lines = list(read_lines(tmp_path))
     assert [line["name"] for line in lines if "name" in line] == list(stages)
     ended = next(line for line in lines if line.get("stage") == "hangs")
-    assert "hangs here" in ended["errors"] and ended["seconds"] >= 3
+    assert "hangs here" in ended["errors"] and 3 <= ended["seconds"] < 25
     wait_for(lambda: not any(map(is_alive, ids_in(tmp_path))))
 
 

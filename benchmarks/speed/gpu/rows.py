@@ -31,7 +31,7 @@ GOALS: dict[str, tuple[str, Goal]] = {
         "batch of 8, eager, fp16, images a second",
         Goal(limit=1.1, unit="times one at a time", at_least=True, is_ratio=False),
     ),
-    **{name: (work, below(1, "of the time without")) for name, (work, _) in VARIANTS.items()},
+    **{name: (work, below(limit, "of the time without")) for name, (work, limit, _) in VARIANTS.items()},
     "step": ("a guided step, eager, fp16, beside the arithmetic at the measured rate", below(2.04, "times")),
     "autotuned": ("compiled with max-autotune, absolute", below(0.75, "s")),
 }
