@@ -28,12 +28,13 @@ from tests.support.processes import COMMAND, run_program
 
 ROOT = Path(__file__).parents[1]
 FRONT = "README.md"
-ROOMS = ("adapters", "performance", "inspection", "training", "pipelines", "compat", "cli", "batch")
+ROOMS = ("adapters", "performance", "inspection", "training", "pipelines", "compat", "cli", "batch", "ui")
 LINES = {
     FRONT: 250,
     **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
     "kolors_core/README.md": 150,
     "kolors_core/SAMPLERS.md": 100,
+    "kolors_core/TROUBLESHOOTING.md": 100,
     "kolors_core/performance/MEMORY.md": 100,
     "kolors_core/performance/EXPORT.md": 100,
     "weights_convert/README.md": 150,
@@ -53,7 +54,7 @@ RUN = {
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
-    "kolors_core/performance/README.md": ["enable_step_cache()"],
+    "kolors_core/performance/README.md": ["enable_fused_kernels()", "enable_step_cache()"],
     "kolors_core/performance/MEMORY.md": ["quantize(pipe", "quantization={", "plan(pipe"],
     "kolors_core/performance/EXPORT.md": ["InferenceSession"],  # by tests/cli/test_export.py
     "kolors_core/inspection/README.md": ["record_attention("],
@@ -193,6 +194,12 @@ def test_the_example_of_quantized_models_runs(tmp_path: Path, monkeypatch: pytes
     page = "kolors_core/performance/MEMORY.md"
     pipe = run(block_with("quantization={", page), page)["pipe"]
     assert pipe.name_or_path == "kolors-small" and is_quantized(pipe.unet)
+
+
+def test_the_example_of_fewer_kernels_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = "kolors_core/performance/README.md"
+    run(block_with("enable_fused_kernels()", page), page)
+    assert capsys.readouterr().out.startswith("torch.float16 {torch.float16: 0.")
 
 
 def test_the_example_of_a_step_cache_runs() -> None:
@@ -340,3 +347,12 @@ def test_every_name_in_backticks_is_in_the_source(page: str) -> None:
             parts = re.findall(r"[A-Za-z_]\w*", name.partition("(")[0])
             missing = [part for part in parts if part not in words_of_the_source()]
             assert not missing, name
+
+
+def test_what_a_page_quotes_is_what_the_library_says() -> None:
+    """Of the page for when something goes wrong, but for what is typed."""
+    text = re.sub("`[^`]*`", "", (ROOT / "kolors_core/TROUBLESHOOTING.md").read_text())
+    quoted = re.findall('"([^"]+)"', text)
+    files = [*(ROOT / "kolors_core").rglob("*.py"), *(ROOT / "weights_convert").glob("*.py")]
+    code = "\n".join(file.read_text() for file in files)
+    assert len(quoted) > 10 and [sentence for sentence in quoted if sentence not in code] == []

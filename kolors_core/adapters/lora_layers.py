@@ -41,6 +41,14 @@ class LoRAWeights(nn.Module):
         """The factor that applies now, without alpha / rank."""
         return self.strength * self.call_scale
 
+    def add_delta(self, total: Tensor, weight: Tensor, factor: float) -> None:
+        """Add a layer's `delta_weight`, in the dtype of the contiguous `total`, to that."""
+        if self.up is None or self.down is None or self.magnitude is not None:
+            total += self.delta_weight(weight.to(total.dtype), factor)
+        else:  # in one product, which is some ten times faster than adding one
+            up, down = (matrix.to(total.dtype).flatten(1) for matrix in (self.up, self.down))
+            total.flatten(1).addmm_(up * (factor * self.effective_scale * self.scale), down)
+
     def delta_weight(self, weight: Tensor, factor: float = 1.0) -> Tensor:
         """Compute the change of a layer's weight, times `factor`, in the weight's shape and dtype.
 
@@ -121,11 +129,13 @@ class LoRALayer(ReplacedModule):
             return
         tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
         self.base_backup = tuple(tensor.detach().to("cpu", copy=True) for tensor in tensors)
-        base = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        self.weight.copy_(sum((part.delta_weight(base, factor) for part in parts), base))
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        total = self.weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
         for part in parts:
+            part.add_delta(total, self.weight, factor)
             if part.bias is not None and self.bias is not None:
                 self.bias.add_(part.bias.to(self.bias.dtype), alpha=factor * part.effective_scale)
+        self.weight.copy_(total)
 
     @torch.no_grad()
     def unfuse(self) -> None:

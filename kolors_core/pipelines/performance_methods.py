@@ -18,6 +18,13 @@ from kolors_core.performance import quantized_files
 from kolors_core.performance.available_memory import available_memory
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
+from kolors_core.performance.fuse_projections import fuse_projections, unfuse_projections
+from kolors_core.performance.fused_kernels import fuse_kernels, unfuse_kernels
+from kolors_core.performance.half_precision_vae import (
+    HalfPrecisionDecoder,
+    disable_half_precision,
+    enable_half_precision,
+)
 from kolors_core.performance.offload import Offload, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
 from kolors_core.performance.row_split import Ranks, RowSplit, set_coder
@@ -79,9 +86,9 @@ class PerformanceMethods(Components):
         CUDA graph, in runs where the UNet stays on CUDA, so not under offload. Other image sizes, LoRAs and
         weights work as before. See kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
-        nets = [net for net in self._attached_models() if isinstance(unwrap_compiled(net), UNetEncoder)]
-        for model in (*self._own_models().values(), *nets):
-            compile_blocks(unwrap_compiled(model), mode, backend)
+        own = map(unwrap_compiled, self._own_models().values())
+        for model in dict.fromkeys((*own, *self._unets())):
+            compile_blocks(model, mode, backend)
         self._wrap_step = CUDAGraphCache() if mode in CUDA_GRAPH_MODES else None
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Device = None) -> None:
@@ -125,6 +132,51 @@ class PerformanceMethods(Components):
     def disable_vae_slicing(self) -> None:
         """Run the VAE on all images of a batch at once."""
         disable_slicing(unwrap_compiled(self.vae))
+
+    def enable_vae_half_precision(self, limit: float = 1.0) -> HalfPrecisionDecoder:
+        """Decode in float16 or bfloat16, if the first image stays within `limit` gray levels of float32's.
+
+        Holds for every pipeline with this VAE. Result and errors as of
+        `half_precision_vae.enable_half_precision`.
+        """
+        return enable_half_precision(unwrap_compiled(self.vae), limit)
+
+    def disable_vae_half_precision(self) -> None:
+        """Decode in the VAE's own precision."""
+        disable_half_precision(unwrap_compiled(self.vae))
+
+    def enable_fused_kernels(self) -> None:
+        """Run GEGLU, LayerNorm and GroupNorm of UNet and ControlNets by fused kernels, channels-last.
+
+        On CUDA with Triton, up to rounding; elsewhere, with gradients and under `compile`, torch's operators
+        run. Holds for every pipeline with this UNet. See kolors_core/performance/fused_kernels.py.
+        """
+        self._change_unets(fuse_kernels)
+
+    def disable_fused_kernels(self) -> None:
+        """Run torch's operators again."""
+        self._change_unets(unfuse_kernels)
+
+    def fuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values of self-attention in one product, in UNet and ControlNets.
+
+        The same up to rounding, in the same memory. Under offload and `compile`, with a LoRA or quantized
+        weights the three are computed one by one. Holds for every pipeline with this UNet. ValueError for a
+        UNet that is quantized already. See kolors_core/performance/fuse_projections.py.
+        """
+        self._change_unets(fuse_projections)
+
+    def unfuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values one by one again."""
+        self._change_unets(unfuse_projections)
+
+    def _change_unets(self, change: Callable[[UNetEncoder], object]) -> None:
+        for net in self._unets():
+            change(net)
+
+    def _unets(self) -> list[UNetEncoder]:
+        models = (unwrap_compiled(model) for model in (self.unet, *self._attached_models()))
+        return [model for model in models if isinstance(model, UNetEncoder)]
 
     def enable_step_cache(
         self, interval: int | None = 3, *, branch: int | None = None, center: float | None = None,

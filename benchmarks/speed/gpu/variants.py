@@ -31,4 +31,15 @@ def switched(enable: str, disable: str) -> Context:
 VARIANTS: dict[str, tuple[str, float, Context]] = {
     "attention": ("attention by cuDNN first", 1.0, lambda pipe: attention_kernel("cudnn_first")),
     "vae_tiling": ("the VAE in tiles", 1.1, switched("enable_vae_tiling", "disable_vae_tiling")),
+    "fused_kernels": ("fused kernels", 1.0, switched("enable_fused_kernels", "disable_fused_kernels")),
+    "fused_projections": (
+        "fused projections",
+        1.0,
+        switched("fuse_qkv_projections", "unfuse_qkv_projections"),
+    ),
+    "half_vae": (
+        "the VAE in half precision",
+        1.0,
+        switched("enable_vae_half_precision", "disable_vae_half_precision"),
+    ),
 }
