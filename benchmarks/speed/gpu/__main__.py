@@ -15,8 +15,8 @@ is left of the budget goes to the next ones. Each row is a line of OUT/gpu.jsonl
   fp8         linear layers in float8, with its error; and with a step cache
   memory      peaks of all resident, staged, smallest
   batch       8 images at once
-  variants    opt-in ways to compute the same, one row each (variants.py)
   profile     one step by kinds of kernels, beside its arithmetic at the measured rate
+  variants    opt-in ways to compute the same, one row each (variants.py)
   autotuned   max-autotune, ours alone, only where it is named: 5 minutes
 
 Without a CUDA device nothing is measured. --rehearse runs every stage on the CPU, tiny: its numbers mean

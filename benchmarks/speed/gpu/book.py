@@ -50,8 +50,8 @@ STAGES: dict[str, Stage] = {
     "fp8": Stage(module="speed", limit=110, least=30, expected=60),
     "memory": Stage(module="memory", limit=110, least=25, expected=70),
     "batch": Stage(module="memory", limit=45, least=20, expected=30),
-    "variants": Stage(module="speed", limit=60, least=15, expected=25),
     "profile": Stage(module="probe", limit=40, least=15, expected=15),
+    "variants": Stage(module="speed", limit=110, least=25, expected=75),
     "autotuned": Stage(module="speed", limit=480, least=200, expected=300, is_optional=True),
 }
 
