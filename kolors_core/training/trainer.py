@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,111 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kolors_core.module import is_block
-from kolors_core.targets import target_of
-from kolors_core.training.run_record import Losses, Record, differences, record_run
-from kolors_core.validation import LARGEST_SEED, check_float, check_int, short_repr
+from kolors_core.training.config import TrainingConfig
+from kolors_core.training.run_record import Losses, differences, record_run
+from kolors_core.validation import short_repr
 from weights_convert.safetensors_files import Source, save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight
-# Settings that change how a run is computed and not its result, or only where a constant schedule ends.
-FREE_SETTINGS = {"gradient_accumulation_steps", "checkpoint_blocks", "shard", "save_every"}
-# Recorded only at other values than their defaults: so states that were saved without them can be resumed.
-LATER_SETTINGS = {"prediction_type", "logit_normal", "timestep_weights"}
 OTHER_RUN = "resume='never' starts anew, resume='always' goes on from it"
 RESUME = ("same", "always", "never")
 SHOWN = 20  # steps of the mean loss that the progress bar shows
 logger = logging.getLogger("kolors_core")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Settings of a training run. Master weights are float32; `dtype` is the forward's, by autocast.
-
-    gradient_accumulation_steps: micro-batches of a batch. schedule: "constant" or "cosine" to 0.
-    adam_beta2: decay of AdamW's second moments. At high rates 0.99 is stabler: a part of the network whose
-    gradients were tiny and grow is not moved by many times the rate.
-    ema_decay: of the weights' moving average, warmed up as min(ema_decay, (1 + step) / (10 + step)); 0: off.
-    prediction_type: what the model learns to predict, see kolors_core/targets.py. min_snr_gamma: weight a
-    timestep's loss as min(snr, gamma) weights x0's (`Target.min_snr`); None is off. noise_offset: scale of a
-    normal number added to each channel of the noise. logit_normal: mean and standard deviation, or
-    timestep_weights: how timesteps are drawn, see `data.draw_timesteps`; evenly without both.
-    checkpoint_blocks: recompute each block's activations in the backward pass. shard: FSDP2 instead of DDP.
-    """
-
-    steps: int
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    warmup: int = 100
-    weight_decay: float = 0.01
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-    prediction_type: str = "epsilon"
-    min_snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    logit_normal: tuple[float, float] | None = None
-    timestep_weights: tuple[float, ...] | None = None
-    max_tokens: int = 256
-    dtype: torch.dtype = torch.float32
-    checkpoint_blocks: bool = False
-    shard: bool = False
-    save_every: int = 500
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "save_every", "max_tokens"):
-            check_int(name, getattr(self, name))
-        check_int("warmup", self.warmup, least=0)
-        check_int("seed", self.seed, least=0, most=LARGEST_SEED)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "noise_offset"):
-            check_float(name, getattr(self, name), 0)
-        check_float("ema_decay", self.ema_decay, 0, 1)
-        if check_float("adam_beta2", self.adam_beta2, 0, 1) == 1:
-            raise ValueError("adam_beta2 must be below 1: with 1 the second moments stay 0")
-        if self.min_snr_gamma is not None and check_float("min_snr_gamma", self.min_snr_gamma) <= 0:
-            raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
-        target_of(self.prediction_type)
-        self._check_timesteps()
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
-        if self.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {self.dtype}")
-
-    def _check_timesteps(self) -> None:
-        if self.logit_normal is not None:
-            if self.timestep_weights is not None:
-                raise ValueError("give logit_normal or timestep_weights, not both")
-            if not isinstance(self.logit_normal, tuple) or len(self.logit_normal) != 2:
-                expected = "two numbers, mean and standard deviation"
-                raise ValueError(f"logit_normal must be {expected}, got {short_repr(self.logit_normal)}")
-            mean, std = (check_float("logit_normal", number) for number in self.logit_normal)
-            if std <= 0:
-                raise ValueError(f"logit_normal must have a standard deviation above 0, got {(mean, std)}")
-        if (weights := self.timestep_weights) is not None:
-            if not isinstance(weights, tuple) or not weights:
-                raise ValueError(f"timestep_weights must be a tuple of numbers, got {short_repr(weights)}")
-            if min(check_float("timestep_weights", weight) for weight in weights) <= 0:
-                raise ValueError(f"timestep_weights must be above 0, got {short_repr(weights)}")
-
-    def record(self) -> Record:
-        """Record the settings that determine the result; a constant schedule may go on for more steps."""
-        free = FREE_SETTINGS | ({"steps"} if self.schedule == "constant" else set())
-        free |= {field.name for field in fields(self)
-                 if field.name in LATER_SETTINGS and getattr(self, field.name) == field.default}  # fmt: skip
-        return {
-            name: str(value) if isinstance(value, torch.dtype) else value
-            for name, value in vars(self).items() if name not in free
-        }  # fmt: skip
-
-    def learning_rate_at(self, step: int) -> float:
-        """Compute a step's rate: linear warm-up, then constant or a half cosine that ends at 0."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup))
-        if self.schedule == "constant":
-            return self.learning_rate * warm
-        done = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 class BatchSource(Protocol):
