@@ -1,7 +1,7 @@
 """Settings of a training run, and which of them make two runs different."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
@@ -12,7 +12,31 @@ from kolors_core.validation import LARGEST_SEED, check_float, check_int, short_r
 # Settings that change how a run is computed and not its result, or only where a constant schedule ends.
 FREE_SETTINGS = {"gradient_accumulation_steps", "checkpoint_blocks", "shard", "save_every"}
 # Recorded only at other values than their defaults: so states that were saved without them can be resumed.
-LATER_SETTINGS = {"prediction_type", "logit_normal", "timestep_weights"}
+LATER_SETTINGS = {"prediction_type", "logit_normal", "timestep_weights", "groups"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Group of the parameters whose names match a pattern and no earlier group's; None: the config's value.
+
+    pattern: a glob (`fnmatch`, whose * also matches dots) over the names of the loss's parameters, such as
+    "unet.*norm*". learning_rate: its peak, which the schedule scales as the config's. frozen: not trained;
+    the parameters' `requires_grad` is set to False.
+    """
+
+    pattern: str
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise TypeError(f"pattern must be a string, got {short_repr(self.pattern)}")
+        for name in ("learning_rate", "weight_decay"):
+            if (value := getattr(self, name)) is not None:
+                check_float(name, value, 0)
+                if self.frozen:
+                    raise ValueError(f"group {self.pattern!r} is frozen: its {name} has no effect")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +45,8 @@ class TrainingConfig:
 
     gradient_accumulation_steps: micro-batches of a batch. schedule: "constant" or "cosine" to 0.
     adam_beta2: decay of AdamW's second moments. At high rates 0.99 is stabler: a part of the network whose
-    gradients were tiny and grow is not moved by many times the rate.
+    gradients were tiny and grow is not moved by many times the rate. groups: parts of the model with a
+    learning rate or weight decay of their own, or frozen.
     ema_decay: of the weights' moving average, warmed up as min(ema_decay, (1 + step) / (10 + step)); 0: off.
     prediction_type: what the model learns to predict, see kolors_core/targets.py. min_snr_gamma: weight a
     timestep's loss as min(snr, gamma) weights x0's (`Target.min_snr`); None is off. noise_offset: scale of a
@@ -38,6 +63,7 @@ class TrainingConfig:
     warmup: int = 100
     weight_decay: float = 0.01
     adam_beta2: float = 0.999
+    groups: tuple[ParameterGroup, ...] = ()
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
     prediction_type: str = "epsilon"
@@ -64,6 +90,8 @@ class TrainingConfig:
             raise ValueError("adam_beta2 must be below 1: with 1 the second moments stay 0")
         if self.min_snr_gamma is not None and check_float("min_snr_gamma", self.min_snr_gamma) <= 0:
             raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
+        if not isinstance(self.groups, tuple) or not all(isinstance(g, ParameterGroup) for g in self.groups):
+            raise ValueError(f"groups must be a tuple of ParameterGroup, got {short_repr(self.groups)}")
         target_of(self.prediction_type)
         self._check_timesteps()
         if self.schedule not in ("constant", "cosine"):
@@ -92,15 +120,14 @@ class TrainingConfig:
         free = FREE_SETTINGS | ({"steps"} if self.schedule == "constant" else set())
         free |= {field.name for field in fields(self)
                  if field.name in LATER_SETTINGS and getattr(self, field.name) == field.default}  # fmt: skip
-        return {
-            name: str(value) if isinstance(value, torch.dtype) else value
-            for name, value in vars(self).items() if name not in free
-        }  # fmt: skip
+        record = {name: value for name, value in asdict(self).items() if name not in free}
+        return {name: str(v) if isinstance(v, torch.dtype) else v for name, v in record.items()}
 
-    def learning_rate_at(self, step: int) -> float:
-        """Compute a step's rate: linear warm-up, then constant or a half cosine that ends at 0."""
+    def learning_rate_at(self, step: int, peak: float | None = None) -> float:
+        """Compute a step's rate: linear warm-up to a peak, then constant or a half cosine that ends at 0."""
+        rate = self.learning_rate if peak is None else peak
         warm = min(1.0, (step + 1) / max(1, self.warmup))
         if self.schedule == "constant":
-            return self.learning_rate * warm
+            return rate * warm
         done = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -16,20 +16,30 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kolors_core.module import is_block
 from kolors_core.training.config import TrainingConfig
+from kolors_core.training.optimizer import (
+    MakeOptimizer,
+    create_state,
+    forget_state,
+    freeze,
+    group_numbers,
+    make_optimizer,
+    record_optimizer,
+    set_group_numbers,
+    set_numbers,
+    state_tensors,
+)
 from kolors_core.training.run_record import Losses, differences, record_run
+from kolors_core.training.state import SavedState, save, whole
 from kolors_core.validation import short_repr
-from weights_convert.safetensors_files import Source, save_tensors
+from weights_convert.untrusted_files import parse_object
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight
 OTHER_RUN = "resume='never' starts anew, resume='always' goes on from it"
 RESUME = ("same", "always", "never")
 SHOWN = 20  # steps of the mean loss that the progress bar shows
@@ -54,11 +64,13 @@ class Trainer:
     are trained. on_step(step, loss): called on every rank after each step, with the whole batch's loss.
     resume: from a state in `folder` that is of the "same" run (`fit` raises ValueError with what differs),
     "always", or "never", which starts at step 0 and replaces it. losses: of all steps, also before resuming.
+    optimizer: makes one from parameter groups, as the classes of torch.optim do; AdamW if None.
     """
 
     def __init__(
         self, loss: nn.Module, data: BatchSource, config: TrainingConfig, folder: str | Path,
         on_step: Callable[[int, float], None] = lambda step, loss: None, *, resume: str = "same",
+        optimizer: MakeOptimizer | None = None,
     ) -> None:  # fmt: skip
         if resume not in RESUME:
             raise ValueError(f"resume must be 'same', 'always' or 'never', got {short_repr(resume)}")
@@ -69,6 +81,7 @@ class Trainer:
         if config.batch_size % (self.world * (accumulated := config.gradient_accumulation_steps)):
             parts = f"{self.world} processes times gradient_accumulation_steps {accumulated}"
             raise ValueError(f"batch_size must be a multiple of {parts}, got {config.batch_size}")
+        freeze(loss, config.groups)
         if not any(parameter.requires_grad for parameter in loss.parameters()):
             raise ValueError("nothing to train: no parameter requires a gradient")
         self.record = record_run(config.record(), loss, data.record())  # while its weights are whole
@@ -77,9 +90,10 @@ class Trainer:
             fully_shard(module)
         self.module = DistributedDataParallel(loss) if self.world > 1 and not config.shard else loss
         self.named = {n: p for n, p in loss.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.named.values(), betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
-        )
+        self.optimizer = make_optimizer(self.named, config, optimizer)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # the peak of each
+        self.first_numbers = group_numbers(self.optimizer)
+        self.record |= {} if optimizer is None else record_optimizer(self.optimizer)
         self.ema = {n: p.detach().clone() for n, p in self.named.items()} if config.ema_decay else {}
 
     def fit(self, progress: bool = True) -> Losses:
@@ -131,8 +145,10 @@ class Trainer:
     def _one_step(self) -> float:
         config, rows = self.config, self.config.batch_size // self.world
         size = rows // config.gradient_accumulation_steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(self.step)  # a LambdaLR would be one more state to save
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = config.learning_rate_at(
+                self.step, rate
+            )  # a LambdaLR would be one more state to save
         total = torch.zeros((), device=self.device)
         for i in range(config.gradient_accumulation_steps):
             start = self.rank * rows + i * size
@@ -162,55 +178,55 @@ class Trainer:
         return loss
 
     def save(self) -> None:
-        """Write step, weights, moments and average to `folder/state.safetensors` atomically."""
-        tensors = {}
-        for name, tensor in self._state().items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            tensors[name] = whole.detach().cpu().contiguous()
+        """Write step, weights, the optimizer's state and the average to `folder/state.safetensors`."""
+        tensors = {name: whole(tensor) for name, tensor in self._state().items()}
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-            run = json.dumps(self.record, sort_keys=True)
-            save_tensors(tensors, self.folder / "state.safetensors", {"step": str(self.step), "run": run})
+            facts = {"run": self.record, "optimizer": {"groups": self._changed_numbers()}}
+            metadata = {name: json.dumps(fact, sort_keys=True) for name, fact in facts.items()}
+            save(self.folder / "state.safetensors", tensors, {"step": str(self.step), **metadata})
         if self.world > 1:
             dist.barrier()
 
     def _state(self) -> dict[str, Tensor]:
-        """List the tensors of a run's state by their names in the file; AdamW's moments must exist."""
+        """List the tensors of a run's state by their names in the file."""
         state = {f"weights.{name}": parameter for name, parameter in self.named.items()}
-        for moment in MOMENTS:
-            state |= {f"{moment}.{name}": self.optimizer.state[p][moment] for name, p in self.named.items()}
+        state |= state_tensors(self.optimizer, self.named)
         return state | {f"ema.{name}": average for name, average in self.ema.items()}
 
-    @torch.no_grad()
+    def _changed_numbers(self) -> list[dict[str, Any]]:
+        """List the numbers of each parameter group that changed while training."""
+        both = zip(group_numbers(self.optimizer), self.first_numbers, strict=True)
+        return [{key: v for key, v in now.items() if v != before.get(key)} for now, before in both]
+
     def _resume(self) -> None:
         file = self.folder / "state.safetensors"
         if self.resume == "never" or not file.exists():
             return
-        source = Source([file])
-        metadata = source.metadata(file) or {}
-        step = metadata.get("step", "")
-        if not step.isdecimal():
-            raise ValueError(f"{file}: its metadata give step {step[:100]!r}, expected a whole number")
-        self._check_same_run(file, int(step), metadata.get("run"))
-        for p in self.named.values():  # the state that AdamW creates before its first step
-            self.optimizer.state[p] = {"step": torch.tensor(0.0), **{m: torch.zeros_like(p) for m in MOMENTS}}
+        saved = SavedState(file)
+        run = saved.metadata.get("run")
+        self._check_same_run(file, saved.step, run)
+        if json.loads(run or "{}").get("optimizer") == self.record.get("optimizer"):
+            self._resume_with_optimizer(saved)
+        else:
+            saved.copy_to(self._state())
+        self.step, losses = saved.step, saved.losses()
+        self.losses = Losses(losses, self.step - len(losses))
+
+    def _resume_with_optimizer(self, saved: SavedState) -> None:
+        create_state(self.optimizer)
+        forget_state(self.optimizer, self.named, saved)
         state = self._state()
-        for name, tensor in state.items():
-            if name not in source:
-                raise ValueError(f"{file}: is of another run: it has no {name}")
-            if (got := list(source.shape(name))) != (expected := list(tensor.shape)):
-                raise ValueError(f"{file}: is of another run: {name} is {got}, expected {expected}")
-        self.step, tensors = int(step), load_file(file, device=str(self.device))
-        for name, tensor in state.items():
-            value = tensors[name]
-            if isinstance(tensor, DTensor):
-                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-            tensor.copy_(value)
-        for parameter in self.named.values():
-            self.optimizer.state[parameter]["step"].fill_(self.step)
-        earlier = tensors["losses"].flatten().tolist() if "losses" in tensors else []
-        self.losses = Losses(earlier, self.step - len(earlier))
+        steps = {name: tensor for name, tensor in state.items() if name.startswith("step.")}
+        if not any(name in saved for name in steps):  # of a version that did not save AdamW's
+            for name, tensor in steps.items():
+                state.pop(name)
+                tensor.fill_(saved.step)
+        saved.copy_to(state)
+        set_numbers(self.optimizer, self.named, state)
+        changed = parse_object(saved.metadata.get("optimizer", "{}").encode(), f"{saved.file}: optimizer")
+        for numbers in self.first_numbers, changed.get("groups", self.first_numbers):
+            set_group_numbers(self.optimizer, numbers)
 
     def _check_same_run(self, file: Path, step: int, saved: str | None) -> None:
         """Log the step of a state of the same run; ValueError with what differs, unless that is asked for."""
