@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kolors_core.module import is_block
+from kolors_core.training.average import check_copies, make_average
 from kolors_core.training.config import TrainingConfig
 from kolors_core.training.optimizer import (
     MakeOptimizer,
@@ -65,12 +66,14 @@ class Trainer:
     resume: from a state in `folder` that is of the "same" run (`fit` raises ValueError with what differs),
     "always", or "never", which starts at step 0 and replaces it. losses: of all steps, also before resuming.
     optimizer: makes one from parameter groups, as the classes of torch.optim do; AdamW if None.
+    average: modules of the loss, by the names of those whose moving average they hold, for a loss that
+    computes with it: frozen copies.
     """
 
     def __init__(
         self, loss: nn.Module, data: BatchSource, config: TrainingConfig, folder: str | Path,
         on_step: Callable[[int, float], None] = lambda step, loss: None, *, resume: str = "same",
-        optimizer: MakeOptimizer | None = None,
+        optimizer: MakeOptimizer | None = None, average: Mapping[str, nn.Module] | None = None,
     ) -> None:  # fmt: skip
         if resume not in RESUME:
             raise ValueError(f"resume must be 'same', 'always' or 'never', got {short_repr(resume)}")
@@ -84,6 +87,9 @@ class Trainer:
         freeze(loss, config.groups)
         if not any(parameter.requires_grad for parameter in loss.parameters()):
             raise ValueError("nothing to train: no parameter requires a gradient")
+        if average and not config.ema_decay:
+            raise ValueError("average has no effect with an ema_decay of 0")
+        check_copies(loss, average or {})
         self.record = record_run(config.record(), loss, data.record())  # while its weights are whole
         self.blocks = [module for module in loss.modules() if is_block(module)]
         for module in [*self.blocks, loss] if config.shard else ():
@@ -94,7 +100,7 @@ class Trainer:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # the peak of each
         self.first_numbers = group_numbers(self.optimizer)
         self.record |= {} if optimizer is None else record_optimizer(self.optimizer)
-        self.ema = {n: p.detach().clone() for n, p in self.named.items()} if config.ema_decay else {}
+        self.ema = make_average(self.named, average or {}) if config.ema_decay else {}
 
     def fit(self, progress: bool = True) -> Losses:
         """Train to the end; return the loss of each step of this call.
