@@ -9,8 +9,15 @@ from kolors_core.targets import target_of
 from kolors_core.training.run_record import Record
 from kolors_core.validation import LARGEST_SEED, check_float, check_int, short_repr
 
-# Settings that change how a run is computed and not its result, or only where a constant schedule ends.
-FREE_SETTINGS = {"gradient_accumulation_steps", "checkpoint_blocks", "shard", "save_every"}
+COUNTS = (
+    "steps", "batch_size", "gradient_accumulation_steps", "save_every", "max_tokens", "evaluate_every",
+    "held_out_batches",
+)  # fmt: skip
+# Settings that change how a run is computed or measured and not its steps, or only where they end.
+FREE_SETTINGS = {
+    "gradient_accumulation_steps", "checkpoint_blocks", "shard", "save_every", "evaluate_every", "patience",
+    "held_out_batches",
+}  # fmt: skip
 # Recorded only at other values than their defaults: so states that were saved without them can be resumed.
 LATER_SETTINGS = {"prediction_type", "logit_normal", "timestep_weights", "groups"}
 
@@ -52,6 +59,8 @@ class TrainingConfig:
     timestep's loss as min(snr, gamma) weights x0's (`Target.min_snr`); None is off. noise_offset: scale of a
     normal number added to each channel of the noise. logit_normal: mean and standard deviation, or
     timestep_weights: how timesteps are drawn, see `data.draw_timesteps`; evenly without both.
+    evaluate_every: steps after which images are drawn and the held-out loss is measured, on the first
+    held_out_batches batches. patience: end after so many measurements that are not below the best.
     checkpoint_blocks: recompute each block's activations in the backward pass. shard: FSDP2 instead of DDP.
     """
 
@@ -76,11 +85,16 @@ class TrainingConfig:
     checkpoint_blocks: bool = False
     shard: bool = False
     save_every: int = 500
+    evaluate_every: int = 500
+    held_out_batches: int = 4
+    patience: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "save_every", "max_tokens"):
+        for name in COUNTS:
             check_int(name, getattr(self, name))
+        if self.patience is not None:
+            check_int("patience", self.patience)
         check_int("warmup", self.warmup, least=0)
         check_int("seed", self.seed, least=0, most=LARGEST_SEED)
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "noise_offset"):

@@ -15,10 +15,12 @@ from kolors_core.conditioning import concat_extra_channels
 from kolors_core.targets import target_of
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.training.data import Batch, timestep_density
+from kolors_core.training.step import Means
 from kolors_core.training.trainer import BatchSource, TrainingConfig
 from kolors_core.unet import UNet
 from kolors_core.validation import check_int
 
+BANDS = 4  # of timesteps, whose mean losses are logged
 LARGEST_SIGMA = 1e12  # in the place of infinity, the last sigma at zero terminal SNR: the same to float32
 
 
@@ -36,6 +38,7 @@ class DiffusionLoss(nn.Module):
     """Diffusion loss as one module, which DDP and FSDP need. text_encoder: None unless it is trained too.
 
     `each` is `noised`, `predict`, `error` and `weigh` one after another: a subclass overrides one of them.
+    `means` gets the loss of each of `BANDS` bands of timesteps, which a trainer logs.
 
     sigmas: of each training timestep [T]; infinity means pure noise. controlnet: a `ControlNet` to train, or
     another module that takes its inputs and returns residuals for the UNet, which is then best frozen
@@ -49,6 +52,7 @@ class DiffusionLoss(nn.Module):
         super().__init__()
         self.unet, self.text_encoder, self.controlnet, self.config = unet, text_encoder, controlnet, config
         self.sigmas = sigmas  # [T]; not a buffer: it is not part of the model
+        self.means = Means()
 
     def state_key(self) -> tuple[float, ...]:
         """Return the sigmas, see kolors_core/module.py."""
@@ -56,7 +60,12 @@ class DiffusionLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Compute the mean loss of the rank's images."""
-        return self.each(batch).mean()
+        each, total = self.each(batch), len(self.sigmas)
+        band = batch.timesteps * BANDS // total
+        for i in range(BANDS):
+            first, last = (-(-total * at // BANDS) for at in (i, i + 1))
+            self.means.add(f"loss_t{first}-{last - 1}", each, band == i)
+        return each.mean()
 
     def each(self, batch: Batch) -> Tensor:
         """Compute the loss of each of the rank's images: [b]."""

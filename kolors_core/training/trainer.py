@@ -8,22 +8,27 @@ Run under `torchrun` for DDP, or with `shard=True` for FSDP2.
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kolors_core.module import is_block
-from kolors_core.training.average import check_copies, make_average
+from kolors_core.training.average import averaged, check_copies, make_average
 from kolors_core.training.config import TrainingConfig
+from kolors_core.training.evaluation import is_best, is_over, undisturbed
+from kolors_core.training.logs import RunLog
 from kolors_core.training.optimizer import (
     MakeOptimizer,
     create_state,
@@ -36,10 +41,14 @@ from kolors_core.training.optimizer import (
     set_numbers,
     state_tensors,
 )
-from kolors_core.training.run_record import Losses, differences, record_run
-from kolors_core.training.state import SavedState, save, whole
+from kolors_core.training.run_record import Losses, differences, digest, record_run
+from kolors_core.training.state import SavedState, write_state
+from kolors_core.training.step import Means, OnStep, Step, peak_memory
 from kolors_core.validation import short_repr
 from weights_convert.untrusted_files import parse_object
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 OTHER_RUN = "resume='never' starts anew, resume='always' goes on from it"
 RESUME = ("same", "always", "never")
@@ -62,23 +71,31 @@ class Trainer:
     """Trainer of one run: `fit()` trains from the last state in `folder`, or from step 0, to `config.steps`.
 
     loss: a module that maps one of `data`'s batches to its mean loss; its parameters that require a gradient
-    are trained. on_step(step, loss): called on every rank after each step, with the whole batch's loss.
+    are trained. on_step: called on every rank after each step (step.py; logs.py has loggers of other
+    libraries). folder: has the state, and a log (logs.py).
     resume: from a state in `folder` that is of the "same" run (`fit` raises ValueError with what differs),
     "always", or "never", which starts at step 0 and replaces it. losses: of all steps, also before resuming.
     optimizer: makes one from parameter groups, as the classes of torch.optim do; AdamW if None.
     average: modules of the loss, by the names of those whose moving average they hold, for a loss that
-    computes with it: frozen copies.
+    computes with it: frozen copies. held_out: whose loss is measured every `evaluate_every` steps, of the
+    average if there is one; the weights of the best are kept in `folder/best.safetensors`. draw: called then
+    on every rank, with the average too; returns images for the log, of prompts that stay the same.
     """
 
     def __init__(
         self, loss: nn.Module, data: BatchSource, config: TrainingConfig, folder: str | Path,
-        on_step: Callable[[int, float], None] = lambda step, loss: None, *, resume: str = "same",
+        on_step: OnStep = lambda step: None, *, resume: str = "same",
         optimizer: MakeOptimizer | None = None, average: Mapping[str, nn.Module] | None = None,
+        held_out: BatchSource | None = None, draw: "Callable[[], Sequence[Image]] | None" = None,
     ) -> None:  # fmt: skip
         if resume not in RESUME:
             raise ValueError(f"resume must be 'same', 'always' or 'never', got {short_repr(resume)}")
         self.loss, self.data, self.config, self.on_step = loss, data, config, on_step
-        self.resume, self.losses = resume, Losses()
+        self.held_out, self.draw = held_out, draw
+        self.held_out_losses: dict[int, float] = {}  # by the steps that were done
+        if config.patience is not None and held_out is None:
+            raise ValueError("patience has no effect without held_out")
+        self.resume, self.is_resumed, self.losses = resume, False, Losses()
         self.folder, self.step, self.device = Path(folder), 0, next(loss.parameters()).device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size % (self.world * (accumulated := config.gradient_accumulation_steps)):
@@ -100,6 +117,9 @@ class Trainer:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # the peak of each
         self.first_numbers = group_numbers(self.optimizer)
         self.record |= {} if optimizer is None else record_optimizer(self.optimizer)
+        if held_out is not None:
+            measured = json.dumps([held_out.record(), config.held_out_batches], sort_keys=True, default=str)
+            self.record["held out"] = digest(measured.encode())
         self.ema = make_average(self.named, average or {}) if config.ema_decay else {}
 
     def fit(self, progress: bool = True) -> Losses:
@@ -109,14 +129,25 @@ class Trainer:
         """
         self._resume()
         first = self.step
+        if first == 0 and self.rank == 0:
+            (self.folder / "best.safetensors").unlink(missing_ok=True)  # of a run that this one replaces
+        facts = {"settings": vars(self.config), "record": self.record}
+        log = RunLog(self.folder, facts, first) if self.rank == 0 else None
         with self._checkpointed_blocks(), self._progress_bar(progress and self.rank == 0) as show:
-            while self.step < self.config.steps:
-                self.losses.append(self._one_step())
-                self.on_step(self.step, self.losses[-1])
+            while self.step < self.config.steps and not self.is_over:
+                step = self._evaluate(self.one_step())
+                self.losses.append(step.loss)
+                if log is not None:
+                    log.write(step)
+                self.on_step(step)
                 self.step += 1
                 show()
-                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps or self.is_over:
                     self.save()
+        if self.is_over and self.rank == 0:
+            best = min(self.held_out_losses, key=self.held_out_losses.__getitem__)
+            logger.warning("%s: ended after %d steps; the best held-out loss was after %d", self.folder,
+                           self.step, best)  # fmt: skip
         return Losses(self.losses[first - self.losses.first :], first)
 
     @contextmanager
@@ -148,56 +179,133 @@ class Trainer:
         with tqdm(total=self.config.steps, initial=self.step, desc="training", disable=not is_shown) as bar:
             yield show
 
-    def _one_step(self) -> float:
-        config, rows = self.config, self.config.batch_size // self.world
-        size = rows // config.gradient_accumulation_steps
+    def one_step(self) -> Step:
+        """Train one step, the next of `fit`; FloatingPointError if its loss is not finite."""
+        start, config = time.perf_counter(), self.config
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = config.learning_rate_at(
                 self.step, rate
             )  # a LambdaLR would be one more state to save
         total = torch.zeros((), device=self.device)
-        for i in range(config.gradient_accumulation_steps):
-            start = self.rank * rows + i * size
-            batch = self.data.batch(self.step, slice(start, start + size), self.device)
-            is_last = i == config.gradient_accumulation_steps - 1
-            if config.shard:  # only the last micro-batch reduces gradients over ranks
+        for part, is_last in self._parts(self.data, self.step):
+            if config.shard:  # only the last part of a batch reduces gradients over ranks
                 self.module.set_requires_gradient_sync(is_last)  # type: ignore[operator]
             elif self.world > 1:
                 self.module.require_backward_grad_sync = is_last  # type: ignore[assignment]
-            with torch.autocast(self.device.type, config.dtype, enabled=config.dtype != torch.float32):
-                loss = self.module(batch) / config.gradient_accumulation_steps
+            loss = self._loss(part)
             loss.backward()
             total += loss.detach()
-        if config.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.named.values(), config.max_grad_norm)
+        norm = self._limit_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
         for name, average in self.ema.items():
             average.lerp_(self.named[name].detach(), 1 - decay)
-        if self.world > 1:
-            dist.all_reduce(total)
-        loss = total.item() / self.world
+        loss, means = self._over_ranks(total)
         if not math.isfinite(loss):
             hint = "a lower learning rate may help"
             raise FloatingPointError(f"the loss of step {self.step} is {loss}: {hint}")
-        return loss
+        return Step(
+            step=self.step, loss=loss, gradient_norm=norm.item(), means=means, samples=config.batch_size,
+            learning_rates=tuple(group["lr"] for group in self.optimizer.param_groups),
+            seconds=time.perf_counter() - start, memory=peak_memory(self.device), resumed=self.is_resumed,
+        )  # fmt: skip
+
+    def _parts(self, source: BatchSource, step: int) -> Iterator[tuple[Any, bool]]:
+        """Yield the parts of this rank's rows of a batch, and whether it is the last."""
+        rows, parts = self.config.batch_size // self.world, self.config.gradient_accumulation_steps
+        size = rows // parts
+        for i in range(parts):
+            start = self.rank * rows + i * size
+            yield source.batch(step, slice(start, start + size), self.device), i == parts - 1
+
+    def _loss(self, part: Any) -> Tensor:
+        """Compute a part's contribution to the mean loss of the rank's rows."""
+        dtype = self.config.dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return self.module(part) / self.config.gradient_accumulation_steps
+
+    def _limit_gradients(self) -> Tensor:
+        """Scale gradients to the largest norm that is allowed; return the norm before."""
+        if limit := self.config.max_grad_norm:
+            norm = nn.utils.clip_grad_norm_(self.named.values(), limit)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _evaluate(self, step: Step) -> Step:
+        """Draw and measure the held-out loss, if it is time; keep the best weights; add what was found."""
+        done = self.step + 1
+        is_due = done % self.config.evaluate_every == 0 or done == self.config.steps
+        if not is_due or (self.held_out is None and self.draw is None):
+            return step
+        images, found = (), dict[str, float]()
+        with self.averaged(), undisturbed(self.loss, self.device), self._unsharded():
+            if self.held_out is not None:
+                found = self._held_out_loss(self.held_out)
+                if is_best(found["loss"], self.held_out_losses):
+                    write_state(self.folder, "best", done, self._weights(), {}, {"held_out": found})
+                self.held_out_losses[done] = found["loss"]
+            if self.draw is not None:
+                images = tuple(self.draw())
+        return replace(step, held_out=found, images=images)
+
+    def _held_out_loss(self, source: BatchSource) -> dict[str, float]:
+        """Compute the mean loss of the held-out batches, and what the loss module measured of them."""
+        total, count = torch.zeros((), device=self.device), self.config.held_out_batches
+        for step in range(count):
+            for part, _ in self._parts(source, step):
+                total += self._loss(part) / count
+        loss, means = self._over_ranks(total)
+        return {"loss": loss, **means}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the held-out loss ended the run."""
+        return is_over(self.held_out_losses, self.config.patience)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Exchange the weights and their moving average, if there is one, within the block."""
+        with averaged(self.named, self.ema):
+            yield
+
+    @contextmanager
+    def _unsharded(self) -> Iterator[None]:
+        """Keep what is in no block whole, so that a part of the loss can be called by itself."""
+        if self.config.shard:
+            self.module.unshard()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            if self.config.shard:
+                self.module.reshard()  # type: ignore[operator]
+
+    def _over_ranks(self, total: Tensor) -> tuple[float, dict[str, float]]:
+        """Average a loss over ranks, and what the loss module measured; one transfer for all."""
+        measured = getattr(self.loss, "means", None)
+        means = measured.take() if isinstance(measured, Means) else {}
+        sums = torch.cat([total[None], *means.values()])
+        if self.world > 1:
+            dist.all_reduce(sums)
+        loss, *rest = sums.tolist()
+        pairs = zip(means, rest[::2], rest[1::2], strict=True)
+        return loss / self.world, {name: value / count for name, value, count in pairs if count}
 
     def save(self) -> None:
         """Write step, weights, the optimizer's state and the average to `folder/state.safetensors`."""
-        tensors = {name: whole(tensor) for name, tensor in self._state().items()}
-        if self.rank == 0:
-            tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-            facts = {"run": self.record, "optimizer": {"groups": self._changed_numbers()}}
-            metadata = {name: json.dumps(fact, sort_keys=True) for name, fact in facts.items()}
-            save(self.folder / "state.safetensors", tensors, {"step": str(self.step), **metadata})
-        if self.world > 1:
-            dist.barrier()
+        small = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        if self.held_out_losses:
+            small["held_out"] = torch.tensor([*self.held_out_losses.items()], dtype=torch.float64)  # [n, 2]
+        facts = {"run": self.record, "optimizer": {"groups": self._changed_numbers()}}
+        write_state(self.folder, "state", self.step, self._state(), small, facts)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"weights.{name}": parameter for name, parameter in self.named.items()}
 
     def _state(self) -> dict[str, Tensor]:
         """List the tensors of a run's state by their names in the file."""
-        state = {f"weights.{name}": parameter for name, parameter in self.named.items()}
-        state |= state_tensors(self.optimizer, self.named)
+        state = self._weights() | state_tensors(self.optimizer, self.named)
         return state | {f"ema.{name}": average for name, average in self.ema.items()}
 
     def _changed_numbers(self) -> list[dict[str, Any]]:
@@ -216,8 +324,9 @@ class Trainer:
             self._resume_with_optimizer(saved)
         else:
             saved.copy_to(self._state())
-        self.step, losses = saved.step, saved.losses()
+        self.is_resumed, self.step, losses = True, saved.step, saved.numbers("losses").flatten().tolist()
         self.losses = Losses(losses, self.step - len(losses))
+        self.held_out_losses = {int(step): loss for step, loss in saved.numbers("held_out").tolist()}
 
     def _resume_with_optimizer(self, saved: SavedState) -> None:
         create_state(self.optimizer)
@@ -247,6 +356,15 @@ class Trainer:
         if self.rank == 0:
             run = f" of another run ({'; '.join(different)})" if different else ""
             logger.warning("%s: already at step %d of %d%s", file, step, self.config.steps, run)
+
+    def load_best_weights(self) -> int:
+        """Copy the weights of the best held-out loss to the model; return after how many steps it was.
+
+        FileNotFoundError if none was measured.
+        """
+        saved = SavedState(self.folder / "best.safetensors")
+        saved.copy_to(self._weights())
+        return saved.step
 
     @torch.no_grad()
     def load_ema_weights(self) -> None:

@@ -1,16 +1,19 @@
 """The smallest training, in milliseconds: linear blocks learn a linear map, alone or on two processes."""
 
+import csv
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from kolors_core.performance.processes import join_processes
 from kolors_core.training.config import TrainingConfig
 from kolors_core.training.optimizer import MakeOptimizer
+from kolors_core.training.step import Means, Step
 from kolors_core.training.trainer import Trainer
 
 SETTINGS = TrainingConfig(
@@ -43,6 +46,7 @@ class Fit(nn.Module):
         self.out = nn.Linear(width, 1)
         self.out.weight.data.fill_(0.5)
         self.out.bias.data.zero_()
+        self.means = Means()
 
     def each(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, wanted = batch
@@ -51,7 +55,9 @@ class Fit(nn.Module):
         return (self.out(x) - wanted).square().mean(dim=1)
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return self.each(batch).mean()
+        each = self.each(batch)
+        self.means.add("error_right", each, batch[0][:, 0] > 0)
+        return each.mean()
 
 
 class Points:
@@ -90,6 +96,11 @@ class EightBit(torch.optim.Optimizer):
                 p -= group["lr"] * momentum / (1 + 0.1 * state["step"] + 0.1 * group["passes"])
 
 
+def read_log(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def momentum_sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
@@ -102,8 +113,8 @@ def fit_killed_and_resumed(
 ) -> Sequence[float]:
     """Return the losses from the state saved after three steps, once it is changed, of a killed run."""
 
-    def kill(step: int, loss: float) -> None:
-        if step == 4:
+    def kill(step: Step) -> None:
+        if step.step == 4:
             raise InterruptedError
 
     first = Trainer(Fit(), Points(), config, folder, kill, optimizer=make)
@@ -133,4 +144,20 @@ def fit_on_two(out: Path) -> int:
         lines.append(f"{name}|{list(losses)}")
     if torch.distributed.get_rank() == 0:
         (out / "losses.txt").write_text("\n".join(lines))
+    return 0
+
+
+def fit_sharded(out: Path, steps: int) -> int:
+    """One of some processes with FSDP2: to `steps` steps, with a held-out loss and an image; log and best."""
+    join_processes()
+    config = replace(SETTINGS, steps=steps, schedule="constant", shard=True, save_every=2, evaluate_every=2)
+
+    def draw() -> Sequence[Image.Image]:
+        """Call a part of the loss by itself, as a pipeline does."""
+        value = loss.out(loss.blocks[0](torch.ones(1, 6))).item()
+        return [Image.new("L", (1, 1), round(100 + 50 * value))]
+
+    loss = Fit()
+    trainer = Trainer(loss, Points(), config, out, held_out=Points(seed=7), draw=draw)
+    trainer.fit(progress=False)
     return 0

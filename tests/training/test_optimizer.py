@@ -22,6 +22,7 @@ from tests.support.small_training import (
     fit_killed_and_resumed,
     fit_on_two,
     momentum_sgd,
+    read_log,
 )
 from tests.support.two_processes import start_two
 from tests.support.versions import shards_on_cpu
@@ -72,6 +73,10 @@ def test_two_processes_with_any_optimizer_train_as_one_does(tmp_path: Path) -> N
     for (name, _), make in ON_TWO.items():
         expected = train(tmp_path / name, optimizer=make).losses[3:]
         assert ast.literal_eval(found[name]) == pytest.approx(expected, rel=1e-5), name
+        logs = (read_log(tmp_path / run) for run in (f"{name} on two", name))
+        for one, other in zip(*logs, strict=True):
+            for column in ("step", "loss", "gradient_norm", "error_right"):
+                assert float(one[column]) == pytest.approx(float(other[column]), rel=1e-4), (name, column)
 
 
 def test_another_optimizer_is_another_run_and_starts_anew_where_that_is_asked_for(tmp_path: Path) -> None:

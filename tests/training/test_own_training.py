@@ -177,7 +177,7 @@ def test_a_loss_computes_with_the_moving_average(tmp_path: Path) -> None:
 
     whole = trainer("whole")
     name, weights = next(iter(whole.named)), list[Tensor]()
-    whole.on_step = lambda step, loss: weights.append(whole.named[name].detach().clone())
+    whole.on_step = lambda step: weights.append(whole.named[name].detach().clone())
     losses = whole.fit(progress=False)
     expected = [Gain().state_dict()[name.removeprefix("unet.")]]
     for step, after in enumerate(weights):
