@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kolors_core import KolorsPipeline
 from kolors_core.targets import target_of
 from kolors_core.training.data import Batch
 from kolors_core.training.loss import DiffusionLoss, Noised
 from kolors_core.training.timesteps import OwnTimesteps
 from kolors_core.training.trainer import Trainer, TrainingConfig
+from tests.support.images import noise_image
+from tests.test_readme import block_with, run
 from tests.training.test_loss import TABLE, TOTAL, Gain, GaussianData, batch_of
 
 CONFIG = TrainingConfig(
@@ -186,6 +189,25 @@ def test_a_loss_computes_with_the_moving_average(tmp_path: Path) -> None:
     assert torch.equal(next(whole.loss.slow.parameters()), expected[-1]) and len(losses) == 6
     trainer("parts", 3).fit(progress=False)
     assert trainer("parts").fit(progress=False) == losses[3:], "the average is in the state"
+
+
+def test_the_pages_example_trains_draws_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("images", "held_out"):
+        (tmp_path / folder).mkdir()
+        noise_image("RGB", 128, 128).save(tmp_path / folder / "a.png")
+        (tmp_path / folder / "a.txt").write_text("a cat")
+    page = "kolors_core/training/RUNS.md"
+    code = block_with("class Huber(", page)
+    for published, here in (("steps=1000", "steps=2"), ("num_inference_steps=10", "num_inference_steps=1")):
+        assert published in code
+        code = code.replace(published, here)
+    trainer = run(code, page)["trainer"]
+    assert len(trainer.losses) == 2 and list(trainer.held_out_losses) == [2]
+    assert len(list((tmp_path / "huber.run" / "samples").iterdir())) == 2
+    again = KolorsPipeline.from_pretrained("huber")
+    for name, tensor in again.unet.state_dict().items():
+        assert torch.equal(tensor, trainer.loss.unet.state_dict()[name]), name
 
 
 def test_bad_averages_are_named(tmp_path: Path) -> None:
