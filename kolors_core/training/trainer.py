@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -131,7 +131,7 @@ class Trainer:
         first = self.step
         if first == 0 and self.rank == 0:
             (self.folder / "best.safetensors").unlink(missing_ok=True)  # of a run that this one replaces
-        facts = {"settings": vars(self.config), "record": self.record}
+        facts = {"settings": asdict(self.config), "record": self.record}
         log = RunLog(self.folder, facts, first) if self.rank == 0 else None
         with self._checkpointed_blocks(), self._progress_bar(progress and self.rank == 0) as show:
             while self.step < self.config.steps and not self.is_over:
@@ -340,8 +340,10 @@ class Trainer:
         saved.copy_to(state)
         set_numbers(self.optimizer, self.named, state)
         changed = parse_object(saved.metadata.get("optimizer", "{}").encode(), f"{saved.file}: optimizer")
-        for numbers in self.first_numbers, changed.get("groups", self.first_numbers):
-            set_group_numbers(self.optimizer, numbers)
+        numbers = changed.get("groups", self.first_numbers)
+        if len(numbers) == len(self.first_numbers):  # else of other groups, from which it is asked to go on
+            for each in self.first_numbers, numbers:
+                set_group_numbers(self.optimizer, each)
 
     def _check_same_run(self, file: Path, step: int, saved: str | None) -> None:
         """Log the step of a state of the same run; ValueError with what differs, unless that is asked for."""

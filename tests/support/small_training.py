@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 
 from kolors_core.performance.processes import join_processes
 from kolors_core.training.config import TrainingConfig
@@ -142,9 +145,25 @@ def fit_on_two(out: Path) -> int:
         config = replace(SETTINGS, shard=shard, gradient_accumulation_steps=2)
         losses = fit_killed_and_resumed(out / f"{name} on two", make, config)
         lines.append(f"{name}|{list(losses)}")
-    if torch.distributed.get_rank() == 0:
+    lines.append(f"exchanges|{count_exchanges(out / 'counted')}")
+    if dist.get_rank() == 0:
         (out / "losses.txt").write_text("\n".join(lines))
     return 0
+
+
+def count_exchanges(folder: Path) -> int:
+    """Count DDP's exchanges of gradients in two batches of two parts."""
+    config, counted = replace(SETTINGS, steps=2, gradient_accumulation_steps=2), list[int]()
+    trainer = Trainer(Fit(), Points(), config, folder)
+
+    def hook(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        counted.append(bucket.index())
+        return default_hooks.allreduce_hook(None, bucket)
+
+    assert isinstance(trainer.module, DistributedDataParallel)
+    trainer.module.register_comm_hook(None, hook)
+    trainer.fit(progress=False)
+    return len(counted)
 
 
 def fit_sharded(out: Path, steps: int) -> int:

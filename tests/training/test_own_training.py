@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core import KolorsPipeline
+from kolors_core.performance.compile import compile_blocks
 from kolors_core.targets import target_of
 from kolors_core.training.data import Batch
 from kolors_core.training.loss import DiffusionLoss, Noised
 from kolors_core.training.timesteps import OwnTimesteps
 from kolors_core.training.trainer import Trainer, TrainingConfig
 from tests.support.images import noise_image
+from tests.support.small_training import SETTINGS, Fit, Points
+from tests.support.versions import traces_whole
 from tests.test_readme import block_with, run
 from tests.training.test_loss import TABLE, TOTAL, Gain, GaussianData, batch_of
 
@@ -208,6 +211,17 @@ def test_the_pages_example_trains_draws_and_saves(tmp_path: Path, monkeypatch: p
     again = KolorsPipeline.from_pretrained("huber")
     for name, tensor in again.unet.state_dict().items():
         assert torch.equal(tensor, trainer.loss.unet.state_dict()[name]), name
+
+
+@traces_whole
+def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
+    """Also where their activations are computed again."""
+    expected = Trainer(Fit(), Points(), SETTINGS, tmp_path / "plain").fit(progress=False)
+    for is_recomputed in (False, True):
+        loss, config = Fit(), replace(SETTINGS, checkpoint_blocks=is_recomputed)
+        assert compile_blocks(loss, backend="aot_eager") == 1
+        trainer = Trainer(loss, Points(), config, tmp_path / str(is_recomputed))
+        assert trainer.fit(progress=False) == pytest.approx(expected, rel=1e-5)
 
 
 def test_bad_averages_are_named(tmp_path: Path) -> None:
