@@ -44,6 +44,7 @@ LINES = {
     "kolors_core/TROUBLESHOOTING.md": 100,
     "kolors_core/performance/MEMORY.md": 100,
     "kolors_core/performance/EXPORT.md": 100,
+    "kolors_core/training/RUNS.md": 150,
     "weights_convert/README.md": 150,
     "benchmarks/README.md": 150,
     "tests/README.md": 60,
@@ -67,6 +68,7 @@ RUN = {
     "kolors_core/performance/EXPORT.md": ["InferenceSession"],  # by tests/cli/test_export.py
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
+    "kolors_core/training/RUNS.md": ["class Huber("],  # by tests/training/test_own_training.py
 }
 
 

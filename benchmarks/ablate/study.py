@@ -61,7 +61,7 @@ class Side(Trainer):
         self.seed()
         start = time.perf_counter()
         try:
-            self.run.losses.append(self._one_step())
+            self.run.losses.append(self.one_step().loss)
         except FloatingPointError as error:
             raise FloatingPointError(f"{self.name}: {error}") from None
         self.run.train_ms.append(1000 * (time.perf_counter() - start))
