@@ -47,6 +47,7 @@ LINES = {
     "kolors_core/training/RUNS.md": 150,
     "weights_convert/README.md": 150,
     "benchmarks/README.md": 150,
+    "benchmarks/speed/gpu/README.md": 50,
     "tests/README.md": 60,
 }
 PAGES = [*LINES, "CHANGELOG.md"]
