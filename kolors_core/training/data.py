@@ -1,18 +1,15 @@
 """Training data: captioned images in aspect-ratio buckets; each batch is a function of seed and step.
 
-A folder holds `name.png`, or another format that pillow decodes, with `name.txt` (one caption a line), or
-`metadata.jsonl` with lines of `{"file_name": ..., "text": caption or list of captions}`. A batch is a pure
-function of (seed, step), so a resumed run gets the same batches, and ranks that each take rows of a batch
-train on what one process would.
+A batch is a pure function of (seed, step), so a resumed run gets the same batches, and ranks that each take
+rows of a batch train on what one process would. Here all latents are kept in memory; cached_data.py reads them
+from disk.
 Shapes: B images of the whole batch, b of one rank's rows, H and W pixels of a bucket.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,31 +22,18 @@ from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import size_ids
 from kolors_core.image import Size
 from kolors_core.tokenizer import TokenBatch, Tokenizer
+from kolors_core.training.folder import Example
+from kolors_core.training.folder import read_folder as read_folder
 from kolors_core.training.run_record import digest, digest_model
 from kolors_core.training.trainer import TrainingConfig
 from kolors_core.vae import VAE
-from kolors_core.validation import LARGEST_SEED, as_path, check_float, check_int, short_repr
-from weights_convert.untrusted_files import check_file, check_inside, parse_object
+from kolors_core.validation import LARGEST_SEED, check_float, check_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Formats that pillow knows by name, and decodes by other programs only or not at all.
-NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-MAX_METADATA_BYTES, MAX_CAPTION_BYTES = 2**28, 2**20
 FULL_MASK_PROBABILITY = 0.2
 MIN_BOX, MAX_BOX = 0.2, 0.8  # sides of a mask's box, as fractions of the image's sides
-logger = logging.getLogger("kolors_core")
-
-
-@dataclass(frozen=True)
-class Example:
-    """Image file, its captions (each use draws one), and its upright size in pixels."""
-
-    file: Path
-    captions: tuple[str, ...]
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -64,116 +48,6 @@ class Batch:
     control: Tensor | None = None  # [b, 3, H, W] in [0, 1], for a ControlNet
     extra: Tensor | None = None  # [b, C, H/8, W/8], for a UNet with C more input channels
     more: Mapping[str, Tensor] = field(default_factory=dict)  # of one's own, for a loss that reads them
-
-
-def read_folder(
-    folder: str | Path, *, default_captions: Sequence[str] = (), allow_outside: bool = False
-) -> list[Example]:
-    """List the captioned images of a folder; a log line counts the files that are left out.
-
-    default_captions: captions of an image without a .txt, which else is left out.
-    allow_outside: read files too that leave the folder, by a link or by their name in `metadata.jsonl`; else
-    they are an error, except a Hugging Face cache's own links. Raises FileNotFoundError or ValueError naming
-    the file and line at fault, such as a captioned image that is damaged.
-    """
-    from PIL import ExifTags
-
-    folder = as_path("folder", folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    root, metadata = None if allow_outside else folder, folder / "metadata.jsonl"
-    has_metadata = metadata.exists()
-    defaults = tuple(default_captions)
-    found = _from_metadata(metadata, root) if has_metadata else _from_text_files(folder, root, defaults)
-    captioned, examples = list(found), list[Example]()
-    for file, captions in captioned:
-        _check_place(file, root)
-        with images.open_image(file) as image:
-            is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # `load_image` rotates back
-            examples.append(Example(file, captions, *(image.size if is_rotated else image.size[::-1])))
-    used = {file for file, _ in captioned}
-    texts = {metadata} if has_metadata else {file.with_suffix(".txt") for file in used}
-    folders = {folder} | {p for file in used for p in file.parents if p.is_relative_to(folder)}
-    left_out = _left_out(folders, used | texts, has_metadata)
-    if not examples:
-        there = f"; {left_out}" if left_out else ""
-        wanted = "name.png + name.txt, or metadata.jsonl"
-        raise FileNotFoundError(f"{folder}: no images with captions ({wanted}){there}")
-    if left_out:
-        logger.warning("%s: %d captioned images are read, others left out; %s", folder, len(used), left_out)
-    return examples
-
-
-def _image_suffixes() -> set[str]:
-    """Return the suffixes, such as ".png", of the image formats that pillow decodes."""
-    from PIL import Image
-
-    formats = Image.registered_extensions().items()
-    return {suffix for suffix, name in formats if name in Image.OPEN and name not in NOT_DECODED}
-
-
-def _left_out(folders: set[Path], used: set[Path], has_metadata: bool) -> str:
-    """Count, by kind and with an example, what is in the folders beside the files that are used."""
-    kinds, suffixes = dict[str, list[str]](), _image_suffixes()
-    for file in sorted({file for folder in folders for file in folder.iterdir()} - used - folders):
-        kind = "other files or folders"
-        if (suffix := file.suffix.lower()) in suffixes:
-            kind = "images without a caption"
-        elif suffix == ".txt" and not has_metadata:
-            kind = "captions without an image"
-        kinds.setdefault(kind, []).append(file.name)
-    return "; ".join(f"{kind}: {len(names)} ({short_repr(names[0])})" for kind, names in kinds.items())
-
-
-def _check_place(file: Path, root: Path | None) -> None:
-    """Raise ValueError for a file that leaves the dataset's folder, `root`, unless that is None."""
-    if root is not None:
-        try:
-            check_inside(file, root)
-        except ValueError as error:
-            raise ValueError(f"{error}: allow_outside=True reads such files") from None
-
-
-def _read_text(file: Path, longest: int, root: Path | None) -> str:
-    _check_place(file, root)
-    check_file(file, longest)
-    with images.image_errors(file):
-        return file.read_text(encoding="utf-8-sig")
-
-
-def _from_text_files(
-    folder: Path, root: Path | None, defaults: tuple[str, ...]
-) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    suffixes = _image_suffixes()
-    for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes):
-        if (text := file.with_suffix(".txt")).exists():
-            lines = _read_text(text, MAX_CAPTION_BYTES, root).splitlines()
-            yield file, tuple(line.strip() for line in lines if line.strip()) or ("",)
-        elif defaults:
-            yield file, defaults
-
-
-def _from_metadata(file: Path, root: Path | None) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    lines = _read_text(file, MAX_METADATA_BYTES, root).split("\n")  # `splitlines` would also split captions
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        row = parse_object(line.encode(), where)
-        if missing := [name for name in ("file_name", "text") if name not in row]:
-            raise ValueError(
-                f"{where}: expected a JSON object with file_name and text, {missing[0]} is missing"
-            )
-        name, captions = row["file_name"], row["text"]
-        if not isinstance(name, str):
-            raise ValueError(f"{where}: file_name must be a string, got {short_repr(name)}")
-        captions = tuple(captions) if isinstance(captions, list) else (captions,)
-        if not captions or not all(isinstance(caption, str) for caption in captions):
-            got = short_repr(row["text"])
-            raise ValueError(f"{where}: text must be a caption or a list of them, got {got}")
-        if not (image := file.parent / name).is_file():
-            raise FileNotFoundError(f"{where}: {image} does not exist")
-        yield image, captions
 
 
 def buckets(resolution: int, step: int = 64) -> list[Size]:
