@@ -1,8 +1,8 @@
 """Training data: captioned images in aspect-ratio buckets; each batch is a function of seed and step.
 
 A batch is a pure function of (seed, step), so a resumed run gets the same batches, and ranks that each take
-rows of a batch train on what one process would. Here all latents are kept in memory; cached_data.py reads them
-from disk.
+rows of a batch train on what one process would. Latents are kept in memory here; those
+of cached_data.py are mapped from a disk.
 Shapes: B images of the whole batch, b of one rank's rows, H and W pixels of a bucket.
 """
 
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FULL_MASK_PROBABILITY = 0.2
 MIN_BOX, MAX_BOX = 0.2, 0.8  # sides of a mask's box, as fractions of the image's sides
+MANY = 2**20  # images of a bucket, beyond which a batch is drawn without a permutation of all
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Batch:
     control: Tensor | None = None  # [b, 3, H, W] in [0, 1], for a ControlNet
     extra: Tensor | None = None  # [b, C, H/8, W/8], for a UNet with C more input channels
     more: Mapping[str, Tensor] = field(default_factory=dict)  # of one's own, for a loss that reads them
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the batch to another device."""
+        moved = {name: None if value is None else value.to(device) for name, value in vars(self).items()
+                 if name != "more"}  # fmt: skip
+        return replace(self, **moved, more={name: value.to(device) for name, value in self.more.items()})
 
 
 def buckets(resolution: int, step: int = 64) -> list[Size]:
@@ -85,42 +92,68 @@ def load_pixels(example: Example, size: Size) -> tuple[Tensor, tuple[int, int]]:
     return images.pil_to_tensor(image) / 127.5 - 1, corner
 
 
-class Batches:
-    """Sampler of batches: `samples(step)` depends on seed and step alone, and is of one bucket.
+class IndexBatches:
+    """Sampler of images and captions by number: `picks(step)` depends on seed and step alone.
 
-    A batch holds no image twice unless it is larger than its bucket. caption_dropout: the probability that
-    a caption is replaced by the empty one, which classifier-free guidance needs.
+    members: the images of each bucket. caption_counts: how many captions each image has. caption_dropout: the
+    probability that a caption is replaced by the empty one, which classifier-free guidance needs. A batch is
+    of one bucket, and holds no image twice unless it is larger than its bucket.
     """
+
+    def __init__(
+        self, members: Mapping[Size, Sequence[int] | Tensor], caption_counts: Sequence[int] | Tensor,
+        batch_size: int, seed: int, caption_dropout: float = 0.1,
+    ) -> None:  # fmt: skip
+        if not members:
+            raise ValueError("no images to make batches of")
+        check_int("batch_size", batch_size)
+        check_int("seed", seed, least=0, most=LARGEST_SEED)
+        check_float("caption_dropout", caption_dropout, 0, 1)
+        self.batch_size, self.seed, self.dropout = batch_size, seed, caption_dropout
+        self.members, self.caption_counts = members, caption_counts
+
+    def picks(self, step: int) -> tuple[Size, list[tuple[int, int | None]]]:
+        """Draw a step's bucket, in proportion to its number of images, and its (image, caption or None)."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
+        sizes = sorted(self.members)
+        weights = torch.tensor([float(len(self.members[size])) for size in sizes])
+        size = sizes[int(torch.multinomial(weights, 1, generator=generator))]
+        members, picks = self.members[size], []
+        for i in (int(members[k]) for k in self._choose(len(members), generator)):
+            number = int(torch.randint(int(self.caption_counts[i]), (), generator=generator))
+            is_kept = float(torch.rand((), generator=generator)) >= self.dropout
+            picks.append((i, number if is_kept else None))
+        return size, picks
+
+    def _choose(self, total: int, generator: torch.Generator) -> list[int]:
+        """Draw places in a bucket of `total` images, for a batch."""
+        chosen, count = list[int](), self.batch_size
+        while len(chosen) < count:
+            if total > max(MANY, 2 * count):  # most draws are new; a permutation takes long
+                drawn = torch.randint(total, (count,), generator=generator)
+                chosen = list(dict.fromkeys([*chosen, *drawn.tolist()]))[:count]
+            else:
+                chosen += torch.randperm(total, generator=generator)[: count - len(chosen)].tolist()
+        return chosen
+
+
+class Batches(IndexBatches):
+    """Sampler of batches of examples, in the nearest of some sizes each."""
 
     def __init__(
         self, examples: Sequence[Example], sizes: Sequence[Size], batch_size: int, seed: int,
         caption_dropout: float = 0.1,
     ) -> None:  # fmt: skip
-        if not examples:
-            raise ValueError("no images to make batches of")
-        check_int("batch_size", batch_size)
-        check_int("seed", seed, least=0, most=LARGEST_SEED)
-        check_float("caption_dropout", caption_dropout, 0, 1)
-        self.examples, self.batch_size, self.seed, self.dropout = examples, batch_size, seed, caption_dropout
-        self.members: dict[Size, list[int]] = {}
+        self.examples, members = examples, dict[Size, list[int]]()
         for i, example in enumerate(examples):
-            self.members.setdefault(nearest_bucket(example, sizes), []).append(i)
+            members.setdefault(nearest_bucket(example, sizes), []).append(i)
+        counts = [len(example.captions) for example in examples]
+        super().__init__(members, counts, batch_size, seed, caption_dropout)
 
     def samples(self, step: int) -> tuple[Size, list[tuple[int, str]]]:
-        """Draw a step's bucket, in proportion to its number of images, and its (example's index, caption)."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
-        sizes = sorted(self.members)
-        weights = torch.tensor([float(len(self.members[size])) for size in sizes])
-        size = sizes[int(torch.multinomial(weights, 1, generator=generator))]
-        chosen, samples = [], []
-        while len(chosen) < self.batch_size:
-            chosen += torch.randperm(len(self.members[size]), generator=generator).tolist()
-        for i in (self.members[size][k] for k in chosen[: self.batch_size]):
-            captions = self.examples[i].captions
-            caption = captions[int(torch.randint(len(captions), (), generator=generator))]
-            is_kept = float(torch.rand((), generator=generator)) >= self.dropout
-            samples.append((i, caption if is_kept else ""))
-        return size, samples
+        """Draw a step's bucket and its (example's index, caption), see `picks`."""
+        size, picks = self.picks(step)
+        return size, [(i, "" if k is None else self.examples[i].captions[k]) for i, k in picks]
 
 
 class LatentDataset:
@@ -164,15 +197,11 @@ class LatentDataset:
     def batch(self, step: int, rows: slice, device: torch.device) -> Batch:
         """Build the `rows` of a step's batch; noise and timesteps are drawn for the whole batch."""
         indices, captions = zip(*self.batches.samples(step)[1], strict=True)
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, 1))
-        mean, std = torch.stack([self.latents[i] for i in indices], dim=1)  # [B, 4, H/8, W/8]
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
-        noise = torch.randn(mean.shape, generator=generator)
-        if self.config.noise_offset:
-            noise += self.config.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=generator)
-        timesteps = draw_timesteps(self.config, self.timesteps, len(indices), generator)
-        ids = torch.cat([self.sizes[i] for i in indices])
-        latents, ids, timesteps, noise = (x[rows].to(device) for x in (latents, ids, timesteps, noise))
+        mean, std = torch.stack([self.latents[i] for i in indices[rows]], dim=1)  # [b, 4, H/8, W/8]
+        shape = len(indices), *mean.shape[1:]
+        draw, noise, timesteps = (x[rows] for x in draw_noise(self.config, self.timesteps, step, shape))
+        ids = torch.cat([self.sizes[i] for i in indices[rows]])
+        latents, ids, timesteps, noise = (x.to(device) for x in (mean + std * draw, ids, timesteps, noise))
         own, controls = captions[rows], [self.controls[i] for i in indices[rows] if self.controls]
         control = torch.stack(controls).to(device) / 255 if controls else None
         text = TextEmbedding.cat([self.text[caption] for caption in own]) if self.text else self._tokens(own)
@@ -203,14 +232,26 @@ class MaskedLatentDataset(LatentDataset):
         """Build the batch of `LatentDataset.batch`, with `extra`."""
         batch = super().batch(step, rows, device)
         size, samples = self.batches.samples(step)
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, 2))
-        masks = random_masks(len(samples), *size, generator)[rows]
-        noise = torch.randn(len(samples), *batch.latents.shape[1:], generator=generator)[rows]
         pixels = torch.stack([load_pixels(self.examples[i], size)[0] for i, _ in samples[rows]])
-        encoded = self.vae.encode_images((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
-        masked = encoded.mean.float() + encoded.std.float() * noise.to(encoded.std.device)  # [b, 4, H/8, W/8]
-        masks = F.interpolate(masks, size=masked.shape[-2:])  # [b, 1, H/8, W/8]
-        return replace(batch, extra=torch.cat([masks.to(device), masked.to(device)], dim=1))
+        extra = random_masked_latents(self.vae, pixels, self.config.seed, step, rows, len(samples))
+        return replace(batch, extra=extra.to(device))
+
+
+@torch.no_grad()
+def random_masked_latents(
+    vae: VAE, pixels: Tensor, seed: int, step: int, rows: slice, count: int
+) -> Tensor:  # fmt: skip
+    """Draw masks of a step and encode what they leave: [b, 5, H/8, W/8], the mask and masked latents.
+
+    pixels: [b, 3, H, W] in [-1, 1], on the CPU, the images of the `rows` of the batch of `count` images.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, step, 2))
+    masks = random_masks(count, *pixels.shape[-2:], generator)[rows]
+    encoded = vae.encode_images((pixels * (1 - masks)).to(vae.post_quant_conv.weight))
+    noise = torch.randn(count, *encoded.mean.shape[1:], generator=generator)[rows]
+    masked = encoded.mean.float() + encoded.std.float() * noise.to(encoded.std.device)  # [b, 4, H/8, W/8]
+    masks = F.interpolate(masks, size=masked.shape[-2:])  # [b, 1, H/8, W/8]
+    return torch.cat([masks.to(masked.device), masked], dim=1)
 
 
 def random_masks(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -229,6 +270,21 @@ def random_masks(count: int, height: int, width: int, generator: torch.Generator
             top, left = round(y * (1 - h) * height), round(x * (1 - w) * width)
             mask[:, top : top + round(h * height), left : left + round(w * width)] = 1
     return masks
+
+
+def draw_noise(
+    config: TrainingConfig, total: int, step: int, shape: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Draw what is random in a step's whole batch of latents of `shape` [B, 4, H/8, W/8].
+
+    Returns normal numbers that select latents from the VAE's distribution, noise (each of that shape), and
+    timesteps [B] of `total`.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, step, 1))
+    sample, noise = (torch.randn(*shape, generator=generator) for _ in range(2))
+    if config.noise_offset:
+        noise += config.noise_offset * torch.randn(*shape[:2], 1, 1, generator=generator)
+    return sample, noise, draw_timesteps(config, total, shape[0], generator)
 
 
 def draw_timesteps(config: TrainingConfig, total: int, count: int, generator: torch.Generator) -> Tensor:
