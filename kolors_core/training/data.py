@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -83,13 +84,20 @@ def load_pixels(example: Example, size: Size) -> tuple[Tensor, tuple[int, int]]:
     from PIL.Image import Resampling
 
     height, width = size
-    image = images.load_image(example.file, partial(images.flatten_alpha, name=example.file))
+    name = example.file if isinstance(example.file, Path) else "an image in memory"
+    image = images.load_image(example.file, partial(images.flatten_alpha, name=name))
     scale = max(height / image.height, width / image.width)
     cover = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    with images.image_errors(example.file):
+    with images.image_errors(name):
         images.check_pixels(*cover)
     image, corner = images.center_crop(image.resize(cover, Resampling.LANCZOS), size)
     return images.pil_to_tensor(image) / 127.5 - 1, corner
+
+
+def control_image(pixels: Tensor, control: "Callable[[Image], Image]") -> Tensor:
+    """Compute the control image of pixels [3, H, W] in [-1, 1]: uint8 [3, H, W]."""
+    image = images.to_images(pixels[None], "pil")[0]
+    return (255 * images.preprocess_control(control(image))[0]).round().byte()
 
 
 class IndexBatches:
@@ -101,8 +109,8 @@ class IndexBatches:
     """
 
     def __init__(
-        self, members: Mapping[Size, Sequence[int] | Tensor], caption_counts: Sequence[int] | Tensor,
-        batch_size: int, seed: int, caption_dropout: float = 0.1,
+        self, members: Mapping[Size, Sequence[int]], caption_counts: Sequence[int], batch_size: int,
+        seed: int, caption_dropout: float = 0.1,
     ) -> None:  # fmt: skip
         if not members:
             raise ValueError("no images to make batches of")
@@ -119,8 +127,8 @@ class IndexBatches:
         weights = torch.tensor([float(len(self.members[size])) for size in sizes])
         size = sizes[int(torch.multinomial(weights, 1, generator=generator))]
         members, picks = self.members[size], []
-        for i in (int(members[k]) for k in self._choose(len(members), generator)):
-            number = int(torch.randint(int(self.caption_counts[i]), (), generator=generator))
+        for i in (members[k] for k in self._choose(len(members), generator)):
+            number = int(torch.randint(self.caption_counts[i], (), generator=generator))
             is_kept = float(torch.rand((), generator=generator)) >= self.dropout
             picks.append((i, number if is_kept else None))
         return size, picks
@@ -179,8 +187,7 @@ class LatentDataset:
                 pixels, crop = load_pixels(examples[i], size)
                 encoded = vae.encode_images(pixels[None].to(vae.post_quant_conv.weight))
                 if control is not None:
-                    image = images.to_images(pixels[None], "pil")[0]
-                    self.controls[i] = (255 * images.preprocess_control(control(image))[0]).round().byte()
+                    self.controls[i] = control_image(pixels, control)
                 self.latents[i] = torch.cat([encoded.mean, encoded.std]).float().cpu()
                 self.sizes[i] = size_ids((examples[i].height, examples[i].width), crop, size)
                 shown = [self.controls[i]] if self.controls else []
@@ -246,7 +253,8 @@ def random_masked_latents(
     pixels: [b, 3, H, W] in [-1, 1], on the CPU, the images of the `rows` of the batch of `count` images.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, step, 2))
-    masks = random_masks(count, *pixels.shape[-2:], generator)[rows]
+    height, width = pixels.shape[-2:]
+    masks = random_masks(count, height, width, generator)[rows]
     encoded = vae.encode_images((pixels * (1 - masks)).to(vae.post_quant_conv.weight))
     noise = torch.randn(count, *encoded.mean.shape[1:], generator=generator)[rows]
     masked = encoded.mean.float() + encoded.std.float() * noise.to(encoded.std.device)  # [b, 4, H/8, W/8]
