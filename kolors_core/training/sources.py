@@ -88,6 +88,16 @@ class Record:
         return sorted(self.more.items(), key=lambda item: item[0])
 
 
+class Records(Iterable[Record]):
+    """Records of a source that can be read again: each time by a call of `read`."""
+
+    def __init__(self, read: Callable[[], Iterator[Record]]) -> None:
+        self.read = read
+
+    def __iter__(self) -> Iterator[Record]:
+        return self.read()
+
+
 def digest_image(content: "bytes | Image") -> str:
     """Hash an image's file, or the pixels of an image in memory and what else decides how it is shown."""
     from PIL import ExifTags
@@ -116,12 +126,18 @@ def _stamp(file: Path) -> str:
 
 def folder_records(
     folder: str | Path, *, default_captions: Sequence[str] = (), allow_outside: bool = False
-) -> Iterator[Record]:
-    """Yield the images of a folder, as `read_folder` lists them, without opening them.
+) -> Records:
+    """Read the images of a folder, as `read_folder` lists them, without opening them.
 
     `more` has the other values of a line of metadata.jsonl; "mask_file_name", or another name with that end,
     gives the image of that file as "mask". Errors as of `read_folder`, except of images.
     """
+    return Records(lambda: _in_folder(folder, default_captions, allow_outside))
+
+
+def _in_folder(
+    folder: str | Path, default_captions: Sequence[str], allow_outside: bool
+) -> Iterator[Record]:  # fmt: skip
     root = None if allow_outside else as_path("folder", folder)
     for file, captions, row in captioned_files(folder, default_captions, allow_outside):
         more = dict[str, Any]()
@@ -134,15 +150,17 @@ def folder_records(
         yield Record(stored_image(file), captions, more)
 
 
-def dataset_records(
-    rows: Iterable[Mapping[str, Any]], image: str = "image", text: str = "text"
-) -> Iterator[Record]:
-    """Yield the rows of a table: a `datasets.Dataset`, one that streams, or any iterable of mappings.
+def dataset_records(rows: Iterable[Mapping[str, Any]], image: str = "image", text: str = "text") -> Records:
+    """Read the rows of a table: a `datasets.Dataset`, one that streams, or any iterable of mappings.
 
     image, text: the names of the columns of images, of pillow, and of captions, or lists of them. Other
     columns are in `more`. The images of a `Dataset` that is no stream are not decoded until they are encoded.
     ValueError naming the row that lacks one of them.
     """
+    return Records(lambda: _in_table(rows, image, text))
+
+
+def _in_table(rows: Iterable[Mapping[str, Any]], image: str, text: str) -> Iterator[Record]:
     fingerprint, features = getattr(rows, "_fingerprint", None), getattr(rows, "features", None) or {}
     pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     is_table = fingerprint is not None and hasattr(rows, "select_columns") and image in pictures
@@ -174,14 +192,18 @@ def _as_stored(value: Any, name: str) -> Any:
     return Stored(name, digest_image(value), lambda: value) if hasattr(value, "getexif") else value
 
 
-def tar_records(*files: str | Path) -> Iterator[Record]:
-    """Yield the images of tar files laid out as webdataset's: `a.jpg`, `a.txt` or `a.json` side by side.
+def tar_records(*files: str | Path) -> Records:
+    """Read the images of tar files laid out as webdataset's: `a.jpg`, `a.txt` or `a.json` side by side.
 
     Captions are the lines of `a.txt`, else "text" or "caption" of `a.json`, whose other values are in `more`;
     so are other files, such as "mask" of `a.mask.png`. Nothing is unpacked: an image is read from its place
     in the file. The package webdataset is not needed for it, and its order depends on the number of workers.
     A log line counts what has no image or no caption. ValueError naming a file that is compressed or damaged.
     """
+    return Records(lambda: _in_tars(files))
+
+
+def _in_tars(files: Sequence[str | Path]) -> Iterator[Record]:
     count, first, suffixes = 0, "", image_suffixes()
     for file in (as_path("a tar file", name) for name in files):
         check_file(file)
