@@ -102,16 +102,29 @@ class Encoder:
             "tensors": None if tensors is None else digest_function(tensors),
         }
 
+    def read(self, record: Record) -> "tuple[bytes | Image | None, int]":
+        """Read a record's image, None for a damaged one that is left out, and the number of its contents."""
+        try:
+            content = record.image.read()
+            return content, as_number(record.contents(content))
+        except ValueError as error:
+            self._leave_out(error)
+            return None, as_number(record.stamp())
+
+    def _leave_out(self, error: ValueError) -> None:
+        if not self.skip:
+            raise error
+        logger.warning("left out: %s", error)
+
     @torch.no_grad()
-    def encode(self, record: Record, content: "bytes | Image") -> Entry | None:
+    def encode(self, record: Record, content: "bytes | Image | None") -> Entry | None:
         """Encode a record whose image is read; None for a damaged image that is left out."""
+        if content is None:
+            return None
         try:
             image = record.image.open(content)
         except ValueError as error:
-            if not self.skip:
-                raise
-            logger.warning("left out: %s", error)
-            return None
+            return self._leave_out(error)
         example = Example(image, record.captions, image.height, image.width)
         size = nearest_bucket(example, self.sizes)
         pixels, crop = load_pixels(example, size)  # [3, H, W]
@@ -252,7 +265,7 @@ class _Writing:
         if chunk is None or len(chunk) != len(shard.sizes):
             return False
         for record, content in zip(chunk, shard.index["contents"].tolist(), strict=True):
-            if as_number(record.contents()) != content:
+            if self.encoder.read(record)[1] != content:
                 return False
         tensors = dict(shard.source) | {"stamps": torch.tensor(stamps)}
         save_shard(tensors, shard.file, self.made_by)
@@ -268,9 +281,9 @@ class _Writing:
         """Encode the records of a shard, or take them from older shards, and write it."""
         entries, contents, texts = list[Entry | None](), list[int](), dict[str, TextEmbedding]()
         for record in chunk:
-            content = record.image.read()
-            contents.append(as_number(record.contents(content)))
-            found = self._find(contents[-1], record, texts)
+            content, number_of_content = self.encoder.read(record)
+            contents.append(number_of_content)
+            found = self._find(number_of_content, record, texts)
             self.reused += found is not None
             self.encoded += found is None
             entries.append(self.encoder.encode(record, content) if found is None else found)

@@ -182,8 +182,9 @@ def _in_table(rows: Iterable[Mapping[str, Any]], image: str, text: str) -> Itera
 
 
 def _cell(column: Any, number: int, name: str) -> Any:
-    if (found := column[number][name]) is None:
-        raise ValueError(f"{name} of row {number}: expected an image, got None")
+    with images.image_errors(f"{name} of row {number}"):
+        if (found := column[number][name]) is None:
+            raise ValueError("expected an image, got None")
     return found
 
 

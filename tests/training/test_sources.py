@@ -177,19 +177,27 @@ def test_rows_of_a_table_or_a_stream_are_records() -> None:
         list(dataset_records([{"image": image, "text": None}]))
 
 
-def test_a_dataset_of_hugging_face_is_decoded_when_it_is_read() -> None:
+def test_a_dataset_of_hugging_face_is_decoded_when_it_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="needs the optional package datasets")
-    columns = {"image": [{"bytes": RED}, {"bytes": b"no image"}], "text": ["a", "b"], "score": [1, 2]}
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    kinds = {"image": pyarrow.struct({"bytes": pyarrow.binary()}), "text": pyarrow.string()}
+    rows = [{"image": {"bytes": RED}, "text": "a"}, {"image": {"bytes": b"no image"}, "text": "b"}]
+    table = pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(kinds))
+    write_table(table.append_column("score", pyarrow.array([1, 2])), tmp_path / "a.parquet")
     features = datasets.Features(
         {"image": datasets.Image(), "text": datasets.Value("string"), "score": datasets.Value("int64")}
     )
-    table = datasets.Dataset.from_dict(columns, features=features)
-    records = list(dataset_records(table))
+    table = datasets.Dataset.from_parquet(
+        str(tmp_path / "a.parquet"), features=features, cache_dir=str(tmp_path / "hf")
+    )
+    source = dataset_records(table)
+    records = list(source)
     assert [record.captions for record in records] == [("a",), ("b",)] and records[1].more == {"score": 2}
     assert records[0].image.open().getpixel((0, 0)) == (255, 0, 0)
-    with pytest.raises(Exception, match="identify image"):
+    with pytest.raises(ValueError, match="image of row 1: not an image"):
         records[1].image.open()
-    again = list(dataset_records(datasets.Dataset.from_dict(columns, features=features)))
-    assert [record.stamp() for record in again] == [record.stamp() for record in records]
+    assert [record.stamp() for record in source] == [record.stamp() for record in records]
     (streamed,) = dataset_records(table.select([0]).to_iterable_dataset())
     assert streamed.captions == ("a",) and streamed.image.open().size == (16, 8)
