@@ -57,11 +57,11 @@ def die(*_: object) -> dict[str, torch.Tensor]:
     return {}
 
 
-def batches_of_a_rank(rank: str, cache: str, out: str) -> None:
+def batches_of_a_rank(rank: int, cache: Path, out: Path) -> None:
     """Write the rows of one rank of two of some batches, made by workers, in two parts each."""
     data = Prefetched(CachedDataset(cache, CONFIG))
     for step in range(3):
-        for start in (2 * int(rank), 2 * int(rank) + 1):
+        for start in (2 * rank, 2 * rank + 1):
             batch = data.batch(step, slice(start, start + 1), CPU)
             tensors = {"latents": batch.latents, "noise": batch.noise, "pooled": batch.text.pooled}
-            save_tensors(tensors, Path(out) / f"{step}-{start}.safetensors")
+            save_tensors(tensors, out / f"{step}-{start}.safetensors")

@@ -23,10 +23,9 @@ from kolors_core.training.prefetch import Prefetched
 from kolors_core.training.record_tensors import ControlImages, GivenMasks, store_pixels
 from kolors_core.training.run_record import differences
 from kolors_core.training.sources import Record, folder_records
-from tests.support.cache_worker import CPU, SIZES, models, write, write_or_die
-from tests.support.processes import run_program
+from tests.support.cache_worker import CPU, SIZES, batches_of_a_rank, models, write, write_or_die
 from tests.support.train_worker import CONFIG
-from tests.support.two_processes import start_two
+from tests.support.two_processes import CONTEXT, start_two
 from tests.training.test_data import write_pictures
 from weights_convert.safetensors_files import Source
 
@@ -108,10 +107,12 @@ def test_ranks_have_the_rows_of_one_process(
     written: Path, in_memory: LatentDataset, tmp_path: Path
 ) -> None:  # fmt: skip
     """Each with two workers."""
-    program = "import sys; from tests.support.cache_worker import batches_of_a_rank as f; f(*sys.argv[1:])"
-    for rank in "01":
-        run = run_program(program, rank, str(written), str(tmp_path))
-        assert run.returncode == 0, run.stderr
+    ranks = [CONTEXT.Process(target=batches_of_a_rank, args=(rank, written, tmp_path)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
     for step in range(3):
         whole = in_memory.batch(step, WHOLE, CPU)
         for row in range(4):
