@@ -46,7 +46,7 @@ SIZES = [(128, 128), (96, 160), (160, 96)]
 CONFIG = TrainingConfig(steps=10**6, batch_size=16, max_tokens=32)
 # A step of it takes tens of milliseconds: slow data would show, where a large model hides it.
 UNET = replace(TINY.unet, channels=(32, 64), heads=(2, 4), depths=(0, 1))
-STEPS = 20  # of a contestant's turn
+STEPS = 10  # of a contestant's turn
 WORDS = (
     "red",
     "blue",
@@ -226,9 +226,11 @@ def compare(folder: Path, rounds: int) -> dict[str, Any]:
     trainings = {name: Training(source) for name, source in sources.items()}
     result = race({name: training.run for name, training in trainings.items()}, rounds)
     times = {name: result.ratio(name, "memory") for name in sources}
+    cpu = {name: result.ratio(name, "memory", "cpu") for name in sources}  # of the process, without workers'
     steps = {name: result.median(name) / STEPS for name in sources}
     waits = {name: result.median(name, "waiting") / STEPS for name in sources}
     return {"memory of latents and embeddings in memory": grown, "times of memory's": times,
+            "processor times of memory's": cpu,
             "seconds of a step": steps, "seconds of waiting": waits, "race": result}  # fmt: skip
 
 
@@ -242,7 +244,7 @@ def main() -> None:
         "--folder", type=Path, required=True, metavar="SCRATCH", help="for caches, which stay"
     )
     parser.add_argument("--records", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--once", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
