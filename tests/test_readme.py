@@ -59,7 +59,7 @@ RUN = {
     "kolors_core/performance/EXPORT.md": ["InferenceSession"],  # by tests/cli/test_export.py
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
-    "kolors_core/training/DATA.md": ["CachedDataset(\"images.cache\"", "class Scored"],
+    "kolors_core/training/DATA.md": ['CachedDataset("images.cache"', "class Scored"],
 }
 
 

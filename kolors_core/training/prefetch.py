@@ -48,7 +48,7 @@ class Prefetched:
         keys = _Keys(step, self.parts)
         loader = DataLoader(
             _Parts(self.source), batch_size=None, sampler=keys, num_workers=self.workers,
-            prefetch_factor=self.ahead, collate_fn=_as_it_is,
+            prefetch_factor=self.ahead, collate_fn=_as_it_is, generator=torch.Generator(),
         )  # fmt: skip
         self.keys, self.made = iter(keys), iter(loader)
 

@@ -31,6 +31,7 @@ from weights_convert.safetensors_files import Source, save_tensors
 
 INDEX = ("sizes", "stamps", "contents", "checks", "captions", "caption_texts", "texts", "text_bytes")
 TEXT_INDEX = ("text_places", "text_checks")  # in the index of shards with embeddings
+ERRORS = "surrogatepass"  # half of a pair, which JSON can write and UTF-8 cannot
 EMBEDDING = ("tokens", "counts", "pooled")
 
 
@@ -62,7 +63,8 @@ def pack(
     tensors = {name: _stacked(name, each) for name, each in rows.items()}
     captions = [entry.captions if entry else () for entry in entries]
     texts = list(dict.fromkeys(["", *(caption for each in captions for caption in each)]))
-    numbers, encoded = {text: i for i, text in enumerate(texts)}, [text.encode() for text in texts]
+    numbers = {text: i for i, text in enumerate(texts)}
+    encoded = [text.encode(errors=ERRORS) for text in texts]
     tensors |= {
         "sizes": torch.tensor([entry.size if entry else (0, 0) for entry in entries]),
         "stamps": torch.tensor(stamps),
@@ -182,7 +184,7 @@ class Shard:
     def text(self, number: int) -> str:
         """Return a caption."""
         begin, end = self.index["texts"][number : number + 2].tolist()
-        return self.index["text_bytes"][begin:end].numpy().tobytes().decode()
+        return self.index["text_bytes"][begin:end].numpy().tobytes().decode(errors=ERRORS)
 
     def embedding(self, number: int) -> TextEmbedding:
         """Read a caption's embedding [1, L, C], mapped; DamagedShard if it does not have its checksum."""

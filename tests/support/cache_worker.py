@@ -2,8 +2,11 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,12 +19,14 @@ from kolors_core.training.sources import Record, folder_records
 from kolors_core.vae import VAE
 from tests.support.small import SMALL, randomise
 from tests.support.train_worker import CONFIG
+from weights_convert.job_locks import JobLocks
 from weights_convert.safetensors_files import save_tensors
 
 SIZES = [(64, 64), (32, 64)]
 CPU = torch.device("cpu")
 
 
+@cache
 def models() -> tuple[VAE, ChatGLM]:
     """Small ones, the same in every process."""
     vae, text = VAE(SMALL.vae), ChatGLM(SMALL.text_encoder)
@@ -36,10 +41,14 @@ def write(
 ) -> int:  # fmt: skip
     """Write a cache of two records a shard; return how many images were encoded."""
     (vae, text), seen = models(), list[int]()
-    vae.encoder.register_forward_hook(lambda *_: seen.append(1))
-    encoder = text if has_text else None
-    write_cache(folder, records, SIZES, vae, Tokenizer(tokenizer), encoder, max_tokens=max_tokens,
-                tensors=tensors, records_per_shard=2, skip_damaged=skip_damaged, progress=False)  # fmt: skip
+    counting = vae.encoder.register_forward_hook(lambda *_: seen.append(1))
+    encoder: Any = text if has_text else None
+    settings: Any = {"max_tokens": max_tokens, "tensors": tensors, "skip_damaged": skip_damaged}
+    settings |= {"records_per_shard": 2, "progress": False}
+    try:
+        write_cache(folder, records, SIZES, vae, Tokenizer(tokenizer), encoder, **settings)
+    finally:
+        counting.remove()
     return len(seen)
 
 
@@ -55,6 +64,15 @@ def die(*_: object) -> dict[str, torch.Tensor]:
     """End this process as the system does, while it encodes."""
     os.kill(os.getpid(), signal.SIGKILL)
     return {}
+
+
+def hold_first_shard(folder: Path, ready: Path) -> None:
+    """Have the lock of the first shard for a while, and end without writing it."""
+    with JobLocks(folder / ".locks").lock(1):
+        ready.touch()
+        while len(list(folder.glob("*.safetensors"))) < 2:
+            time.sleep(0.01)
+        time.sleep(0.2)
 
 
 def batches_of_a_rank(rank: int, cache: Path, out: Path) -> None:

@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,17 @@ from kolors_core.training.prefetch import Prefetched
 from kolors_core.training.record_tensors import ControlImages, GivenMasks, store_pixels
 from kolors_core.training.run_record import differences
 from kolors_core.training.sources import Record, folder_records
-from tests.support.cache_worker import CPU, SIZES, batches_of_a_rank, models, write, write_or_die
-from tests.support.train_worker import CONFIG
+from kolors_core.training.trainer import Trainer
+from tests.support.cache_worker import (
+    CPU,
+    SIZES,
+    batches_of_a_rank,
+    hold_first_shard,
+    models,
+    write,
+    write_or_die,
+)
+from tests.support.train_worker import CONFIG, Killed, make_trainer
 from tests.support.two_processes import CONTEXT, start_two
 from tests.training.test_data import write_pictures
 from weights_convert.safetensors_files import Source
@@ -95,11 +106,12 @@ def test_workers_resuming_and_other_orders_change_no_batch(
     asked = [(step, rows) for step in (*range(4), *range(7, 10)) for rows in parts]
     asked += [(9, slice(1, 4)), (2, WHOLE), (3, WHOLE), (4, WHOLE)]
     own = list[int]()  # of batches made in this process
-    batch = data.source.batch
+    batch, state = data.source.batch, torch.get_rng_state()
     monkeypatch.setattr(data.source, "batch", lambda step, *rest: own.append(step) or batch(step, *rest))
     for step, rows in asked:
         assert same(data.batch(step, rows, CPU), in_memory.batch(step, rows, CPU)), (step, rows)
     assert own == [0, 0, 7, 7, 9, 2], "workers made the others"
+    assert torch.equal(torch.get_rng_state(), state), "a model's dropout is not disturbed"
     assert data.record() == data.source.record()
 
 
@@ -122,6 +134,25 @@ def test_ranks_have_the_rows_of_one_process(
             assert torch.equal(part["pooled"][0], whole.text.pooled[row])
 
 
+def test_a_run_on_a_cache_has_the_losses_of_one_in_memory_and_resumes(
+    pictures: Path, written: Path, small_tokenizer: Path, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, steps=3, save_every=2, gradient_accumulation_steps=2)
+    expected = make_trainer(tmp_path / "memory", pictures, small_tokenizer, config).fit()
+    data, losses = Prefetched(CachedDataset(written, config), 1), list[float]()
+
+    def killed(step: int, loss: float) -> None:
+        losses.append(loss)
+        if step == 2:
+            raise Killed
+
+    for on_step in (killed, lambda step, loss: losses.append(loss)):
+        trainer = make_trainer(tmp_path / "none", pictures, small_tokenizer, config)
+        with suppress(Killed):
+            Trainer(trainer.loss, data, config, tmp_path / "disk", on_step).fit(progress=False)
+    assert losses == [*expected, expected[2]], "killed in its third step, and resumed from the second"
+
+
 def test_a_killed_process_s_shards_are_written_by_another(
     written: Path, pictures: Path, small_tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +163,28 @@ def test_a_killed_process_s_shards_are_written_by_another(
     assert (killed.exitcode, other.exitcode) == (-9, 0), (tmp_path / "log").read_text()[-3000:]
     assert (tmp_path / "encoded.txt").read_text() == "6"
     assert files(tmp_path / "cache") == files(written)
+
+
+def test_a_shard_that_another_process_has_is_waited_for(
+    written: Path, pictures: Path, small_tokenizer: Path, tmp_path: Path
+) -> None:
+    """It ends without the first shard, which is then written last; a stream cannot be read for it again."""
+    for kind in ("stream", "folder"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        other = CONTEXT.Process(target=hold_first_shard, args=(folder, tmp_path / f"{kind}.ready"))
+        other.start()
+        while not (tmp_path / f"{kind}.ready").exists():
+            assert other.is_alive()
+        if kind == "stream":
+            with pytest.raises(OSError, match="another process ended before its shards: run this again"):
+                write(folder, iter(folder_records(pictures)), small_tokenizer)
+            assert len(files(folder)) == 2
+        else:
+            assert write(folder, folder_records(pictures), small_tokenizer) == 6
+            times = [file.stat().st_mtime_ns for file in sorted(folder.glob("*.safetensors"))]
+            assert max(times) == times[0] and files(folder) == files(written)
+        other.join(60)
 
 
 def test_an_interrupted_cache_goes_on_and_is_not_read_before(
@@ -188,7 +241,7 @@ def test_what_changed_is_encoded_again_and_nothing_else(
 def test_another_model_s_cache_is_made_again(
     pictures: Path, cache: Path, small_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vae, text = models()
+    vae, text = map(deepcopy, models())
     with torch.no_grad():
         vae.encoder.conv_out.bias[0] += 0.1
     monkeypatch.setattr("tests.support.cache_worker.models", lambda: (vae, text))
