@@ -28,9 +28,9 @@ CPU = torch.device("cpu")
 
 @cache
 def models() -> tuple[VAE, ChatGLM]:
-    """Small ones, the same in every process."""
+    """Small ones, those of train_worker.py."""
     vae, text = VAE(SMALL.vae), ChatGLM(SMALL.text_encoder)
-    for seed, model in enumerate((vae, text)):
+    for seed, model in enumerate((vae, text), 1):
         randomise(model, seed)
     return vae, text
 

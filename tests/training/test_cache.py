@@ -123,7 +123,7 @@ def test_ranks_have_the_rows_of_one_process(
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(120)
         assert process.exitcode == 0
     for step in range(3):
         whole = in_memory.batch(step, WHOLE, CPU)
@@ -158,8 +158,8 @@ def test_a_killed_process_s_shards_are_written_by_another(
 ) -> None:
     """Killed with the lock of a shard; and the files are the same as one process's."""
     killed, other = start_two(write_or_die, tmp_path / "log", pictures, small_tokenizer, tmp_path)
-    killed.join(60)
-    other.join(60)
+    killed.join(120)
+    other.join(120)
     assert (killed.exitcode, other.exitcode) == (-9, 0), (tmp_path / "log").read_text()[-3000:]
     assert (tmp_path / "encoded.txt").read_text() == "6"
     assert files(tmp_path / "cache") == files(written)
@@ -184,7 +184,7 @@ def test_a_shard_that_another_process_has_is_waited_for(
             assert write(folder, folder_records(pictures), small_tokenizer) == 6
             times = [file.stat().st_mtime_ns for file in sorted(folder.glob("*.safetensors"))]
             assert max(times) == times[0] and files(folder) == files(written)
-        other.join(60)
+        other.join(120)
 
 
 def test_an_interrupted_cache_goes_on_and_is_not_read_before(
