@@ -219,6 +219,8 @@ def test_what_changed_is_encoded_again_and_nothing_else(
 
     os.utime(folder / "2.png", (1, 1))
     assert encoded() == 0 and not caplog.messages and not differ(), "another time, the same image"
+    times = [file.stat().st_mtime_ns for file in cache.iterdir()]
+    assert encoded() == 0 and times == [file.stat().st_mtime_ns for file in cache.iterdir()], "and is known"
     Image.new("RGB", (64, 64), "red").save(folder / "3.png")
     assert encoded() == 1 and "images or captions are others, or in another order" in caplog.text
     assert differ() == ["shards: 1 of 3 are new, 1 of the 3 there are gone"]
