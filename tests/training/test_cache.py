@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
@@ -176,6 +177,7 @@ def test_a_shard_that_another_process_has_is_waited_for(
         other.start()
         while not (tmp_path / f"{kind}.ready").exists():
             assert other.is_alive()
+            time.sleep(0.01)
         if kind == "stream":
             with pytest.raises(OSError, match="another process ended before its shards: run this again"):
                 write(folder, iter(folder_records(pictures)), small_tokenizer)
