@@ -80,7 +80,8 @@ def inspect(options: argparse.Namespace) -> None:
     with torch.no_grad():
         summary, maps, images = measure(options, pipe, track, named)
     across = 2 if len(maps) > 1 and options.kind != "patch" else 1
-    sheet = render_png(" | ".join([*options.prompts, *([summary] if summary else [])]), maps, across, images)
+    title = f"{options.kind}: {' > '.join(options.prompts)}{'. ' * bool(summary)}{summary}"
+    sheet = render_png(title, maps, across, images)
     with atomic_file(outs[0]) as scratch, atomic_file(outs[1]) as table:
         sheet.save(scratch, "PNG", optimize=True)
         table.write_text(render_csv(maps), encoding="utf-8")

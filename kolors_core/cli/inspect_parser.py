@@ -16,8 +16,7 @@ def parser() -> parsers.Parser:
         "  activations  how large, heavy-tailed and weak each layer's values are, and dead units\n"
         "  similarity   CKA between the layers of the model and of --other\n"
         "  patch        which heads and tokens turn the first prompt's image into the second's\n\n"
-        "A PROMPT may ask: {NAME: ANSWER|ANSWER} stands for each answer in turn. A pattern is a glob over\n"
-        "the names of modules.",
+        "In a PROMPT, {NAME: ANSWER|ANSWER} is a question: it stands for each answer in turn.",
         epilog='Example: kolors inspect probe "a {thing: fox|cat} {place: on the left|on the right}" -o read',
     )  # fmt: skip
     add = top.add_argument
@@ -27,7 +26,7 @@ def parser() -> parsers.Parser:
         help="write NAME.png, heat maps, and NAME.csv, all values (default: %(default)s)")  # fmt: skip
     add("--force", action="store_true", help="overwrite files that exist")
     add("-q", "--quiet", action="store_true", help="no progress bar and no report")
-    add("--layers", nargs="+", metavar="PATTERN", help="which modules (default: the kind's own)")
+    add("--layers", nargs="+", metavar="GLOB", help="names of modules (default: the kind's own)")
     add("--images", type=parsers.integer, metavar="N",
         help="of each prompt, each of its own noise (default: the kind's own)")  # fmt: skip
     model = top.add_argument_group("model")
@@ -40,5 +39,5 @@ def parser() -> parsers.Parser:
         help="of the first image; each other has the next (default: 0)")  # fmt: skip
     parsers.add_steps(top.add_argument_group("sampling"), lists_names=False)
     return top.list_only("--out", "--force", "-q", "-w", "--layers", "--images", "--other", "--other-lora",
-                         "--seed", "--steps", "--guidance",
+                         "--seed", "--steps",
                          note="More flags of the model: kolors draw --help")  # fmt: skip

@@ -49,10 +49,7 @@ def record_moments(
     pipe: TextToImage, template: PromptTemplate, layers: Patterns, *, steps: int, images: int, seed: int,
     track: Track = iter, **arguments: Any,
 ) -> tuple[dict[str, Tensor], list[int]]:  # fmt: skip
-    """Record the `moments` of what layers read: layer -> [P, T, 3, U]; and the timesteps.
-
-    ValueError for fewer images in all than `FEWEST` parts.
-    """
+    """Record the `moments` of what layers read: layer -> [P, T, 3, U]; and the timesteps."""
     examples = template.examples(images, seed)
     if len(examples) < FEWEST:
         raise ValueError(f"expected at least {FEWEST} images in all, got {len(examples)}")
@@ -69,7 +66,7 @@ def record_moments(
 def dead_units(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Find the units that are dead in all steps: layer -> their indices, of layer -> moments [P, T, 3, U]."""
     powers = {name: part[:, :, 0].mean((0, 1)).sqrt() for name, part in found.items()}  # [U]
-    return {name: (rms < DEAD * rms.median()).nonzero()[:, 0] for name, rms in powers.items()}
+    return {name: (rms <= DEAD * rms.median()).nonzero()[:, 0] for name, rms in powers.items()}
 
 
 def measure_silence(
@@ -103,57 +100,50 @@ def activations(
     """Measure what layers read, by step; a summary of dead and weak units, and the heat maps.
 
     layers: patterns of `capture`, of modules called once a step. images: of each prompt. Units are chosen on
-    these images, and set to 0 on as many of other noise. arguments: the pipeline call's others.
+    these images, and set to 0 on as many of other noise. arguments: the pipeline call's others. ValueError
+    for fewer images in all than `FEWEST`, and as in `check_calls`.
     """
     named: dict[str, Any] = {"steps": steps, "images": images} | arguments
     found, timesteps = record_moments(pipe, template, layers, seed=seed, track=track, **named)
-    names, other_seed = list(found), seed + len(template.examples(images, seed))
-    dead, count = dead_units(found), sum(part.shape[-1] for part in found.values())
+    other_seed, count = seed + len(template.examples(images, seed)), sum(x.shape[-1] for x in found.values())
     again, _ = record_moments(pipe, template, layers, seed=other_seed, track=track, **named)
-    still = sum(
-        len(set(dead[name].tolist()) & set(each.tolist())) for name, each in dead_units(again).items()
-    )
+    dead, still = dead_units(found), dead_units(again)
+    both = sum(int(torch.isin(units, still[name]).sum()) for name, units in dead.items())
     generator, weak, others = torch.Generator().manual_seed(seed), {}, {}
     for name, part in found.items():
         order, few = part[:, :, 0].mean((0, 1)).argsort(), -(-part.shape[-1] // round(1 / SHARE))
         weak[name], others[name] = order[:few], torch.randperm(len(order), generator=generator)[:few]
-    changes = [mean_interval(measure_silence(pipe, template, units, seed=other_seed, **named))
-               for units in (weak, others)]  # fmt: skip
-    texts = [f"{float(mean):.3f} ± {float(half):.3f}" for mean, half in changes]
-    total = sum(len(each) for each in dead.values())
+    texts = []
+    for units in (weak, others):
+        mean, half = mean_interval(measure_silence(pipe, template, units, seed=other_seed, **named))
+        texts.append(f"{float(mean):.3f} ± {float(half):.3f}")
     summary = (
-        f"{total} of {count} units are dead, {still} of them on other noise too. On other noise, setting "
-        f"each layer's weakest {SHARE:.0%} of units to 0 changes the UNet's output by {texts[0]} of their "
-        f"RMS, as many at random by {texts[1]}."
+        f"{sum(map(len, dead.values()))} of {count} units are dead, on other noise {both} of them. There, "
+        f"setting each layer's weakest {SHARE:.0%} of units to 0 changes the UNet's output by {texts[0]} of "
+        f"its RMS, as many at random by {texts[1]}."
     )
-    return summary, heat_maps(found, names, timesteps)
+    return summary, heat_maps(found, timesteps)
 
 
-def heat_maps(found: Mapping[str, Tensor], names: list[str], timesteps: list[int]) -> list[HeatMap]:
-    """Make the heat maps of moments [P, T, 3, U]: RMS, kurtosis, largest value, weakest unit."""
-    rows = defaultdict[str, list[Tensor]](list)
-    for name in names:
-        power, fourth, peak = found[name].unbind(2)  # [P, T, U]
-        rms = power.mean(-1).sqrt()
-        rows["RMS"].append(rms)
-        rows["kurtosis"].append((fourth / power.square().clamp(min=1e-30)).median(-1).values)
-        rows["peak"].append(peak.amax(-1) / rms)
-        rows["weakest"].append(power.amin(-1).sqrt() / power.median(-1).values.sqrt())
-    titles = {
-        "RMS": ("RMS of all units", "in the layer's own unit", 1.0),
-        "kurtosis": (
-            "kurtosis of the median unit",
-            "fourth by squared second moment; 3: a normal variable",
-            30.0,
-        ),
-        "peak": ("largest value, in RMS", "what a layer-wide scale of 8 bits has to hold", 40.0),
-        "weakest": ("RMS of the weakest unit, in the median unit's", f"dead below {DEAD}", 1.0),
-    }
+def heat_maps(found: Mapping[str, Tensor], timesteps: list[int]) -> list[HeatMap]:
+    """Make the heat maps of moments [P, T, 3, U]: RMS, kurtosis, peak, weakest unit."""
+    tables = defaultdict[tuple[str, str], list[Tensor]](list)
+    for moments_of in found.values():
+        power, fourth, peak = moments_of.clamp(min=1e-30).unbind(2)  # [P, T, U]
+        rms, middle = power.mean(-1).sqrt(), power.median(-1).values.sqrt()
+        tables["RMS of all units", "no unit"].append(rms)
+        kurtosis = (fourth / power.square()).median(-1).values
+        tables["Kurtosis of the median unit", "E x^4 / (E x^2)^2, 3 of a normal variable"].append(kurtosis)
+        tables["Largest size of a value, in RMS", "what one scale for the layer has to hold"].append(
+            peak.amax(-1) / rms
+        )
+        weakest = power.amin(-1).sqrt() / middle
+        tables["RMS of the weakest unit, in that of the median", f"dead up to {DEAD}"].append(weakest)
     maps = []
-    for key, (title, note, most) in titles.items():
-        mean, half = mean_interval(torch.stack(rows[key], dim=1))  # [L, T]
+    for (title, note), parts in tables.items():
+        mean, half = mean_interval(torch.stack(parts, dim=1))  # [L, T]
         note += f"; 95% intervals to ±{float((half / mean).max()):.0%}"
-        columns = [str(timestep) for timestep in timesteps]
-        low, high = mean - half, mean + half
-        maps.append(HeatMap(title, note, "layer", names, TIMESTEPS, columns, mean, low, high, (0.0, most)))
+        columns, bounds = [str(timestep) for timestep in timesteps], (0.0, float(mean.max()))
+        maps.append(HeatMap(title, note, "layer", list(found), TIMESTEPS, columns, mean, mean - half,
+                            mean + half, bounds))  # fmt: skip
     return maps

@@ -76,20 +76,16 @@ def render_png(
     """Draw heat maps, `across` beside each other, under a title; below them images, each with its label."""
     from PIL import Image
 
-    tiles = [
-        _draw(each, has_labels=i % across == 0 or list(each.rows) != list(maps[i - 1].rows))
-        for i, each in enumerate(maps)
-    ]
+    axes = [(each.row_axis, each.rows) for each in maps]
+    are_new = [i % across == 0 or axis != axes[i - 1] for i, axis in enumerate(axes)]
+    tiles = [_draw(each, has_labels=is_new) for each, is_new in zip(maps, are_new, strict=True)]
     lines = [tiles[i : i + across] for i in range(0, len(tiles), across)]
     width = GAP + max(sum(tile.width + GAP for tile in line) for line in lines)
-    shown_images = [_labelled(*pair) for pair in images]
-    fit = max(1, (width - GAP) // (SIDE + GAP))
-    lines += [shown_images[i : i + fit] for i in range(0, len(images), fit)]
-    texts = wrapped(title, width - 2 * GAP, 8)
+    fit, texts = max(1, (width - GAP) // (SIDE + GAP)), wrapped(title, width - 2 * GAP, 8)
+    lines += [[_labelled(*pair) for pair in images[i : i + fit]] for i in range(0, len(images), fit)]
     y = 2 * GAP + LINE * len(texts)
-    sheet = Image.new(
-        "RGB", (width, y + sum(max(tile.height for tile in line) + GAP for line in lines)), "white"
-    )
+    height = y + sum(max(tile.height for tile in line) + GAP for line in lines)
+    sheet = Image.new("RGB", (width, height), "white")
     _write(sheet, GAP, GAP, texts, TEXT_COLOR)
     for line in lines:
         x, bottom = GAP, y + max(tile.height for tile in line)
@@ -124,7 +120,7 @@ def _draw(each: HeatMap, has_labels: bool) -> "Image":
 
     if not has_labels:
         each = replace(each, rows=[""] * len(each.rows), row_axis="")
-    left = 8 + round(max(font().getlength(shown(row)) for row in [*each.rows, each.row_axis]))
+    left = max(round(font().getlength(shown(row))) for row in [*each.rows, each.row_axis]) + 8 * has_labels
     cell = max(CELL, *(8 + round(font().getlength(shown(column))) for column in each.columns))
     width = left + cell * len(each.columns)
     title, note = wrapped(each.title, width, 4), wrapped(each.note, width, 6)

@@ -92,9 +92,8 @@ def record_pooled(
         for half in rows if is_guided else ("prompt",):
             for name, calls in kept.items():
                 parts[half, name].append([last_tensor(call)[rows[half]] for call in calls])
-    return {
-        key: [torch.cat(step) for step in zip(*each, strict=True)] for key, each in parts.items()
-    }, timesteps
+    found = {key: [torch.cat(step) for step in zip(*each, strict=True)] for key, each in parts.items()}
+    return found, timesteps
 
 
 def probe(

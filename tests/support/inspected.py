@@ -1,4 +1,4 @@
-"""A small random pipeline whose inside is measured, and what it draws."""
+"""A small random pipeline whose inside is measured."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from tests.support.lora_recipes import shallow_pipe
 
-QUESTION = "{thing: cat|dog}"
-QUICK: dict[str, Any] = {"steps": 2, "guidance_scale": 3.0}
+QUESTION = "a {thing: cat|dog}"
+QUICK: dict[str, Any] = {"steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
 ATTENTION = "up.0.attentions.0.blocks.0.cross_attention"
 
 
