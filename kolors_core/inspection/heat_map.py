@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Of ColorBrewer's RdBu, from negative over 0 to positive.
 SIGNED = ["2166ac", "92c5de", "f7f7f7", "f4a582", "b2182b"]
-CELL, ROW, LINE, SIDE = 52, 24, 18, 128  # pixels: a cell's width and height, a line of text, an image
+CELL, ROW, LINE, SIDE = 52, 24, 18, 96  # pixels: a cell's width and height, a line of text, an image
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class HeatMap:
 
 def format_value(value: float) -> str:
     """Format a value in four characters where possible: two decimals, and fewer from 10 on."""
-    return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.3g}"
+    places = 2 if abs(value) < 9.995 else 1
+    return f"{value:.{places}f}".replace("-0.00", "0.00") if abs(value) < 99.95 else f"{value:.3g}"
 
 
 def render_csv(maps: Sequence[HeatMap]) -> str:
@@ -99,10 +100,9 @@ def render_png(
 def _labelled(label: str, image: "Image") -> "Image":
     from PIL import Image
 
-    texts = wrapped(label, SIDE, 3)
     tile = Image.new("RGB", (SIDE, SIDE + LINE * 3), "white")
     tile.paste(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-    _write(tile, 0, SIDE, texts, TEXT_COLOR)
+    _write(tile, 0, SIDE, wrapped(label, SIDE, 3), TEXT_COLOR)
     return tile
 
 

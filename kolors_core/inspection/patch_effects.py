@@ -64,6 +64,7 @@ def patch(
 ) -> tuple[str, list[HeatMap], list[tuple[str, "Image"]]]:  # fmt: skip
     """Patch each head and each token of two prompts: a summary, the tables, and images of the last seed.
 
+    Of tokens those images are drawn whose effect in all layers is clearly not 0.
     layers: patterns of attentions' names, as in `record_attention`. images: seeds, at least twice `FEWEST`.
     arguments: the pipeline call's others. ValueError for fewer seeds, prompts whose tokens do not stand at
     the same places, and a pipeline without a tokenizer.
@@ -100,14 +101,18 @@ def patch(
     for name, parts in chosen.items():
         mean, error = mean_interval(patcher(parts)[half:])
         texts.append(f"{name} {float(mean):.2f} ± {float(error):.2f}")
+    maps = [table("Heads", "head", effects), table("Tokens: their keys and values", "token", of_tokens)]
+    columns, low, high = maps[1].columns, maps[1].low[0], maps[1].high[0]
+    clear = [
+        label for label, a, b in zip(columns, low, high, strict=True) if label != ALL and (a > 0 or b < 0)
+    ]
     one = Patcher(pipe, prompts, [seed + images - 1], steps, **arguments)
     chosen = {prompts[0]: [], prompts[1]: [*tokens[EVERY][ALL], POOLED]} | chosen
-    chosen |= {f"token {label}": tokens[EVERY][label] for label in differ if label != ALL}
+    chosen |= {f"token {label}": tokens[EVERY][label] for label in clear}
     drawn = [(name, one.draw(parts, output_type="pil")[0]) for name, parts in chosen.items()]
     names = ", ".join(f"{row} {column}" for row, column in ranked[:STRONGEST])
     summary = (
         f"Heads are ranked on {half} seeds; patched together on the other {images - half}: "
         f"{', '.join(texts)}. The strongest: {names}."
     )
-    maps = [table("Heads", "head", effects), table("Tokens: their keys and values", "token", of_tokens)]
     return summary, maps, drawn
