@@ -78,7 +78,7 @@ def measure_silence(
     The UNet reads the latents of the unchanged run: the mean over steps is of one step's change each.
     """
     changes = []
-    for batch in in_batches(template.examples(images, seed)):
+    for batch in in_batches(pipe, template.examples(images, seed)):
         with capture(pipe.unet, "", "in") as latents, capture(pipe.unet, "") as before:
             generate(pipe, batch, steps, **arguments)
         with ExitStack() as stack:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.inspection.features import Patterns, Where, inject, match_modules
-from kolors_core.inspection.prompt_template import Example, generate
+from kolors_core.inspection.prompt_template import Example, generate, in_batches
 from kolors_core.inspection.token_attention import TextToImage, display_tokens
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import Attention
@@ -60,25 +60,29 @@ class Patcher:
         self, pipe: TextToImage, prompts: tuple[str, str], seeds: Sequence[int], steps: int, **arguments: Any
     ) -> None:  # fmt: skip
         """Draw both prompts; arguments: the pipeline call's others. ValueError if they draw the same."""
-        self.pipe, self.steps, self.arguments, self.n = pipe, steps, arguments, len(seeds)
-        self.examples = [Example(prompt, (), seed) for prompt in prompts for seed in seeds]
-        self.source = self._draw()[self.n :]
+        self.pipe, self.prompts, self.steps, self.arguments = pipe, prompts, steps, arguments
+        self.batches = in_batches(pipe, seeds, copies=2)
+        self.source = torch.cat([self._draw_both(batch)[len(batch) :] for batch in self.batches]).double()
         self.base = self.draw([])  # computed as the patched runs are
         if (self.source - self.base).norm() < ROUNDING * self.base.norm():
             raise ValueError(f"the prompts draw the same: {prompts[0]!r} and {prompts[1]!r}")
 
-    def _draw(self, **arguments: Any) -> Any:
-        drawn, _ = generate(self.pipe, self.examples, self.steps, **self.arguments, **arguments)
-        return drawn.double() if isinstance(drawn, Tensor) else drawn
+    def _draw_both(self, seeds: Sequence[int], **arguments: Any) -> Any:
+        examples = [Example(prompt, (), seed) for prompt in self.prompts for seed in seeds]
+        return generate(self.pipe, examples, self.steps, **self.arguments, **arguments)[0]
 
     def draw(self, parts: Sequence[Part], **arguments: Any) -> Any:
         """Draw the first prompt with parts of the second: latents [N, C, H, W], or as `output_type` says."""
-        with ExitStack() as stack:
-            stack.enter_context(inject(self.pipe.unet, {"": partial(same_latents, self.n)}, "in"))
-            for part in parts:
-                change = {part.module: partial(swap, self.n, part)}
-                stack.enter_context(inject(self.pipe.unet, change, part.what))
-            return self._draw(**arguments)[: self.n]
+        drawn = []
+        for seeds in self.batches:
+            with ExitStack() as stack:
+                latents = {"": partial(same_latents, len(seeds))}
+                stack.enter_context(inject(self.pipe.unet, latents, "in"))
+                for part in parts:
+                    change = {part.module: partial(swap, len(seeds), part)}
+                    stack.enter_context(inject(self.pipe.unet, change, part.what))
+                drawn += list(self._draw_both(seeds, **arguments)[: len(seeds)])
+        return torch.stack(drawn).double() if isinstance(drawn[0], Tensor) else drawn
 
     def __call__(self, parts: Sequence[Part]) -> Tensor:
         """Measure the effect of swapping parts, for each seed: [N]."""

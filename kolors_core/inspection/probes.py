@@ -83,7 +83,7 @@ def record_pooled(
     Returns the timesteps too. Without guidance there are the prompt's rows alone.
     """
     parts, timesteps = defaultdict[tuple[str, str], list[list[Tensor]]](list), list[int]()
-    for batch in track(in_batches(template.examples(images, seed))):
+    for batch in track(in_batches(pipe, template.examples(images, seed))):
         with capture(pipe.unet, layers, keep=pool) as kept:
             _, timesteps = generate(pipe, batch, steps, **arguments)
         check_calls(kept, timesteps)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from kolors_core.validation import check_int
 Track = Callable[[list[Any]], Iterable[Any]]  # wraps a list that is worked through, for a progress bar
 TIMESTEPS = "timestep, from noise to image"  # an axis
 LEVELS = ("conv_in", "down.?", "mid", "up.?")  # patterns of a UNet's levels
+Item = TypeVar("Item")
 QUESTION = re.compile(r"{([^{}:|]+):([^{}]*)}")
-BATCH = 24  # images at once
+BATCH, BATCH_PIXELS = 24, 2**16  # images at once, of the released model 4
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,12 @@ class PromptTemplate:
         return [Example(*pair, seed + i) for i, pair in enumerate(pairs)]
 
 
-def in_batches(examples: Sequence[Example], size: int = BATCH) -> list[Sequence[Example]]:
-    """Split examples into batches."""
+def in_batches(pipe: TextToImage, examples: Sequence[Item], copies: int = 1) -> list[Sequence[Item]]:
+    """Split examples, of which each is drawn `copies` times, into batches of what is drawn at once.
+
+    At most `BATCH` images, and as many as have `BATCH_PIXELS` pixels of latents in the model's own size.
+    """
+    size = max(1, min(BATCH, BATCH_PIXELS // pipe.unet.config.sample_size**2) // copies)
     return [examples[i : i + size] for i in range(0, len(examples), size)]
 
 

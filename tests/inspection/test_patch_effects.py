@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kolors_core import KolorsPipeline
+from kolors_core import KolorsPipeline, capture
+from kolors_core.inspection import prompt_template
 from kolors_core.inspection.patch_effects import POOLED, patch, table
 from kolors_core.inspection.patching import ALL, CHANNELS, EVERY, Part, Patcher, head_parts, swap, token_parts
 from kolors_core.inspection.token_attention import display_tokens
@@ -21,7 +22,7 @@ def pipe(small_tokenizer: Path) -> KolorsPipeline:
 
 
 @pytest.mark.numerical
-def test_effects_of_nothing_and_of_everything(pipe: KolorsPipeline) -> None:
+def test_effects_of_nothing_and_of_everything(pipe: KolorsPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only with the pooled text are all words swapped, by their tokens or by what heads make of them."""
     patcher = Patcher(pipe, PROMPTS, range(2), **QUICK)
     assert pipe.tokenizer is not None
@@ -32,8 +33,22 @@ def test_effects_of_nothing_and_of_everything(pipe: KolorsPipeline) -> None:
     assert torch.allclose(patcher([*tokens[EVERY][ALL], POOLED]), ones, atol=1e-8)
     assert torch.allclose(patcher([*heads, POOLED]), ones, atol=1e-8)
     assert patcher(tokens[EVERY][ALL]).min() > 0.02 and patcher(tokens[EVERY][ALL]).max() < 0.98
+    monkeypatch.setattr(prompt_template, "BATCH", 2)
+    alone = Patcher(pipe, PROMPTS, range(2), **QUICK)
+    assert len(alone.batches) == 2, "a seed at once, of both prompts"
+    assert torch.allclose(alone(tokens[EVERY][ALL]), patcher(tokens[EVERY][ALL]), atol=1e-8)
     last = {name: patcher(parts[ALL]) for name, parts in tokens.items()}
     assert last[ATTENTION].abs().max() > 1e-6 and not torch.allclose(last[ATTENTION], last[EVERY])
+
+
+def test_both_prompts_read_the_first_ones_latents_in_every_step(pipe: KolorsPipeline) -> None:
+    patcher = Patcher(pipe, PROMPTS, range(2), **QUICK)
+    with capture(pipe.unet, "conv_in", "in") as kept:
+        patcher.draw([])
+    for latents in kept["conv_in"]:
+        base, source = latents.unflatten(0, (-1, 2, 2)).unbind(1)
+        assert torch.equal(base, source) and not torch.equal(base[:, 0], base[:, 1])
+    assert not torch.equal(kept["conv_in"][0], kept["conv_in"][1])
 
 
 def test_a_swap_takes_its_part_from_the_second_prompts_rows() -> None:

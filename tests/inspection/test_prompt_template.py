@@ -1,5 +1,8 @@
 """Prompts with known answers: every combination, each example of its own noise, and what is refused."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from kolors_core.inspection.prompt_template import PromptTemplate, check_calls, in_batches
@@ -14,7 +17,24 @@ def test_a_template_gives_every_combination_and_each_image_its_own_seed() -> Non
     examples = template.examples(2, seed=5)
     assert [example.seed for example in examples] == list(range(5, 17))
     assert [example.prompt for example in examples[:3]] == ["one red fox!", "one red fox!", "one red cat!"]
-    assert sum(in_batches(examples, 5), []) == examples and len(in_batches(examples, 5)) == 3
+
+
+@pytest.mark.parametrize(
+    ("side", "copies", "sizes"),
+    [
+        (16, 1, [24, 24, 2]),
+        (16, 2, [12] * 4 + [2]),
+        (128, 1, [4] * 12 + [2]),
+        (128, 2, [2] * 25),
+        (512, 2, [1] * 50),
+    ],
+)
+def test_larger_models_draw_fewer_at_once(side: int, copies: int, sizes: list[int]) -> None:
+    pipe: Any = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(sample_size=side)))
+    batches = in_batches(pipe, range(50), copies)
+    assert [len(batch) for batch in batches] == sizes and [i for batch in batches for i in batch] == [
+        *range(50)
+    ]
 
 
 def test_a_prompt_without_questions_is_itself() -> None:

@@ -50,6 +50,17 @@ def test_cka_is_1_of_rotated_features_and_0_of_others_however_few_the_images() -
     assert 0.3 < half.item() < 0.7
 
 
+def test_the_interval_of_cka_holds_0_where_nothing_is_common() -> None:
+    """Of 24 layers and 24 others, each in 6 batches of 8 images: in about 95% of the pairs."""
+    a, b = (
+        [torch.stack([gram(8, features(100 * seed + k, 48, 6)[8 * i : 8 * i + 8])[None] for k in range(24)])
+         for i in range(6)]
+        for seed in (1, 2)
+    )  # fmt: skip
+    values, errors = cka(a, b)
+    assert values.shape == (24, 24, 1) and 0.9 < (values.abs() < errors).double().mean() < 0.985
+
+
 def test_a_changed_layer_is_seen_where_it_is_and_not_before(pipe: KolorsPipeline) -> None:
     """And not in the latents of the next step: they would differ, but the second model reads the first's."""
     other = KolorsPipeline(**pipe.components | {"unet": deepcopy(pipe.unet)})
