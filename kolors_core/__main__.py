@@ -26,6 +26,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "draw": Command("kolors_core.cli.parsers:draw_parser", "kolors_core.cli.generate"),
     "explain": Command("kolors_core.cli.parsers:explain_parser", "kolors_core.cli.explain"),
+    "inspect": Command("kolors_core.cli.inspect_parser:parser", "kolors_core.cli.inspect"),
     "info": Command("kolors_core.cli.parsers:info_parser", "kolors_core.cli.generate", ("--info",)),
     "plan": Command("kolors_core.cli.parsers:plan_parser", "kolors_core.cli.generate", ("--plan",)),
     "ui": Command("kolors_core.ui.__main__:parser", "kolors_core.ui.__main__"),
@@ -43,15 +44,15 @@ Kolors {VERSION}: images from Chinese or English prompts. Flags of a command: ko
 an image
   draw         generate an image of a prompt; the command where none is named
                  kolors "一张瓢虫的照片" -o ladybug.png
-                 kolors "a red hat" --image cat.png --mask mask.png -o hat.webp
                  kolors "a cat" -w Kwai-Kolors/Kolors-diffusers --variant fp16 --seed 7
   explain      show where in an image each token of its prompt acted
                  kolors explain "a red car" -o car
+  inspect      measure what is inside the UNet: probes, activations, similarity, patching
+                 kolors inspect probe "a {{thing: fox|cat}}" -o read
   info         print what an image says of itself; kolors --from FILE draws it again
                  kolors info ladybug.png
   plan         print the memory that images need, before anything is loaded
                  kolors plan -w Kwai-Kolors/Kolors-diffusers --height 1024 --device cuda
-
   ui           open a page to draw, compare and look inside, on this machine
                  kolors ui --port 8000
 

@@ -26,7 +26,7 @@ from kolors_core import (
 from kolors_core.__main__ import COMMANDS
 from kolors_core.batch import __main__ as batch
 from kolors_core.checkpoint import EMBEDDED
-from kolors_core.cli import parsers
+from kolors_core.cli import inspect_parser, parsers
 from kolors_core.cli.train_lora import parser as train_lora_parser
 from kolors_core.performance.quantize import is_quantized
 from tests.support.images import noise_image
@@ -310,6 +310,7 @@ def attributes() -> set[str]:
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "kolors_core": parsers.draw_parser,
     "kolors_core explain": parsers.explain_parser,
+    "kolors_core inspect": inspect_parser.parser,
     "kolors_core info": parsers.info_parser,
     "kolors_core plan": parsers.plan_parser,
     "kolors_core export": parsers.export_parser,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kolors_core import EulerDiscreteScheduler, KolorsPipeline, registry
 from kolors_core.checkpoint import load_component, load_modified, save_component
@@ -56,18 +56,6 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry.KNOWN[:] = known
 
 
-class WithoutResiduals(nn.Module):
-    """The denoiser for a loss that passes residuals, none, also without a ControlNet."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, *inputs: Tensor, residuals: tuple[()] = ()) -> Tensor:
-        assert not residuals
-        return self.net(*inputs)
-
-
 class Pairs:
     """Batches of two captions, each with its own latents."""
 
@@ -97,14 +85,13 @@ def test_a_denoiser_and_an_encoder_of_ones_own_train_draw_and_come_back(
         steps=16, batch_size=4, learning_rate=3e-3, warmup=1, prediction_type="v_prediction",
         checkpoint_blocks=True,
     )  # fmt: skip
-    loss = DiffusionLoss(WithoutResiduals(net), encoder, base.scheduler.training_sigmas(), config)
+    loss = DiffusionLoss(net, encoder, base.scheduler.training_sigmas(), config)
     trainer = Trainer(loss, Pairs(tokens), config, tmp_path / "run")
     assert len(trainer.blocks) == 3  # of both
     losses = trainer.fit(progress=False)
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
     assert all(not torch.equal(t, before[name]) for name, t in encoder.state_dict().items() if "norm" in name)
 
-    net.prediction_type = "v_prediction"
     with pytest.raises(ValueError, match="DiT has learned 'v_prediction' .*scheduler converts 'epsilon'"):
         drawn(pipe)
     with pytest.raises(

@@ -119,7 +119,7 @@ def predict(net: nn.Module, batch: Batch) -> Any:
     """What the module makes of a batch, called as `DiffusionLoss` calls a UNet."""
     text, times = batch.text, batch.timesteps.float()
     assert isinstance(text, TextEmbedding)
-    return net(batch.latents, times, text.tokens, text.pooled, batch.size_ids, text.counts, residuals=())
+    return net(batch.latents, times, text.tokens, text.pooled, batch.size_ids, text.counts)
 
 
 def check(architecture: Architecture, batch: Batch) -> list[str]:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import size_ids
 from kolors_core.image import Size
+from kolors_core.module import first_weight
 from kolors_core.tokenizer import Tokenizer
-from kolors_core.training.data import Example, load_pixels, nearest_bucket
+from kolors_core.training.data import Example, load_pixels, merge_if_read, nearest_bucket
 from kolors_core.training.run_record import differences, digest, digest_model
 from kolors_core.training.shards import (
     DamagedShard,
@@ -148,8 +149,8 @@ class Encoder:
         assert self.text_encoder is not None
         if caption == "" and self.empty is not None:
             return self.empty
-        tokens = self.tokenizer([caption], self.max_tokens, self.words).merge_padding()
-        device = next(self.text_encoder.parameters()).device
+        tokens = merge_if_read(self.tokenizer([caption], self.max_tokens, self.words), self.text_encoder)
+        device = first_weight(self.text_encoder).device
         embedding = self.text_encoder(tokens.to(device)).to("cpu")
         self.empty = embedding if caption == "" else self.empty
         return embedding

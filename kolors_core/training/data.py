@@ -22,6 +22,7 @@ from kolors_core import image as images
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import size_ids
 from kolors_core.image import Size
+from kolors_core.module import first_weight
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.training.folder import Example
 from kolors_core.training.folder import read_folder as read_folder
@@ -198,7 +199,7 @@ class LatentDataset:
         if frozen_text is not None:
             self._models["frozen text encoder"] = digest_model(frozen_text)
             for caption in sorted({caption for example in examples for caption in example.captions} | {""}):
-                tokens = self._tokens([caption]).to(frozen_text.embedding.weight.device)
+                tokens = self._tokens([caption], frozen_text).to(first_weight(frozen_text).device)
                 self.text[caption] = frozen_text(tokens).to("cpu")
 
     def batch(self, step: int, rows: slice, device: torch.device) -> Batch:
@@ -223,8 +224,13 @@ class LatentDataset:
             **self._models,
         }
 
-    def _tokens(self, captions: Sequence[str]) -> TokenBatch:
-        return self.tokenizer(captions).merge_padding()
+    def _tokens(self, captions: Sequence[str], encoder: Any = None) -> TokenBatch:
+        return merge_if_read(self.tokenizer(captions), encoder)
+
+
+def merge_if_read(tokens: TokenBatch, encoder: Any) -> TokenBatch:
+    """Merge pads for an encoder that obeys counts (`ChatGLM.reads_counts`), or for one that is not known."""
+    return tokens.merge_padding() if encoder is None or getattr(encoder, "reads_counts", False) else tokens
 
 
 class MaskedLatentDataset(LatentDataset):

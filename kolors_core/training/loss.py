@@ -53,6 +53,9 @@ class DiffusionLoss(nn.Module):
         self.unet, self.text_encoder, self.controlnet, self.config = unet, text_encoder, controlnet, config
         self.sigmas = sigmas  # [T]; not a buffer: it is not part of the model
         self.means = Means()
+        own = (m.parameters(recurse=False) for m in unet.modules() if not getattr(m, "is_adapter", False))
+        if any(parameter.requires_grad for parameters in own for parameter in parameters):
+            unet.prediction_type = config.prediction_type  # what it learns: a pipeline compares its scheduler
 
     def state_key(self) -> tuple[float, ...]:
         """Return the sigmas, see kolors_core/module.py."""
@@ -86,12 +89,16 @@ class DiffusionLoss(nn.Module):
         text = batch.text
         if isinstance(text, TokenBatch):
             assert self.text_encoder is not None
+            if text.counts is not None and not getattr(self.text_encoder, "reads_counts", False):
+                how = "obey its counts, and set reads_counts = True, as ChatGLM does"
+                raise ValueError(f"a {type(self.text_encoder).__name__} is given merged pads: {how}")
             text = self.text_encoder(text)
         inputs = noised.latents, noised.times, text.tokens, text.pooled, batch.size_ids
         if (self.controlnet is None) != (batch.control is None):
             raise ValueError("a ControlNet and control images need each other: one of them is missing")
-        residuals = () if self.controlnet is None else self.controlnet(*inputs, batch.control, text.counts)
-        return self.unet(*inputs, text.counts, residuals=residuals)
+        if self.controlnet is None:
+            return self.unet(*inputs, text.counts)
+        return self.unet(*inputs, text.counts, residuals=self.controlnet(*inputs, batch.control, text.counts))
 
     def error(self, predicted: Tensor, noised: Noised, batch: Batch) -> Tensor:
         """Compute the mean squared error of each image: [b], in float32."""

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from kolors_core.module import is_block
+from kolors_core.module import find_blocks, is_block
 from kolors_core.training.average import averaged, check_copies, make_average
 from kolors_core.training.config import TrainingConfig
 from kolors_core.training.evaluation import is_best, is_over, undisturbed
@@ -109,6 +109,8 @@ class Trainer:
         check_copies(loss, average or {})
         self.record = record_run(config.record(), loss, data.record())  # while its weights are whole
         self.blocks = [module for module in loss.modules() if is_block(module)]
+        if config.checkpoint_blocks:
+            find_blocks(loss, "recompute")
         for module in [*self.blocks, loss] if config.shard else ():
             fully_shard(module)
         self.module = DistributedDataParallel(loss) if self.world > 1 and not config.shard else loss
