@@ -18,10 +18,10 @@ import torch
 
 from kolors_core import EulerDiscreteScheduler, KolorsPipeline
 from kolors_core.chatglm import ChatGLM
-from kolors_core.checkpoint import SkipInit
 from kolors_core.config import KOLORS
 from kolors_core.performance.quantize import Format, quantize
 from kolors_core.pipelines.memory_plan import Plan, plan
+from kolors_core.registry import SkipInit
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 from weights_convert.atomic_write import write_bytes

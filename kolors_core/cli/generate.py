@@ -47,9 +47,10 @@ FACTS_OF = {
 
 
 class Call(NamedTuple):
-    """Call of a pipeline, checked: the files to write, its arguments, and the metadata of `--from`."""
+    """Call of a pipeline, checked: files to write, device, arguments, and the metadata of `--from`."""
 
     outs: list[Path]
+    device: torch.device
     arguments: dict[str, Any]
     facts: from_png.Facts
     has_seed: bool  # one that was given
@@ -109,23 +110,26 @@ def _generate(options: argparse.Namespace) -> tuple[list[Path], Sequence[Any]]:
 
     Of processes that split an image, the first has files to write.
     """
-    call, device = prepare(options), join_split(options)
+    call = prepare(options)
     if call.outs[0] != STANDARD_OUTPUT:
         cli.make_writable(call.outs[0])
-    pipe = cli.load_pipeline(options, device, task_of(options))
+    pipe = cli.load_pipeline(options, call.device, task_of(options))
     quantized = cli.measure_quantization(pipe, options)
     images = draw(pipe, options, call, quantized)
     return (call.outs, images) if leave_split(options.split) else ([], [])
 
 
 def prepare(options: argparse.Namespace) -> Call:
-    """Check the options and read the images that they name, before weights; ValueError or OSError."""
+    """Check the options and read the images that they name, before weights; with --split, join the others.
+
+    ValueError or OSError.
+    """
     facts = from_png.read_facts(options)
     facts = {name: text for name, text in facts.items() if name not in options.overridden}
     has_seed = options.seed is not None
-    outs = _validate(options)
+    outs, device = _validate(options), join_split(options)  # which may bring the seed of the noise
     arguments = _pipeline_kwargs(options) | from_png.call_arguments(facts, has_seed)
-    return Call(outs, arguments, facts, has_seed)
+    return Call(outs, device, arguments, facts, has_seed)
 
 
 def draw(

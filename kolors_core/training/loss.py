@@ -6,6 +6,7 @@ Shapes: b images of one rank, T training timesteps.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ class DiffusionLoss(nn.Module):
         self.means = Means()
         own = (m.parameters(recurse=False) for m in unet.modules() if not getattr(m, "is_adapter", False))
         if any(parameter.requires_grad for parameters in own for parameter in parameters):
-            unet.prediction_type = config.prediction_type  # what it learns: a pipeline compares its scheduler
+            learner: Any = unet  # what it learns: a pipeline compares it with its scheduler
+            learner.prediction_type = config.prediction_type
 
     def state_key(self) -> tuple[float, ...]:
         """Return the sigmas, see kolors_core/module.py."""

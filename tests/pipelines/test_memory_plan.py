@@ -16,13 +16,13 @@ from kolors_core.adapters.ip_adapter import IPAdapter, attach
 from kolors_core.adapters.lora import attach as attach_lora
 from kolors_core.attention import attention, attention_kernel
 from kolors_core.chatglm import ChatGLM
-from kolors_core.checkpoint import SkipInit
 from kolors_core.cli.generate import main
 from kolors_core.config import KOLORS, ChatGLMConfig, KolorsConfig, UNetConfig, VAEConfig
 from kolors_core.performance.memory_tracker import MemoryTracker
 from kolors_core.performance.quantize import model_bytes, quantize
 from kolors_core.pipelines.memory_plan import Plan, plan
 from kolors_core.precompute import Savings
+from kolors_core.registry import SkipInit
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import TransformerBlock, UNet
 from kolors_core.vae import VAE

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save
 
 from kolors_core import KolorsPipeline
 from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision, CLIPVisionConfig
-from kolors_core.checkpoint import SkipInit, load_component, read_json, save_component
+from kolors_core.checkpoint import load_component, read_json, save_component
 from kolors_core.config import KOLORS, ChatGLMConfig, UNetConfig
 from kolors_core.pipelines.adapter_methods import MODELS
+from kolors_core.registry import SkipInit
 from tests.support.fuzz import CONFIGS, outcome
 from tests.support.small import SMALL_CLIP
 from weights_convert.__main__ import convert, main
