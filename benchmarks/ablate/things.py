@@ -1,7 +1,7 @@
-"""What both architectures learn and are asked: small images of single things on white.
+"""Lesson "things": small images of single things on white, learned from scratch in minutes.
 
 What the embedded model's frozen autoencoder and text encoder make is made once.
-Shapes: N things, P prompts (each thing in each unseen phrasing), B images, h and w latents of a side.
+Shapes: N things, P prompts (each thing in each unseen phrasing).
 """
 
 import copy
@@ -10,22 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.ablate.architecture import predict
-from benchmarks.ablate.captions import THINGS, UNSEEN, captions
+from benchmarks.ablate.lesson import ImageLesson, Measure, Result, embedded
+from benchmarks.ablate.models import Pupil
+from benchmarks.ablate.thing_captions import THINGS, UNSEEN, captions
 from benchmarks.tiny.emoji import FONT, draw, on_white
-from kolors_core.chatglm import TextEmbedding
-from kolors_core.checkpoint import EMBEDDED
 from kolors_core.pipelines.lora_recipe import nearest
-from kolors_core.pipelines.text_to_image import KolorsPipeline
-from kolors_core.sampling import dpmpp_2m
-from kolors_core.schedulers import DPMSolverMultistepScheduler
-from kolors_core.training.data import Batch, Batches, Example, LatentDataset, load_pixels, read_folder
+from kolors_core.training.data import Batches, Example, LatentDataset, load_pixels, read_folder
 from kolors_core.training.trainer import TrainingConfig
 
-TIMES = 2  # how many noises and timesteps each prompt has in the held-out loss
-SCALE, STEPS = 5.0, 15  # of the guidance, and of DPM++ 2M with Karras' sigmas
+RECIPE = TrainingConfig(
+    steps=1, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup=50, max_tokens=64
+)  # fmt: skip
+SHOWN = 12  # things on the sheet of samples
 
 
 def draw_pictures(count: int, folder: Path) -> tuple[list[Example], list[str]]:
@@ -46,71 +44,59 @@ def draw_pictures(count: int, folder: Path) -> tuple[list[Example], list[str]]:
     return read_folder(folder), [THINGS[thing] for thing in chosen]
 
 
-class Lesson:
-    """examples and names: of N things, images with captions. side: of the images in pixels.
+class Things(ImageLesson):
+    """Lesson of N images with captions, examples and names. known: the images."""
 
-    known: the images. prompts: P that are not trained on. held_out: TIMES batches of them, with noise and
-    timesteps that are the same for all. step: what a guided step of one image reads.
-    """
+    name = "things"
 
     def __init__(
-        self, examples: Sequence[Example], names: Sequence[str], side: int, config: TrainingConfig
+        self, examples: Sequence[Example], names: Sequence[str], side: int, recipe: TrainingConfig = RECIPE
     ) -> None:
-        pipe = KolorsPipeline.from_pretrained(EMBEDDED)
-        assert pipe.tokenizer is not None and pipe.text_encoder is not None
-        self.names, self.vae, self.sigmas = names, pipe.vae, pipe.scheduler.training_sigmas()
-        batches = Batches(examples, [(side, side)], config.batch_size, config.seed)
+        super().__init__(embedded(), side // 8, recipe)
+        self.names = names
+        batches = Batches(examples, [(side, side)], recipe.batch_size, recipe.seed)
         self.data = LatentDataset(
-            examples, batches, pipe.vae, pipe.tokenizer, config, frozen_text=pipe.text_encoder
+            examples, batches, self.pipe.vae, self.tokenizer, recipe, frozen_text=self.text_encoder
         )
         self.known = torch.stack([load_pixels(each, (side, side))[0] for each in examples])  # [N, 3, H, W]
-        self.prompts = [phrase.format(x=name) for phrase in UNSEEN for name in names]
-        count = len(self.prompts)
-        tokens = pipe.tokenizer([""] * count + self.prompts, config.max_tokens).merge_padding()
-        with torch.no_grad():
-            self.text = pipe.text_encoder(tokens)  # [2P, ...], as guidance reads it: first the empty ones
+        prompts = [phrase.format(x=name) for phrase in UNSEEN for name in names]
+        self.ask(prompts, torch.stack([self.data.latents[i % len(names)][0] for i in range(len(prompts))]))
+        self.measures = (
+            Measure(name="held-out error", more_is="worse"),
+            Measure(name="prompts drawn right", more_is="better", form=".1f", unit="%",
+                    grain=100 / len(prompts)),
+            Measure(name="pixels off the image asked for", more_is="worse"),
+            Measure(name="brightness off", more_is="worse"),
+        )  # fmt: skip
+        self.about = [f"Images of {side}x{side} of {len(names)} things; {len(prompts)} prompts are drawn."]
 
-        draw, rows = torch.Generator().manual_seed(1), list(range(count, 2 * count))
-        latents = torch.stack([self.data.latents[i % len(names)][0] for i in range(count)])  # [P, 4, h, w]
-        order = torch.randperm(TIMES * count, generator=draw)
-        times = ((order + 0.5) * self.data.timesteps / len(order)).long()  # evenly over the schedule
-        self.held_out = [
-            self._told(rows, latents, part, torch.randn(latents.shape, generator=draw))
-            for part in times.split(count)
-        ]
-        self.step = self._told([0, count], latents[:1].repeat(2, 1, 1, 1), torch.full((2,), 500))
-
-    def _told(self, rows: list[int], latents: Tensor, times: Tensor, noise: Tensor | None = None) -> Batch:
-        """What a UNet is told of these rows of the text."""
-        assert self.text.counts is not None
-        text = TextEmbedding(self.text.tokens[rows], self.text.pooled[rows], self.text.counts[rows])
-        sizes = self.data.sizes[0].expand(len(rows), -1)
-        return Batch(latents, text, sizes, times, latents if noise is None else noise)
-
-    def seeded(self, config: TrainingConfig) -> LatentDataset:
-        """The same images in the order and with the noise of the config's seed."""
+    def batches(self, pupil: Pupil, config: TrainingConfig) -> LatentDataset:
+        """Return the same images in the order and with the noise of the config's seed."""
         data, batches = copy.copy(self.data), copy.copy(self.data.batches)
-        batches.seed = config.seed
-        data.config, data.batches = config, batches
+        batches.seed, data.config, data.batches = config.seed, config, batches
+        data.timesteps = len(pupil.variant.change.scheduler.training_sigmas())
+        if pupil.text_encoder is not None:
+            data.text = {}  # then batches have tokens
         return data
 
-    @torch.no_grad()
-    def draw(self, net: nn.Module, seed: int) -> Tensor:
-        """What the module draws of every prompt: [P, 3, H, W] in [-1, 1]."""
-        schedule = DPMSolverMultistepScheduler(use_karras_sigmas=True).schedule(STEPS)
-        rows = list(range(2 * len(self.prompts)))
+    def measure(self, pupil: Pupil, seed: int) -> Result:
+        """Measure the held-out error, and what is drawn: is it nearest to the image asked for, how far off.
 
-        def denoise(x: Tensor, sigma: float) -> Tensor:
-            latents = (x / (sigma**2 + 1) ** 0.5).repeat(2, 1, 1, 1)  # [2P, 4, h, w]
-            times = torch.full((len(rows),), schedule.timestep(sigma))
-            empty, asked = predict(net, self._told(rows, latents, times)).chunk(2)
-            return x - sigma * (empty + SCALE * (asked - empty))
+        Distances are root mean squares of values in [-1, 1]; brightness is an image's mean.
+        """
+        drawn, count = self.draw(pupil, seed), len(self.names)
+        asked = self.known.repeat(len(self.prompts) // count, 1, 1, 1)  # [P, 3, H, W]
+        found = self.recognize(drawn)
+        right = sum(each == i % count for i, each in enumerate(found)) / len(found)
+        off = (drawn - asked).square().mean((1, 2, 3)).sqrt()
+        brightness = (drawn.mean((1, 2, 3)) - asked.mean((1, 2, 3))).abs()
+        scores = (self.held_out(pupil), 100 * right, float(off.mean()), float(brightness.mean()))
+        shown = [i * count // min(SHOWN, count) for i in range(min(SHOWN, count))]
+        return Result(
+            {one.name: score for one, score in zip(self.measures, scores, strict=True)},
+            drawn[shown], [self.names[found[i]] for i in shown],
+        )  # fmt: skip
 
-        shape = self.held_out[0].latents.shape
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        latents = dpmpp_2m(denoise, noise * schedule.init_noise_sigma, schedule.sigmas)
-        return self.vae.decode_latents(latents).clamp(-1, 1)
-
-    def detect_component(self, images: Tensor) -> list[int]:
-        """Of each prompt's image [P, 3, H, W] the thing whose training image is nearest."""
+    def recognize(self, images: Tensor) -> list[int]:
+        """Find of each prompt's image [P, 3, H, W] the thing whose training image is nearest."""
         return nearest(images, self.known)
