@@ -37,7 +37,7 @@ from benchmarks.ablate.study import Job, check, read_json, run_all, steps_within
 from benchmarks.ablate.texts import Texts
 from benchmarks.ablate.thing_captions import THINGS
 from benchmarks.ablate.things import Things, draw_pictures
-from benchmarks.ablate.timing import Timed, time_all
+from benchmarks.ablate.timing import BUSY, Timed, time_all
 from benchmarks.side_by_side import environment, write_json
 from benchmarks.tiny.emoji import SIZE
 from kolors_core.validation import check_float, check_int
@@ -110,12 +110,13 @@ def main(options: argparse.Namespace) -> None:
         steps = {key: steps_within(budget, amount, cost, 0.0) for key, cost in costs.items()}
     settings = {
         "variants": {label: [v.text, v.source, repr(v.config)] for label, v in variants.items()},
-        "lesson": lesson.about, "budget": [budget, amount], "seeds": options.seeds, "widths": list(widths),
+        "lesson": lesson.about, "budget": [budget, amount], "widths": list(widths),
     }  # fmt: skip
     open_study(options.out, settings)
-    times = times_of(
-        options.out, lesson, {label: jobs[label, 1.0] for label in variants}, variants["A"], load
-    )
+    timed = {label: jobs[label, 1.0] for label in variants}
+    if load > BUSY and budget != "minutes":  # such times would show nothing
+        timed = {}
+    times = times_of(options.out, lesson, timed, variants["A"], load, once=budget == "minutes")
     if budget == "minutes":
         seconds = {label: times[0].ms[label] / 1000 for label in variants}
         steps = {
@@ -132,7 +133,7 @@ def main(options: argparse.Namespace) -> None:
     ]
     runs = run_all(lesson, todo, variants["A"], options.out, say)
     about = {
-        **settings, "command": command(options), "recipe": repr(lesson.recipe),
+        **settings, "seeds": options.seeds, "command": command(options), "recipe": repr(lesson.recipe),
         "changes": {label: repr(variant.change) for label, variant in variants.items()},
         "about": {label: variant.about for label, variant in variants.items()},
         "steps": {f"{label} {width:g}": value for (label, width), value in steps.items()},
@@ -175,15 +176,21 @@ def open_study(out: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{out}: has another study, other {', '.join(different)}: expected a new folder")
 
 
-def times_of(out: Path, lesson: Lesson, jobs: dict[str, Job], base: Variant, load: float) -> list[Timed]:
-    """Measure times, unless they were measured before without other work."""
-    file = out / "times.json"
+def times_of(
+    out: Path, lesson: Lesson, jobs: dict[str, Job], base: Variant, load: float, once: bool
+) -> list[Timed]:
+    """Measure times, or read those that were measured. jobs: none under load, then nothing is measured.
+
+    Times that other work disturbed are measured anew, unless they set the budget (once).
+    """
+    file, found = out / "times.json", []
     if file.is_file():
         found = [Timed(**content) for content in read_json(file)]
-        if not any(each.busy for each in found) or load > 0.5:
+        if once or not any(each.busy for each in found):
             return found
-    found = time_all(lesson, jobs, base, load)
-    write_json([asdict(each) for each in found], file)
+    if jobs:
+        found = time_all(lesson, jobs, base, load)
+        write_json([asdict(each) for each in found], file)
     return found
 
 
@@ -206,6 +213,10 @@ def describe(
         )
         if unused:
             lines.append(f"{label} does not use {len(unused)} of its parameters{shortly(unused)}.")
+    if not times:
+        lines.append(
+            "**Times were not measured: the machine had other work.** The same command measures them."
+        )
     for each in times:
         floor = f"A against A: {each.floor.low:.3f} to {each.floor.high:.3f}; no verdict within that"
         lines.append(f"{each.name}: {floor}." if not each.busy else

@@ -119,7 +119,7 @@ class Variant:
         return replace(recipe, **{**own, **given})
 
     def scaled(self, factor: float) -> "Variant":
-        """Return the variant at another width, in multiples of 32 rounded up, with heads as wide as before."""
+        """Return the variant at another width, in multiples of 32 rounded up; heads are as wide as before."""
         widths = self.config.channels
         channels = tuple(32 * -(-round(width * factor) // 32) for width in widths)
         of_a_head = [width // heads for width, heads in zip(widths, self.config.heads, strict=True)]

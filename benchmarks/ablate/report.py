@@ -15,7 +15,7 @@ from benchmarks.ablate.intervals import Interval, fit_line, over_seeds, ratio_ov
 from benchmarks.ablate.lesson import Lesson, Measure
 from benchmarks.ablate.models import Cost
 from benchmarks.ablate.study import Run, read_images
-from benchmarks.ablate.timing import Timed
+from benchmarks.ablate.timing import NOT_MEASURED, Timed
 from benchmarks.side_by_side import write_json
 from benchmarks.tiny.quality import sheet
 
@@ -41,6 +41,8 @@ class Row:
     unit: str = ""
 
     def __str__(self) -> str:
+        if self.verdict == NOT_MEASURED:
+            return f"| {self.name} | | | | | {self.verdict} |"
         means = [f"{statistics.fmean(values):{self.form}}{self.unit}" for values in (self.a, self.b)]
         if math.isnan(self.change.mean):
             return f"| {self.name} | {' | '.join(means)} | | | {self.verdict} |"

@@ -21,7 +21,7 @@ from benchmarks.ablate.study import Job, pupil_of
 from benchmarks.side_by_side import Contestant, race, timed
 from kolors_core.training.trainer import TrainingConfig
 
-AGAIN = "A again"
+AGAIN, NOT_MEASURED = "A again", "not measured: other work"
 PARTS, ROUNDS = 5, 4  # of building anew, and of turns in each
 ONES = 8  # denoising steps of one image in a turn, whose median counts
 BUSY = 0.5  # programs at work beside this one, from which on times are not to be trusted
@@ -54,7 +54,7 @@ class Timed:
     def verdict(self, label: str) -> str:
         """Say what the times show."""
         if self.busy:
-            return "not measured: other work"
+            return NOT_MEASURED
         change, floor = self.change(label), self.floor
         if change.low > floor.high:
             return f"{label} is slower"
