@@ -97,6 +97,8 @@ class ImageLesson:
         self.pipe, self.side, self.recipe = pipe, side, recipe
         self.tokenizer, self.text_encoder = pipe.tokenizer, pipe.text_encoder
         self.prompts, self.latents = list[str](), torch.empty(0)
+        size = (8 * side, 8 * side)
+        self.size_ids = size_ids(size, (0, 0), size)  # [1, 6], as in training
         sigmas = EulerDiscreteScheduler().training_sigmas()
         self.levels = [sigmas[(2 * i + 1) * len(sigmas) // (2 * LEVELS)].item() for i in range(LEVELS)]
 
@@ -135,8 +137,7 @@ class ImageLesson:
     def _rows(self, text: TextEmbedding, rows: Sequence[int]) -> Conditioning:
         """Conditioning of these rows of the text, of which 0 is that of no text."""
         assert text.counts is not None
-        index, size = torch.tensor(rows), (8 * self.side, 8 * self.side)
-        ids = size_ids(size, (0, 0), size).expand(len(rows), -1)
+        index, ids = torch.tensor(rows), self.size_ids.expand(len(rows), -1)
         return Conditioning(text.tokens[index], text.pooled[index], ids, text.counts[index])
 
     @torch.no_grad()

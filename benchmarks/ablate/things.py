@@ -58,6 +58,7 @@ class Things(ImageLesson):
         self.data = LatentDataset(
             examples, batches, self.pipe.vae, self.tokenizer, recipe, frozen_text=self.text_encoder
         )
+        self.size_ids = self.data.sizes[0]
         self.known = torch.stack([load_pixels(each, (side, side))[0] for each in examples])  # [N, 3, H, W]
         prompts = [phrase.format(x=name) for phrase in UNSEEN for name in names]
         self.ask(prompts, torch.stack([self.data.latents[i % len(names)][0] for i in range(len(prompts))]))
