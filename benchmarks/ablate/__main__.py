@@ -2,7 +2,6 @@
 
     python -m benchmarks.ablate OUT --b "depths=(0, 0, 1)"
     python -m benchmarks.ablate OUT --a mine.py:make --b other.py:make third.py:make --flops 2e12
-    python -m benchmarks.ablate OUT --b v_prediction dit --widths
 
 A variant is TINY with fields of its UNet's config or of the training changed; a published change, by its name
 in benchmarks/ablate/changes; a function in a file that takes the `UNetConfig` and returns a module with
@@ -12,15 +11,14 @@ guidance and sampler. "" is TINY as it is now. To compare a changed unet.py with
     git show HEAD:kolors_core/unet.py > before.py && python -m benchmarks.ablate OUT --a before.py:UNet --b ""
 
 Lessons: things, small images from scratch; scenes, the embedded model trained on, judged with --detector;
-texts, text encoders. On the CPU; the same command gives the same numbers bit for bit with the same number of
-threads, and goes on where it was killed. Writes ablate.md, ablate.json, ablate.png, samples.png and runs/.
+texts, text encoders. The same command gives the same numbers bit for bit, and goes on where it was killed.
 """
 
 import argparse
 import os
 import string
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +29,7 @@ import torch
 from benchmarks.ablate.change import Variant, read
 from benchmarks.ablate.intervals import FEWEST, MOST
 from benchmarks.ablate.lesson import Lesson
+from benchmarks.ablate.models import Cost
 from benchmarks.ablate.report import write
 from benchmarks.ablate.scenes import Scenes
 from benchmarks.ablate.study import Job, check, read_json, run_all, steps_within
@@ -106,6 +105,7 @@ def main(options: argparse.Namespace) -> None:
     }  # fmt: skip
     checked = {key: check(lesson, job, variants["A"]) for key, job in jobs.items()}
     costs = {key: found[0] for key, found in checked.items()}
+    check_widths(variants, costs)
     if budget != "minutes":  # before anything is written
         steps = {key: steps_within(budget, amount, cost, 0.0) for key, cost in costs.items()}
     settings = {
@@ -133,9 +133,10 @@ def main(options: argparse.Namespace) -> None:
     ]
     runs = run_all(lesson, todo, variants["A"], options.out, say)
     about = {
-        **settings, "seeds": options.seeds, "command": command(options), "recipe": repr(lesson.recipe),
+        **settings, "seeds": options.seeds, "lesson_name": lesson.name, "recipe": repr(lesson.recipe),
         "changes": {label: repr(variant.change) for label, variant in variants.items()},
         "about": {label: variant.about for label, variant in variants.items()},
+        "commands": {label: command(options, variants[label].text) for label in list(variants)[1:]},
         "steps": {f"{label} {width:g}": value for (label, width), value in steps.items()},
         "own_first_values": {label: checked[label, 1.0][1].own for label in variants},
         "unused": {label: checked[label, 1.0][2] for label in variants}, "environment": environment(),
@@ -158,6 +159,15 @@ def open_lesson(options: argparse.Namespace) -> Lesson:
     with TemporaryDirectory() as folder:
         examples, names = draw_pictures(options.concepts, Path(folder))
         return Things(examples, names, options.size)
+
+
+def check_widths(variants: Mapping[str, Variant], costs: Mapping[tuple[str, float], Cost]) -> None:
+    """Raise ValueError for a variant that is the same at two widths."""
+    for label, variant in variants.items():
+        own = [cost.forward for (name, _), cost in costs.items() if name == label]
+        if len(set(own)) < len(own):
+            raise ValueError(f"--widths: {variant.text} has the same FLOPs at two widths, expected a module "
+                             "as wide as its config's channels")  # fmt: skip
 
 
 def open_study(out: Path, settings: dict[str, Any]) -> None:
@@ -226,8 +236,8 @@ def describe(
     return lines
 
 
-def command(options: argparse.Namespace) -> str:
-    """Write the command that was given, without the folders of this machine."""
+def command(options: argparse.Namespace, only: str) -> str:
+    """Write the command of one variant, which gives the same numbers, without the folders of this machine."""
     words = ["python -m benchmarks.ablate OUT"]
     for name, value in vars(options).items():
         is_default = value is None or value is False or (name, value) in (
@@ -235,6 +245,7 @@ def command(options: argparse.Namespace) -> str:
         )  # fmt: skip
         if name == "out" or is_default:
             continue
+        value = only if name == "b" else value
         every = value if isinstance(value, list) else [value]
         values = " ".join(f'"{one}"' if " " in str(one) else str(one) for one in every)
         values = "DETECTOR" if name == "detector" else values

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -88,6 +87,13 @@ class Seeded:
         return self.source.record()
 
 
+class Unsaved(Trainer):
+    """Trainer of a run that is short enough to be done again."""
+
+    def save(self) -> None:
+        """Save nothing."""
+
+
 def pupil_of(lesson: Lesson, job: Job, base: Variant) -> tuple[Pupil, TrainingConfig]:
     """Build a job's models, and the settings that they are trained with."""
     variant, base = (one if job.width == 1 else one.scaled(job.width) for one in (job.variant, base))
@@ -110,8 +116,8 @@ def train(lesson: Lesson, job: Job, base: Variant, say: Callable[[str], None]) -
     source = Seeded(lesson.batches(pupil, config), job.seed)
     # In bfloat16 the plain products are faster than torch's fused kernel at these sizes, above all backwards.
     kernel = attention_kernel("matmul") if config.dtype == torch.bfloat16 else nullcontext()
-    with TemporaryDirectory() as folder, kernel:
-        trainer = Trainer(pupil.objective, source, config, folder, on_step)
+    with kernel:
+        trainer = Unsaved(pupil.objective, source, config, "", on_step, resume="never")
         try:
             trainer.fit(progress=False)
         except FloatingPointError:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from benchmarks.ablate import things as lessons
-from benchmarks.ablate.__main__ import command, main, open_study, times_of
+from benchmarks.ablate.__main__ import check_widths, command, main, open_study, times_of
+from benchmarks.ablate.board import main as board
 from benchmarks.ablate.change import call, read
 from benchmarks.ablate.models import Cost, Pupil, example
 from benchmarks.ablate.report import rows_of, write
@@ -153,21 +154,22 @@ def test_another_study_is_refused_and_times_are_not_taken_under_load(lesson: Thi
 @needs_fonts
 def test_the_whole_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
-    out, plain = tmp_path / "new" / "out", f"{file}:Plain"
-    given = options(out, plain, plain, f"{file}:Plain", flops=1e6, widths=True)
+    out, wide = tmp_path / "new" / "out", f"{file}:Wide"
+    given = options(out, wide, wide, flops=4e6, widths=True)
     main(given)
     said = capsys.readouterr().out
     written = {"ablate.json", "ablate.md", "ablate.png", "runs", "samples.png", "study.json"}
     assert {each.name for each in out.iterdir()} - {"times.json"} == written
-    assert "| held-out error |" in said and said.count("no difference shown") >= 8
-    assert "C does not use 2 of its parameters (denoiser.spare.weight" in said or "spare.weight" in said
-    assert "| C | " in said and "exponent" in said, "three widths"
+    assert "| held-out error |" in said and said.count("no difference shown") >= 4
+    assert "B does not use 2 of its parameters (unet.spare.weight, unet.spare.bias)." in said
+    assert "| B | " in said and "exponent" in said, "three widths"
     before = {each: each.stat().st_mtime_ns for each in (out / "runs").iterdir()}
     main(given)
     assert before == {each: each.stat().st_mtime_ns for each in (out / "runs").iterdir()}
-    assert command(
-        options(out, "", "dit", "a=1, b=2", steps=9, seeds=5, concepts=40, size=64, prompts=60)
-    ) == ('python -m benchmarks.ablate OUT --b dit "a=1, b=2" --steps 9')
+    many = options(out, "", "dit", "a=1, b=2", steps=9, seeds=5, concepts=40, size=64, prompts=60)
+    assert command(many, "a=1, b=2") == 'python -m benchmarks.ablate OUT --b "a=1, b=2" --steps 9'
+    board(out.parent, None)
+    assert (out.parent / "README.md").read_text().count("modules.py:Wide --flops") == 1
 
 
 @pytest.mark.parametrize(
@@ -217,6 +219,13 @@ def test_bad_modules_are_named_before_anything_is_trained(
     assert check(lesson, job(f"{file}:Plain"), read(f"{file}:Plain", 4))[2] == [
         "unet.spare.weight", "unet.spare.bias"
     ]  # fmt: skip
+
+
+def test_a_variant_that_ignores_the_width_is_refused(file: Path) -> None:
+    cost = Cost(parameters=1, forward=2, step=3)
+    check_widths({"A": read(f"{file}:Plain", 4)}, {("A", 1.0): cost})
+    with pytest.raises(ValueError, match="Plain has the same FLOPs at two widths, expected a module"):
+        check_widths({"A": read(f"{file}:Plain", 4)}, {("A", 1.0): cost, ("A", 0.5): cost})
 
 
 def test_other_bad_input(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

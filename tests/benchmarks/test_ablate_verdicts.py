@@ -1,12 +1,16 @@
 """What an ablation concludes: intervals and their power, times beside A against A, lines through widths."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.ablate.board import HEAD, entries, long_board, replaced, short_board
+from benchmarks.ablate.board import main as board
 from benchmarks.ablate.change import read
 from benchmarks.ablate.intervals import T80, T, fit_line, over_seeds, ratio_over_seeds
 from benchmarks.ablate.lesson import Measure
@@ -130,3 +134,43 @@ def test_budgets() -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match="--flops 1500 pays for 1 training steps"):
         steps_within("flops", 1500, cost, 0.5)
+
+
+def test_the_readmes_board_is_what_the_results_say(tmp_path: Path) -> None:
+    change = {"mean": -0.5, "low": -0.75, "high": -0.25, "visible": 0.3}
+    first = {"label": "B", "form": ".2f", "unit": "", "is_ratio": False, "name": "held-out error",
+             "verdict": "B is better", "change": change}  # fmt: skip
+    nothing = dict.fromkeys(("mean", "low", "high", "visible"), math.nan)
+    second = {**first, "name": "right", "unit": "%", "verdict": "diverged, 1 of 3", "change": nothing}
+    content = {
+        "lesson_name": "things", "about": {"B": "Change: it changes."}, "commands": {"B": "the command"},
+        "variants": {"A": ["", "", ""], "B": ["change", "", ""]}, "rows": [first, second],
+        "costs": [{"label": "A", "width": 1, "step": 100}, {"label": "B", "width": 1, "step": 125}],
+    }  # fmt: skip
+    for name, told in (("one", content), ("older", {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ablate.json").write_text(json.dumps(told))
+    readme = tmp_path / "mine.md"
+    readme.write_text(f"before\n\n{HEAD}\n|---|---|\n| old | 1 |\n\n| after | |\n")
+    board(tmp_path, readme)
+    assert readme.read_text() == f"before\n\n{HEAD}\n|---|---|\n| better | Change -0.50 |\n\n| after | |\n"
+    page = (tmp_path / "README.md").read_text()
+    did = "held-out error -0.50 (-0.75 to -0.25), **better**; right diverged, 1 of 3"
+    assert (
+        f"| Change: it changes. | [things](one/ablate.md) | {did} |" in page
+        and "| 1.25 | `the command` |" in page
+    )
+    with pytest.raises(ValueError, match="expected a line .* in the README, there is none"):
+        replaced("no marks", "")
+    with pytest.raises(ValueError, match="has no folder with the ablate.json"):
+        board(tmp_path / "older", None)
+
+
+def test_the_boards_of_the_repository_are_those_of_its_results() -> None:
+    """Numbers are not written by hand: after new results run `python -m benchmarks.ablate.board`."""
+    root = Path(__file__).parents[2]
+    if found := list(entries(root / "benchmarks" / "results" / "ablate")):
+        readme = (root / "README.md").read_text(encoding="utf-8")
+        assert replaced(readme, short_board(found)) == readme
+        page = root / "benchmarks" / "results" / "ablate" / "README.md"
+        assert page.read_text(encoding="utf-8") == long_board(found)

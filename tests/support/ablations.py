@@ -28,6 +28,12 @@ class Plain(nn.Module):
     def forward(self, latents, timestep, text_tokens, pooled_text, size_ids, text_counts=None, residuals=()):
         return self.conv(latents)
 
+class Wide(Plain):
+    """Two convolutions, as wide as the config's channels."""
+    def __init__(self, config):
+        super().__init__(config)
+        self.conv = nn.Sequential(nn.Conv2d(4, config.channels[0], 1), nn.Conv2d(config.channels[0], 4, 1))
+
 class Narrower(Plain):
     def forward(self, *given, **more):
         return super().forward(*given, **more)[:, :3]
