@@ -2,8 +2,8 @@
 
     python -m benchmarks.ablate.board benchmarks/results/ablate --readme README.md
 
-RESULTS has a folder for each study, with its `ablate.json`. Writes RESULTS/README.md, and in place of a README's
-table of the same first line the short board.
+RESULTS has a folder for each study, with its `ablate.json`. Writes RESULTS/README.md, and the short board in
+place of a README's table of the same first line.
 """
 
 import argparse
