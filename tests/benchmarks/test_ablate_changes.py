@@ -119,7 +119,7 @@ def test_the_bidirectional_encoder_reads_what_comes_later() -> None:
     with torch.no_grad():
         for encoder, reads in ((causal, False), (both, True)):
             found = encoder(tokens).tokens
-            assert torch.equal(found[0, 2], found[1, 2]) != reads
+            assert (float((found[0, 2] - found[1, 2]).abs().max()) > 1e-3) == reads
             merged = encoder(tokens.merge_padding()).tokens
             torch.testing.assert_close(merged[:, 1:], found[:, 2:], atol=1e-5, rtol=1e-5)
 
