@@ -1,13 +1,12 @@
-"""One model of both libraries with the same random weights, in the very same memory."""
+"""One model of both libraries with the same random weights, in the very same memory.
+
+The reference is imported when one of its models is made: ours alone needs no diffusers.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig as ReferenceChatGLMConfig
-from diffusers.pipelines.kolors.text_encoder import ChatGLMModel
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -19,6 +18,7 @@ from weights_convert import TABLES
 from weights_convert.key_mapping import UNUSED, compare
 
 Config = ChatGLMConfig | UNetConfig | VAEConfig
+OURS: dict[type[Config], type[nn.Module]] = {ChatGLMConfig: ChatGLM, UNetConfig: UNet, VAEConfig: VAE}
 
 
 def make_pair(
@@ -31,15 +31,31 @@ def make_pair(
     """The reference's model and ours, without ever holding more than one copy of the weights."""
     reference = make_reference(config, seed, dtype, device)
     with torch.device("meta"):
-        ours = {ChatGLMConfig: ChatGLM, UNetConfig: UNet, VAEConfig: VAE}[type(config)](config)
+        ours = OURS[type(config)](config)
     share(reference, ours, component)
     return reference, ours.eval()
+
+
+def make_ours(
+    config: Config, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Any:
+    """Our model with random weights."""
+    with torch.device("meta"):
+        ours = OURS[type(config)](config)
+    ours = ours.to(dtype).to_empty(device=device).eval()
+    randomise(ours, seed)
+    return ours
 
 
 def make_reference(
     config: Config, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> nn.Module:
     """The reference's model with random weights."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig as ReferenceChatGLMConfig
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMModel
+
     with torch.device("meta"):
         if isinstance(config, ChatGLMConfig):
             reference = ChatGLMModel(ReferenceChatGLMConfig(**config.to_public()), device="meta")
@@ -109,3 +125,15 @@ class WeightsAs(TorchFunctionMode):
     @staticmethod
     def _is_weight(value: Any) -> bool:
         return isinstance(value, nn.Parameter) and value.is_floating_point()
+
+
+class OneNoise(TorchFunctionMode):
+    """Within it a seed is the same noise in float64 as in float32."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is torch.randn and named.get("dtype") == torch.float64:
+            return func(*args, **named | {"dtype": torch.float32}).double()
+        return func(*args, **named)

@@ -119,11 +119,15 @@ class Row:
     race: Race | None = None
     environment: dict[str, Any] = field(default_factory=lambda: environment())
 
+    def line(self) -> str:
+        """What came out, for the terminal."""
+        value = "not measured" if self.value is None else f"{self.value:.3g}"
+        return f"{self.name}: {value}{' (rehearsal)' if self.is_rehearsal else ''}, goal: {self.goal}"
+
     def write(self, folder: Path) -> None:
         """Write `name`.json, and say on the terminal what came out."""
         write_json(asdict(self), folder / f"{self.name}.json")
-        value = "not measured" if self.value is None else f"{self.value:.3g}"
-        print(f"{self.name}: {value}{' (rehearsal)' if self.is_rehearsal else ''}, goal: {self.goal}")
+        print(self.line())
 
 
 def nothing() -> None:
@@ -195,11 +199,18 @@ def environment() -> dict[str, Any]:
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "diffusers": importlib.metadata.version("diffusers"),
-        "transformers": importlib.metadata.version("transformers"),
-        "accelerate": importlib.metadata.version("accelerate"),
+        "diffusers": _version("diffusers"),
+        "transformers": _version("transformers"),
+        "accelerate": _version("accelerate"),
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -69,11 +69,13 @@ if TYPE_CHECKING:
     from kolors_core.compat.tokenizer import ChatGLMTokenizer
     from kolors_core.compat.utils import make_image_grid
     from kolors_core.image import load_image
+    from kolors_core.inspection.attention_changes import inject_attention
     from kolors_core.inspection.attention_maps import record_attention
     from kolors_core.inspection.features import capture, inject
     from kolors_core.pipelines.denoising_loop import SDXLCFGCutoffCallback
     from kolors_core.pipelines.image_prompts import IPAdapterMaskProcessor
     from kolors_core.pipelines.request import KolorsPipelineOutput
+    from kolors_core.registry import register
 
 _SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
@@ -86,7 +88,8 @@ _SCHEDULERS = (
 _NAMES_IN = {
     "adapters.canny": ("canny",), "adapters.controlnet_files": ("KolorsControlNet",),
     "adapters.ip_adapter_files": ("CLIPVisionModelWithProjection", "load_image_embeds", "save_image_embeds"),
-    "image": ("load_image",), "inspection.attention_maps": ("record_attention",),
+    "image": ("load_image",), "inspection.attention_changes": ("inject_attention",),
+    "registry": ("register",), "inspection.attention_maps": ("record_attention",),
     "inspection.features": ("capture", "inject"), "pipelines.denoising_loop": ("SDXLCFGCutoffCallback",),
     "pipelines.controlnet": (
         "KolorsControlNetImg2ImgPipeline", "KolorsControlNetInpaintPipeline", "KolorsControlNetPipeline",
@@ -129,8 +132,8 @@ __all__ = [
     "KolorsInpaintPipeline", "KolorsPAGPipeline", "KolorsPipeline", "KolorsPipelineOutput",
     "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SDXLCFGCutoffCallback", "TCDScheduler",
     "UNet2DConditionModel", "UniPCMultistepScheduler", "VaeImageProcessor", "__version__", "canny",
-    "capture", "inject", "load_image", "load_image_embeds", "make_image_grid", "record_attention",
-    "save_image_embeds",
+    "capture", "inject", "inject_attention", "load_image", "load_image_embeds", "make_image_grid",
+    "record_attention", "register", "save_image_embeds",
 ]  # fmt: skip
 
 

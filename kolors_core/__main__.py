@@ -28,17 +28,18 @@ COMMANDS = {
     "explain": Command("kolors_core.cli.parsers:explain_parser", "kolors_core.cli.explain"),
     "info": Command("kolors_core.cli.parsers:info_parser", "kolors_core.cli.generate", ("--info",)),
     "plan": Command("kolors_core.cli.parsers:plan_parser", "kolors_core.cli.generate", ("--plan",)),
+    "ui": Command("kolors_core.ui.__main__:parser", "kolors_core.ui.__main__"),
     "batch": Command("kolors_core.batch.__main__:parser", "kolors_core.batch.__main__"),
     "train-lora": Command("kolors_core.cli.train_lora:parser", "kolors_core.cli.train_lora"),
     "export": Command("kolors_core.cli.parsers:export_parser", "kolors_core.cli.export"),
     "convert": Command("weights_convert.__main__:parser", "weights_convert.__main__"),
+    "env": Command("kolors_core.cli.parsers:env_parser", "kolors_core.cli.env"),
 }
 HELP = f"""\
 usage: kolors PROMPT [flags]
        kolors COMMAND ... [flags]
 
 Kolors {VERSION}: images from Chinese or English prompts. Flags of a command: kolors COMMAND --help.
-
 an image
   draw         generate an image of a prompt; the command where none is named
                  kolors "一张瓢虫的照片" -o ladybug.png
@@ -46,11 +47,13 @@ an image
                  kolors "a cat" -w Kwai-Kolors/Kolors-diffusers --variant fp16 --seed 7
   explain      show where in an image each token of its prompt acted
                  kolors explain "a red car" -o car
-  info         print what an image says of itself; --from draws it again
+  info         print what an image says of itself; kolors --from FILE draws it again
                  kolors info ladybug.png
-                 kolors --from ladybug.png --seed 8 -o another.png
   plan         print the memory that images need, before anything is loaded
                  kolors plan -w Kwai-Kolors/Kolors-diffusers --height 1024 --device cuda
+
+  ui           open a page to draw, compare and look inside, on this machine
+                 kolors ui --port 8000
 
 many images
   batch        generate an image for each line of a file, on any number of processes; resumes
@@ -65,6 +68,8 @@ models
                  kolors convert Kolors-diffusers Kolors.safetensors --to single
 
 other
+  env          print versions, devices and kernels, for a report of a fault
+                 kolors env > machine.txt
   --concepts   list what the embedded model, the default, can draw
   --version    print the version
   -h, --help   print this

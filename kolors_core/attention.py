@@ -58,7 +58,7 @@ def select_kernel(q: Tensor, k: Tensor, device_type: str | None = None) -> str:
     MPS: chunks of queries if there are many scores. CPU in bfloat16 without gradients: matrix products and a
     softmax where they are faster, by 1.6 on short rows and 1.7 on the VAE's wide head (benchmarks/NOTES.md).
     Otherwise: torch's choice. On Hopper GPUs torch 2.13 prefers cuDNN, earlier ones flash; whether the forced
-    "cudnn_first" is faster there is not measured yet: `python -m benchmarks.speed.gpu OUT --only attention`.
+    "cudnn_first" is faster there is not measured yet: `python -m benchmarks.speed.gpu OUT --only variants`.
     """
     device = q.device.type if device_type is None else device_type
     (batch, heads, queries, width), keys = q.shape, k.shape[2]

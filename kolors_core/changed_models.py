@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from kolors_core.config import PublicConfig
+from kolors_core.registry import fields_of, frozen, read_fields, spec_of
 
 FIELD = "_kolors_core"  # the reference ignores fields that start with an underscore
 QUANTIZATION = "quantization_config"  # the reference reads it, and refuses a method that it does not know
@@ -24,12 +25,16 @@ def is_ours(kind: Any) -> bool:
     return str(kind.__module__).partition(".")[0] in ("kolors_core", "torch")
 
 
-def public_config(model: nn.Module) -> dict[str, Any]:
+def public_config(model: nn.Module, component: str) -> dict[str, Any]:
     """Return the content of a model's `config.json`, which names a changed model's class and added fields.
 
-    ValueError for a config that cannot be read again.
+    A registered class (registry.py) has its own fields there. ValueError for a config that cannot be read
+    again.
     """
     config: Any = model.config
+    if (spec := spec_of(component, model)) is not None:
+        names = {"class": _name(type(model)), "config": _name(type(config)), "registered": spec.name}
+        return {"_class_name": spec.name, **fields_of(config), FIELD: names}
     public: dict[str, Any] = config.to_public()
     attached = {
         part for one in model.modules() if getattr(one, "is_adapter", False) for part in one.modules()
@@ -52,13 +57,16 @@ def public_config(model: nn.Module) -> dict[str, Any]:
 
 def read_config(kind: Any, public: PublicConfig, where: str) -> Any:
     """Read a `config.json` with a class of config, added fields included; ValueError for unknown ones."""
-    config, record = kind.from_public(public, where), _record(public)
+    record = _record(public)
+    if record.get("registered"):
+        return read_fields(kind, public, where)
+    config = kind.from_public(public, where)
     if not isinstance(values := record.get("fields", {}), dict):
         raise ValueError(f"{where}: the fields of {FIELD} must be names with values")
     if unknown := [name for name in values if name not in _added_fields(kind)]:
         got = f"{where}: has the field {unknown[0][:100]!r} of {record['config']}, which {_name(kind)} lacks"
         raise ValueError(f"{got}: load it by ModelSpec with that config")
-    return replace(config, **{name: _frozen(value) for name, value in values.items()}) if values else config
+    return replace(config, **{name: frozen(value) for name, value in values.items()}) if values else config
 
 
 def describe(public: PublicConfig, component: str) -> str:
@@ -68,6 +76,9 @@ def describe(public: PublicConfig, component: str) -> str:
         return f"its weights are quantized: load it by {how}"
     if not (record := _record(public)):
         return ""
+    if name := record.get("registered"):
+        arguments = f"{component!r}, {str(name)[:100]!r}, {record['config']}, {record['class']}"
+        return f"it is a {record['class']}: register it first, registry.register({arguments})"
     how = f"load_component(FOLDER, {component!r}, kind=ModelSpec({record['config']}, {record['class']}))"
     instead = f"KolorsPipeline.from_pretrained(FOLDER, {component}=...)"
     return f"it is a changed model's, of {record['class']}: load it by {how}, and pass it to {instead}"
@@ -91,8 +102,3 @@ def _record(public: PublicConfig) -> Mapping[str, Any]:
 
 def _name(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _frozen(value: Any) -> Any:
-    """Convert JSON's lists to tuples, since a config is hashed."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -25,7 +25,7 @@ class TextEmbedding:
 
     tokens: Tensor
     pooled: Tensor
-    counts: Tensor | None = None  # [B, L], each token's multiplicity (`TokenBatch.merge_padding`), 0 for fill
+    counts: Tensor | None = None  # [B, L], each token's multiplicity (`TokenBatch.merge_padding`), 0 for none
 
     @classmethod
     def cat(cls, parts: Sequence["TextEmbedding"]) -> "TextEmbedding":
@@ -44,14 +44,17 @@ class TextEmbedding:
         return TextEmbedding(F.pad(self.tokens, (0, 0, missing, 0)), self.pooled, F.pad(counts, (missing, 0)))
 
     @property
-    def length(self) -> int:
-        """Number of tokens of a prompt, with their multiplicity."""
-        return self.tokens.shape[1] if self.counts is None else int(self.counts[0].sum())
+    def is_ragged(self) -> bool:
+        """Whether the prompts have other numbers of tokens, as under masks."""
+        return self.counts is not None and self.counts.sum(1).unique().numel() > 1
 
     def expand_padding(self) -> "TextEmbedding":
-        """Repeat each token by its count, and drop the counts: [B, length, C]."""
+        """Repeat each token by its count, and drop the counts: [B, length, C]; ValueError if it is ragged."""
         if self.counts is None:
             return self
+        if self.is_ragged:
+            lengths = ", ".join(f"{length:g}" for length in self.counts.sum(1).tolist())
+            raise ValueError(f"prompts of {lengths} tokens have no form without their masks")
         rows = zip(self.tokens, self.counts.long(), strict=True)
         return TextEmbedding(torch.stack([row.repeat_interleave(n, dim=0) for row, n in rows]), self.pooled)
 
@@ -135,6 +138,8 @@ class ChatGLMLayer(nn.Module):
 
 class ChatGLM(Model):
     """ChatGLM without the final norm and language-model head: Kolors reads the states before both."""
+
+    reads_counts = True  # whether `TokenBatch.counts` are obeyed, so that pads may be merged
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()

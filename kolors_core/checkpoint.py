@@ -4,58 +4,47 @@ A model is built on the meta device, checked name by name and shape by shape aga
 only then loaded (loading.py). Only safetensors are read.
 """
 
-import gc
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from kolors_core import changed_models
-from kolors_core.chatglm import ChatGLM
-from kolors_core.config import EMBEDDED_NAME, ChatGLMConfig, UNetConfig, VAEConfig
-from kolors_core.devices import check_dtype, loading_device
+from kolors_core.config import EMBEDDED_NAME
+from kolors_core.devices import check_dtype, loading_device, unwrap_compiled
 from kolors_core.hub import fetch
 from kolors_core.loading import Initializer, LoadReport, assign_weights, check, load
-from kolors_core.module import require_plain
+from kolors_core.readable import base_state, check_savable
+from kolors_core.registry import (
+    MODEL_SPECS,
+    ModelSpec,
+    described_class,
+    described_name,
+    fields_of,
+    gc_disabled,
+    read_fields,
+    registered_spec,
+    spec_of,
+    table_of,
+)
 from kolors_core.schedule import Scheduler
 from kolors_core.schedulers import SCHEDULERS
-from kolors_core.unet import UNet
-from kolors_core.vae import VAE
-from weights_convert import TABLES, safetensors_files
+from kolors_core.tokenizer import Tokenizer
+from weights_convert import safetensors_files
 from weights_convert.atomic_write import write_bytes
 from weights_convert.safetensors_files import Source, is_weight_file, weight_files
 from weights_convert.untrusted_files import one_line, printable, read_json_object
 
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Specification of a component: the class of its config, and the function that builds it from one."""
-
-    config: Any
-    build: Callable[[Any], nn.Module]
-
-    def empty(self, config: Any) -> nn.Module:
-        """Build a model on the meta device, without values."""
-        with gc_disabled(), torch.device("meta"), SkipInit():
-            return self.build(config)
-
-
-MODEL_SPECS = {
-    "text_encoder": ModelSpec(ChatGLMConfig, ChatGLM),
-    "unet": ModelSpec(UNetConfig, UNet),
-    "vae": ModelSpec(VAEConfig, VAE),
-}
 SCHEDULER_FILE = "scheduler_config.json"
 # The files of a saved pipeline's folders other than its models.
-OWN_FILES = {"tokenizer": {"tokenizer.model", "tokenizer_config.json"}, "scheduler": {SCHEDULER_FILE}}
+TOKENIZER_FILE = "tokenizer_config.json"
+OWN_FILES = {"tokenizer": {"tokenizer.model", TOKENIZER_FILE}, "scheduler": {SCHEDULER_FILE}}
 OPTIONAL_COMPONENTS = {"image_encoder"}  # a checkpoint may lack them
 
 EMBEDDED = Path(__file__).parent / "tiny"  # the small Kolors in this package, named "tiny" for `resolve`
@@ -181,8 +170,8 @@ def open_component(
     """Build one model and check by headers that its files fit it; arguments, errors: see `load_component`."""
     if kind is None and component not in MODEL_SPECS:
         raise ValueError(f"component must be of {', '.join(MODEL_SPECS)}, or have a kind, got {component!r}")
-    kind = MODEL_SPECS[component] if kind is None else kind
     path = Path(local_name(folder)) / (component if subfolder is None else subfolder)
+    kind = spec_named_in(path, component) or MODEL_SPECS[component] if kind is None else kind
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
     public = read_json(file := path / "config.json")
@@ -191,12 +180,18 @@ def open_component(
     try:
         model = kind.empty(changed_models.read_config(kind.config, public, str(file)))
         source = open_weights(path, variant) if has_weights else None
-        names = {} if source is None else check(model, source, component)
+        names = {} if source is None else check(model, source, component, kind.table)
     except ValueError as error:
         raise ValueError(f"{error}; {changed}" if changed else str(error)) from None
     if changed:  # it fits, and computes something else
         raise ValueError(f"{file}: {changed}")
     return UnloadedModel(model, source, names)
+
+
+def spec_named_in(path: Path, component: str) -> ModelSpec | None:
+    """Return the registered class that a model's folder names, None if it names none."""
+    file = path / "config.json"
+    return registered_spec(component, read_json(file).get("_class_name")) if file.is_file() else None
 
 
 def load_modified(
@@ -210,13 +205,14 @@ def load_modified(
     `lambda config: UNet(replace(config, in_channels=9))`; a `ModelSpec` for a config with more fields.
     Others: see `loading.load`, `load_component`.
     """
-    kind = build if isinstance(build, ModelSpec) else replace(MODEL_SPECS[component], build=build)
     if not (path := Path(local_name(folder)) / component).is_dir():
         raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
+    own = spec_named_in(path, component) or MODEL_SPECS[component]
+    kind = build if isinstance(build, ModelSpec) else replace(own, build=build)
     file = path / "config.json"
     model = kind.empty(changed_models.read_config(kind.config, read_json(file), str(file)))
-    source = open_weights(path, variant)
-    report = load(model, source, component, dtype=dtype, device=loading_device(device), partial=partial)
+    source, device = open_weights(path, variant), loading_device(device)
+    report = load(model, source, component, dtype=dtype, device=device, partial=partial, table=kind.table)
     return model.eval(), report
 
 
@@ -228,38 +224,14 @@ def open_weights(folder: Path, variant: str | None) -> Source:
     return Source([folder / name for name in weight_files(listing, variant, str(folder))])
 
 
-@contextmanager
-def gc_disabled() -> Iterator[None]:
-    """Disable garbage collection: building thousands of modules triggers it, a third of loading's time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-class SkipInit(TorchFunctionMode):
-    """Mode in which new parameters stay uninitialized, for models whose weights are loaded.
-
-    On the meta device it saves the import of torch's decompositions, half of the time to start.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Return the tensor of an `nn.init` function unchanged; run all other functions."""
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
 def load_scheduler(folder: str | Path) -> Scheduler:
-    """Load the scheduler of a checkpoint folder, of the class named in its config."""
+    """Load the scheduler of a checkpoint folder, of the class named in its config, see registry.py."""
     file = Path(folder) / "scheduler" / SCHEDULER_FILE
     name = read_json(file).get("_class_name")
-    if not isinstance(name, str) or name not in SCHEDULERS:
-        raise ValueError(f"{file}: _class_name is {name!r}, expected one of {', '.join(SCHEDULERS)}")
-    return open_scheduler(file, SCHEDULERS[name])
+    if (kind := described_class("scheduler", name)) is None:
+        hint = "a class of your own is registered first: kolors_core.registry.register('scheduler', ...)"
+        raise ValueError(f"{file}: _class_name is {name!r}, expected one of {', '.join(SCHEDULERS)}; {hint}")
+    return open_scheduler(file, kind)
 
 
 def open_scheduler(file: Path, kind: type[AnyScheduler]) -> AnyScheduler:
@@ -288,17 +260,6 @@ def load_index(folder: Path) -> tuple[bool, set[str]]:
     return force_zeros, OPTIONAL_COMPONENTS - named
 
 
-def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's own tensors, without those of attached adapters."""
-    adapters = tuple(f"{path}." for path, m in model.named_modules() if getattr(m, "is_adapter", False))
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(adapters)}
-
-
-def check_savable(model: nn.Module, component: str) -> None:
-    """Raise ValueError for a quantized model, which performance/quantized_files.py saves."""
-    require_plain(model, f"save the {component} for the reference, which reads full weights only")
-
-
 def save_component(
     model: nn.Module, folder: str | Path, component: str, *, subfolder: str | None = None,
     variant: str | None = None, max_shard_size: int | str | None = None
@@ -308,9 +269,10 @@ def save_component(
     subfolder: the component if None. max_shard_size: such as "5GB", of a file. ValueError if quantized.
     """
     check_savable(model, component)
-    tensors = {TABLES[component].to_public(name): tensor for name, tensor in base_state(model).items()}
+    table, config = table_of(component, model), changed_models.public_config(model, component)
+    tensors = {table.to_public(name): tensor for name, tensor in base_state(model).items()}
     path = Path(folder) / (component if subfolder is None else subfolder)
-    write_component(changed_models.public_config(model), tensors, path, component, variant, max_shard_size)
+    write_component(config, tensors, path, component, variant, max_shard_size)
 
 
 def write_component(
@@ -366,28 +328,58 @@ def save_metadata(folder: Path, pipeline: str, components: dict[str, Any]) -> No
     for name in ("tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder / "tokenizer")
-    write_json(scheduler.to_public(), folder / "scheduler" / SCHEDULER_FILE)
+    name = described_name("scheduler", scheduler) or type(scheduler).__name__
+    write_json(scheduler.to_public() | {"_class_name": name}, folder / "scheduler" / SCHEDULER_FILE)
     write_json(model_index(pipeline, components), folder / "model_index.json")
 
 
 def model_index(pipeline: str, components: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of `model_index.json`: the reference's class of each component, by its library."""
+    """Return the content of `model_index.json`: the reference's class of each component, by its library.
+
+    A registered class has its module in the library's place.
+    """
     names = {
         "scheduler": ["diffusers", type(components["scheduler"]).__name__],
         "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["kolors", "ChatGLMModel"],
         "tokenizer": ["kolors", "ChatGLMTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
         "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
     }  # fmt: skip
+    for name in names:
+        part = unwrap_compiled(components[name])
+        spec, described = spec_of(name, part), described_name(name, part)
+        if own := described if spec is None else spec.name:
+            names[name] = [type(part).__module__, own]
     classes = {name: [None, None] if components[name] is None else entry for name, entry in names.items()}
     force_zeros = {"force_zeros_for_empty_prompt": components["force_zeros_for_empty_prompt"]}
     return {"_class_name": pipeline} | force_zeros | classes | {"feature_extractor": [None, None]}
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files, as the reference reads them."""
-    write_bytes(tokenizer.model_bytes, folder / "tokenizer.model")
-    config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
-    write_json(config, folder / "tokenizer_config.json")
+    """Write a tokenizer's files, as the reference reads them; of a registered class its fields alone."""
+    if (name := described_name("tokenizer", tokenizer)) is None:
+        write_bytes(tokenizer.model_bytes, folder / "tokenizer.model")
+        config = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": "left"}
+    else:
+        config = fields_of(tokenizer) | {"tokenizer_class": name}
+    write_json(config, folder / TOKENIZER_FILE)
+
+
+def load_tokenizer(folder: Path, kind: type[Tokenizer]) -> Any:
+    """Load a checkpoint's tokenizer, of the registered class that its config names or else of this one."""
+    file = folder / "tokenizer" / TOKENIZER_FILE
+    public = read_json(file) if file.is_file() else {}
+    if (own := described_class("tokenizer", public.get("tokenizer_class"))) is not None:
+        return read_fields(own, public, str(file))
+    try:
+        return kind(folder / "tokenizer")
+    except FileNotFoundError as error:
+        name = str(public.get("tokenizer_class"))[:100]
+        if name in ("None", "ChatGLMTokenizer"):
+            raise
+        how = f"kolors_core.registry.register('tokenizer', {name!r}, ...)"
+        raise FileNotFoundError(
+            f"{error}; if {name} is a class of your own, register it first: {how}"
+        ) from None
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -6,12 +6,15 @@ Shapes: B images, S text tokens; latents are [B, 4, H/8, W/8].
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from kolors_core.conditioning import Conditioning, concat_extra_channels
-from kolors_core.module import WrapStep
+from kolors_core.denoiser import DenoisingModel
+from kolors_core.devices import unwrap_compiled
+from kolors_core.module import WrapStep, first_weight
 from kolors_core.precompute import has_default_forward, predict_precomputed, predict_uncached
 from kolors_core.sampling import Denoiser
 from kolors_core.schedule import Schedule
@@ -31,7 +34,7 @@ GuidanceRule = Callable[..., Denoiser]  # of `guided`'s signature
 
 
 def guided(
-    unet: UNet, schedule: Schedule, positive: Conditioning, negative: Conditioning | None = None,
+    unet: DenoisingModel, schedule: Schedule, positive: Conditioning, negative: Conditioning | None = None,
     scale: float = 1.0, *, rescale: float = 0.0, interval: Interval | None = None, precompute: bool = True,
     wrap_step: WrapStep | None = None
 ) -> Denoiser:  # fmt: skip
@@ -44,8 +47,11 @@ def guided(
     rescale: see `cfg_rescale`. interval: see `use_inside_interval`. precompute: compute what does not depend
     on x (keys and values of text and images, each block's projection of all timesteps) once instead of in
     every step; the result is the same. A UNet that is compiled as a whole, has hooks itself, or overrides
-    forward is called as a whole in every step. wrap_step: another way to run a step, such as CUDA graphs;
-    not used if nothing is precomputed.
+    forward is called as a whole in every step, as is a denoiser that is another (denoiser.py). wrap_step:
+    another way to run a step, such as CUDA graphs; not used for such a UNet, or without precompute.
+
+    denoise(x, sigma) also takes a sigma for each image, [B] or [B, 1, 1, 1], as training by consistency does;
+    not with an interval or ControlNets. It has gradients unless it is called without.
     """
     scale, rescaled = check_float("the guidance scale", scale), cfg_rescale(rescale)
 
@@ -61,32 +67,43 @@ def guided(
 
 
 def make_denoiser(
-    unet: UNet, schedule: Schedule, conditioning: Conditioning, repeats: int = 1,
-    combine: Callable[[float, Tensor], Tensor] = lambda _timestep, noise: noise, *, precompute: bool = True,
+    unet: DenoisingModel, schedule: Schedule, conditioning: Conditioning, repeats: int = 1,
+    combine: Callable[[Any, Tensor], Tensor] = lambda _timestep, noise: noise, *, precompute: bool = True,
     wrap_step: WrapStep | None = None
 ) -> Denoiser:  # fmt: skip
     """Return `denoise(x, sigma) -> x0`, computed from combine(timestep, the UNet's output for all rows).
 
     schedule: its `target` says what the UNet's output is, see targets.py. conditioning: rows of B images,
-    `repeats` for each latent. precompute, wrap_step: see `guided`.
+    `repeats` for each latent. combine: its timestep is a tensor [B] if sigma is. precompute, wrap_step: see
+    `guided`. TypeError naming a feature that the denoiser cannot have, see denoiser.py.
     """
-    target, total = schedule.target, len(schedule.training_sigmas)
-    dtype, extra = unet.conv_in.weight.dtype, conditioning.extra  # `denoise` must not keep the rest alive
+    target, total, net = schedule.target, len(schedule.training_sigmas), cast(nn.Module, unet)
+    dtype, extra = first_weight(net).dtype, conditioning.extra  # `denoise` must not keep the rest alive
     repeats = repeats if extra is None else 1  # with it, `concat_extra_channels` has repeated the latents
     residuals = None
     if (nets := conditioning.residuals) is not None:
         residuals = nets.prepare(schedule, conditioning, repeats, precompute=precompute, wrap_step=wrap_step)
-    if precompute and has_default_forward(unet, UNet):
+    if precompute and isinstance(unet, UNet) and has_default_forward(unet, UNet):
         predict = predict_precomputed(unet, schedule, conditioning, repeats, wrap_step)
     else:
-        predict = predict_uncached(unet, conditioning, repeats)
+        is_wrapped = precompute and not isinstance(unwrap_compiled(unet), UNet)
+        predict = predict_uncached(unet, conditioning, repeats, wrap_step if is_wrapped else None)
     # Plain numbers, so that torch can trace a step.
     timestep_at = dict(zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False))
 
-    def denoise(x: Tensor, sigma: float) -> Tensor:
+    def timestep_of(sigma: float) -> float:
+        known = timestep_at.get(sigma)
+        return target.timestep(schedule.timestep(sigma), sigma, total) if known is None else known
+
+    def denoise(x: Tensor, sigma: Any) -> Tensor:
+        if isinstance(sigma, Tensor) and sigma.ndim:
+            if residuals is not None:
+                raise ValueError("a ControlNet takes one sigma for all images, got one for each")
+            timestep: Any = torch.tensor([timestep_of(one) for one in sigma.flatten().tolist()])  # [B]
+            sigma = sigma.to(x).reshape(-1, 1, 1, 1)
+        else:
+            timestep = timestep_of(sigma := float(sigma))
         latents = concat_extra_channels(target.model_input(x, sigma).to(dtype), extra)
-        if (timestep := timestep_at.get(sigma)) is None:
-            timestep = target.timestep(schedule.timestep(sigma), sigma, total)
         added = [] if residuals is None else residuals(latents, timestep, sigma)
         return target.x0(x, sigma, combine(timestep, predict(latents, timestep, added).to(x.dtype)))
 
@@ -117,7 +134,13 @@ def use_inside_interval(
     Guidance harms at high noise levels and does little at low ones: https://arxiv.org/abs/2404.07724, eq. 6.
     """
     low, high = interval_sigmas(interval, schedule)
-    return lambda x, sigma: (inside if low < sigma <= high else outside)(x, sigma)
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        if isinstance(sigma, Tensor) and sigma.ndim:
+            raise ValueError("a guidance interval takes one sigma for all images, got one for each")
+        return (inside if low < sigma <= high else outside)(x, sigma)
+
+    return denoise
 
 
 def interval_sigmas(interval: Interval, schedule: Schedule) -> SigmaInterval:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kolors_core.devices import check_dtype
 from kolors_core.module import require_plain
 from weights_convert import TABLES, detect_component
-from weights_convert.key_mapping import UNUSED, compare, summarize
+from weights_convert.key_mapping import UNUSED, Table, compare, summarize
 from weights_convert.safetensors_files import Source, Tensors, aligned
 
 RELEASE_AFTER = 2**26  # bytes copied from a mapped file, after which its pages are released
@@ -62,10 +62,12 @@ def zero_padded(shape: torch.Size, found: Tensor | None) -> Tensor:
 
 def load(
     model: nn.Module, source: Source | Tensors, component: str, *, dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu", partial: Mapping[str, Initializer] | None = None
+    device: torch.device | str = "cpu", partial: Mapping[str, Initializer] | None = None,
+    table: Table | None = None,
 ) -> LoadReport:  # fmt: skip
     """Load a checkpoint into a model, strictly. The model may be on the meta device; no tensor stays there.
 
+    table: of the file's names; None for that of `TABLES` which they fit.
     partial: load what fits. Each tensor of the model that the checkpoint lacks, or has in another shape, must
     match one of these names or patterns (`"conv_in.weight"`, `"up.*.bias"`, by our names), and is created by
     its initializer, such as `zeros` or `zero_padded`; the first match counts. Unknown tensors are reported.
@@ -75,16 +77,21 @@ def load(
     check_dtype(dtype)
     require_plain(model, f"load {source.where} into it; load a plain model, then quantize")
     if partial is None:
-        names = check(model, source, component)
+        names = check(model, source, component, table)
         assign_weights(model, source, names, dtype=dtype, device=device)
         return LoadReport(sorted(names.values()), [], [], [])
-    return _load_what_fits(model, source, component, dtype, device, partial)
+    return _load_what_fits(model, source, component, dtype, device, partial, table)
 
 
-def check(model: nn.Module, source: Source | Tensors, component: str) -> dict[str, str]:
-    """Check by headers that a checkpoint fits; return checkpoint name -> model name, without dropped ones."""
+def check(
+    model: nn.Module, source: Source | Tensors, component: str, table: Table | None = None
+) -> dict[str, str]:
+    """Check by headers that a checkpoint fits; return checkpoint name -> model name, without dropped ones.
+
+    table: as for `load`.
+    """
     where = source.where
-    table, is_ours = detect_component(source.keys(), where)
+    table, is_ours = detect_component(source.keys(), where) if table is None else (table, False)
     if table.component != component:
         raise ValueError(f"{where}: expected the {component} of a Kolors checkpoint, got a {table.component}")
     internal = {name: name if is_ours else table.to_ours(name) for name in source}
@@ -119,10 +126,11 @@ def assign_weights(
 
 def _load_what_fits(
     model: nn.Module, source: Source | Tensors, component: str, dtype: torch.dtype,
-    device: torch.device | str, partial: Mapping[str, Initializer]
+    device: torch.device | str, partial: Mapping[str, Initializer], table: Table | None
 ) -> LoadReport:  # fmt: skip
     target = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    internal = _best_key_mapping(source, component, target)  # checkpoint name -> model name
+    tables = [own for own in TABLES.values() if own.component == component] if table is None else [table]
+    internal = _best_key_mapping(source, component, target, tables)  # checkpoint name -> model name
     public = {name: stored for stored, name in internal.items()}
     fitting = {stored: name for stored, name in internal.items() if source.shape(stored) == target.get(name)}
     missing = sorted(target.keys() - public.keys())
@@ -153,9 +161,11 @@ def _load_what_fits(
     return LoadReport(sorted(fitting.values()), missing, unexpected, misshapen)
 
 
-def _best_key_mapping(source: Source | Tensors, component: str, target: Container[str]) -> dict[str, str]:
+def _best_key_mapping(
+    source: Source | Tensors, component: str, target: Container[str], tables: Iterable[Table]
+) -> dict[str, str]:
     """Map the checkpoint's names to the model's, read as public or ours, whichever match more tensors."""
-    readers = [table.to_ours for table in TABLES.values() if table.component == component]
+    readers = [table.to_ours for table in tables]
     mappings = [{name: read(name) for name in source} for read in (*readers, str)]  # str: ours already
     best = max(mappings, key=lambda names: sum(name in target for name in names.values()))
     if not any(name in target for name in best.values()):

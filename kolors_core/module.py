@@ -4,6 +4,7 @@
     is_adapter    True: attached to a model, and not part of the model's own checkpoint
     state_key()   settings, besides weights and inputs, that change what this module itself computes
     not_plain     why weights cannot be loaded, saved or changed as those of a plain module can
+    prediction_type   of a denoiser: what it has learned to predict (targets.py), where that is known
 
 A feature sets them on its own classes; the core reads them without knowing the feature.
 """
@@ -25,6 +26,22 @@ SAMPLES = 64  # values of a tensor that tell weights apart: training, fusing and
 def is_block(module: nn.Module) -> bool:
     """Return whether a module is a block."""
     return getattr(module, "is_block", False) is True
+
+
+def find_blocks(model: nn.Module, action: str) -> list[nn.Module]:
+    """List a model's blocks; ValueError that says how blocks are marked if it has none to `action`."""
+    if not (blocks := [module for module in model.modules() if is_block(module)]):
+        how = "set is_block = True in the class of the layers that repeat, see kolors_core/module.py"
+        raise ValueError(f"this {type(model).__name__} has no blocks to {action}: {how}")
+    return blocks
+
+
+def first_weight(model: nn.Module) -> Tensor:
+    """Return a model's first floating-point tensor, whose device and dtype are the model's."""
+    tensors = chain(model.parameters(), model.buffers())
+    if (weight := next((one for one in tensors if one.is_floating_point()), None)) is None:
+        raise ValueError(f"this {type(model).__name__} has no floating-point weights")
+    return weight
 
 
 class Model(nn.Module):

@@ -7,19 +7,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kolors_core.conditioning import Conditioning
+from kolors_core.denoiser import OPTIONAL_INPUTS, DenoisingModel, check_accepts
 from kolors_core.module import WrapStep
 from kolors_core.schedule import Schedule
 from kolors_core.unet import ResBlock, TimeShift, UNet, UNetEncoder
 from kolors_core.validation import as_path, check_int
 
-# (input of conv_in [b, ...], timestep, residuals as in `UNet.forward`) -> noise [B, ...]
-PredictNoise = Callable[[Tensor, float, list[Tensor]], Tensor]
+# (input of conv_in [b, ...], timestep or one for each [b], residuals as in `UNet.forward`) -> noise [B, ...]
+PredictNoise = Callable[[Tensor, float | Tensor, list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,12 @@ class PrecomputedInputs:
         times = torch.tensor(timesteps, dtype=torch.float32, device=self.embedding.device)
         self.scheduled = dict(zip(timesteps, self._shifts(times), strict=True))
 
-    def shifts(self, timestep: float) -> Tensor:
-        """Return the time shifts of all blocks at a timestep: [B, sum of the blocks' C]."""
+    def shifts(self, timestep: float | Tensor) -> Tensor:
+        """Return the time shifts of all blocks at a timestep, or each latent's [b]: [B, sum of C]."""
+        if isinstance(timestep, Tensor):
+            times = timestep.to(self.embedding.device, torch.float32)
+            time = self.net.embed_time(times.repeat(len(self.embedding) // len(times))) + self.embedding
+            return torch.cat([shift.added for shift in self.net.time_shifts(time)], dim=-1)
         if timestep in self.scheduled:
             return self.scheduled[timestep]
         # Filled on the device: a tensor of given values is copied there, which the host waits for.
@@ -75,19 +80,40 @@ def has_default_forward(net: nn.Module, kind: type[nn.Module]) -> bool:
     return not (is_overridden or net._compiled_call_impl or net._forward_hooks or net._forward_pre_hooks)
 
 
-def predict_uncached(unet: UNet, conditioning: Conditioning, repeats: int) -> PredictNoise:
-    """Return a function that calls `unet.forward`, with its optional inputs only if they are set."""
-    c = conditioning
-    optional: dict[str, Any] = {"perturbed": c.perturbed} if c.perturbed else {}
-    optional |= {} if c.added is None else {"added": c.added}
+def predict_uncached(
+    unet: DenoisingModel, conditioning: Conditioning, repeats: int, wrap_step: WrapStep | None = None
+) -> PredictNoise:
+    """Return a function that calls the denoiser, with its optional inputs only if they are set.
 
-    def predict(latents: Tensor, timestep: float, residuals: list[Tensor]) -> Tensor:
-        time = torch.full((), timestep, dtype=torch.float32, device=latents.device)
-        inputs = latents.repeat(repeats, 1, 1, 1), time, c.text_tokens, c.pooled_text, c.size_ids
-        keywords = optional | {"residuals": residuals} if residuals else optional
-        return unet(*inputs, c.text_counts, c.image_prompts, **keywords)
+    wrap_step: gets the step as a function of all conditions, latents [b, ...], timesteps and residuals.
+    """
+    c = conditioning
+    named = {name: value for name in OPTIONAL_INPUTS if _is_given(value := getattr(c, name))}
+    check_accepts(unet, named)
+    named.pop("residuals", None)  # of a step
+    inputs = c.text_tokens, c.pooled_text, c.size_ids, c.text_counts
+
+    def step(constant: Any, latents: Tensor, time: Tensor, *residuals: Tensor) -> Tensor:
+        inputs, named = constant
+        named = named | {"residuals": residuals} if residuals else named
+        return unet(latents.repeat(repeats, 1, 1, 1), time, *inputs, **named)
+
+    run = partial(step, (inputs, named))
+    if wrap_step is not None:
+        run = wrap_step(step, (inputs, named), [cast(nn.Module, unet)], (repeats, c.perturbed))
+
+    def predict(latents: Tensor, timestep: float | Tensor, residuals: list[Tensor]) -> Tensor:
+        if isinstance(timestep, Tensor):
+            time = timestep.to(latents.device, torch.float32).repeat(len(c.text_tokens) // len(timestep))
+        else:
+            time = torch.full((), timestep, dtype=torch.float32, device=latents.device)
+        return run(latents, time, *residuals)
 
     return predict
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, tuple) and not value)
 
 
 def predict_precomputed(

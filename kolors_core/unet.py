@@ -119,12 +119,16 @@ class Attention(nn.Module):
         k, v = (split_heads(project(context.tokens), self.heads) for project in (self.to_k, self.to_v))
         return KeysValues(k, v, context.bias, images, context.perturbed)
 
+    def project(self, x: Tensor, context: Context | KeysValues) -> tuple[Tensor, KeysValues]:
+        """Compute queries [B, heads, N, C/heads], and keys and values unless the context is these already."""
+        q = split_heads(self.to_q(x), self.heads)
+        return q, self.project_kv(context) if isinstance(context, Context) else context
+
     def forward(self, x: Tensor, context: Context | KeysValues | KnownOutput, perturbed: int = 0) -> Tensor:
         """Map x [B, N, C] to [B, N, C]; perturbed: number of last rows with the identity as attention map."""
         if isinstance(context, KnownOutput):
             return context.output
-        q = split_heads(self.to_q(x), self.heads)  # [B, heads, N, C/heads]
-        kv = self.project_kv(context) if isinstance(context, Context) else context
+        q, kv = self.project(x, context)
         h = attention(q, kv.k, kv.v, kv.bias)
         if perturbed:
             h = torch.cat([h[:-perturbed], kv.v[-perturbed:]])

@@ -24,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         torch.set_num_threads(THREADS)
+        if not torch.cuda.is_available():  # then its interpreter runs Triton's kernels
+            os.environ.setdefault("TRITON_INTERPRET", "1")
         config.pluginmanager.import_plugin("tests.support.fixtures")
 
 

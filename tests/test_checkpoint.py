@@ -163,8 +163,8 @@ SPOILED: dict[str, tuple[Spoil, type[Exception], str]] = {
     "tensor extra": (tensors(lambda state: state.update(extra=torch.zeros(1))), ValueError,
                      "1 unexpected: extra"),
     "tensor misshapen": (tensors(lambda state: state.update({"conv_in.weight": torch.zeros(2, 2)})),
-                         ValueError, "conv_in.weight is [2, 2], the model wants [32, 4, 3, 3]"),
-    "whole numbers": (tensors(lambda state: state.update({"conv_in.weight": torch.zeros(32, 4, 3, 3).int()})),
+                         ValueError, "conv_in.weight is [2, 2], the model wants [16, 4, 3, 3]"),
+    "whole numbers": (tensors(lambda state: state.update({"conv_in.weight": torch.zeros(16, 4, 3, 3).int()})),
                       ValueError, "conv_in.weight holds torch.int32, expected floating-point"),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.processes import run_program
 
 ROOT = Path(__file__).parents[1]
-FEATURES = ("adapters", "performance", "inspection", "training", "pipelines", "compat", "cli", "batch")
+FEATURES = ("adapters", "performance", "inspection", "training", "pipelines", "compat", "cli", "batch", "ui")
 PIPELINE = """
 import torch
 from kolors_core import KolorsPipeline
@@ -70,11 +70,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         ("inspection",),
         ("training",),
         ("cli",),
-        ("batch",),
-        ("inspection", "training", "compat", "cli", "batch"),
+        ("batch", "ui"),
+        ("inspection", "training", "compat", "cli", "batch", "ui"),
         ("adapters",),
         ("performance",),
-        ("adapters", "performance", "inspection", "training", "cli", "batch"),
+        ("adapters", "performance", "inspection", "training", "cli", "batch", "ui"),
     ],  # fmt: skip
     ids="+".join,
 )

@@ -20,6 +20,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "compat": ("adapters", "performance", "inspection", "training", "pipelines"),
     "cli": ("adapters", "performance", "inspection", "training", "pipelines"),
     "batch": ("adapters", "performance", "inspection", "training", "pipelines", "cli"),
+    "ui": ("adapters", "performance", "inspection", "training", "pipelines", "cli"),
 }
 DOORS = {"__init__", "__main__", "utils"}  # names and commands of every room, imported when asked for
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "einops", "numpy", "PIL", "huggingface_hub", "tqdm"}
@@ -82,7 +83,8 @@ def test_no_circle() -> None:
 @pytest.mark.parametrize("file", [*FILES, *CONVERTERS], ids=name_of)
 def test_only_the_agreed_packages_at_run_time(file: Path) -> None:
     outside = {name.split(".")[0] for name in imports(file)} - set(sys.stdlib_module_names)
-    outside -= {"argcomplete"} if name_of(file) == "kolors_core.__main__" else set()  # an extra
+    optional = {"kolors_core.__main__": "argcomplete", "kolors_core.performance.triton_kernels": "triton"}
+    outside -= {optional.get(name_of(file), "")}
     assert outside <= RUN_TIME | {"kolors_core", "weights_convert"}
     if file in CONVERTERS:
         assert outside <= {"torch", "safetensors", "weights_convert"}

@@ -114,3 +114,8 @@ def test_an_environment_keeps_the_torch_that_it_has() -> None:
     exact = {line.partition("==")[0] for line in pinned if not line.startswith("#")}
     for line in [*project["dependencies"], *extras["test"]]:
         assert line.partition(">=")[0].partition("[")[0] in exact, line
+
+
+def test_a_citation_names_this_version() -> None:
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert f"version: {kolors_core.__version__}" in lines

@@ -16,7 +16,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from kolors_core import KolorsControlNetPipeline, KolorsImg2ImgPipeline, KolorsPipeline, LCMScheduler
+from kolors_core import (
+    KolorsControlNetPipeline,
+    KolorsImg2ImgPipeline,
+    KolorsPipeline,
+    LCMScheduler,
+    registry,
+)
 from kolors_core.__main__ import COMMANDS
 from kolors_core.batch import __main__ as batch
 from kolors_core.checkpoint import EMBEDDED
@@ -28,14 +34,17 @@ from tests.support.processes import COMMAND, run_program
 
 ROOT = Path(__file__).parents[1]
 FRONT = "README.md"
-ROOMS = ("adapters", "performance", "inspection", "training", "pipelines", "compat", "cli", "batch")
+ROOMS = ("adapters", "performance", "inspection", "training", "pipelines", "compat", "cli", "batch", "ui")
 LINES = {
     FRONT: 250,
     **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
     "kolors_core/README.md": 150,
+    "kolors_core/CHANGING.md": 100,
     "kolors_core/SAMPLERS.md": 100,
+    "kolors_core/TROUBLESHOOTING.md": 100,
     "kolors_core/performance/MEMORY.md": 100,
     "kolors_core/performance/EXPORT.md": 100,
+    "kolors_core/training/RUNS.md": 150,
     "weights_convert/README.md": 150,
     "benchmarks/README.md": 150,
     "tests/README.md": 60,
@@ -51,13 +60,15 @@ NOT_RUN = {
 RUN = {
     FRONT: ["Tokenizer(folder"],
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
+    "kolors_core/CHANGING.md": ["class Pointwise"],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
-    "kolors_core/performance/README.md": ["enable_step_cache()"],
+    "kolors_core/performance/README.md": ["enable_fused_kernels()", "enable_step_cache()"],
     "kolors_core/performance/MEMORY.md": ["quantize(pipe", "quantization={", "plan(pipe"],
     "kolors_core/performance/EXPORT.md": ["InferenceSession"],  # by tests/cli/test_export.py
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
+    "kolors_core/training/RUNS.md": ["class Huber("],  # by tests/training/test_own_training.py
 }
 
 
@@ -195,6 +206,12 @@ def test_the_example_of_quantized_models_runs(tmp_path: Path, monkeypatch: pytes
     assert pipe.name_or_path == "kolors-small" and is_quantized(pipe.unet)
 
 
+def test_the_example_of_fewer_kernels_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = "kolors_core/performance/README.md"
+    run(block_with("enable_fused_kernels()", page), page)
+    assert capsys.readouterr().out.startswith("torch.float16 {torch.float16: 0.")
+
+
 def test_the_example_of_a_step_cache_runs() -> None:
     page = "kolors_core/performance/README.md"
     assert run(block_with("enable_step_cache()", page), page)["pipe"].step_cache is None
@@ -224,6 +241,15 @@ def test_the_example_of_a_changed_model_runs(tmp_path: Path, monkeypatch: pytest
     assert type(names["pipe"].unet) is names["GatedUNet"] and names["unet"].config.gates == 1
     with pytest.raises(ValueError, match=r"GatedUNet: load it by .*from_pretrained\(FOLDER, unet="):
         KolorsPipeline.from_pretrained("gated")
+
+
+def test_the_example_of_a_denoiser_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("_models", "_described"):
+        monkeypatch.setattr(registry, name, {})
+    page = "kolors_core/CHANGING.md"
+    names = run(block_with("class Pointwise", page), page)
+    assert type(names["pipe"].unet) is names["Pointwise"]
 
 
 def test_the_path_written_out_is_about_thirty_lines() -> None:
@@ -340,3 +366,12 @@ def test_every_name_in_backticks_is_in_the_source(page: str) -> None:
             parts = re.findall(r"[A-Za-z_]\w*", name.partition("(")[0])
             missing = [part for part in parts if part not in words_of_the_source()]
             assert not missing, name
+
+
+def test_what_a_page_quotes_is_what_the_library_says() -> None:
+    """Of the page for when something goes wrong, but for what is typed."""
+    text = re.sub("`[^`]*`", "", (ROOT / "kolors_core/TROUBLESHOOTING.md").read_text())
+    quoted = re.findall('"([^"]+)"', text)
+    files = [*(ROOT / "kolors_core").rglob("*.py"), *(ROOT / "weights_convert").glob("*.py")]
+    code = "\n".join(file.read_text() for file in files)
+    assert len(quoted) > 10 and [sentence for sentence in quoted if sentence not in code] == []

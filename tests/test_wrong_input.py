@@ -83,7 +83,7 @@ CALLS: list[Wrong] = [
     (from_image(np.zeros((8, 8, 3), object)), ValueError, "pixels of uint8, uint16 or floats, got object"),
     (from_image(PICTURE, denoising_start=0.5, denoising_end="x"), ValueError, "denoising_end must be"),
     (setting("scheduler", "euler"), TypeError, "scheduler must be kolors_core's Scheduler or None, got str"),
-    (setting("unet", torch.nn.Linear(1, 1)), TypeError, "unet must be kolors_core's UNet or None, got torch"),
+    (setting("unet", torch.nn.Linear(1, 1)), TypeError, "unet must be .* a denoiser like it or None, got t"),
     (setting("text_encoder", 3), TypeError, "text_encoder must be a module like .*, got int"),
     (setting("tokenizer", "x"), TypeError, "tokenizer must be like .* Tokenizer or None, got str"),
     (setting("feature_extractor", 3), TypeError, "feature_extractor must be a function or None, got int"),

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from weights_convert.chatglm import CHATGLM
+from weights_convert.key_mapping import Table
 from weights_convert.sgm import sgm_blocks, to_sgm
 from weights_convert.unet import UNET
 
@@ -66,6 +67,9 @@ LEGACY_NAMES = (
 )
 
 
+TABLES: Mapping[str, Table] = {"unet": UNET, "text_encoder": CHATGLM}
+
+
 class LoRAKey(NamedTuple):
     """LoRA key: the component, the module's path in it, and the tensor's role."""
 
@@ -74,19 +78,24 @@ class LoRAKey(NamedTuple):
     role: str
 
 
-def spellings(modules: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
+def spellings(
+    modules: Mapping[str, Collection[str]], tables: Mapping[str, Table] = TABLES
+) -> dict[str, dict[str, str]]:
     """Map every spelling of each component's modules to our path. modules: our paths of the layers.
 
+    tables: public names by component; those of another table than Kolors' have one spelling.
     Raises ValueError if two modules have the same spelling.
     """
     found: dict[str, dict[str, str]] = {}
     for component, paths in modules.items():
-        table = {"unet": UNET, "text_encoder": CHATGLM}[component]
+        table = tables[component]
         public = {path: table.to_public(path) for path in paths}
-        blocks = sgm_blocks(public.values()) if component == "unet" else {}
+        blocks = sgm_blocks(public.values()) if table is UNET else {}
         known = found[component] = {}
         for path, name in public.items():
-            if component == "unet":
+            if table is not TABLES[component]:
+                aliases = {name}
+            elif component == "unet":
                 aliases = {name, to_sgm(name, blocks), *(re.sub(old, new, name) for old, new in LEGACY_NAMES)}
             else:
                 aliases = {name, f"transformer.{name}"}  # THUDM's ChatGLM keeps its encoder one level down
@@ -97,13 +106,14 @@ def spellings(modules: Mapping[str, Collection[str]]) -> dict[str, dict[str, str
 
 
 def parse_keys(
-    names: Iterable[str], modules: Mapping[str, Collection[str]]
+    names: Iterable[str], modules: Mapping[str, Collection[str]], tables: Mapping[str, Table] = TABLES
 ) -> tuple[dict[LoRAKey, str], list[str]]:
     """Parse tensor names: key -> name, and the unmatched names. modules: our layers' paths, by component.
 
+    tables: as for `spellings`.
     Raises ValueError if two names are the same tensor, as in a file of two spellings.
     """
-    known, keys, unmatched = spellings(modules), dict[LoRAKey, str](), list[str]()
+    known, keys, unmatched = spellings(modules, tables), dict[LoRAKey, str](), list[str]()
     for name in names:
         key = _parse_key(name, known)
         if key is None:

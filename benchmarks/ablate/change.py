@@ -11,17 +11,16 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kolors_core.conditioning import Conditioning, concat_extra_channels
 from kolors_core.config import TINY, ChatGLMConfig, UNetConfig
-from kolors_core.guidance import GuidanceRule
-from kolors_core.sampling import Denoiser, Sampler, dpmpp_2m
-from kolors_core.schedule import Schedule, Scheduler
+from kolors_core.guidance import GuidanceRule, guided
+from kolors_core.sampling import Sampler, dpmpp_2m
+from kolors_core.schedule import Scheduler
 from kolors_core.schedulers import DPMSolverMultistepScheduler
 from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.trainer import TrainingConfig
@@ -30,54 +29,15 @@ from kolors_core.validation import check_float, check_int
 
 CHANGES = Path(__file__).parent / "changes"
 FIXED = ("sample_size", "in_channels", "out_channels", "text_dim")  # by TINY's encoders and the images
-NOT_FREE = (
-    "steps",
-    "seed",
-    "prediction_type",
-    "save_every",
-    "shard",
-)  # given by the command or the scheduler
+NOT_FREE = (  # given by the command or the scheduler, or of no effect here
+    "steps", "seed", "prediction_type", "save_every", "shard",
+    "evaluate_every", "held_out_batches", "patience",
+)  # fmt: skip
+PLAIN = partial(guided, precompute=False)  # nothing is computed ahead, so that all are timed alike
 WANTED = (
     'fields of the UNet\'s config or of the training\'s such as "depths=(0, 0, 1)", a name of '
     "benchmarks/ablate/changes, or file.py:name"
 )  # fmt: skip
-
-
-def call_guided(
-    net: nn.Module, schedule: Schedule, positive: Conditioning, negative: Conditioning | None = None,
-    scale: float = 1.0,
-) -> Denoiser:  # fmt: skip
-    """Return `denoise(x, sigma) -> x0` as `guided` does, of any module that is called as a UNet is.
-
-    The one place where modules that are no `UNet` draw. Nothing is computed ahead: all are timed alike.
-    """
-    target, total = schedule.target, len(schedule.training_sigmas)
-    known = dict(zip(schedule.sigmas.tolist(), schedule.timesteps.tolist(), strict=False))
-    is_guided = negative is not None and scale > 1
-    rows = Conditioning.cat(negative, positive) if is_guided and negative is not None else positive
-
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        z = target.model_input(x, sigma)
-        if (time := known.get(sigma)) is None:
-            time = target.timestep(schedule.timestep(sigma), sigma, total)
-        output = call(net, z.repeat(1 + is_guided, 1, 1, 1), time, rows)
-        if is_guided:
-            empty, asked = output.chunk(2)
-            output = empty + scale * (asked - empty)
-        return target.x0(x, sigma, output)
-
-    return denoise
-
-
-def call(net: nn.Module, latents: Tensor, time: float, rows: Conditioning) -> Tensor:
-    """Call a module as `DiffusionLoss` calls a UNet; ValueError unless it returns a tensor like latents."""
-    times, shape = torch.full((len(latents),), time), list(latents.shape)
-    inputs = concat_extra_channels(latents, rows.extra), times, rows.text_tokens, rows.pooled_text
-    found: Any = net(*inputs, rows.size_ids, rows.text_counts, residuals=())
-    if not isinstance(found, Tensor) or list(found.shape) != shape:
-        got = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"its forward returned {got}, expected one of {shape}, the noise")
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +55,7 @@ class Change:
     text_encoder: Callable[[ChatGLMConfig], nn.Module] | None = None
     loss: Callable[..., nn.Module] = DiffusionLoss
     scheduler: Scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
-    guided: GuidanceRule = call_guided
+    guided: GuidanceRule = PLAIN
     sampler: Sampler = dpmpp_2m
     training: Mapping[str, Any] = field(default_factory=dict)
 

@@ -83,7 +83,7 @@ def _differs(a: Tensor, b: Tensor) -> bool:
     return a.numel() >= MANY and not 0.8 < ratio < 1.25
 
 
-def example(latents: int) -> Conditioning:
+def example() -> Conditioning:
     """Return the conditioning of two images, of the right shapes and of nothing in particular."""
     width = TINY.unet.text_dim
     text = TextEmbedding(torch.zeros(2, 5, width), torch.zeros(2, width), torch.ones(2, 5))
@@ -92,18 +92,28 @@ def example(latents: int) -> Conditioning:
 
 def check_denoiser(variant: Variant, net: nn.Module) -> None:
     """Raise ValueError unless a module denoises as the variant's rule of guidance calls it."""
-    side, rows = variant.config.sample_size, example(variant.config.sample_size)
+    side, text = variant.config.sample_size, variant.text
     schedule = variant.change.scheduler.schedule(4)
-    x = torch.zeros(2, 4, side, side)
+    x, outputs = torch.zeros(2, 4, side, side), list[Any]()
+    hook = net.register_forward_hook(lambda module, given, output: outputs.append(output))
     try:
-        denoise = variant.change.guided(net, schedule, rows)
-        found = denoise(x, float(schedule.sigmas[1]))
+        found = variant.change.guided(net, schedule, example())(x, float(schedule.sigmas[1]))
     except Exception as error:
-        why = str(error) if isinstance(error, ValueError) and "its forward" in str(error) else None
-        failed = f"failed on what UNet.forward is given: {told(error)}"
-        raise ValueError(f"{variant.text}: {why or failed}") from error
-    if not isinstance(found, Tensor) or found.shape != x.shape:
-        raise ValueError(f"{variant.text}: `guided` returned no latents like those that it was given")
+        if outputs and not is_like(outputs[-1], x):
+            got = f"a tensor {list(outputs[-1].shape)}" if isinstance(outputs[-1], Tensor) else None
+            got = got or type(outputs[-1]).__name__
+            expected = f"expected one of {list(x.shape)}, the noise"
+            raise ValueError(f"{text}: its forward returned {got}, {expected}") from error
+        raise ValueError(f"{text}: failed on what UNet.forward is given: {told(error)}") from error
+    finally:
+        hook.remove()
+    if not is_like(found, x):
+        raise ValueError(f"{text}: `guided` returned no latents like those that it was given")
+
+
+def is_like(found: Any, x: Tensor) -> bool:
+    """Return whether something is a tensor of another's shape."""
+    return isinstance(found, Tensor) and found.shape == x.shape
 
 
 def check_text_encoder(variant: Variant, encoder: nn.Module) -> None:

@@ -87,13 +87,6 @@ class Seeded:
         return self.source.record()
 
 
-class Unsaved(Trainer):
-    """Trainer of a run that is short enough to be done again."""
-
-    def save(self) -> None:
-        """Save nothing."""
-
-
 def pupil_of(lesson: Lesson, job: Job, base: Variant) -> tuple[Pupil, TrainingConfig]:
     """Build a job's models, and the settings that they are trained with."""
     variant, base = (one if job.width == 1 else one.scaled(job.width) for one in (job.variant, base))
@@ -107,24 +100,22 @@ def train(lesson: Lesson, job: Job, base: Variant, say: Callable[[str], None]) -
     run = Run(label=job.label, width=job.width, seed=job.seed, steps=job.steps)
     start, marks = time.process_time(), points(job.steps)
 
-    def on_step(step: int, loss: float) -> None:
-        run.losses.append(loss)
-        if step + 1 in marks[:-1]:
-            run.curve.append((step + 1, measured(lambda: lesson.held_out(pupil.eval()), job.seed)))
-            pupil.objective.train()
-
     source = Seeded(lesson.batches(pupil, config), job.seed)
+    trainer = Trainer(pupil.objective, source, config, folder="")  # nothing is saved
     # In bfloat16 the plain products are faster than torch's fused kernel at these sizes, above all backwards.
-    kernel = attention_kernel("matmul") if config.dtype == torch.bfloat16 else nullcontext()
-    with kernel:
-        trainer = Unsaved(pupil.objective, source, config, "", on_step, resume="never")
-        try:
-            trainer.fit(progress=False)
-        except FloatingPointError:
-            run.diverged = trainer.step
-            run.scores = {measure.name: None for measure in lesson.measures}
-            say(f"{job.name}: diverged at step {trainer.step}")
-            return run, None
+    with attention_kernel("matmul") if config.dtype == torch.bfloat16 else nullcontext():
+        for trainer.step in range(job.steps):
+            try:
+                run.losses.append(trainer.one_step().loss)
+            except FloatingPointError:
+                run.diverged = trainer.step
+                run.scores = {measure.name: None for measure in lesson.measures}
+                say(f"{job.name}: diverged at step {trainer.step}")
+                return run, None
+            if trainer.step + 1 in marks[:-1]:
+                found = measured(lambda: lesson.held_out(pupil.eval()), job.seed)
+                run.curve.append((trainer.step + 1, found))
+                pupil.objective.train()
     if config.ema_decay:
         trainer.load_ema_weights()
     result = measured(lambda: lesson.measure(pupil.eval(), job.seed), job.seed)

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import diffusers
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from benchmarks.pairs import OneNoise
 from benchmarks.parity.checkpoint import Checkpoint
 from benchmarks.parity.components import PROMPTS, SEED, SLOW, picture
 from benchmarks.parity.layers import Layer
@@ -48,18 +48,6 @@ class Drawn:
     def bytes(self) -> Tensor:
         """The image in 8 bits a channel, as a file has it."""
         return (self.pixels.double() * 255).round()
-
-
-class OneNoise(TorchFunctionMode):
-    """Within it a seed is the same noise in float64 as in float32."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        named = kwargs or {}
-        if func is torch.randn and named.get("dtype") == torch.float64:
-            return func(*args, **named | {"dtype": torch.float32}).double()
-        return func(*args, **named)
 
 
 @dataclass(frozen=True, kw_only=True)

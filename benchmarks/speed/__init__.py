@@ -11,13 +11,14 @@ for library in ("DIFFUSERS", "TRANSFORMERS"):
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 
 
-def arguments(about: str, rounds: int) -> argparse.ArgumentParser:
-    """What every group of rows is told."""
+def arguments(about: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+    """What every group of rows is told; rounds: the default, None where there is no choice."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("out", type=Path, nargs="?", default=RESULTS, help="folder of the rows' JSON files")
-    parser.add_argument("--rounds", type=_positive, default=rounds, help="rounds, of two runs each")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=_positive, default=rounds, help="rounds, of two runs each")
     return parser
 
 

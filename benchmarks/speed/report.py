@@ -14,12 +14,12 @@ from typing import Any
 
 from benchmarks.side_by_side import Goal, Spread
 from benchmarks.speed import RESULTS
+from benchmarks.speed.gpu.book import FILE
+from benchmarks.speed.gpu.rows import read_rows
 
 ORDER = (
     "whole", "whole_memory", "whole_lora", "encode_bfloat16", "encode_float32", "unet_step", "load",
-    "load_memory", "load_bfloat16", "load_memory_bfloat16", "alignment_load", "alignment_step", "gpu_eager",
-    "gpu_compiled", "gpu_seconds", "gpu_memory_resident", "gpu_memory_staged", "gpu_memory_smallest",
-    "gpu_batch", "gpu_attention",
+    "load_memory", "load_bfloat16", "load_memory_bfloat16", "alignment_load", "alignment_step",
 )  # fmt: skip
 FRONT = (
     "whole",
@@ -34,12 +34,12 @@ MET, MISSED = "#4c9f70", "#c8553d"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows that the folder has, in the table's order."""
+    """The rows that the folder has, in the table's order, and those of a GPU, measured or not."""
     files = [folder / f"{name}.json" for name in ORDER]
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
-    if not found:
-        raise SystemExit(f"{folder}: has no rows, expected such as {ORDER[0]}.json")
-    return [row | {"goal": Goal(**row["goal"])} for row in found]
+    if not found and not (folder / FILE).exists():
+        raise SystemExit(f"{folder}: has no rows, expected such as {ORDER[0]}.json or {FILE}")
+    return [row | {"goal": Goal(**row["goal"])} for row in found] + read_rows(folder)
 
 
 def is_measured(row: dict[str, Any]) -> bool:

@@ -36,6 +36,7 @@ from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import SPECIAL_TOKENS, Tokenizer
 from kolors_core.training.loss_curve import draw_curve
+from kolors_core.training.step import Step
 from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
@@ -166,9 +167,10 @@ def train_unet(data: SceneLatents, whitening: text.Whitening, folder: Path, devi
     objective = SceneLoss(unet, EulerDiscreteScheduler().training_sigmas(), DENOISER).to(device)
     start = time.monotonic()
 
-    def report(step: int, loss: float) -> None:
-        if is_first() and step % 50 == 0:
-            print(f"UNet step {step}: loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
+    def report(step: Step) -> None:
+        if is_first() and step.step % 50 == 0:
+            seconds = time.monotonic() - start
+            print(f"UNet step {step.step}: loss {step.loss:.4f}, {seconds:.0f} s", flush=True)
 
     trainer = Trainer(objective, data, DENOISER, folder, report)
     trainer.fit(progress=False)

@@ -18,6 +18,7 @@ from benchmarks.tiny.scenes import GROUNDS, KINDS, compose, render
 from benchmarks.tiny.text import NOTHING_WEIGHT, SIDE, grid_of
 from kolors_core.adapters.clip_vision import CLIPVision, CLIPVisionConfig, preprocess_clip
 from kolors_core.training.data import derive_seed
+from kolors_core.training.step import Step
 from kolors_core.training.trainer import Trainer, TrainingConfig
 
 ENCODER = CLIPVisionConfig(
@@ -156,10 +157,10 @@ def train(
     unseen = scene_images(list(range(TESTED)), config.image_size, is_trained=False)
     unseen = SceneImages(*(tensor.to(device) for tensor in vars(unseen).values()))
 
-    def report(step: int, loss: float) -> None:
-        if step % 200 == 199 and is_first():
+    def report(step: Step) -> None:
+        if step.step % 200 == 199 and is_first():
             shares = ", ".join(f"{name} {share:.1%}" for name, share in accuracy(reading, unseen).items())
-            print(f"image encoder step {step + 1}: loss {loss:.4f}; {shares}", flush=True)
+            print(f"image encoder step {step.step + 1}: loss {step.loss:.4f}; {shares}", flush=True)
 
     Trainer(reading, SceneImageSource(training, config.image_size), training, folder, report).fit(
         progress=False

@@ -5,10 +5,12 @@ torchrun --nproc-per-node 2 -m benchmarks.tiny.controlnet OUT
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+
+from kolors_core.training.step import OnStep, Step
 
 
 @contextmanager
@@ -35,12 +37,13 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def report_every(steps: int, name: str) -> Callable[[int, float], None]:
+def report_every(steps: int, name: str) -> OnStep:
     """A Trainer's `on_step` that prints, in the first process, the loss of each `steps`-th step."""
     start = time.monotonic()
 
-    def report(step: int, loss: float) -> None:
-        if step % steps == 0 and is_first():
-            print(f"{name} step {step}: loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
+    def report(step: Step) -> None:
+        if step.step % steps == 0 and is_first():
+            seconds = time.monotonic() - start
+            print(f"{name} step {step.step}: loss {step.loss:.4f}, {seconds:.0f} s", flush=True)
 
     return report

@@ -36,6 +36,7 @@ from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.training.data import derive_seed
 from kolors_core.training.run_record import digest
+from kolors_core.training.step import Step
 from kolors_core.training.trainer import Trainer, TrainingConfig
 
 SEEN = (*KINDS, *CHARACTERS)  # what may be at a place
@@ -289,13 +290,13 @@ def train(
     torch.manual_seed(training.seed)  # of the reader's first weights
     objective = SceneReading(text_encoder, whitening).to(device)
 
-    def report(step: int, loss: float) -> None:
-        if step % 100 == 99 and is_first():
+    def report(step: Step) -> None:
+        if step.step % 100 == 99 and is_first():
             with torch.autocast(device.type, training.dtype, enabled=training.dtype != torch.float32):
                 found = accuracy(objective, source.batch(10**6, slice(0, training.batch_size), device))
                 found |= told_sides(objective, source.grammar, source.tokenizer)
             shares = ", ".join(f"{name} {share:.2f}" for name, share in found.items())
-            print(f"text encoder step {step + 1}: loss {loss:.4f}; {shares}", flush=True)
+            print(f"text encoder step {step.step + 1}: loss {step.loss:.4f}; {shares}", flush=True)
 
     Trainer(objective, source, training, folder, report).fit(progress=False)
     return objective.eval()

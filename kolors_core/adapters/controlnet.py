@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kolors_core.conditioning import Conditioning, StepResiduals
 from kolors_core.config import ConfigReader, PublicConfig, UNetConfig
 from kolors_core.context import Context, KeysValues
+from kolors_core.denoiser import require_unet
 from kolors_core.module import WrapStep
 from kolors_core.precompute import PrecomputedInputs, has_default_forward
 from kolors_core.schedule import Schedule
@@ -114,6 +115,7 @@ class ControlNet(UNetEncoder):
 
         It has the text projection; of an inpainting UNet's inputs, only the latents. ValueError if quantized.
         """
+        require_unet(unet, "a ControlNet")
         latents = unet.config.out_channels
         sizes = {"in_channels": latents, "conditioning_widths": tuple(conditioning_widths)}
         net = cls(ControlNetConfig(**asdict(unet.config) | sizes)).to(unet.conv_in.weight)

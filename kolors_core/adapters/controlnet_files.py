@@ -7,6 +7,7 @@ import torch
 
 from kolors_core import checkpoint, devices
 from kolors_core.adapters.controlnet import ControlNet, ControlNetConfig
+from kolors_core.denoiser import require_unet
 from kolors_core.devices import Dtypes
 from kolors_core.hub import find_linked_file
 from kolors_core.loading import LoadReport, check, load
@@ -101,6 +102,7 @@ class KolorsControlNet(ControlNet):
         name, unet = pretrained_model_name_or_path, devices.unwrap_compiled(unet)
         folder = checkpoint.fetch_component(name, "controlnet", subfolder, variant, True, **hub)
         file = folder / subfolder / "config.json"
+        require_unet(unet, "a ControlNet")
         require_plain(unet, "borrow from it; borrow from a plain UNet, then quantize")
         public = checkpoint.read_json(file)
         if public.get("encoder_hid_dim_type") is not None:

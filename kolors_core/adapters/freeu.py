@@ -7,11 +7,13 @@ factor for a whole map. Shapes: B batch, C channels, H height, W width (in laten
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from kolors_core.denoiser import require_unet
+from kolors_core.devices import unwrap_compiled
 from kolors_core.module import all_or_nothing
 from kolors_core.unet import UNet, UpBlock
 from kolors_core.validation import check_float
@@ -50,6 +52,7 @@ class FreeUMethods:
 
         ValueError naming a value that is no number or below 0, and for a UNet of one level.
         """
+        require_unet(self.unet, "FreeU")
         if len(self.unet.up) < 2:
             raise ValueError("FreeU changes two levels, and this UNet has one")
         values = zip(NAMES, (s1, s2, b1, b2), strict=True)
@@ -58,7 +61,8 @@ class FreeUMethods:
 
     def disable_freeu(self) -> None:
         """Restore the UNet to what it was before."""
-        self._set_freeu(None, None)
+        if self._has_unet:
+            self._set_freeu(None, None)
 
     def _set_freeu(self, *joins: FreeU | None) -> None:
         with all_or_nothing(self.unet.up):
@@ -66,8 +70,13 @@ class FreeUMethods:
                 level.freeu = join
 
     @property
+    def _has_unet(self) -> bool:
+        return isinstance(unwrap_compiled(self.unet), UNet)
+
+    @property
     def freeu(self) -> dict[str, float] | None:
         """The values of s1, s2, b1 and b2; None if FreeU is not enabled."""
-        joins = [level.freeu for level in self.unet.up[:2] if isinstance(level.freeu, FreeU)]
+        levels: Any = self.unet.up[:2] if self._has_unet else ()
+        joins = [level.freeu for level in levels if isinstance(level.freeu, FreeU)]
         values = [join.skip for join in joins] + [join.backbone for join in joins]
         return dict(zip(NAMES, values, strict=True)) if len(joins) == 2 else None

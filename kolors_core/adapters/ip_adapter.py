@@ -20,6 +20,8 @@ from kolors_core.adapters.block_scales import BlockScale, block_scales
 from kolors_core.adapters.clip_vision import CLIPVision
 from kolors_core.attention import attention, split_heads
 from kolors_core.context import ImageKeysValues, ImagePrompt, ResizedMasks
+from kolors_core.denoiser import require_unet
+from kolors_core.devices import unwrap_compiled
 from kolors_core.module import all_or_nothing
 from kolors_core.unet import Attention, UNet
 
@@ -161,7 +163,11 @@ class ImageCrossAttention(nn.Module):
 
 
 def cross_attentions(unet: UNet) -> dict[str, Attention]:
-    """List the UNet's cross-attentions by path, in the order of the adapter's file: down, up, mid."""
+    """List the UNet's cross-attentions by path, in the order of the adapter's file: down, up, mid.
+
+    TypeError for another denoiser.
+    """
+    require_unet(unet, "an IP-Adapter")
     levels: list[tuple[str, Any]] = [(f"down.{i}", level) for i, level in enumerate(unet.down)]
     levels += [(f"up.{i}", level) for i, level in enumerate(unet.up)] + [("mid", unet.mid)]
     return {
@@ -263,7 +269,8 @@ class AttachedAdapter:
 
 def attached(unet: UNet | None) -> list[AttachedAdapter]:
     """List the handles of a UNet's adapters, in the order in which it takes their images."""
-    first: Any = None if unet is None else next(iter(cross_attentions(unet).values()), None)
+    is_unet = isinstance(unwrap_compiled(unet), UNet)
+    first: Any = None if unet is None or not is_unet else next(iter(cross_attentions(unet).values()), None)
     return [] if first is None else [branch.handle for branch in first.image_branches]
 
 

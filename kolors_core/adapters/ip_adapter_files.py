@@ -14,6 +14,7 @@ from kolors_core.adapters.clip_vision import IMAGE_ENCODER, CLIPVision
 from kolors_core.adapters.face_id import FaceIDAdapter, FaceIDConfig
 from kolors_core.adapters.ip_adapter import ImagePromptAdapter, IPAdapter, IPAdapterConfig
 from kolors_core.checkpoint import EMBEDDED, EMBEDDED_NAME, load_component
+from kolors_core.denoiser import require_unet
 from kolors_core.devices import dtype_of, merge_dtype_arguments
 from kolors_core.hub import find_file, reject_unused
 from kolors_core.loading import load
@@ -55,6 +56,7 @@ def load_adapter(
     encoder: CLIPVision | None, encoder_folder: str | None, hub: dict[str, Any],
 ) -> tuple[ImagePromptAdapter, CLIPVision | None]:  # fmt: skip
     """Load an "ip_adapter" or "face_id" that fits the UNet, and its image encoder unless one is given."""
+    require_unet(unet, "an IP-Adapter")
     weight = unet.conv_in.weight
     if isinstance(source, str) and source == EMBEDDED_NAME and not subfolder:
         source, subfolder = EMBEDDED, "ip_adapter"

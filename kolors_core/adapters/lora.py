@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from kolors_core.adapters.block_scales import BlockScale, block_scales
 from kolors_core.adapters.lora_layers import LoRALayer, LoRAWeights, lora_class
 from kolors_core.module import all_or_nothing, apply_to_all
+from kolors_core.registry import table_of
 from kolors_core.unet import UNet
 from kolors_core.validation import as_new_path, check_float, check_int, short_repr
-from weights_convert import TABLES
 from weights_convert.safetensors_files import save_tensors
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out")
@@ -112,7 +112,7 @@ class LoRAAdapter:
         alpha is folded into B, since files of this spelling have none and readers take alpha = rank; the
         adapter's strength is not. ValueError for what has no such name: deltas and magnitudes of columns.
         """
-        table, state = TABLES[component], {}
+        table, state = table_of(component, self.model), {}
         for path, part in self.parts().items():
             public = f"{component}.{table.to_public(path)}"
             if part.down is None or part.up is None:

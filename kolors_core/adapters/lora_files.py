@@ -18,8 +18,8 @@ from kolors_core.adapters.lora_layers import LoRAWeights
 from kolors_core.checkpoint import read_json
 from kolors_core.config import PublicConfig
 from kolors_core.devices import all_finite
+from kolors_core.registry import table_of
 from kolors_core.validation import is_real
-from weights_convert import TABLES
 from weights_convert.lora import KNOWN_SPELLINGS, parse_keys
 from weights_convert.safetensors_files import Source, Tensors
 from weights_convert.untrusted_files import parse_object, printable
@@ -75,8 +75,9 @@ def parse_lora(
     component, only read. Raises ValueError if no tensor matches, or some do not without `allow_partial`.
     """
     layers = {component: supported_layers(model) for component, model in models.items()}
+    tables = {component: table_of(component, model) for component, model in models.items()}
     try:
-        places, unmatched = parse_keys(source, layers)
+        places, unmatched = parse_keys(source, layers, tables)
     except ValueError as error:
         raise ValueError(f"{source.where}: {error}") from None
     grouped: dict[tuple[str, str], dict[str, str]] = {}
@@ -91,7 +92,8 @@ def parse_lora(
                 if role != "alpha" and not source.dtype(name).is_floating_point:
                     raise IncompatibleTensors(f"expected floating-point numbers, got {source.dtype(name)}")
             tensors = {role: source[name] for role, name in names.items()}
-            part = _build_weights(tensors, layer, TABLES[component].to_public(path), config)
+            public = tables[component].to_public(path)
+            part = _build_weights(tensors, layer, public, config)
             parts.setdefault(component, {})[path] = part
             matched += names.values()
         except IncompatibleTensors as error:

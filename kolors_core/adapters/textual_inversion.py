@@ -53,8 +53,9 @@ class WordEmbedding(ReplacedModule, nn.Embedding):
 
 def words_of(encoder: ChatGLM) -> dict[str, list[int]]:
     """Return the ids of each learned word of the encoder."""
-    ids, first = dict[str, list[int]](), encoder.embedding.num_embeddings
-    for word, vectors in vectors_of(encoder).items():
+    ids, found = dict[str, list[int]](), vectors_of(encoder)
+    first = encoder.embedding.num_embeddings if found else 0
+    for word, vectors in found.items():
         ids[word] = list(range(first, first + len(vectors)))
         first += len(vectors)
     return ids
@@ -62,7 +63,7 @@ def words_of(encoder: ChatGLM) -> dict[str, list[int]]:
 
 def vectors_of(encoder: ChatGLM) -> dict[str, nn.Parameter]:
     """Return the learned vectors [n, C] of each word of the encoder."""
-    table = encoder.embedding
+    table = getattr(encoder, "embedding", None)  # which encoders of one's own may lack
     return dict(zip(table.words, table.learned, strict=True)) if isinstance(table, WordEmbedding) else {}
 
 
@@ -212,7 +213,10 @@ class TextualInversionMethods:
     def _word_encoder(self) -> ChatGLM:
         if self.text_encoder is None:
             raise ValueError("this pipeline has no text encoder, and learned words are read by it")
-        return unwrap_compiled(self.text_encoder)
+        if not isinstance(encoder := unwrap_compiled(self.text_encoder), ChatGLM):
+            got = type(encoder).__name__
+            raise TypeError(f"learned words need kolors_core's ChatGLM, and the text encoder is a {got}")
+        return encoder
 
 
 def _vectors_by_word(source: Source | Tensors, word: str | None) -> dict[str, Tensor]:

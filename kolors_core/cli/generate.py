@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,6 +46,15 @@ FACTS_OF = {
 }  # fmt: skip
 
 
+class Call(NamedTuple):
+    """Call of a pipeline, checked: the files to write, its arguments, and the metadata of `--from`."""
+
+    outs: list[Path]
+    arguments: dict[str, Any]
+    facts: from_png.Facts
+    has_seed: bool  # one that was given
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 2, with one line on stderr, after an error."""
     return cli.run_command(partial(_run, arguments), draw_parser().parse_args(arguments))
@@ -57,7 +66,7 @@ def _run(arguments: list[str] | None, options: argparse.Namespace) -> None:
     if options.info is not None:
         return _print_info(options)
     if options.from_png is not None:
-        options = _with_metadata(arguments, options)
+        options = with_metadata(arguments, options)
     if options.plan:
         return _print_plan(options)
     with redirect_stdout(sys.stderr):  # standard output is for what was written
@@ -76,7 +85,7 @@ def _print_info(options: argparse.Namespace) -> None:
         print(printable(f"{name}: {value}"))
 
 
-def _with_metadata(arguments: list[str] | None, options: argparse.Namespace) -> argparse.Namespace:
+def with_metadata(arguments: list[str] | None, options: argparse.Namespace) -> argparse.Namespace:
     """Return the options that an image's metadata give, overridden by those of the command."""
     flags, unknown = from_png.arguments_of(options.from_png)
     for sentence in unknown:
@@ -100,32 +109,45 @@ def _generate(options: argparse.Namespace) -> tuple[list[Path], Sequence[Any]]:
 
     Of processes that split an image, the first has files to write.
     """
+    call, device = prepare(options), join_split(options)
+    if call.outs[0] != STANDARD_OUTPUT:
+        cli.make_writable(call.outs[0])
+    pipe = cli.load_pipeline(options, device, task_of(options))
+    quantized = cli.measure_quantization(pipe, options)
+    images = draw(pipe, options, call, quantized)
+    return (call.outs, images) if leave_split(options.split) else ([], [])
+
+
+def prepare(options: argparse.Namespace) -> Call:
+    """Check the options and read the images that they name, before weights; ValueError or OSError."""
     facts = from_png.read_facts(options)
     facts = {name: text for name, text in facts.items() if name not in options.overridden}
     has_seed = options.seed is not None
-    outs, device = _validate(options), join_split(options)
-    arguments = _pipeline_kwargs(options)  # images are read before weights
-    arguments |= from_png.call_arguments(facts, has_seed)
-    if outs[0] != STANDARD_OUTPUT:
-        cli.make_writable(outs[0])
-    pipe = cli.load_pipeline(options, device, _pipeline_class(options))
-    quantized = cli.measure_quantization(pipe, options)
+    outs = _validate(options)
+    arguments = _pipeline_kwargs(options) | from_png.call_arguments(facts, has_seed)
+    return Call(outs, arguments, facts, has_seed)
+
+
+def draw(
+    pipe: Any, options: argparse.Namespace, call: Call, metadata: Mapping[str, str] | None = None
+) -> list[Any]:
+    """Load the options' adapters into a pipeline without any, and draw; metadata: more of the images'."""
     _load_adapters(pipe, options)
-    from_png.prepare(pipe, facts)
-    if "scheduler" in facts and options.schedule is not None:
+    from_png.prepare(pipe, call.facts)
+    if "scheduler" in call.facts and options.schedule is not None:
         pipe.scheduler = with_schedule(pipe.scheduler, options.schedule)
-    image = arguments.get("image")  # to start from, or of ControlNets
+    image = call.arguments.get("image")  # to start from, or of ControlNets
     if options.split is None:
         check_memory(pipe, options, image[0] if isinstance(image, list) else image)
     else:
         split_pipeline(pipe, options.split)
-    images = from_png.select_image(pipe(**arguments)[0], facts, has_seed)
+    images = from_png.select_image(pipe(**call.arguments)[0], call.facts, call.has_seed)
     files = cli.component_files(options) | {"face_embeds": options.face_embeds}
-    metadata = {f"{name}_file": file for name, file in files.items() if file is not None}
-    metadata |= {} if options.canny is None else {"canny": options.canny}
+    found = {f"{name}_file": file for name, file in files.items() if file is not None}
+    found |= {} if options.canny is None else {"canny": options.canny}
     for image in images:
-        attach_metadata(image, image.info | metadata | quantized)
-    return (outs, images) if leave_split(options.split) else ([], [])
+        attach_metadata(image, image.info | found | dict(metadata or {}))
+    return images
 
 
 def _pipeline_kwargs(options: argparse.Namespace) -> dict[str, Any]:
@@ -169,7 +191,7 @@ def _print_plan(options: argparse.Namespace) -> None:
     """Print the memory that the images would need; the device need not exist."""
     _validate(options)
     device = planned_device(options.device)
-    pipe = cli.load_pipeline(options, device, _pipeline_class(options), is_planned=True)
+    pipe = cli.load_pipeline(options, device, task_of(options), is_planned=True)
     _load_adapters(pipe, options)
     plan(
         pipe, options.height, options.width, num_images_per_prompt=options.images,
@@ -223,7 +245,8 @@ def _validate(options: argparse.Namespace) -> list[Path]:
     return outs
 
 
-def _pipeline_class(options: argparse.Namespace) -> type[Task]:
+def task_of(options: argparse.Namespace) -> type[Task]:
+    """Return the pipeline of the task that the options describe."""
     if options.image is None:
         return KolorsControlNetPipeline if options.control else KolorsPipeline
     return KolorsImg2ImgPipeline if options.mask is None else KolorsInpaintPipeline

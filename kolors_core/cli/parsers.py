@@ -353,3 +353,13 @@ def export_parser() -> Parser:
     add_lora(top)
     add("-q", "--quiet", action="store_true", help="no report")
     return top
+
+
+def env_parser() -> Parser:
+    """Build the parser of `env`."""
+    top = Parser(
+        "env", description="Print versions, devices and kernels, for a report of a fault.",
+        epilog="Example: kolors env > machine.txt",
+    )  # fmt: skip
+    top.set_defaults(quiet=False)
+    return top

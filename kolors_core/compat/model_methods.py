@@ -18,6 +18,7 @@ from kolors_core.compat.shared_methods import ATTENTION_HINT, SharedMethods, pus
 from kolors_core.module import is_block
 from kolors_core.performance import quantized_files
 from kolors_core.performance.compile import compile_blocks
+from kolors_core.performance.fuse_projections import fuse_projections, unfuse_projections
 from kolors_core.validation import as_path, check_safe_serialization, short_repr
 from weights_convert.atomic_write import atomic_folder
 
@@ -218,6 +219,14 @@ class ModelMethods(SharedMethods, nn.Module):
         if not fullgraph or dynamic is not None:
             logger.warning("fullgraph and dynamic have no effect: a block is compiled whole, for all sizes")
         compile_blocks(self, mode, backend)
+
+    def fuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values of a UNet's or ControlNet's self-attention in one product."""
+        fuse_projections(self)
+
+    def unfuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values one by one again."""
+        unfuse_projections(self)
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose the attention kernel, of all models of this process: the reference's name or one of ours."""

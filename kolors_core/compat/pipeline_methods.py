@@ -147,6 +147,16 @@ class ReferenceMethods(ReferenceFiles):
         """Cast the VAE to float32, which it has already unless you changed it."""
         self.vae.to(torch.float32)
 
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Compute queries, keys and values in one product, in UNet and ControlNets; not in the VAE."""
+        if unet:
+            super().fuse_qkv_projections()
+
+    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Compute queries, keys and values one by one again."""
+        if unet:
+            super().unfuse_qkv_projections()
+
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Log that there is nothing to do."""
         logger.warning("enable_attention_slicing has no effect: %s, which need no slices", ATTENTION_HINT)

@@ -41,13 +41,6 @@ class SharedMethods:
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Do nothing."""
 
-    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        """Log that there is nothing to do."""
-        logger.warning("fuse_qkv_projections has no effect: %s, and fusing gains nothing", ATTENTION_HINT)
-
-    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        """Do nothing."""
-
 
 def push_folder(
     folder: str | Path, repo_id: str | None, *, commit_message: str | None = None,

@@ -40,7 +40,8 @@ def explain_prompt(
     if pipe.tokenizer is None:
         raise ValueError("this pipeline has no tokenizer, which names the tokens")
     batch = pipe.tokenizer([prompt], words=words)
-    batch = batch.merge_padding() if pipe.savings.merge_padding else batch
+    reads_counts = getattr(getattr(pipe, "text_encoder", None), "reads_counts", False)
+    batch = batch.merge_padding() if pipe.savings.merge_padding and reads_counts else batch
     tokens = display_tokens(pipe.tokenizer, batch, words)
     edges = [round(third * steps / 3) for third in range(4)] if steps >= 3 else [0, steps]
     spans = list(starmap(range, pairwise(edges)))

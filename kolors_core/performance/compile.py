@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kolors_core.module import is_block
+from kolors_core.module import find_blocks
 
 # torch's modes that replay CUDA graphs, and the same modes without: cuda_graphs.py records whole steps.
 CUDA_GRAPH_MODES: dict[str | None, str] = {
@@ -27,7 +27,8 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
     """Compile a model's blocks when they first run, and return the number of kinds.
 
     mode, backend: as for `torch.compile`. A block is compiled whole or not at all, and again for new sizes,
-    precisions or adapters; the second image size compiles for all sizes. ValueError for an unknown mode;
+    precisions or adapters; the second image size compiles for all sizes. ValueError for an unknown mode, and
+    for a model without blocks;
     torch's own error, and no fallback to a slower path, where a block cannot be compiled.
     """
     if mode not in MODES:
@@ -38,7 +39,7 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
     else:
         _raise_recompile_limit()
     compiled: dict[Any, Callable[..., Any]] = {}  # by kind
-    for block in filter(is_block, model.modules()):
+    for block in find_blocks(model, "compile"):
         kind = type(block), tuple(tensor.shape for tensor in block.state_dict().values())
         if kind not in compiled:
             # torch finds, and limits, compiled variants by code object: each kind gets its own.

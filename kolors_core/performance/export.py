@@ -40,6 +40,7 @@ from torch.torch_version import TorchVersion
 from kolors_core.attention import attention_kernel, log_multiplicity_bias, split_heads
 from kolors_core.chatglm import ChatGLM
 from kolors_core.context import KeysValues
+from kolors_core.denoiser import require_unet
 from kolors_core.module import require_plain
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import ResBlock, TimeShift, TransformerBlock, UNet
@@ -115,6 +116,7 @@ def unet_programs(unet: UNet) -> dict[str, Program]:
 
     ValueError for a quantized model, and for one with adapters: fuse LoRAs, then unload them.
     """
+    require_unet(unet, "exporting the UNet's programs")
     _check_exportable(unet)
     config, dtype, timesteps = unet.config, unet.conv_in.weight.dtype, range(1100)
     least = 2 ** (len(config.channels) - 1) + 1  # so that the innermost feature map has a side of 2

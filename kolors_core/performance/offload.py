@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kolors_core.devices import unwrap_compiled
-from kolors_core.module import is_block
+from kolors_core.module import find_blocks, is_block
 from kolors_core.performance.pinned_memory import pin, unpin
 
 STAGE_ORDER = ("text_encoder", "image_encoder", "unet", "vae")  # assumed until a run was observed
@@ -65,6 +65,16 @@ def refuse_compiled(models: Models) -> None:
         if unwrap_compiled(model) is not model or any(part._compiled_call_impl for part in model.modules()):
             hint = "it is compiled: use enable_model_cpu_offload"
             raise ValueError(f"{stage} cannot be offloaded block by block, {hint}")
+
+
+def check_blocks(models: Models) -> None:
+    """Raise ValueError for a model that cannot be copied block by block, but only as a whole."""
+    for model in (model for listed in models.values() for model in listed):
+        find_blocks(model, "offload one by one")
+        own = [*model._parameters, *model._buffers]
+        if own and not is_block(model):
+            what = f"this {type(model).__name__} has {own[0]} beside its blocks"
+            raise ValueError(f"{what}, and would be copied as a whole: put it into a submodule")
 
 
 class TransferStream:

@@ -127,9 +127,11 @@ def fingerprint(encoder: ChatGLM, tokens: TokenBatch) -> str:
     """Hash what determines the embedding of these tokens, to 64 hexadecimal digits."""
     state = encoder.state_dict()
     description = [encoder.config, settings(encoder), *((name, t.dtype) for name, t in state.items())]
-    ids = tokens.ids.unique().to(encoder.embedding.weight.device)
-    embedded = encoder.embedding.forward(ids)  # without hooks
-    content = repr(description).encode() + sample_weights(state, [embedded])
+    embedded = []
+    if isinstance(encoder, ChatGLM):
+        ids = tokens.ids.unique().to(encoder.embedding.weight.device)
+        embedded = [encoder.embedding.forward(ids)]  # without hooks
+    content = repr(description).encode() + sample_weights(state, embedded)
     for tensor in (tokens.ids, tokens.mask, tokens.positions, tokens.counts):
         content += repr(None if tensor is None else tensor.tolist()).encode()
     return hashlib.sha256(content).hexdigest()

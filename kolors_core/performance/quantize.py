@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kolors_core.changed_models import is_ours
 from kolors_core.chatglm import ChatGLMLayer
-from kolors_core.module import apply_to_all, require_plain
+from kolors_core.module import apply_to_all, is_block, require_plain
 from kolors_core.unet import DownBlock, MidBlock, Transformer, UpBlock
 from kolors_core.validation import check_int
 
@@ -258,8 +259,8 @@ def quantizable_layers(model: nn.Module, weight_format: Format) -> list[str]:
     require_plain(model, "quantize it again")
     paths = large_layers(model, weight_format)
     if not paths:
-        kind = type(model).__name__
-        raise ValueError(f"expected a ChatGLM or a UNet, got a {kind}: it has no transformers to quantize")
+        got = f"a {type(model).__name__}: it has no transformers to quantize, and no blocks (module.py)"
+        raise ValueError(f"expected a ChatGLM or a UNet, got {got}")
     for path in paths:
         layer = model.get_submodule(path)
         if type(layer) not in (nn.Linear, nn.Conv2d):
@@ -275,12 +276,15 @@ def large_layers(model: nn.Module, weight_format: Format) -> list[str]:
     is_fp8 = weight_format == "fp8"
     blocks = (ChatGLMLayer, DownBlock, MidBlock, UpBlock) if is_fp8 else (ChatGLMLayer, Transformer)
     kinds = (nn.Linear, nn.Conv2d) if is_fp8 else (nn.Linear,)
-    return [
+    found = [(prefix, block) for prefix, block in model.named_modules() if isinstance(block, blocks)]
+    if not found and not is_ours(type(model)):  # a model of your own
+        found = [(prefix, block) for prefix, block in model.named_modules() if is_block(block)]
+    return [*dict.fromkeys(
         path
-        for prefix, block in model.named_modules() if isinstance(block, blocks)
+        for prefix, block in found
         for path, layer in block.named_modules(prefix=prefix)
         if isinstance(layer, kinds) and ".image_branches." not in path
-    ]  # fmt: skip
+    )]  # fmt: skip
 
 
 def check_format(weight_format: Format) -> None:

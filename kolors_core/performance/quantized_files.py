@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kolors_core import changed_models, checkpoint
+from kolors_core import changed_models, checkpoint, readable
 from kolors_core.changed_models import QUANTIZATION
 from kolors_core.checkpoint import MODEL_SPECS, ModelSpec, UnloadedModel
 from kolors_core.devices import check_dtype, loading_device
@@ -37,8 +37,9 @@ from kolors_core.performance.quantize import (
     large_layers,
     quantize,
 )
-from weights_convert import TABLES
-from weights_convert.key_mapping import summarize
+from kolors_core.readable import base_state, check_known
+from kolors_core.registry import table_of
+from weights_convert.key_mapping import Table, summarize
 from weights_convert.safetensors_files import Source
 
 METHOD, WHOLE = "kolors_core", "none"
@@ -146,7 +147,11 @@ def open_component(
     ValueError names the file and the field, tensor or dtype that does not.
     """
     path = Path(checkpoint.local_name(folder)) / (component if subfolder is None else subfolder)
-    file, kind = path / "config.json", MODEL_SPECS.get(component) if kind is None else kind
+    file, default = (
+        path / "config.json",
+        checkpoint.spec_named_in(path, component) or MODEL_SPECS.get(component),
+    )
+    kind = default if kind is None else kind
     public = checkpoint.read_json(file) if file.is_file() else {}
     if public.get(QUANTIZATION) is None or kind is None:
         return checkpoint.open_component(
@@ -173,22 +178,25 @@ def save_component(
         return checkpoint.save_component(
             model, folder, component, subfolder=subfolder, variant=variant, max_shard_size=max_shard_size
         )
-    layers, own = _quantized_layers(model), checkpoint.base_state(model)
+    layers, own, table = _quantized_layers(model), base_state(model), table_of(component, model)
     formats = {path: STORED_AS[layer.weight_format] for path, layer in layers.items()}
     tensors = dict[str, Tensor]()
     for name, tensor in own.items():
         is_float8 = name.endswith(".quantized") and formats[name.removesuffix(".quantized")] == "fp8"
         stored = tensor.view(torch.float8_e4m3fn) if is_float8 else tensor
-        tensors[_public_name(name, component, layers)] = stored
-    config = changed_models.public_config(model) | {QUANTIZATION: _settings(model, component)}
+        tensors[_public_name(name, table, layers)] = stored
+    config = changed_models.public_config(model, component) | {QUANTIZATION: _settings(model, component)}
     path = Path(folder) / (component if subfolder is None else subfolder)
     checkpoint.write_component(config, tensors, path, component, variant, max_shard_size)
 
 
 def check_savable(model: nn.Module, component: str) -> None:
-    """Raise ValueError for a model with layers quantized as `quantize` would not: it cannot be saved."""
+    """Raise ValueError for a model that would not be read again, such as one quantized unlike `quantize`."""
     if is_quantized(model):
+        check_known(model, component)
         _settings(model, component)
+    else:
+        readable.check_savable(model, component)
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -211,7 +219,7 @@ def _settings(model: nn.Module, component: str) -> dict[str, Any]:
     exceptions = dict[str, list[str]]()
     for path in large_layers(model, common):
         if (one := formats.get(path)) != common:
-            public = TABLES[component].to_public(f"{path}.weight").removesuffix(".weight")
+            public = table_of(component, model).to_public(f"{path}.weight").removesuffix(".weight")
             exceptions.setdefault(WHOLE if one is None else str(one), []).append(public)
     return {"quant_method": METHOD, "format": common, "group": groups.pop(), "exceptions": exceptions}
 
@@ -229,7 +237,7 @@ def _quantize_as(model: nn.Module, component: str, settings: Any, where: str) ->
     if not is_lists or not {*listed} <= {WHOLE, *FORMAT_OF}:
         known = ", ".join((WHOLE, *FORMAT_OF))
         raise ValueError(f"{where}: exceptions must be lists of layers by {known}")
-    to_ours = partial(_own_path, component)
+    to_ours = partial(_own_path, table_of(component, model))
     exceptions = {to_ours(str(path)): FORMAT_OF.get(key) for key, paths in listed.items() for path in paths}
     try:
         quantize(model, settings["format"], settings["group"], exceptions=exceptions)
@@ -237,24 +245,23 @@ def _quantize_as(model: nn.Module, component: str, settings: Any, where: str) ->
         raise ValueError(f"{where}: {error}") from None
 
 
-def _own_path(component: str, public: str) -> str:
-    return TABLES[component].to_ours(f"{public}.weight").removesuffix(".weight")
+def _own_path(table: Table, public: str) -> str:
+    return table.to_ours(f"{public}.weight").removesuffix(".weight")
 
 
-def _public_name(name: str, component: str, layers: Mapping[str, QuantizedLayer]) -> str:
+def _public_name(name: str, table: Table, layers: Mapping[str, QuantizedLayer]) -> str:
     """Return the name in files of a tensor of a quantized model."""
     path, _, kind = name.rpartition(".")
     if path not in layers or kind == "bias":
-        return TABLES[component].to_public(name)
-    weight = TABLES[component].to_public(f"{path}.weight")
+        return table.to_public(name)
+    weight = table.to_public(f"{path}.weight")
     return weight if kind == "quantized" else f"{weight}_{kind}"
 
 
 def _check(model: nn.Module, source: Source, component: str) -> dict[str, str]:
     """Check by headers that files hold a quantized model; return file's name -> model's name."""
-    layers, target = _quantized_layers(model), model.state_dict()
-    names = {_public_name(name, component, layers): name for name in target}
-    table = TABLES[component]
+    layers, target, table = _quantized_layers(model), model.state_dict(), table_of(component, model)
+    names = {_public_name(name, table, layers): name for name in target}
     unexpected = sorted(name for name in source.keys() - names.keys() if table.why_dropped(name) is None)
     present = [name for name in names if name in source]
     misshapen = [

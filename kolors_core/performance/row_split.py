@@ -8,8 +8,7 @@
 The image is the same within rounding. Bands are chosen at the innermost level, and are twice as high one
 level further out, where an odd map ends with its last row. So a convolution of stride 2 reads one row above
 its band, and upsampling no other's. Latents, and what samplers do with them, are whole in every process.
-While a step or a coder runs, the forwards of these modules are replaced; before and after it the models are
-what they were.
+While a step or a coder runs, the forwards of these modules are replaced, and afterwards restored.
 DistriFusion (https://arxiv.org/abs/2402.19481) has the same split, with the other bands of the step before.
 Shapes: B batch, C channels, H height, W width, N pixels of a band, D width of a head, G groups, P processes.
 """
@@ -32,6 +31,7 @@ from kolors_core.conditioning import Conditioning
 from kolors_core.context import Context
 from kolors_core.guidance import GuidanceRule
 from kolors_core.module import WrapStep
+from kolors_core.performance.fused_kernels import FUSED
 from kolors_core.performance.offload import OnloadHook
 from kolors_core.performance.vae_tiling import TiledCoder, pooled_affine
 from kolors_core.precompute import has_default_forward
@@ -47,7 +47,7 @@ SUPPORTED_FORWARDS = [
         (unet, "DownBlock MidBlock UpBlock ResBlock Transformer TransformerBlock Attention FeedForward"),
         (vae, "Encoder Decoder DownBlock MidBlock UpBlock ResBlock Attention"),
     ) for name in names.split()
-]  # fmt: skip
+] + [kind.forward for kinds in FUSED.items() for kind in kinds]  # fmt: skip
 BY_PIXEL = (nn.Linear, nn.LayerNorm, nn.Identity, nn.ModuleList, nn.ModuleDict)
 KERNELS = {((1, 1), (1, 1), (0, 0)), ((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1))}  # stride, padding
 PADDED_BEFORE = ((3, 3), (2, 2), (0, 0))  # of the VAE's downsampling
@@ -375,8 +375,8 @@ def check_splits(net: nn.Module) -> None:
         _check_state(path, part)
         forward = getattr(part.forward, "__func__", part.forward)
         is_known = forward in SUPPORTED_FORWARDS or isinstance(part, BY_PIXEL)
-        if forward is nn.GroupNorm.forward:
-            is_known = part.weight is not None and part.bias is not None
+        if isinstance(part, nn.GroupNorm):
+            is_known = is_known and part.weight is not None and part.bias is not None
         elif isinstance(part, nn.Conv2d) and part.dilation == (1, 1) and part.padding_mode == "zeros":
             geometry = part.kernel_size, part.stride, part.padding
             is_vaes = geometry == PADDED_BEFORE and path.endswith(".downsample")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from kolors_core.conditioning import Conditioning
 from kolors_core.context import KnownOutput
+from kolors_core.denoiser import require_unet
 from kolors_core.guidance import GuidanceRule, Interval, check_interval, guided, interval_sigmas
 from kolors_core.module import WrapStep
 from kolors_core.performance.model_version import ModelVersion
@@ -113,6 +114,7 @@ class StepCache:
 
     def branch_of(self, unet: UNet) -> int:
         """Return the number of the skip connection to cut at; ValueError if the UNet has no such one."""
+        require_unet(unet, "a step cache")
         if self.branch is None:
             return unet.config.resnets_per_level
         return check_int("branch", self.branch, least=0, most=len(unet.skip_channels) - 1)
@@ -151,6 +153,7 @@ def check_unet(unet: Any, precompute: bool = True) -> None:
     """Raise ValueError for a UNet whose parts cannot be run one by one, naming the part."""
     if not precompute:
         raise ValueError("a step cache needs Savings.precompute")
+    require_unet(unet, "a step cache")
     own = ("encode", "forward_precomputed")  # besides forward, what `UNetParts` does in their place
     is_plain = isinstance(unet, UNet) and has_default_forward(unet, UNet)
     if not is_plain or any(getattr(type(unet), name) is not getattr(UNet, name) for name in own):

@@ -3,6 +3,7 @@
 Private methods that do nothing here are extended in adapter_methods.py and performance_methods.py.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,11 +21,13 @@ from kolors_core.devices import Dtypes, dtype_of, unwrap_compiled
 from kolors_core.guidance import GuidanceRule, guided
 from kolors_core.hub import hub_commit
 from kolors_core.image import Size
-from kolors_core.module import WrapStep
-from kolors_core.pipelines.component_checks import check_component_type, check_dimensions
+from kolors_core.module import WrapStep, first_weight
+from kolors_core.pipelines.component_checks import check_component_type, check_dimensions, check_target
 from kolors_core.pipelines.pipeline_repr import describe
 from kolors_core.pipelines.runs import Interrupt, Runs
 from kolors_core.precompute import Savings
+from kolors_core.readable import check_describable
+from kolors_core.registry import SELF_DESCRIBED
 from kolors_core.sampling import Denoiser, Sampler
 from kolors_core.schedule import Scheduler
 from kolors_core.tokenizer import TokenBatch, Tokenizer
@@ -33,6 +36,7 @@ from kolors_core.vae import VAE
 from kolors_core.validation import as_path, check_safe_serialization
 from weights_convert.atomic_write import atomic_folder
 
+logger = logging.getLogger("kolors_core")
 _LOAD: Any = object()  # a component that is to be loaded from the checkpoint; None is a component left out
 
 
@@ -137,11 +141,12 @@ class Components:
             if component in absent or (component == "tokenizer" and not has_weights):
                 parts[component] = None
             elif component == "tokenizer":
-                parts[component] = cls.tokenizer_class(folder / "tokenizer")
+                parts[component] = checkpoint.load_tokenizer(folder, cls.tokenizer_class)
             elif component == "scheduler":
                 parts[component] = checkpoint.load_scheduler(folder)
             else:
-                spec = cls.model_specs[component]
+                named = checkpoint.spec_named_in(folder / component, component)
+                spec = cls.model_specs[component] if named is None else named
                 parts[component] = cls._open_component(
                     folder, component, variant=variant, has_weights=has_weights, kind=spec
                 )
@@ -189,6 +194,12 @@ class Components:
         models = {name: unwrap_compiled(model) for name, model in self._own_models().items()}
         for component, model in models.items():
             self._check_savable(model, component)
+        check_target(self.unet, self.scheduler)
+        for name, own in {"guided": guided, "sampler": None}.items():
+            if getattr(self, name) is not own:
+                logger.warning("pipe.%s is a function, and is not saved: set it again after loading", name)
+        for component in SELF_DESCRIBED:
+            check_describable(component, getattr(self, component))
         with atomic_folder(folder, checkpoint.is_own_folder) as place:
             for component, model in models.items():
                 self._save_component(model, place, component, variant=variant, max_shard_size=max_shard_size)
@@ -265,8 +276,8 @@ class Components:
     def _weight(self) -> Tensor:
         """A weight of the UNet, whose device and dtype are the pipeline's; without one, of another model."""
         if self.unet is not None:
-            return self.unet.conv_in.weight
-        return next((next(model.parameters()) for model in self._own_models().values()), torch.empty(0))
+            return first_weight(self.unet)
+        return next((first_weight(model) for model in self._own_models().values()), torch.empty(0))
 
     def _compute_device(self, weight: Tensor) -> torch.device:
         """Return the device on which the model with this weight runs."""
@@ -275,7 +286,7 @@ class Components:
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         encoder: Any = self.text_encoder
         self._enter_stage("text_encoder")
-        return encoder(tokens.to(self._compute_device(unwrap_compiled(encoder).embedding.weight)))
+        return encoder(tokens.to(self._compute_device(first_weight(encoder))))
 
     def _step_wrapper(self) -> WrapStep | None:
         """Return what wraps the steps of a run that begins now, such as CUDA graphs; None for nothing."""

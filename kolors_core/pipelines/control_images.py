@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from kolors_core.adapters.controlnet import ControlInput, ControlResiduals, controlnets_of, is_multi
+from kolors_core.denoiser import require_unet
 from kolors_core.image import preprocess_control
 from kolors_core.pipelines.base import Components
 from kolors_core.pipelines.request import CONTROL_SCALE
@@ -42,6 +43,7 @@ class ControlNetMethods(Components):
             raise ValueError("a control image is given, and the pipeline has no ControlNet: controlnet=...")
         images = _per_net("control images", image, len(nets), is_multi(self.controlnet))
         numbers = [_per_net(key, n, len(nets), isinstance(n, list | tuple)) for key, (n, _) in given.items()]
+        require_unet(self.unet, "a ControlNet")
         weight, controls = self.unet.conv_in.weight, []
         for net, one, *numbers_of in zip(nets, images, *numbers, strict=True):
             own = net.conv_in.weight

@@ -122,8 +122,10 @@ class DenoisingLoop:
                 wanted = "floats [" + "any, " * (old.ndim - 1) + f"{old.shape[-1]}]"
                 raise ValueError(f"{RETURNED} {name} {list(new.shape)} of {new.dtype}, expected {wanted}")
         self.tensors = before | returned
-        if "prompt_embeds" in changed:
-            self.counts = None
+        if "prompt_embeds" in changed and self.counts is not None:
+            rows, length = returned["prompt_embeds"].shape[:2]
+            is_same = "prompt_embeds" in self.names and length == self.counts.shape[1]
+            self.counts = self.counts[-rows:] if is_same else None  # of ragged prompts, which it has seen
         if changed or scale != self.run.guidance_scale:
             self.denoise = self._guided(*self._conditions())
         return x

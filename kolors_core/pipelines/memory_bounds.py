@@ -27,7 +27,8 @@ def check_room(pipe: Components, inputs: PipelineInputs, height: int | None, wid
     copies = check_int("num_images_per_prompt", inputs.num_images_per_prompt)
     prompts = inputs.prompt if inputs.prompt_embeds is None else inputs.prompt_embeds
     count = copies * (len(prompts) if isinstance(prompts, list | tuple | Tensor) else 1)
-    features = pipe.unet.config.channels[0] * pipe.dtype.itemsize * (2 if inputs.is_guided else 1)
+    first = getattr(pipe.unet.config, "channels", (0,))[0]  # of another denoiser it is not known
+    features = first * pipe.dtype.itemsize * (2 if inputs.is_guided else 1)
     need = count * (h // scale) * (w // scale) * (features + channels * torch.float32.itemsize)
     if inputs.output_type != "latent":
         need = max(need, 3 * count * h * w * pipe.vae.post_quant_conv.weight.itemsize)

@@ -237,7 +237,8 @@ def _encoded(twin: Task, prompts: int, length: int) -> TextEmbedding:
         width, place = twin.unet.config.text_dim, {"device": META, "dtype": twin.dtype}
         return TextEmbedding(torch.empty(*shape, width, **place), torch.empty(prompts, width, **place))
     ids, mask = (torch.empty(shape, dtype=dtype, device=META) for dtype in (torch.long, torch.bool))
-    counts = torch.empty(shape, device=META) if twin.savings.merge_padding else None
+    is_merged = twin.savings.merge_padding and getattr(twin.text_encoder, "reads_counts", False)
+    counts = torch.empty(shape, device=META) if is_merged else None
     twin._enter_stage("text_encoder")
     return twin.text_encoder(TokenBatch(ids, mask, ids, counts))
 

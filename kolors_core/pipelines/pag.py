@@ -18,6 +18,7 @@ from torch import Tensor
 from kolors_core import guidance
 from kolors_core.checkpoint import EMBEDDED_NAME
 from kolors_core.conditioning import Conditioning
+from kolors_core.denoiser import require_unet
 from kolors_core.devices import unwrap_compiled
 from kolors_core.guidance import GuidanceRule, Interval, guided, use_inside_interval
 from kolors_core.image import Size
@@ -82,6 +83,7 @@ def perturbed_layers(unet: UNet, names: Layers) -> list[bool]:
     "mid", "down_blocks.1", "up_blocks.(0|1).attentions.1"; or as its documentation has them, "down.block_2"
     or "up.block_0.attentions_1". Raises ValueError or TypeError for what matches no layer, or is no name.
     """
+    require_unet(unet, "perturbed-attention guidance")
     names = [names] if isinstance(names, str) else names
     paths = [path for path, own in unwrap_compiled(unet).named_modules() if isinstance(own, TransformerBlock)]
     weights = (TABLES["unet"].to_public(f"{path}.self_attention.to_q.weight") for path in paths)

@@ -11,14 +11,22 @@ import torch
 
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.checkpoint import UnloadedModel
+from kolors_core.denoiser import require_unet
 from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.guidance import GuidanceRule, Interval
-from kolors_core.module import WrapStep
+from kolors_core.module import WrapStep, find_blocks
 from kolors_core.performance import quantized_files
 from kolors_core.performance.available_memory import available_memory
 from kolors_core.performance.compile import CUDA_GRAPH_MODES, compile_blocks
 from kolors_core.performance.cuda_graphs import CUDAGraphCache
-from kolors_core.performance.offload import Offload, refuse_compiled
+from kolors_core.performance.fuse_projections import fuse_projections, unfuse_projections
+from kolors_core.performance.fused_kernels import fuse_kernels, unfuse_kernels
+from kolors_core.performance.half_precision_vae import (
+    HalfPrecisionDecoder,
+    disable_half_precision,
+    enable_half_precision,
+)
+from kolors_core.performance.offload import Offload, check_blocks, refuse_compiled
 from kolors_core.performance.prompt_cache import Key, PromptCache
 from kolors_core.performance.row_split import Ranks, RowSplit, set_coder
 from kolors_core.performance.step_cache import StepCache
@@ -79,9 +87,12 @@ class PerformanceMethods(Components):
         CUDA graph, in runs where the UNet stays on CUDA, so not under offload. Other image sizes, LoRAs and
         weights work as before. See kolors_core/performance/compile.py; ValueError for an unknown mode.
         """
-        nets = [net for net in self._attached_models() if isinstance(unwrap_compiled(net), UNetEncoder)]
-        for model in (*self._own_models().values(), *nets):
-            compile_blocks(unwrap_compiled(model), mode, backend)
+        own = map(unwrap_compiled, self._own_models().values())
+        models = list(dict.fromkeys((*own, *self._unets())))
+        for model in models:
+            find_blocks(model, "compile")  # all of them before one is compiled
+        for model in models:
+            compile_blocks(model, mode, backend)
         self._wrap_step = CUDAGraphCache() if mode in CUDA_GRAPH_MODES else None
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Device = None) -> None:
@@ -126,6 +137,53 @@ class PerformanceMethods(Components):
         """Run the VAE on all images of a batch at once."""
         disable_slicing(unwrap_compiled(self.vae))
 
+    def enable_vae_half_precision(self, limit: float = 1.0) -> HalfPrecisionDecoder:
+        """Decode in float16 or bfloat16, if the first image stays within `limit` gray levels of float32's.
+
+        Holds for every pipeline with this VAE. Result and errors as of
+        `half_precision_vae.enable_half_precision`.
+        """
+        return enable_half_precision(unwrap_compiled(self.vae), limit)
+
+    def disable_vae_half_precision(self) -> None:
+        """Decode in the VAE's own precision."""
+        disable_half_precision(unwrap_compiled(self.vae))
+
+    def enable_fused_kernels(self) -> None:
+        """Run GEGLU, LayerNorm and GroupNorm of UNet and ControlNets by fused kernels, channels-last.
+
+        On CUDA with Triton, up to rounding; elsewhere, with gradients and under `compile`, torch's operators
+        run. Holds for every pipeline with this UNet. See kolors_core/performance/fused_kernels.py.
+        """
+        self._change_unets(fuse_kernels, "running fused kernels")
+
+    def disable_fused_kernels(self) -> None:
+        """Run torch's operators again."""
+        self._change_unets(unfuse_kernels)
+
+    def fuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values of self-attention in one product, in UNet and ControlNets.
+
+        The same up to rounding, in the same memory. Under offload and `compile`, with a LoRA or quantized
+        weights the three are computed one by one. Holds for every pipeline with this UNet. ValueError for a
+        UNet that is quantized already. See kolors_core/performance/fuse_projections.py.
+        """
+        self._change_unets(fuse_projections, "fusing projections")
+
+    def unfuse_qkv_projections(self) -> None:
+        """Compute queries, keys and values one by one again."""
+        self._change_unets(unfuse_projections)
+
+    def _change_unets(self, change: Callable[[UNetEncoder], object], feature: str | None = None) -> None:
+        if feature is not None:
+            require_unet(self.unet, feature)
+        for net in self._unets():
+            change(net)
+
+    def _unets(self) -> list[UNetEncoder]:
+        models = (unwrap_compiled(model) for model in (self.unet, *self._attached_models()))
+        return [model for model in models if isinstance(model, UNetEncoder)]
+
     def enable_step_cache(
         self, interval: int | None = 3, *, branch: int | None = None, center: float | None = None,
         power: float = 1.4, threshold: float | None = None, gate: float | None = None,
@@ -167,6 +225,8 @@ class PerformanceMethods(Components):
         self.row_split = None
 
     def _wrap_rule(self, rule: GuidanceRule) -> GuidanceRule:
+        if self.row_split is not None:
+            require_unet(self.unet, "a row split")
         for wrapper in (self.row_split, self.step_cache):  # a step cache refuses split rows by name
             rule = rule if wrapper is None else wrapper.wrap_rule(rule)
         return rule
@@ -178,6 +238,7 @@ class PerformanceMethods(Components):
         place = named_device(None if name is None else str(name))
         if by_block and place.type != "cpu":
             refuse_compiled(self._models())
+            check_blocks(self._models())
         self.to("cpu")
         if place.type != "cpu":
             self.offload.start(place, by_block)

@@ -30,7 +30,7 @@ CLIP_IMAGES = ("ip_adapter_image", "face_image")  # whose transparency is white,
 IMAGES = (*CLIP_IMAGES, "control_image")
 TENSORS = (
     "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
-    "ip_adapter_image_embeds", "face_embeds",
+    "prompt_attention_mask", "negative_prompt_attention_mask", "ip_adapter_image_embeds", "face_embeds",
 )  # fmt: skip
 SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
 CROPS = ("crops_coords_top_left", "negative_crops_coords_top_left")

@@ -19,6 +19,7 @@ from kolors_core.conditioning import Conditioning, concat_extra_channels, size_i
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import unwrap_compiled
 from kolors_core.guidance import guided
+from kolors_core.module import first_weight
 from kolors_core.performance.quantize import (
     Format,
     QuantizedConv2d,
@@ -215,8 +216,10 @@ def _encode(pipe: Task) -> list[TextEmbedding]:
     """Encode the calibration prompts without the prompt cache."""
     assert pipe.text_encoder is not None and pipe.tokenizer is not None
     pipe._enter_stage("text_encoder")
-    place = pipe._compute_device(unwrap_compiled(pipe.text_encoder).embedding.weight)
-    batches = (pipe.tokenizer([prompt]).merge_padding() for prompt in CALIBRATION_PROMPTS)
+    place = pipe._compute_device(first_weight(pipe.text_encoder))
+    batches = [pipe.tokenizer([prompt]) for prompt in CALIBRATION_PROMPTS]
+    if getattr(pipe.text_encoder, "reads_counts", False):
+        batches = [tokens.merge_padding() for tokens in batches]
     return [pipe.text_encoder(tokens.to(place)) for tokens in batches]
 
 
@@ -226,8 +229,9 @@ def _condition(pipe: Task, text: TextEmbedding) -> Conditioning:
     side = pipe.unet.config.sample_size * pipe.vae.config.vae_scale_factor
     ids = size_ids((side, side), (0, 0), (side, side)).to(pipe.device)
     counts = None if text.counts is None else text.counts.to(pipe.device)
-    zeros = ImagePrompt(torch.zeros(1, 1, 1, pipe.unet.config.context_dim, **place))
-    images = (zeros,) * len(attached(pipe.unet))
+    images = tuple(
+        ImagePrompt(torch.zeros(1, 1, 1, pipe.unet.config.context_dim, **place)) for _ in attached(pipe.unet)
+    )
     conditioning = Conditioning(text.tokens.to(**place), text.pooled.to(**place), ids, counts, images)
     return conditioning.with_zero_extra_channels(pipe.unet.config.in_channels, _noise(pipe).shape)
 
@@ -245,8 +249,9 @@ def _predict(pipe: Task, text: TextEmbedding) -> Tensor:
     timestep = torch.tensor(pipe.scheduler.num_train_timesteps // 2, device=pipe.device)
     c = _condition(pipe, text)
     latents = concat_extra_channels(_noise(pipe).to(pipe.dtype), c.extra)
-    inputs = c.text_tokens, c.pooled_text, c.size_ids, c.text_counts, c.image_prompts
-    return pipe.unet(latents, timestep, *inputs).flatten()
+    images = {"image_prompts": c.image_prompts} if c.image_prompts else {}
+    inputs = c.text_tokens, c.pooled_text, c.size_ids, c.text_counts
+    return pipe.unet(latents, timestep, *inputs, **images).flatten()
 
 
 def _denoise(pipe: Task, texts: Sequence[TextEmbedding]) -> Tensor:

@@ -80,6 +80,8 @@ class Extras(TypedDict, total=False):
     control_guidance_start: float | Sequence[float]
     control_guidance_end: float | Sequence[float]
     guidance_rule: GuidanceRule | None
+    prompt_attention_mask: Tensor | None
+    negative_prompt_attention_mask: Tensor | None
     guess_mode: bool
     clip_skip: None
 
@@ -150,6 +152,8 @@ class PipelineInputs:
     the part of the run's steps in which it acts, from 0 to 1; a number for all ControlNets or a list with one
     for each.
     guidance_rule: a function of `guidance.guided`'s signature for this call; the pipeline's `guided` if None.
+    prompt_attention_mask, negative_prompt_attention_mask: of given embeddings, [B, S]: 0 for tokens that are
+    not read, 1 for others, or how many each stands for.
     guess_mode, clip_skip: of ControlNet scripts; False and None alone, which change nothing.
     """
 
@@ -187,6 +191,8 @@ class PipelineInputs:
     control_guidance_start: float | Sequence[float] = 0.0
     control_guidance_end: float | Sequence[float] = 1.0
     guidance_rule: GuidanceRule | None = None
+    prompt_attention_mask: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
     guess_mode: bool = False
     clip_skip: None = None
 

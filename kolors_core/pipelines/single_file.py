@@ -29,7 +29,9 @@ from kolors_core.devices import check_dtype, loading_device, unwrap_compiled
 from kolors_core.hub import find_linked_file, hub_commit
 from kolors_core.loading import check
 from kolors_core.pipelines.base import Components
+from kolors_core.registry import table_of
 from kolors_core.validation import as_path
+from weights_convert import TABLES
 from weights_convert.atomic_write import locked_scratch_dir
 from weights_convert.folder_to_single_file import extract_files, to_single
 from weights_convert.single_file import SubModel, open_models
@@ -140,7 +142,10 @@ class SingleFileMethods(Components):
         if file.exists() or file.suffix != ".safetensors":
             raise ValueError(f"{file}: expected a new .safetensors file")
         for component, model in self._own_models().items():
-            check_savable(unwrap_compiled(model), component)
+            check_savable(plain := unwrap_compiled(model), component)
+            if table_of(component, plain) is not TABLES[component]:
+                kind = f"the {component} is a {type(plain).__name__}"
+                raise ValueError(f"{kind}, which single files have no names for: use save_pretrained")
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked_scratch_dir(file) as scratch:
             self.save_pretrained(scratch / "folder", variant=variant)

@@ -4,6 +4,7 @@ Source: the `__call__` of diffusers' pipelines/kolors/pipeline_kolors.py and pip
 Shapes: B images (prompts times images per prompt).
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from kolors_core.devices import check_finite, named_device
 from kolors_core.guidance import GuidanceRule
 from kolors_core.image import Size, to_images
 from kolors_core.pipelines.adapter_methods import AdapterMethods
+from kolors_core.pipelines.component_checks import check_target
 from kolors_core.pipelines.denoising_loop import DenoisingLoop
 from kolors_core.pipelines.embedded import warn_unknown
 from kolors_core.pipelines.performance_methods import PerformanceMethods
@@ -61,6 +63,7 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
     def _schedule(self, inputs: PipelineInputs) -> Schedule:
         """Return the schedule of all steps, of which a task may take a part."""
         self._check_can_draw()
+        check_target(self.unet, self.scheduler)
         is_custom = inputs.timesteps is not None or inputs.sigmas is not None
         steps = None if is_custom else inputs.num_inference_steps
         return self.scheduler.schedule(steps, timesteps=inputs.timesteps, sigmas=inputs.sigmas)
@@ -88,7 +91,8 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
 
         def conditioning(text: TextEmbedding, ids: Tensor, images: tuple[ImagePrompt, ...]) -> Conditioning:
             check_finite(text.tokens, "the prompt's embeddings", text.tokens.dtype)
-            text = text.expand_padding() if sees_tokens else text  # a callback knows no counts
+            if sees_tokens and not text.is_ragged:  # a callback knows no counts
+                text = text.expand_padding()
             text = fill_tokens(repeat_text(text, copies, self.device), self.device)
             tokens, pooled = text.tokens.to(self.dtype), text.pooled.to(self.dtype)
             ids = ids.to(self.device).expand(len(tokens), -1)
@@ -145,13 +149,21 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
             return loop(sampler, x)
 
     def _choose_sampler(self, schedule: Schedule, noise: Noise, eta: float) -> Sampler:
-        """Return the pipeline's sampler, or the scheduler's, with the call's eta if it takes one."""
+        """Return the pipeline's sampler, or the scheduler's, with the call's eta if it takes one.
+
+        A sampler of the pipeline's with an argument `noise` that has no default gets the call's: a function
+        that draws standard normal noise like x from the call's generator.
+        """
         if self.sampler is None and self.scheduler.takes_eta:
             return self.scheduler.sampler(schedule, noise, **{"eta": eta})
         if eta:
             name = type(self.scheduler).__name__ if self.sampler is None else "pipe.sampler"
             warn_unused("eta", f"with {name}: DDIMScheduler and TCDScheduler use it")
-        return self.scheduler.sampler(schedule, noise) if self.sampler is None else self.sampler
+        if self.sampler is None:
+            return self.scheduler.sampler(schedule, noise)
+        wanted = inspect.signature(self.sampler).parameters.get("noise")
+        is_asked = wanted is not None and wanted.default is wanted.empty
+        return partial(self.sampler, noise=noise) if is_asked else self.sampler
 
     def _output(
         self, inputs: PipelineInputs, latents: Tensor, positive: Conditioning, metadata: Mapping[str, Any],
@@ -194,5 +206,6 @@ def encode_prompts(
     return embed_prompts(
         pipe, prompt, inputs.is_guided, inputs.negative_prompt, inputs.prompt_embeds,
         inputs.pooled_prompt_embeds, inputs.negative_prompt_embeds, inputs.negative_pooled_prompt_embeds,
-        inputs.max_sequence_length,
+        inputs.max_sequence_length, prompt_attention_mask=inputs.prompt_attention_mask,
+        negative_prompt_attention_mask=inputs.negative_prompt_attention_mask,
     )  # fmt: skip

@@ -26,21 +26,23 @@ logger = logging.getLogger("kolors_core")
 def embed_prompts(
     pipe: Components, prompt: Prompt | None, is_guided: bool, negative_prompt: Prompt | None,
     prompt_embeds: Tensor | None, pooled_prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None,
-    negative_pooled_prompt_embeds: Tensor | None, max_sequence_length: int,
+    negative_pooled_prompt_embeds: Tensor | None, max_sequence_length: int, *,
+    prompt_attention_mask: Tensor | None = None, negative_prompt_attention_mask: Tensor | None = None,
 ) -> tuple[TextEmbedding, TextEmbedding | None]:  # fmt: skip
-    """Encode prompts, or check given embeddings, and under guidance the negative ones too.
+    """Encode prompts, or check given embeddings and their masks, and under guidance the negative ones too.
 
     No negative prompt is the encoded empty one, or zeros if the checkpoint says
-    `force_zeros_for_empty_prompt`; a single one serves all prompts. Raises ValueError naming what was given
-    twice, not at all, or does not fit.
+    `force_zeros_for_empty_prompt`; a single one serves all prompts. Both may have other numbers of tokens.
+    Raises ValueError naming what was given twice, not at all, or does not fit.
     """
     pipe._check_loaded()
     text, negative = check_prompts(
         pipe, prompt, negative_prompt, prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds,
-        negative_pooled_prompt_embeds,
+        negative_pooled_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask,
     )  # fmt: skip
     if text is not None and max_sequence_length != MAX_TOKENS:
         logger.warning("max_sequence_length has no effect on given prompt_embeds")
+    length = max_sequence_length if text is None else min(max(text.tokens.shape[1], 3), MAX_TOKENS)
     if text is None:
         text = _encode(pipe, "prompt", prompt, max_sequence_length)
     if not is_guided:
@@ -49,20 +51,22 @@ def embed_prompts(
         negative = TextEmbedding(torch.zeros_like(text.tokens), torch.zeros_like(text.pooled), text.counts)
     elif negative is None:
         wanted = "" if negative_prompt is None else negative_prompt
-        negative = _encode(pipe, "negative_prompt", wanted, text.length)
+        negative = _encode(pipe, "negative_prompt", wanted, length)
     return text, _matched(negative, text)
 
 
 def check_prompts(
     pipe: Components, prompt: Prompt | None, negative_prompt: Prompt | None, prompt_embeds: Tensor | None,
     pooled_prompt_embeds: Tensor | None, negative_prompt_embeds: Tensor | None,
-    negative_pooled_prompt_embeds: Tensor | None,
+    negative_pooled_prompt_embeds: Tensor | None, prompt_attention_mask: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
 ) -> tuple[TextEmbedding | None, TextEmbedding | None]:  # fmt: skip
     """Return given embeddings, None for prompts. ValueError naming what is given twice or does not fit."""
     encoder: Any = pipe.text_encoder
     width = encoder.config.hidden_size if pipe.unet is None else pipe.unet.config.text_dim
-    text = _given("", prompt_embeds, pooled_prompt_embeds, width)
-    negative = _given("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, width)
+    masks = prompt_attention_mask, negative_prompt_attention_mask
+    text = _given("", prompt_embeds, pooled_prompt_embeds, masks[0], width)
+    negative = _given("negative_", negative_prompt_embeds, negative_pooled_prompt_embeds, masks[1], width)
     if (prompt is None) == (text is None):
         raise ValueError("give either prompt or prompt_embeds, not both and not neither")
     if negative_prompt is not None and negative is not None:
@@ -79,12 +83,17 @@ def _encode(pipe: Components, name: str, prompt: Prompt | None, max_length: int)
     if not 2 < check_int("max_sequence_length", max_length) <= MAX_TOKENS:
         raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
     tokens = pipe.tokenizer(prompt, max_length, **pipe._placeholder_words())
-    return pipe._run_text_encoder(tokens.merge_padding() if pipe.savings.merge_padding else tokens)
+    is_merged = pipe.savings.merge_padding and getattr(pipe.text_encoder, "reads_counts", False)
+    return pipe._run_text_encoder(tokens.merge_padding() if is_merged else tokens)
 
 
-def _given(prefix: str, tokens: Tensor | None, pooled: Tensor | None, width: int) -> TextEmbedding | None:
-    """Check embeddings that replace a prompt; None if there are none."""
+def _given(
+    prefix: str, tokens: Tensor | None, pooled: Tensor | None, mask: Tensor | None, width: int
+) -> TextEmbedding | None:
+    """Check embeddings that replace a prompt, and their mask; None if there are none."""
     if tokens is None and pooled is None:
+        if mask is not None:
+            raise ValueError(f"{prefix}prompt_attention_mask has no effect without {prefix}prompt_embeds")
         return None
     for name, tensor in (("prompt_embeds", tokens), ("pooled_prompt_embeds", pooled)):
         if tensor is not None and not isinstance(tensor, Tensor):
@@ -97,7 +106,19 @@ def _given(prefix: str, tokens: Tensor | None, pooled: Tensor | None, width: int
         raise ValueError(f"{prefix}prompt_embeds must be [batch, tokens, {width}], got {list(tokens.shape)}")
     if list(pooled.shape) != (wanted := [len(tokens), width]):
         raise ValueError(f"{prefix}pooled_prompt_embeds must be {wanted}, got {list(pooled.shape)}")
-    return TextEmbedding(tokens, pooled)
+    return TextEmbedding(tokens, pooled, None if mask is None else _counts(prefix, mask, tokens))
+
+
+def _counts(prefix: str, mask: Any, tokens: Tensor) -> Tensor:
+    """Convert a mask to counts, float32 [B, S]; ValueError for what is none."""
+    name, wanted = f"{prefix}prompt_attention_mask", [*tokens.shape[:2]]
+    if not isinstance(mask, Tensor) or [*mask.shape] != wanted:
+        got = [*mask.shape] if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{name} must be a tensor {wanted}, got {got}")
+    counts = mask.to(tokens.device, torch.float32)
+    if not (counts.isfinite().all() and (counts >= 0).all() and (counts > 0).any(1).all()):
+        raise ValueError(f"{name} must have 0 for tokens that are not read, 1 for others, and some of these")
+    return counts
 
 
 def repeat_text(text: TextEmbedding, copies: int, device: torch.device) -> TextEmbedding:
@@ -127,14 +148,14 @@ def fill_tokens(text: TextEmbedding, device: torch.device) -> TextEmbedding:
 
 
 def _matched(negative: TextEmbedding, positive: TextEmbedding) -> TextEmbedding:
-    """Expand a single negative embedding to all prompts; ValueError if shapes differ otherwise."""
+    """Expand a single negative embedding to all prompts; ValueError if widths or numbers differ otherwise."""
     count = len(positive.tokens)
     if len(negative.tokens) == 1:  # a view: the plan of memory counts no copy
         counts = None if negative.counts is None else negative.counts.expand(count, -1)
         tokens, pooled = negative.tokens.expand(count, -1, -1), negative.pooled.expand(count, -1)
         negative = TextEmbedding(tokens, pooled, counts)
-    width = positive.tokens.shape[-1]
-    got, wanted = ([len(text.tokens), text.length, width] for text in (negative, positive))
+    got, wanted = ([len(text.tokens), text.tokens.shape[-1]] for text in (negative, positive))
     if got != wanted:
-        raise ValueError(f"the negative prompts must match the prompts: expected {wanted}, got {got}")
+        what = "the negative prompts must match the prompts in number and width"
+        raise ValueError(f"{what}: expected {wanted}, got {got}")
     return negative

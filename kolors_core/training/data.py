@@ -10,7 +10,7 @@ Shapes: B images of the whole batch, b of one rank's rows, H and W pixels of a b
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,7 @@ class Batch:
     noise: Tensor  # as latents
     control: Tensor | None = None  # [b, 3, H, W] in [0, 1], for a ControlNet
     extra: Tensor | None = None  # [b, C, H/8, W/8], for a UNet with C more input channels
+    more: Mapping[str, Tensor] = field(default_factory=dict)  # of one's own, for a loss that reads them
 
 
 def read_folder(

@@ -5,6 +5,8 @@ sqrt(1 - a) noise, at a timestep that is drawn from those of the schedule (1,100
 Shapes: b images of one rank, T training timesteps.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -13,15 +15,30 @@ from kolors_core.conditioning import concat_extra_channels
 from kolors_core.targets import target_of
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.training.data import Batch, timestep_density
+from kolors_core.training.step import Means
 from kolors_core.training.trainer import BatchSource, TrainingConfig
 from kolors_core.unet import UNet
 from kolors_core.validation import check_int
 
+BANDS = 4  # of timesteps, whose mean losses are logged
 LARGEST_SIGMA = 1e12  # in the place of infinity, the last sigma at zero terminal SNR: the same to float32
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Inputs of a model at the timesteps of a batch, and the output that it is to predict."""
+
+    latents: Tensor  # [b, 4, H/8, W/8], scaled as the model's input; with `Batch.extra`, more channels
+    times: Tensor  # [b]
+    sigma: Tensor  # [b]
+    wanted: Tensor  # [b, 4, H/8, W/8]
 
 
 class DiffusionLoss(nn.Module):
     """Diffusion loss as one module, which DDP and FSDP need. text_encoder: None unless it is trained too.
+
+    `each` is `noised`, `predict`, `error` and `weigh` one after another: a subclass overrides one of them.
+    `means` gets the loss of each of `BANDS` bands of timesteps, which a trainer logs.
 
     sigmas: of each training timestep [T]; infinity means pure noise. controlnet: a `ControlNet` to train, or
     another module that takes its inputs and returns residuals for the UNet, which is then best frozen
@@ -35,6 +52,7 @@ class DiffusionLoss(nn.Module):
         super().__init__()
         self.unet, self.text_encoder, self.controlnet, self.config = unet, text_encoder, controlnet, config
         self.sigmas = sigmas  # [T]; not a buffer: it is not part of the model
+        self.means = Means()
 
     def state_key(self) -> tuple[float, ...]:
         """Return the sigmas, see kolors_core/module.py."""
@@ -42,31 +60,52 @@ class DiffusionLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Compute the mean loss of the rank's images."""
-        return self.each(batch).mean()
+        each, total = self.each(batch), len(self.sigmas)
+        band = batch.timesteps * BANDS // total
+        for i in range(BANDS):
+            first, last = (-(-total * at // BANDS) for at in (i, i + 1))
+            self.means.add(f"loss_t{first}-{last - 1}", each, band == i)
+        return each.mean()
 
     def each(self, batch: Batch) -> Tensor:
         """Compute the loss of each of the rank's images: [b]."""
-        text, target = batch.text, target_of(self.config.prediction_type)
-        if isinstance(text, TokenBatch):
-            assert self.text_encoder is not None
-            text = self.text_encoder(text)
+        noised = self.noised(batch)
+        return self.weigh(self.error(self.predict(noised, batch), noised, batch), noised, batch)
+
+    def noised(self, batch: Batch) -> Noised:
+        """Add the batch's noise to its latents as the timesteps say."""
+        target = target_of(self.config.prediction_type)
         sigma = self.sigmas.to(batch.latents.device)[batch.timesteps].clamp(max=LARGEST_SIGMA)  # [b]
         times, level = target.timestep(batch.timesteps, sigma, len(self.sigmas)), sigma[:, None, None, None]
         noisy = target.model_input(batch.latents + level * batch.noise, level)
-        noisy = concat_extra_channels(noisy, batch.extra)
-        inputs = noisy, times.float(), text.tokens, text.pooled, batch.size_ids
+        wanted = target.output(batch.latents, batch.noise, level)
+        return Noised(concat_extra_channels(noisy, batch.extra), times.float(), sigma, wanted)
+
+    def predict(self, noised: Noised, batch: Batch) -> Tensor:
+        """Compute the model's output [b, 4, H/8, W/8] for the batch's captions and control images."""
+        text = batch.text
+        if isinstance(text, TokenBatch):
+            assert self.text_encoder is not None
+            text = self.text_encoder(text)
+        inputs = noised.latents, noised.times, text.tokens, text.pooled, batch.size_ids
         if (self.controlnet is None) != (batch.control is None):
             raise ValueError("a ControlNet and control images need each other: one of them is missing")
         residuals = () if self.controlnet is None else self.controlnet(*inputs, batch.control, text.counts)
-        predicted = self.unet(*inputs, text.counts, residuals=residuals)
-        wanted = target.output(batch.latents, batch.noise, level)
-        loss = (predicted.float() - wanted).square().mean(dim=(1, 2, 3))  # [b]
+        return self.unet(*inputs, text.counts, residuals=residuals)
+
+    def error(self, predicted: Tensor, noised: Noised, batch: Batch) -> Tensor:
+        """Compute the mean squared error of each image: [b], in float32."""
+        return (predicted.float() - noised.wanted).square().mean(dim=(1, 2, 3))
+
+    def weigh(self, error: Tensor, noised: Noised, batch: Batch) -> Tensor:
+        """Weigh each image's error [b] as the config says: by min-SNR, and by how often its time is drawn."""
         if self.config.min_snr_gamma is not None:
-            loss = loss * target.min_snr(sigma, self.config.min_snr_gamma)
+            target = target_of(self.config.prediction_type)
+            error = error * target.min_snr(noised.sigma, self.config.min_snr_gamma)
         if (weights := self.config.timestep_weights) is not None:
-            density = timestep_density(weights, len(self.sigmas)).to(loss.device)
-            loss = loss / density[batch.timesteps]
-        return loss
+            density = timestep_density(weights, len(self.sigmas)).to(error.device)
+            error = error / density[batch.timesteps]
+        return error
 
 
 @torch.no_grad()

@@ -8,128 +8,52 @@ Run under `torchrun` for DDP, or with `shard=True` for FSDP2.
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from kolors_core.module import is_block
-from kolors_core.targets import target_of
-from kolors_core.training.run_record import Losses, Record, differences, record_run
-from kolors_core.validation import LARGEST_SEED, check_float, check_int, short_repr
-from weights_convert.safetensors_files import Source, save_tensors
+from kolors_core.training.average import averaged, check_copies, make_average
+from kolors_core.training.config import TrainingConfig
+from kolors_core.training.evaluation import is_best, is_over, undisturbed
+from kolors_core.training.logs import RunLog
+from kolors_core.training.optimizer import (
+    MakeOptimizer,
+    create_state,
+    forget_state,
+    freeze,
+    group_numbers,
+    make_optimizer,
+    record_optimizer,
+    set_group_numbers,
+    set_numbers,
+    state_tensors,
+)
+from kolors_core.training.run_record import Losses, differences, digest, record_run
+from kolors_core.training.state import SavedState, write_state
+from kolors_core.training.step import Means, OnStep, Step, peak_memory
+from kolors_core.validation import short_repr
+from weights_convert.untrusted_files import parse_object
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight
-# Settings that change how a run is computed and not its result, or only where a constant schedule ends.
-FREE_SETTINGS = {"gradient_accumulation_steps", "checkpoint_blocks", "shard", "save_every"}
-# Recorded only at other values than their defaults: so states that were saved without them can be resumed.
-LATER_SETTINGS = {"prediction_type", "logit_normal", "timestep_weights"}
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 OTHER_RUN = "resume='never' starts anew, resume='always' goes on from it"
 RESUME = ("same", "always", "never")
 SHOWN = 20  # steps of the mean loss that the progress bar shows
 logger = logging.getLogger("kolors_core")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Settings of a training run. Master weights are float32; `dtype` is the forward's, by autocast.
-
-    gradient_accumulation_steps: micro-batches of a batch. schedule: "constant" or "cosine" to 0.
-    adam_beta2: decay of AdamW's second moments. At high rates 0.99 is stabler: a part of the network whose
-    gradients were tiny and grow is not moved by many times the rate.
-    ema_decay: of the weights' moving average, warmed up as min(ema_decay, (1 + step) / (10 + step)); 0: off.
-    prediction_type: what the model learns to predict, see kolors_core/targets.py. min_snr_gamma: weight a
-    timestep's loss as min(snr, gamma) weights x0's (`Target.min_snr`); None is off. noise_offset: scale of a
-    normal number added to each channel of the noise. logit_normal: mean and standard deviation, or
-    timestep_weights: how timesteps are drawn, see `data.draw_timesteps`; evenly without both.
-    checkpoint_blocks: recompute each block's activations in the backward pass. shard: FSDP2 instead of DDP.
-    """
-
-    steps: int
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    warmup: int = 100
-    weight_decay: float = 0.01
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-    prediction_type: str = "epsilon"
-    min_snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    logit_normal: tuple[float, float] | None = None
-    timestep_weights: tuple[float, ...] | None = None
-    max_tokens: int = 256
-    dtype: torch.dtype = torch.float32
-    checkpoint_blocks: bool = False
-    shard: bool = False
-    save_every: int = 500
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "save_every", "max_tokens"):
-            check_int(name, getattr(self, name))
-        check_int("warmup", self.warmup, least=0)
-        check_int("seed", self.seed, least=0, most=LARGEST_SEED)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "noise_offset"):
-            check_float(name, getattr(self, name), 0)
-        check_float("ema_decay", self.ema_decay, 0, 1)
-        if check_float("adam_beta2", self.adam_beta2, 0, 1) == 1:
-            raise ValueError("adam_beta2 must be below 1: with 1 the second moments stay 0")
-        if self.min_snr_gamma is not None and check_float("min_snr_gamma", self.min_snr_gamma) <= 0:
-            raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
-        target_of(self.prediction_type)
-        self._check_timesteps()
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
-        if self.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {self.dtype}")
-
-    def _check_timesteps(self) -> None:
-        if self.logit_normal is not None:
-            if self.timestep_weights is not None:
-                raise ValueError("give logit_normal or timestep_weights, not both")
-            if not isinstance(self.logit_normal, tuple) or len(self.logit_normal) != 2:
-                expected = "two numbers, mean and standard deviation"
-                raise ValueError(f"logit_normal must be {expected}, got {short_repr(self.logit_normal)}")
-            mean, std = (check_float("logit_normal", number) for number in self.logit_normal)
-            if std <= 0:
-                raise ValueError(f"logit_normal must have a standard deviation above 0, got {(mean, std)}")
-        if (weights := self.timestep_weights) is not None:
-            if not isinstance(weights, tuple) or not weights:
-                raise ValueError(f"timestep_weights must be a tuple of numbers, got {short_repr(weights)}")
-            if min(check_float("timestep_weights", weight) for weight in weights) <= 0:
-                raise ValueError(f"timestep_weights must be above 0, got {short_repr(weights)}")
-
-    def record(self) -> Record:
-        """Record the settings that determine the result; a constant schedule may go on for more steps."""
-        free = FREE_SETTINGS | ({"steps"} if self.schedule == "constant" else set())
-        free |= {field.name for field in fields(self)
-                 if field.name in LATER_SETTINGS and getattr(self, field.name) == field.default}  # fmt: skip
-        return {
-            name: str(value) if isinstance(value, torch.dtype) else value
-            for name, value in vars(self).items() if name not in free
-        }  # fmt: skip
-
-    def learning_rate_at(self, step: int) -> float:
-        """Compute a step's rate: linear warm-up, then constant or a half cosine that ends at 0."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup))
-        if self.schedule == "constant":
-            return self.learning_rate * warm
-        done = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 class BatchSource(Protocol):
@@ -147,36 +71,56 @@ class Trainer:
     """Trainer of one run: `fit()` trains from the last state in `folder`, or from step 0, to `config.steps`.
 
     loss: a module that maps one of `data`'s batches to its mean loss; its parameters that require a gradient
-    are trained. on_step(step, loss): called on every rank after each step, with the whole batch's loss.
+    are trained. on_step: called on every rank after each step (step.py; logs.py has loggers of other
+    libraries). folder: has the state, and a log (logs.py).
     resume: from a state in `folder` that is of the "same" run (`fit` raises ValueError with what differs),
     "always", or "never", which starts at step 0 and replaces it. losses: of all steps, also before resuming.
+    optimizer: makes one from parameter groups, as the classes of torch.optim do; AdamW if None.
+    average: modules of the loss, by the names of those whose moving average they hold, for a loss that
+    computes with it: frozen copies. held_out: whose loss is measured every `evaluate_every` steps, of the
+    average if there is one; the weights of the best are kept in `folder/best.safetensors`. draw: called then
+    on every rank, with the average too; returns images for the log, of prompts that stay the same.
     """
 
     def __init__(
         self, loss: nn.Module, data: BatchSource, config: TrainingConfig, folder: str | Path,
-        on_step: Callable[[int, float], None] = lambda step, loss: None, *, resume: str = "same",
+        on_step: OnStep = lambda step: None, *, resume: str = "same",
+        optimizer: MakeOptimizer | None = None, average: Mapping[str, nn.Module] | None = None,
+        held_out: BatchSource | None = None, draw: "Callable[[], Sequence[Image]] | None" = None,
     ) -> None:  # fmt: skip
         if resume not in RESUME:
             raise ValueError(f"resume must be 'same', 'always' or 'never', got {short_repr(resume)}")
         self.loss, self.data, self.config, self.on_step = loss, data, config, on_step
-        self.resume, self.losses = resume, Losses()
+        self.held_out, self.draw = held_out, draw
+        self.held_out_losses: dict[int, float] = {}  # by the steps that were done
+        if config.patience is not None and held_out is None:
+            raise ValueError("patience has no effect without held_out")
+        self.resume, self.is_resumed, self.losses = resume, False, Losses()
         self.folder, self.step, self.device = Path(folder), 0, next(loss.parameters()).device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if config.batch_size % (self.world * (accumulated := config.gradient_accumulation_steps)):
             parts = f"{self.world} processes times gradient_accumulation_steps {accumulated}"
             raise ValueError(f"batch_size must be a multiple of {parts}, got {config.batch_size}")
+        freeze(loss, config.groups)
         if not any(parameter.requires_grad for parameter in loss.parameters()):
             raise ValueError("nothing to train: no parameter requires a gradient")
+        if average and not config.ema_decay:
+            raise ValueError("average has no effect with an ema_decay of 0")
+        check_copies(loss, average or {})
         self.record = record_run(config.record(), loss, data.record())  # while its weights are whole
         self.blocks = [module for module in loss.modules() if is_block(module)]
         for module in [*self.blocks, loss] if config.shard else ():
             fully_shard(module)
         self.module = DistributedDataParallel(loss) if self.world > 1 and not config.shard else loss
         self.named = {n: p for n, p in loss.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.named.values(), betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
-        )
-        self.ema = {n: p.detach().clone() for n, p in self.named.items()} if config.ema_decay else {}
+        self.optimizer = make_optimizer(self.named, config, optimizer)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # the peak of each
+        self.first_numbers = group_numbers(self.optimizer)
+        self.record |= {} if optimizer is None else record_optimizer(self.optimizer)
+        if held_out is not None:
+            measured = json.dumps([held_out.record(), config.held_out_batches], sort_keys=True, default=str)
+            self.record["held out"] = digest(measured.encode())
+        self.ema = make_average(self.named, average or {}) if config.ema_decay else {}
 
     def fit(self, progress: bool = True) -> Losses:
         """Train to the end; return the loss of each step of this call.
@@ -185,14 +129,25 @@ class Trainer:
         """
         self._resume()
         first = self.step
+        if first == 0 and self.rank == 0:
+            (self.folder / "best.safetensors").unlink(missing_ok=True)  # of a run that this one replaces
+        facts = {"settings": asdict(self.config), "record": self.record}
+        log = RunLog(self.folder, facts, first) if self.rank == 0 else None
         with self._checkpointed_blocks(), self._progress_bar(progress and self.rank == 0) as show:
-            while self.step < self.config.steps:
-                self.losses.append(self._one_step())
-                self.on_step(self.step, self.losses[-1])
+            while self.step < self.config.steps and not self.is_over:
+                step = self._evaluate(self.one_step())
+                self.losses.append(step.loss)
+                if log is not None:
+                    log.write(step)
+                self.on_step(step)
                 self.step += 1
                 show()
-                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps or self.is_over:
                     self.save()
+        if self.is_over and self.rank == 0:
+            best = min(self.held_out_losses, key=self.held_out_losses.__getitem__)
+            logger.warning("%s: ended after %d steps; the best held-out loss was after %d", self.folder,
+                           self.step, best)  # fmt: skip
         return Losses(self.losses[first - self.losses.first :], first)
 
     @contextmanager
@@ -224,89 +179,171 @@ class Trainer:
         with tqdm(total=self.config.steps, initial=self.step, desc="training", disable=not is_shown) as bar:
             yield show
 
-    def _one_step(self) -> float:
-        config, rows = self.config, self.config.batch_size // self.world
-        size = rows // config.gradient_accumulation_steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(self.step)  # a LambdaLR would be one more state to save
+    def one_step(self) -> Step:
+        """Train one step, the next of `fit`; FloatingPointError if its loss is not finite."""
+        start, config = time.perf_counter(), self.config
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = config.learning_rate_at(
+                self.step, rate
+            )  # a LambdaLR would be one more state to save
         total = torch.zeros((), device=self.device)
-        for i in range(config.gradient_accumulation_steps):
-            start = self.rank * rows + i * size
-            batch = self.data.batch(self.step, slice(start, start + size), self.device)
-            is_last = i == config.gradient_accumulation_steps - 1
-            if config.shard:  # only the last micro-batch reduces gradients over ranks
+        for part, is_last in self._parts(self.data, self.step):
+            if config.shard:  # only the last part of a batch reduces gradients over ranks
                 self.module.set_requires_gradient_sync(is_last)  # type: ignore[operator]
             elif self.world > 1:
                 self.module.require_backward_grad_sync = is_last  # type: ignore[assignment]
-            with torch.autocast(self.device.type, config.dtype, enabled=config.dtype != torch.float32):
-                loss = self.module(batch) / config.gradient_accumulation_steps
+            loss = self._loss(part)
             loss.backward()
             total += loss.detach()
-        if config.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.named.values(), config.max_grad_norm)
+        norm = self._limit_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
         for name, average in self.ema.items():
             average.lerp_(self.named[name].detach(), 1 - decay)
-        if self.world > 1:
-            dist.all_reduce(total)
-        loss = total.item() / self.world
+        loss, means = self._over_ranks(total)
         if not math.isfinite(loss):
             hint = "a lower learning rate may help"
             raise FloatingPointError(f"the loss of step {self.step} is {loss}: {hint}")
-        return loss
+        return Step(
+            step=self.step, loss=loss, gradient_norm=norm.item(), means=means, samples=config.batch_size,
+            learning_rates=tuple(group["lr"] for group in self.optimizer.param_groups),
+            seconds=time.perf_counter() - start, memory=peak_memory(self.device), resumed=self.is_resumed,
+        )  # fmt: skip
+
+    def _parts(self, source: BatchSource, step: int) -> Iterator[tuple[Any, bool]]:
+        """Yield the parts of this rank's rows of a batch, and whether it is the last."""
+        rows, parts = self.config.batch_size // self.world, self.config.gradient_accumulation_steps
+        size = rows // parts
+        for i in range(parts):
+            start = self.rank * rows + i * size
+            yield source.batch(step, slice(start, start + size), self.device), i == parts - 1
+
+    def _loss(self, part: Any) -> Tensor:
+        """Compute a part's contribution to the mean loss of the rank's rows."""
+        dtype = self.config.dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return self.module(part) / self.config.gradient_accumulation_steps
+
+    def _limit_gradients(self) -> Tensor:
+        """Scale gradients to the largest norm that is allowed; return the norm before."""
+        if limit := self.config.max_grad_norm:
+            norm = nn.utils.clip_grad_norm_(self.named.values(), limit)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _evaluate(self, step: Step) -> Step:
+        """Draw and measure the held-out loss, if it is time; keep the best weights; add what was found."""
+        done = self.step + 1
+        is_due = done % self.config.evaluate_every == 0 or done == self.config.steps
+        if not is_due or (self.held_out is None and self.draw is None):
+            return step
+        images, found = (), dict[str, float]()
+        with self.averaged(), undisturbed(self.loss, self.device), self._unsharded():
+            if self.held_out is not None:
+                found = self._held_out_loss(self.held_out)
+                if is_best(found["loss"], self.held_out_losses):
+                    write_state(self.folder, "best", done, self._weights(), {}, {"held_out": found})
+                self.held_out_losses[done] = found["loss"]
+            if self.draw is not None:
+                images = tuple(self.draw())
+        return replace(step, held_out=found, images=images)
+
+    def _held_out_loss(self, source: BatchSource) -> dict[str, float]:
+        """Compute the mean loss of the held-out batches, and what the loss module measured of them."""
+        total, count = torch.zeros((), device=self.device), self.config.held_out_batches
+        for step in range(count):
+            for part, _ in self._parts(source, step):
+                total += self._loss(part) / count
+        loss, means = self._over_ranks(total)
+        return {"loss": loss, **means}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the held-out loss ended the run."""
+        return is_over(self.held_out_losses, self.config.patience)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Exchange the weights and their moving average, if there is one, within the block."""
+        with averaged(self.named, self.ema):
+            yield
+
+    @contextmanager
+    def _unsharded(self) -> Iterator[None]:
+        """Keep what is in no block whole, so that a part of the loss can be called by itself."""
+        if self.config.shard:
+            self.module.unshard()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            if self.config.shard:
+                self.module.reshard()  # type: ignore[operator]
+
+    def _over_ranks(self, total: Tensor) -> tuple[float, dict[str, float]]:
+        """Average a loss over ranks, and what the loss module measured; one transfer for all."""
+        measured = getattr(self.loss, "means", None)
+        means = measured.take() if isinstance(measured, Means) else {}
+        sums = torch.cat([total[None], *means.values()])
+        if self.world > 1:
+            dist.all_reduce(sums)
+        loss, *rest = sums.tolist()
+        pairs = zip(means, rest[::2], rest[1::2], strict=True)
+        return loss / self.world, {name: value / count for name, value, count in pairs if count}
 
     def save(self) -> None:
-        """Write step, weights, moments and average to `folder/state.safetensors` atomically."""
-        tensors = {}
-        for name, tensor in self._state().items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            tensors[name] = whole.detach().cpu().contiguous()
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-            run = json.dumps(self.record, sort_keys=True)
-            save_tensors(tensors, self.folder / "state.safetensors", {"step": str(self.step), "run": run})
-        if self.world > 1:
-            dist.barrier()
+        """Write step, weights, the optimizer's state and the average to `folder/state.safetensors`."""
+        small = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        if self.held_out_losses:
+            small["held_out"] = torch.tensor([*self.held_out_losses.items()], dtype=torch.float64)  # [n, 2]
+        facts = {"run": self.record, "optimizer": {"groups": self._changed_numbers()}}
+        write_state(self.folder, "state", self.step, self._state(), small, facts)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"weights.{name}": parameter for name, parameter in self.named.items()}
 
     def _state(self) -> dict[str, Tensor]:
-        """List the tensors of a run's state by their names in the file; AdamW's moments must exist."""
-        state = {f"weights.{name}": parameter for name, parameter in self.named.items()}
-        for moment in MOMENTS:
-            state |= {f"{moment}.{name}": self.optimizer.state[p][moment] for name, p in self.named.items()}
+        """List the tensors of a run's state by their names in the file."""
+        state = self._weights() | state_tensors(self.optimizer, self.named)
         return state | {f"ema.{name}": average for name, average in self.ema.items()}
 
-    @torch.no_grad()
+    def _changed_numbers(self) -> list[dict[str, Any]]:
+        """List the numbers of each parameter group that changed while training."""
+        both = zip(group_numbers(self.optimizer), self.first_numbers, strict=True)
+        return [{key: v for key, v in now.items() if v != before.get(key)} for now, before in both]
+
     def _resume(self) -> None:
         file = self.folder / "state.safetensors"
         if self.resume == "never" or not file.exists():
             return
-        source = Source([file])
-        metadata = source.metadata(file) or {}
-        step = metadata.get("step", "")
-        if not step.isdecimal():
-            raise ValueError(f"{file}: its metadata give step {step[:100]!r}, expected a whole number")
-        self._check_same_run(file, int(step), metadata.get("run"))
-        for p in self.named.values():  # the state that AdamW creates before its first step
-            self.optimizer.state[p] = {"step": torch.tensor(0.0), **{m: torch.zeros_like(p) for m in MOMENTS}}
+        saved = SavedState(file)
+        run = saved.metadata.get("run")
+        self._check_same_run(file, saved.step, run)
+        if json.loads(run or "{}").get("optimizer") == self.record.get("optimizer"):
+            self._resume_with_optimizer(saved)
+        else:
+            saved.copy_to(self._state())
+        self.is_resumed, self.step, losses = True, saved.step, saved.numbers("losses").flatten().tolist()
+        self.losses = Losses(losses, self.step - len(losses))
+        self.held_out_losses = {int(step): loss for step, loss in saved.numbers("held_out").tolist()}
+
+    def _resume_with_optimizer(self, saved: SavedState) -> None:
+        create_state(self.optimizer)
+        forget_state(self.optimizer, self.named, saved)
         state = self._state()
-        for name, tensor in state.items():
-            if name not in source:
-                raise ValueError(f"{file}: is of another run: it has no {name}")
-            if (got := list(source.shape(name))) != (expected := list(tensor.shape)):
-                raise ValueError(f"{file}: is of another run: {name} is {got}, expected {expected}")
-        self.step, tensors = int(step), load_file(file, device=str(self.device))
-        for name, tensor in state.items():
-            value = tensors[name]
-            if isinstance(tensor, DTensor):
-                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-            tensor.copy_(value)
-        for parameter in self.named.values():
-            self.optimizer.state[parameter]["step"].fill_(self.step)
-        earlier = tensors["losses"].flatten().tolist() if "losses" in tensors else []
-        self.losses = Losses(earlier, self.step - len(earlier))
+        steps = {name: tensor for name, tensor in state.items() if name.startswith("step.")}
+        if not any(name in saved for name in steps):  # of a version that did not save AdamW's
+            for name, tensor in steps.items():
+                state.pop(name)
+                tensor.fill_(saved.step)
+        saved.copy_to(state)
+        set_numbers(self.optimizer, self.named, state)
+        changed = parse_object(saved.metadata.get("optimizer", "{}").encode(), f"{saved.file}: optimizer")
+        numbers = changed.get("groups", self.first_numbers)
+        if len(numbers) == len(self.first_numbers):  # else of other groups, from which it is asked to go on
+            for each in self.first_numbers, numbers:
+                set_group_numbers(self.optimizer, each)
 
     def _check_same_run(self, file: Path, step: int, saved: str | None) -> None:
         """Log the step of a state of the same run; ValueError with what differs, unless that is asked for."""
@@ -321,6 +358,15 @@ class Trainer:
         if self.rank == 0:
             run = f" of another run ({'; '.join(different)})" if different else ""
             logger.warning("%s: already at step %d of %d%s", file, step, self.config.steps, run)
+
+    def load_best_weights(self) -> int:
+        """Copy the weights of the best held-out loss to the model; return after how many steps it was.
+
+        FileNotFoundError if none was measured.
+        """
+        saved = SavedState(self.folder / "best.safetensors")
+        saved.copy_to(self._weights())
+        return saved.step
 
     @torch.no_grad()
     def load_ema_weights(self) -> None:

@@ -360,8 +360,8 @@ def test_a_batch_of_batches_shares_an_image_of_one_row() -> None:
 @pytest.mark.exact
 def test_a_controlnet_for_another_unet_is_refused() -> None:
     unet = UNet(SMALL.unet)
-    with pytest.raises(ValueError, match=r"channels is \(32, 64, 96\), and the UNet's \(32, 64, 128\)"):
-        check_fits(ControlNet(replace(NET, channels=(32, 64, 96), heads=(2, 4, 6))), unet, 8)
+    with pytest.raises(ValueError, match=r"channels is \(16, 32, 48\), and the UNet's \(16, 32, 64\)"):
+        check_fits(ControlNet(replace(NET, channels=(16, 32, 48), heads=(2, 4, 6))), unet, 8)
     with pytest.raises(ValueError, match="makes 4 pixels one latent, and the VAE 8"):
         check_fits(ControlNet(replace(NET, conditioning_widths=(8, 8, 8))), unet, 8)
     with pytest.raises(TypeError, match="got diffusers.models.controlnets"):

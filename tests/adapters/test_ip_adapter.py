@@ -73,7 +73,7 @@ def test_branches_swapped_are_noticed(both: Both, adapters: list[Path]) -> None:
     ours, theirs = both
     load_both(both, adapters[0])
     handle = attached(ours.unet)[0]
-    paths = [path for path, branch in handle.branches.items() if branch.to_k.out_features == 128]
+    paths = [path for path, branch in handle.branches.items() if branch.to_k.out_features == 64]
     up, mid = (next(path for path in paths if path.startswith(way)) for way in ("up", "mid"))
     for part in ("to_k", "to_v"):
         a, b = (getattr(handle.branches[path], part) for path in (up, mid))
@@ -133,7 +133,7 @@ def test_an_adapter_for_another_unet_is_refused() -> None:
     adapter = IPAdapter(adapter_config())
     randomise(adapter)
     unet.mid.attentions[0].blocks = unet.mid.attentions[0].blocks[:1]
-    with pytest.raises(ValueError, match=r"for 17 attentions \[64, 128\] wide.* the UNet has 16"):
+    with pytest.raises(ValueError, match=r"for 17 attentions \[32, 64\] wide.* the UNet has 16"):
         attach(unet, adapter)
     assert all(not place.image_branches for place in cross_attentions(unet).values())
     assert SMALL_CLIP.hidden_size == adapter.config.image_dim

@@ -298,13 +298,13 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64) / 4
 
 
-LINEAR_LAYER, CONV_LAYER = f"{BLOCK}.ff.net.2", "mid_block.resnets.0.conv1"  # [64, 256], [128, 128, 3, 3]
-O1, I1, O2, I2 = 8, 16, 8, 16  # of the Kronecker product for the linear layer
+LINEAR_LAYER, CONV_LAYER = f"{BLOCK}.ff.net.2", "mid_block.resnets.0.conv1"  # [32, 128], [64, 64, 3, 3]
+O1, I1, O2, I2 = 4, 8, 8, 16  # of the Kronecker product for the linear layer
 LYCORIS: dict[str, tuple[str, dict[str, Tensor], Callable[[dict[str, Tensor], Tensor], Tensor]]] = {
     "LoHa": (
         LINEAR_LAYER,
-        {"hada_w1_a": noise(64, 3), "hada_w1_b": noise(3, 256), "hada_w2_a": noise(64, 3) * 2,
-         "hada_w2_b": noise(3, 256) * 3, "alpha": torch.tensor(6.0)},
+        {"hada_w1_a": noise(32, 3), "hada_w1_b": noise(3, 128), "hada_w2_a": noise(32, 3) * 2,
+         "hada_w2_b": noise(3, 128) * 3, "alpha": torch.tensor(6.0)},
         lambda t, w: w + 2.0 * (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"]),
     ),
     "LoKr, w2 of factors": (
@@ -322,15 +322,15 @@ LYCORIS: dict[str, tuple[str, dict[str, Tensor], Callable[[dict[str, Tensor], Te
     ),
     "LoKr of a convolution": (
         CONV_LAYER,
-        {"lokr_w1": noise(4, 8), "lokr_w2_a": noise(32, 2), "lokr_w2_b": noise(2, 16 * 9)},
+        {"lokr_w1": noise(4, 8), "lokr_w2_a": noise(16, 2), "lokr_w2_b": noise(2, 8 * 9)},
         lambda t, w: w + torch.einsum(
-            "ab, cdk -> acbdk", t["lokr_w1"], (t["lokr_w2_a"] @ t["lokr_w2_b"]).unflatten(1, (16, 9))
+            "ab, cdk -> acbdk", t["lokr_w1"], (t["lokr_w2_a"] @ t["lokr_w2_b"]).unflatten(1, (8, 9))
         ).reshape(w.shape),
     ),
     "LoCon with a factor in the middle": (
         CONV_LAYER,
-        {"lora_down.weight": noise(2, 128, 1, 1), "lora_mid.weight": noise(2, 2, 3, 3),
-         "lora_up.weight": noise(128, 2, 1, 1), "alpha": torch.tensor(1.0)},
+        {"lora_down.weight": noise(2, 64, 1, 1), "lora_mid.weight": noise(2, 2, 3, 3),
+         "lora_up.weight": noise(64, 2, 1, 1), "alpha": torch.tensor(1.0)},
         lambda t, w: w + 0.5 * torch.einsum(
             "or, rskl, si -> oikl", t["lora_up.weight"].flatten(1), t["lora_mid.weight"],
             t["lora_down.weight"].flatten(1),
@@ -338,26 +338,26 @@ LYCORIS: dict[str, tuple[str, dict[str, Tensor], Callable[[dict[str, Tensor], Te
     ),
     "a linear layer's factors as 1x1 convolutions": (
         LINEAR_LAYER,
-        {"lora_down.weight": noise(2, 256, 1, 1), "lora_up.weight": noise(64, 2, 1, 1)},
+        {"lora_down.weight": noise(2, 128, 1, 1), "lora_up.weight": noise(32, 2, 1, 1)},
         lambda t, w: w + t["lora_up.weight"].flatten(1) @ t["lora_down.weight"].flatten(1),
     ),
     "DoRA of rows": (
         LINEAR_LAYER,
-        {"lora_down.weight": noise(2, 256), "lora_up.weight": noise(64, 2), "dora_scale": noise(64, 1),
+        {"lora_down.weight": noise(2, 128), "lora_up.weight": noise(32, 2), "dora_scale": noise(32, 1),
          "alpha": torch.tensor(1.0)},
         lambda t, w: dora(w + 0.5 * t["lora_up.weight"] @ t["lora_down.weight"], t["dora_scale"], (1,)),
     ),
     "DoRA of columns": (
         CONV_LAYER,
-        {"lora_down.weight": noise(2, 128, 3, 3), "lora_up.weight": noise(128, 2, 1, 1),
-         "dora_scale": noise(1, 128, 1, 1)},
+        {"lora_down.weight": noise(2, 64, 3, 3), "lora_up.weight": noise(64, 2, 1, 1),
+         "dora_scale": noise(1, 64, 1, 1)},
         lambda t, w: dora(
             w + torch.einsum("or, rikl -> oikl", t["lora_up.weight"].flatten(1), t["lora_down.weight"]),
             t["dora_scale"], (0, 2, 3),
         ),
     ),
     "the whole difference": (
-        CONV_LAYER, {"diff": noise(128, 128, 3, 3), "alpha": torch.tensor(3.0)}, lambda t, w: w + t["diff"]
+        CONV_LAYER, {"diff": noise(64, 64, 3, 3), "alpha": torch.tensor(3.0)}, lambda t, w: w + t["diff"]
     ),
 }  # fmt: skip
 

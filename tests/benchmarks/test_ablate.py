@@ -15,15 +15,15 @@ from PIL import Image
 from benchmarks.ablate import things as lessons
 from benchmarks.ablate.__main__ import check_widths, command, main, open_study, times_of
 from benchmarks.ablate.board import main as board
-from benchmarks.ablate.change import call, read
-from benchmarks.ablate.models import Cost, Pupil, example
+from benchmarks.ablate.change import read
+from benchmarks.ablate.models import Cost, Pupil
 from benchmarks.ablate.report import rows_of, write
-from benchmarks.ablate.study import Run, check, points, pupil_of, run_all
+from benchmarks.ablate.study import Run, Seeded, check, points, pupil_of, run_all
 from benchmarks.ablate.thing_captions import THINGS, UNSEEN, captions
 from benchmarks.ablate.things import Things, draw_pictures
 from benchmarks.tiny.emoji import CONCEPTS
 from kolors_core.unet import UNet
-from tests.support.ablations import NARROW, SMALL, STEPS, job, run, small_lesson, write_modules
+from tests.support.ablations import NARROW, SMALL, STEPS, job, predict, run, small_lesson, write_modules
 from tests.support.scene_recipes import needs_fonts
 
 
@@ -79,6 +79,17 @@ def test_variants_start_from_the_same_values_unless_they_are_meant_to_differ(
     assert quiet.denoiser is not None and not quiet.denoiser.get_parameter("conv_out.weight").any()
 
 
+def test_what_a_module_draws_is_a_function_of_seed_and_step(lesson: Things) -> None:
+    """Whatever others drew before."""
+    pupil, config = pupil_of(lesson, job(NARROW), read(NARROW, 4))
+    source, drawn = Seeded(lesson.batches(pupil, config), 7), list[float]()
+    for step in (0, 1, 0):
+        torch.rand(len(drawn))
+        source.batch(step, slice(0, 2), torch.device("cpu"))
+        drawn.append(float(torch.rand(())))
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
 def test_an_older_unet_file_is_a_variant(lesson: Things, tmp_path: Path) -> None:
     (tmp_path / "before.py").write_text(Path(inspect.getfile(UNet)).read_text())
     before, now = (pupil_of(lesson, job(t, seed=3), read("", 4))[0]
@@ -86,7 +97,7 @@ def test_an_older_unet_file_is_a_variant(lesson: Things, tmp_path: Path) -> None
     assert before.denoiser is not None and now.denoiser is not None
     assert type(before.denoiser) is not type(now.denoiser) and before.own == []
     x = torch.randn(2, 4, 4, 4)
-    assert torch.equal(*(call(each.denoiser, x, 500.0, example(4)) for each in (before, now)))
+    assert torch.equal(*(predict(each.denoiser, x) for each in (before, now)))
 
 
 def test_held_out_prompts_are_not_trained_on_and_levels_cover_the_schedule(lesson: Things) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ablate.change import CHANGES, call, read
+from benchmarks.ablate.change import CHANGES, read
 from benchmarks.ablate.models import Pupil, example, flops
 from benchmarks.ablate.scenes import Scenes
 from benchmarks.ablate.study import Job, check, pupil_of, train
@@ -19,7 +19,7 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.config import TINY
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import UNet
-from tests.support.ablations import SMALL, job, run, small_lesson, write_modules
+from tests.support.ablations import SMALL, job, predict, run, small_lesson, write_modules
 from tests.support.scene_recipes import needs_fonts
 
 NAMES = sorted(file.stem for file in CHANGES.glob("[a-z]*.py"))
@@ -71,7 +71,7 @@ def test_qk_norm_keeps_logits_whatever_the_scale_of_queries(lesson: Things) -> N
     x, before = torch.randn(2, 4, 4, 4), []
     for _ in range(2):
         with torch.no_grad():
-            before.append(call(net, x, 500.0, example(4)))
+            before.append(predict(net, x))
             for parameter_name, parameter in net.named_parameters():
                 if parameter_name.endswith(("to_q.weight", "to_k.weight")):
                     parameter.mul_(100)
@@ -79,7 +79,7 @@ def test_qk_norm_keeps_logits_whatever_the_scale_of_queries(lesson: Things) -> N
 
 
 def test_self_conditioning_passes_an_estimate_on(lesson: Things) -> None:
-    variant, rows = read("self_conditioning", 4), example(4)
+    variant, rows = read("self_conditioning", 4), example()
     net = variant.change.denoiser(replace(TINY.unet, sample_size=4)).eval()
     schedule, x = variant.change.scheduler.schedule(4), torch.randn(2, 4, 4, 4)
     seen = list[Tensor]()
@@ -97,12 +97,12 @@ def test_self_conditioning_passes_an_estimate_on(lesson: Things) -> None:
 
 
 def test_the_dit_has_the_unets_flops() -> None:
-    rows, x = example(8), torch.randn(2, 4, 8, 8)
+    x = torch.randn(2, 4, 8, 8)
     costs = []
     for text in ("", "dit"):
         variant = read(text, 8)
         net = variant.change.denoiser(variant.config)
-        costs.append(flops(lambda net=net: call(net, x, 500.0, rows)))
+        costs.append(flops(lambda net=net: predict(net, x)))
     assert costs[1] == pytest.approx(costs[0], rel=0.05)
 
 

@@ -144,7 +144,7 @@ def lora_state_dict(ours: Any, theirs: Any, folder: Path) -> None:
     assert KolorsPipeline.lora_state_dict(state) == (state, None)
 
 
-@row("`enable_attention_slicing()`, `enable_xformers_memory_efficient_attention()`, `fuse_qkv_projections()`")
+@row("`enable_attention_slicing()`, `enable_xformers_memory_efficient_attention()`")
 def nothing_to_do(ours: Any, theirs: Any, folder: Path) -> None:
     said: list[str] = []
     handler = logging.Handler()
@@ -152,9 +152,22 @@ def nothing_to_do(ours: Any, theirs: Any, folder: Path) -> None:
     logging.getLogger("kolors_core").addHandler(handler)
     ours.enable_attention_slicing()
     ours.enable_xformers_memory_efficient_attention()
-    ours.fuse_qkv_projections()
     logging.getLogger("kolors_core").removeHandler(handler)
-    assert len(said) == 3 and all("has no effect: attention runs torch's fused" in line for line in said)
+    assert len(said) == 2 and all("has no effect: attention runs torch's fused" in line for line in said)
+
+
+@row("`pipe.fuse_qkv_projections(vae=True)` fuses the VAE's one attention too")
+def fuse_projections(ours: Any, theirs: Any, folder: Path) -> None:
+    def fused(vae: Any) -> bool:
+        return any(hasattr(part, "to_qkv") for part in vae.modules())
+
+    ours.fuse_qkv_projections(vae=True)
+    theirs.fuse_qkv_projections(vae=True)
+    kinds = {type(part).__name__ for part in ours.unet.modules()}
+    assert "FusedAttention" in kinds and fused(theirs.vae) and not fused(ours.vae)
+    ours.fuse_qkv_projections(unet=False)
+    ours.unfuse_qkv_projections()
+    assert not any(type(part).__name__ == "FusedAttention" for part in ours.unet.modules())
 
 
 @row("`enable_group_offload(num_blocks_per_group=4)`")

@@ -229,7 +229,7 @@ def test_a_config_has_both_names_and_equals_the_plain_one(component: str) -> Non
 def test_the_names_that_scripts_read() -> None:
     unet, vae = UNet2DConditionModel(SMALL.unet).config, AutoencoderKL(SMALL.vae).config
     assert (unet.cross_attention_dim, unet.in_channels, unet.sample_size) == (48, 4, 16)
-    assert unet.addition_time_embed_dim == 16 and unet.time_cond_proj_dim is None
+    assert unet.addition_time_embed_dim == 12 and unet.time_cond_proj_dim is None
     assert vae.force_upcast and vae.scaling_factor == 0.13025 and len(vae.block_out_channels) == 4
     assert vae["latent_channels"] == 4 and vae.shift_factor is None
 
@@ -342,10 +342,10 @@ def test_kernels_and_compilation_by_the_references_names(caplog: pytest.LogCaptu
     unet.enable_xformers_memory_efficient_attention()
     unet.fuse_qkv_projections()
     unet.disable_xformers_memory_efficient_attention()
+    assert any(type(module).__name__ == "FusedAttention" for module in unet.modules())
     unet.unfuse_qkv_projections()
-    assert [record.message.split()[0] for record in caplog.records] == [
-        "fullgraph", "enable_xformers_memory_efficient_attention", "fuse_qkv_projections",
-    ]  # fmt: skip
+    said = [record.message.split()[0] for record in caplog.records]
+    assert said == ["fullgraph", "enable_xformers_memory_efficient_attention"]
     for use in (lambda: unet.set_attn_processor(None), lambda: unet.attn_processors):
         with pytest.raises(NotImplementedError, match=r"record_attention, .* set_attention_backend"):
             use()

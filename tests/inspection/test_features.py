@@ -100,7 +100,7 @@ def test_one_runs_features_make_another_run_it(pipes: Pair) -> None:
 def test_a_function_changes_features_in_its_steps(pipes: Pair) -> None:
     """Activation steering, against a hook of the test's own."""
     ours, calls, told = pipes[0], [], []
-    push = torch.randn(128, 1, 1, generator=torch.Generator().manual_seed(0)).double()
+    push = torch.randn(64, 1, 1, generator=torch.Generator().manual_seed(0)).double()
 
     def own(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
         calls.append(output)
@@ -153,7 +153,7 @@ def test_a_level_gives_a_list_of_skips(unets: tuple[UNet, Any]) -> None:
         assert torch.equal(ours(**given), plain)
     with inject(ours, {"down.0": lambda skips, _step: [skips[0], *(0 * skip for skip in skips[1:])]}):
         assert relative_error(ours(**given), plain) > 1e-3
-    wanted = r"^down.0, step 0: expected \['torch.float64 \[1, 32.*got \['torch"
+    wanted = r"^down.0, step 0: expected \['torch.float64 \[1, 16.*got \['torch"
     with pytest.raises(ValueError, match=wanted), inject(ours, {"down.0": lambda skips, _step: skips[:2]}):
         ours(**given)
 
@@ -210,7 +210,7 @@ def test_kept_tensors_are_detached_or_what_keep_makes_of_them(unets: tuple[UNet,
     ):
         ours(**given).sum().backward()
     assert not kept["mid"][0].requires_grad and not kept["down.0"][0][1].requires_grad
-    assert small["mid"][0].shape == (1, 128) and small["mid"][0].dtype == torch.float16
+    assert small["mid"][0].shape == (1, 64) and small["mid"][0].dtype == torch.float16
     assert ours.conv_in.weight.grad is not None and ours.conv_in.weight.grad.any(), "gradients pass a change"
     ours.requires_grad_(False)
     ours.zero_grad(set_to_none=True)
@@ -258,11 +258,11 @@ BAD: list[tuple[Callable[[UNet], Any], type[Exception], str]] = [
     (lambda u: inject(u, {"mid": 3}), TypeError, "'mid': expected a tensor, a list of them or a func"),
     (lambda u: inject(u, {"mid": []}), ValueError, "'mid': expected features of at least one steps, got 0"),
     (lambda u: inject(u, {"mid": [1, 2]}, steps=[3]), ValueError, "expected features of 1 steps, got 2"),
-    (lambda u: inject(u, {"mid": torch.zeros(1, 128, 1, 1)}), ValueError, r"^mid, step 0: expected torch.flo"
-     r"at64 \[1, 128, 1, 1\] on cpu to put in, got torch.float32 \[1, 128, 1, 1\] on cpu"),
+    (lambda u: inject(u, {"mid": torch.zeros(1, 64, 1, 1)}), ValueError, r"^mid, step 0: expected torch.flo"
+     r"at64 \[1, 64, 1, 1\] on cpu to put in, got torch.float32 \[1, 64, 1, 1\] on cpu"),
     (lambda u: inject(u, {"mid": lambda x, _step: x[:, :3]}), ValueError, r"float64 \[1, 3, 1, 1\]"),
     (lambda u: inject(u, {"mid": lambda x, _step: None}), ValueError, "got <class 'NoneType'>"),
-    (lambda u: inject(u, {"mid": [torch.zeros(1, 128, 1, 1).double()] * 2}), ValueError, "step 1 never came"),
+    (lambda u: inject(u, {"mid": [torch.zeros(1, 64, 1, 1).double()] * 2}), ValueError, "step 1 never came"),
 ]  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def test_what_never_ran_is_named_unless_another_exception_is(pipes: Pair) -> Non
         ours.vae.decode_latents(torch.zeros(1, 4, 2, 2, dtype=torch.float64))
     with pytest.raises(KeyError), inject(ours.unet, {"mid": lambda x, _step: x}), capture(ours.unet, "mid"):
         raise KeyError("this")
-    kept = [torch.zeros(2, 128, 2, 3, dtype=torch.float64)]
+    kept = [torch.zeros(2, 64, 2, 3, dtype=torch.float64)]
     wanted = "mid, step 1: there are features of 1 steps; name the steps"
     with pytest.raises(ValueError, match=wanted), inject(ours.unet, {"mid": kept}):
         steps_of(ours, **CAT)

@@ -212,7 +212,7 @@ class Louder(ResBlock):
 def test_parts_that_are_not_known_are_refused() -> None:
     vae = small()
     enable_tiling(vae, tile_sample_min_size=SIDE)
-    own, resnets = Louder(32, 32, 32), vae.decoder.up[3].resnets
+    own, resnets = Louder(16, 16, 8), vae.decoder.up[3].resnets
     resnets[1] = own.double()
     with pytest.raises(TypeError, match=r"decoder\.up\.3\.resnets\.1: expected a module of .*Louder\(\)"):
         vae.decode_latents(noise(1, 4, 13, 11))
@@ -220,13 +220,13 @@ def test_parts_that_are_not_known_are_refused() -> None:
         enable_tiling(vae)
     disable_tiling(vae)
     vae.decode_latents(noise(1, 4, 5, 5))
-    resnets[1] = ResBlock(32, 32, 32)
-    vae.encoder.conv_in = nn.Conv2d(3, 32, 5, padding=2)
+    resnets[1] = ResBlock(16, 16, 8)
+    vae.encoder.conv_in = nn.Conv2d(3, 16, 5, padding=2)
     with pytest.raises(TypeError, match=r"encoder\.conv_in: .*got torch.*kernel_size=\(5, 5\)"):
         enable_tiling(vae)
     vae = small()
     enable_tiling(vae, tile_sample_min_size=SIDE)
-    vae.decoder.norm_out = nn.GroupNorm(32, 32, affine=False)
+    vae.decoder.norm_out = nn.GroupNorm(8, 16, affine=False)
     with pytest.raises(TypeError, match=r"decoder\.norm_out: expected a module of .*affine=False"):
         vae.decode_latents(noise(1, 4, 13, 11))
     vae.decoder = nn.Sequential(nn.ConvTranspose2d(4, 3, 8, 8))
@@ -258,8 +258,8 @@ def test_a_new_attention_and_a_subclass_with_the_old_forward_are_run() -> None:
         pass
 
     vae = small()
-    vae.decoder.up[3].resnets[1] = Named(32, 32, 32).double()
-    vae.decoder.mid.attention = nn.Sequential(nn.Conv2d(64, 64, 5, padding=2), nn.Tanh()).double()
+    vae.decoder.up[3].resnets[1] = Named(16, 16, 8).double()
+    vae.decoder.mid.attention = nn.Sequential(nn.Conv2d(32, 32, 5, padding=2), nn.Tanh()).double()
     assert max(errors(vae, 1, 13, 11)) < EXACT
 
 

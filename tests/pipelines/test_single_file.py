@@ -137,7 +137,7 @@ def test_a_file_by_its_address_on_a_hub(whole_folder: Path, tmp_path: Path) -> N
 from kolors_core.pipelines.adapter_methods import MODELS
 from kolors_core.pipelines.single_file import load_model
 address = "https://huggingface.co/owner/kolors/blob/main/vae/vae.safetensors"
-assert load_model(address, "vae", config={str(whole_folder)!r}).config.norm_groups == 32
+assert load_model(address, "vae", config={str(whole_folder)!r}).config.norm_groups == 8
 """
     content = {"vae/vae.safetensors": (tmp_path / "vae.safetensors").read_bytes(), "unet.safetensors": b""}
     with serving({"owner/kolors": {"main": content}}) as hub:

@@ -4,9 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor, nn
 
 from benchmarks.ablate.change import read
+from benchmarks.ablate.models import example
 from benchmarks.ablate.study import Job, Run, train
 from benchmarks.ablate.things import RECIPE, Things
 from kolors_core.training.data import Example
@@ -106,3 +109,10 @@ def job(text: str, label: str = "A", seed: int = 0, steps: int = STEPS) -> Job:
 def run(lesson: Any, text: str, seed: int = 0, label: str = "A", base: str = NARROW) -> tuple[Run, Any]:
     """Train and measure a variant; its run and images."""
     return train(lesson, job(text, label, seed), read(base, 4), lambda text: None)
+
+
+def predict(net: nn.Module, x: Tensor) -> Tensor:
+    """Call a denoiser at a timestep in the middle, with nothing to read."""
+    rows = example()
+    inputs = rows.text_tokens, rows.pooled_text, rows.size_ids, rows.text_counts
+    return net(x, torch.full((len(x),), 500.0), *inputs)

@@ -76,7 +76,7 @@ def reference_pipeline(
 def write(folder: Path, tokenizer: Path) -> None:
     """The layout of Kwai-Kolors/Kolors-diffusers: float16 variant, sharded."""
     pipe = reference_pipeline(tokenizer).to(torch.float16)
-    pipe.save_pretrained(folder, variant="fp16", max_shard_size="1MB")
+    pipe.save_pretrained(folder, variant="fp16", max_shard_size="400KB")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ SMALL = KolorsConfig(
         vocab_size=640, hidden_size=64, feed_forward_size=96, layers=3, heads=4, head_dim=16, num_kv_heads=2
     ),
     unet=UNetConfig(
-        sample_size=16, channels=(32, 64, 128), heads=(2, 4, 8), depths=(0, 1, 2),
-        text_dim=64, context_dim=48, size_dim=16,
+        sample_size=16, channels=(16, 32, 64), heads=(2, 4, 8), depths=(0, 1, 2), text_dim=64, context_dim=48,
+        size_dim=12, norm_groups=8,
     ),
-    vae=VAEConfig(sample_size=128, channels=(32, 32, 64, 64)),
+    vae=VAEConfig(sample_size=128, channels=(16, 16, 32, 32), norm_groups=8),
 )  # fmt: skip
 SMALL_CLIP = CLIPVisionConfig(
     image_size=28, patch_size=7, hidden_size=64, feed_forward_size=96, layers=3, heads=4, projection_dim=48
@@ -31,7 +31,7 @@ SMALL_CLIP = CLIPVisionConfig(
 # Two levels, as shallow as they can be, for what torch's compiler traces as a whole and for training.
 SHALLOW = replace(
     SMALL,
-    unet=replace(SMALL.unet, channels=(32, 64), heads=(2, 4), depths=(0, 1), resnets_per_level=1),
+    unet=replace(SMALL.unet, channels=(16, 32), heads=(2, 4), depths=(0, 1), resnets_per_level=1),
 )
 
 

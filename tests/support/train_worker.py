@@ -12,6 +12,7 @@ from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import Batches, LatentDataset, read_folder
 from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.step import Step
 from kolors_core.training.trainer import Trainer, TrainingConfig
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
@@ -48,9 +49,9 @@ class Killed(Exception):
     """The end of a run from outside."""
 
 
-def kill(step: int, loss: float) -> None:
+def kill(step: Step) -> None:
     """End the run in its fifth step, two steps after it saved its state."""
-    if step == 4:
+    if step.step == 4:
         raise Killed
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, not in every process
-WORKERS = ("batch_worker", "row_worker", "train_worker")
-CONTEXT.set_forkserver_preload([f"tests.support.{name}" for name in WORKERS])
+WORKERS = ("batch_worker", "row_worker", "small_training", "train_worker")
+# An optimizer's first step imports torch's compiler.
+CONTEXT.set_forkserver_preload(["torch._dynamo", *(f"tests.support.{name}" for name in WORKERS)])
 
 
 def start_two(work: Callable[..., int], log: Path, *arguments: Any) -> list[BaseProcess]:

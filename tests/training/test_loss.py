@@ -16,6 +16,7 @@ from kolors_core.schedulers import EulerDiscreteScheduler
 from kolors_core.targets import TARGETS, target_of
 from kolors_core.training.data import Batch, draw_timesteps, timestep_density
 from kolors_core.training.loss import DiffusionLoss, measure_timestep_weights
+from kolors_core.training.step import Step
 from kolors_core.training.trainer import Trainer, TrainingConfig
 from tests.support.small import relative_error
 from tests.support.train_worker import CONFIG, make_trainer
@@ -233,8 +234,8 @@ def test_a_run_with_another_target_and_times_goes_on_to_the_same_losses(
         expected = make_trainer(tmp_path / name, pictures, small_tokenizer, config).fit(progress=False)
         first = make_trainer(tmp_path / f"{name} again", pictures, small_tokenizer, config)
 
-        def stop(step: int, _loss: float) -> None:
-            if step == 2:
+        def stop(step: Step) -> None:
+            if step.step == 2:
                 raise InterruptedError
 
         first.on_step = stop

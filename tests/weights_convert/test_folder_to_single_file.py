@@ -98,7 +98,7 @@ def test_the_file_has_comfyuis_names(whole_folder: Path, whole_file: Path) -> No
                  "files.tokenizer/tokenizer.model",
                  "text_encoder.encoder.layers.0.mlp.dense_h_to_4h.weight"):  # fmt: skip
         assert name in names
-    assert names.shape("first_stage_model.encoder.mid.attn_1.q.weight") == (64, 64, 1, 1)
+    assert names.shape("first_stage_model.encoder.mid.attn_1.q.weight") == (32, 32, 1, 1)
     stored = bytes(names["files.tokenizer/tokenizer.model"].numpy())
     assert stored == (whole_folder / "tokenizer" / "tokenizer.model").read_bytes()
 

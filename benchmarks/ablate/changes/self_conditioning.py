@@ -9,13 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ablate.change import Change, call_guided
+from benchmarks.ablate.change import PLAIN, Change
 from kolors_core.conditioning import Conditioning
 from kolors_core.config import UNetConfig
 from kolors_core.sampling import Denoiser
 from kolors_core.schedule import Schedule
+from kolors_core.targets import target_of
 from kolors_core.training.data import Batch
-from kolors_core.training.loss import DiffusionLoss
+from kolors_core.training.loss import DiffusionLoss, Noised
 from kolors_core.unet import UNet
 
 
@@ -27,21 +28,14 @@ def make(config: UNetConfig) -> UNet:
 class SelfConditionedLoss(DiffusionLoss):
     """Loss whose first half of a batch sees the denoiser's own estimate, and the other half zeros."""
 
-    def each(self, batch: Batch) -> Tensor:
-        """Compute the loss of each image: [b]."""
-        extra, half = torch.zeros_like(batch.latents), len(batch.latents) // 2
+    def predict(self, noised: Noised, batch: Batch) -> Tensor:
+        """Compute the output [b, 4, h, w] with an estimate of the image as further channels."""
+        z, extra, half = noised.latents, torch.zeros_like(noised.latents), len(noised.latents) // 2
+        target, sigma = target_of(self.config.prediction_type), noised.sigma[:, None, None, None]
         with torch.no_grad():
-            extra[:half] = self.estimate(batch, extra)[:half]
-        return super().each(replace(batch, extra=extra))
-
-    def estimate(self, batch: Batch, extra: Tensor) -> Tensor:
-        """Compute the image that the denoiser sees without an estimate: [b, 4, h, w]."""
-        sigma = self.sigmas[batch.timesteps][:, None, None, None]
-        noise = self.unet(
-            torch.cat([(batch.latents + sigma * batch.noise) / (sigma**2 + 1) ** 0.5, extra], dim=1),
-            batch.timesteps.float(), batch.text.tokens, batch.text.pooled, batch.size_ids, batch.text.counts,
-        )  # fmt: skip
-        return batch.latents + sigma * (batch.noise - noise)
+            output = super().predict(replace(noised, latents=torch.cat([z, extra], dim=1)), batch)
+            extra[:half] = target.x0(z * target.scale(sigma), sigma, output)[:half]
+        return super().predict(replace(noised, latents=torch.cat([z, extra], dim=1)), batch)
 
 
 def conditioned_on_itself(
@@ -53,7 +47,7 @@ def conditioned_on_itself(
 
     def step(x: Tensor, sigma: float, extra: Tensor) -> Tensor:
         parts = (None if part is None else replace(part, extra=extra) for part in (positive, negative))
-        return call_guided(net, schedule, *parts, scale)(x, sigma)
+        return PLAIN(net, schedule, *parts, scale)(x, sigma)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         nonlocal last

@@ -1,0 +1,35 @@
+"""Measurements between steps, by which no step changes: held-out losses, the best of them, and the end."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(loss: nn.Module, device: torch.device) -> Iterator[None]:
+    """Compute without gradients and dropout within the block; modes and random numbers stay as they were."""
+    modes = {module: module.training for module in loss.modules()}
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        loss.eval()
+        try:
+            yield
+        finally:
+            for module, is_training in modes.items():
+                module.training = is_training
+
+
+def is_best(loss: float, before: Mapping[int, float]) -> bool:
+    """Return whether a held-out loss is below all earlier ones."""
+    return loss < min(before.values(), default=math.inf)
+
+
+def is_over(losses: Mapping[int, float], patience: int | None) -> bool:
+    """Return whether so many held-out losses follow the best one, by the steps that were done."""
+    if patience is None or not losses:
+        return False
+    steps = sorted(losses)
+    best = min(steps, key=lambda step: math.inf if math.isnan(losses[step]) else losses[step])
+    return len(steps) - 1 - steps.index(best) >= patience

@@ -1,0 +1,28 @@
+// The tab that compares: a sheet of images over one, two or three settings.
+import { Stage, addSettings, all, element, find, onSubmit, requestOf } from "./common.js";
+
+export function startCompare(about) {
+  const section = find("#compare"), form = find("form", section), stage = new Stage(section);
+  addSettings(form, about);
+  find(".images", form).hidden = true;
+  for (const [i, select] of all("[name=axis]", form).entries()) {
+    if (i) select.append(element("option", { value: "", text: "none" }));
+    select.append(...about.axes.map(name => element("option", { value: name, text: name.replace("_", " ") })));
+    select.value = ["seed", "guidance", ""][i];
+  }
+
+  function axes() {
+    const values = all("[name=values]", form).map(input => input.value);
+    return all("[name=axis]", form).map((select, i) => ({ name: select.value, values: split(select.value, values[i]) })).filter(axis => axis.name);
+  }
+
+  const split = (name, text) => text.split(name === "prompt" ? "|" : ",").map(value => value.trim()).filter(Boolean);
+
+  onSubmit(form, async () => {
+    const request = requestOf(form);
+    if (!request.seed) request.seed = String(Math.floor(Math.random() * 2 ** 32));  // one for all cells
+    for (const axis of axes()) if (axis.name !== "lora_weight") delete request[axis.name];
+    const result = await stage.run("/api/compare", { request: { ...request, prompt: find("[name=prompt]", form).value.trim() }, axes: axes() });
+    if (result) stage.images(result.images, "sheet");
+  });
+}
