@@ -49,9 +49,7 @@ def guided(
     every step; the result is the same. A UNet that is compiled as a whole, has hooks itself, or overrides
     forward is called as a whole in every step, as is a denoiser that is another (denoiser.py). wrap_step:
     another way to run a step, such as CUDA graphs; not used for such a UNet, or without precompute.
-
-    denoise(x, sigma) also takes a sigma for each image, [B] or [B, 1, 1, 1], as training by consistency does;
-    not with an interval or ControlNets. It has gradients unless it is called without.
+    denoise(x, sigma) takes a sigma for each image too, [B] or [B, 1, 1, 1]; not with interval or ControlNets.
     """
     scale, rescaled = check_float("the guidance scale", scale), cfg_rescale(rescale)
 

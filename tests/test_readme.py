@@ -45,8 +45,10 @@ LINES = {
     "kolors_core/performance/MEMORY.md": 100,
     "kolors_core/performance/EXPORT.md": 100,
     "kolors_core/training/RUNS.md": 150,
+    "kolors_core/training/DATA.md": 120,
     "weights_convert/README.md": 150,
     "benchmarks/README.md": 150,
+    "benchmarks/speed/gpu/README.md": 50,
     "tests/README.md": 60,
 }
 PAGES = [*LINES, "CHANGELOG.md"]
@@ -69,6 +71,7 @@ RUN = {
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
     "kolors_core/training/RUNS.md": ["class Huber("],  # by tests/training/test_own_training.py
+    "kolors_core/training/DATA.md": ['CachedDataset("images.cache"', "class Scored"],
 }
 
 
@@ -191,6 +194,18 @@ def test_the_few_step_example_trains_a_lora_that_draws(
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     [image] = pipe("a cat", num_inference_steps=1, guidance_scale=1.0).images
     assert image.size == (128, 128)
+
+
+def test_the_examples_of_data_on_a_disk_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        noise_image("RGB", 128, 128, seed=i).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"thing {i}")
+    page = "kolors_core/training/DATA.md"
+    first, second = (block_with(part, page) for part in RUN[page])
+    names = run(f"{first.replace('steps=1000, batch_size=16', 'steps=1, batch_size=4')}\n{second}", page)
+    assert len(names["batch"].more["added"]) == 4 and (tmp_path / "run" / "state.safetensors").exists()
 
 
 def test_the_example_of_less_memory_runs(capsys: pytest.CaptureFixture[str]) -> None:

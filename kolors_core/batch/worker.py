@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-from kolors_core.batch.manifest import JobLocks, Manifest, Record
+from kolors_core.batch.manifest import Manifest, Record
 from kolors_core.batch.prompt_file import FINGERPRINT_KEY, Job, JobSettings, png_fingerprint, read_jobs
 from kolors_core.checkpoint import logger
 from kolors_core.cli import options as cli
@@ -36,6 +36,7 @@ from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from kolors_core.pipelines.text_to_image import KolorsPipeline
 from kolors_core.validation import check_int, short_repr
 from weights_convert.atomic_write import remove_stale_scratch
+from weights_convert.job_locks import JobLocks
 from weights_convert.untrusted_files import one_line, printable
 
 POLL_SECONDS = 0.2  # between attempts to lock jobs that other processes run

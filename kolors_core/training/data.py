@@ -1,19 +1,17 @@
 """Training data: captioned images in aspect-ratio buckets; each batch is a function of seed and step.
 
-A folder holds `name.png`, or another format that pillow decodes, with `name.txt` (one caption a line), or
-`metadata.jsonl` with lines of `{"file_name": ..., "text": caption or list of captions}`. A batch is a pure
-function of (seed, step), so a resumed run gets the same batches, and ranks that each take rows of a batch
-train on what one process would.
+A batch is a pure function of (seed, step), so a resumed run gets the same batches, and ranks that each take
+rows of a batch train on what one process would. Latents are kept in memory here; those of cached_data.py are
+mapped from a disk.
 Shapes: B images of the whole batch, b of one rank's rows, H and W pixels of a bucket.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -25,31 +23,19 @@ from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import size_ids
 from kolors_core.image import Size
 from kolors_core.tokenizer import TokenBatch, Tokenizer
+from kolors_core.training.folder import Example
+from kolors_core.training.folder import read_folder as read_folder
 from kolors_core.training.run_record import digest, digest_model
 from kolors_core.training.trainer import TrainingConfig
 from kolors_core.vae import VAE
-from kolors_core.validation import LARGEST_SEED, as_path, check_float, check_int, short_repr
-from weights_convert.untrusted_files import check_file, check_inside, parse_object
+from kolors_core.validation import LARGEST_SEED, check_float, check_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Formats that pillow knows by name, and decodes by other programs only or not at all.
-NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-MAX_METADATA_BYTES, MAX_CAPTION_BYTES = 2**28, 2**20
 FULL_MASK_PROBABILITY = 0.2
 MIN_BOX, MAX_BOX = 0.2, 0.8  # sides of a mask's box, as fractions of the image's sides
-logger = logging.getLogger("kolors_core")
-
-
-@dataclass(frozen=True)
-class Example:
-    """Image file, its captions (each use draws one), and its upright size in pixels."""
-
-    file: Path
-    captions: tuple[str, ...]
-    height: int
-    width: int
+MANY = 2**20  # images of a bucket, beyond which a batch is drawn without a permutation of all
 
 
 @dataclass(frozen=True)
@@ -65,115 +51,11 @@ class Batch:
     extra: Tensor | None = None  # [b, C, H/8, W/8], for a UNet with C more input channels
     more: Mapping[str, Tensor] = field(default_factory=dict)  # of one's own, for a loss that reads them
 
-
-def read_folder(
-    folder: str | Path, *, default_captions: Sequence[str] = (), allow_outside: bool = False
-) -> list[Example]:
-    """List the captioned images of a folder; a log line counts the files that are left out.
-
-    default_captions: captions of an image without a .txt, which else is left out.
-    allow_outside: read files too that leave the folder, by a link or by their name in `metadata.jsonl`; else
-    they are an error, except a Hugging Face cache's own links. Raises FileNotFoundError or ValueError naming
-    the file and line at fault, such as a captioned image that is damaged.
-    """
-    from PIL import ExifTags
-
-    folder = as_path("folder", folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    root, metadata = None if allow_outside else folder, folder / "metadata.jsonl"
-    has_metadata = metadata.exists()
-    defaults = tuple(default_captions)
-    found = _from_metadata(metadata, root) if has_metadata else _from_text_files(folder, root, defaults)
-    captioned, examples = list(found), list[Example]()
-    for file, captions in captioned:
-        _check_place(file, root)
-        with images.open_image(file) as image:
-            is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # `load_image` rotates back
-            examples.append(Example(file, captions, *(image.size if is_rotated else image.size[::-1])))
-    used = {file for file, _ in captioned}
-    texts = {metadata} if has_metadata else {file.with_suffix(".txt") for file in used}
-    folders = {folder} | {p for file in used for p in file.parents if p.is_relative_to(folder)}
-    left_out = _left_out(folders, used | texts, has_metadata)
-    if not examples:
-        there = f"; {left_out}" if left_out else ""
-        wanted = "name.png + name.txt, or metadata.jsonl"
-        raise FileNotFoundError(f"{folder}: no images with captions ({wanted}){there}")
-    if left_out:
-        logger.warning("%s: %d captioned images are read, others left out; %s", folder, len(used), left_out)
-    return examples
-
-
-def _image_suffixes() -> set[str]:
-    """Return the suffixes, such as ".png", of the image formats that pillow decodes."""
-    from PIL import Image
-
-    formats = Image.registered_extensions().items()
-    return {suffix for suffix, name in formats if name in Image.OPEN and name not in NOT_DECODED}
-
-
-def _left_out(folders: set[Path], used: set[Path], has_metadata: bool) -> str:
-    """Count, by kind and with an example, what is in the folders beside the files that are used."""
-    kinds, suffixes = dict[str, list[str]](), _image_suffixes()
-    for file in sorted({file for folder in folders for file in folder.iterdir()} - used - folders):
-        kind = "other files or folders"
-        if (suffix := file.suffix.lower()) in suffixes:
-            kind = "images without a caption"
-        elif suffix == ".txt" and not has_metadata:
-            kind = "captions without an image"
-        kinds.setdefault(kind, []).append(file.name)
-    return "; ".join(f"{kind}: {len(names)} ({short_repr(names[0])})" for kind, names in kinds.items())
-
-
-def _check_place(file: Path, root: Path | None) -> None:
-    """Raise ValueError for a file that leaves the dataset's folder, `root`, unless that is None."""
-    if root is not None:
-        try:
-            check_inside(file, root)
-        except ValueError as error:
-            raise ValueError(f"{error}: allow_outside=True reads such files") from None
-
-
-def _read_text(file: Path, longest: int, root: Path | None) -> str:
-    _check_place(file, root)
-    check_file(file, longest)
-    with images.image_errors(file):
-        return file.read_text(encoding="utf-8-sig")
-
-
-def _from_text_files(
-    folder: Path, root: Path | None, defaults: tuple[str, ...]
-) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    suffixes = _image_suffixes()
-    for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes):
-        if (text := file.with_suffix(".txt")).exists():
-            lines = _read_text(text, MAX_CAPTION_BYTES, root).splitlines()
-            yield file, tuple(line.strip() for line in lines if line.strip()) or ("",)
-        elif defaults:
-            yield file, defaults
-
-
-def _from_metadata(file: Path, root: Path | None) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    lines = _read_text(file, MAX_METADATA_BYTES, root).split("\n")  # `splitlines` would also split captions
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        row = parse_object(line.encode(), where)
-        if missing := [name for name in ("file_name", "text") if name not in row]:
-            raise ValueError(
-                f"{where}: expected a JSON object with file_name and text, {missing[0]} is missing"
-            )
-        name, captions = row["file_name"], row["text"]
-        if not isinstance(name, str):
-            raise ValueError(f"{where}: file_name must be a string, got {short_repr(name)}")
-        captions = tuple(captions) if isinstance(captions, list) else (captions,)
-        if not captions or not all(isinstance(caption, str) for caption in captions):
-            got = short_repr(row["text"])
-            raise ValueError(f"{where}: text must be a caption or a list of them, got {got}")
-        if not (image := file.parent / name).is_file():
-            raise FileNotFoundError(f"{where}: {image} does not exist")
-        yield image, captions
+    def to(self, device: torch.device | str) -> Self:
+        """Move the batch to another device."""
+        moved = {name: None if value is None else value.to(device) for name, value in vars(self).items()
+                 if name != "more"}  # fmt: skip
+        return replace(self, **moved, more={name: value.to(device) for name, value in self.more.items()})
 
 
 def buckets(resolution: int, step: int = 64) -> list[Size]:
@@ -202,51 +84,84 @@ def load_pixels(example: Example, size: Size) -> tuple[Tensor, tuple[int, int]]:
     from PIL.Image import Resampling
 
     height, width = size
-    image = images.load_image(example.file, partial(images.flatten_alpha, name=example.file))
+    name = example.file if isinstance(example.file, Path) else "an image in memory"
+    image = images.load_image(example.file, partial(images.flatten_alpha, name=name))
     scale = max(height / image.height, width / image.width)
     cover = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    with images.image_errors(example.file):
+    with images.image_errors(name):
         images.check_pixels(*cover)
     image, corner = images.center_crop(image.resize(cover, Resampling.LANCZOS), size)
     return images.pil_to_tensor(image) / 127.5 - 1, corner
 
 
-class Batches:
-    """Sampler of batches: `samples(step)` depends on seed and step alone, and is of one bucket.
+def control_image(pixels: Tensor, control: "Callable[[Image], Image]") -> Tensor:
+    """Compute the control image of pixels [3, H, W] in [-1, 1]: uint8 [3, H, W]."""
+    image = images.to_images(pixels[None], "pil")[0]
+    return (255 * images.preprocess_control(control(image))[0]).round().byte()
 
-    A batch holds no image twice unless it is larger than its bucket. caption_dropout: the probability that
-    a caption is replaced by the empty one, which classifier-free guidance needs.
+
+class IndexBatches:
+    """Sampler of images and captions by number: `picks(step)` depends on seed and step alone.
+
+    members: the images of each bucket. caption_counts: how many captions each image has. caption_dropout: the
+    probability that a caption is replaced by the empty one, which classifier-free guidance needs. A batch is
+    of one bucket, and holds no image twice unless it is larger than its bucket.
     """
+
+    def __init__(
+        self, members: Mapping[Size, Sequence[int]], caption_counts: Sequence[int], batch_size: int,
+        seed: int, caption_dropout: float = 0.1,
+    ) -> None:  # fmt: skip
+        if not members:
+            raise ValueError("no images to make batches of")
+        check_int("batch_size", batch_size)
+        check_int("seed", seed, least=0, most=LARGEST_SEED)
+        check_float("caption_dropout", caption_dropout, 0, 1)
+        self.batch_size, self.seed, self.dropout = batch_size, seed, caption_dropout
+        self.members, self.caption_counts = members, caption_counts
+
+    def picks(self, step: int) -> tuple[Size, list[tuple[int, int | None]]]:
+        """Draw a step's bucket, in proportion to its number of images, and its (image, caption or None)."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
+        sizes = sorted(self.members)
+        weights = torch.tensor([float(len(self.members[size])) for size in sizes])
+        size = sizes[int(torch.multinomial(weights, 1, generator=generator))]
+        members, picks = self.members[size], []
+        for i in (members[k] for k in self._choose(len(members), generator)):
+            number = int(torch.randint(self.caption_counts[i], (), generator=generator))
+            is_kept = float(torch.rand((), generator=generator)) >= self.dropout
+            picks.append((i, number if is_kept else None))
+        return size, picks
+
+    def _choose(self, total: int, generator: torch.Generator) -> list[int]:
+        """Draw places in a bucket of `total` images, for a batch."""
+        chosen, count = list[int](), self.batch_size
+        while len(chosen) < count:
+            if total > max(MANY, 2 * count):  # most draws are new; a permutation takes long
+                drawn = torch.randint(total, (count,), generator=generator)
+                chosen = list(dict.fromkeys([*chosen, *drawn.tolist()]))[:count]
+            else:
+                chosen += torch.randperm(total, generator=generator)[: count - len(chosen)].tolist()
+        return chosen
+
+
+class Batches(IndexBatches):
+    """Sampler of batches of examples, in the nearest of some sizes each."""
 
     def __init__(
         self, examples: Sequence[Example], sizes: Sequence[Size], batch_size: int, seed: int,
         caption_dropout: float = 0.1,
     ) -> None:  # fmt: skip
-        if not examples:
-            raise ValueError("no images to make batches of")
-        check_int("batch_size", batch_size)
-        check_int("seed", seed, least=0, most=LARGEST_SEED)
-        check_float("caption_dropout", caption_dropout, 0, 1)
-        self.examples, self.batch_size, self.seed, self.dropout = examples, batch_size, seed, caption_dropout
-        self.members: dict[Size, list[int]] = {}
+        self.examples, members = examples, dict[Size, list[int]]()
         for i, example in enumerate(examples):
-            self.members.setdefault(nearest_bucket(example, sizes), []).append(i)
+            members.setdefault(nearest_bucket(example, sizes), []).append(i)
+        counts = [len(example.captions) for example in examples]
+        super().__init__(members, counts, batch_size, seed, caption_dropout)
 
     def samples(self, step: int) -> tuple[Size, list[tuple[int, str]]]:
-        """Draw a step's bucket, in proportion to its number of images, and its (example's index, caption)."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, step))
-        sizes = sorted(self.members)
-        weights = torch.tensor([float(len(self.members[size])) for size in sizes])
-        size = sizes[int(torch.multinomial(weights, 1, generator=generator))]
-        chosen, samples = [], []
-        while len(chosen) < self.batch_size:
-            chosen += torch.randperm(len(self.members[size]), generator=generator).tolist()
-        for i in (self.members[size][k] for k in chosen[: self.batch_size]):
-            captions = self.examples[i].captions
-            caption = captions[int(torch.randint(len(captions), (), generator=generator))]
-            is_kept = float(torch.rand((), generator=generator)) >= self.dropout
-            samples.append((i, caption if is_kept else ""))
-        return size, samples
+        """Draw a step's bucket and its (example's index, caption), see `picks`."""
+        size, picks = self.picks(step)
+        return size, [(i, "" if k is None else self.examples[i].captions[k]) for i, k in picks]
 
 
 class LatentDataset:
@@ -272,8 +187,7 @@ class LatentDataset:
                 pixels, crop = load_pixels(examples[i], size)
                 encoded = vae.encode_images(pixels[None].to(vae.post_quant_conv.weight))
                 if control is not None:
-                    image = images.to_images(pixels[None], "pil")[0]
-                    self.controls[i] = (255 * images.preprocess_control(control(image))[0]).round().byte()
+                    self.controls[i] = control_image(pixels, control)
                 self.latents[i] = torch.cat([encoded.mean, encoded.std]).float().cpu()
                 self.sizes[i] = size_ids((examples[i].height, examples[i].width), crop, size)
                 shown = [self.controls[i]] if self.controls else []
@@ -290,15 +204,11 @@ class LatentDataset:
     def batch(self, step: int, rows: slice, device: torch.device) -> Batch:
         """Build the `rows` of a step's batch; noise and timesteps are drawn for the whole batch."""
         indices, captions = zip(*self.batches.samples(step)[1], strict=True)
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, 1))
-        mean, std = torch.stack([self.latents[i] for i in indices], dim=1)  # [B, 4, H/8, W/8]
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
-        noise = torch.randn(mean.shape, generator=generator)
-        if self.config.noise_offset:
-            noise += self.config.noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=generator)
-        timesteps = draw_timesteps(self.config, self.timesteps, len(indices), generator)
-        ids = torch.cat([self.sizes[i] for i in indices])
-        latents, ids, timesteps, noise = (x[rows].to(device) for x in (latents, ids, timesteps, noise))
+        mean, std = torch.stack([self.latents[i] for i in indices[rows]], dim=1)  # [b, 4, H/8, W/8]
+        shape = len(indices), *mean.shape[1:]
+        draw, noise, timesteps = (x[rows] for x in draw_noise(self.config, self.timesteps, step, shape))
+        ids = torch.cat([self.sizes[i] for i in indices[rows]])
+        latents, ids, timesteps, noise = (x.to(device) for x in (mean + std * draw, ids, timesteps, noise))
         own, controls = captions[rows], [self.controls[i] for i in indices[rows] if self.controls]
         control = torch.stack(controls).to(device) / 255 if controls else None
         text = TextEmbedding.cat([self.text[caption] for caption in own]) if self.text else self._tokens(own)
@@ -329,14 +239,27 @@ class MaskedLatentDataset(LatentDataset):
         """Build the batch of `LatentDataset.batch`, with `extra`."""
         batch = super().batch(step, rows, device)
         size, samples = self.batches.samples(step)
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, 2))
-        masks = random_masks(len(samples), *size, generator)[rows]
-        noise = torch.randn(len(samples), *batch.latents.shape[1:], generator=generator)[rows]
         pixels = torch.stack([load_pixels(self.examples[i], size)[0] for i, _ in samples[rows]])
-        encoded = self.vae.encode_images((pixels * (1 - masks)).to(self.vae.post_quant_conv.weight))
-        masked = encoded.mean.float() + encoded.std.float() * noise.to(encoded.std.device)  # [b, 4, H/8, W/8]
-        masks = F.interpolate(masks, size=masked.shape[-2:])  # [b, 1, H/8, W/8]
-        return replace(batch, extra=torch.cat([masks.to(device), masked.to(device)], dim=1))
+        extra = random_masked_latents(self.vae, pixels, self.config.seed, step, rows, len(samples))
+        return replace(batch, extra=extra.to(device))
+
+
+@torch.no_grad()
+def random_masked_latents(
+    vae: VAE, pixels: Tensor, seed: int, step: int, rows: slice, count: int
+) -> Tensor:  # fmt: skip
+    """Draw masks of a step and encode what they leave: [b, 5, H/8, W/8], the mask and masked latents.
+
+    pixels: [b, 3, H, W] in [-1, 1], on the CPU, the images of the `rows` of the batch of `count` images.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, step, 2))
+    height, width = pixels.shape[-2:]
+    masks = random_masks(count, height, width, generator)[rows]
+    encoded = vae.encode_images((pixels * (1 - masks)).to(vae.post_quant_conv.weight))
+    noise = torch.randn(count, *encoded.mean.shape[1:], generator=generator)[rows]
+    masked = encoded.mean.float() + encoded.std.float() * noise.to(encoded.std.device)  # [b, 4, H/8, W/8]
+    masks = F.interpolate(masks, size=masked.shape[-2:])  # [b, 1, H/8, W/8]
+    return torch.cat([masks.to(masked.device), masked], dim=1)
 
 
 def random_masks(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -355,6 +278,21 @@ def random_masks(count: int, height: int, width: int, generator: torch.Generator
             top, left = round(y * (1 - h) * height), round(x * (1 - w) * width)
             mask[:, top : top + round(h * height), left : left + round(w * width)] = 1
     return masks
+
+
+def draw_noise(
+    config: TrainingConfig, total: int, step: int, shape: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Draw what is random in a step's whole batch of latents of `shape` [B, 4, H/8, W/8].
+
+    Returns normal numbers that select latents from the VAE's distribution, noise (each of that shape), and
+    timesteps [B] of `total`.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, step, 1))
+    sample, noise = (torch.randn(*shape, generator=generator) for _ in range(2))
+    if config.noise_offset:
+        noise += config.noise_offset * torch.randn(*shape[:2], 1, 1, generator=generator)
+    return sample, noise, draw_timesteps(config, total, shape[0], generator)
 
 
 def draw_timesteps(config: TrainingConfig, total: int, count: int, generator: torch.Generator) -> Tensor:

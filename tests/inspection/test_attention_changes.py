@@ -86,7 +86,7 @@ def test_the_result_is_the_changed_map_times_the_values(name: str, unet: UNet) -
     """Written out on one layer, with two functions whose changes add up, and with perturbed rows."""
     layer, draw = unet.get_submodule(name), torch.Generator().manual_seed(0)
     assert isinstance(layer, Attention)
-    x = torch.randn(2, 9, 64, generator=draw, dtype=torch.float64)
+    x = torch.randn(2, 9, layer.to_q.in_features, generator=draw, dtype=torch.float64)
     tokens = x if name == SELF else torch.randn(2, 5, 48, generator=draw, dtype=torch.float64)
     bias = None if name == SELF else torch.randn(2, 1, 1, 5, generator=draw, dtype=torch.float64)
     context, perturbed = Context(tokens, bias), 1 if name == SELF else 0

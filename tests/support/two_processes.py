@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, not in every process
-WORKERS = ("batch_worker", "row_worker", "small_training", "train_worker")
+WORKERS = ("batch_worker", "cache_worker", "row_worker", "small_training", "train_worker")
 # An optimizer's first step imports torch's compiler.
 CONTEXT.set_forkserver_preload(["torch._dynamo", *(f"tests.support.{name}" for name in WORKERS)])
 

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 from kolors_core.training.data import (
     Batches,
     Example,
+    IndexBatches,
     buckets,
     derive_seed,
     load_pixels,
@@ -278,6 +279,16 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
     assert len(batches(0, 7).samples(0)[1]) == 7, "a batch larger than its bucket goes round again"
     with pytest.raises(ValueError, match="batch_size must be a positive whole number"):
         batches(0, 0)
+
+
+def test_a_batch_of_very_many_needs_no_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kolors_core.training.data.MANY", 50)
+    batches = IndexBatches({(64, 64): range(60)}, [1] * 60, 20, 0)
+    drawn = [[i for i, _ in batches.picks(step)[1]] for step in range(200)]
+    assert drawn == [[i for i, _ in batches.picks(step)[1]] for step in range(200)]
+    assert all(len(set(each)) == 20 for each in drawn)
+    counts = torch.tensor(drawn).flatten().bincount(minlength=60)
+    assert counts.min() > 35 and counts.max() < 100, "each about 67 times"
 
 
 def test_mixed_seeds_differ() -> None:
