@@ -42,7 +42,7 @@ from benchmarks.tiny.emoji import SIZE
 from kolors_core.validation import check_float, check_int
 
 WIDTHS = (1.0, 0.5, 1.5)  # factors on TINY's channels
-BUDGETS = ("steps", "flops", "minutes")
+BUDGETS, STEPS = ("steps", "flops", "minutes"), 240
 LETTERS = string.ascii_uppercase
 
 
@@ -76,24 +76,12 @@ def arguments() -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     """Check everything, then time, train, measure and write."""
-    load = os.getloadavg()[0]
-    check_int("--seeds", options.seeds, least=FEWEST, most=MOST)
-    check_int("--concepts", options.concepts, least=2, most=len(THINGS))
-    check_int("--size", options.size, multiple=8)
-    check_int("--prompts", options.prompts)
-    if len(options.b) >= len(LETTERS):
-        raise ValueError(f"--b: {len(options.b)} variants, expected {len(LETTERS) - 1} at most")
-    budget, amount = next(
-        ((name, value) for name in BUDGETS if (value := getattr(options, name))), ("steps", 240)
-    )
-    check_float(f"--{budget}", amount, 0)
+    load, start = os.getloadavg()[0], time.monotonic()
+    budget, amount = check_options(options)
     side = (options.size if options.lesson == "things" else SIZE) // 8
-    variants = {
-        label: read(text, side) for label, text in zip(LETTERS, [options.a, *options.b], strict=False)
-    }
+    texts = zip(LETTERS, [options.a, *options.b], strict=False)
+    variants = {label: read(text, side) for label, text in texts}
     from benchmarks.ablate.plot import plot  # now: what it lacks should not be missed after minutes
-
-    start = time.monotonic()
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - start:5.0f} s  {text}", flush=True)
@@ -106,35 +94,24 @@ def main(options: argparse.Namespace) -> None:
     checked = {key: check(lesson, job, variants["A"]) for key, job in jobs.items()}
     costs = {key: found[0] for key, found in checked.items()}
     check_widths(variants, costs)
-    if budget != "minutes":  # before anything is written
-        steps = {key: steps_within(budget, amount, cost, 0.0) for key, cost in costs.items()}
+    if budget != "minutes":
+        steps_of(budget, amount, costs, [])  # before anything is written
     settings = {
         "variants": {label: [v.text, v.source, repr(v.config)] for label, v in variants.items()},
         "lesson": lesson.about, "budget": [budget, amount], "widths": list(widths),
     }  # fmt: skip
     open_study(options.out, settings)
-    timed = {label: jobs[label, 1.0] for label in variants}
-    if load > BUSY and budget != "minutes":  # such times would show nothing
-        timed = {}
+    is_timed = load <= BUSY or budget == "minutes"  # else the times would show nothing
+    timed = {label: jobs[label, 1.0] for label in variants if is_timed}
     times = times_of(options.out, lesson, timed, variants["A"], load, once=budget == "minutes")
-    if budget == "minutes":
-        seconds = {label: times[0].ms[label] / 1000 for label in variants}
-        steps = {
-            (label, width): steps_within(
-                budget, amount, costs[label, width],
-                seconds[label] * costs[label, width].step / costs[label, 1.0].step,
-            )
-            for label, width in costs
-        }  # fmt: skip
-    todo = [
-        replace(job, seed=seed, steps=steps[key])
-        for seed in range(options.seeds)
-        for key, job in jobs.items()
-    ]
+    steps = steps_of(budget, amount, costs, times)
+    seeds = range(options.seeds)
+    todo = [replace(job, seed=seed, steps=steps[key]) for seed in seeds for key, job in jobs.items()]
     runs = run_all(lesson, todo, variants["A"], options.out, say)
     about = {
         **settings, "seeds": options.seeds, "lesson_name": lesson.name, "recipe": repr(lesson.recipe),
-        "changes": {label: repr(variant.change) for label, variant in variants.items()},
+        "trained": {label: [repr(v.change.scheduler), repr(dict(v.change.training))]
+                    for label, v in variants.items()},
         "about": {label: variant.about for label, variant in variants.items()},
         "commands": {label: command(options, variants[label].text) for label in list(variants)[1:]},
         "steps": {f"{label} {width:g}": value for (label, width), value in steps.items()},
@@ -146,6 +123,34 @@ def main(options: argparse.Namespace) -> None:
     text, rows, scaling = write(options.out, lesson, variants, runs, times, costs, lines, about)
     print(text)
     plot(options.out / "ablate.png", variants, runs, rows, times, costs, scaling)
+
+
+def check_options(options: argparse.Namespace) -> tuple[str, float]:
+    """Return what the budget is of, and how much; ValueError for numbers that make no study."""
+    check_int("--seeds", options.seeds, least=FEWEST, most=MOST)
+    check_int("--concepts", options.concepts, least=2, most=len(THINGS))
+    check_int("--size", options.size, multiple=8)
+    check_int("--prompts", options.prompts)
+    if len(options.b) >= len(LETTERS):
+        raise ValueError(f"--b: {len(options.b)} variants, expected {len(LETTERS) - 1} at most")
+    given = ((name, getattr(options, name)) for name in BUDGETS)
+    budget, amount = next((each for each in given if each[1] is not None), ("steps", STEPS))
+    check_float(f"--{budget}", amount, 0)
+    return budget, amount
+
+
+def steps_of(
+    budget: str, amount: float, costs: Mapping[tuple[str, float], Cost], times: Sequence[Timed]
+) -> dict[tuple[str, float], int]:
+    """Return the steps of each label and width. times: of a training step first, for minutes.
+
+    Another width's time is reckoned by its FLOPs.
+    """
+    found = {}
+    for (label, width), cost in costs.items():
+        seconds = times[0].ms[label] / 1000 * cost.step / costs[label, 1.0].step if times else 0.0
+        found[label, width] = steps_within(budget, amount, cost, seconds)
+    return found
 
 
 def open_lesson(options: argparse.Namespace) -> Lesson:

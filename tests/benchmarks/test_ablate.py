@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 
 from benchmarks.ablate import things as lessons
-from benchmarks.ablate.__main__ import check_widths, command, main, open_study, times_of
+from benchmarks.ablate.__main__ import (
+    check_options,
+    check_widths,
+    command,
+    main,
+    open_study,
+    steps_of,
+    times_of,
+)
 from benchmarks.ablate.board import main as board
 from benchmarks.ablate.change import read
 from benchmarks.ablate.models import Cost, Pupil
@@ -21,6 +29,7 @@ from benchmarks.ablate.report import rows_of, write
 from benchmarks.ablate.study import Run, Seeded, check, points, pupil_of, run_all
 from benchmarks.ablate.thing_captions import THINGS, UNSEEN, captions
 from benchmarks.ablate.things import Things, draw_pictures
+from benchmarks.ablate.timing import Timed
 from benchmarks.tiny.emoji import CONCEPTS
 from kolors_core.unet import UNet
 from tests.support.ablations import NARROW, SMALL, STEPS, job, predict, run, small_lesson, write_modules
@@ -232,6 +241,14 @@ def test_bad_modules_are_named_before_anything_is_trained(
     ]  # fmt: skip
 
 
+def test_minutes_are_of_the_variants_own_time() -> None:
+    costs = {(label, width): Cost(parameters=1, forward=1, step=round(100 * width))
+             for label in "AB" for width in (1.0, 0.5)}  # fmt: skip
+    timed = Timed(name="training step", ms={"A": 100.0, "B": 300.0}, parts={})
+    found = steps_of("minutes", 1, costs, [timed])
+    assert found == {("A", 1.0): 600, ("A", 0.5): 1200, ("B", 1.0): 200, ("B", 0.5): 400}
+
+
 def test_a_variant_that_ignores_the_width_is_refused(file: Path) -> None:
     cost = Cost(parameters=1, forward=2, step=3)
     check_widths({"A": read(f"{file}:Plain", 4)}, {("A", 1.0): cost})
@@ -244,6 +261,12 @@ def test_other_bad_input(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, value in (("seeds", 2), ("concepts", 1000), ("size", 30)):
         with pytest.raises(ValueError, match=f"--{name} must be a"):
             main(options(out, "", "", **{name: value}))
+    with pytest.raises(ValueError, match="--steps 0 pays for 0 training steps"):
+        steps_of(
+            *check_options(options(out, "", "", steps=0)),
+            {("A", 1.0): Cost(parameters=1, forward=1, step=1)},
+            [],
+        )
     with pytest.raises(ValueError, match="expected 25 at most"):
         main(options(out, "", *[""] * 26))
     with pytest.raises(ValueError, match="--detector judges scenes"):
