@@ -11,6 +11,7 @@ from PIL import Image
 from kolors_core.__main__ import main
 from kolors_core.performance import export as programs
 from kolors_core.pipelines.text_to_image import KolorsPipeline
+from tests.support.lora_recipes import shallow_pipe
 from tests.support.loras import write_noisy
 from tests.test_readme import block_with, run
 
@@ -21,12 +22,14 @@ ONNX = [name for name in programs.EXTRA["onnx"] if programs.find_spec(name) is N
 
 @pytest.mark.skipif(bool(ONNX), reason=f"the extra `export` is not installed: no {', '.join(ONNX)}")
 def test_the_loop_of_the_page_draws_the_pipelines_image_from_the_files_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, small_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a LoRA, which is in the weights, and --check of other sizes than those that are traced."""
     monkeypatch.chdir(tmp_path)
-    lora = write_noisy(tmp_path / "lora.safetensors")
-    command = ["export", "tiny", "exported", "--to", "onnx", "--check", "--lora", f"{lora}:0.5"]
+    pipe = shallow_pipe(small_tokenizer)
+    pipe.save_pretrained("weights")
+    lora = write_noisy(tmp_path / "lora.safetensors", pipe.unet)
+    command = ["export", "weights", "exported", "--to", "onnx", "--check", "--lora", f"{lora}:0.5"]
     assert main([*command, "--programs", *DRAWN]) == 0
     shown = capsys.readouterr()
     files = [f"exported/{name}.onnx" for name in DRAWN]
@@ -41,7 +44,6 @@ def test_the_loop_of_the_page_draws_the_pipelines_image_from_the_files_alone(
     assert len(code.splitlines()) <= 60 and "torch" not in code and "kolors_core" not in code
     assert ", 25, 5.0, 128, 128, 7" in code
     names = run(code.replace(", 25, 5.0, 128, 128, 7", ", 3, 5.0, 72, 104, 7"), PAGE)
-    pipe = KolorsPipeline.from_pretrained("tiny")
     plain = draw(pipe, names)
     pipe.load_lora_weights(lora, adapter_name="noisy")
     pipe.set_adapters("noisy", 0.5)

@@ -32,12 +32,13 @@ CONV = ("conv_in", "conv_out", "down_blocks.0.downsamplers.0.conv", "up_blocks.1
 TEXT = ("encoder.layers.0.self_attention.query_key_value", "encoder.layers.2.mlp.dense_h_to_4h")
 
 
-def write_noisy(file: Path) -> Path:
-    """Write a LoRA of the embedded model that shows."""
-    adapter = attach(KolorsPipeline.from_pretrained().unet, rank=2)
+def write_noisy(file: Path, unet: UNet | None = None) -> Path:
+    """Write a LoRA of a UNet, the embedded model's if None, that shows; the UNet stays as it is."""
+    adapter = attach(KolorsPipeline.from_pretrained().unet if unet is None else unet, rank=2)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     save_adapters({"unet": adapter}, file)
+    adapter.detach()
     return file
 
 
