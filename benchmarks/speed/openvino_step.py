@@ -23,6 +23,7 @@ from torch import Tensor
 from kolors_core.config import UNetConfig
 from kolors_core.performance.export import Program, trace, unet_programs
 from kolors_core.unet import UNet
+from weights_convert.atomic_write import write_bytes
 
 OURS = "ours, bfloat16"
 ROOM = 2**22  # random numbers, which are repeated
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     openvino, nncf = import_module("openvino"), import_module("nncf")
     program = full_width(options.blocks)
@@ -97,7 +99,7 @@ def main() -> None:
             model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
         rows[name] = race(lambda: program(*tensors)[0], compiled(model, tensors), options.rounds)
         print(name, rows[name], flush=True)
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        write_bytes(f"{json.dumps(rows, indent=1)}\n".encode(), options.out / "openvino_step.json")
 
 
 if __name__ == "__main__":
