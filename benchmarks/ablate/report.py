@@ -16,6 +16,7 @@ from benchmarks.ablate.lesson import Lesson
 from benchmarks.ablate.study import Pair, Run, ratios
 from benchmarks.side_by_side import write_json
 from benchmarks.tiny.quality import sheet
+from kolors_core.notebook import table_html
 
 SHOWN, WIDE = 12, 96  # things on the sheet of samples, and pixels of each
 
@@ -44,12 +45,13 @@ class Row:
             return "no difference shown"
         return f"B is {self.words[self.change.mean > none]}"
 
-    def __str__(self) -> str:
+    def cells(self) -> list[str]:
+        """Its name, both means, the change with its interval, and the verdict."""
         means = [f"{statistics.fmean(values):{self.form}}{self.unit}" for values in (self.a, self.b)]
         form = ".3f" if self.is_ratio else f"+{self.form}"
         change, low, high = (format(x, form) for x in (self.change.mean, self.change.low, self.change.high))
         change += " times" if self.is_ratio else self.unit.replace("%", " points")
-        return f"| {self.name} | {' | '.join(means)} | {change} ({low} to {high}) | {self.verdict} |"
+        return [self.name, *means, f"{change} ({low} to {high})", self.verdict]
 
 
 def rows_of(pairs: Sequence[Pair]) -> list[Row]:
@@ -83,13 +85,28 @@ def last_tenth(run: Run) -> float:
     return statistics.fmean(run.losses[-max(1, len(run.losses) // 10) :])
 
 
-def table(rows: Sequence[Row], costs: Sequence[Cost]) -> str:
-    """Markdown."""
-    head = "| | A | B | B - A or B / A, and its 95% interval | |"
-    lines = [head, "|---|---|---|---|---|", *map(str, rows)]
-    for name, a, b, ratio in counted(costs):
-        lines.append(f"| {name} | {a:,} | {b:,} | {ratio:.3f} times | counted |")
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True)
+class Comparison:
+    """The table: Markdown as text, HTML in notebooks."""
+
+    rows: Sequence[Row]
+    costs: Sequence[Cost]
+    columns = ("", "A", "B", "B - A or B / A, and its 95% interval", "")
+
+    def cells(self) -> list[list[str]]:
+        """What was measured, and what was counted."""
+        found = [row.cells() for row in self.rows]
+        for name, a, b, ratio in counted(self.costs):
+            found.append([name, f"{a:,}", f"{b:,}", f"{ratio:.3f} times", "counted"])
+        return found
+
+    def __str__(self) -> str:
+        lines = ["|".join(("", *(f" {name} " if name else " " for name in self.columns), ""))]
+        lines += ["|---|---|---|---|---|", *(f"| {' | '.join(cells)} |" for cells in self.cells())]
+        return "\n".join(lines) + "\n"
+
+    def _repr_html_(self) -> str:  # in notebooks
+        return table_html("Two architectures", self.columns, self.cells())
 
 
 def counted(costs: Sequence[Cost]) -> list[tuple[str, int, int, float]]:
@@ -120,7 +137,7 @@ def write(
     """
     rows = rows_of(pairs)
     names = [f"- {name}: `{text}`" for name, text in zip("AB", texts, strict=True)]
-    text = "\n".join([*names, "", table(rows, costs), *lines])
+    text = "\n".join([*names, "", str(Comparison(rows, costs)), *lines])
     pictures = "![Losses, quality and cost](ablate.png)\n\n![Asked for, drawn by A, drawn by B](samples.png)"
     (out / "ablate.md").write_text(f"# Two architectures\n\n{text}\n\n{pictures}\n", encoding="utf-8")
     measured = [asdict(row) | {"verdict": row.verdict} for row in rows]

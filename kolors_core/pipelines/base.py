@@ -23,7 +23,7 @@ from kolors_core.hub import hub_commit
 from kolors_core.image import Size
 from kolors_core.module import WrapStep, first_weight
 from kolors_core.pipelines.component_checks import check_component_type, check_dimensions, check_target
-from kolors_core.pipelines.pipeline_repr import describe
+from kolors_core.pipelines.pipeline_repr import describe, describe_html
 from kolors_core.pipelines.runs import Interrupt, Runs
 from kolors_core.precompute import Savings
 from kolors_core.readable import check_describable
@@ -91,8 +91,8 @@ class Components:
     def _check_dimensions(self) -> None:
         check_dimensions(self.vae, self.text_encoder, self.tokenizer, self.unet, self.accepts_mask_channels)
 
-    def __repr__(self) -> str:
-        return describe(self)
+    __repr__ = describe
+    _repr_html_ = describe_html  # in notebooks
 
     def __setattr__(self, name: str, value: Any) -> None:
         check_component_type(name, value)
