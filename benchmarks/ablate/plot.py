@@ -1,89 +1,88 @@
-"""The plot: losses of both, their difference, quality, and what B costs beside A. Needs the `bench` extra."""
+"""Plot of a study: held-out numbers, changes of two measures, cost or lines. Needs the `bench` extra."""
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.ablate.architecture import Cost
-from benchmarks.ablate.intervals import Interval, over_seeds, ratio_over_seeds
-from benchmarks.ablate.report import Row, counted, rows_of
-from benchmarks.ablate.study import Pair, points
+from benchmarks.ablate.change import Variant
+from benchmarks.ablate.intervals import Interval, ratio_over_seeds
+from benchmarks.ablate.models import Cost
+from benchmarks.ablate.report import Row, Scaling
+from benchmarks.ablate.study import Run
+from benchmarks.ablate.timing import Timed
 
-COLOURS = ("#3d6fb4", "#d1762b")  # of A and B
-LONGEST = 40  # letters of an architecture that are shown, the last ones
-WINDOWS = 20  # parts of the training, over each of which the training loss is averaged
+LONGEST = 32  # letters of a variant that are shown, the last ones
+COLORS = pyplot.get_cmap("tab10")
 
 
-def plot(pairs: Sequence[Pair], costs: Sequence[Cost], texts: Sequence[str], file: Path) -> None:
-    """Write the image. texts: what A and B are."""
-    figure, grid = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    losses, change, quality, price = grid.flat
-    held, _, right, *times = rows_of(pairs)
-    ends = [text if len(text) <= LONGEST else f"...{text[-LONGEST:]}" for text in texts]
-    names = [f"{name}: {end}" for name, end in zip("AB", ends, strict=True)]
-    count = len(pairs[0].runs[0].losses)
-    steps, window = points(count), max(1, count // WINDOWS)
-    for k in (0, 1):
-        runs = [pair.runs[k] for pair in pairs]
-        found = [ratio_over_seeds(values) for values in zip(*(run.held_out for run in runs), strict=True)]
-        band(losses, steps, found, COLOURS[k], f"{names[k]}, held out")
-        means = [statistics.fmean(values) for values in zip(*(run.losses for run in runs), strict=True)]
-        starts = range(0, count - window + 1, window)
-        smooth = [statistics.fmean(means[i : i + window]) for i in starts]
-        losses.plot([i + (window + 1) / 2 for i in starts], smooth, ":", color=COLOURS[k],
-                    label=f"{'AB'[k]}, training")  # fmt: skip
-        mean = statistics.fmean((right.a, right.b)[k])
-        quality.plot([k - 0.12, k + 0.12], [mean, mean], color=COLOURS[k], linewidth=4)
-    losses.set(xlabel="training step", ylabel="loss", yscale="log", title="Loss")
-    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    losses.yaxis.set_major_formatter("{x:g}")
-    losses.yaxis.set_minor_formatter(NullFormatter())
-    losses.legend()
-
-    both = [zip(*(run.held_out for run in pair.runs), strict=True) for pair in pairs]
-    differences = [[b - a for a, b in curves] for curves in both]
-    band(change, steps, [over_seeds(values) for values in zip(*differences, strict=True)], "#444444")
-    change.axhline(0, color="black", linewidth=1)
-    change.set(xlabel="training step", ylabel="held-out loss, B - A (below 0: B is better)")
-    change.set_title(f"Held-out loss at the end: {held.verdict}")
-
-    for a, b in zip(right.a, right.b, strict=True):
-        quality.plot([0, 1], [a, b], "o-", color="grey", alpha=0.6, markersize=4, zorder=1)
-    quality.set_xticks([0, 1], names)
-    quality.set(xlim=(-0.5, 1.5), ylim=(0, 100), ylabel="prompts drawn right, %")
-    quality.set_title(f"Quality, a grey line a seed: {right.verdict}")
-
-    concat_extra_channels(price, times, costs)
-
-    for axes in (losses, change, quality, price):
+def plot(
+    file: Path, variants: Mapping[str, Variant], runs: Sequence[Run], rows: Sequence[Row],
+    times: Sequence[Timed], costs: Mapping[tuple[str, float], Cost], scaling: Sequence[Scaling],
+) -> None:  # fmt: skip
+    """Write the image."""
+    figure, grid = pyplot.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    curves, first, second, last = grid.flat
+    names = {label: f"{label}: {variant.text[-LONGEST:]}" for label, variant in variants.items()}
+    colors = {label: COLORS(i % 10) for i, label in enumerate(names)}
+    measures = list(dict.fromkeys(row.name for row in rows if not row.is_ratio))
+    for label, name in names.items():
+        own = [run for run in runs if run.label == label and run.width == 1 and run.diverged is None]
+        if len(own) > 1:
+            steps = [step for step, _ in own[0].curve]
+            values = zip(*([value for _, value in run.curve] for run in own), strict=True)
+            band(curves, steps, [ratio_over_seeds(each) for each in values], colors[label], name)
+    curves.set(xlabel="training step", ylabel=measures[0], yscale="log", title=measures[0])
+    curves.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    curves.yaxis.set_major_formatter("{x:g}")
+    curves.yaxis.set_minor_formatter(NullFormatter())
+    curves.legend(fontsize=8)
+    for axes, measure in zip((first, second), measures, strict=False):
+        found = {names[row.label]: row.change for row in rows if row.name == measure}
+        forest(axes, found, 0.0, f"{measure}, difference from A")
+    if scaling:
+        for each in scaling:
+            _, xs, ys = zip(*each.points, strict=True)
+            last.loglog(
+                xs, ys, "o-", color=colors[each.label], label=f"{each.label}, exponent {each.slope.mean:.2f}"
+            )
+        last.set(xlabel="FLOPs, one forward", ylabel=measures[0], title="Three widths")
+        last.legend(fontsize=8)
+    else:
+        ratios = {f"{names[label]}, FLOPs": _exact(costs[label, 1.0].step / costs["A", 1.0].step)
+                  for label in list(names)[1:]}  # fmt: skip
+        for each in (each for each in times[:1] if not each.busy):
+            ratios = {f"{names[label]}, time": each.change(label) for label in list(names)[1:]} | ratios
+        forest(last, ratios, 1.0, "A training step in parts of A's")
+    for axes in grid.flat:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{len(pairs)} seeds, in pairs; bands and bars: 95% intervals over them", fontsize=10)
+    seeds = len({run.seed for run in runs})
+    figure.suptitle(f"{seeds} seeds, in pairs; bands and bars: 95% intervals over them", fontsize=10)
     figure.savefig(file, dpi=90)
     pyplot.close(figure)
 
 
-def concat_extra_channels(axes: Axes, times: Sequence[Row], costs: Sequence[Cost]) -> None:
-    """What B takes in parts of A's: measured times with their intervals, and what is counted."""
-    parts = [(row.name.split(",")[0], row.change) for row in times]
-    parts += [(name.split(",")[0], Interval(ratio, ratio, ratio)) for name, _, _, ratio in counted(costs)]
-    for i, (_, part) in enumerate(parts):
+def _exact(value: float) -> Interval:
+    return Interval(value, value, value)
+
+
+def forest(axes: Axes, found: Mapping[str, Interval], none: float, title: str) -> None:
+    """Draw an interval a line, beside where there is no difference."""
+    for i, part in enumerate(found.values()):
         error = [[part.mean - part.low], [part.high - part.mean]]
-        axes.errorbar(part.mean, -i, xerr=error, fmt="o", color=COLOURS[1], capsize=4)
-        axes.annotate(f"{part.mean:.3f}", (part.mean, -i), (0, 8), textcoords="offset points", ha="center")
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks([-i for i in range(len(parts))], [name for name, _ in parts])
-    axes.set(xlabel="B / A", ylim=(0.6 - len(parts), 0.6), title="Cost: B in parts of A")
+        axes.errorbar(part.mean, -i, xerr=error, fmt="o", color="#444444", capsize=4)
+    axes.axvline(none, color="black", linewidth=1)
+    axes.set_yticks([-i for i in range(len(found))], list(found), fontsize=8)
+    axes.set(ylim=(0.6 - len(found), 0.6), title=title)
 
 
 def band(
-    axes: Axes, steps: Sequence[int], found: Sequence[Interval], colour: str, label: str | None = None
+    axes: Axes, steps: Sequence[int], found: Sequence[Interval], color: object, label: str | None = None
 ) -> None:
-    """A line through means, in its band."""
-    axes.plot(steps, [each.mean for each in found], "o-", color=colour, label=label, markersize=3.5)
+    """Draw a line through means, in its band."""
+    axes.plot(steps, [each.mean for each in found], "o-", color=color, label=label, markersize=3.5)
     low, high = [each.low for each in found], [each.high for each in found]
-    axes.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
+    axes.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)

@@ -1,140 +1,196 @@
-"""Two architectures trained side by side: step by step in turns, A B B A, on the same batches.
+"""Study: every variant trained with every seed, each on the same batches, and measured; a run is done once.
 
-All random numbers are those of a seed and a step, so that they are the same for both, and in every run.
+A run depends on its variant, width and seed alone: all random numbers are those of a seed and a step. So runs
+need no turns, what is finished is kept in `runs`, and a study that was killed goes on. Times are taken apart,
+in turns (timing.py).
 """
 
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from benchmarks.ablate.architecture import Architecture, build_both, predict
-from benchmarks.ablate.lesson import Lesson
-from benchmarks.side_by_side import race
+from benchmarks.ablate.change import Variant
+from benchmarks.ablate.lesson import Lesson, finite
+from benchmarks.ablate.models import Cost, Pupil, check_objective, flops
+from benchmarks.side_by_side import write_json
+from kolors_core.attention import attention_kernel
 from kolors_core.training.data import derive_seed
-from kolors_core.training.loss import DiffusionLoss
-from kolors_core.training.trainer import Trainer, TrainingConfig
+from kolors_core.training.trainer import BatchSource, Trainer, TrainingConfig
 
-POINTS = 8  # of the training, at which the held-out loss is measured
-ROUNDS = 40  # of denoising steps, A B B A
+POINTS = 4  # of the training, at which the held-out number is measured
+FEWEST_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training. label: A, B, ...; width: factor on the channels; steps: of its training."""
+
+    label: str
+    variant: Variant
+    seed: int
+    steps: int
+    width: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Name of the run's files."""
+        return f"{self.label}{'' if self.width == 1 else f'-width-{self.width:g}'}-seed-{self.seed}"
 
 
 @dataclass(kw_only=True)
 class Run:
-    """What was measured of one architecture with one seed.
+    """What was measured of one training. curve: (step, held-out number) at `points`.
 
-    losses: of each training step. held_out: the loss at each of `points`. nearest: of each prompt's image
-    the thing that it looks like most; right: the share of those that were asked for. train_ms, denoise_ms: of
-    each training step, and of some guided steps of one image.
+    scores: of each measure, None where it is not finite. diverged: the step at which the loss was not finite.
     """
 
+    label: str
+    width: float
+    seed: int
+    steps: int
     losses: list[float] = field(default_factory=list)
-    held_out: list[float] = field(default_factory=list)
-    nearest: list[int] = field(default_factory=list)
-    right: float = math.nan
-    train_ms: list[float] = field(default_factory=list)
-    denoise_ms: list[float] = field(default_factory=list)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    scores: dict[str, float | None] = field(default_factory=dict)
+    image_labels: list[str] = field(default_factory=list)
+    diverged: int | None = None
+    cpu_seconds: float = 0.0
 
 
 def points(steps: int) -> list[int]:
-    """After how many steps the held-out loss is measured: the last is `steps`."""
+    """List after how many steps the held-out number is measured: the last is `steps`."""
     return sorted({math.ceil(steps * i / POINTS) for i in range(1, POINTS + 1)})
 
 
-class Side(Trainer):
-    """One of the two, trained a step at a time; nothing is saved."""
+class Seeded:
+    """Source that makes what a module draws in its forward a function of seed and step."""
 
-    def __init__(self, name: str, net: nn.Module, lesson: Lesson, config: TrainingConfig) -> None:
-        objective = DiffusionLoss(net, None, lesson.sigmas, config)  # type: ignore[arg-type]
-        super().__init__(objective, lesson.seeded(config), config, folder="")
-        self.name, self.net, self.lesson, self.run = name, net, lesson, Run()
+    def __init__(self, source: BatchSource, seed: int) -> None:
+        self.source, self.seed = source, seed
 
-    def seed(self) -> None:
-        """Make what a module draws in its forward a function of seed and step."""
-        torch.manual_seed(derive_seed(self.config.seed, self.step))
+    def batch(self, step: int, rows: slice, device: torch.device) -> Any:
+        """Return the source's batch, and seed torch's own generator."""
+        found = self.source.batch(step, rows, device)
+        torch.manual_seed(derive_seed(self.seed, step, 9))
+        return found
 
-    def advance(self) -> None:
-        """One step; FloatingPointError with the architecture's name if its loss is not finite."""
-        self.seed()
-        start = time.perf_counter()
-        try:
-            self.run.losses.append(self.one_step().loss)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{self.name}: {error}") from None
-        self.run.train_ms.append(1000 * (time.perf_counter() - start))
-        self.step += 1
-
-    @torch.no_grad()
-    def hold_out(self) -> None:
-        """Measure the loss on prompts and noise that are the same for all."""
-        self.net.eval()
-        self.seed()
-        losses = [self.loss(batch).item() for batch in self.lesson.held_out]
-        self.run.held_out.append(sum(losses) / len(losses))
-        self.net.train()
-
-    def draw(self) -> Tensor:
-        """Draw all prompts and see what they look like; the images [P, 3, H, W]."""
-        self.net.eval()
-        self.seed()
-        images, things = self.lesson.draw(self.net, self.config.seed), len(self.lesson.names)
-        self.run.nearest = self.lesson.detect_component(images)
-        right = [found == i % things for i, found in enumerate(self.run.nearest)]
-        self.run.right = sum(right) / len(right)
-        return images
-
-    @torch.no_grad()
-    def denoise_ms(self) -> dict[str, float]:
-        """How long a guided step of one image takes."""
-        start = time.perf_counter()
-        predict(self.net, self.lesson.step)
-        return {"ms": 1000 * (time.perf_counter() - start)}
+    def record(self) -> Any:
+        """Return the source's record."""
+        return self.source.record()
 
 
-@dataclass(frozen=True)
-class Pair:
-    """What one seed gave. images: of A and B, [P, 3, H, W]. shared: how many tensors of B started as A's;
-    own: those that did not.
+def pupil_of(lesson: Lesson, job: Job, base: Variant) -> tuple[Pupil, TrainingConfig]:
+    """Build a job's models, and the settings that they are trained with."""
+    variant, base = (one if job.width == 1 else one.scaled(job.width) for one in (job.variant, base))
+    config = variant.training(lesson.recipe, steps=job.steps, seed=job.seed)
+    return lesson.pupil(variant, base, config), config
+
+
+def train(lesson: Lesson, job: Job, base: Variant, say: Callable[[str], None]) -> tuple[Run, Tensor | None]:
+    """Train and measure one; also returns images that it drew."""
+    pupil, config = pupil_of(lesson, job, base)
+    run = Run(label=job.label, width=job.width, seed=job.seed, steps=job.steps)
+    start, marks = time.process_time(), points(job.steps)
+
+    source = Seeded(lesson.batches(pupil, config), job.seed)
+    trainer = Trainer(pupil.objective, source, config, folder="")  # nothing is saved
+    # In bfloat16 the plain products are faster than torch's fused kernel at these sizes, above all backwards.
+    with attention_kernel("matmul") if config.dtype == torch.bfloat16 else nullcontext():
+        for trainer.step in range(job.steps):
+            try:
+                run.losses.append(trainer.one_step().loss)
+            except FloatingPointError:
+                run.diverged = trainer.step
+                run.scores = {measure.name: None for measure in lesson.measures}
+                say(f"{job.name}: diverged at step {trainer.step}")
+                return run, None
+            if trainer.step + 1 in marks[:-1]:
+                found = measured(lambda: lesson.held_out(pupil.eval()), job.seed)
+                run.curve.append((trainer.step + 1, found))
+                pupil.objective.train()
+    if config.ema_decay:
+        trainer.load_ema_weights()
+    result = measured(lambda: lesson.measure(pupil.eval(), job.seed), job.seed)
+    run.scores, run.image_labels = finite(result.scores), result.labels
+    run.curve.append((job.steps, result.scores[lesson.measures[0].name]))
+    run.cpu_seconds = round(time.process_time() - start, 1)
+    told = ", ".join(f"{name} {value:.4g}" for name, value in result.scores.items())
+    say(f"{job.name}, {job.steps} steps, {run.cpu_seconds:.0f} s of a core: {told}")
+    return run, result.images
+
+
+def measured(call: Callable[[], Any], seed: int) -> Any:
+    """Call with torch's own generator seeded, for modules that draw in their forward."""
+    torch.manual_seed(seed)
+    return call()
+
+
+def run_all(
+    lesson: Lesson, jobs: list[Job], base: Variant, out: Path, say: Callable[[str], None]
+) -> list[Run]:
+    """Do every job that is not done in `out`/runs yet, and return all runs."""
+    found = []
+    for job in jobs:
+        file = out / "runs" / f"{job.name}.json"
+        if not file.is_file():
+            run, images = train(lesson, job, base, say)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if images is not None and job.seed == 0 and job.width == 1:
+                save_file({"images": images.contiguous()}, file.with_suffix(".safetensors"))
+            part = file.with_suffix(".part")
+            write_json(asdict(run), part)
+            part.replace(file)  # last: a file that is there is of a run that is done
+        found.append(read_run(file))
+    return found
+
+
+def read_json(file: Path) -> Any:
+    """Read what `write_json` wrote."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_run(file: Path) -> Run:
+    """Read a finished run."""
+    content = read_json(file)
+    return Run(**content | {"curve": [tuple(point) for point in content["curve"]]})
+
+
+def read_images(out: Path, label: str) -> Tensor | None:
+    """Read the images that a variant drew with seed 0."""
+    file = out / "runs" / f"{label}-seed-0.safetensors"
+    return load_file(file)["images"] if file.is_file() else None
+
+
+def check(lesson: Lesson, job: Job, base: Variant) -> tuple[Cost, Pupil, list[str]]:
+    """Build a job's models and do one step without changing them; ValueError for what cannot be trained.
+
+    Returns their cost, and the names of parameters that are not used.
     """
-
-    runs: tuple[Run, Run]
-    images: tuple[Tensor, Tensor]
-    shared: int
-    own: list[str]
-
-
-def side_by_side(
-    a: Architecture,
-    b: Architecture,
-    lesson: Lesson,
-    config: TrainingConfig,
-    say: Callable[[str], None] = lambda text: None,
-    rounds: int = ROUNDS,
-) -> Pair:
-    """Train both with the config's seed, measuring on the way. rounds: of denoising steps, A B B A."""
-    first, second, own = build_both(a, b, config.seed)
-    named = (f"A: {a.text}", first), (f"B: {b.text}", second)
-    sides = [Side(name, net, lesson, config) for name, net in named]
-    for step in range(config.steps):
-        for side in sides if step % 2 == 0 else sides[::-1]:
-            side.advance()
-        if step + 1 in points(config.steps):
-            for side in sides:
-                side.hold_out()
-            held = " ".join(f"{s.name[0]} {s.run.losses[-1]:.4f} ({s.run.held_out[-1]:.4f})" for s in sides)
-            say(f"seed {config.seed}, step {step + 1} of {config.steps}: loss (held out) {held}")
-    images = [side.draw() for side in sides]
-    found = race({side.name: side.denoise_ms for side in sides}, rounds).contestants
-    for side in sides:
-        side.run.denoise_ms = found[side.name]["ms"].all
-    shared = len(list(second.parameters())) - len(own)
-    say(f"seed {config.seed}: drawn right A {sides[0].run.right:.1%}, B {sides[1].run.right:.1%}")
-    return Pair((sides[0].run, sides[1].run), (images[0], images[1]), shared, own)
+    pupil, config = pupil_of(lesson, job, base)
+    batch = lesson.batches(pupil, config).batch(0, slice(0, config.batch_size), torch.device("cpu"))
+    unused = check_objective(pupil, batch)
+    trained = [each for each in pupil.objective.parameters() if each.requires_grad]
+    for parameter in trained:
+        parameter.grad = None
+    step = flops(lambda: pupil.objective(batch).backward())
+    forward = flops(lesson.one(pupil))
+    parameters = sum(each.numel() for each in trained)
+    return Cost(parameters=parameters, forward=forward, step=step), pupil, unused
 
 
-def ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """How much longer B took than A in each round of turns A B B A."""
-    return [(b[i] + b[i + 1]) / (a[i] + a[i + 1]) for i in range(0, len(a) - 1, 2)]
+def steps_within(budget: str, amount: float, cost: Cost, step_seconds: float) -> int:
+    """Return how many steps a budget of "steps", "flops" or "minutes" pays for; ValueError for too few."""
+    paid = {"steps": amount, "flops": amount / cost.step, "minutes": 60 * amount / max(step_seconds, 1e-9)}
+    if (steps := int(paid[budget])) < FEWEST_STEPS:
+        raise ValueError(
+            f"--{budget} {amount:g} pays for {steps} training steps, expected {FEWEST_STEPS} or more"
+        )
+    return steps

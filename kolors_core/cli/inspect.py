@@ -82,9 +82,9 @@ def inspect(options: argparse.Namespace) -> None:
     across = 2 if len(maps) > 1 and options.kind != "patch" else 1
     title = f"{options.kind}: {' > '.join(options.prompts)}{'. ' * bool(summary)}{summary}"
     sheet = render_png(title, maps, across, images)
-    with atomic_file(outs[0]) as scratch, atomic_file(outs[1]) as table:
+    with atomic_file(outs[0]) as scratch, atomic_file(outs[1]) as table_scratch:
         sheet.save(scratch, "PNG", optimize=True)
-        table.write_text(render_csv(maps), encoding="utf-8")
+        table_scratch.write_bytes(render_csv(maps).encode())
     print(*outs, sep="\n")
     if summary and not options.quiet:
         print(summary, file=sys.stderr)

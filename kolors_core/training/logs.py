@@ -9,6 +9,7 @@ made, offline or not, so that nothing of those libraries is imported here.
 """
 
 import csv
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -51,10 +52,11 @@ class RunLog:
                 self.columns = [*(reader.fieldnames or ())]
                 rows = [row for row in reader if (row["step"] or "").isdecimal() and int(row["step"]) < end]
         self.columns = [*self.columns, *new]
-        with atomic_file(self.file) as path, path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        content = io.StringIO(newline="")
+        writer = csv.DictWriter(content, self.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_bytes(content.getvalue().encode(), self.file)
 
 
 def to_tensorboard(writer: Any) -> OnStep:

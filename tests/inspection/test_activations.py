@@ -53,7 +53,7 @@ def test_a_dead_unit_is_found_and_setting_it_to_0_changes_nothing(pipe: KolorsPi
     template = PromptTemplate.parse(QUESTION)
     found, timesteps = record_moments(pipe, template, "*.conv2", **NUMBERS)
     dead = {name: units.tolist() for name, units in dead_units(found).items() if len(units)}
-    assert dead == {DEAD: [5]} and found[DEAD].shape == (4, len(timesteps), 3, 64)
+    assert dead == {DEAD: [5]} and found[DEAD].shape == (4, len(timesteps), 3, 32)
     same = measure_silence(pipe, template, {DEAD: torch.tensor([5])}, **NUMBERS)
     assert same.shape == (4,) and same.max() < 1e-10
     other = measure_silence(pipe, template, {DEAD: torch.tensor([6])}, **NUMBERS)

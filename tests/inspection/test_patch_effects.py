@@ -64,7 +64,7 @@ def test_a_swap_takes_its_part_from_the_second_prompts_rows() -> None:
 def test_heads_are_columns_of_what_to_out_reads_and_tokens_stand_at_the_end(pipe: KolorsPipeline) -> None:
     heads = head_parts(pipe.unet, [ATTENTION])[ATTENTION]
     assert [(part.module, part.what, part.where) for part in heads] == [
-        (f"{ATTENTION}.to_out", "in", slice(16 * i, 16 * i + 16)) for i in range(4)
+        (f"{ATTENTION}.to_out", "in", slice(8 * i, 8 * i + 8)) for i in range(4)
     ]
     tokenizer = tiny().tokenizer
     assert tokenizer is not None
