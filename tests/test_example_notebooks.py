@@ -19,7 +19,7 @@ NOTEBOOKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
          "Features": 1, "Plan": 1, "QuantizationReport": 1, "Image": 4},
     ),
     "change_a_block": (
-        {"STEPS": 2, "BATCH": 4, "DRAW_STEPS": 2, "STUDY_STEPS": 2, "SEEDS": 2, "ROUNDS": 1},
+        {"STEPS": 2, "BATCH": 4, "DRAW_STEPS": 2, "STUDY_STEPS": 2, "SEEDS": 2, "WIDTH": 0.25},
         {"KolorsPipeline": 1, "Losses": 1, "Comparison": 1},
     ),
     "lora_and_few_steps": (

@@ -55,6 +55,14 @@ class Row:
         power = "" if math.isnan(seen) else f"{seen:{'.3f' if self.is_ratio else self.form}}"
         return [self.name, *means, f"{change} ({low} to {high})", power, self.verdict]
 
+    def __str__(self) -> str:
+        return markdown(self.cells())
+
+
+def markdown(cells: Sequence[str]) -> str:
+    """Format a row of a Markdown table."""
+    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
+
 
 def rows_of(lesson: Lesson, runs: Sequence[Run], times: Sequence[Timed], labels: Sequence[str]) -> list[Row]:
     """List what was measured of each label but A, beside A: a row a quantity, at the first width."""
@@ -166,7 +174,7 @@ class Comparison:
 
     def __str__(self) -> str:
         lines = [self.columns(), ["---"] * 6, *self.cells()]
-        return "".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|\n" for line in lines)
+        return "".join(f"{markdown(line)}\n" for line in lines)
 
     def _repr_html_(self) -> str:  # in notebooks
         return table_html(f"{self.label} beside A", self.columns(), self.cells())
