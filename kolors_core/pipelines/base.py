@@ -57,6 +57,7 @@ class Components:
     # How models and files become each other; with performance/, quantized ones too.
     _open_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.open_component)
     _save_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.save_component)
+    _repr_html_ = describe_html  # in notebooks
     _check_savable: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.check_savable)
 
     def __init__(
@@ -91,8 +92,8 @@ class Components:
     def _check_dimensions(self) -> None:
         check_dimensions(self.vae, self.text_encoder, self.tokenizer, self.unet, self.accepts_mask_channels)
 
-    __repr__ = describe
-    _repr_html_ = describe_html  # in notebooks
+    def __repr__(self) -> str:
+        return describe(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         check_component_type(name, value)
@@ -267,9 +268,8 @@ class Components:
 
     def _check_can_draw(self) -> None:
         """Raise ValueError for a pipeline without UNet, VAE or scheduler."""
-        if absent := next(
-            (name for name in ("unet", "vae", "scheduler") if getattr(self, name) is None), None
-        ):
+        needed = ("unet", "vae", "scheduler")
+        if absent := next((name for name in needed if getattr(self, name) is None), None):
             raise ValueError(f"this pipeline has no {absent}: it encodes prompts, and cannot make images")
 
     @property
