@@ -54,10 +54,10 @@ class Components:
     model_specs: ClassVar[Mapping[str, ModelSpec]] = MODEL_SPECS  # of the models that a checkpoint may have
     tokenizer_class: ClassVar[type[Tokenizer]] = Tokenizer
     accepts_mask_channels: ClassVar[bool] = False  # whether the UNet may read a mask and masked latents too
+    _repr_html_ = describe_html  # in notebooks
     # How models and files become each other; with performance/, quantized ones too.
     _open_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.open_component)
     _save_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.save_component)
-    _repr_html_ = describe_html  # in notebooks
     _check_savable: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.check_savable)
 
     def __init__(
