@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from torch import Tensor
 
+from kolors_core.notebook import schedule_html
 from kolors_core.scheduler_config import SchedulerFields
 from kolors_core.sigmas import sigma_to_timestep
 from kolors_core.targets import Epsilon, Target, target_of
@@ -32,6 +33,7 @@ class Schedule:
     whole_timesteps: bool  # whether the UNet gets rounded ones
     orders: tuple[int, ...] = ()  # [n], the highest order of each step, for samplers that have several
     target: Target = Epsilon()  # what the model predicts
+    _repr_html_ = schedule_html  # in notebooks
 
     def timestep(self, sigma: float) -> float:
         """Return the timestep of a sigma: the step's if it is one of the run's, else interpolated."""
@@ -59,9 +61,8 @@ class Schedule:
 
     def last_steps(self, strength: float) -> Self:
         """Keep the last int(n * strength) of n steps, for an image noised with this strength."""
-        if (steps := int(len(self.timesteps) * check_fraction("strength", strength))) == 0:
-            got = f"{strength} times {len(self.timesteps)}"
-            raise ValueError(f"no step is left: strength times steps must be at least 1, got {got}")
+        if (steps := int((total := len(self.timesteps)) * check_fraction("strength", strength))) == 0:
+            raise ValueError(f"strength times steps must be at least 1, got {strength} times {total}")
         return self.keep_last(steps)
 
     def keep_last(self, steps: int) -> Self:
@@ -73,8 +74,7 @@ class Schedule:
         return replace(self, **kept, orders=self.orders[-steps:], init_noise_sigma=scale)
 
     def _cutoff_timestep(self, fraction: float) -> int:
-        total = len(self.training_sigmas)
-        return round(total - fraction * total)
+        return round((total := len(self.training_sigmas)) - fraction * total)
 
 
 @dataclass(frozen=True, kw_only=True)

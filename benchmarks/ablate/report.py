@@ -18,6 +18,7 @@ from benchmarks.ablate.study import Run, read_images
 from benchmarks.ablate.timing import NOT_MEASURED, Timed
 from benchmarks.side_by_side import write_json
 from benchmarks.tiny.quality import sheet
+from kolors_core.notebook import table_html
 
 WIDE = 96  # pixels of an image on the sheet of samples
 NAN = Interval(math.nan, math.nan, math.nan, math.nan)
@@ -40,20 +41,27 @@ class Row:
     form: str
     unit: str = ""
 
-    def __str__(self) -> str:
+    def cells(self) -> list[str]:
+        """Return the name, both means, the change with its interval, what is visible, and the verdict."""
         if self.verdict == NOT_MEASURED:
-            return f"| {self.name} | | | | | {self.verdict} |"
+            return [self.name, "", "", "", "", self.verdict]
         means = [f"{statistics.fmean(values):{self.form}}{self.unit}" for values in (self.a, self.b)]
         if math.isnan(self.change.mean):
-            return f"| {self.name} | {' | '.join(means)} | | | {self.verdict} |"
+            return [self.name, *means, "", "", self.verdict]
         form = ".3f" if self.is_ratio else f"+{self.form}"
         change, low, high = (format(x, form) for x in (self.change.mean, self.change.low, self.change.high))
         change += " times" if self.is_ratio else self.unit.replace("%", " points")
         seen = self.change.visible
         power = "" if math.isnan(seen) else f"{seen:{'.3f' if self.is_ratio else self.form}}"
-        return (
-            f"| {self.name} | {' | '.join(means)} | {change} ({low} to {high}) | {power} | {self.verdict} |"
-        )
+        return [self.name, *means, f"{change} ({low} to {high})", power, self.verdict]
+
+    def __str__(self) -> str:
+        return markdown(self.cells())
+
+
+def markdown(cells: Sequence[str]) -> str:
+    """Format a row of a Markdown table."""
+    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
 
 
 def rows_of(lesson: Lesson, runs: Sequence[Run], times: Sequence[Timed], labels: Sequence[str]) -> list[Row]:
@@ -138,19 +146,38 @@ def scaling_of(
     return found
 
 
-def table(rows: Sequence[Row], costs: Sequence[Cost], label: str) -> str:
-    """Markdown of one label beside A. costs: A's and the label's."""
-    lines = [f"| | A | {label} | {label} - A or {label} / A, 95% interval | visible at 80% power | |",
-             "|---|---|---|---|---|---|", *(str(row) for row in rows if row.label == label)]  # fmt: skip
-    for name in ("parameters", "forward", "step"):
-        a, b = (getattr(cost, name) for cost in costs)
+@dataclass(frozen=True)
+class Comparison:
+    """Table of one label beside A: Markdown as a text, HTML in notebooks. costs: A's and the label's."""
+
+    rows: Sequence[Row]
+    costs: Sequence[Cost]
+    label: str = "B"
+
+    def columns(self) -> list[str]:
+        """Return the names of the columns."""
+        b = self.label
+        return ["", "A", b, f"{b} - A or {b} / A, 95% interval", "visible at 80% power", ""]
+
+    def cells(self) -> list[list[str]]:
+        """List what was measured, and what was counted."""
+        found = [row.cells() for row in self.rows if row.label == self.label]
         shown = {
             "parameters": "parameters",
             "forward": "FLOPs, one forward",
             "step": "FLOPs, a training step",
         }
-        lines.append(f"| {shown[name]} | {a:,} | {b:,} | {b / max(a, 1):.3f} times | | counted |")
-    return "\n".join(lines) + "\n"
+        for name, text in shown.items():
+            a, b = (getattr(cost, name) for cost in self.costs)
+            found.append([text, f"{a:,}", f"{b:,}", f"{b / max(a, 1):.3f} times", "", "counted"])
+        return found
+
+    def __str__(self) -> str:
+        lines = [self.columns(), ["---"] * 6, *self.cells()]
+        return "".join(f"{markdown(line)}\n" for line in lines)
+
+    def _repr_html_(self) -> str:  # in notebooks
+        return table_html(f"{self.label} beside A", self.columns(), self.cells())
 
 
 def chance(rows: Sequence[Row]) -> str:
@@ -188,7 +215,7 @@ def write(
     names = [f"- {label}: `{variant.text}`{' - ' * bool(variant.about)}{variant.about}"
              for label, variant in variants.items()]  # fmt: skip
     parts = ["\n".join(names)]
-    parts += [table(rows, [costs["A", 1.0], costs[label, 1.0]], label) for label in labels[1:]]
+    parts += [str(Comparison(rows, [costs["A", 1.0], costs[label, 1.0]], label)) for label in labels[1:]]
     if scaling:
         head = f"| | {lesson.measures[0].name} by FLOPs | exponent | by A's line at the same FLOPs |"
         parts.append("\n".join([head, "|---|---|---|---|", *map(str, scaling)]))

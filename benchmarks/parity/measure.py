@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.full_size import Tensors, cast
 from benchmarks.pairs import WeightsAs
 from benchmarks.parity.layers import Layer, Modules, pairs, record, relative_error
+from kolors_core.notebook import table_html
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EXACT, FLOAT32 = 1e-10, 5e-6
@@ -114,6 +115,20 @@ class Result:
     left_out: Mapping[str, str]
     note: str
     unit: str = "module"
+
+    def _repr_html_(self) -> str:  # in notebooks: the output that differs most, by dtype
+        columns = ("dtype", "output", "largest relative difference", "tolerance", "first divergence")
+        rows = [
+            (
+                one.dtype,
+                one.worst.output,
+                f"{one.worst.max_relative:.1e}",
+                f"{one.tolerance:.0e}",
+                one.divergence,
+            )
+            for one in self.measured
+        ]
+        return table_html(f"Parity of {self.name}", columns, rows, self.note)
 
 
 def name_of(dtype: torch.dtype) -> str:

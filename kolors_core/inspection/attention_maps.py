@@ -22,6 +22,7 @@ from kolors_core.inspection.features import (
     list_lines,
     match_modules,
 )
+from kolors_core.inspection.thumbnails import maps_html
 from kolors_core.unet import Attention, UNetEncoder
 
 
@@ -103,7 +104,13 @@ class AttentionMaps(Mapping[str, Tensor]):
         for name, recorder in self.recorders.items():
             shape = [*recorder.maps[0].shape] if recorder.maps else "none yet"
             lines.append(f"{name}: {f'{recorder.num_steps} steps of ' if recorder.whole else ''}{shape}")
-        return list_lines(f"{type(self).__name__} of {len(self)} attentions", lines)
+        return list_lines(self._title(), lines)
+
+    def _repr_html_(self) -> str:  # in notebooks
+        return maps_html(self._title(), {name: one.maps for name, one in self.recorders.items()})
+
+    def _title(self) -> str:
+        return f"{type(self).__name__} of {len(self)} attentions"
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
 from kolors_core.devices import unwrap_compiled
+from kolors_core.inspection.thumbnails import features_html
 from kolors_core.validation import check_int
 
 Patterns = str | Sequence[str]
@@ -102,12 +103,25 @@ class Features(dict[str, list[Any]]):
 
     def __repr__(self) -> str:
         """Return a line for each module: the number of its calls and the shape of the first's features."""
-        lines = []
+        lines = [
+            f"{name or 'the model'}: {len(self[name])} calls{', first ' if text else ''}{text}"
+            for name, text in self._shapes().items()
+        ]
+        return list_lines(self._title(), lines)
+
+    def _repr_html_(self) -> str:  # in notebooks
+        return features_html(self._title(), self, self._shapes())
+
+    def _title(self) -> str:
+        return f"{type(self).__name__} of {len(self)} modules"
+
+    def _shapes(self) -> dict[str, str]:
+        """Describe the shapes of each module's first call; "" for none."""
+        shapes = {}
         for name, kept in self.items():
             first = tree_map_only(Tensor, lambda x: f"{list(x.shape)} {str(x.dtype)[6:]}", kept[:1])
-            text = str(first[0]).replace("'", "") if kept else ""
-            lines.append(f"{name or 'the model'}: {len(kept)} calls{', first ' if kept else ''}{text}")
-        return list_lines(f"{type(self).__name__} of {len(self)} modules", lines)
+            shapes[name] = str(first[0]).replace("'", "") if kept else ""
+        return shapes
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from kolors_core.image import png_bytes
 from kolors_core.inspection.attention_report import GAP, HEAT, MUTED_COLOR, TEXT_COLOR, font, shown, wrapped
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class HeatMap:
         i = min(int(place), len(colors) - 2)
         red, green, blue = (round(a + (b - a) * (place - i)) for a, b in zip(*colors[i : i + 2], strict=True))
         return red, green, blue
+
+    def _repr_png_(self) -> bytes:  # in notebooks
+        return png_bytes(_draw(self, has_labels=True))
 
 
 def format_value(value: float) -> str:

@@ -23,7 +23,7 @@ from kolors_core.hub import hub_commit
 from kolors_core.image import Size
 from kolors_core.module import WrapStep, first_weight
 from kolors_core.pipelines.component_checks import check_component_type, check_dimensions, check_target
-from kolors_core.pipelines.pipeline_repr import describe
+from kolors_core.pipelines.pipeline_repr import describe, describe_html
 from kolors_core.pipelines.runs import Interrupt, Runs
 from kolors_core.precompute import Savings
 from kolors_core.readable import check_describable
@@ -54,6 +54,7 @@ class Components:
     model_specs: ClassVar[Mapping[str, ModelSpec]] = MODEL_SPECS  # of the models that a checkpoint may have
     tokenizer_class: ClassVar[type[Tokenizer]] = Tokenizer
     accepts_mask_channels: ClassVar[bool] = False  # whether the UNet may read a mask and masked latents too
+    _repr_html_ = describe_html  # in notebooks
     # How models and files become each other; with performance/, quantized ones too.
     _open_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.open_component)
     _save_component: ClassVar[Callable[..., Any]] = staticmethod(checkpoint.save_component)
@@ -267,9 +268,8 @@ class Components:
 
     def _check_can_draw(self) -> None:
         """Raise ValueError for a pipeline without UNet, VAE or scheduler."""
-        if absent := next(
-            (name for name in ("unet", "vae", "scheduler") if getattr(self, name) is None), None
-        ):
+        needed = ("unet", "vae", "scheduler")
+        if absent := next((name for name in needed if getattr(self, name) is None), None):
             raise ValueError(f"this pipeline has no {absent}: it encodes prompts, and cannot make images")
 
     @property

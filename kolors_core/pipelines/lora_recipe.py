@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kolors_core.adapters.lora import LoRAAdapter, attach, check_name, save_adapters
 from kolors_core.attention import attention_kernel, forced_kernel
 from kolors_core.devices import unwrap_compiled
-from kolors_core.image import pil_to_tensor
+from kolors_core.image import pil_to_tensor, png_bytes
 from kolors_core.inspection.before_after import Pair, render_pairs
 from kolors_core.pipelines.png_metadata import save_png
 from kolors_core.pipelines.stages import Task
@@ -138,6 +138,9 @@ class LoRAResult:
 
     def __str__(self) -> str:
         return f"{self.word}: {self.effect}"
+
+    def _repr_png_(self) -> bytes:  # in notebooks
+        return png_bytes(self.sheet)
 
 
 def train_lora(

@@ -23,6 +23,7 @@ from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import planned_device, unwrap_compiled
 from kolors_core.guidance import GuidanceRule
+from kolors_core.notebook import table_html
 from kolors_core.performance.memory_tracker import META, MemoryTracker, MetaCopy, TrackedOffload
 from kolors_core.performance.offload import Models, Offload, as_unit, bytes_of
 from kolors_core.pipelines.pag import KolorsPAGPipeline
@@ -82,6 +83,13 @@ class Plan:
         """Return the three totals."""
         totals = ", ".join(f"{getattr(self, name):.3f} {words}" for name, words in MODES.items())
         return f"<{type(self).__name__}: GiB for {self.run}: {totals}>"
+
+    def _repr_html_(self) -> str:  # in notebooks
+        numbers = {name: (s.weights, s.work, s.total, s.by_block) for name, s in self.stages.items()}
+        rows = [(name, *(f"{number:.3f}" for number in row)) for name, row in numbers.items()]
+        for name, words in MODES.items():
+            rows.append((words, "as it is now" * (name == self.mode), "", f"{getattr(self, name):.3f}", ""))
+        return table_html(f"GiB for {self.run}", ("", "weights", "work", "both", "by block"), rows)
 
 
 @torch.no_grad()

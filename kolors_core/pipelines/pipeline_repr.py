@@ -8,6 +8,7 @@ from torch import nn
 
 from kolors_core.devices import unwrap_compiled
 from kolors_core.image import png_bytes
+from kolors_core.notebook import table_html
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,6 +18,17 @@ MOST_IMAGES, GAP, WIDEST = 8, 8, 1600  # of a row; the last two in pixels
 
 def describe(pipe: Any) -> str:
     """Describe a pipeline: its class and checkpoint, its parts, adapters and settings, a line each."""
+    return "\n".join(f"  {name:<14} {text}" if name else text for name, text in _lines(pipe))
+
+
+def describe_html(pipe: Any) -> str:
+    """Describe a pipeline as a table, for notebooks."""
+    (_, title), *lines = _lines(pipe)
+    return table_html(title, (), lines)
+
+
+def _lines(pipe: Any) -> list[tuple[str, str]]:
+    """List what `describe` says: the name of each part with a text, first "" with the title."""
     where = f" of {pipe.name_or_path}" if pipe.name_or_path else ""
     lines = [("", type(pipe).__name__ + where)]
     for name, part in pipe.components.items():
@@ -31,7 +43,7 @@ def describe(pipe: Any) -> str:
         lines.append(("offload", f"{unit} by {unit} to {device}"))
     if (cache := getattr(pipe, "step_cache", None)) is not None:
         lines.append(("step_cache", cache.describe()))
-    return "\n".join(f"  {name:<14} {text}" if name else text for name, text in lines)
+    return lines
 
 
 def _part(part: Any) -> str:

@@ -20,6 +20,7 @@ from kolors_core.context import ImagePrompt
 from kolors_core.devices import unwrap_compiled
 from kolors_core.guidance import guided
 from kolors_core.module import first_weight
+from kolors_core.notebook import table_html
 from kolors_core.performance.quantize import (
     Format,
     QuantizedConv2d,
@@ -115,6 +116,14 @@ class QuantizationReport:
     def __repr__(self) -> str:
         """Return the text."""
         return f"<{type(self).__name__}: {self}>"
+
+    def _repr_html_(self) -> str:  # in notebooks
+        text, unet = self.text_encoder, self.unet
+        rows = [("text_encoder", text, "tokens", self.tokens), ("text_encoder", text, "pooled", self.pooled)]
+        rows = [*(rows if text else []), *([("unet", unet, "noise", self.noise)] if unet else [])]
+        rows.append(("all", "", f"latents after {STEPS} steps", self.latents))
+        cells = [(name, part, of, f"{e.cosine:.5f}", f"{e.error:.2%}") for name, part, of, e in rows]
+        return table_html(type(self).__name__, ("model", "format", "result", "cosine", "error"), cells)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """What is printed of pipelines, tokenizers, reports and recordings: a few lines that say what there is."""
 
+import re
+from base64 import b64decode
 from io import BytesIO
 from typing import Any
 
@@ -13,10 +15,12 @@ from kolors_core.adapters.ip_adapter import IPAdapter
 from kolors_core.adapters.ip_adapter import attach as attach_images
 from kolors_core.adapters.lora import attach
 from kolors_core.checkpoint import MODEL_SPECS, load_modified
+from kolors_core.inspection.thumbnails import thumbnail
 from kolors_core.inspection.token_attention import explain_prompt
 from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.quantization_report import quantize
 from tests.support.ip_adapters import adapter_config
+from tests.support.notebooks import check_html, render
 
 SIZE: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1}
 
@@ -108,3 +112,52 @@ def test_reports_are_lines_and_no_lists_of_tensors(
     capsys.readouterr()
     assert repr(needed).startswith("<Plan: GiB for 1 image of 128x128 with guidance on cpu: 0.0")
     assert repr(quantize(pipe, unet=8)).startswith("<QuantizationReport: unet int8, 29.6 -> 21.2 MiB, noise")
+
+
+def test_a_pipeline_is_a_table_in_a_notebook(pipe: KolorsPipeline) -> None:
+    pipe.name_or_path = "<u>tiny"
+    attach(pipe.unet, rank=2, name="<i>toy")
+    content = render(pipe)["html"]
+    pages = check_html(content)
+    assert "KolorsPipeline of <u>tiny" in pages.texts and "<i>toy: 1.0" in pages.texts
+    assert not {"u", "i"} & pages.tags
+    assert content.count("<tr>") == len(repr(pipe).splitlines()) - 1
+
+
+def test_recordings_are_thumbnails_in_a_notebook(pipe: KolorsPipeline) -> None:
+    with (
+        record_attention(pipe.unet, "*cross_attention") as maps,
+        record_attention(pipe.unet, "mid.*", whole=True) as whole,
+        capture(pipe.unet, "*") as kept,
+    ):
+        assert "none yet" in render(maps)["html"] and "<img" not in render(kept)["html"]
+        pipe("a cat", **SIZE)
+    content = render(maps)["html"]
+    assert content.count("<tr>") == 1 + 7 and content.count("<img") == 7 * 5, "an image a token"
+    assert "[2, 4, 4, 5]" in content
+    shares = [int(share) for share in re.findall(r">\d+: (\d+)%<", content)]
+    assert all(98 <= sum(shares[i : i + 5]) <= 102 for i in range(0, 35, 5)), "of all attention"
+    assert render(whole)["html"].count("<img") == 4 + 5, "the pixels of self-attention, and the tokens"
+    content = render(kept)["html"]
+    assert content.count("<tr>") == 1 + 12 and f"... and {len(kept) - 12} more" in content
+    assert "[2, 64, 8, 8] float32" in content and "<img" in content
+
+
+def test_a_thumbnail_shows_where_the_map_is_high() -> None:
+    values = torch.zeros(2, 4)
+    values[1, 3] = 5.0
+    [found] = re.findall(r'base64,([^"]+)"', thumbnail(values, "<a>"))
+    pixels = np.asarray(Image.open(BytesIO(b64decode(found))).convert("L")).astype(int)
+    assert pixels.shape == (2, 4) and pixels.argmax() == 7 and (pixels.ravel()[:7] == pixels.min()).all()
+    assert "&lt;a&gt;" in thumbnail(values.fill_(torch.nan), "<a>"), "what is not finite is drawn as 0"
+
+
+def test_reports_are_tables_in_a_notebook(pipe: KolorsPipeline) -> None:
+    needed = plan(pipe, is_printed=False)
+    content = render(needed)["html"]
+    assert content.count("<tr>") == 1 + len(needed.stages) + 3 and content.count("as it is now") == 1
+    assert f"{needed.resident:.3f}" in content and "text_encoder" in content
+    report = quantize(pipe, unet=8)
+    content = render(report)["html"]
+    assert content.count("<tr>") == 1 + 2 and f"{report.noise.cosine:.5f}" in content
+    assert "int8, 29.6 -&gt; 21.2 MiB" in content and "text_encoder" not in content
