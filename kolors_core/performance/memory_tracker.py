@@ -38,7 +38,7 @@ class MemoryTracker(TorchDispatchMode):
         self.device_type, self.is_onloading = device_type, False
         self.stage: str | None = None
         self.activations, self.peak = dict[str | None, int](), dict[str | None, int]()
-        self._kernels = DeviceKernels(device_type) if kernels is None else kernels
+        self.kernels = DeviceKernels(device_type) if kernels is None else kernels
         self._now = {"activations": 0, "offloaded_weights": 0}
         self._known: set[int] = set()  # storages that are alive
 
@@ -48,12 +48,12 @@ class MemoryTracker(TorchDispatchMode):
         return self._now["activations"]
 
     def __enter__(self) -> Self:
-        self._kernels.__enter__()
+        self.kernels.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._kernels.__exit__(*error)
+        self.kernels.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs, kwargs = tensors_in((args, kwargs)), kwargs or {}

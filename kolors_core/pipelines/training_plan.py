@@ -10,7 +10,7 @@ FSDP2 its share of the rows of each weight, and whole the blocks in use.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -191,6 +191,7 @@ class _Step:
         self.average = make_average(self.named, {}) if config.ema_decay else {}
         self.tracker: MemoryTracker = training_tracker(device_type)
         self.cast, self.kept = Autocast(device_type, config.dtype), dict[str, int]()
+        self.is_backward = False
 
     def run(self, shard: bool) -> None:
         """Run the passes and the update; shard: a gradient is freed as soon as it is there."""
@@ -219,7 +220,9 @@ class _Step:
             loss = self.loss(batch) / self.config.gradient_accumulation_steps
         of_blocks = sum(self.kept.values())
         self.kept[""] = max(0, self.tracker.allocated - before - of_blocks + self.kept.get("", 0))
+        self.is_backward = True
         loss.backward()
+        self.is_backward = False
 
     @contextmanager
     def _watched_blocks(self) -> Iterator[None]:
@@ -234,7 +237,8 @@ class _Step:
 
     def _run_block(self, path: str, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
         def run(*args: Any, **named: Any) -> Any:
-            with self.cast.region():  # in the backward pass it is the outermost
+            # Torch calls `backward` without its function modes, and so what is recomputed in it.
+            with self.tracker.kernels if self.is_backward else nullcontext(), self.cast.region():
                 return forward(*args, **named)
 
         before = self.tracker.allocated
