@@ -35,18 +35,18 @@ from weights_convert.atomic_write import write_bytes
 RATE, SIDE = 300e12, 1024  # FLOP/s of one H100, of 790e12 that its largest product reaches; pixels
 VAE_ENCODE = 4.9e12  # FLOPs of encoding an image, in each step of an inpainting run
 SIGMAS = torch.linspace(0.03, 14.6, 1100)  # their values change neither time nor memory
+DIVIDED = ((8, "DDP"), (8, "FSDP2"), (64, "FSDP2"))
 BASE = TrainingConfig(steps=1000, batch_size=16, dtype=torch.bfloat16, checkpoint_blocks=True)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Recipe at the size at which it is usually run. make: of the loss; extra: FLOPs of an image beside it."""
+    """Recipe as it is usually run. make: of the loss; extra: FLOPs of an image beside it."""
 
     name: str
     make: Callable[[TrainingConfig], nn.Module]
     steps: int
     batch_size: int
-    rows: int = 1  # of one process at a time
     ema_decay: float = 0.0
     extra: float = 0.0
 
@@ -67,9 +67,7 @@ def distilled(config: TrainingConfig, model: UNet, teacher: UNet | None = None) 
     """Make the loss of a student with guidance."""
     width = KOLORS.unet.text_dim
     negative = TextEmbedding(torch.empty(1, 256, width), torch.empty(1, width))
-    return ConsistencyLoss(
-        model, SIGMAS, config, teacher=teacher, guidance_scale=5.0, negative=negative
-    )
+    return ConsistencyLoss(model, SIGMAS, config, teacher=teacher, guidance_scale=5.0, negative=negative)
 
 
 def inverted(config: TrainingConfig) -> DiffusionLoss:
@@ -127,28 +125,27 @@ def flops_of_an_image(recipe: Recipe) -> float:
 
 
 def peak(recipe: Recipe, processes: int, shard: bool) -> float:
-    """Plan the GiB of one process, whose rows are all of its part of a batch."""
-    rows = recipe.rows
+    """Plan the GiB of one process that computes one image at a time, with FSDP2 one a step."""
+    parts = 1 if shard else 2
     config = replace(
-        BASE, batch_size=2 * rows * processes, gradient_accumulation_steps=1 if shard else 2, shard=shard,
+        BASE, batch_size=parts * processes, gradient_accumulation_steps=parts, shard=shard,
         ema_decay=recipe.ema_decay,
     )  # fmt: skip
-    if shard:
-        config = replace(config, batch_size=rows * processes)
     loss = made(recipe, config)
     return plan_training(loss, config, SIDE, SIDE, processes=processes, device="cuda", is_printed=False).total
 
 
 def table() -> Iterator[str]:
     """Yield the table's lines."""
-    yield "| recipe | steps of images | TFLOP an image | H100 hours | GiB: 1 | 8, DDP | 8, FSDP2 | 64, FSDP2 |"
-    yield "|---|---|---|---|---|---|---|---|"
+    heads = ["recipe", "steps of images", "TFLOP an image", "H100 hours", "GiB: 1 GPU"]
+    yield f"| {' | '.join([*heads, *(f'{count}, {how}' for count, how in DIVIDED)])} |"
+    yield "|---" * (len(heads) + len(DIVIDED)) + "|"
     for recipe in RECIPES:
         flops = flops_of_an_image(recipe)
         hours = flops * recipe.steps * recipe.batch_size / RATE / 3600
-        sizes = [peak(recipe, *how) for how in ((1, False), (8, False), (8, True), (64, True))]
-        cells = [recipe.name, f"{recipe.steps:,} of {recipe.batch_size}", f"{flops / 1e12:.0f}", f"{hours:.1f}"]
-        yield f"| {' | '.join([*cells, *(f'{size:.0f}' for size in sizes)])} |"
+        sizes = [peak(recipe, count, how == "FSDP2") for count, how in [(1, "DDP"), *DIVIDED]]
+        cells = [recipe.name, f"{recipe.steps:,} of {recipe.batch_size}", f"{flops / 1e12:.0f}"]
+        yield f"| {' | '.join([*cells, f'{hours:.1f}', *(f'{size:.1f}' for size in sizes)])} |"
 
 
 def main() -> None:

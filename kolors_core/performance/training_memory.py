@@ -104,6 +104,11 @@ class Autocast(TorchFunctionMode):
         self.dtype, self._float32 = dtype, IN_FLOAT32.get(device_type, set())
         self._depth, self._copies = 0, dict[int, Tensor]()
 
+    @property
+    def copied(self) -> int:
+        """Bytes of the copies of trained weights that live until `region` ends."""
+        return sum(copy.nbytes for copy in self._copies.values())
+
     @contextmanager
     def region(self) -> Iterator[None]:
         """Cast within the outermost of nested blocks; nothing is cast to float32."""

@@ -46,8 +46,9 @@ class TrainingPlan:
 
     weights, optimizer, average: all the time. passes, update: the most on top of them in the forward and
     backward passes, and in the optimizer's step, gradients included. gradients: of one batch, in the end.
-    buckets: DDP's copies of them. gathered: FSDP2's whole blocks, part of passes. kept: for the backward pass
-    by block, by its path in the loss; "" for what is outside of blocks.
+    buckets: DDP's copies of them. Parts of passes: FSDP2's whole blocks (gathered); autocast's copies of the
+    trained weights (copies), until the forward pass ends, or of blocks that are not recomputed the backward
+    pass; and what is kept for the backward pass by block, by its path in the loss ("" outside of blocks).
     """
 
     weights: float
@@ -56,6 +57,7 @@ class TrainingPlan:
     average: float
     buckets: float
     gathered: float
+    copies: float
     kept: Mapping[str, float]
     passes: float
     update: float
@@ -79,6 +81,7 @@ class TrainingPlan:
         rows = [*((name, size) for name, size in parts.items() if size), (PASSES, self.passes)]
         rows += [("  of it gradients", self.gradients)] if self.gradients else []
         rows += [("  of it whole blocks", self.gathered)] if self.gathered else []
+        rows += [("  copies by autocast", self.copies)] if self.copies else []
         rows += [(f"  kept, {level}", size) for level, size in self.levels().items()]
         rows += [(UPDATE, self.update), ("the most at once", self.total)]
         return "\n".join([f"GiB for {self.run}", *(f"{name:<34}{size:>9.3f}" for name, size in rows)])
@@ -91,9 +94,10 @@ def plan_training(
 ) -> TrainingPlan:  # fmt: skip
     """Print and return what each process of a run needs on its device, before anything is computed.
 
-    loss: what a `Trainer` is given, with or without weights; it stays as it is. height, width: of the images.
-    batch: a part of one process, for a loss of one's own; if None, a `Batch` of captions of the config's
-    longest. device: as for `plan`; if None, the loss's own, or the best there is. optimizer: as the Trainer's.
+    loss: what a `Trainer` is given, with or without weights; it stays as it is. height, width: of the images,
+    without a batch. batch: a part of one process, for a loss of one's own; if None, a `Batch` of captions of
+    `max_tokens`. device: as for `plan`; if None, the loss's own, or the best there is. optimizer: the
+    Trainer's.
     Not counted: what the device's own libraries keep, workspaces of an accelerator's convolutions, gaps
     between allocations, and images drawn on the way. A frozen copy that holds the average (`average=` of the
     Trainer) is among the weights: plan with an `ema_decay` of 0 there. ValueError for a batch that cannot be
@@ -113,7 +117,9 @@ def plan_training(
     twin = _copy(loss)
     freeze(twin, config.groups)
     rows = config.batch_size // (processes * parts)
-    make = partial(example_batch, twin, config, rows, height, width) if batch is None else partial(_moved, batch)
+    make = partial(_moved, batch)
+    if batch is None:
+        make = partial(example_batch, twin, config, rows, height, width)
     step = _Step(twin, config, make, target.type, optimizer)
     step.run(shard=config.shard)
     how = "FSDP2" if config.shard else "DDP"
@@ -126,9 +132,7 @@ def plan_training(
     return plan
 
 
-def example_batch(
-    loss: nn.Module, config: TrainingConfig, rows: int, height: int, width: int
-) -> Batch:
+def example_batch(loss: nn.Module, config: TrainingConfig, rows: int, height: int, width: int) -> Batch:
     """Make a batch without values of what this `DiffusionLoss` reads; TypeError for another loss."""
     if not isinstance(loss, DiffusionLoss):
         raise TypeError(f"batch: a {type(loss).__name__} needs one of its own, as its data source makes")
@@ -191,7 +195,7 @@ class _Step:
         self.average = make_average(self.named, {}) if config.ema_decay else {}
         self.tracker: MemoryTracker = training_tracker(device_type)
         self.cast, self.kept = Autocast(device_type, config.dtype), dict[str, int]()
-        self.is_backward = False
+        self.is_backward, self.copied = False, 0
 
     def run(self, shard: bool) -> None:
         """Run the passes and the update; shard: a gradient is freed as soon as it is there."""
@@ -218,8 +222,10 @@ class _Step:
         before, batch = self.tracker.allocated, self.make_batch()
         with self.cast.region():
             loss = self.loss(batch) / self.config.gradient_accumulation_steps
-        of_blocks = sum(self.kept.values())
-        self.kept[""] = max(0, self.tracker.allocated - before - of_blocks + self.kept.get("", 0))
+            self.copied = self.cast.copied
+            kept = self.tracker.allocated - before - self.copied
+        in_blocks = sum(size for path, size in self.kept.items() if path)
+        self.kept[""] = max(0, kept - in_blocks)
         self.is_backward = True
         loss.backward()
         self.is_backward = False
@@ -241,11 +247,11 @@ class _Step:
             with self.tracker.kernels if self.is_backward else nullcontext(), self.cast.region():
                 return forward(*args, **named)
 
-        before = self.tracker.allocated
+        before = self.tracker.allocated - self.cast.copied
         if self.config.checkpoint_blocks:
             run = partial(checkpoint, run, use_reentrant=False)
         result = run(*args, **named)
-        self.kept[path] = max(self.kept.get(path, 0), self.tracker.allocated - before)
+        self.kept[path] = max(self.kept.get(path, 0), self.tracker.allocated - self.cast.copied - before)
         return result
 
     def plan(self, processes: int, run: str) -> TrainingPlan:
@@ -255,7 +261,8 @@ class _Step:
         weights = {id(t): share(t) for t in chain(self.loss.parameters(), self.loss.buffers())}
         gradients = sum(map(share, trained))
         part = gradients / max(1, _bytes(trained))  # of what all processes have
-        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        states = chain.from_iterable(state.values() for state in self.optimizer.state.values())
+        states = [state for state in states if isinstance(state, Tensor)]
         passes, update = self.tracker.activations[PASSES], self.tracker.activations[UPDATE]
         gathered = self._gathered() if shard and processes > 1 else 0
         if shard:
@@ -266,7 +273,7 @@ class _Step:
             "weights": sum(weights.values()), "gradients": gradients, "passes": passes,
             "optimizer": sum(map(share, states)), "average": sum(map(share, self.average.values())),
             "buckets": _bytes(trained) if processes > 1 and not shard else 0, "gathered": gathered,
-            "update": update * part,
+            "copies": self.copied, "update": update * part,
         }  # fmt: skip
         kept = {path: size / GIB for path, size in self.kept.items()}
         return TrainingPlan(**{name: size / GIB for name, size in sizes.items()}, kept=kept, run=run)

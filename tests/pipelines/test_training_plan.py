@@ -1,26 +1,22 @@
 """The plan of training: within a tenth of what a step then allocates, as torch's own profiler counts it."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from kolors_core.adapters.lora import attach
 from kolors_core.chatglm import TextEmbedding
-from kolors_core.config import KOLORS, UNetConfig
-from kolors_core.pipelines.training_plan import TrainingPlan, plan_training
-from kolors_core.registry import SkipInit
-from kolors_core.training.config import ParameterGroup, TrainingConfig
+from kolors_core.config import UNetConfig
+from kolors_core.pipelines.training_plan import plan_training
+from kolors_core.training.config import TrainingConfig
 from kolors_core.training.data import Batch
 from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.trainer import Trainer
 from kolors_core.unet import UNet
-from tests.support.small_training import SETTINGS, Fit, Points
 
 GIB = 2**30
 MEDIUM = UNetConfig(
