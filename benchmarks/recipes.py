@@ -131,7 +131,7 @@ def peaks(recipe: Recipe) -> Iterator[float]:
 
 def table() -> Iterator[str]:
     """Yield the table's lines."""
-    heads = ["recipe", "steps of images", "TFLOP an image", "H100 hours", "1 GPU", "DDP"]
+    heads = ["recipe", "steps of images", "TFLOP an image", "H100 hours", "GiB: 1 GPU", "DDP"]
     heads += [f"FSDP2 on {count}" for count in SHARDED]
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
