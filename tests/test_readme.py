@@ -46,6 +46,7 @@ LINES = {
     "kolors_core/performance/EXPORT.md": 100,
     "kolors_core/training/RUNS.md": 150,
     "kolors_core/training/DATA.md": 120,
+    "kolors_core/training/RECIPES.md": 120,
     "weights_convert/README.md": 150,
     "benchmarks/README.md": 150,
     "benchmarks/speed/gpu/README.md": 50,
@@ -58,6 +59,7 @@ NOT_RUN = {
     FRONT: ["Kwai-Kolors/Kolors-diffusers"],
     "kolors_core/adapters/README.md": ["Kolors-IP-Adapter-Plus", "zorp", "Kolors-ControlNet-Canny", "face"],
     "kolors_core/pipelines/README.md": ["kolors_unet.safetensors"],
+    "kolors_core/training/RECIPES.md": ["plan_training("],
 }
 RUN = {
     FRONT: ["Tokenizer(folder"],

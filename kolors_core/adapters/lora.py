@@ -130,13 +130,14 @@ class LoRAAdapter:
 
 def attach(
     model: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] = UNET_TARGETS,
-    name: str = "default", generator: torch.Generator | None = None,
+    name: str = "default", generator: torch.Generator | None = None, dora: bool = False,
 ) -> LoRAAdapter:  # fmt: skip
     """Attach a new adapter, initially zero, to every linear layer whose last name is in `targets`.
 
     alpha: the rank if None. The factors are float32 and trainable. generator: of the down factors' first
-    values, which are drawn on the CPU; torch's own if None. ValueError for a rank below 1, a name that
-    is in use or invalid, or if no layer matches.
+    values, which are drawn on the CPU; torch's own if None. dora: train the norms of the weights' rows too
+    (https://arxiv.org/abs/2402.09353); the adapter is then zero to the weights' rounding. ValueError for a
+    rank below 1, a name that is in use or invalid, or if no layer matches.
     """
     rank = check_int("rank", rank)
     scale = 1.0 if alpha is None else check_float("alpha", alpha) / rank
@@ -149,10 +150,16 @@ def attach(
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)  # [R, I]
             down = down.to(layer.weight.device)
             up = down.new_zeros(layer.out_features, rank)  # [O, R]
-            parts[path] = LoRAWeights({"down": down, "up": up}, scale)
+            parts[path] = LoRAWeights({"down": down, "up": up} | (_row_norms(layer) if dora else {}), scale)
     if not parts:
         raise ValueError(f"no linear layer of this {type(model).__name__} is named {' or '.join(targets)}")
     return add_adapter(model, name, parts)
+
+
+def _row_norms(layer: nn.Linear) -> dict[str, Tensor]:
+    """Compute DoRA's first magnitude [O, 1], of the layer without adapters."""
+    weight = layer.weight.detach().float()
+    return {"magnitude": torch.linalg.vector_norm(weight, dim=1, keepdim=True)}
 
 
 def add_adapter(model: nn.Module, name: str, parts: Mapping[str, LoRAWeights]) -> LoRAAdapter:

@@ -4,13 +4,15 @@ A `MemoryTracker` follows every storage until it is freed. It does not see what 
 within one operation; `fused_attention_memory` and `conv_workspace_bytes` add that. All sizes are in bytes.
 """
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 from weakref import finalize
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,24 +29,31 @@ class MemoryTracker(TorchDispatchMode):
     """Context that counts the bytes of new storages on the meta device, and keeps the maximum of each stage.
 
     device_type: of the simulated device. activations, peak: the maximum by stage, without and with offloaded
-    weights, which are allocated while `is_onloading`. Storages from before are not counted.
+    weights, which are allocated while `is_onloading`. Storages from before are not counted. kernels: of the
+    device; those of inference if None.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, kernels: "DeviceKernels | None" = None) -> None:
         super().__init__()
         self.device_type, self.is_onloading = device_type, False
         self.stage: str | None = None
         self.activations, self.peak = dict[str | None, int](), dict[str | None, int]()
-        self._kernels, self._now = _DeviceKernels(device_type), {"activations": 0, "offloaded_weights": 0}
+        self.kernels = DeviceKernels(device_type) if kernels is None else kernels
+        self._now = {"activations": 0, "offloaded_weights": 0}
         self._known: set[int] = set()  # storages that are alive
 
+    @property
+    def allocated(self) -> int:
+        """Bytes that are allocated now, without offloaded weights."""
+        return self._now["activations"]
+
     def __enter__(self) -> Self:
-        self._kernels.__enter__()
+        self.kernels.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._kernels.__exit__(*error)
+        self.kernels.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs, kwargs = tensors_in((args, kwargs)), kwargs or {}
@@ -62,6 +71,8 @@ class MemoryTracker(TorchDispatchMode):
         self._see(tensors_in(result), is_new=True)
         if is_conv:
             self._count(conv_workspace_bytes(args[0], args[1], result))
+        elif self.device_type == "cpu" and func is aten.convolution_backward.default and args[0].is_meta:
+            self._count(conv_backward_workspace_bytes(*args[:3]))
         return result
 
     def _see(self, tensors: Sequence[Tensor], is_new: bool) -> None:
@@ -87,7 +98,7 @@ class MemoryTracker(TorchDispatchMode):
         self._now[kind] -= size
 
 
-class _DeviceKernels(TorchFunctionMode):
+class DeviceKernels(TorchFunctionMode):
     """Context in which attention and GroupNorm on the meta device allocate as a device type's kernels do."""
 
     def __init__(self, device_type: str) -> None:
@@ -104,10 +115,14 @@ class _DeviceKernels(TorchFunctionMode):
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Run the kernel that this device type selects; torch's fused one only allocates."""
         if forced_kernel() is not None:
-            return fused_attention_memory(q, k, v, self.device_type)
+            return self.fused_attention(q, k, v)
         name = select_kernel(q, k, self.device_type)
         with self, attention_kernel(name):
             return KERNELS[name](q, k, v, attn_mask)
+
+    def fused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Allocate what torch's fused attention does."""
+        return fused_attention_memory(q, k, v, self.device_type)
 
 
 def fused_attention_memory(q: Tensor, k: Tensor, v: Tensor, device_type: str) -> Tensor:
@@ -133,6 +148,16 @@ def conv_workspace_bytes(x: Tensor, weight: Tensor, out: Tensor) -> int:
     if kernel > 1:
         return max(x.nbytes + weight.nbytes, out.nbytes)
     return 0 if x.dtype == torch.float32 else x.nbytes + weight.nbytes + 4 * out[0].numel()
+
+
+def conv_backward_workspace_bytes(grad: Tensor, x: Tensor, weight: Tensor) -> int:
+    """Return the bytes that a convolution's backward pass allocates and frees on this CPU beside its results.
+
+    oneDNN copies the gradient of the output and the weight, or the input, into a blocked layout.
+    """
+    if not onednn_convolves(x.dtype):
+        return x.itemsize * weight[0].numel() * grad[0, 0].numel()
+    return max(grad.nbytes + weight.nbytes, grad.nbytes + x.nbytes)
 
 
 def empty_twin(tensor: Tensor) -> Tensor:
@@ -181,3 +206,14 @@ class MetaCopy(TorchFunctionMode):
         if func is Tensor.__deepcopy__:  # copies other tensors
             return args[1].setdefault(id(args[0]), empty_twin(args[0]))
         return func(*args, **(kwargs or {}))
+
+
+def copy_to_meta(value: Any, modules: Iterable[nn.Module], kept: Iterable[Tensor] = ()) -> Any:
+    """Copy `value`, and in it these modules, to the meta device: without hooks and not compiled.
+
+    kept: tensors that are not copied, for those whose values are read.
+    """
+    hooks = (own for module in modules for name, own in vars(module).items() if name.endswith("_hooks"))
+    memo: dict[int, Any] = {id(own): OrderedDict() for own in hooks} | {id(tensor): tensor for tensor in kept}
+    with MetaCopy():
+        return copy.deepcopy(value, memo)

@@ -8,7 +8,6 @@ read or copied, and a changed architecture is planned as it stands: performance/
 
 import copy
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import planned_device, unwrap_compiled
 from kolors_core.guidance import GuidanceRule
 from kolors_core.notebook import table_html
-from kolors_core.performance.memory_tracker import META, MemoryTracker, MetaCopy, TrackedOffload
+from kolors_core.performance.memory_tracker import META, MemoryTracker, TrackedOffload, copy_to_meta
 from kolors_core.performance.offload import Models, Offload, as_unit, bytes_of
 from kolors_core.pipelines.pag import KolorsPAGPipeline
 from kolors_core.pipelines.request import PipelineInputs
@@ -202,10 +201,7 @@ def _meta_copy(pipe: Task, offload: Offload) -> Task:
     nets = [unwrap_compiled(net) for net in controlnets_of(pipe.controlnet)]
     parts = [*models.values(), *(handle.adapter for handle in attached(models["unet"])), *nets]
     modules = chain.from_iterable(part.modules() for part in parts)
-    hooks = (value for module in modules for name, value in vars(module).items() if name.endswith("_hooks"))
-    memo = {id(own): OrderedDict() for own in hooks}
-    with MetaCopy():
-        copies = copy.deepcopy(models | {"controlnet": nets or None}, memo)
+    copies = copy_to_meta(models | {"controlnet": nets or None}, modules)
     if pipe._image_encoder is None:
         copies.pop("image_encoder", None)  # it came with an IP-Adapter, and so does its copy
     twin = copy.copy(pipe)
