@@ -81,12 +81,13 @@ def main(options: argparse.Namespace) -> None:
     side = (options.size if options.lesson == "things" else SIZE) // 8
     texts = zip(LETTERS, [options.a, *options.b], strict=False)
     variants = {label: read(text, side) for label, text in texts}
-    from benchmarks.ablate.plot import plot  # now: what it lacks should not be missed after minutes
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - start:5.0f} s  {text}", flush=True)
 
     lesson, widths = open_lesson(options), WIDTHS if options.widths else WIDTHS[:1]
+    from benchmarks.ablate.plot import plot  # now: what it lacks should not be missed after minutes
+
     jobs = {
         (label, width): Job(label=label, variant=variant, seed=0, steps=2, width=width)
         for width in widths for label, variant in variants.items()
