@@ -104,7 +104,8 @@ def entries(results: Path) -> Iterator[Entry]:
 
 def long_board(found: list[Entry]) -> str:
     """Write the page of results."""
-    lessons = "\n".join(f"- {name}: {what}" for name, what in LESSONS.items())
+    used = {each.lesson for each in found}
+    lessons = "\n".join(f"- {name}: {what}" for name, what in LESSONS.items() if name in used)
     columns = (
         "change",
         "lesson",
