@@ -192,9 +192,8 @@ def operators(run: Callable[[], object], most: int = 20) -> dict[str, dict[str, 
 
 def environment() -> dict[str, Any]:
     """What the numbers depend on beside the code."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    from kolors_core.cli.env import cpu_name  # it brings all pipelines
+
     return {
         "date": date.today().isoformat(),
         "python": platform.python_version(),
@@ -202,7 +201,7 @@ def environment() -> dict[str, Any]:
         "diffusers": _version("diffusers"),
         "transformers": _version("transformers"),
         "accelerate": _version("accelerate"),
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -34,7 +34,7 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "beside it", ", ".join(present) or "none of its optional packages"
     free, kernels = _gib(available_memory(torch.device("cpu"))), torch.backends.cpu.get_cpu_capability()
     counts = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    yield "CPU", f"{_cpu_name()}, {kernels}, {counts}, {free} GiB available"
+    yield "CPU", f"{cpu_name()}, {kernels}, {counts}, {free} GiB available"
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         free = _gib(available_memory(torch.device("cuda", index)))
@@ -69,7 +69,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the CPU's name, of the system if Linux has none."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -29,6 +29,8 @@ from kolors_core.validation import LARGEST_SEED, check_int
 from weights_convert.untrusted_files import one_line, printable
 
 MODELS = parsers.MODELS
+# Errors that are told in a line; of RuntimeErrors only a lack of memory is none of the library's own.
+FAULTS = (OSError, ValueError, TypeError, FloatingPointError, MemoryError, RuntimeError)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -71,7 +73,7 @@ def run_command(
     except BrokenPipeError:  # the reader of standard output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing it does not fail
         return 141  # as a process that SIGPIPE ends
-    except (OSError, ValueError, TypeError, FloatingPointError, MemoryError, RuntimeError) as error:
+    except FAULTS as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         print(f"error: {one_line(error, None)}", file=sys.stderr)

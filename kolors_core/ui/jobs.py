@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kolors_core.cli.options import FAULTS
 from kolors_core.devices import is_out_of_memory
 from weights_convert.untrusted_files import one_line
 
 MOST_WAITING, KEPT = 32, 200  # jobs in line, and finished ones that are remembered
-FAULTS = (OSError, ValueError, TypeError, FloatingPointError, MemoryError, RuntimeError)
 logger = logging.getLogger("kolors_core")
 
 

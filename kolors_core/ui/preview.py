@@ -3,13 +3,12 @@
 Shapes: B images, H and W of the latents, C their channels.
 """
 
-from base64 import b64encode
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_core.image import png_bytes, to_images
+from kolors_core.image import to_images
+from kolors_core.inspection.attention_report import data_uri
 from kolors_core.pipelines.image_to_image import KolorsImg2ImgPipeline
 from kolors_core.pipelines.stages import Task
 
@@ -48,5 +47,4 @@ class Preview:
 
     def address(self, latents: Tensor) -> str:
         """Return a PNG of the first of some latents, a pixel for each position, as an address for a page."""
-        image = to_images(self.image(latents[:1]), "pil")[0]
-        return f"data:image/png;base64,{b64encode(png_bytes(image)).decode()}"
+        return data_uri(to_images(self.image(latents[:1]), "pil")[0])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from kolors_core.cli.options import parse_source_scale
 from kolors_core.inspection.attention_report import font, shortened, wrapped
 from kolors_core.ui.requests import Request
 
@@ -48,20 +49,11 @@ def cells(request: Request, axes: Sequence[Axis]) -> list[dict[str, Any]]:
                 loras = [given] if isinstance(given, str) else [str(one) for one in given]
                 if not loras:
                     raise ValueError("the axis lora_weight needs a LoRA")
-                cell["lora"] = [f"{_without_weight(loras[0])}:{value}", *loras[1:]]
+                cell["lora"] = [f"{parse_source_scale(loras[0])[0]}:{value}", *loras[1:]]
             else:
                 cell[name] = value
         found.append(cell)
     return found
-
-
-def _without_weight(lora: str) -> str:
-    source, colon, weight = lora.rpartition(":")
-    try:
-        float(weight)
-    except ValueError:
-        return lora
-    return source if colon and source else lora
 
 
 def render(images: Sequence["Image"], axes: Sequence[Axis], title: str) -> "Image":

@@ -1,7 +1,6 @@
 """Studio of the page: drawing, comparing and looking inside with one pipeline, each as the work of a job."""
 
 import argparse
-from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from kolors_core.cli.samplers import choose_scheduler, default_steps
 from kolors_core.config import VERSION
 from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.image import load_image, png_bytes
-from kolors_core.inspection.attention_report import HEAT, PARTS, colorize, normalize
+from kolors_core.inspection.attention_report import HEAT, PARTS, colorize, data_uri, normalize
 from kolors_core.inspection.features import capture
 from kolors_core.inspection.token_attention import explain_prompt
 from kolors_core.module import is_block
@@ -114,7 +113,7 @@ class Studio:
         )  # fmt: skip
         views = {
             f"{part}|{span}": {
-                "maps": [address(colorize(one)) for one in normalize(maps)],
+                "maps": [data_uri(colorize(one)) for one in normalize(maps)],
                 "shares": [round(share, 4) for share in maps.mean((1, 2)).tolist()],
             }
             for (part, span), maps in found.views.items()
@@ -137,9 +136,9 @@ class Studio:
         x = found[layer][0][-1]  # the prompt's row, the last, of the output or of the first of several
         maps = as_map(x, images[0].height / images[0].width)  # [C, h, w]
         order = maps.flatten(1).var(1).argsort(descending=True)[:STRONGEST]
-        channels = [{"number": int(i), "map": address(colorize(normalize(maps[i])))} for i in order]
+        channels = [{"number": int(i), "map": data_uri(colorize(normalize(maps[i])))} for i in order]
         size = f"{maps.shape[0]} channels of {maps.shape[2]} by {maps.shape[1]}"
-        image, main = self.gallery.save(images)[0], address(main_colors(maps))
+        image, main = self.gallery.save(images)[0], data_uri(main_colors(maps))
         return {"image": image, "main": main, "size": size, "channels": channels}
 
     def edges(self, name: str, low: float, high: float) -> dict[str, Any]:
@@ -212,8 +211,3 @@ def main_colors(maps: Tensor) -> "Image":
     directions = torch.linalg.svd(rows, full_matrices=False).Vh[:3]
     levels = normalize((rows @ directions.T).T.unflatten(1, maps.shape[1:]))
     return Image.fromarray((levels * 255).round().to(torch.uint8).movedim(0, -1).numpy())
-
-
-def address(image: "Image") -> str:
-    """Return an image as the address of a PNG, for a page."""
-    return f"data:image/png;base64,{b64encode(png_bytes(image)).decode()}"
