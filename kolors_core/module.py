@@ -4,6 +4,7 @@
     is_adapter    True: attached to a model, and not part of the model's own checkpoint
     state_key()   settings, besides weights and inputs, that change what this module itself computes
     not_plain     why weights cannot be loaded, saved or changed as those of a plain module can
+    reads_counts  True: a text encoder obeys `TokenBatch.counts`, so that equal pads may be merged
     prediction_type   of a denoiser: what it has learned to predict (targets.py), where that is known
 
 A feature sets them on its own classes; the core reads them without knowing the feature.
@@ -26,6 +27,11 @@ SAMPLES = 64  # values of a tensor that tell weights apart: training, fusing and
 def is_block(module: nn.Module) -> bool:
     """Return whether a module is a block."""
     return getattr(module, "is_block", False) is True
+
+
+def reads_counts(encoder: Any) -> bool:
+    """Return whether a text encoder obeys the counts of its tokens."""
+    return bool(getattr(encoder, "reads_counts", False))
 
 
 def find_blocks(model: nn.Module, action: str) -> list[nn.Module]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kolors_core.inspection.attention_maps import record_attention
 from kolors_core.inspection.attention_report import PARTS, Explanation, Token
+from kolors_core.module import reads_counts
 from kolors_core.precompute import Savings
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.unet import UNet
@@ -40,8 +41,8 @@ def explain_prompt(
     if pipe.tokenizer is None:
         raise ValueError("this pipeline has no tokenizer, which names the tokens")
     batch = pipe.tokenizer([prompt], words=words)
-    reads_counts = getattr(getattr(pipe, "text_encoder", None), "reads_counts", False)
-    batch = batch.merge_padding() if pipe.savings.merge_padding and reads_counts else batch
+    is_merged = pipe.savings.merge_padding and reads_counts(getattr(pipe, "text_encoder", None))
+    batch = batch.merge_padding() if is_merged else batch
     tokens = display_tokens(pipe.tokenizer, batch, words)
     edges = [round(third * steps / 3) for third in range(4)] if steps >= 3 else [0, steps]
     spans = list(starmap(range, pairwise(edges)))

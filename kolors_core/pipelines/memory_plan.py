@@ -22,6 +22,7 @@ from kolors_core.adapters.ip_adapter import attached
 from kolors_core.chatglm import TextEmbedding
 from kolors_core.devices import planned_device, unwrap_compiled
 from kolors_core.guidance import GuidanceRule
+from kolors_core.module import reads_counts
 from kolors_core.notebook import table_html
 from kolors_core.performance.memory_tracker import META, MemoryTracker, TrackedOffload, copy_to_meta
 from kolors_core.performance.offload import Models, Offload, as_unit, bytes_of
@@ -241,7 +242,7 @@ def _encoded(twin: Task, prompts: int, length: int) -> TextEmbedding:
         width, place = twin.unet.config.text_dim, {"device": META, "dtype": twin.dtype}
         return TextEmbedding(torch.empty(*shape, width, **place), torch.empty(prompts, width, **place))
     ids, mask = (torch.empty(shape, dtype=dtype, device=META) for dtype in (torch.long, torch.bool))
-    is_merged = twin.savings.merge_padding and getattr(twin.text_encoder, "reads_counts", False)
+    is_merged = twin.savings.merge_padding and reads_counts(twin.text_encoder)
     counts = torch.empty(shape, device=META) if is_merged else None
     twin._enter_stage("text_encoder")
     return twin.text_encoder(TokenBatch(ids, mask, ids, counts))

@@ -19,7 +19,7 @@ from kolors_core.conditioning import Conditioning, concat_extra_channels, size_i
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import unwrap_compiled
 from kolors_core.guidance import guided
-from kolors_core.module import first_weight
+from kolors_core.module import first_weight, reads_counts
 from kolors_core.notebook import table_html
 from kolors_core.performance.quantize import (
     Format,
@@ -227,7 +227,7 @@ def _encode(pipe: Task) -> list[TextEmbedding]:
     pipe._enter_stage("text_encoder")
     place = pipe._compute_device(first_weight(pipe.text_encoder))
     batches = [pipe.tokenizer([prompt]) for prompt in CALIBRATION_PROMPTS]
-    if getattr(pipe.text_encoder, "reads_counts", False):
+    if reads_counts(pipe.text_encoder):
         batches = [tokens.merge_padding() for tokens in batches]
     return [pipe.text_encoder(tokens.to(place)) for tokens in batches]
 

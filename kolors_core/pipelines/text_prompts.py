@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kolors_core.chatglm import TextEmbedding
+from kolors_core.module import reads_counts
 from kolors_core.pipelines.base import Components
 from kolors_core.validation import check_int
 
@@ -83,7 +84,7 @@ def _encode(pipe: Components, name: str, prompt: Prompt | None, max_length: int)
     if not 2 < check_int("max_sequence_length", max_length) <= MAX_TOKENS:
         raise ValueError(f"max_sequence_length must be from 3 to {MAX_TOKENS}, got {max_length!r}")
     tokens = pipe.tokenizer(prompt, max_length, **pipe._placeholder_words())
-    is_merged = pipe.savings.merge_padding and getattr(pipe.text_encoder, "reads_counts", False)
+    is_merged = pipe.savings.merge_padding and reads_counts(pipe.text_encoder)
     return pipe._run_text_encoder(tokens.merge_padding() if is_merged else tokens)
 
 

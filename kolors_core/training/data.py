@@ -22,7 +22,7 @@ from kolors_core import image as images
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.conditioning import size_ids
 from kolors_core.image import Size
-from kolors_core.module import first_weight
+from kolors_core.module import first_weight, reads_counts
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.training.folder import Example
 from kolors_core.training.folder import read_folder as read_folder
@@ -230,7 +230,7 @@ class LatentDataset:
 
 def merge_if_read(tokens: TokenBatch, encoder: Any) -> TokenBatch:
     """Merge pads for an encoder that obeys counts (`ChatGLM.reads_counts`), or for one that is not known."""
-    return tokens.merge_padding() if encoder is None or getattr(encoder, "reads_counts", False) else tokens
+    return tokens.merge_padding() if encoder is None or reads_counts(encoder) else tokens
 
 
 class MaskedLatentDataset(LatentDataset):

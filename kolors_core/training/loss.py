@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kolors_core.chatglm import ChatGLM
 from kolors_core.conditioning import concat_extra_channels
+from kolors_core.module import reads_counts
 from kolors_core.targets import target_of
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.training.data import Batch, timestep_density
@@ -91,7 +92,7 @@ class DiffusionLoss(nn.Module):
         text = batch.text
         if isinstance(text, TokenBatch):
             assert self.text_encoder is not None
-            if text.counts is not None and not getattr(self.text_encoder, "reads_counts", False):
+            if text.counts is not None and not reads_counts(self.text_encoder):
                 how = "obey its counts, and set reads_counts = True, as ChatGLM does"
                 raise ValueError(f"a {type(self.text_encoder).__name__} is given merged pads: {how}")
             text = self.text_encoder(text)
