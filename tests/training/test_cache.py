@@ -35,28 +35,9 @@ from tests.support.cache_worker import (
 from tests.support.caches import files, memory, same
 from tests.support.train_worker import CONFIG, Killed, make_trainer
 from tests.support.two_processes import CONTEXT, start_two
-from tests.training.test_data import write_pictures
 from weights_convert.safetensors_files import Source
 
 WHOLE = slice(0, 4)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def written(pictures: Path, small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    assert write(folder, folder_records(pictures), small_tokenizer) == 6
-    return folder
-
-
-@pytest.fixture
-def cache(written: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(written, tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -29,27 +29,8 @@ from tests.support.cache_worker import (
 )
 from tests.support.caches import memory, same
 from tests.support.train_worker import CONFIG
-from tests.training.test_data import write_pictures
 
 WHOLE = slice(0, 4)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def written(pictures: Path, small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    assert write(folder, folder_records(pictures), small_tokenizer) == 6
-    return folder
-
-
-@pytest.fixture
-def cache(written: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(written, tmp_path / "cache"))
 
 
 def test_captions_are_tokens_where_the_text_encoder_is_trained(
