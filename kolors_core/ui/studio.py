@@ -17,7 +17,7 @@ from kolors_core.cli.samplers import choose_scheduler, default_steps
 from kolors_core.config import VERSION
 from kolors_core.devices import named_device, unwrap_compiled
 from kolors_core.image import load_image, png_bytes
-from kolors_core.inspection.attention_report import HEAT, PARTS, colorize, data_uri, normalize
+from kolors_core.inspection.attention_report import PARTS, colorize, data_uri, normalize
 from kolors_core.inspection.features import capture
 from kolors_core.inspection.token_attention import explain_prompt
 from kolors_core.module import is_block
@@ -61,10 +61,10 @@ class Studio:
         return {
             "version": VERSION, "model": self.model.weights, "device": str(self.pipe.device), "size": side,
             "samplers": cli.parsers.SAMPLERS, "schedules": cli.parsers.SCHEDULES, "axes": sheet.AXES,
-            "adapters": [EMBEDDED_NAME] if is_embedded else [], "layers": self.layers(), "heat": HEAT,
+            "adapters": [EMBEDDED_NAME] if is_embedded else [], "layers": self.layers(),
             "controls": [EMBEDDED_NAME] if is_embedded else list(generate.CONTROLNETS),
-            "prompts": ["a red apple", "two cats in the snow", "一只猫在船的左边", 'a sign that says "OK"']
-            if is_embedded else ["一张瓢虫的照片，微距，变焦，高质量，电影，拿着一个木牌，写着“可图”"],
+            "prompt": "a red apple" if is_embedded
+            else "一张瓢虫的照片，微距，变焦，高质量，电影，拿着一个木牌，写着“可图”",
         }  # fmt: skip
 
     def layers(self) -> list[str]:

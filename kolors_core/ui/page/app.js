@@ -27,7 +27,7 @@ async function start() {
     find("#model").textContent = `${about.model} on ${about.device}, kolors_core ${about.version}`;
     find("#controls").append(...about.controls.map(name => element("option", { value: name })));
     find("#adapters").append(...about.adapters.map(name => element("option", { value: name })));
-    for (const area of all("textarea[name=prompt]")) area.value = about.prompts[0];
+    for (const area of all("textarea[name=prompt]")) area.value = about.prompt;
     const draw = startDraw(about);
     startCompare(about);
     startInside(about);
