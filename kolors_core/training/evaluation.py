@@ -23,7 +23,16 @@ def undisturbed(loss: nn.Module, device: torch.device) -> Iterator[None]:
 
 def is_best(loss: float, before: Mapping[int, float]) -> bool:
     """Return whether a held-out loss is below all earlier ones."""
-    return loss < min(before.values(), default=math.inf)
+    return loss < min(map(_or_infinity, before.values()), default=math.inf)
+
+
+def _or_infinity(loss: float) -> float:
+    return math.inf if math.isnan(loss) else loss
+
+
+def best_step(losses: Mapping[int, float]) -> int:
+    """Return the step of the lowest loss, the first of equal ones."""
+    return min(sorted(losses), key=lambda step: _or_infinity(losses[step]))
 
 
 def is_over(losses: Mapping[int, float], patience: int | None) -> bool:
@@ -31,5 +40,4 @@ def is_over(losses: Mapping[int, float], patience: int | None) -> bool:
     if patience is None or not losses:
         return False
     steps = sorted(losses)
-    best = min(steps, key=lambda step: math.inf if math.isnan(losses[step]) else losses[step])
-    return len(steps) - 1 - steps.index(best) >= patience
+    return len(steps) - 1 - steps.index(best_step(losses)) >= patience

@@ -55,10 +55,11 @@ def make_optimizer(
         return torch.optim.AdamW(settings, betas=(0.9, config.adam_beta2))
     if config.adam_beta2 != TrainingConfig.adam_beta2:
         raise ValueError(f"adam_beta2 is of the AdamW that is used without `optimizer`, which is {make!r}")
-    optimizer = make(settings)
+    optimizer = make(settings) if callable(make) else make
     if not isinstance(optimizer, Optimizer):
         expected = "a torch.optim class, or a function of parameter groups that returns an optimizer"
-        raise ValueError(f"optimizer must be {expected}; it returned a {type(optimizer).__name__}")
+        got = f"it returned a {type(optimizer).__name__}" if callable(make) else f"got {short_repr(make)}"
+        raise ValueError(f"optimizer must be {expected}; {got}")
     trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     if sorted(trained) != sorted(map(id, named.values())):
         got = f"{len(trained)} of the {len(named)} parameters to train"
@@ -91,7 +92,17 @@ def _plain(value: Any) -> Any:
     """Return a setting as JSON has it; of others their type, as what they show may be of this process."""
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
     return value if isinstance(value, bool | int | float | str | None) else type(value).__name__
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set a group's rate, in its tensor if the optimizer keeps it in one."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def group_numbers(optimizer: Optimizer) -> list[dict[str, bool | int | float]]:
@@ -103,25 +114,33 @@ def group_numbers(optimizer: Optimizer) -> list[dict[str, bool | int | float]]:
 
 
 def set_group_numbers(optimizer: Optimizer, numbers: Sequence[Mapping[str, Any]]) -> None:
-    """Set numbers of each group; ValueError if there are others than `group_numbers` lists."""
+    """Set numbers of each group, also those that a step adds; ValueError for others than numbers."""
     own = group_numbers(optimizer)
-    if len(numbers) != len(own) or any(n.keys() - o.keys() for n, o in zip(numbers, own, strict=True)):
+    if len(numbers) != len(own) or not all(map(_are_numbers, numbers, optimizer.param_groups, own)):
         raise ValueError(f"expected numbers of {len(own)} parameter groups, got {short_repr(numbers)}")
     for group, values in zip(optimizer.param_groups, numbers, strict=True):
         group.update(values)
 
 
+def _are_numbers(values: Any, group: dict[str, Any], numbers: dict[str, Any]) -> bool:
+    """Return whether values may be set in a group with these numbers: they replace no setting."""
+    return isinstance(values, Mapping) and all(
+        isinstance(value, bool | int | float) and (name in numbers or name not in group)
+        for name, value in values.items()
+    )
+
+
 def create_state(optimizer: Optimizer) -> None:
     """Create the state that an optimizer has after a first step, by one of rate 0 and gradients of 0."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
+        set_rate(group, 0.0)
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        set_rate(group, rate)
 
 
 def state_tensors(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from kolors_core.module import find_blocks, is_block
 from kolors_core.training.average import averaged, check_copies, make_average
 from kolors_core.training.config import TrainingConfig
-from kolors_core.training.evaluation import is_best, is_over, undisturbed
+from kolors_core.training.evaluation import best_step, is_best, is_over, undisturbed
 from kolors_core.training.logs import RunLog
 from kolors_core.training.optimizer import (
     MakeOptimizer,
@@ -39,6 +39,7 @@ from kolors_core.training.optimizer import (
     record_optimizer,
     set_group_numbers,
     set_numbers,
+    set_rate,
     state_tensors,
 )
 from kolors_core.training.run_record import Losses, differences, digest, record_run
@@ -116,7 +117,7 @@ class Trainer:
         self.module = DistributedDataParallel(loss) if self.world > 1 and not config.shard else loss
         self.named = {n: p for n, p in loss.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.named, config, optimizer)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # the peak of each
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]  # the peak of each
         self.first_numbers = group_numbers(self.optimizer)
         self.record |= {} if optimizer is None else record_optimizer(self.optimizer)
         if held_out is not None:
@@ -147,7 +148,7 @@ class Trainer:
                 if self.step % self.config.save_every == 0 or self.step == self.config.steps or self.is_over:
                     self.save()
         if self.is_over and self.rank == 0:
-            best = min(self.held_out_losses, key=self.held_out_losses.__getitem__)
+            best = best_step(self.held_out_losses)
             logger.warning("%s: ended after %d steps; the best held-out loss was after %d", self.folder,
                            self.step, best)  # fmt: skip
         return Losses(self.losses[first - self.losses.first :], first)
@@ -182,12 +183,11 @@ class Trainer:
             yield show
 
     def one_step(self) -> Step:
-        """Train one step, the next of `fit`; FloatingPointError if its loss is not finite."""
+        """Train one step, the next of `fit`; FloatingPointError if its loss or gradient is not finite."""
         start, config = time.perf_counter(), self.config
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = config.learning_rate_at(
-                self.step, rate
-            )  # a LambdaLR would be one more state to save
+        rates = [config.learning_rate_at(self.step, rate) for rate in self.rates]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            set_rate(group, rate)  # a LambdaLR would be one more state to save
         total = torch.zeros((), device=self.device)
         for part, is_last in self._parts(self.data, self.step):
             if config.shard:  # only the last part of a batch reduces gradients over ranks
@@ -204,12 +204,13 @@ class Trainer:
         for name, average in self.ema.items():
             average.lerp_(self.named[name].detach(), 1 - decay)
         loss, means = self._over_ranks(total)
-        if not math.isfinite(loss):
-            hint = "a lower learning rate may help"
-            raise FloatingPointError(f"the loss of step {self.step} is {loss}: {hint}")
+        for what, value in (("loss", loss), ("gradient's norm", length := norm.item())):
+            if not math.isfinite(value):  # here, as its weights must not be saved over good ones
+                hint = "a lower learning rate may help"
+                raise FloatingPointError(f"the {what} of step {self.step} is {value}: {hint}")
         return Step(
-            step=self.step, loss=loss, gradient_norm=norm.item(), means=means, samples=config.batch_size,
-            learning_rates=tuple(group["lr"] for group in self.optimizer.param_groups),
+            step=self.step, loss=loss, gradient_norm=length, means=means, samples=config.batch_size,
+            learning_rates=tuple(rates),
             seconds=time.perf_counter() - start, memory=peak_memory(self.device), resumed=self.is_resumed,
         )  # fmt: skip
 

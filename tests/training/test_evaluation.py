@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from kolors_core.training.evaluation import is_over
+from kolors_core.training.evaluation import best_step, is_best, is_over
 from kolors_core.training.step import Step
 from kolors_core.training.trainer import Trainer
 from tests.support.small_training import SETTINGS, Fit, Points, read_log
@@ -135,3 +136,29 @@ def test_the_end_is_counted_from_the_best() -> None:
     losses = dict(enumerate([3.0, 1.0, 2.0, 1.0, math.nan], start=1))
     assert is_over(losses, 3) and not is_over(losses, 4) and not is_over(losses, None) and not is_over({}, 1)
     assert is_over({1: math.nan, 2: math.nan}, 1) and not is_over({1: math.nan, 2: 1.0}, 1)
+    for before in ({1: math.nan}, {1: math.nan, 2: 0.5}, {1: 0.5, 2: math.nan}):
+        assert is_best(0.4, before) and not is_best(math.nan, before)
+    assert best_step({1: math.nan, 3: 0.5, 2: 0.5}) == 2
+
+
+class Broken(Fit):
+    """Its gradient is not finite in step 4, and its loss is."""
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        loss = super().forward(batch)
+        return loss + 0 * (loss - loss.detach()).sqrt() if self.step_is_bad else loss
+
+    step_is_bad = False
+
+
+def test_weights_of_a_gradient_that_is_not_finite_are_not_saved(tmp_path: Path) -> None:
+    def damage(step: Step) -> None:
+        loss.step_is_bad = step.step == 3
+
+    loss, config = Broken(), replace(CONFIG, steps=6, save_every=1)
+    run = Trainer(loss, Points(), config, tmp_path, damage)
+    with pytest.raises(FloatingPointError, match="the gradient's norm of step 4 is nan"):
+        run.fit(progress=False)
+    state = load_file(tmp_path / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values()) and len(state["losses"]) == 4
+    assert len(Trainer(Broken(), Points(), config, tmp_path).fit(progress=False)) == 2

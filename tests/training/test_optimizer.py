@@ -28,9 +28,33 @@ from tests.support.two_processes import start_two
 from tests.support.versions import shards_on_cpu
 from weights_convert.safetensors_files import Source, save_tensors
 
+
+class Particular(torch.optim.SGD):
+    """Keeps its rate as a tensor, which torchao's insist on, and finds a number late, as Prodigy does."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, momentum=0.9)
+        for group in self.param_groups:
+            group["lr"] = torch.tensor(group["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            if not isinstance(group["lr"], torch.Tensor):
+                raise RuntimeError("lr was changed to a non-Tensor object")
+            norm = sum(p.grad.norm().item() for p in group["params"])
+            if norm:
+                group["distance"] = group.get("distance", 0.0) + norm
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p *= 1 - 1e-3 * group.get("distance", 0.0)
+
+
 OPTIMIZERS: dict[str, MakeOptimizer | None] = {
     "AdamW of the config": None, "Adafactor": torch.optim.Adafactor, "SGD": momentum_sgd,
-    "8 bits": EightBit, "NAdam": torch.optim.NAdam, "Rprop": torch.optim.Rprop, "ASGD": torch.optim.ASGD,
+    "8 bits": EightBit, "a rate as a tensor": Particular,
+    "NAdam": torch.optim.NAdam, "Rprop": torch.optim.Rprop, "ASGD": torch.optim.ASGD,
 }  # fmt: skip
 
 
@@ -143,6 +167,7 @@ def test_groups_that_select_nothing_are_refused(
 def test_bad_optimizers_and_groups_are_named(tmp_path: Path) -> None:
     for make, changes, message in (
         (lambda groups: groups, {}, "optimizer must be a torch.optim class, .* it returned a list"),
+        ("SGD", {}, "optimizer must be a torch.optim class, .* returns an optimizer; got 'SGD'"),
         (lambda groups: torch.optim.SGD(groups[0]["params"][1:]), {}, "each parameter .*it has 9 of the 10"),
         (torch.optim.SGD, {"adam_beta2": 0.99}, "adam_beta2 is of the AdamW .* without `optimizer`, .*SGD"),
     ):  # fmt: skip
