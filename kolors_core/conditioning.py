@@ -16,6 +16,7 @@ from kolors_core.context import ImagePrompt
 from kolors_core.image import Size
 from kolors_core.module import WrapStep
 from kolors_core.schedule import Schedule
+from kolors_core.tokenizer import TokenBatch
 from kolors_core.validation import MAX_COUNT, short_repr
 
 # (input of conv_in [b, ...], timestep, sigma) -> a tensor for each skip and one for the mid block, or none
@@ -66,6 +67,21 @@ class Conditioning:
         """Set `extra` to zeros if a UNet of `channels` input channels needs more than latents of a shape."""
         shape = len(self.text_tokens), channels - latents[1], *latents[2:]
         return replace(self, extra=self.text_tokens.new_zeros(shape) if shape[1] else None)
+
+
+def encode(encoder: Any, batch: TokenBatch) -> TextEmbedding:
+    """Run a text encoder, of one's own too; TypeError or ValueError for what is no embedding of these."""
+    found, name = encoder(batch), type(encoder).__name__
+    if not isinstance(found, TextEmbedding):
+        raise TypeError(f"a {name} must return a TextEmbedding, got {type(found).__name__}")
+    tokens, pooled, counts = found.tokens, found.pooled, found.counts
+    rows, width = len(batch.ids), tokens.shape[-1]
+    if tokens.ndim != 3 or len(tokens) != rows:
+        raise ValueError(f"a {name} must return tokens [{rows}, S, C], got {list(tokens.shape)}")
+    for what, tensor, expected in (("pooled", pooled, [rows, width]), ("counts", counts, tokens.shape[:2])):
+        if tensor is not None and list(tensor.shape) != list(expected):
+            raise ValueError(f"a {name} must return {what} {list(expected)}, got {list(tensor.shape)}")
+    return found
 
 
 def _all_or_none(name: str, parts: Sequence[Conditioning]) -> list[Any]:

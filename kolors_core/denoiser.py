@@ -55,11 +55,28 @@ def faults_of(part: Any) -> list[str]:
         return ["it is no nn.Module"]
     config = getattr(part, "config", None)
     faults = [f"its config has no {name}" for name in CONFIG_FIELDS if not hasattr(config, name)]
+    if fault := fault_of_forward(part):
+        faults.append(fault)
+    return faults
+
+
+def fault_of_forward(part: nn.Module) -> str:
+    """Say why a module's forward cannot be called as a denoiser's; "" if it can."""
     try:
         inspect.signature(part.forward).bind(*INPUTS)
     except TypeError as error:
-        faults.append(f"its forward is called with {', '.join(INPUTS)}, and has {error}")
-    return faults
+        return f"its forward is called with {', '.join(INPUTS)}, and has {error}"
+    return ""
+
+
+def check_widths(model: Any, latents: Tensor, text_tokens: Tensor) -> None:
+    """Raise ValueError unless latents and text are as wide as a denoiser's config says, if it does."""
+    plain = unwrap_compiled(model)
+    given = (("in_channels", "channels of latents", latents.shape[1]),
+             ("text_dim", "numbers of a text token", text_tokens.shape[-1]))  # fmt: skip
+    for field, what, got in given:
+        if (wanted := getattr(getattr(plain, "config", None), field, got)) != got:
+            raise ValueError(f"the {type(plain).__name__} reads {wanted} {what} ({field}), got {got}")
 
 
 def require_unet(model: Any, feature: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kolors_core import checkpoint, devices
 from kolors_core.chatglm import ChatGLM, TextEmbedding
 from kolors_core.checkpoint import EMBEDDED_NAME, MODEL_SPECS, ModelSpec
-from kolors_core.conditioning import Residuals
+from kolors_core.conditioning import Residuals, encode
 from kolors_core.context import ImagePrompt
 from kolors_core.devices import Dtypes, dtype_of, unwrap_compiled
 from kolors_core.guidance import GuidanceRule, guided
@@ -286,7 +286,7 @@ class Components:
     def _run_text_encoder(self, tokens: TokenBatch) -> TextEmbedding:
         encoder: Any = self.text_encoder
         self._enter_stage("text_encoder")
-        return encoder(tokens.to(self._compute_device(first_weight(encoder))))
+        return encode(encoder, tokens.to(self._compute_device(first_weight(encoder))))
 
     def _step_wrapper(self) -> WrapStep | None:
         """Return what wraps the steps of a run that begins now, such as CUDA graphs; None for nothing."""

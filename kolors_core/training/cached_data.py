@@ -19,7 +19,7 @@ from kolors_core.chatglm import TextEmbedding
 from kolors_core.image import Size
 from kolors_core.tokenizer import TokenBatch, Tokenizer
 from kolors_core.training.cache import INDEX_FILE, OWN, SHARD_FILE, digest_tokenizer
-from kolors_core.training.data import Batch, IndexBatches, draw_noise, random_masked_latents
+from kolors_core.training.data import Batch, IndexBatches, check_rows, draw_noise, random_masked_latents
 from kolors_core.training.run_record import digest_model
 from kolors_core.training.shards import DamagedShard, OpenShards, Shard
 from kolors_core.training.trainer import BatchSource, TrainingConfig
@@ -107,6 +107,7 @@ class CachedDataset:
     def batch(self, step: int, rows: slice, device: torch.device) -> Batch:
         """Build the `rows` of a step's batch, as of `LatentDataset`; ValueError for a damaged file."""
         _, picks = self.batches.picks(step)
+        check_rows(rows, len(picks))
         tensors, texts = list[dict[str, Tensor]](), list[TextEmbedding | str]()
         for i, number in picks[rows]:
             file, row = self._place(i)

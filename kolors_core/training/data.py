@@ -205,6 +205,7 @@ class LatentDataset:
     def batch(self, step: int, rows: slice, device: torch.device) -> Batch:
         """Build the `rows` of a step's batch; noise and timesteps are drawn for the whole batch."""
         indices, captions = zip(*self.batches.samples(step)[1], strict=True)
+        check_rows(rows, len(indices))
         mean, std = torch.stack([self.latents[i] for i in indices[rows]], dim=1)  # [b, 4, H/8, W/8]
         shape = len(indices), *mean.shape[1:]
         draw, noise, timesteps = (x[rows] for x in draw_noise(self.config, self.timesteps, step, shape))
@@ -228,9 +229,25 @@ class LatentDataset:
         return merge_if_read(self.tokenizer(captions), encoder)
 
 
+def check_rows(rows: slice, count: int) -> None:
+    """Raise ValueError for rows that a batch of `count` images has not."""
+    if rows.stop is not None and rows.stop > count:
+        got = f"rows {rows.start or 0} to {rows.stop - 1} are asked for"
+        raise ValueError(f"batch_size must be the trainer's: the data's batches have {count} images, {got}")
+
+
 def merge_if_read(tokens: TokenBatch, encoder: Any) -> TokenBatch:
     """Merge pads for an encoder that obeys counts (`ChatGLM.reads_counts`), or for one that is not known."""
     return tokens.merge_padding() if encoder is None or reads_counts(encoder) else tokens
+
+
+def repeat_padding(tokens: TokenBatch) -> TokenBatch:
+    """Undo `TokenBatch.merge_padding`, for an encoder that reads no counts: all pads, and no counts."""
+    if tokens.counts is None:
+        return tokens
+    more = int(tokens.counts[0, 0]) - 1  # of all prompts alike
+    parts = (tokens.ids, tokens.mask, tokens.positions)
+    return TokenBatch(*(torch.cat([part[:, :1].expand(-1, more), part], dim=1) for part in parts))
 
 
 class MaskedLatentDataset(LatentDataset):

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kolors_core.chatglm import ChatGLM
-from kolors_core.conditioning import concat_extra_channels
+from kolors_core.chatglm import ChatGLM, TextEmbedding
+from kolors_core.conditioning import concat_extra_channels, encode
+from kolors_core.denoiser import check_accepts, check_widths, fault_of_forward
 from kolors_core.module import reads_counts
 from kolors_core.targets import target_of
-from kolors_core.tokenizer import TokenBatch
-from kolors_core.training.data import Batch, timestep_density
+from kolors_core.training.data import Batch, repeat_padding, timestep_density
 from kolors_core.training.step import Means
 from kolors_core.training.trainer import BatchSource, TrainingConfig
 from kolors_core.unet import UNet
-from kolors_core.validation import check_int
+from kolors_core.validation import check_int, short_repr
 
 BANDS = 4  # of timesteps, whose mean losses are logged
 LARGEST_SIGMA = 1e12  # in the place of infinity, the last sigma at zero terminal SNR: the same to float32
@@ -39,12 +39,13 @@ class Noised:
 class DiffusionLoss(nn.Module):
     """Diffusion loss as one module, which DDP and FSDP need. text_encoder: None unless it is trained too.
 
-    `each` is `noised`, `predict`, `error` and `weigh` one after another: a subclass overrides one of them.
-    `means` gets the loss of each of `BANDS` bands of timesteps, which a trainer logs.
+    `each` is `noised`, `predict`, `error` and `weigh` one after another: a subclass overrides one of them, or
+    `text` and `added`, which `predict` gives to the UNet. `means` gets the loss of each of `BANDS` bands of
+    timesteps, which a trainer logs.
 
     sigmas: of each training timestep [T]; infinity means pure noise. controlnet: a `ControlNet` to train, or
     another module that takes its inputs and returns residuals for the UNet, which is then best frozen
-    (`requires_grad_(False)`).
+    (`requires_grad_(False)`). TypeError or ValueError, with what was expected, for what cannot be trained.
     """
 
     def __init__(
@@ -52,6 +53,10 @@ class DiffusionLoss(nn.Module):
         controlnet: nn.Module | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        if fault := fault_of_forward(unet):
+            raise TypeError(f"a {type(unet).__name__} is no denoiser: {fault}")
+        if not isinstance(sigmas, Tensor):
+            raise TypeError(f"sigmas must be a tensor, one a training timestep, got {short_repr(sigmas)}")
         self.unet, self.text_encoder, self.controlnet, self.config = unet, text_encoder, controlnet, config
         self.sigmas = sigmas  # [T]; not a buffer: it is not part of the model
         self.means = Means()
@@ -81,7 +86,11 @@ class DiffusionLoss(nn.Module):
     def noised(self, batch: Batch) -> Noised:
         """Add the batch's noise to its latents as the timesteps say."""
         target = target_of(self.config.prediction_type)
-        sigma = self.sigmas.to(batch.latents.device)[batch.timesteps].clamp(max=LARGEST_SIGMA)  # [b]
+        try:
+            sigma = self.sigmas.to(batch.latents)[batch.timesteps].clamp(max=LARGEST_SIGMA)  # [b]
+        except IndexError:
+            found = f"the batch has timestep {int(batch.timesteps.max())}: give its dataset `timesteps`"
+            raise ValueError(f"there are sigmas of {len(self.sigmas)} timesteps, and {found}") from None
         times, level = target.timestep(batch.timesteps, sigma, len(self.sigmas)), sigma[:, None, None, None]
         noisy = target.model_input(batch.latents + level * batch.noise, level)
         wanted = target.output(batch.latents, batch.noise, level)
@@ -89,22 +98,41 @@ class DiffusionLoss(nn.Module):
 
     def predict(self, noised: Noised, batch: Batch) -> Tensor:
         """Compute the model's output [b, 4, H/8, W/8] for the batch's captions and control images."""
-        text = batch.text
-        if isinstance(text, TokenBatch):
-            assert self.text_encoder is not None
-            if text.counts is not None and not reads_counts(self.text_encoder):
-                how = "obey its counts, and set reads_counts = True, as ChatGLM does"
-                raise ValueError(f"a {type(self.text_encoder).__name__} is given merged pads: {how}")
-            text = self.text_encoder(text)
+        text = self.text(batch)
         inputs = noised.latents, noised.times, text.tokens, text.pooled, batch.size_ids
+        check_widths(self.unet, noised.latents, text.tokens)
+        optional = dict[str, Tensor]()
+        if (added := self.added(batch)) is not None:
+            check_accepts(self.unet, ["added"])
+            optional["added"] = added
         if (self.controlnet is None) != (batch.control is None):
             raise ValueError("a ControlNet and control images need each other: one of them is missing")
         if self.controlnet is None:
-            return self.unet(*inputs, text.counts)
-        return self.unet(*inputs, text.counts, residuals=self.controlnet(*inputs, batch.control, text.counts))
+            return self.unet(*inputs, text.counts, **optional)
+        residuals = self.controlnet(*inputs, batch.control, text.counts)
+        return self.unet(*inputs, text.counts, residuals=residuals, **optional)
+
+    def text(self, batch: Batch) -> TextEmbedding:
+        """Return the captions' embedding, or encode their tokens; one that reads no counts gets all pads."""
+        tokens, encoder = batch.text, self.text_encoder
+        if isinstance(tokens, TextEmbedding):
+            if encoder is not None and any(parameter.requires_grad for parameter in encoder.parameters()):
+                how = "make the data without a frozen text encoder"
+                raise ValueError(f"a {type(encoder).__name__} learns nothing of encoded captions: {how}")
+            return tokens
+        if encoder is None:
+            raise ValueError("captions are tokens: expected a text encoder, of the loss or of the data")
+        return encode(encoder, tokens if reads_counts(encoder) else repeat_padding(tokens))
+
+    def added(self, batch: Batch) -> Tensor | None:
+        """Return what is added to the UNet's time, None or [b, time_dim]: "added" of `Batch.more`."""
+        return batch.more.get("added")
 
     def error(self, predicted: Tensor, noised: Noised, batch: Batch) -> Tensor:
         """Compute the mean squared error of each image: [b], in float32."""
+        if predicted.shape != noised.wanted.shape:
+            shapes = f"{list(noised.wanted.shape)}, got {list(predicted.shape)}"
+            raise ValueError(f"a {type(self.unet).__name__} must return {shapes}")
         return (predicted.float() - noised.wanted).square().mean(dim=(1, 2, 3))
 
     def weigh(self, error: Tensor, noised: Noised, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@ State is what an optimizer keeps of a parameter: tensors, or numbers, such as Ad
 step. A group's numbers that change while it trains, such as the distance of Prodigy, are state too.
 """
 
+import logging
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +23,7 @@ from kolors_core.validation import short_repr
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]  # a class of torch.optim, or a function
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, the only state of states that are saved without "step"
 TAKEN = ("weights", "ema")  # beginnings of other tensors' names in a state
+logger = logging.getLogger("kolors_core")
 
 
 def freeze(loss: nn.Module, groups: Sequence[ParameterGroup]) -> None:
@@ -39,6 +41,11 @@ def make_optimizer(
 
     make: called with the groups, dicts with "params", "lr" and "weight_decay"; None: AdamW.
     """
+    low = [name for name, parameter in named.items() if parameter.dtype in (torch.float16, torch.bfloat16)]
+    if low:
+        how = "load it in float32 and set TrainingConfig(dtype=torch.bfloat16)"
+        logger.warning("%d of %d trained tensors are %s, such as %s, and small updates round to nothing: %s",
+                       len(low), len(named), named[low[0]].dtype, low[0], how)  # fmt: skip
     groups = [group for group in config.groups if not group.frozen]
     members = _members(list(named), groups)
     rates = [*(group.learning_rate for group in groups), None]

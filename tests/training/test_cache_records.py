@@ -173,5 +173,7 @@ def test_wrong_settings_are_named(
         CachedDataset(cache, CONFIG)
     with pytest.raises(ValueError, match="batch_size must be a positive whole number"):
         replace(CONFIG, batch_size=0)
+    with pytest.raises(ValueError, match="data's batches have 4 images, rows 0 to 7 are asked for"):
+        CachedDataset(written, CONFIG).batch(0, slice(0, 8), CPU)
     with pytest.raises(ValueError, match="workers must be a positive whole number, got 0"):
         Prefetched(CachedDataset(written, CONFIG), workers=0)

@@ -164,6 +164,17 @@ def test_groups_that_select_nothing_are_refused(
     assert message == "nothing to train" or all(p.requires_grad for p in loss.parameters())
 
 
+def test_weights_of_half_precision_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loss = Fit()
+    loss.out.to(torch.bfloat16)
+    Trainer(loss, Points(), SETTINGS, tmp_path)
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "2 of 10 trained tensors are torch.bfloat16, such as out.weight, and small updates" in message
+    loss.out.requires_grad_(False)
+    Trainer(loss, Points(), SETTINGS, tmp_path)
+    assert len(caplog.records) == 1, "what is frozen may be of half precision"
+
+
 def test_bad_optimizers_and_groups_are_named(tmp_path: Path) -> None:
     for make, changes, message in (
         (lambda groups: groups, {}, "optimizer must be a torch.optim class, .* it returned a list"),
