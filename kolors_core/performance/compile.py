@@ -27,10 +27,12 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
     """Compile a model's blocks when they first run, and return the number of kinds.
 
     mode, backend: as for `torch.compile`. A block is compiled whole or not at all, and again for new sizes,
-    precisions or adapters; the second image size compiles for all sizes. ValueError for an unknown mode, and
-    for a model without blocks;
-    torch's own error, and no fallback to a slower path, where a block cannot be compiled.
+    precisions or adapters; the second image size compiles for all sizes. Blocks that FSDP2 shards are
+    compiled after they are, without their hooks. ValueError for an unknown mode, and for a model without
+    blocks; torch's own error, and no fallback to a slower path, where a block cannot be compiled.
     """
+    from torch.distributed.fsdp import FSDPModule  # now, as its import takes long
+
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(str, MODES))}, got {mode!r}")
     options = dict[str, Any](fullgraph=True, mode=CUDA_GRAPH_MODES.get(mode, mode), backend=backend)
@@ -40,11 +42,16 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
         _raise_recompile_limit()
     compiled: dict[Any, Callable[..., Any]] = {}  # by kind
     for block in find_blocks(model, "compile"):
+        is_sharded = isinstance(block, FSDPModule)
         kind = type(block), tuple(tensor.shape for tensor in block.state_dict().values())
         if kind not in compiled:
             # torch finds, and limits, compiled variants by code object: each kind gets its own.
-            compiled[kind] = torch.compile(FunctionType(_call.__code__.replace(), globals()), **options)
-        block._compiled_call_impl = partial(compiled[kind], block)
+            code = (_forward if is_sharded else _call).__code__.replace()
+            compiled[kind] = torch.compile(FunctionType(code, globals()), **options)
+        if is_sharded:  # hooks that gather its weights stay outside, as they cannot be compiled
+            block.forward = partial(compiled[kind], block)
+        else:
+            block._compiled_call_impl = partial(compiled[kind], block)
     return len(compiled)
 
 
@@ -54,6 +61,10 @@ def _raise_recompile_limit() -> None:
 
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
     setattr(config, name, max(getattr(config, name), RECOMPILE_LIMIT))
+
+
+def _forward(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    return type(block).forward(block, *inputs, **named)
 
 
 def _call(block: nn.Module, *inputs: Any, **named: Any) -> Any:

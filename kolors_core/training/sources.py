@@ -154,7 +154,8 @@ def dataset_records(rows: Iterable[Mapping[str, Any]], image: str = "image", tex
     """Read the rows of a table: a `datasets.Dataset`, one that streams, or any iterable of mappings.
 
     image, text: the names of the columns of images, of pillow, and of captions, or lists of them. Other
-    columns are in `more`. The images of a `Dataset` that is no stream are not decoded until they are encoded.
+    columns are in `more`. The images of a `Dataset`, also of one that streams, are not decoded until they are
+    encoded: a damaged one is named, or left out, there.
     ValueError naming the row that lacks one of them.
     """
     return Records(lambda: _in_table(rows, image, text))
@@ -166,8 +167,13 @@ def _in_table(rows: Iterable[Mapping[str, Any]], image: str, text: str) -> Itera
     is_table = fingerprint is not None and hasattr(rows, "select_columns") and image in pictures
     table: Any = rows
     columns = {name: table.select_columns([name]) for name in pictures} if is_table else {}
-    for number, row in enumerate(table.remove_columns(pictures) if is_table else rows):
+    streamed = pictures if not is_table and hasattr(table, "cast_column") else []
+    for name in streamed:
+        table = table.cast_column(name, type(features[name])(decode=False))
+    for number, row in enumerate(table.remove_columns(pictures) if is_table else table):
         where, more = f"row {number}", dict(row)
+        for name in streamed:
+            more[name] = _undecoded(more[name], features[name], f"{name} of {where}")
         if missing := [name for name in (image, text) if name not in more and name not in columns]:
             has = ", ".join([*map(str, more), *columns])
             expected = f"expected the columns {image} and {text}"
@@ -186,6 +192,22 @@ def _cell(column: Any, number: int, name: str) -> Any:
         if (found := column[number][name]) is None:
             raise ValueError("expected an image, got None")
     return found
+
+
+def _undecoded(value: Any, feature: Any, name: str) -> Any:
+    """Return a stream's undecoded image as `Stored`: its bytes, or what its file is decoded to."""
+    if not isinstance(value, Mapping):
+        return value
+    if (content := value.get("bytes")) is not None:
+        return Stored(name, digest(content), lambda: content)
+    path = str(value.get("path"))
+    stamp = _stamp(file) if (file := Path(path)).is_file() else path
+    return Stored(name, stamp, partial(_decoded, feature, value, name))
+
+
+def _decoded(feature: Any, value: Mapping[str, Any], name: str) -> "Image":
+    with images.image_errors(name):
+        return type(feature)().decode_example(value)
 
 
 def _as_stored(value: Any, name: str) -> Any:

@@ -112,6 +112,10 @@ class Trainer:
         self.blocks = [module for module in loss.modules() if is_block(module)]
         if config.checkpoint_blocks:
             find_blocks(loss, "recompute")
+        if config.shard and any(module._compiled_call_impl for module in loss.modules()):
+            raise ValueError(
+                "shard: FSDP2's hooks cannot be compiled: call compile_blocks after Trainer(...)"
+            )
         for module in [*self.blocks, loss] if config.shard else ():
             fully_shard(module)
         self.module = DistributedDataParallel(loss) if self.world > 1 and not config.shard else loss

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from kolors_core.performance.compile import compile_blocks
 from kolors_core.performance.processes import join_processes
 from kolors_core.training.config import TrainingConfig
 from kolors_core.training.optimizer import MakeOptimizer
@@ -146,9 +148,22 @@ def fit_on_two(out: Path) -> int:
         losses = fit_killed_and_resumed(out / f"{name} on two", make, config)
         lines.append(f"{name}|{list(losses)}")
     lines.append(f"exchanges|{count_exchanges(out / 'counted')}")
+    lines.append(f"compiled|{list(fit_compiled(out / 'compiled on two'))}")
     if dist.get_rank() == 0:
         (out / "losses.txt").write_text("\n".join(lines))
     return 0
+
+
+def fit_compiled(folder: Path) -> Sequence[float]:
+    """Train compiled blocks with FSDP2, recomputed too; refused where they were compiled before."""
+    config, loss = replace(SETTINGS, shard=True, checkpoint_blocks=True), Fit()
+    compile_blocks(early := Fit(), backend="aot_eager")
+    with suppress(ValueError):
+        Trainer(early, Points(), config, folder)
+        raise AssertionError("its hooks cannot be compiled")
+    trainer = Trainer(loss, Points(), config, folder)
+    assert compile_blocks(loss, backend="aot_eager") == 1
+    return trainer.fit(progress=False)
 
 
 def count_exchanges(folder: Path) -> int:

@@ -95,6 +95,8 @@ def test_two_processes_with_any_optimizer_train_as_one_does(tmp_path: Path) -> N
         assert process.exitcode == 0, log.read_text()[-3000:]
     found = dict(line.split("|") for line in (tmp_path / "losses.txt").read_text().splitlines())
     assert found.pop("exchanges") == "2", "once a batch, not once a part"
+    compiled, expected = ast.literal_eval(found["compiled"]), train(tmp_path / "one").losses
+    assert compiled == pytest.approx(expected, rel=1e-5)
     for (name, _), make in ON_TWO.items():
         expected = train(tmp_path / name, optimizer=make).losses[3:]
         assert ast.literal_eval(found[name]) == pytest.approx(expected, rel=1e-5), name

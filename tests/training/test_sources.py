@@ -199,5 +199,48 @@ def test_a_dataset_of_hugging_face_is_decoded_when_it_is_read(tmp_path: Path) ->
     with pytest.raises(ValueError, match="image of row 1: not an image"):
         records[1].image.open()
     assert [record.stamp() for record in source] == [record.stamp() for record in records]
-    (streamed,) = dataset_records(table.select([0]).to_iterable_dataset())
-    assert streamed.captions == ("a",) and streamed.image.open().size == (16, 8)
+    first, second = dataset_records(table.to_iterable_dataset())
+    assert first.captions == ("a",) and first.image.open().size == (16, 8) and second.more == {"score": 2}
+    with pytest.raises(ValueError, match="image of row 1: not an image"):
+        second.image.open()
+
+
+class Undecoded:
+    """A feature of images as that of `datasets`, and a stream of rows that has it."""
+
+    def __init__(self, decode: bool = True) -> None:
+        self.decode = decode
+
+    def decode_example(self, value: Any) -> Image.Image:
+        return Image.open(value["path"])
+
+
+class Stream:
+    def __init__(self, rows: list[dict[str, Any]], feature: Any) -> None:
+        self.rows, self.features = rows, {"image": feature, "text": object()}
+
+    def cast_column(self, name: str, feature: Any) -> "Stream":
+        assert name == "image" and not feature.decode
+        return Stream(self.rows, feature)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.features["image"].decode:
+            raise OSError("cannot identify image file <_io.BytesIO object>")
+        return iter(self.rows)
+
+
+def test_a_streams_damaged_image_is_named_when_it_is_read(tmp_path: Path) -> None:
+    feature = type("Image", (Undecoded,), {})()
+    (file := tmp_path / "a.png").write_bytes(RED)
+    rows = [{"image": {"bytes": RED, "path": None}, "text": "a"}, {"image": {"bytes": b"no"}, "text": "b"},
+            {"image": {"bytes": None, "path": str(file)}, "text": "c"},
+            {"image": {"bytes": None, "path": "gone.png"}, "text": "d"}]  # fmt: skip
+    records = list(dataset_records(Stream(rows, feature)))
+    for i in (0, 2):
+        assert records[i].image.open().getpixel((0, 0)) == (255, 0, 0)
+    assert records[0].contents() != records[1].contents() and records[2].stamp() != records[3].stamp()
+    for i, message in ((1, "image of row 1: not an image"), (3, "image of row 3: no such file")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            records[i].image.open()
+    with pytest.raises(ValueError, match="row 0: image must be an image, got None"):
+        list(dataset_records(Stream([{"image": None, "text": "a"}], feature)))

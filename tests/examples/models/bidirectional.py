@@ -2,7 +2,7 @@
 
 All that a pipeline asks of it is `config.hidden_size`, the width that the denoiser reads, and a
 `TextEmbedding`. Its counts are a mask: 0 for a pad, which no cross-attention then reads either.
-Look at: tests/test_own_models.py, which trains it jointly with a denoiser, draws, saves and reloads it.
+Look at: tests/test_registry.py, which trains it jointly with a denoiser, draws, saves and reloads it.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 Text and patches are one sequence (https://arxiv.org/abs/2403.03206, without its separate weights). All that
 a pipeline asks of it is `config` with four sizes, this forward, and `is_block` on what repeats.
-Look at: tests/test_own_models.py, which trains, draws, saves, reloads, compiles, offloads and quantizes it.
+Look at: tests/test_registry.py, which trains, draws, saves and reloads it; tests/test_denoiser.py, the rest.
 """
 
 from dataclasses import dataclass
