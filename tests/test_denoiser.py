@@ -286,6 +286,27 @@ def test_a_sigma_for_each_image_is_each_image_alone(kind: str, prediction_type: 
     assert slope.isfinite().all() and slope.any()
 
 
+class Dropping(DiT):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, latents: Tensor, *given: Any, **more: Any) -> Tensor:
+        return super().forward(self.drop(latents), *given, **more)
+
+
+def test_dropout_while_drawing_is_named(base: KolorsPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    net = Dropping(DiTConfig(width=32))
+    pipe = own_pipeline(base, unet=net)
+    drawn(pipe)
+    assert caplog.messages == ["the Dropping draws in training mode, with its drop: call its eval() before"]
+    net.eval()
+    drawn(pipe)
+    net.train().drop.p = 0.0
+    drawn(pipe)
+    assert len(caplog.messages) == 1
+
+
 def test_one_sigma_is_asked_for_where_it_must_be_one() -> None:
     net, (positive, negative) = make_dit(), conditions(torch.float32, 192)
     schedule: Schedule = EulerDiscreteScheduler().schedule(8)

@@ -1,5 +1,6 @@
 """Checks of a pipeline's components: their types, and the dimensions that they share."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from kolors_core.tokenizer import Tokenizer
 from kolors_core.unet import UNet
 from kolors_core.vae import VAE
 
+logger = logging.getLogger("kolors_core")
 # For each attribute of a pipeline: a predicate of its unwrapped value, and the type in words.
 COMPONENT_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "unet": (
@@ -74,6 +76,19 @@ def _check_channels(vae: VAE, unet: UNet, accepts_masks: bool) -> None:
         elif ins == masked:
             wanted += ": one with a mask is for KolorsInpaintPipeline"
         raise ValueError(f"the UNet has {ins} in and {outs} out channels, expected {wanted}")
+
+
+def warn_of_dropout(part: Any) -> None:
+    """Log that a model draws in training mode, if modules of its own compute otherwise there."""
+    model = unwrap_compiled(part)
+    if not isinstance(model, nn.Module) or not model.training:
+        return
+    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+    found = (name for name, module in model.named_modules() if isinstance(module, kinds) and module.training
+             and getattr(module, "p", 1))  # fmt: skip
+    if (name := next(found, None)) is not None:
+        kind = type(model).__name__
+        logger.warning("the %s draws in training mode, with its %s: call its eval() before", kind, name)
 
 
 def check_target(unet: UNet, scheduler: Scheduler) -> None:

@@ -19,7 +19,7 @@ from kolors_core.devices import check_finite, named_device
 from kolors_core.guidance import GuidanceRule
 from kolors_core.image import Size, to_images
 from kolors_core.pipelines.adapter_methods import AdapterMethods
-from kolors_core.pipelines.component_checks import check_target
+from kolors_core.pipelines.component_checks import check_target, warn_of_dropout
 from kolors_core.pipelines.denoising_loop import DenoisingLoop
 from kolors_core.pipelines.embedded import warn_unknown
 from kolors_core.pipelines.performance_methods import PerformanceMethods
@@ -64,6 +64,8 @@ class Task(AdapterMethods, PerformanceMethods, SingleFileMethods):
         """Return the schedule of all steps, of which a task may take a part."""
         self._check_can_draw()
         check_target(self.unet, self.scheduler)
+        warn_of_dropout(self.unet)
+        warn_of_dropout(self.text_encoder)
         is_custom = inputs.timesteps is not None or inputs.sigmas is not None
         steps = None if is_custom else inputs.num_inference_steps
         return self.scheduler.schedule(steps, timesteps=inputs.timesteps, sigmas=inputs.sigmas)
