@@ -69,11 +69,13 @@ def fault_of_forward(part: nn.Module) -> str:
     return ""
 
 
-def check_widths(model: Any, latents: Tensor, text_tokens: Tensor) -> None:
-    """Raise ValueError unless latents and text are as wide as a denoiser's config says, if it does."""
+def check_widths(model: Any, latents: Tensor, text_tokens: Tensor, added: Tensor | None = None) -> None:
+    """Raise ValueError unless inputs are as wide as a denoiser's config says, if it does."""
     plain = unwrap_compiled(model)
-    given = (("in_channels", "channels of latents", latents.shape[1]),
-             ("text_dim", "numbers of a text token", text_tokens.shape[-1]))  # fmt: skip
+    given = [("in_channels", "channels of latents", latents.shape[1]),
+             ("text_dim", "numbers of a text token", text_tokens.shape[-1])]  # fmt: skip
+    if added is not None:
+        given.append(("time_dim", "numbers that are added to the time", added.shape[-1]))
     for field, what, got in given:
         if (wanted := getattr(getattr(plain, "config", None), field, got)) != got:
             raise ValueError(f"the {type(plain).__name__} reads {wanted} {what} ({field}), got {got}")

@@ -270,3 +270,5 @@ if __name__ == "__main__":
         main(arguments())
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except ImportError as error:
+        raise SystemExit(f"error: {error}: pip install -e '.[bench]' has what benchmarks need") from None

@@ -100,11 +100,10 @@ class DiffusionLoss(nn.Module):
         """Compute the model's output [b, 4, H/8, W/8] for the batch's captions and control images."""
         text = self.text(batch)
         inputs = noised.latents, noised.times, text.tokens, text.pooled, batch.size_ids
-        check_widths(self.unet, noised.latents, text.tokens)
-        optional = dict[str, Tensor]()
-        if (added := self.added(batch)) is not None:
-            check_accepts(self.unet, ["added"])
-            optional["added"] = added
+        optional = {} if (added := self.added(batch)) is None else {"added": added}
+        check_widths(self.unet, noised.latents, text.tokens, added)
+        if optional:
+            check_accepts(self.unet, optional)
         if (self.controlnet is None) != (batch.control is None):
             raise ValueError("a ControlNet and control images need each other: one of them is missing")
         if self.controlnet is None:

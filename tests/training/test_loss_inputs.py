@@ -14,6 +14,7 @@ from kolors_core.tokenizer import Tokenizer
 from kolors_core.training.data import Batch, LatentDataset, MaskedLatentDataset, repeat_padding
 from kolors_core.training.loss import DiffusionLoss
 from kolors_core.training.trainer import Trainer, TrainingConfig
+from kolors_core.unet import UNet
 from tests.examples.models.bidirectional import Reader, ReaderConfig
 from tests.support.cache_worker import CPU
 from tests.support.caches import memory
@@ -135,6 +136,8 @@ def test_wrong_input_is_named_with_what_was_wanted(small_tokenizer: Path) -> Non
          lambda: loss_of(Sum(Sizes(in_channels=9)))(batch_of())),
         (ValueError, rf"the Sum reads 7 numbers of a text token \(text_dim\), got {WIDTH}",
          lambda: loss_of(Sum(Sizes(text_dim=7)))(batch_of())),
+        (ValueError, r"the UNet reads 64 numbers that are added to the time \(time_dim\), got 1",
+         lambda: loss_of(UNet(SMALL.unet))(batch_of(more={"added": torch.ones(2, 1)}))),
         (ValueError, r"a OneChannel must return \[2, 4, 4, 4\], got \[2, 1, 4, 4\]",
          lambda: loss_of(OneChannel())(batch_of())),
         (ValueError, "captions are tokens: expected a text encoder", lambda: loss_of()(batch_of(tokens))),
