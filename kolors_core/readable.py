@@ -19,6 +19,7 @@ from kolors_core.registry import (
     table_of,
 )
 from weights_convert.key_mapping import compare
+from weights_convert.safetensors_files import check_whole
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -45,7 +46,7 @@ def check_savable(model: nn.Module, component: str) -> None:
     config: Any = changed_models.read_config(spec.config, public, f"the {component}'s config")
     if spec.table is not None and config != model.config:
         raise ValueError(f"the {component}'s {model.config} would be read as {config}")
-    own = base_state(model)
+    check_whole(own := base_state(model))
     expected = {name: tuple(tensor.shape) for name, tensor in spec.empty(config).state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in own.items()}
     if mismatch := compare(table_of(component, model), got, expected):

@@ -226,7 +226,8 @@ class Tensors(dict[str, Tensor]):
 def save_tensors(
     tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, whole or not at all; replace an existing one."""
+    """Write a safetensors file, whole or not at all; replace an existing one. ValueError for shards."""
+    check_whole(tensors)
     separate, pointers = dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         separate[name] = tensor.detach().contiguous()
@@ -234,6 +235,13 @@ def save_tensors(
             separate[name] = separate[name].clone()
         pointers.add(separate[name].data_ptr())
     write_tensors(separate, file, FORMAT | dict(metadata or {}))
+
+
+def check_whole(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError naming a tensor of which each process has a shard (torch's DTensor)."""
+    if name := next((name for name, tensor in tensors.items() if hasattr(tensor, "full_tensor")), None):
+        how = "continue the run in one process without shards, which reads its state whole, and save there"
+        raise ValueError(f"{name} is sharded over processes: {how}")
 
 
 def save_shards(
