@@ -1,11 +1,17 @@
 """Measurements between steps, by which no step changes: held-out losses, the best of them, and the end."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from kolors_core.validation import short_repr
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @contextmanager
@@ -19,6 +25,14 @@ def undisturbed(loss: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for module, is_training in modes.items():
                 module.training = is_training
+
+
+def as_images(found: Any) -> "tuple[Image, ...]":
+    """Return what a run's `draw` returned, images or one of them, as a tuple; TypeError for anything else."""
+    images = tuple(found) if isinstance(found, Sequence) else (found,)
+    if odd := [image for image in images if not hasattr(image, "save")]:
+        raise TypeError(f"draw must return images of pillow, got {short_repr(odd[0])}")
+    return images
 
 
 def is_best(loss: float, before: Mapping[int, float]) -> bool:

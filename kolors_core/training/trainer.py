@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from kolors_core.module import find_blocks, is_block
 from kolors_core.training.average import averaged, check_copies, make_average
 from kolors_core.training.config import TrainingConfig
-from kolors_core.training.evaluation import best_step, is_best, is_over, undisturbed
+from kolors_core.training.evaluation import as_images, best_step, is_best, is_over, undisturbed
 from kolors_core.training.logs import RunLog
 from kolors_core.training.optimizer import (
     MakeOptimizer,
@@ -212,6 +212,8 @@ class Trainer:
             if not math.isfinite(value):  # here, as its weights must not be saved over good ones
                 hint = "a lower learning rate may help"
                 raise FloatingPointError(f"the {what} of step {self.step} is {value}: {hint}")
+        if length == self.step == self.rank == 0:
+            logger.warning("the gradient of step 0 is 0: nothing that is trained acts on its loss")
         return Step(
             step=self.step, loss=loss, gradient_norm=length, means=means, samples=config.batch_size,
             learning_rates=tuple(rates),
@@ -254,7 +256,7 @@ class Trainer:
                     write_state(self.folder, "best", done, self._weights(), {}, {"held_out": found})
                 self.held_out_losses[done] = found["loss"]
             if self.draw is not None:
-                images = tuple(self.draw())
+                images = as_images(self.draw())
         return replace(step, held_out=found, images=images)
 
     def _held_out_loss(self, source: BatchSource) -> dict[str, float]:

@@ -141,6 +141,30 @@ def test_the_end_is_counted_from_the_best() -> None:
     assert best_step({1: math.nan, 3: 0.5, 2: 0.5}) == 2
 
 
+def test_draw_may_return_one_image_and_nothing_else_but_images(tmp_path: Path) -> None:
+    steps = list[Step]()
+    image = Image.new("L", (2, 2))
+    trainer(tmp_path, steps, draw=lambda: image, steps=2).fit(progress=False)
+    assert steps[1].images == (image,)
+    for wrong in (None, ["a.png"]):
+        with pytest.raises(TypeError, match="draw must return images of pillow, got (None|'a.png')"):
+            trainer(tmp_path, draw=lambda found=wrong: found, steps=2, resume="never").fit(progress=False)
+
+
+class Unheard(Fit):
+    """What is trained does not act on the loss."""
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return super().forward(batch).detach() + 0 * self.out.bias.sum()
+
+
+def test_a_gradient_of_zero_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path / "a", steps=2).fit(progress=False)
+    assert not caplog.messages
+    trainer(tmp_path / "b", make=Unheard, steps=2).fit(progress=False)
+    assert caplog.messages == ["the gradient of step 0 is 0: nothing that is trained acts on its loss"]
+
+
 class Broken(Fit):
     """Its gradient is not finite in step 4, and its loss is."""
 
