@@ -81,6 +81,8 @@ class StandInVAE(nn.Module):
 class StandInText(nn.Module):
     """A table of tokens."""
 
+    reads_counts = True  # as ChatGLM, so that a caption's embedding is as short
+
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(4096, TINY.text_encoder.hidden_size)
