@@ -83,7 +83,7 @@ def warn_of_dropout(part: Any) -> None:
     model = unwrap_compiled(part)
     if not isinstance(model, nn.Module) or not model.training:
         return
-    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
     found = (name for name, module in model.named_modules() if isinstance(module, kinds) and module.training
              and getattr(module, "p", 1))  # fmt: skip
     if (name := next(found, None)) is not None:

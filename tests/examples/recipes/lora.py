@@ -1,4 +1,4 @@
-"""A LoRA of the images in `images`, or with `dora=True` a DoRA; 1 to 2 minutes a hundred steps on a CPU core.
+"""A LoRA of the images in `images`, or with `dora=True` a DoRA, of the embedded model or of another.
 
 Look at: lora.safetensors, which `load_lora_weights` of this pipeline and of the reference reads.
 """
