@@ -135,6 +135,8 @@ class Trainer:
         progress: show a bar with the step, the mean loss of the last steps and the rate, on the first rank.
         """
         self._resume()
+        if self.held_out is not None:
+            next(self._parts(self.held_out, 0))  # what is wrong with it is raised now, not after many steps
         first = self.step
         if first == 0 and self.rank == 0:
             (self.folder / "best.safetensors").unlink(missing_ok=True)  # of a run that this one replaces

@@ -141,6 +141,17 @@ def test_the_end_is_counted_from_the_best() -> None:
     assert best_step({1: math.nan, 3: 0.5, 2: 0.5}) == 2
 
 
+def test_held_out_data_that_cannot_be_read_are_found_before_the_first_step(tmp_path: Path) -> None:
+    class Absent(Points):
+        def batch(self, step: int, rows: slice, device: torch.device) -> Any:
+            raise ValueError("they are not there")
+
+    steps = list[Step]()
+    with pytest.raises(ValueError, match="they are not there"):
+        trainer(tmp_path, steps, held_out=Absent()).fit(progress=False)
+    assert not steps and not list(tmp_path.iterdir())
+
+
 def test_draw_may_return_one_image_and_nothing_else_but_images(tmp_path: Path) -> None:
     steps = list[Step]()
     image = Image.new("L", (2, 2))
