@@ -40,6 +40,7 @@ LINES = {
     **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
     "kolors_core/README.md": 150,
     "kolors_core/CHANGING.md": 100,
+    "kolors_core/DRAWING.md": 120,
     "kolors_core/SAMPLERS.md": 100,
     "kolors_core/TROUBLESHOOTING.md": 100,
     "kolors_core/performance/MEMORY.md": 100,
@@ -65,6 +66,7 @@ RUN = {
     FRONT: ["Tokenizer(folder"],
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/CHANGING.md": ["class Pointwise"],
+    "kolors_core/DRAWING.md": ["pipe.enable_model_cpu_offload()"],
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
     "kolors_core/performance/README.md": ["enable_fused_kernels()", "enable_step_cache()"],
@@ -208,6 +210,22 @@ def test_the_examples_of_data_on_a_disk_train(tmp_path: Path, monkeypatch: pytes
     first, second = (block_with(part, page) for part in RUN[page])
     names = run(f"{first.replace('steps=1000, batch_size=16', 'steps=1, batch_size=4')}\n{second}", page)
     assert len(names["batch"].more["added"]) == 4 and (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_the_example_of_the_published_model_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the embedded model in the place of the published one."""
+    monkeypatch.chdir(tmp_path)
+    page = "kolors_core/DRAWING.md"
+    code = block_with("pipe.enable_model_cpu_offload()", page)
+    for published, here in (
+        ('"Kwai-Kolors/Kolors-diffusers", variant="fp16"', '"tiny"'), ("float16", "float32"),
+        ("num_inference_steps=25", "num_inference_steps=2"),
+    ):  # fmt: skip
+        assert published in code
+        code = code.replace(published, here)
+    pipe = run(code, page)["pipe"]
+    assert Image.open("ladybug.png").size == (128, 128)
+    assert is_quantized(pipe.text_encoder) and not is_quantized(pipe.unet)
 
 
 def test_the_example_of_less_memory_runs(capsys: pytest.CaptureFixture[str]) -> None:
