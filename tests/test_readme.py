@@ -28,7 +28,6 @@ from kolors_core.batch import __main__ as batch
 from kolors_core.checkpoint import EMBEDDED
 from kolors_core.cli import inspect_parser, parsers
 from kolors_core.cli.train_lora import parser as train_lora_parser
-from kolors_core.performance.quantize import is_quantized
 from tests.support.images import noise_image
 from tests.support.processes import COMMAND, run_program
 
@@ -66,11 +65,11 @@ RUN = {
     FRONT: ["Tokenizer(folder"],
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/CHANGING.md": ["class Pointwise"],
-    "kolors_core/DRAWING.md": ["pipe.enable_model_cpu_offload()"],
+    "kolors_core/DRAWING.md": ["pipe.enable_model_cpu_offload()"],  # by test_memory_pages.py
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
     "kolors_core/performance/README.md": ["enable_fused_kernels()", "enable_step_cache()"],
-    "kolors_core/performance/MEMORY.md": ["quantize(pipe", "quantization={", "plan(pipe"],
+    "kolors_core/performance/MEMORY.md": ["quantize(pipe", "quantization={", "plan(pipe"],  # by it too
     "kolors_core/performance/EXPORT.md": ["InferenceSession"],  # by tests/cli/test_export.py
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
@@ -212,35 +211,6 @@ def test_the_examples_of_data_on_a_disk_train(tmp_path: Path, monkeypatch: pytes
     assert len(names["batch"].more["added"]) == 4 and (tmp_path / "run" / "state.safetensors").exists()
 
 
-def test_the_example_of_the_published_model_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the embedded model in the place of the published one."""
-    monkeypatch.chdir(tmp_path)
-    page = "kolors_core/DRAWING.md"
-    code = block_with("pipe.enable_model_cpu_offload()", page)
-    for published, here in (
-        ('"Kwai-Kolors/Kolors-diffusers", variant="fp16"', '"tiny"'), ("float16", "float32"),
-        ("num_inference_steps=25", "num_inference_steps=2"),
-    ):  # fmt: skip
-        assert published in code
-        code = code.replace(published, here)
-    pipe = run(code, page)["pipe"]
-    assert Image.open("ladybug.png").size == (128, 128)
-    assert is_quantized(pipe.text_encoder) and not is_quantized(pipe.unet)
-
-
-def test_the_example_of_less_memory_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = "kolors_core/performance/MEMORY.md"
-    run(block_with("quantize(pipe", page), page)
-    assert "text_encoder int8" in capsys.readouterr().out
-
-
-def test_the_example_of_quantized_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    page = "kolors_core/performance/MEMORY.md"
-    pipe = run(block_with("quantization={", page), page)["pipe"]
-    assert pipe.name_or_path == "kolors-small" and is_quantized(pipe.unet)
-
-
 def test_the_example_of_fewer_kernels_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = "kolors_core/performance/README.md"
     run(block_with("enable_fused_kernels()", page), page)
@@ -250,16 +220,6 @@ def test_the_example_of_fewer_kernels_runs(capsys: pytest.CaptureFixture[str]) -
 def test_the_example_of_a_step_cache_runs() -> None:
     page = "kolors_core/performance/README.md"
     assert run(block_with("enable_step_cache()", page), page)["pipe"].step_cache is None
-
-
-def test_the_example_of_a_plan_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the embedded model; the table of the published one has the same rows."""
-    page = "kolors_core/performance/MEMORY.md"
-    run(block_with("plan(pipe", page).replace("Kwai-Kolors/Kolors-diffusers", "tiny"), page)
-    shown = text_of(page).partition("```\nGiB for ")[2].partition("```")[0].splitlines()
-    printed = capsys.readouterr().out.removeprefix("GiB for ").splitlines()
-    numbers = re.compile(r" +\d+\.\d+")
-    assert [numbers.sub("", line) for line in printed] == [numbers.sub("", line) for line in shown]
 
 
 def test_the_example_of_loading_in_part_runs(capsys: pytest.CaptureFixture[str]) -> None:
