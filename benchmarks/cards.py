@@ -135,7 +135,7 @@ def planned(
     by_model = [as_unit([model]) for model in models.values()]
     by_block = [as_unit([block]) for model in models.values() for block in blocks_of(model).values()]
     with redirect_stdout(io.StringIO()):  # the plan, for people
-        return plan(pipe, SIDE, SIDE, device=device), *map(_locked, (by_model, by_block))
+        return plan(pipe, SIDE, SIDE, device=device), _locked(by_model), _locked(by_block)
 
 
 def _locked(units: list[Any]) -> float:

@@ -335,6 +335,24 @@ def test_every_link_leads_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors(place), target
 
 
+def test_every_page_is_two_clicks_from_the_front() -> None:
+    reached, found = {FRONT}, {FRONT}
+    for _ in range(2):
+        links = {(page, link) for page in found for link in re.findall(r"\]\(([^)\s#]+\.md)", text_of(page))}
+        found = {((ROOT / page).parent / link).resolve().relative_to(ROOT).as_posix() for page, link in links}
+        reached |= found
+    assert {*PAGES} - reached == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_rows_of_a_table_are_of_one_length(page: str) -> None:
+    """Also where code in a cell has a bar, which ends the cell on GitHub."""
+    text = BLOCK.sub("", text_of(page))
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        counts = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(counts) == 1, table.partition("\n")[0]
+
+
 @cache
 def words_of_the_source() -> set[str]:
     folders = ("kolors_core", "weights_convert", "benchmarks", "tests")
