@@ -39,7 +39,7 @@ LINES = {
     **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
     "kolors_core/README.md": 150,
     "kolors_core/CHANGING.md": 100,
-    "kolors_core/DRAWING.md": 120,
+    "kolors_core/DRAWING.md": 130,
     "kolors_core/SAMPLERS.md": 100,
     "kolors_core/TROUBLESHOOTING.md": 100,
     "kolors_core/performance/MEMORY.md": 100,
