@@ -39,10 +39,10 @@ LINES = {
     **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
     "kolors_core/README.md": 150,
     "kolors_core/CHANGING.md": 100,
-    "kolors_core/DRAWING.md": 130,
     "kolors_core/SAMPLERS.md": 100,
     "kolors_core/TROUBLESHOOTING.md": 100,
     "kolors_core/performance/MEMORY.md": 100,
+    "kolors_core/DRAWING.md": 130,
     "kolors_core/performance/EXPORT.md": 100,
     "kolors_core/training/RUNS.md": 150,
     "kolors_core/training/DATA.md": 120,
@@ -65,11 +65,11 @@ RUN = {
     FRONT: ["Tokenizer(folder"],
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/CHANGING.md": ["class Pointwise"],
-    "kolors_core/DRAWING.md": ["pipe.enable_model_cpu_offload()"],  # by test_memory_pages.py
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
     "kolors_core/performance/README.md": ["enable_fused_kernels()", "enable_step_cache()"],
     "kolors_core/performance/MEMORY.md": ["quantize(pipe", "quantization={", "plan(pipe"],  # by it too
+    "kolors_core/DRAWING.md": ["pipe.enable_model_cpu_offload()"],  # by test_memory_pages.py
     "kolors_core/performance/EXPORT.md": ["InferenceSession"],  # by tests/cli/test_export.py
     "kolors_core/inspection/README.md": ["record_attention("],
     "kolors_core/training/README.md": ["train_lora(", "ConsistencyLoss("],
