@@ -16,7 +16,7 @@ def test_the_example_of_the_published_model_draws(tmp_path: Path, monkeypatch: p
     page = "kolors_core/DRAWING.md"
     code = block_with("pipe.enable_model_cpu_offload()", page)
     for published, here in (
-        ('"Kwai-Kolors/Kolors-diffusers", variant="fp16"', '"tiny"'), ("float16", "float32"),
+        ('"Kwai-Kolors/Kolors-diffusers",\n    variant="fp16"', '"tiny"'), ("float16", "float32"),
         ("num_inference_steps=25", "num_inference_steps=2"),
     ):  # fmt: skip
         assert published in code
