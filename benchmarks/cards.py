@@ -76,8 +76,8 @@ class Option:
     def seconds(self, name: str, rate: float) -> float:
         """Reckon an image's seconds on a card: arithmetic, and copies of weights that do not fit beside it.
 
-        Model by model each is copied once, before it runs; block by block the UNet's in every step, while
-        others run.
+        Model by model each is copied once, before it runs. Block by block the UNet's are in every step, and
+        once more for the text's keys and values, while others run: counted on a simulated device.
         """
         weights = {stage: one.weights for stage, one in self._planned()[0].stages.items()}
         work = (STEPS * STEP_WORK + OTHER_WORK) / (rate * REACHED.get(name, REACHED_ELSEWHERE))
@@ -86,7 +86,7 @@ class Option:
             return work
         if self.placement == "by_model":
             return work + once
-        return max(work, once + (STEPS - 1) * weights["unet"] / BUS)
+        return max(work, once + STEPS * weights["unet"] / BUS)
 
     def _planned(self) -> tuple[Plan, float, float]:
         return planned(self.text_encoder, self.unet, self.is_tiled, "cuda", torch.float16)
