@@ -118,6 +118,8 @@ def scope(
         "FILE": EMBEDDED / "unet" / "diffusion_pytorch_model.safetensors", "torch": torch, "pipe": pipe,
         "LORA": EMBEDDED / "lora" / "pytorch_lora_weights.safetensors", "parts": parts, "f": stop,
         "net": KolorsControlNet.from_pretrained("tiny"), "prompt": "a red apple", "config": object(),
+        "CLIP": EMBEDDED / "ip_adapter" / "image_encoder",
+        "CLIPVisionModelWithProjection": CLIPVisionModelWithProjection,
         "image": noise_image("RGB", 64, 64), "crop": noise_image("RGB", 64, 64), "scheduler": pipe.scheduler,
         "embeds": FACE["face_embeds"].float(), "latents": first, "noise": first.flip(0), "timesteps": [5],
         "TrainingConfig": TrainingConfig, "ParameterGroup": ParameterGroup, "Trainer": bound(Trainer),
