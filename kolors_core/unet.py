@@ -142,7 +142,7 @@ class Attention(nn.Module):
         return h
 
     def project_out(self, h: Tensor, x: Tensor) -> Tensor:
-        """Map what the heads return [B, heads, N, C/heads] to [B, N, C]; x: the input, for a subclass's gate."""
+        """Map the heads' outputs [B, heads, N, C/heads] to [B, N, C]; x: the input, for subclasses."""
         return self.to_out(h.transpose(1, 2).flatten(2))
 
 
