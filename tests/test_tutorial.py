@@ -94,3 +94,6 @@ def gates_act_as_the_page_says(names: dict[str, Any]) -> None:
     for gate in gates:
         gate.weight.zero_(), gate.bias.zero_()
     assert torch.equal(unet(*given, perturbed=perturbed), plain(*given, perturbed=perturbed))
+    names["changed"].load_lora_weights("tiny")
+    names["original"].load_lora_weights("tiny")
+    assert torch.equal(unet(*given), plain(*given)) and not torch.equal(unet(*given), moved)
