@@ -39,6 +39,7 @@ LINES = {
     **{f"kolors_core/{room}/README.md": 150 for room in ROOMS},
     "kolors_core/README.md": 150,
     "kolors_core/CHANGING.md": 100,
+    "kolors_core/TUTORIAL.md": 150,
     "kolors_core/SAMPLERS.md": 100,
     "kolors_core/TROUBLESHOOTING.md": 100,
     "kolors_core/performance/MEMORY.md": 100,
@@ -65,6 +66,7 @@ RUN = {
     FRONT: ["Tokenizer(folder"],
     "kolors_core/README.md": ["zero_padded", "GatedUNet"],
     "kolors_core/CHANGING.md": ["class Pointwise"],
+    "kolors_core/TUTORIAL.md": ["class Gated", "measure_unet", "Trainer(", "HeatMap("],  # by test_tutorial.py
     "kolors_core/pipelines/README.md": ["strength=0.5", "repainted.png", "perturbed, pag_scale"],
     "kolors_core/compat/README.md": ["make_image_grid(images"],
     "kolors_core/performance/README.md": ["enable_fused_kernels()", "enable_step_cache()"],
