@@ -136,8 +136,9 @@ def example_batch(loss: nn.Module, config: TrainingConfig, rows: int, height: in
     if not isinstance(loss, DiffusionLoss):
         raise TypeError(f"batch: a {type(loss).__name__} needs one of its own, as its data source makes")
     unet, encoder, length = loss.unet, loss.text_encoder, config.max_tokens
-    latents = torch.empty(rows, 4, height // PIXELS, width // PIXELS, device=META)
-    extra = torch.empty(rows, unet.config.in_channels - 4, *latents.shape[2:], device=META)
+    channels = unet.config.out_channels
+    latents = torch.empty(rows, channels, height // PIXELS, width // PIXELS, device=META)
+    extra = torch.empty(rows, unet.config.in_channels - channels, *latents.shape[2:], device=META)
     if encoder is None:
         tokens = torch.empty(rows, length, unet.config.text_dim, device=META)
         text = TextEmbedding(tokens, tokens[:, 0].clone())

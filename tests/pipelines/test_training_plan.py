@@ -17,7 +17,7 @@ from kolors_core.config import UNetConfig
 from kolors_core.devices import onednn_convolves
 from kolors_core.module import is_block
 from kolors_core.performance.training_memory import Autocast, training_tracker
-from kolors_core.pipelines.training_plan import TrainingPlan, plan_training
+from kolors_core.pipelines.training_plan import TrainingPlan, example_batch, plan_training
 from kolors_core.registry import SkipInit
 from kolors_core.training.config import ParameterGroup, TrainingConfig
 from kolors_core.training.data import Batch
@@ -143,6 +143,15 @@ def test_processes_have_all_or_their_share() -> None:
     in_parts = plan_fit(replace(config, shard=True, gradient_accumulation_steps=8), processes=8)
     assert in_parts.gradients == (whole + 4 * (2 * (64 * 8 + 3 * 8) + 65)) / GIB  # whole until the last part
     assert plan_fit(replace(config, shard=True)).gathered == 0
+
+
+def test_the_batch_is_of_the_latents_and_inputs_that_the_unet_has() -> None:
+    """Of an autoencoder with other channels, beside a mask and masked latents."""
+    loss = DiffusionLoss(UNet(replace(MEDIUM, in_channels=17, out_channels=8)), None, SIGMAS, CONFIG)
+    batch = example_batch(loss, CONFIG, 2, SIZE, 64)
+    assert batch.latents.shape == batch.noise.shape == (2, 8, SIZE // 8, 8) and batch.extra is not None
+    assert batch.extra.shape == (2, 9, SIZE // 8, 8)
+    assert plan_training(loss, CONFIG, SIZE, 64, is_printed=False).passes > 0
 
 
 def test_what_is_frozen_and_other_optimizers_take_less() -> None:
