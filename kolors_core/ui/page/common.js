@@ -12,6 +12,8 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
+export const addressOf = name => `/images/${name.split("/").map(encodeURIComponent).join("/")}`;
+
 export async function ask(path, body) {
   const isImage = body instanceof Blob;
   const options = body === undefined ? {} : {
@@ -76,22 +78,24 @@ export class Stage {
     const told = find(".told", this.running), bar = find("progress", this.running), preview = find(".preview", this.running);
     bar.max = job.steps || 1;
     if (job.steps) bar.value = job.step; else bar.removeAttribute("value");
+    if (preview.hidden && job.preview) preview.onload = () => { preview.onload = null; this.running.scrollIntoView({ block: "nearest" }); };
     preview.hidden = !job.preview;
     if (job.preview) preview.src = job.preview;
     const part = job.part ? `${job.part}, ` : "";
     if (job.state === "waiting") told.textContent = job.place ? `waiting, ${job.place} before it` : "waiting";
     else if (!job.step) told.textContent = `${part}reading the prompt`;
     else if (job.step === job.steps) told.textContent = `${part}decoding`;
-    else told.textContent = `${part}step ${job.step} of ${job.steps}, ${duration(job.left)} left`;
+    else told.textContent = `${part}step ${job.step} of ${job.steps}${job.left === null ? "" : `, ${duration(job.left)} left`}`;
   }
 
   images(names, kind = "") {
     this.results.replaceChildren(...names.map(name => element("figure", { class: kind },
-      element("img", { src: `/images/${name}`, alt: "What was drawn" }), element("figcaption", { text: name }))));
+      element("a", { href: addressOf(name), target: "_blank", title: "Open it alone" }, element("img", { src: addressOf(name), alt: "What was drawn" })),
+      element("figcaption", { text: name }))));
   }
 }
 
-const duration = seconds => seconds === null ? "" : seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
+const duration = seconds => seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
 
 // The fields that all tasks have, put into a form.
 export function addSettings(form, about) {

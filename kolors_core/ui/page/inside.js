@@ -1,5 +1,5 @@
 // The tab that looks inside: where each token acted, and what a layer computes.
-import { Stage, addSettings, all, element, find, onSubmit, requestOf } from "./common.js";
+import { Stage, addSettings, addressOf, all, element, find, onSubmit, requestOf } from "./common.js";
 
 export function startInside(about) {
   const section = find("#inside"), form = find("form", section), stage = new Stage(section);
@@ -7,7 +7,7 @@ export function startInside(about) {
   addSettings(form, about);
   find(".images", form).hidden = true;
   layer.max = about.layers.length - 1;
-  layer.value = Math.floor(about.layers.length / 2);
+  layer.value = Math.floor(about.layers.length * .8);  // of the up path, where an image is seen
   const what = () => find("[name=what]:checked", form).value;
 
   function changed() {
@@ -36,7 +36,7 @@ export function startInside(about) {
 
 function features(result, layer) {
   return element("div", { class: "look" },
-    element("img", { src: `/images/${result.image}`, alt: "What was drawn" }),
+    element("img", { src: addressOf(result.image), alt: "What was drawn" }),
     element("p", { class: "hint", text: `${layer}: ${result.size}. Its three main directions as red, green and blue:` }),
     element("img", { class: "main", src: result.main, alt: "The main directions of the features" }),
     element("p", { class: "hint", text: "The channels that vary most, each from its least (dark) to its most:" }),
@@ -47,7 +47,7 @@ function features(result, layer) {
 function tokens(result) {
   const views = Object.keys(result.views).map(key => key.split("|"));
   const parts = [...new Set(views.map(([part]) => part))], spans = [...new Set(views.map(([, span]) => span))];
-  const drawn = element("img", { class: "drawn", src: `/images/${result.image}`, alt: "What was drawn" }), map = element("img", { class: "map", alt: "" });
+  const drawn = element("img", { class: "drawn", src: addressOf(result.image), alt: "What was drawn" }), map = element("img", { class: "map", alt: "" });
   const overlay = element("div", { class: "overlay" }, drawn, map);
   const slider = (text, max, value) => element("input", { type: "range", min: 0, max, value, ariaLabel: text });
   const layers = slider("Layers", parts.length - 1, 0), steps = slider("Steps", spans.length - 1, 0), strength = slider("Strength of the map", 100, 60);
@@ -73,6 +73,6 @@ function tokens(result) {
   show();
   return element("div", { class: "look" },
     element("div", { class: "tokens" }, ...buttons), overlay, told,
-    element("label", { class: "wide" }, "Layers: ", names[0], layers), element("label", { class: "wide" }, "Steps: ", names[1], steps),
+    element("label", { class: "wide" }, "Attention of ", names[0], layers), element("label", { class: "wide" }, "In ", names[1], steps),
     element("label", { class: "wide" }, "Strength of the map", strength));
 }
