@@ -74,6 +74,7 @@ def test_drawing_by_pointer_and_by_keyboard(server: PageServer, tab: Tab, tmp_pa
     )
     by_pointer = tab.value(painted)
     assert 25 * 60 < by_pointer < 27 * 100
+    assert tab.value(painted.replace("d[4 * i + 1])", "d[4 * i + 1] < d[4 * i])")) == by_pointer, "on white"
     tab.focus(".mask")
     tab.press(*["ArrowRight"] * 6, "Space")
     assert tab.value(painted) > by_pointer + 200
