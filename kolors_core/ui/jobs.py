@@ -17,7 +17,7 @@ from kolors_core.cli.options import FAULTS
 from kolors_core.devices import is_out_of_memory
 from weights_convert.untrusted_files import one_line
 
-MOST_WAITING, KEPT = 32, 200  # jobs in line, and finished ones that are remembered
+MOST_WAITING, KEPT = 32, 20  # jobs in line, and finished ones that are remembered
 logger = logging.getLogger("kolors_core")
 
 

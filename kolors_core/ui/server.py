@@ -8,6 +8,7 @@ the origin and the kind of content are checked. Nothing here asks for anything e
 import hmac
 import json
 import secrets
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,6 +16,7 @@ from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -33,7 +35,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
 }  # fmt: skip
-COOKIE = "kolors"
 
 
 class PageServer(ThreadingHTTPServer):
@@ -44,6 +45,7 @@ class PageServer(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, token: str | None) -> None:
         """Raises OSError naming the address if it is in use. studio: set before `serve_forever`."""
         self.token, self.queue = token, Queue()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.studio: Studio
         try:
             super().__init__((host, port), Handler)
@@ -51,6 +53,13 @@ class PageServer(ThreadingHTTPServer):
             self.queue.close()
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
         self.hosts = {*LOOPBACK} if host in LOOPBACK else None  # None: any, with the token
+        # Browsers send a host's cookies to all of its ports, where another page may be.
+        self.cookie = f"kolors_{self.server_port}"
+
+    def server_bind(self) -> None:
+        """Bind, without asking a name server for the name of this machine."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = (str(self.server_address[0]), int(self.server_address[1]))
 
     @property
     def address(self) -> str:
@@ -132,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.token is None:
             return None
         try:
-            kept = SimpleCookie(self.headers.get("Cookie", "")).get(COOKIE)
+            kept = SimpleCookie(self.headers.get("Cookie", "")).get(self.server.cookie)
         except CookieError:
             kept = None
         given = query.get("token") or (kept.value if kept else "")
@@ -230,7 +239,9 @@ class Handler(BaseHTTPRequestHandler):
         kind += "; charset=utf-8" if kind.startswith("text/") or kind == "application/json" else ""
         headers = {"Content-Type": kind, "Content-Length": str(len(content))}
         if self.server.token is not None and status == HTTPStatus.OK and kind.startswith("text/html"):
-            headers["Set-Cookie"] = f"{COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
+            headers["Set-Cookie"] = (
+                f"{self.server.cookie}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
+            )
         for name, value in (headers | HEADERS).items():
             self.send_header(name, value)
         self.end_headers()

@@ -157,7 +157,7 @@ class Studio:
         channels = [{"number": int(i), "map": data_uri(colorize(normalize(maps[i])))} for i in order]
         size = f"{maps.shape[0]} channels of {maps.shape[2]} by {maps.shape[1]}"
         image, main = self.gallery.save(images)[0], data_uri(main_colors(maps))
-        return {"image": image, "main": main, "size": size, "channels": channels}
+        return {"layer": layer, "image": image, "main": main, "size": size, "channels": channels}
 
     def edges(self, name: str, low: float, high: float) -> dict[str, Any]:
         """Return the edges of an image, as a ControlNet sees them, kept as an image of the page."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kolors_core.ui.jobs import MOST_WAITING, Job, Queue, logger
+from kolors_core.ui.jobs import KEPT, MOST_WAITING, Job, Queue, logger
 
 
 @pytest.fixture
@@ -164,6 +164,13 @@ def test_progress_wakes_those_who_wait_and_tells_the_time_that_is_left(queue: Qu
     assert (seen["step"], seen["steps"], seen["part"], seen["preview"]) == (2, 4, "image 1 of 2", "data:,")
     assert job.first is not None and 6 * 0.01 <= seen["left"] < 6 * 0.5
     release.set()
+
+
+def test_only_the_last_results_are_kept(queue: Queue) -> None:
+    """A map of each token is megabytes."""
+    for i in range(KEPT + 5):
+        until(queue, queue.add(str(i), lambda job: {}), "done")
+    assert len(queue.jobs) <= KEPT + 1 <= 50 and "0" not in {job.title for job in queue.jobs.values()}
 
 
 def test_the_line_has_an_end(queue: Queue) -> None:

@@ -194,6 +194,10 @@ def test_a_job_is_cancelled_and_another_browser_sees_its_place(
     tab.point("#draw .start")
     tab.until("document.querySelector('#draw .told').textContent.includes(' of 900')")
     assert tab.value("document.querySelector('#draw .preview').src").startswith("data:image/png")
+    tab.value("delete document.body.dataset.ready")
+    tab.browser("Page.reload")  # the job goes on, and is seen again
+    tab.until("document.body?.dataset.ready")
+    tab.until("document.querySelector('#draw .told').textContent.includes(' of 900')")
     with tab_on(server.address, tmp_path / "other") as other:
         other.fill("#draw [name=steps]", "1")
         other.point("#draw .start")

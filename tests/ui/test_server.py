@@ -1,6 +1,7 @@
 """The page's server: what it draws, whom it refuses, and how it words errors."""
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -251,8 +252,9 @@ def test_with_a_token_nothing_is_told_without(tmp_path: Path) -> None:
             assert asked(server, path)[0] == 403
         assert asked(server, "/api/draw", {"request": REQUEST})[0] == 403
         assert asked(server, "/?token=secret")[0] == 200
-        assert asked(server, "/api/about", Cookie="kolors=secret")[1]["model"] == "tiny"
-        assert asked(server, "/api/about", Cookie="kolors=é; =")[0] == 403
+        cookie = f"kolors_{server.server_port}"  # that of a page on another port is another
+        assert asked(server, "/api/about", Cookie=f"kolors_1=x; {cookie}=secret")[1]["model"] == "tiny"
+        assert asked(server, "/api/about", Cookie=f"{cookie}=é; =")[0] == 403
     assert chosen_token("127.0.0.1", None) is None and chosen_token("127.0.0.1", "a-b") == "a-b"
     assert len(chosen_token("0.0.0.0", None) or "") >= 16
     with pytest.raises(ValueError, match="--token must be of letters"):
@@ -279,6 +281,18 @@ def test_axes_are_cells() -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match="the axis lora_weight needs a LoRA"):
         cells({"prompt": "a"}, axes_of([{"name": "lora_weight", "values": [1]}]))
+
+
+def test_it_listens_by_ipv6_and_asks_no_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(*_: Any) -> str:
+        raise AssertionError("a request for a name leaves the machine")
+
+    monkeypatch.setattr(socket, "getfqdn", resolve)
+    with PageServer("127.0.0.1", 0, None) as server:
+        assert server.address == f"http://127.0.0.1:{server.server_port}/"
+    if socket.has_ipv6 and Path("/proc/net/if_inet6").exists():
+        with PageServer("::1", 0, None) as server:
+            assert server.address == f"http://[::1]:{server.server_port}/"
 
 
 def test_the_command_refuses_what_it_cannot_serve(server: PageServer, capsys: pytest.CaptureFixture) -> None:

@@ -35,6 +35,7 @@ export class Stage {
     this.running = find(".running", this.place);
     this.results = find(".results", this.place);
     this.id = null;
+    this.name = `job of ${section.id}`;
     find(".cancel", this.place).addEventListener("click", () => this.id && ask("/api/cancel", { id: this.id }));
   }
 
@@ -47,7 +48,20 @@ export class Stage {
   }
 
   // Give the server a job, and follow it to its end. Returns its result, or null.
-  async run(path, body) {
+  run(path, body) {
+    return this.follow(async () => (await ask(path, body)).id);
+  }
+
+  // Follow the job that ran when the page was loaded again.
+  async resume(show) {
+    const id = sessionStorage.getItem(this.name);
+    if (!id) return;
+    try { await ask(`/api/job?id=${id}&version=-1`); } catch { return sessionStorage.removeItem(this.name); }
+    const result = await this.follow(async () => id);
+    if (result) show(result);
+  }
+
+  async follow(start) {
     this.show(null);
     this.tell({ state: "waiting", place: 0 });
     const buttons = all("button.start, dialog .again, dialog .vary", this.place.parentElement);
@@ -55,7 +69,8 @@ export class Stage {
     this.running.hidden = false;
     this.running.scrollIntoView({ block: "nearest" });
     try {
-      this.id = (await ask(path, body)).id;
+      this.id = await start();
+      sessionStorage.setItem(this.name, this.id);
       let version = -1, job;
       do {
         ({ version, job } = await ask(`/api/job?id=${this.id}&version=${version}`));
@@ -69,6 +84,7 @@ export class Stage {
       return null;
     } finally {
       this.id = null;
+      sessionStorage.removeItem(this.name);
       this.running.hidden = true;
       buttons.forEach(button => { button.disabled = false; });
     }

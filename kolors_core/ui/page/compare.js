@@ -34,6 +34,7 @@ export function startCompare(about) {
 
   const split = (name, text) => text.split(name === "prompt" ? "|" : ",").map(value => value.trim()).filter(Boolean);
 
+  stage.resume(result => stage.images(result.images, "sheet"));
   onSubmit(form, async () => {
     const request = requestOf(form);
     if (!request.seed) request.seed = String(Math.floor(Math.random() * 2 ** 32));  // one for all cells

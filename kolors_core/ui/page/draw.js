@@ -87,6 +87,7 @@ export function startDraw(about) {
   });
   onSubmit(form, draw);
   changed();
+  stage.resume(result => stage.images(result.images));
 
   // Start from an image of the history.
   return async name => {

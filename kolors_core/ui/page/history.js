@@ -63,5 +63,6 @@ export function startHistory(startFrom) {
   find(".use", dialog).addEventListener("click", () => { dialog.close(); startFrom(shown.name); });
   find(".close", dialog).addEventListener("click", () => dialog.close());
   more.addEventListener("click", () => load(list.children.length));
+  stage.resume(result => stage.images(result.images));
   find("#tab-history").addEventListener("chosen", () => load(0));
 }

@@ -19,25 +19,26 @@ export function startInside(about) {
     number.textContent = step.value;
   }
 
+  const show = result => result && stage.results.replaceChildren(result.views ? tokens(result) : features(result));
+
+  stage.resume(show);
   form.addEventListener("input", changed);
   changed();
   onSubmit(form, async () => {
     const request = requestOf(form);
     if (what() === "features") {
-      const result = await stage.run("/api/features", { request, layer: about.layers[layer.value], step: Number(step.value) });
-      if (result) stage.results.replaceChildren(features(result, about.layers[layer.value]));
+      show(await stage.run("/api/features", { request, layer: about.layers[layer.value], step: Number(step.value) }));
     } else {
       delete request.lora;
-      const result = await stage.run("/api/explain", { request });
-      if (result) stage.results.replaceChildren(tokens(result));
+      show(await stage.run("/api/explain", { request }));
     }
   });
 }
 
-function features(result, layer) {
+function features(result) {
   return element("div", { class: "look" },
     element("img", { src: addressOf(result.image), alt: "What was drawn" }),
-    element("p", { class: "hint", text: `${layer}: ${result.size}. Its three main directions as red, green and blue:` }),
+    element("p", { class: "hint", text: `${result.layer}: ${result.size}. Its three main directions as red, green and blue:` }),
     element("img", { class: "main", src: result.main, alt: "The main directions of the features" }),
     element("p", { class: "hint", text: "The channels that vary most, each from its least (dark) to its most:" }),
     element("div", { class: "channels" }, ...result.channels.map(one => element("figure", {},
