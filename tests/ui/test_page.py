@@ -198,7 +198,8 @@ def test_a_job_is_cancelled_and_another_browser_sees_its_place(
     tab.browser("Page.reload")  # the job goes on, and is seen again
     tab.until("document.body?.dataset.ready")
     tab.until("document.querySelector('#draw .told').textContent.includes(' of 900')")
-    with tab_on(server.address, tmp_path / "other") as other:
+    with tab_on(f"{server.address}?token=a", tmp_path / "other") as other:
+        assert other.value("location.search") == "", "a token is not left in the address"
         other.fill("#draw [name=steps]", "1")
         other.point("#draw .start")
         other.until("document.querySelector('#draw .told').textContent === 'waiting, 1 before it'")
