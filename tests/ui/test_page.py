@@ -57,6 +57,8 @@ def test_drawing_by_pointer_and_by_keyboard(server: PageServer, tab: Tab, tmp_pa
     tab.fill("#draw [name=width]", "64")
 
     # a part of an image: one half by the pointer, then more by the keyboard
+    dropped = "document.body.dispatchEvent(new DragEvent('{}', {{ bubbles: true, cancelable: true }}))"
+    assert not any(tab.value(dropped.format(kind)) for kind in ("dragover", "drop")), "the page is left"
     Image.new("RGB", (128, 128), "green").save(tmp_path / "green.png")
     tab.point("#draw [value=inpaint]")
     tab.point("#draw .start")

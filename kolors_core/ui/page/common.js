@@ -145,7 +145,7 @@ export function requestOf(form) {
 export function onSubmit(form, action) {
   form.noValidate = true;  // the library checks, and says what it wants
   form.addEventListener("submit", event => { event.preventDefault(); if (!find(".start", form).disabled) action(); });
-  form.addEventListener("keydown", event => { if (event.key === "Enter" && event.ctrlKey) { event.preventDefault(); form.requestSubmit(); } });
+  form.addEventListener("keydown", event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); } });
 }
 
 export function choose(tab) {

@@ -81,6 +81,8 @@ export function startDraw(about) {
     picture.classList.remove("drop");
     if (event.dataTransfer.files[0] && task() !== "text") take(event.dataTransfer.files[0]);
   });
+  // A file that is dropped beside the form would be opened in place of the page.
+  for (const kind of ["dragover", "drop"]) document.addEventListener(kind, event => event.preventDefault());
   document.addEventListener("paste", event => {
     const file = [...event.clipboardData.files].find(one => one.type.startsWith("image/"));
     if (file && !section.hidden && task() !== "text") take(file);
