@@ -97,6 +97,7 @@ def test_a_sheet_says_how_it_was_made(server: PageServer) -> None:
     request = {name: value for name, value in REQUEST.items() if name != "seed"} | {"lora": ["tiny:0.3"]}
     job = finished(server, "/api/compare", request=request, axes=axes)
     assert job["state"] == "done" and job["part"] == "image 4 of 4", job
+    assert job["left"] == pytest.approx(0, abs=1e-6), "of the whole sheet"
     assert [(one["seed"], one["lora"]) for one in job["result"]["cells"]] == [
         ("1", ["tiny:0"]), ("2", ["tiny:0"]), ("1", ["tiny:1"]), ("2", ["tiny:1"]),
     ]  # fmt: skip
