@@ -226,6 +226,7 @@ def test_a_refused_request_has_no_other_in_its_body(server: PageServer) -> None:
         head = line + b" HTTP/1.1\r\n" + host + b"Origin: " + origin + b"\r\n"
         answer = sent(server, head + b"Content-Length: %d\r\n\r\n" % len(inner) + inner)
         assert answer.count(b"HTTP/1.1") == 1 and answer.startswith(b"HTTP/1.1 40"), answer
+        assert b"Cross-Origin-Resource-Policy: same-origin" in answer, "no page of theirs shows our images"
     strange = b"POST /api/draw HTTP/1.1\r\n" + host + b"Content-Length: \xb2\r\n\r\n" + inner
     assert sent(server, strange).count(b"HTTP/1.1") == 1
     assert b"Invalid IPv6 URL" in sent(server, b"GET http://[ HTTP/1.1\r\n" + host + b"\r\n")
