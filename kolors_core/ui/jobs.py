@@ -76,20 +76,8 @@ class Job:
 
     def seen(self, place: int) -> dict[str, Any]:
         """Return what the page shows of it. place: how many jobs run or wait before it."""
-        names = (
-            "id",
-            "title",
-            "state",
-            "part",
-            "step",
-            "steps",
-            "left",
-            "preview",
-            "notes",
-            "result",
-            "error",
-        )
-        return {name: getattr(self, name) for name in names} | {"place": place}
+        shown = "id title state part step steps left preview notes result error"
+        return {name: getattr(self, name) for name in shown.split()} | {"place": place}
 
 
 class Queue:

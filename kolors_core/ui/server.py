@@ -239,9 +239,8 @@ class Handler(BaseHTTPRequestHandler):
         kind += "; charset=utf-8" if kind.startswith("text/") or kind == "application/json" else ""
         headers = {"Content-Type": kind, "Content-Length": str(len(content))}
         if self.server.token is not None and status == HTTPStatus.OK and kind.startswith("text/html"):
-            headers["Set-Cookie"] = (
-                f"{self.server.cookie}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
-            )
+            cookie = f"{self.server.cookie}={self.server.token}"
+            headers["Set-Cookie"] = f"{cookie}; HttpOnly; SameSite=Strict; Path=/"
         for name, value in (headers | HEADERS).items():
             self.send_header(name, value)
         self.end_headers()
