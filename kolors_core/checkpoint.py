@@ -52,6 +52,7 @@ EMBEDDED_NOTICE = (
     "using the embedded tiny model, which draws scenes of 127 things at 128x128; for the real one (17 GB) "
     "name Kwai-Kolors/Kolors-diffusers with the variant fp16"
 )
+NO_FOLDER = "expected the {} of a Kolors checkpoint; `resolve` fetches a Hub repository's"
 MAX_CONFIG_BYTES = 2**18  # real ones have less than 2**13
 AnyScheduler = TypeVar("AnyScheduler", bound=Scheduler)
 logger = logging.getLogger("kolors_core")
@@ -173,7 +174,7 @@ def open_component(
     path = Path(local_name(folder)) / (component if subfolder is None else subfolder)
     kind = spec_named_in(path, component) or MODEL_SPECS[component] if kind is None else kind
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
+        raise FileNotFoundError(f"{path}: no such folder, {NO_FOLDER.format(component)}")
     public = read_json(file := path / "config.json")
     is_ours = changed_models.is_ours(kind.build) and changed_models.is_ours(kind.config)
     changed = changed_models.describe(public, component) if is_ours else ""
@@ -206,7 +207,7 @@ def load_modified(
     Others: see `loading.load`, `load_component`.
     """
     if not (path := Path(local_name(folder)) / component).is_dir():
-        raise FileNotFoundError(f"{path}: no such folder, expected the {component} of a Kolors checkpoint")
+        raise FileNotFoundError(f"{path}: no such folder, {NO_FOLDER.format(component)}")
     own = spec_named_in(path, component) or MODEL_SPECS[component]
     kind = build if isinstance(build, ModelSpec) else replace(own, build=build)
     file = path / "config.json"

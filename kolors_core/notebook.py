@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-WIDTH, HEIGHT, MARGIN = 300, 130, 24  # of a curve, in pixels
+WIDTH, HEIGHT, MARGIN, DIGIT = 300, 130, 24, 7  # of a curve and its labels, in pixels
 CELL = ' style="text-align: left; vertical-align: top"'  # notebooks align cells to the right
 DOTS = 60  # most points of a curve that are marked one by one
 
@@ -48,9 +48,11 @@ def curve_svg(title: str, values: Sequence[float], is_logarithmic: bool = False)
     if not points:
         return ""
     low, high = min(y for _, y in points), max(y for _, y in points)
-    across, down = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
+    ends = [f"{math.exp(y) if is_logarithmic else y:.4g}" for y in (high, low)]
+    left = max(MARGIN, DIGIT * max(map(len, ends)) + 6)  # beside the labels
+    across, down = WIDTH - left - MARGIN, HEIGHT - 2 * MARGIN
     places = [
-        f"{MARGIN + across * i / max(1, len(values) - 1):.1f},"
+        f"{left + across * i / max(1, len(values) - 1):.1f},"
         f"{MARGIN + down * ((high - y) / (high - low) if high > low else 0.5):.1f}"
         for i, y in points
     ]
@@ -58,7 +60,6 @@ def curve_svg(title: str, values: Sequence[float], is_logarithmic: bool = False)
         '<circle cx="{}" cy="{}" r="2" fill="currentColor"/>'.format(*place.split(","))
         for place in (places if len(places) <= DOTS else ())
     )
-    ends = [f"{math.exp(y) if is_logarithmic else y:.4g}" for y in (high, low)]
     text = 'font-size="11" fill="currentColor"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" role="img" '

@@ -136,10 +136,14 @@ class Attention(nn.Module):
             h = branch(h, q, images)
         for observe in self.observers:
             observe(q, kv.k, kv.bias, perturbed)
-        h = self.to_out(h.transpose(1, 2).flatten(2))  # [B, N, C]
+        h = self.project_out(h, x)
         if kv.outputs is not None:
             kv.outputs.append(h)
         return h
+
+    def project_out(self, h: Tensor, x: Tensor) -> Tensor:
+        """Map the heads' outputs [B, heads, N, C/heads] to [B, N, C]; x: the input, for subclasses."""
+        return self.to_out(h.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -16,8 +16,9 @@ from kolors_core.checkpoint import EMBEDDED, ModelSpec, load_component, load_mod
 from kolors_core.compat import configs
 from kolors_core.compat.models import UNet2DConditionModel
 from kolors_core.config import TINY, ChatGLMConfig, UNetConfig
-from kolors_core.loading import zeros
+from kolors_core.loading import zero_padded, zeros
 from kolors_core.unet import FeedForward, UNet
+from kolors_core.vae import VAE
 from tests.support.controlnets import NET
 from tests.support.small import SMALL
 
@@ -54,6 +55,7 @@ class Louder(FeedForward):
 
 
 GATED = ModelSpec(GatedConfig, GatedUNet)
+EIGHT = replace(TINY.vae, latent_channels=8)
 CONFIG = GatedConfig(**vars(SMALL.unet), gates=5, where=((4,), ()), note="mine")
 
 
@@ -221,3 +223,19 @@ def test_a_config_of_the_references_names_may_have_more_fields_too(tmp_path: Pat
     again = load_component(tmp_path, "unet", kind=ModelSpec(Mine, UNet2DConditionModel))
     assert again.config == config and again.config.extra == 7 and again.config.cross_attention_dim == 192
     assert isinstance(ControlNetConfig(), UNetConfig) and not isinstance(ChatGLMConfig(), UNetConfig)
+
+
+def test_latents_of_eight_channels_are_drawn_and_saved(tmp_path: Path) -> None:
+    unet, report = load_modified(
+        "tiny", "unet", lambda config: UNet(replace(config, in_channels=8, out_channels=8)),
+        {"conv_in.weight": zero_padded, "conv_out.*": zero_padded},
+    )  # fmt: skip
+    assert report.misshapen == ["conv_in.weight", "conv_out.bias", "conv_out.weight"] and not report.missing
+    pipe = KolorsPipeline.from_pretrained("tiny", vae=VAE(EIGHT).eval(), unet=unet)
+    pipe.save_pretrained(tmp_path)
+    latents, others = (
+        each("a fox", num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="latent")
+        for each in (pipe, KolorsPipeline.from_pretrained(tmp_path))
+    )
+    assert latents.images.shape == (1, 8, 16, 16) and torch.equal(latents.images, others.images)
+    assert pipe("a fox", num_inference_steps=1).images[0].size == (128, 128)

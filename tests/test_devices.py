@@ -246,7 +246,9 @@ ENDINGS: dict[str, Callable[[Any], Any]] = {
 
 @MODES
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_mode_ends_without_a_trace(ending: str, by_block: bool, pipes: Pair) -> None:
+def test_a_mode_ends_without_a_trace(
+    ending: str, by_block: bool, pipes: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also with weights on the accelerator, after prompts were encoded but no image generated."""
     pipe = KolorsPipeline.from_pipe(pipes[0])
     before = steps_of(pipe, prompt="cat")
@@ -262,6 +264,7 @@ def test_a_mode_ends_without_a_trace(ending: str, by_block: bool, pipes: Pair) -
             assert all(torch.equal(t, state[name][key]) for key, t in model.state_dict().items())
         assert equal(before, steps_of(pipe, prompt="cat"))
         assert offload.peak_bytes > 0 == offload.bytes_on_device
+    assert ("offload has no effect on a CPU" in caplog.text) is ending.startswith("enable")
 
 
 @MODES

@@ -49,7 +49,7 @@ def test_every_cell_runs_and_shows_what_it_is_to_show(
 
 
 def test_the_folder_has_these_notebooks() -> None:
-    assert {file.stem for file in FOLDER.iterdir()} == NOTEBOOKS.keys()
+    assert {file.stem for file in FOLDER.glob("*.ipynb")} == NOTEBOOKS.keys()
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

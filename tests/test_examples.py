@@ -204,7 +204,7 @@ def test_the_block_keeps_the_old_weights_and_learns_and_is_saved(run: Examples, 
         load_component(tmp_path, "unet")
     with pytest.raises(ValueError, match=r"blocks.0.feed_forward.beta is missing.* give an initializer"):
         load_modified(EMBEDDED, "unet", names["build"], {"*.gamma": zeros})
-    with pytest.raises(FileNotFoundError, match="no such folder, expected the unet"):
+    with pytest.raises(FileNotFoundError, match="no such folder, expected the unet .*`resolve` fetches"):
         load_modified(tmp_path / "none", "unet", names["build"], {})
 
 

@@ -144,8 +144,8 @@ def test_files_are_read_in_one_sitting() -> None:
             assert len(file.read_text().splitlines()) <= 400, file
     path = ("tokenizer", "chatglm", "unet", "vae", "schedule", "diffusion", "sampling", "guidance")
     lines = sum(len((ROOT / "kolors_core" / f"{name}.py").read_text().splitlines()) for name in path)
-    # 150 lines more than with two schedulers: one file computes the timesteps of all.
-    assert lines < 1700, "the text-to-image path grows too long to read"
+    # 150 lines more than with two schedulers: one file computes the timesteps of all. 4 let heads be gated.
+    assert lines < 1704, "the text-to-image path grows too long to read"
 
 
 @pytest.mark.parametrize("file", [*FILES, *CONVERTERS], ids=name_of)

@@ -48,4 +48,9 @@ def test_a_curve_falls_where_its_values_do() -> None:
     equal = curve_svg("x", [3.0, 3.0])
     assert "nan" not in equal and equal.count("<circle") == 2
     assert curve_svg("x", [0.0, math.nan], is_logarithmic=True) == "" == curve_svg("x", [])
+    for values in ([1e-5, 1.2345e-5], [1.0, 2.0]):  # a curve begins beside its labels
+        content = curve_svg("x", values)
+        labels = [text for text in check_html(content).texts if text[0].isdigit()]
+        start = float(content.split('points="')[1].split(",")[0])
+        assert len(labels) == 2 and 6 * max(map(len, labels)) < start < 100
     assert "<circle" not in curve_svg("x", torch.linspace(0, 1, 100).tolist())

@@ -30,7 +30,7 @@ from benchmarks.ablate.change import Variant, read
 from benchmarks.ablate.intervals import FEWEST, MOST
 from benchmarks.ablate.lesson import Lesson
 from benchmarks.ablate.models import Cost
-from benchmarks.ablate.report import write
+from benchmarks.ablate.report import HAS_PLOT, write
 from benchmarks.ablate.scenes import Scenes
 from benchmarks.ablate.study import Job, check, read_json, run_all, steps_within
 from benchmarks.ablate.texts import Texts
@@ -86,8 +86,6 @@ def main(options: argparse.Namespace) -> None:
         print(f"{time.monotonic() - start:5.0f} s  {text}", flush=True)
 
     lesson, widths = open_lesson(options), WIDTHS if options.widths else WIDTHS[:1]
-    from benchmarks.ablate.plot import plot  # now: what it lacks should not be missed after minutes
-
     jobs = {
         (label, width): Job(label=label, variant=variant, seed=0, steps=2, width=width)
         for width in widths for label, variant in variants.items()
@@ -121,9 +119,14 @@ def main(options: argparse.Namespace) -> None:
         "cpu_seconds": round(sum(run.cpu_seconds for run in runs)),
     }  # fmt: skip
     lines = describe(lesson, variants, checked, steps, options.seeds, times)
+    if not HAS_PLOT:
+        lines.append("ablate.png was not drawn: it needs matplotlib, `pip install -e '.[bench]'`.")
     text, rows, scaling = write(options.out, lesson, variants, runs, times, costs, lines, about)
     print(text)
-    plot(options.out / "ablate.png", variants, runs, rows, times, costs, scaling)
+    if HAS_PLOT:
+        from benchmarks.ablate.plot import plot
+
+        plot(options.out / "ablate.png", variants, runs, rows, times, costs, scaling)
 
 
 def check_options(options: argparse.Namespace) -> tuple[str, float]:

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.tiny.quality import sheet
 from kolors_core.notebook import table_html
 
 WIDE = 96  # pixels of an image on the sheet of samples
+HAS_PLOT = find_spec("matplotlib") is not None
 NAN = Interval(math.nan, math.nan, math.nan, math.nan)
 
 
@@ -220,7 +222,8 @@ def write(
         head = f"| | {lesson.measures[0].name} by FLOPs | exponent | by A's line at the same FLOPs |"
         parts.append("\n".join([head, "|---|---|---|---|", *map(str, scaling)]))
     parts.append("\n".join([*lines, chance(rows)]))
-    text, pictures = "\n\n".join(parts), "![Held-out numbers, changes and cost](ablate.png)"
+    text = "\n\n".join(parts)
+    pictures = "![Held-out numbers, changes and cost](ablate.png)" * HAS_PLOT
     if (page := samples(out, runs, variants)) is not None:
         page.save(out / "samples.png")
         pictures += "\n\n![Drawn by each](samples.png)"

@@ -26,7 +26,7 @@ RECIPE = TrainingConfig(
 SHOWN = 12  # things on the sheet of samples
 
 
-def draw_pictures(count: int, folder: Path) -> tuple[list[Example], list[str]]:
+def draw_pictures(count: int, folder: str | Path) -> tuple[list[Example], list[str]]:
     """Images of emoji spread over all kinds of things, with captions, and their names.
 
     FileNotFoundError says where the font is to be had.
@@ -34,7 +34,7 @@ def draw_pictures(count: int, folder: Path) -> tuple[list[Example], list[str]]:
     if not FONT.exists():
         how = "`apt-get install fonts-noto-color-emoji`, or https://github.com/googlefonts/noto-emoji"
         raise FileNotFoundError(f"{FONT}: no such file, expected the font Noto Color Emoji: {how}")
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     chosen, rows = [list(THINGS)[i * len(THINGS) // count] for i in range(count)], []
     for i, thing in enumerate(chosen):
         on_white(draw(thing)).save(folder / f"{i:04}.png")

@@ -294,7 +294,7 @@ class RowSplit:
         h = attention(q, *gathered())
         if perturbed:
             h = torch.cat([h[:-perturbed], kv.v[-perturbed:]])
-        return own.to_out(h.transpose(1, 2).flatten(2))  # [B, N, C]
+        return own.project_out(h, x)
 
     def _attend_vae(self, own: vae.Attention, bands: Bands, x: Tensor) -> Tensor:
         """Compute `vae.Attention.forward` of a band [B, C, R, W]."""

@@ -18,6 +18,7 @@ from kolors_core.pipelines.base import Components
 from kolors_core.pipelines.fingerprint import fingerprint
 
 SIZE = (128, 128)  # that it was trained at
+LONGEST, LONGEST_WORD = 2000, 30  # characters of a prompt and of a word that are compared with names
 ORDINARY = {
     "a", "an", "and", "draw", "for", "image", "in", "of", "on", "photo", "please", "the", "with",
 }  # fmt: skip
@@ -156,7 +157,8 @@ def nearest(prompt: str, count: int = 3) -> list[Concept]:
     """List the things that a prompt names, or else those of the most similar names, the nearest first."""
     if found := named_in(prompt):
         return found[:count]
-    words = [word for word in re.findall(r"[a-z]+", prompt.lower()) if word not in ORDINARY]
+    prompt = prompt[:LONGEST]  # of a word of 200,000 letters it would take a minute
+    words = {word[:LONGEST_WORD] for word in re.findall(r"[a-z]+", prompt.lower()) if word not in ORDINARY}
 
     def similarity(concept: Concept) -> float:
         parts = [part for name in concept.english for part in (name.lower(), *name.lower().split())]

@@ -3,6 +3,7 @@
 Source: the methods of these names in diffusers' pipelines/pipeline_utils.py.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -36,6 +37,7 @@ from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import UNetEncoder
 
 Device = torch.device | str | None
+logger = logging.getLogger("kolors_core")
 QUANTIZABLE = ("text_encoder", "unet")
 
 
@@ -100,8 +102,8 @@ class PerformanceMethods(Components):
 
         The next one is copied meanwhile, if both together are no larger than the largest. All others are on
         the CPU, for CUDA in page-locked memory until this ends. `pipe.offload.peak_bytes` is the peak of
-        weights. gpu_id: of CUDA; or device; the best there is if both are None; on a machine without an
-        accelerator nothing changes. ValueError for a device that is not there.
+        weights. gpu_id: of CUDA; or device; the best there is if both are None; if that is the CPU nothing
+        changes, and a warning says so. ValueError for a device that is not there.
         """
         self._start_offload(gpu_id, device, by_block=False)
 
@@ -240,9 +242,11 @@ class PerformanceMethods(Components):
             refuse_compiled(self._models())
             check_blocks(self._models())
         self.to("cpu")
-        if place.type != "cpu":
-            self.offload.start(place, by_block)
-            self._enter_stage()
+        if place.type == "cpu":
+            logger.warning("offload has no effect on a CPU, where all weights are already")
+            return
+        self.offload.start(place, by_block)
+        self._enter_stage()
 
     def _enter_stage(self, stage: str | None = None) -> None:
         super()._enter_stage(stage)

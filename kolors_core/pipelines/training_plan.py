@@ -4,8 +4,8 @@
 
 Counted are weights, gradients, the optimizer's state, the moving average, what is kept for the backward pass
 by block, and what a step allocates on top of it, with the config's autocast, checkpointing, parts of a batch
-and way to divide it. Each process of DDP has all of it, and a second copy of the gradients, in buckets; of
-FSDP2 its share of the rows of each weight, and whole the blocks in use.
+and way to divide it. Each process of DDP has all of it, and gradients in its buckets all the time; of FSDP2
+its share of the rows of each weight, and whole the blocks in use.
 """
 
 import re
@@ -46,7 +46,7 @@ class TrainingPlan:
 
     weights, optimizer, average: all the time. passes, update: the most on top of them in the forward and
     backward passes, and in the optimizer's step, gradients included. gradients: of one batch, in the end.
-    buckets: DDP's copies of them. Parts of passes: FSDP2's whole blocks (gathered); autocast's copies of the
+    Parts of passes: FSDP2's whole blocks (gathered); autocast's copies of the
     trained weights (copies), until the forward pass ends, or of blocks that are not recomputed the backward
     pass; and what is kept for the backward pass by block, by its path in the loss ("" outside of blocks).
     """
@@ -55,7 +55,6 @@ class TrainingPlan:
     gradients: float
     optimizer: float
     average: float
-    buckets: float
     gathered: float
     copies: float
     kept: Mapping[str, float]
@@ -66,7 +65,7 @@ class TrainingPlan:
     @property
     def total(self) -> float:
         """The most at once."""
-        return self.weights + self.optimizer + self.average + self.buckets + max(self.passes, self.update)
+        return self.weights + self.optimizer + self.average + max(self.passes, self.update)
 
     def levels(self) -> dict[str, float]:
         """Sum what is kept by the part of the model that blocks are in, such as "unet.down.1"."""
@@ -77,7 +76,7 @@ class TrainingPlan:
         return sums
 
     def __str__(self) -> str:
-        parts = {name: getattr(self, name) for name in ("weights", "optimizer", "average", "buckets")}
+        parts = {name: getattr(self, name) for name in ("weights", "optimizer", "average")}
         rows = [*((name, size) for name, size in parts.items() if size), (PASSES, self.passes)]
         rows += [("  of it gradients", self.gradients)] if self.gradients else []
         rows += [("  of it whole blocks", self.gathered)] if self.gathered else []
@@ -121,7 +120,7 @@ def plan_training(
     if batch is None:
         make = partial(example_batch, twin, config, rows, height, width)
     step = _Step(twin, config, make, target.type, optimizer)
-    step.run(shard=config.shard)
+    step.run(passes=2 if parts > 1 or (processes > 1 and not config.shard) else 1, shard=config.shard)
     how = "FSDP2" if config.shard else "DDP"
     on = f"{processes} processes by {how}" if processes > 1 else "one process"
     what = f"{rows} of {width}x{height} at a time" if batch is None else "the batch given at a time"
@@ -137,8 +136,9 @@ def example_batch(loss: nn.Module, config: TrainingConfig, rows: int, height: in
     if not isinstance(loss, DiffusionLoss):
         raise TypeError(f"batch: a {type(loss).__name__} needs one of its own, as its data source makes")
     unet, encoder, length = loss.unet, loss.text_encoder, config.max_tokens
-    latents = torch.empty(rows, 4, height // PIXELS, width // PIXELS, device=META)
-    extra = torch.empty(rows, unet.config.in_channels - 4, *latents.shape[2:], device=META)
+    channels = unet.config.out_channels
+    latents = torch.empty(rows, channels, height // PIXELS, width // PIXELS, device=META)
+    extra = torch.empty(rows, unet.config.in_channels - channels, *latents.shape[2:], device=META)
     if encoder is None:
         tokens = torch.empty(rows, length, unet.config.text_dim, device=META)
         text = TextEmbedding(tokens, tokens[:, 0].clone())
@@ -197,12 +197,15 @@ class _Step:
         self.cast, self.kept = Autocast(device_type, config.dtype), dict[str, int]()
         self.is_backward, self.copied = False, 0
 
-    def run(self, shard: bool) -> None:
-        """Run the passes and the update; shard: a gradient is freed as soon as it is there."""
+    def run(self, passes: int, shard: bool) -> None:
+        """Run the passes and the update; shard: a gradient is freed as soon as it is there.
+
+        In a second pass, which more would repeat, gradients are there already, as DDP's are in every one.
+        """
         hooks = [p.register_post_accumulate_grad_hook(_drop) for p in self.named.values()] if shard else []
         with self._watched_blocks(), self.tracker:
             self.tracker.stage = PASSES
-            for _ in range(min(2, self.config.gradient_accumulation_steps)):
+            for _ in range(passes):
                 self._pass()
             for hook in hooks:
                 hook.remove()
@@ -272,8 +275,7 @@ class _Step:
         sizes = {
             "weights": sum(weights.values()), "gradients": gradients, "passes": passes,
             "optimizer": sum(map(share, states)), "average": sum(map(share, self.average.values())),
-            "buckets": _bytes(trained) if processes > 1 and not shard else 0, "gathered": gathered,
-            "copies": self.copied, "update": update * part,
+            "gathered": gathered, "copies": self.copied, "update": update * part,
         }  # fmt: skip
         kept = {path: size / GIB for path, size in self.kept.items()}
         return TrainingPlan(**{name: size / GIB for name, size in sizes.items()}, kept=kept, run=run)

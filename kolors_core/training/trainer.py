@@ -118,7 +118,8 @@ class Trainer:
             )
         for module in [*self.blocks, loss] if config.shard else ():
             fully_shard(module)
-        self.module = DistributedDataParallel(loss) if self.world > 1 and not config.shard else loss
+        self.is_ddp, self.has_stepped = self.world > 1 and not config.shard, False
+        self.module = DistributedDataParallel(loss, gradient_as_bucket_view=True) if self.is_ddp else loss
         self.named = {n: p for n, p in loss.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.named, config, optimizer)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]  # the peak of each
@@ -193,19 +194,21 @@ class Trainer:
         start, config = time.perf_counter(), self.config
         rates = [config.learning_rate_at(self.step, rate) for rate in self.rates]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            set_rate(group, rate)  # a LambdaLR would be one more state to save
+            set_rate(group, rate)  # a LambdaLR has a state to save
         total = torch.zeros((), device=self.device)
         for part, is_last in self._parts(self.data, self.step):
             if config.shard:  # only the last part of a batch reduces gradients over ranks
                 self.module.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-            elif self.world > 1:
+            elif self.is_ddp:
                 self.module.require_backward_grad_sync = is_last  # type: ignore[assignment]
             loss = self._loss(part)
             loss.backward()
             total += loss.detach()
         norm = self._limit_gradients()
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        # DDP's gradients stay in its buckets, which it lays out anew after the first step.
+        self.optimizer.zero_grad(set_to_none=not (self.is_ddp and self.has_stepped))
+        self.has_stepped = True
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
         for name, average in self.ema.items():
             average.lerp_(self.named[name].detach(), 1 - decay)

@@ -17,7 +17,7 @@ from kolors_core.cli.options import FAULTS
 from kolors_core.devices import is_out_of_memory
 from weights_convert.untrusted_files import one_line
 
-MOST_WAITING, KEPT = 32, 200  # jobs in line, and finished ones that are remembered
+MOST_WAITING, KEPT = 32, 20  # jobs in line, and finished ones that are remembered
 logger = logging.getLogger("kolors_core")
 
 
@@ -30,7 +30,8 @@ class Job:
     """Job in line, running or finished. work: called with the job, returns its result as JSON.
 
     state: "waiting", "running", "done", "failed" or "cancelled". step, steps: of the part that runs, such as
-    "image 2 of 6". preview: the latents after the last step, as a PNG's address. notes: warnings.
+    "image 2 of 6". preview: the latents after the last step, as a PNG's address. left: seconds, of all parts,
+    judged by the steps after the first, before which models are loaded. notes: warnings.
     """
 
     title: str
@@ -45,21 +46,38 @@ class Job:
     notes: list[str] = field(default_factory=list)
     result: Mapping[str, Any] | None = None
     error: str = ""
-    began: float = 0.0
-    seconds: float = 0.0
+    left: float | None = None
+    first: tuple[float, float] | None = None
+    is_cancelled: bool = False
 
-    def report(self, step: int, steps: int, part: str = "", preview: str = "") -> None:
-        """Say how far it is; `Cancelled` if it was cancelled."""
+    def report(
+        self, step: int, steps: int, part: str = "", preview: str = "", done: float | None = None
+    ) -> None:
+        """Say how far it is. done: the share of the whole job, step / steps if it has one part."""
+        done, now = step / steps if done is None else done, time.monotonic()
         with self.queue.changed:
             self.step, self.steps, self.part = step, steps, part
-            self.preview, self.seconds = preview or self.preview, time.monotonic() - self.began
+            self.preview, self.first = preview or self.preview, self.first or (done, now)
+            if done > self.first[0]:
+                self.left = (now - self.first[1]) / (done - self.first[0]) * (1 - done)
             self.queue.note()
+
+    def finish(self, cleanup: Callable[[], None]) -> None:
+        """Call what may not be ended in its middle; raises `Cancelled` after it if that was asked for."""
+        try:
+            with self.queue.changed:
+                self.queue.is_interruptible = False
+        finally:  # though a cancellation from before may be raised above
+            cleanup()
+        with self.queue.changed:
+            if self.is_cancelled:
+                raise Cancelled
+            self.queue.is_interruptible = True
 
     def seen(self, place: int) -> dict[str, Any]:
         """Return what the page shows of it. place: how many jobs run or wait before it."""
-        names = ("id", "title", "state", "part", "step", "steps", "preview", "notes", "result", "error")
-        left = self.seconds / self.step * (self.steps - self.step) if self.step else None
-        return {name: getattr(self, name) for name in names} | {"place": place, "left": left}
+        shown = "id title state part step steps left preview notes result error"
+        return {name: getattr(self, name) for name in shown.split()} | {"place": place}
 
 
 class Queue:
@@ -96,8 +114,11 @@ class Queue:
             if job.state == "waiting":
                 job.state = "cancelled"
                 self.note()
-            elif job.state == "running" and self.is_interruptible:
-                self.is_interruptible = False  # once is enough
+            elif job.state == "running":
+                job.is_cancelled = True
+                if not self.is_interruptible:  # once is enough; in `finish`, it comes after the cleanup
+                    return
+                self.is_interruptible = False
                 thread, kind = ctypes.c_ulong(self.worker.ident or 0), ctypes.py_object(Cancelled)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, kind)
 
@@ -127,39 +148,45 @@ class Queue:
 
     def _run(self) -> None:
         while not self.is_closed:
-            try:
-                with self.changed:
-                    self.changed.wait_for(lambda: self._waiting() or self.is_closed)
-                    job = next(iter(self._waiting()), None)
-                if job is not None:
-                    self._run_one(job)
-            except Cancelled:  # of a job that ended before it came
-                continue
+            with self.changed:
+                self.changed.wait_for(lambda: self._waiting() or self.is_closed)
+                job = next(iter(self._waiting()), None)
+            if job is not None:
+                self._run_one(job)
 
     def _run_one(self, job: Job) -> None:
-        state, error, result = "cancelled", "", None
-        with self.changed:
-            if job.state != "waiting":
-                return
-            job.state, job.began, self.is_interruptible = "running", time.monotonic(), True
-            self.note()
         handler = _Notes(job)
         logger.addHandler(handler)
         try:
-            result, state = job.work(job), "done"
-        except Cancelled:
-            pass
-        except FAULTS as fault:
-            if isinstance(fault, RuntimeError) and not is_out_of_memory(fault):
-                logger.exception("a fault of the library, please report it")
-            state, error = "failed", one_line(fault, None)
+            with self.changed:
+                if job.state != "waiting":
+                    return
+                job.state, self.is_interruptible = "running", True
+                self.note()
+            self._end(job, *_outcome(job))
+        except Cancelled:  # it comes once a job, and may come while the job begins or ends
+            self._end(job, "cancelled")
         finally:
             logger.removeHandler(handler)
-            with self.changed:
-                self.is_interruptible = False
+
+    def _end(self, job: Job, state: str, error: str = "", result: Mapping[str, Any] | None = None) -> None:
+        with self.changed:
+            self.is_interruptible = False
+            if job.state == "running":
                 job.state, job.error, job.result = state, error, result
-                job.seconds = time.monotonic() - job.began
                 self.note()
+
+
+def _outcome(job: Job) -> tuple[str, str, Mapping[str, Any] | None]:
+    """Do a job's work; return its state, error and result. `Cancelled` if it was cancelled."""
+    try:
+        return "done", "", job.work(job)
+    except Exception as fault:  # of any kind: the thread goes on with the next job
+        if isinstance(fault, FAULTS) and (is_out_of_memory(fault) or not isinstance(fault, RuntimeError)):
+            return "failed", one_line(fault, None), None
+        logger.exception("a fault of the library, please report it")
+        told = f"{type(fault).__name__}: {one_line(fault, None)}"
+        return "failed", f"a fault of the library, please report it: {told}", None
 
 
 class _Notes(logging.Handler):

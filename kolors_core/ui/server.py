@@ -8,19 +8,23 @@ the origin and the kind of content are checked. Nothing here asks for anything e
 import hmac
 import json
 import secrets
+import socket
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from kolors_core.ui.gallery import MOST_BYTES
 from kolors_core.ui.jobs import Job, Queue
 from kolors_core.ui.sheet import axes_of
 from kolors_core.ui.studio import Studio
+from kolors_core.validation import check_float
 
 PAGE = Path(__file__).parent / "page"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".png": "image/png"}
@@ -29,8 +33,8 @@ MOST_JSON = 2**20
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
 }  # fmt: skip
-COOKIE = "kolors"
 
 
 class PageServer(ThreadingHTTPServer):
@@ -41,6 +45,7 @@ class PageServer(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, token: str | None) -> None:
         """Raises OSError naming the address if it is in use. studio: set before `serve_forever`."""
         self.token, self.queue = token, Queue()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.studio: Studio
         try:
             super().__init__((host, port), Handler)
@@ -48,6 +53,13 @@ class PageServer(ThreadingHTTPServer):
             self.queue.close()
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
         self.hosts = {*LOOPBACK} if host in LOOPBACK else None  # None: any, with the token
+        # Browsers send a host's cookies to all of its ports, where another page may be.
+        self.cookie = f"kolors_{self.server_port}"
+
+    def server_bind(self) -> None:
+        """Bind, without asking a name server for the name of this machine."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = (str(self.server_address[0]), int(self.server_address[1]))
 
     @property
     def address(self) -> str:
@@ -55,6 +67,11 @@ class PageServer(ThreadingHTTPServer):
         host = str(self.server_address[0])
         name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         return f"http://{name}:{self.server_port}/" + (f"?token={self.token}" if self.token else "")
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print a fault, unless the browser has gone."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
     def server_close(self) -> None:
         """End the job that runs, and stop listening."""
@@ -67,6 +84,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: PageServer  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds without a byte, after which a connection is closed
     server_version = "kolors_core"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -88,9 +106,9 @@ class Handler(BaseHTTPRequestHandler):
         })  # fmt: skip
 
     def _answer(self, routes: Mapping[str, Callable[[Mapping[str, str]], Any]]) -> None:
-        url = urlsplit(self.path)
-        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         try:
+            url = urlsplit(self.path)
+            query = {name: values[-1] for name, values in parse_qs(url.query).items()}
             if (refusal := self._refusal(query)) is not None:
                 return self._send_json({"error": refusal}, HTTPStatus.FORBIDDEN)
             if url.path in routes:
@@ -103,8 +121,8 @@ class Handler(BaseHTTPRequestHandler):
                 {"error": "there is no such job: the page was started anew"}, HTTPStatus.NOT_FOUND
             )
         except (ValueError, TypeError, OSError) as error:
-            if isinstance(error, ConnectionError):  # the browser has gone
-                return
+            if isinstance(error, ConnectionError | TimeoutError):  # the browser has gone
+                raise
             self._send_json({"error": str(error)}, HTTPStatus.BAD_REQUEST)
 
     def _refusal(self, query: Mapping[str, str]) -> str | None:
@@ -123,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.token is None:
             return None
         try:
-            kept = SimpleCookie(self.headers.get("Cookie", "")).get(COOKIE)
+            kept = SimpleCookie(self.headers.get("Cookie", "")).get(self.server.cookie)
         except CookieError:
             kept = None
         given = query.get("token") or (kept.value if kept else "")
@@ -133,14 +151,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: str) -> Path | None:
         if path.startswith("/images/"):
-            return self.server.studio.gallery.find(path.removeprefix("/images/"))
+            return self.server.studio.gallery.find(unquote(path.removeprefix("/images/")))
         name = "index.html" if path == "/" else path.removeprefix("/")
         return next((file for file in PAGE.iterdir() if file.name == name and file.suffix in KINDS), None)
 
     def _body(self, most: int, kind: str) -> bytes:
-        size = self.headers.get("Content-Length", "")
-        if not size.isdigit() or int(size) > most:
-            self.close_connection = True
+        size = self.headers.get("Content-Length", "")[:20]
+        if not (size.isascii() and size.isdecimal()) or int(size) > most:
             raise ValueError(f"expected at most {most:,} bytes, got {size or 'no length'}")
         content = self.rfile.read(int(size))
         if not self.headers.get("Content-Type", "").startswith(kind):
@@ -191,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _edges(self, _: Mapping[str, str]) -> dict[str, Any]:
         body = self._json()
-        low, high = (float(body.get(name, 0)) for name in ("low", "high"))
+        low, high = (check_float(name, body.get(name), least=0) for name in ("low", "high"))
         return self.server.studio.edges(str(body.get("image")), low, high)
 
     def _cancel(self, _: Mapping[str, str]) -> dict[str, Any]:
@@ -213,14 +230,17 @@ class Handler(BaseHTTPRequestHandler):
         return {"version": version, "job": job}
 
     def _send_json(self, content: Any, status: HTTPStatus = HTTPStatus.OK) -> None:
-        self._send(json.dumps(content, ensure_ascii=False).encode(), "application/json", status)
+        self._send(json.dumps(content).encode(), "application/json", status)
 
     def _send(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
         self.send_response(status)
+        if status != HTTPStatus.OK:  # what was not read of a refused request would be read as the next one
+            self.send_header("Connection", "close")
         kind += "; charset=utf-8" if kind.startswith("text/") or kind == "application/json" else ""
         headers = {"Content-Type": kind, "Content-Length": str(len(content))}
         if self.server.token is not None and status == HTTPStatus.OK and kind.startswith("text/html"):
-            headers["Set-Cookie"] = f"{COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
+            cookie = f"{self.server.cookie}={self.server.token}"
+            headers["Set-Cookie"] = f"{cookie}; HttpOnly; SameSite=Strict; Path=/"
         for name, value in (headers | HEADERS).items():
             self.send_header(name, value)
         self.end_headers()

@@ -11,7 +11,7 @@ from kolors_core.ui.requests import Request
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-AXES = ("prompt", "seed", "steps", "sampler", "schedule", "guidance", "strength", "lora_weight", "ip_scale")
+AXES = ("prompt", "seed", "steps", "sampler", "schedule", "guidance", "lora_weight")
 MOST_CELLS = 64
 GAP, LINE, INK, SOFT = 12, 20, "#1a1a1a", "#6a6a6a"
 
@@ -56,13 +56,23 @@ def cells(request: Request, axes: Sequence[Axis]) -> list[dict[str, Any]]:
     return found
 
 
+def _named(name: str, value: Any) -> str:
+    return f"{name.replace('_', ' ')} {value}"
+
+
+def label(name: str, value: Any, width: int) -> str:
+    """Say a value of an axis in `width` pixels: without its name if it is too long for both."""
+    full = _named(name, value)
+    return full if font().getlength(full) <= width else shortened(str(value), width)
+
+
 def render(images: Sequence["Image"], axes: Sequence[Axis], title: str) -> "Image":
     """Draw the sheet: columns are the first axis, rows the second, tables under each other the third."""
     from PIL import Image, ImageDraw
 
     (across, columns), (down, rows), (deep, tables) = (*axes, *[("", [""])] * (3 - len(axes)))
     w, h = images[0].size
-    margin = max([0, *(int(font().getlength(f"{down} {value}")) for value in rows if down)])
+    margin = max([0, *(int(font().getlength(_named(down, value))) for value in rows if down)])
     margin = min(margin, 2 * w) + (GAP if down else 0)
     width = GAP + margin + len(columns) * (w + GAP)
     head = wrapped(title, max(width - 2 * GAP, 8 * LINE), 4)
@@ -78,10 +88,10 @@ def render(images: Sequence["Image"], axes: Sequence[Axis], title: str) -> "Imag
         x, top = GAP + margin + column * (w + GAP), 2 * GAP + LINE * len(head) + depth * table
         y = top + (LINE if deep else 0) + LINE + row * (h + GAP)
         if deep and not row and not column:
-            pen.text((GAP, top), shortened(f"{deep} {tables[depth]}", width), INK, font())
+            pen.text((GAP, top), label(deep, tables[depth], width), INK, font())
         if not row:
-            pen.text((x, y - LINE), shortened(f"{across} {columns[column]}", w), SOFT, font())
+            pen.text((x, y - LINE), label(across, columns[column], w), SOFT, font())
         if down and not column:
-            pen.text((GAP, y + h // 2 - LINE // 2), shortened(f"{down} {rows[row]}", margin), SOFT, font())
+            pen.text((GAP, y + h // 2 - LINE // 2), label(down, rows[row], margin), SOFT, font())
         sheet.paste(image.convert("RGB").resize((w, h)), (x, y))
     return sheet

@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,17 @@ STARTED = (
 )  # fmt: skip
 
 
+class Part(NamedTuple):
+    """Part of a job, and where it starts and ends in the whole."""
+
+    name: str
+    start: float
+    end: float
+
+
+WHOLE = Part("", 0.0, 1.0)
+
+
 class Studio:
     """One pipeline, loaded once, and the folder of its images. One job at a time uses it."""
 
@@ -79,17 +91,20 @@ class Studio:
     def draw(self, request: Request, job: Job) -> dict[str, Any]:
         """Draw images; return their names."""
         options, call = self._prepared(request)
-        with self._adapters_removed():
+        with self._adapters_removed(job):
             return {"images": self.gallery.save(self._draw(options, call, job))}
 
     def compare(self, request: Request, axes: list[sheet.Axis], job: Job) -> dict[str, Any]:
         """Draw a sheet of all settings of the axes; return its name."""
         asked = sheet.cells(request, axes)
         ready = [self._prepared(cell) for cell in asked]  # all are checked before the first is drawn
+        steps = [self._steps(options) for options, _ in ready]
+        ends = [end / sum(steps) for end in accumulate(steps, initial=0)]
         images = []
-        for i, (options, call) in enumerate(ready, 1):
-            with self._adapters_removed():
-                images += self._draw(options, call, job, f"image {i} of {len(ready)}")[:1]
+        for i, (options, call) in enumerate(ready):
+            with self._adapters_removed(job):
+                part = Part(f"image {i + 1} of {len(ready)}", ends[i], ends[i + 1])
+                images += self._draw(options, call, job, part)[:1]
         facts = dict(request) | {"axes": [{"name": name, "values": values} for name, values in axes]}
         title = str(request.get("prompt", ""))
         image = sheet.render(images, axes, title)
@@ -109,7 +124,7 @@ class Studio:
             pipe, options.prompt, self._steps(options), words_of(unwrap_compiled(pipe.text_encoder)),
             negative_prompt=options.negative, height=options.height, width=options.width,
             guidance_scale=options.guidance, generator=generator,
-            callback_on_step_end=self._watch(job, self._steps(options)),
+            callback_on_step_end=self._watch(job),
         )  # fmt: skip
         views = {
             f"{part}|{span}": {
@@ -131,7 +146,10 @@ class Studio:
         steps = self._steps(options)
         if not 1 <= step <= steps:
             raise ValueError(f"the step must be from 1 to {steps}, got {step}")
-        with self._adapters_removed(), capture(self.pipe.unet, layer, steps=[step - 1], keep=on_cpu) as found:
+        with (
+            self._adapters_removed(job),
+            capture(self.pipe.unet, layer, steps=[step - 1], keep=on_cpu) as found,
+        ):
             images = self._draw(options, call, job)
         x = found[layer][0][-1]  # the prompt's row, the last, of the output or of the first of several
         maps = as_map(x, images[0].height / images[0].width)  # [C, h, w]
@@ -139,7 +157,7 @@ class Studio:
         channels = [{"number": int(i), "map": data_uri(colorize(normalize(maps[i])))} for i in order]
         size = f"{maps.shape[0]} channels of {maps.shape[2]} by {maps.shape[1]}"
         image, main = self.gallery.save(images)[0], data_uri(main_colors(maps))
-        return {"image": image, "main": main, "size": size, "channels": channels}
+        return {"layer": layer, "image": image, "main": main, "size": size, "channels": channels}
 
     def edges(self, name: str, low: float, high: float) -> dict[str, Any]:
         """Return the edges of an image, as a ControlNet sees them, kept as an image of the page."""
@@ -156,17 +174,19 @@ class Studio:
         return pipe
 
     def _draw(
-        self, options: argparse.Namespace, call: generate.Call, job: Job, part: str = ""
+        self, options: argparse.Namespace, call: generate.Call, job: Job, part: Part = WHOLE
     ) -> list["Image"]:
         pipe = self._task(generate.task_of(options), options)
-        watched = call.arguments | {"callback_on_step_end": self._watch(job, None, part)}
+        watched = call.arguments | {"callback_on_step_end": self._watch(job, part)}
         return generate.draw(pipe, options, call._replace(arguments=watched))
 
-    def _watch(self, job: Job, steps: int | None, part: str = "") -> Callable[..., dict[str, Any]]:
+    def _watch(self, job: Job, part: Part = WHOLE) -> Callable[..., dict[str, Any]]:
         """Return a callback that reports each step with its preview."""
 
         def watch(pipe: Any, i: int, _timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-            job.report(i + 1, steps or pipe.num_timesteps, part, self.preview.address(tensors["latents"]))
+            done = part.start + (part.end - part.start) * (i + 1) / pipe.num_timesteps
+            preview = self.preview.address(tensors["latents"])
+            job.report(i + 1, pipe.num_timesteps, part.name, preview, done)
             return tensors
 
         return watch
@@ -175,15 +195,19 @@ class Studio:
         return default_steps(options.sampler) if options.steps is None else options.steps
 
     @contextmanager
-    def _adapters_removed(self) -> Iterator[None]:
+    def _adapters_removed(self, job: Job) -> Iterator[None]:
         """Remove what a job attaches to the models, however it ends."""
-        try:
-            yield
-        finally:
+
+        def remove() -> None:
             self.pipe.disable_freeu()
             self.pipe.unload_lora_weights()
             self.pipe.unload_ip_adapter()
             self.pipe.unload_textual_inversion()
+
+        try:
+            yield
+        finally:
+            job.finish(remove)
 
 
 def on_cpu(x: Tensor) -> Tensor:

@@ -286,7 +286,8 @@ def short_prompts(ours: Any, theirs: Any, folder: Path) -> None:
 
 
 def test_each_row_has_a_test_and_each_test_a_row() -> None:
-    table = README.read_text().partition("| in the reference | here |\n|---|---|\n")[2]
+    section = README.read_text().partition("## What stays different\n")[2]
+    table = section.partition("| in the reference | here |\n|---|---|\n")[2].partition("\n\n")[0]
     assert [line.split(" | ")[0].removeprefix("| ") for line in table.strip().splitlines()] == list(CHECKS)
 
 

@@ -30,6 +30,7 @@ from kolors_core.performance.row_split import Ranks, RowSplit, split_rows
 from kolors_core.performance.vae_tiling import enable_tiling
 from kolors_core.pipelines.memory_plan import plan
 from kolors_core.pipelines.png_metadata import read_metadata
+from kolors_core.unet import Attention
 from kolors_core.vae import Decoder, call
 from tests.support.row_worker import (
     HEIGHTS,
@@ -182,6 +183,21 @@ def test_a_unet_that_is_not_computed_by_rows_is_refused(change: Change, kind: An
     change(unet)
     with pytest.raises(kind, match=message):
         denoised(unet, RowSplit(Unconnected(0, 2)).wrap_rule(guided), HEIGHTS[2])
+
+
+class Gated(Attention):
+    def project_out(self, h: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"a gate of {list(h.shape)} and {list(x.shape)}")
+
+
+@pytest.mark.exact
+@torch.no_grad()
+def test_what_a_subclass_makes_of_the_heads_is_asked_for_a_band_too() -> None:
+    unet, split = copy.deepcopy(small_unet()), RowSplit(Unconnected(0, 2)).wrap_rule(guided)
+    unet.mid.attentions[0].blocks[0].self_attention.__class__ = Gated
+    pixels = split_rows(HEIGHTS[2], 3, 2)[-1][0][1] * -(-WIDTH // 4)
+    with pytest.raises(NotImplementedError, match=rf"of \[2, 8, {pixels}, 8\] and \[2, {pixels}, 64\]"):
+        denoised(unet, split, HEIGHTS[2])
 
 
 @pytest.mark.exact

@@ -75,6 +75,12 @@ def test_the_nearest_things_have_similar_names(prompt: str, near: str) -> None:
     assert near in [one.english[0] for one in nearest(prompt)]
 
 
+def test_of_a_long_word_only_its_beginning_is_compared() -> None:
+    """One of any length costs no more than a name."""
+    word = f"{'helicop':z<30}"
+    assert nearest(word + "pineapple" * 1000) == nearest(word)
+
+
 @pytest.mark.parametrize(
     "prompt",
     [

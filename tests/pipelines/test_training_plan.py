@@ -17,7 +17,7 @@ from kolors_core.config import UNetConfig
 from kolors_core.devices import onednn_convolves
 from kolors_core.module import is_block
 from kolors_core.performance.training_memory import Autocast, training_tracker
-from kolors_core.pipelines.training_plan import TrainingPlan, plan_training
+from kolors_core.pipelines.training_plan import TrainingPlan, example_batch, plan_training
 from kolors_core.registry import SkipInit
 from kolors_core.training.config import ParameterGroup, TrainingConfig
 from kolors_core.training.data import Batch
@@ -122,26 +122,36 @@ def plan_fit(config: TrainingConfig, loss: Fit | None = None, **arguments: Any) 
 
 
 def test_processes_have_all_or_their_share() -> None:
-    """DDP copies the gradients to buckets; FSDP2 has rows of each weight, and whole two blocks and the rest.
+    """DDP has gradients all the time, as second parts do; FSDP2 rows of weights, two whole blocks, the rest.
 
     The expected bytes are written out.
     """
     config, block, rest = replace(SETTINGS, batch_size=64), 4 * (64 * 64 + 3 * 64), 4 * 65
     whole = 2 * block + rest
     alone, ddp = plan_fit(config), plan_fit(config, processes=8)
-    assert alone.weights == alone.gradients == alone.average == whole / GIB and alone.buckets == 0
+    assert alone.weights == alone.gradients == alone.average == whole / GIB
     assert alone.optimizer == (2 * whole + 4 * 10) / GIB  # and the number of steps of each parameter
-    assert ddp.buckets == ddp.gradients and ddp.total == alone.total + alone.gradients
+    in_parts = plan_fit(replace(config, gradient_accumulation_steps=2))
+    assert replace(ddp, run=in_parts.run) == in_parts and alone.passes < ddp.passes < 2 * alone.passes
     for processes, rows in ((8, 8), (64, 1)):
         shard = replace(config, shard=True)
         shared = plan_fit(shard, processes=processes)
         own = 4 * (2 * (64 * rows + 3 * rows) + -(-64 // 64) * 64 + 1)  # the output's one row is the first's
         assert shared.weights == shared.average == shared.gradients == own / GIB
         assert shared.gathered == (rest + 2 * block + rest + block) / GIB
-        assert shared.passes > shared.gathered and shared.buckets == 0
+        assert shared.passes > shared.gathered
     in_parts = plan_fit(replace(config, shard=True, gradient_accumulation_steps=8), processes=8)
     assert in_parts.gradients == (whole + 4 * (2 * (64 * 8 + 3 * 8) + 65)) / GIB  # whole until the last part
     assert plan_fit(replace(config, shard=True)).gathered == 0
+
+
+def test_the_batch_is_of_the_latents_and_inputs_that_the_unet_has() -> None:
+    """Of an autoencoder with other channels, beside a mask and masked latents."""
+    loss = DiffusionLoss(UNet(replace(MEDIUM, in_channels=17, out_channels=8)), None, SIGMAS, CONFIG)
+    batch = example_batch(loss, CONFIG, 2, SIZE, 64)
+    assert batch.latents.shape == batch.noise.shape == (2, 8, SIZE // 8, 8) and batch.extra is not None
+    assert batch.extra.shape == (2, 9, SIZE // 8, 8)
+    assert plan_training(loss, CONFIG, SIZE, 64, is_printed=False).passes > 0
 
 
 def test_what_is_frozen_and_other_optimizers_take_less() -> None:

@@ -1,6 +1,7 @@
 """A page's server in a thread, asked over HTTP; a browser on a page."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -43,6 +44,19 @@ def asked(server: PageServer, path: str, body: Any = None, **headers: str) -> tu
     is_json = (answer.headers["Content-Type"] or "").startswith("application/json")
     link.close()
     return answer.status, json.loads(read) if is_json else read
+
+
+def sent(server: PageServer, content: bytes) -> bytes:
+    """All that comes for bytes on a connection, until the server closes it."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as link:
+        link.sendall(content)
+        read = b""
+        try:
+            while more := link.recv(2**16):
+                read += more
+        except ConnectionResetError:  # it did not read all
+            pass
+        return read
 
 
 def finished(server: PageServer, path: str, **body: Any) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def fit_on_two(out: Path) -> int:
         config = replace(SETTINGS, shard=shard, gradient_accumulation_steps=2)
         losses = fit_killed_and_resumed(out / f"{name} on two", make, config)
         lines.append(f"{name}|{list(losses)}")
-    lines.append(f"exchanges|{count_exchanges(out / 'counted')}")
+    lines.append(f"exchanges and buckets|{count_exchanges(out / 'counted')}")
     lines.append(f"compiled|{list(fit_compiled(out / 'compiled on two'))}")
     if dist.get_rank() == 0:
         (out / "losses.txt").write_text("\n".join(lines))
@@ -169,9 +169,9 @@ def fit_compiled(folder: Path) -> Sequence[float]:
     return losses
 
 
-def count_exchanges(folder: Path) -> int:
-    """Count DDP's exchanges of gradients in two batches of two parts."""
-    config, counted = replace(SETTINGS, steps=2, gradient_accumulation_steps=2), list[int]()
+def count_exchanges(folder: Path) -> tuple[int, int]:
+    """Count DDP's exchanges in three batches of two parts, and the storages of gradients after them."""
+    config, counted = replace(SETTINGS, steps=3, gradient_accumulation_steps=2), list[int]()
     trainer = Trainer(Fit(), Points(), config, folder)
 
     def hook(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -181,7 +181,9 @@ def count_exchanges(folder: Path) -> int:
     assert isinstance(trainer.module, DistributedDataParallel)
     trainer.module.register_comm_hook(None, hook)
     trainer.fit(progress=False)
-    return len(counted)
+    gradients = [p.grad for p in trainer.named.values() if p.grad is not None]
+    assert len(gradients) == len(trainer.named)
+    return len(counted), len({gradient.untyped_storage().data_ptr() for gradient in gradients})
 
 
 def fit_sharded(out: Path, steps: int) -> int:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,33 @@ def test_tensorboard_gets_numbers_and_images(tmp_path: Path) -> None:
     assert {event.step for event in scalars.values()} == {4}
     [image] = events.Images("samples/0")
     assert (image.width, image.height) == (4, 2)
+
+
+def test_weights_and_biases_keeps_a_run_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is an extra")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = wandb.init(mode="offline", project="p", dir=tmp_path)
+    log = to_run(run, wandb.Image)
+    log(replace(STEP, images=[Image.new("RGB", (4, 2))]))
+    log(replace(STEP, step=5, loss=9.0))  # the step before it is now in the summary
+    assert {name: run.summary[name] for name in VALUES} == VALUES and run.summary["_step"] == 4
+    run.finish()
+    [file] = tmp_path.rglob("media/images/samples/*.png")
+    assert Image.open(file).size == (4, 2)
+
+
+def test_trackio_keeps_a_run_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # which it reads when it is imported
+    trackio = pytest.importorskip("trackio", reason="trackio needs an older pillow: no extra")
+    to_run(trackio.init(project="p"), trackio.Image)(replace(STEP, images=[Image.new("RGB", (4, 2))]))
+    trackio.finish()
+    with closing(sqlite3.connect(tmp_path / "p.db")) as base:
+        [(step, metrics)] = base.execute("SELECT step, metrics FROM metrics")
+    found = json.loads(metrics)
+    assert Image.open(tmp_path / "media" / found.pop("samples/0")["file_path"]).size == (4, 2)
+    assert (step, found) == (4, VALUES)
 
 
 class Run:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kolors_core.ui.jobs import MOST_WAITING, Job, Queue, logger
+from kolors_core.ui.jobs import KEPT, MOST_WAITING, Job, Queue, logger
 
 
 @pytest.fixture
@@ -84,6 +84,54 @@ def test_cancelling_what_is_over_ends_nothing_else(queue: Queue) -> None:
         queue.cancel("unknown")
 
 
+def test_a_job_that_is_cancelled_as_it_ends_has_an_end(queue: Queue) -> None:
+    release, ended = threading.Event(), threading.Event()
+
+    def work(job: Job) -> dict[str, int]:
+        release.wait(30)
+        ended.set()
+        return {}
+
+    job = queue.add("a", work)
+    until(queue, job, "running")
+    with queue.changed:  # the thread waits for it, to say that the job is done
+        release.set()
+        ended.wait(30)
+        time.sleep(0.05)
+        queue.cancel(job.id)
+    until(queue, other := queue.add("b", lambda job: {}), "done")
+    assert (job.state, other.state) == ("cancelled", "done")
+
+
+def test_what_a_job_cleans_up_is_not_ended_in_its_middle(queue: Queue) -> None:
+    began, release, cleaned = threading.Event(), threading.Event(), list[str]()
+
+    def cleanup() -> None:
+        began.set()
+        held(release)(job)
+        cleaned.append("all of it")
+
+    def work(job: Job) -> dict[str, int]:
+        job.finish(lambda: None)
+        job.finish(cleanup)
+        cleaned.append("and went on")
+        return {}
+
+    job = queue.add("a", work)
+    assert began.wait(30)
+    queue.cancel(job.id)
+    release.set()
+    until(queue, queue.add("b", lambda job: {}), "done")
+    assert (job.state, cleaned) == ("cancelled", ["all of it"])
+
+
+def test_the_next_job_runs_after_a_fault_of_any_kind(queue: Queue) -> None:
+    job, after = queue.add("a", lambda job: {}["no such key"]), queue.add("b", lambda job: {})
+    until(queue, after, "done")
+    told = "a fault of the library, please report it: KeyError: 'no such key'"
+    assert (job.state, job.error) == ("failed", told)
+
+
 def test_errors_and_warnings_are_the_jobs_own(queue: Queue) -> None:
     def warns(job: Job) -> dict[str, int]:
         logger.warning("eta has no effect")
@@ -97,19 +145,37 @@ def test_errors_and_warnings_are_the_jobs_own(queue: Queue) -> None:
 
 
 def test_progress_wakes_those_who_wait_and_tells_the_time_that_is_left(queue: Queue) -> None:
-    release = threading.Event()
+    """Of the whole job, by what was done since the first step: before it, models are loaded."""
+    further, release, times = threading.Event(), threading.Event(), list[float]()
 
     def work(job: Job) -> dict[str, int]:
-        job.report(1, 4, "image 1 of 2", "data:,")
+        time.sleep(0.5)
+        times.append(time.monotonic())
+        job.report(1, 4, "image 1 of 2", "data:,", done=1 / 8)
+        further.wait(30)
+        job.report(2, 4, "image 1 of 2", done=2 / 8)
+        times.append(time.monotonic())
         return held(release)(job)
 
     job = queue.add("a", work)
     with queue.changed:
         assert queue.changed.wait_for(lambda: job.step == 1, 30)
+        assert job.seen(0)["left"] is None
+    time.sleep(0.01)
+    further.set()
+    while len(times) < 2:
+        time.sleep(0.01)
     _, seen = queue.wait(job.id, -1)
-    assert (seen["step"], seen["steps"], seen["part"], seen["preview"]) == (1, 4, "image 1 of 2", "data:,")
-    assert seen["left"] == pytest.approx(3 * job.seconds)
+    assert (seen["step"], seen["steps"], seen["part"], seen["preview"]) == (2, 4, "image 1 of 2", "data:,")
+    assert 6 * 0.01 <= seen["left"] <= 6 * (times[1] - times[0])
     release.set()
+
+
+def test_only_the_last_results_are_kept(queue: Queue) -> None:
+    """A map of each token is megabytes."""
+    for i in range(KEPT + 5):
+        until(queue, queue.add(str(i), lambda job: {}), "done")
+    assert len(queue.jobs) <= KEPT + 1 <= 50 and "0" not in {job.title for job in queue.jobs.values()}
 
 
 def test_the_line_has_an_end(queue: Queue) -> None:

@@ -1,11 +1,14 @@
 """The page in a browser, each tab by pointer and by keyboard; two browsers at once."""
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from kolors_core.pipelines.png_metadata import attach_metadata, save_png
 from kolors_core.ui.server import PageServer
 from tests.support.pages import Tab, served, tab_on
 
@@ -54,6 +57,8 @@ def test_drawing_by_pointer_and_by_keyboard(server: PageServer, tab: Tab, tmp_pa
     tab.fill("#draw [name=width]", "64")
 
     # a part of an image: one half by the pointer, then more by the keyboard
+    dropped = "document.body.dispatchEvent(new DragEvent('{}', {{ bubbles: true, cancelable: true }}))"
+    assert not any(tab.value(dropped.format(kind)) for kind in ("dragover", "drop")), "the page is left"
     Image.new("RGB", (128, 128), "green").save(tmp_path / "green.png")
     tab.point("#draw [value=inpaint]")
     tab.point("#draw .start")
@@ -71,6 +76,7 @@ def test_drawing_by_pointer_and_by_keyboard(server: PageServer, tab: Tab, tmp_pa
     )
     by_pointer = tab.value(painted)
     assert 25 * 60 < by_pointer < 27 * 100
+    assert tab.value(painted.replace("d[4 * i + 1])", "d[4 * i + 1] < d[4 * i])")) == by_pointer, "on white"
     tab.focus(".mask")
     tab.press(*["ArrowRight"] * 6, "Space")
     assert tab.value(painted) > by_pointer + 200
@@ -81,6 +87,13 @@ def test_drawing_by_pointer_and_by_keyboard(server: PageServer, tab: Tab, tmp_pa
     name = tab.value("document.querySelector('#draw figcaption').textContent")
     with Image.open(server.studio.gallery.find(name)) as image:
         assert image.info["task"] == "KolorsInpaintPipeline" and image.size == (64, 128)
+        with Image.open(
+            server.studio.gallery.find(f"inputs/{Path(json.loads(image.info['mask_image'])['file']).name}")
+        ) as mask:
+            colors = {color: count for count, color in mask.convert("RGB").getcolors() or ()}
+    white, black = colors.pop((255, 255, 255)), colors.pop((0, 0, 0))
+    assert by_pointer + 200 < white + sum(colors.values()) < 128 * 128 / 2 < black
+    assert all(red == green == blue for red, green, blue in colors), "edges of strokes are grays"
 
     # the edges of the image, shown before they are used
     tab.point("#draw [value=control]")
@@ -102,8 +115,15 @@ def test_comparing_looking_inside_and_the_history(server: PageServer, tab: Tab) 
     tab.focus("#tab-draw")
     tab.press("ArrowRight")
     tab.fill("#compare [name=steps]", "2")
-    for i, values in enumerate(["1, 2", "3"]):
-        tab.value(f"document.querySelectorAll('#compare [name=values]')[{i}].value = '{values}'")
+    assert tab.value("document.querySelector('#compare [name=guidance]').disabled"), "it is an axis"
+    tab.value("(() => { const [first, second] = document.querySelectorAll('#compare [name=axis]');"
+              "second.value = 'sampler'; second.dispatchEvent(new Event('change')) })()")  # fmt: skip
+    assert not tab.value("document.querySelector('#compare [name=guidance]').disabled")
+    assert "dpm2-ancestral" in tab.value("document.querySelector('#compare .names').textContent")
+    values = "document.querySelectorAll('#compare [name=values]')[{}].value"
+    assert "euler, " in tab.value(values.format(1))
+    for i, text in enumerate(["1, 2", "euler"]):
+        tab.value(f"{values.format(i)} = '{text}'")
     tab.focus("#compare .start")
     tab.press("Enter")
     drawn(tab, "#compare")
@@ -130,6 +150,12 @@ def test_comparing_looking_inside_and_the_history(server: PageServer, tab: Tab) 
     tab.point("#inside .start")
     drawn(tab, "#inside", 10)
 
+    # images that another program brought here, named as it likes; one that says a sheet is no sheet
+    for name, facts in (("猫 #1?.png", {}), ("sheet.png", {"prompt": "<b>bold", "sheet": "no JSON"})):
+        image = Image.new("RGB", (8, 8))
+        attach_metadata(image, facts)
+        save_png(image, server.studio.gallery.folder / name)
+        os.utime(server.studio.gallery.folder / name, (1, 1))  # the oldest
     tab.focus("#tab-inside")
     tab.press("ArrowRight")
     count = "document.querySelectorAll('.gallery img').length"
@@ -142,6 +168,21 @@ def test_comparing_looking_inside_and_the_history(server: PageServer, tab: Tab) 
     tab.point("dialog .vary")
     tab.until(f"{count} === {before + 1}")
     drawn(tab, "#history")
+    titled = "[...document.querySelectorAll('.gallery button')].find(b => b.title === '{}')"
+    tab.until("[...document.querySelectorAll('.gallery img')].every(i => i.complete && i.naturalWidth)")
+    tab.value(f"{titled.format('<b>bold')}.click()")
+    assert tab.value("document.querySelector('dialog .again').hidden")
+    assert "<b>bold" in tab.value("document.querySelector('dialog').innerText")
+    tab.press("Escape")
+    sheet = "[...document.querySelectorAll('.gallery img')].find(i => i.naturalWidth > 200).closest('button')"
+    tab.value(f"{sheet}.click()")
+    assert "sampler euler" in tab.value("document.querySelector('dialog dl').innerText")
+    clear(tab, "#history")
+    tab.point("dialog .again")
+    tab.until(f"{count} === {before + 2}")
+    drawn(tab, "#history")
+    sheets = [one for one in server.studio.gallery.list()["images"] if "axes" in one.get("sheet", "")]
+    assert len({one["sheet"] for one in sheets}) == 1 < len(sheets)
     tab.point(".gallery button")
     tab.point("dialog .use")
     tab.until("!document.querySelector('#draw').hidden && document.querySelector('.source').complete")
@@ -155,7 +196,12 @@ def test_a_job_is_cancelled_and_another_browser_sees_its_place(
     tab.point("#draw .start")
     tab.until("document.querySelector('#draw .told').textContent.includes(' of 900')")
     assert tab.value("document.querySelector('#draw .preview').src").startswith("data:image/png")
-    with tab_on(server.address, tmp_path / "other") as other:
+    tab.value("delete document.body.dataset.ready")
+    tab.browser("Page.reload")  # the job goes on, and is seen again
+    tab.until("document.body?.dataset.ready")
+    tab.until("document.querySelector('#draw .told').textContent.includes(' of 900')")
+    with tab_on(f"{server.address}?token=a", tmp_path / "other") as other:
+        assert other.value("location.search") == "", "a token is not left in the address"
         other.fill("#draw [name=steps]", "1")
         other.point("#draw .start")
         other.until("document.querySelector('#draw .told').textContent === 'waiting, 1 before it'")

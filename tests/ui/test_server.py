@@ -1,9 +1,11 @@
 """The page's server: what it draws, whom it refuses, and how it words errors."""
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -15,10 +17,10 @@ from kolors_core.__main__ import main
 from kolors_core.image import png_bytes
 from kolors_core.pipelines.png_metadata import read_metadata, save_png
 from kolors_core.ui.preview import Preview
-from kolors_core.ui.server import PageServer, chosen_token
+from kolors_core.ui.server import Handler, PageServer, chosen_token
 from kolors_core.ui.sheet import axes_of, cells
 from kolors_core.ui.studio import as_map, main_colors
-from tests.support.pages import asked, finished, served
+from tests.support.pages import asked, finished, sent, served
 
 REQUEST = {"prompt": "a red apple", "steps": "2", "seed": "7", "width": "64", "height": "64"}
 
@@ -95,6 +97,7 @@ def test_a_sheet_says_how_it_was_made(server: PageServer) -> None:
     request = {name: value for name, value in REQUEST.items() if name != "seed"} | {"lora": ["tiny:0.3"]}
     job = finished(server, "/api/compare", request=request, axes=axes)
     assert job["state"] == "done" and job["part"] == "image 4 of 4", job
+    assert job["left"] == pytest.approx(0, abs=1e-6), "of the whole sheet"
     assert [(one["seed"], one["lora"]) for one in job["result"]["cells"]] == [
         ("1", ["tiny:0"]), ("2", ["tiny:0"]), ("1", ["tiny:1"]), ("2", ["tiny:1"]),
     ]  # fmt: skip
@@ -146,6 +149,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("/api/features", {"request": REQUEST, "layer": "mid", "step": "1"}, "must be a whole number"),
     ("/api/bring", b"no image", "the image"),
     ("/api/edges", {"image": "no.png", "low": 1, "high": 2}, "there is no image"),
+    ("/api/edges", {"image": "no.png", "low": 10**400, "high": 2}, "low must be a number"),
     ("/api/images?start=-1", None, "start must be a whole number"),
 ]  # fmt: skip
 
@@ -164,6 +168,7 @@ def test_wrong_requests_are_refused_in_the_librarys_words(
     [
         ("/api/draw", {"request": {}}, "no prompt: say what to draw"),
         ("/api/draw", {"request": REQUEST | {"steps": "0"}}, "--steps must be"),
+        ("/api/draw", {"request": REQUEST | {"prompt": "\ud800"}}, "is not valid Unicode text"),
         ("/api/draw", {"request": REQUEST | {"mask": "M"}}, "--mask has no effect without --image"),
         ("/api/draw", {"request": REQUEST | {"width": "63"}}, "--width must be"),
         ("/api/draw", {"request": REQUEST | {"lora": ["no-such-file"]}}, "no-such-file"),
@@ -209,14 +214,49 @@ def test_other_sites_and_other_names_of_this_machine_are_refused(server: PageSer
     assert asked(server, "/", Host=f"localhost:{server.server_port}")[0] == 200
 
 
+def test_a_refused_request_has_no_other_in_its_body(server: PageServer) -> None:
+    """A page of any site can send one, with what it likes as its content."""
+    body = json.dumps({"request": REQUEST}).encode()
+    host = f"Host: 127.0.0.1:{server.server_port}\r\n".encode()
+    inner = b"POST /api/draw HTTP/1.1\r\n" + host + b"Content-Type: application/json\r\n"
+    inner += b"Content-Length: %d\r\n\r\n" % len(body) + body
+    for line, origin in (
+        (b"POST /api/draw", b"http://evil.example"), (b"POST /nothing", b"http://" + host[6:-2])
+    ):  # fmt: skip
+        head = line + b" HTTP/1.1\r\n" + host + b"Origin: " + origin + b"\r\n"
+        answer = sent(server, head + b"Content-Length: %d\r\n\r\n" % len(inner) + inner)
+        assert answer.count(b"HTTP/1.1") == 1 and answer.startswith(b"HTTP/1.1 40"), answer
+        assert b"Cross-Origin-Resource-Policy: same-origin" in answer, "no page of theirs shows our images"
+    strange = b"POST /api/draw HTTP/1.1\r\n" + host + b"Content-Length: \xb2\r\n\r\n" + inner
+    assert sent(server, strange).count(b"HTTP/1.1") == 1
+    assert b"Invalid IPv6 URL" in sent(server, b"GET http://[ HTTP/1.1\r\n" + host + b"\r\n")
+    assert asked(server, "/api/about")[0] == 200
+
+
+def test_a_slow_browser_is_left(server: PageServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= Handler.timeout <= 600
+    monkeypatch.setattr(Handler, "timeout", 0.05)
+    for part in (b"GET / HT", b"POST /api/bring HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\nx"):
+        assert sent(server, part) == b""
+
+
+def test_images_have_any_name(server: PageServer) -> None:
+    for name in ("a b.png", "猫#1?.png", "100%25.png"):
+        Image.new("RGB", (8, 8)).save(server.studio.gallery.folder / name)
+        assert asked(server, f"/images/{quote(name)}")[1][1:4] == b"PNG"
+        (server.studio.gallery.folder / name).unlink()
+    assert asked(server, "/images/%2e%2e%2fsecret.png")[0] == 400
+
+
 def test_with_a_token_nothing_is_told_without(tmp_path: Path) -> None:
     with served(tmp_path / "images", "secret") as server:
         for path in ("/", "/app.js", "/api/about", "/?token=other"):
             assert asked(server, path)[0] == 403
         assert asked(server, "/api/draw", {"request": REQUEST})[0] == 403
         assert asked(server, "/?token=secret")[0] == 200
-        assert asked(server, "/api/about", Cookie="kolors=secret")[1]["model"] == "tiny"
-        assert asked(server, "/api/about", Cookie="kolors=é; =")[0] == 403
+        cookie = f"kolors_{server.server_port}"  # that of a page on another port is another
+        assert asked(server, "/api/about", Cookie=f"kolors_1=x; {cookie}=secret")[1]["model"] == "tiny"
+        assert asked(server, "/api/about", Cookie=f"{cookie}=é; =")[0] == 403
     assert chosen_token("127.0.0.1", None) is None and chosen_token("127.0.0.1", "a-b") == "a-b"
     assert len(chosen_token("0.0.0.0", None) or "") >= 16
     with pytest.raises(ValueError, match="--token must be of letters"):
@@ -243,6 +283,18 @@ def test_axes_are_cells() -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match="the axis lora_weight needs a LoRA"):
         cells({"prompt": "a"}, axes_of([{"name": "lora_weight", "values": [1]}]))
+
+
+def test_it_listens_by_ipv6_and_asks_no_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(*_: Any) -> str:
+        raise AssertionError("a request for a name leaves the machine")
+
+    monkeypatch.setattr(socket, "getfqdn", resolve)
+    with PageServer("127.0.0.1", 0, None) as server:
+        assert server.address == f"http://127.0.0.1:{server.server_port}/"
+    if socket.has_ipv6 and Path("/proc/net/if_inet6").exists():
+        with PageServer("::1", 0, None) as server:
+            assert server.address == f"http://[::1]:{server.server_port}/"
 
 
 def test_the_command_refuses_what_it_cannot_serve(server: PageServer, capsys: pytest.CaptureFixture) -> None:

@@ -32,6 +32,7 @@ async function start() {
     startCompare(about);
     startInside(about);
     startHistory(draw);
+    history.replaceState(null, "", location.pathname);  // without the token, which a cookie has now
     document.body.dataset.ready = "true";
   } catch (error) {
     find("#fault").hidden = false;

@@ -12,6 +12,8 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
+export const addressOf = name => `/images/${name.split("/").map(encodeURIComponent).join("/")}`;
+
 export async function ask(path, body) {
   const isImage = body instanceof Blob;
   const options = body === undefined ? {} : {
@@ -33,6 +35,7 @@ export class Stage {
     this.running = find(".running", this.place);
     this.results = find(".results", this.place);
     this.id = null;
+    this.name = `job of ${section.id}`;
     find(".cancel", this.place).addEventListener("click", () => this.id && ask("/api/cancel", { id: this.id }));
   }
 
@@ -45,7 +48,20 @@ export class Stage {
   }
 
   // Give the server a job, and follow it to its end. Returns its result, or null.
-  async run(path, body) {
+  run(path, body) {
+    return this.follow(async () => (await ask(path, body)).id);
+  }
+
+  // Follow the job that ran when the page was loaded again.
+  async resume(show) {
+    const id = sessionStorage.getItem(this.name);
+    if (!id) return;
+    try { await ask(`/api/job?id=${id}&version=-1`); } catch { return sessionStorage.removeItem(this.name); }
+    const result = await this.follow(async () => id);
+    if (result) show(result);
+  }
+
+  async follow(start) {
     this.show(null);
     this.tell({ state: "waiting", place: 0 });
     const buttons = all("button.start, dialog .again, dialog .vary", this.place.parentElement);
@@ -53,7 +69,8 @@ export class Stage {
     this.running.hidden = false;
     this.running.scrollIntoView({ block: "nearest" });
     try {
-      this.id = (await ask(path, body)).id;
+      this.id = await start();
+      sessionStorage.setItem(this.name, this.id);
       let version = -1, job;
       do {
         ({ version, job } = await ask(`/api/job?id=${this.id}&version=${version}`));
@@ -67,6 +84,7 @@ export class Stage {
       return null;
     } finally {
       this.id = null;
+      sessionStorage.removeItem(this.name);
       this.running.hidden = true;
       buttons.forEach(button => { button.disabled = false; });
     }
@@ -76,22 +94,24 @@ export class Stage {
     const told = find(".told", this.running), bar = find("progress", this.running), preview = find(".preview", this.running);
     bar.max = job.steps || 1;
     if (job.steps) bar.value = job.step; else bar.removeAttribute("value");
+    if (preview.hidden && job.preview) preview.onload = () => { preview.onload = null; this.running.scrollIntoView({ block: "nearest" }); };
     preview.hidden = !job.preview;
     if (job.preview) preview.src = job.preview;
     const part = job.part ? `${job.part}, ` : "";
     if (job.state === "waiting") told.textContent = job.place ? `waiting, ${job.place} before it` : "waiting";
     else if (!job.step) told.textContent = `${part}reading the prompt`;
     else if (job.step === job.steps) told.textContent = `${part}decoding`;
-    else told.textContent = `${part}step ${job.step} of ${job.steps}, ${duration(job.left)} left`;
+    else told.textContent = `${part}step ${job.step} of ${job.steps}${job.left === null ? "" : `, ${duration(job.left)} left`}`;
   }
 
   images(names, kind = "") {
     this.results.replaceChildren(...names.map(name => element("figure", { class: kind },
-      element("img", { src: `/images/${name}`, alt: "What was drawn" }), element("figcaption", { text: name }))));
+      element("a", { href: addressOf(name), target: "_blank", title: "Open it alone" }, element("img", { src: addressOf(name), alt: "What was drawn" })),
+      element("figcaption", { text: name }))));
   }
 }
 
-const duration = seconds => seconds === null ? "" : seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
+const duration = seconds => seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
 
 // The fields that all tasks have, put into a form.
 export function addSettings(form, about) {
@@ -125,7 +145,7 @@ export function requestOf(form) {
 export function onSubmit(form, action) {
   form.noValidate = true;  // the library checks, and says what it wants
   form.addEventListener("submit", event => { event.preventDefault(); if (!find(".start", form).disabled) action(); });
-  form.addEventListener("keydown", event => { if (event.key === "Enter" && event.ctrlKey) { event.preventDefault(); form.requestSubmit(); } });
+  form.addEventListener("keydown", event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); } });
 }
 
 export function choose(tab) {

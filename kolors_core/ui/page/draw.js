@@ -1,5 +1,5 @@
 // The tab that draws: from a text, an image, a part of one, its edges, or as an image prompt.
-import { Stage, addSettings, all, ask, choose, find, onSubmit, requestOf } from "./common.js";
+import { Stage, addSettings, addressOf, all, ask, choose, find, onSubmit, requestOf } from "./common.js";
 
 export function startDraw(about) {
   const section = find("#draw"), form = find("form", section), stage = new Stage(section);
@@ -16,6 +16,7 @@ export function startDraw(about) {
     picture.hidden = task() === "text";
     for (const part of all("[data-task]", form)) part.hidden = !part.dataset.task.split(" ").includes(task());
     find(".mask", form).hidden = task() !== "inpaint";
+    find("[name=strength]", form).placeholder = task() === "inpaint" ? "1" : "0.3";
     if (task() === "control") showEdges();
   }
 
@@ -25,7 +26,7 @@ export function startDraw(about) {
 
   function use(brought) {
     image = brought;
-    source.src = `/images/${brought.name}`;
+    source.src = addressOf(brought.name);
     place.hidden = false;
     mask.resize(brought.width, brought.height);
     stage.show(null);
@@ -41,7 +42,7 @@ export function startDraw(about) {
     const [low, high] = ["low", "high"].map(name => Number(find(`[name=${name}]`, form).value));
     try {
       edgesOf = (await ask("/api/edges", { image: image.name, low: Math.min(low, high), high })).name;
-      edges.src = `/images/${edgesOf}`;
+      edges.src = addressOf(edgesOf);
     } catch (error) { stage.show(error.message); }
   }
 
@@ -57,7 +58,7 @@ export function startDraw(about) {
     }
     try {
       if (task() === "inpaint") {
-        if (mask.isEmpty()) return stage.show("paint the part that is to be drawn anew first");
+        if (mask.isEmpty()) return stage.show("paint the part to draw anew first");
         request.mask = (await ask("/api/bring", await mask.blob())).name;
       }
       if (task() === "control") {
@@ -80,22 +81,27 @@ export function startDraw(about) {
     picture.classList.remove("drop");
     if (event.dataTransfer.files[0] && task() !== "text") take(event.dataTransfer.files[0]);
   });
+  // A file that is dropped beside the form would be opened in place of the page.
+  for (const kind of ["dragover", "drop"]) document.addEventListener(kind, event => event.preventDefault());
   document.addEventListener("paste", event => {
     const file = [...event.clipboardData.files].find(one => one.type.startsWith("image/"));
     if (file && !section.hidden && task() !== "text") take(file);
   });
   onSubmit(form, draw);
   changed();
+  stage.resume(result => stage.images(result.images));
 
   // Start from an image of the history.
   return async name => {
     if (task() === "text") find("[name=task][value=image]", form).checked = true;
     changed();
-    await take(await (await fetch(`/images/${name}`)).blob());
+    await take(await (await fetch(addressOf(name))).blob());
     choose(find("#tab-draw"));
     find("[name=prompt]", form).focus();
   };
 }
+
+const PAINT = "#e3f";  // seen on a white image too
 
 // A mask that is painted over the image, by the pointer or the keyboard.
 class Mask {
@@ -105,12 +111,13 @@ class Mask {
     this.context = canvas.getContext("2d", { willReadFrequently: true });
     this.last = null;
     canvas.addEventListener("pointerdown", event => { canvas.setPointerCapture(event.pointerId); this.last = null; this.paint(this.at(event)); });
-    canvas.addEventListener("pointermove", event => { if (event.buttons) this.paint(this.at(event)); });
+    canvas.addEventListener("pointermove", event => { this.isOver = true; if (event.buttons) this.paint(this.at(event)); else { this.cursor = this.at(event); this.show(); } });
+    canvas.addEventListener("pointerleave", () => { this.isOver = false; this.show(); });
     canvas.addEventListener("keydown", event => this.key(event));
     canvas.addEventListener("focus", () => this.show());
     canvas.addEventListener("blur", () => this.show());
     find(".clear", form).addEventListener("click", () => { this.context.clearRect(0, 0, canvas.width, canvas.height); this.keep(); });
-    find(".fill", form).addEventListener("click", () => { this.context.fillStyle = "#fff"; this.context.fillRect(0, 0, canvas.width, canvas.height); this.keep(); });
+    find(".fill", form).addEventListener("click", () => { this.context.fillStyle = PAINT; this.context.fillRect(0, 0, canvas.width, canvas.height); this.keep(); });
   }
 
   resize(width, height) {
@@ -130,7 +137,7 @@ class Mask {
     this.restore();
     const pen = this.context;
     pen.globalCompositeOperation = isErased ? "destination-out" : "source-over";
-    Object.assign(pen, { strokeStyle: "#fff", lineWidth: 2 * this.radius, lineCap: "round", lineJoin: "round" });
+    Object.assign(pen, { strokeStyle: PAINT, lineWidth: 2 * this.radius, lineCap: "round", lineJoin: "round" });
     pen.beginPath();
     pen.moveTo((this.last ?? point).x, (this.last ?? point).y);
     pen.lineTo(point.x + .01, point.y);
@@ -157,15 +164,17 @@ class Mask {
 
   restore() { if (this.painted) this.context.putImageData(this.painted, 0, 0); else this.context.clearRect(0, 0, this.canvas.width, this.canvas.height); }
 
-  // Show the brush of the keyboard, which is no part of the mask.
+  // Show the brush where the pointer or the keyboard has it, which is no part of the mask.
   show() {
     if (!this.canvas.width || !this.cursor) return;
     this.restore();
-    if (document.activeElement !== this.canvas || !this.canvas.matches(":focus-visible")) return;
-    Object.assign(this.context, { strokeStyle: "#f33", lineWidth: Math.max(1, this.canvas.width / 200) });
-    this.context.beginPath();
-    this.context.arc(this.cursor.x, this.cursor.y, this.radius, 0, 7);
-    this.context.stroke();
+    if (!this.isOver && !this.canvas.matches(":focus-visible")) return;
+    for (const [strokeStyle, width] of [["#000", 3], ["#fff", 1]]) {  // seen on any image
+      Object.assign(this.context, { strokeStyle, lineWidth: width * Math.max(1, this.canvas.width / 400) });
+      this.context.beginPath();
+      this.context.arc(this.cursor.x, this.cursor.y, this.radius, 0, 7);
+      this.context.stroke();
+    }
   }
 
   isEmpty() { return !this.painted || !this.painted.data.some(byte => byte); }
@@ -175,9 +184,11 @@ class Mask {
     const flat = document.createElement("canvas");
     Object.assign(flat, { width: this.canvas.width, height: this.canvas.height });
     const pen = flat.getContext("2d");
-    pen.fillRect(0, 0, flat.width, flat.height);
-    this.restore();
-    pen.drawImage(this.canvas, 0, 0);
+    pen.putImageData(this.painted, 0, 0);
+    for (const [operation, color] of [["source-in", "#fff"], ["destination-over", "#000"]]) {
+      Object.assign(pen, { globalCompositeOperation: operation, fillStyle: color });
+      pen.fillRect(0, 0, flat.width, flat.height);
+    }
     return new Promise(done => flat.toBlob(done, "image/png"));
   }
 }

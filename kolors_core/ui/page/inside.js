@@ -1,5 +1,5 @@
 // The tab that looks inside: where each token acted, and what a layer computes.
-import { Stage, addSettings, all, element, find, onSubmit, requestOf } from "./common.js";
+import { Stage, addSettings, addressOf, all, element, find, onSubmit, requestOf } from "./common.js";
 
 export function startInside(about) {
   const section = find("#inside"), form = find("form", section), stage = new Stage(section);
@@ -7,7 +7,7 @@ export function startInside(about) {
   addSettings(form, about);
   find(".images", form).hidden = true;
   layer.max = about.layers.length - 1;
-  layer.value = Math.floor(about.layers.length / 2);
+  layer.value = Math.floor(about.layers.length * .8);  // of the up path, where an image is seen
   const what = () => find("[name=what]:checked", form).value;
 
   function changed() {
@@ -19,25 +19,26 @@ export function startInside(about) {
     number.textContent = step.value;
   }
 
+  const show = result => result && stage.results.replaceChildren(result.views ? tokens(result) : features(result));
+
+  stage.resume(show);
   form.addEventListener("input", changed);
   changed();
   onSubmit(form, async () => {
     const request = requestOf(form);
     if (what() === "features") {
-      const result = await stage.run("/api/features", { request, layer: about.layers[layer.value], step: Number(step.value) });
-      if (result) stage.results.replaceChildren(features(result, about.layers[layer.value]));
+      show(await stage.run("/api/features", { request, layer: about.layers[layer.value], step: Number(step.value) }));
     } else {
       delete request.lora;
-      const result = await stage.run("/api/explain", { request });
-      if (result) stage.results.replaceChildren(tokens(result));
+      show(await stage.run("/api/explain", { request }));
     }
   });
 }
 
-function features(result, layer) {
+function features(result) {
   return element("div", { class: "look" },
-    element("img", { src: `/images/${result.image}`, alt: "What was drawn" }),
-    element("p", { class: "hint", text: `${layer}: ${result.size}. Its three main directions as red, green and blue:` }),
+    element("img", { src: addressOf(result.image), alt: "What was drawn" }),
+    element("p", { class: "hint", text: `${result.layer}: ${result.size}. Its three main directions as red, green and blue:` }),
     element("img", { class: "main", src: result.main, alt: "The main directions of the features" }),
     element("p", { class: "hint", text: "The channels that vary most, each from its least (dark) to its most:" }),
     element("div", { class: "channels" }, ...result.channels.map(one => element("figure", {},
@@ -47,7 +48,7 @@ function features(result, layer) {
 function tokens(result) {
   const views = Object.keys(result.views).map(key => key.split("|"));
   const parts = [...new Set(views.map(([part]) => part))], spans = [...new Set(views.map(([, span]) => span))];
-  const drawn = element("img", { class: "drawn", src: `/images/${result.image}`, alt: "What was drawn" }), map = element("img", { class: "map", alt: "" });
+  const drawn = element("img", { class: "drawn", src: addressOf(result.image), alt: "What was drawn" }), map = element("img", { class: "map", alt: "" });
   const overlay = element("div", { class: "overlay" }, drawn, map);
   const slider = (text, max, value) => element("input", { type: "range", min: 0, max, value, ariaLabel: text });
   const layers = slider("Layers", parts.length - 1, 0), steps = slider("Steps", spans.length - 1, 0), strength = slider("Strength of the map", 100, 60);
@@ -73,6 +74,6 @@ function tokens(result) {
   show();
   return element("div", { class: "look" },
     element("div", { class: "tokens" }, ...buttons), overlay, told,
-    element("label", { class: "wide" }, "Layers: ", names[0], layers), element("label", { class: "wide" }, "Steps: ", names[1], steps),
+    element("label", { class: "wide" }, "Attention of ", names[0], layers), element("label", { class: "wide" }, "In ", names[1], steps),
     element("label", { class: "wide" }, "Strength of the map", strength));
 }
