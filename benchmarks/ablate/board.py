@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HEAD = "| beside Kolors' own training | published changes, and by how much the held-out error rose or fell |"
+RUN = "python -m benchmarks.ablate OUT "
+HEAD = "| published change | held-out error beside Kolors' own training, 95% interval | options |"
 SHOWN = {"things": 2, "texts": 1, "scenes": 2}  # measures of a lesson that are told here, the first ones
 LESSONS = {
     "things": "TINY's UNet from scratch on 40 things, 64x64",
@@ -56,17 +57,9 @@ class Entry:
         return f"| {about} | {lesson} | {did} | {seen} | {self.work:.2f} | `{self.command}` |"
 
     def short(self) -> str:
-        """Write the change and what it did to the first measure."""
-        row = self.rows[0]
-        lesson = "" if self.lesson == "things" else f" ({self.lesson})"
-        is_finite = row["change"]["mean"] == row["change"]["mean"]
-        return f"{self.name}{lesson}{' ' + number(row['change']['mean'], row) if is_finite else ''}"
-
-    @property
-    def verdict(self) -> str:
-        """Word of the first measure's verdict."""
-        verdict = self.rows[0]["verdict"]
-        return verdict.rpartition(" is ")[2] if " is " in verdict else verdict.partition(",")[0]
+        """Write the short line, of the first measure."""
+        lesson = "" if self.lesson == "things" else f", {self.lesson}"
+        return f"| {self.name}{lesson} | {change_of(self.rows[0])} | `{self.command.removeprefix(RUN)}` |"
 
 
 def number(value: float, row: dict[str, Any], sign: str = "+") -> str:
@@ -106,23 +99,14 @@ def long_board(found: list[Entry]) -> str:
     """Write the page of results."""
     used = {each.lesson for each in found}
     lessons = "\n".join(f"- {name}: {what}" for name, what in LESSONS.items() if name in used)
-    columns = (
-        "change",
-        "lesson",
-        "what it did, with its 95% interval",
-        "visible at 80% power",
-        "FLOPs of a step",
-    )
-    lines = [f"| {' | '.join(columns)} | command |", f"|{'---|' * 6}", *(each.line() for each in found)]
+    columns = "change | lesson | what it did, with its 95% interval | visible at 80% power | FLOPs of a step"
+    lines = [f"| {columns} | command |", f"|{'---|' * 6}", *(each.line() for each in found)]
     return f"{ABOUT.format(lessons=lessons)}\n" + "\n".join(lines) + "\n"
 
 
 def short_board(found: list[Entry]) -> str:
-    """Write the README's table: a line a verdict."""
-    by_verdict: dict[str, list[str]] = {word: [] for word in ("better", "no difference shown", "worse")}
-    for each in found:
-        by_verdict.setdefault(each.verdict, []).append(each.short())
-    return "\n".join([HEAD, "|---|---|", *(f"| {v} | {', '.join(n)} |" for v, n in by_verdict.items() if n)])
+    """Write the README's table: a line a change."""
+    return "\n".join([HEAD, "|---|---|---|", *(each.short() for each in found)])
 
 
 def replaced(text: str, board: str) -> str:

@@ -21,15 +21,7 @@ ORDER = (
     "whole", "whole_memory", "whole_lora", "encode_bfloat16", "encode_float32", "unet_step", "load",
     "load_memory", "load_bfloat16", "load_memory_bfloat16", "alignment_load", "alignment_step",
 )  # fmt: skip
-FRONT = (
-    "whole",
-    "whole_memory",
-    "whole_lora",
-    "encode_bfloat16",
-    "unet_step",
-    "load",
-    "load_memory_bfloat16",
-)
+FRONT = ("whole", "whole_memory", "whole_lora", "encode_bfloat16", "unet_step")
 MET, MISSED = "#4c9f70", "#c8553d"
 
 

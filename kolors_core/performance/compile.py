@@ -31,8 +31,6 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
     compiled after they are, without their hooks. ValueError for an unknown mode, and for a model without
     blocks; torch's own error, and no fallback to a slower path, where a block cannot be compiled.
     """
-    from torch.distributed.fsdp import FSDPModule  # now, as its import takes long
-
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(str, MODES))}, got {mode!r}")
     options = dict[str, Any](fullgraph=True, mode=CUDA_GRAPH_MODES.get(mode, mode), backend=backend)
@@ -42,7 +40,7 @@ def compile_blocks(model: nn.Module, mode: str | None = None, backend: str = "in
         _raise_recompile_limit()
     compiled: dict[Any, Callable[..., Any]] = {}  # by kind
     for block in find_blocks(model, "compile"):
-        is_sharded = isinstance(block, FSDPModule)
+        is_sharded = hasattr(block, "unshard")  # a method of FSDPModule, whose import takes a second
         kind = type(block), tuple(tensor.shape for tensor in block.state_dict().values())
         if kind not in compiled:
             # torch finds, and limits, compiled variants by code object: each kind gets its own.

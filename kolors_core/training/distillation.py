@@ -132,7 +132,10 @@ class ConsistencyLoss(DiffusionLoss):
         sigma = self._level(at)
         times = target.timestep(at - 1, sigma.flatten(), len(self.sigmas))
         latents = concat_extra_channels(target.model_input(x, sigma), batch.extra)
-        output = unet(latents, times.float(), text.tokens, text.pooled, batch.size_ids, text.counts)
+        optional = {} if (added := self.added(batch)) is None else {"added": added}
+        output = unet(
+            latents, times.float(), text.tokens, text.pooled, batch.size_ids, text.counts, **optional
+        )  # fmt: skip
         return target.x0(x, sigma, output.to(torch.promote_types(output.dtype, torch.float32)))
 
     @contextmanager

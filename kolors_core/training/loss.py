@@ -87,7 +87,7 @@ class DiffusionLoss(nn.Module):
         """Add the batch's noise to its latents as the timesteps say."""
         target = target_of(self.config.prediction_type)
         try:
-            sigma = self.sigmas.to(batch.latents)[batch.timesteps].clamp(max=LARGEST_SIGMA)  # [b]
+            sigma = self.sigmas.to(batch.noise)[batch.timesteps].clamp(max=LARGEST_SIGMA)  # [b]
         except IndexError:
             found = f"the batch has timestep {int(batch.timesteps.max())}: give its dataset `timesteps`"
             raise ValueError(f"there are sigmas of {len(self.sigmas)} timesteps, and {found}") from None

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.ablate.board import HEAD, entries, long_board, replaced, short_board
+from benchmarks.ablate.board import HEAD, RUN, entries, long_board, replaced, short_board
 from benchmarks.ablate.board import main as board
 from benchmarks.ablate.change import read
 from benchmarks.ablate.intervals import T80, T, fit_line, over_seeds, ratio_over_seeds
@@ -143,7 +143,7 @@ def test_the_readmes_board_is_what_the_results_say(tmp_path: Path) -> None:
     nothing = dict.fromkeys(("mean", "low", "high", "visible"), math.nan)
     second = {**first, "name": "right", "unit": "%", "verdict": "diverged, 1 of 3", "change": nothing}
     content = {
-        "lesson_name": "things", "about": {"B": "Change: it changes."}, "commands": {"B": "the command"},
+        "lesson_name": "things", "about": {"B": "Change: it changes."}, "commands": {"B": f"{RUN}--b change"},
         "variants": {"A": ["", "", ""], "B": ["change", "", ""]}, "rows": [first, second],
         "costs": [{"label": "A", "width": 1, "step": 100}, {"label": "B", "width": 1, "step": 125}],
     }  # fmt: skip
@@ -151,15 +151,14 @@ def test_the_readmes_board_is_what_the_results_say(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "ablate.json").write_text(json.dumps(told))
     readme = tmp_path / "mine.md"
-    readme.write_text(f"before\n\n{HEAD}\n|---|---|\n| old | 1 |\n\n| after | |\n")
+    readme.write_text(f"before\n\n{HEAD}\n|---|---|---|\n| old | 1 | 2 |\n\n| after | |\n")
     board(tmp_path, readme)
-    assert readme.read_text() == f"before\n\n{HEAD}\n|---|---|\n| better | Change -0.50 |\n\n| after | |\n"
+    line = "| Change | -0.50 (-0.75 to -0.25), **better** | `--b change` |"
+    assert readme.read_text() == f"before\n\n{HEAD}\n|---|---|---|\n{line}\n\n| after | |\n"
     page = (tmp_path / "README.md").read_text()
     did = "held-out error -0.50 (-0.75 to -0.25), **better**; right diverged, 1 of 3"
-    assert (
-        f"| Change: it changes. | [things](one/ablate.md) | {did} |" in page
-        and "| 1.25 | `the command` |" in page
-    )
+    assert f"| Change: it changes. | [things](one/ablate.md) | {did} |" in page
+    assert f"| 1.25 | `{RUN}--b change` |" in page
     with pytest.raises(ValueError, match="expected a line .* in the README, there is none"):
         replaced("no marks", "")
     with pytest.raises(ValueError, match="has no folder with the ablate.json"):

@@ -126,7 +126,7 @@ def test_the_readme_shows_what_was_measured() -> None:
 def test_the_tables_leave_out_what_was_not_measured(tmp_path: Path) -> None:
     row = json.loads((RESULTS / "unet_step.json").read_text(encoding="utf-8"))
     (tmp_path / "unet_step.json").write_text(json.dumps(row | {"is_rehearsal": True}))
-    (tmp_path / "load.json").write_text((RESULTS / "load.json").read_text(encoding="utf-8"))
+    (tmp_path / "whole.json").write_text((RESULTS / "whole.json").read_text(encoding="utf-8"))
     rows = read(tmp_path)
-    assert "UNet step" not in front(rows) and "load a full-size" in front(rows)
+    assert "UNet step" not in front(rows) and "whole Kolors" in front(rows)
     assert "| not measured |" in table(rows)

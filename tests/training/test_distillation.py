@@ -82,7 +82,9 @@ def test_the_loss_is_of_two_runs_of_the_sampler(name: str, scale: float, traject
     Value and gradient, written out with what draws images; the second run has no gradient.
     """
     student, teacher = unet_of(0).double(), unet_of(1).double().requires_grad_(False)
-    batch, negative = double(batch_of(TIMESTEPS)), text_of(1, 2, 2)
+    more = torch.randn(len(TIMESTEPS), SHALLOW.unet.time_dim, generator=torch.Generator().manual_seed(4))
+    added = more.double()  # to the time, of teacher and student
+    batch, negative = replace(double(batch_of(TIMESTEPS)), more={"added": added}), text_of(1, 2, 2)
     negative = TextEmbedding(negative.tokens.double(), negative.pooled.double(), negative.counts)
     loss = ConsistencyLoss(
         student, TABLE.double(), replace(SETTINGS, prediction_type=name), teacher=teacher,
@@ -106,6 +108,7 @@ def test_the_loss_is_of_two_runs_of_the_sampler(name: str, scale: float, traject
         ids = batch.size_ids[i : i + 1]
         one = Conditioning(text.tokens[i : i + 1], text.pooled[i : i + 1], ids, text.counts[i : i + 1])
         without = Conditioning(negative.tokens, negative.pooled, ids, negative.counts)
+        one, without = (replace(each, added=added[i : i + 1]) for each in (one, without))
         x = (batch.latents + sigma * batch.noise)[i : i + 1]
         draw = guided(student, schedule, one, precompute=False)
         ahead = euler(draw, x, [sigma, end])
