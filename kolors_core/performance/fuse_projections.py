@@ -48,9 +48,12 @@ def fuse_projections(model: nn.Module) -> None:
     attentions = list(_self_attentions(model))
     if not sum([_join(attention) for attention in attentions]):
         kinds = {type(attention.to_q).__name__ for attention in attentions}
-        got = f"layers of {kinds.pop()} on {attentions[0].to_out.weight.device}" if kinds else "none"
+        got = "none of the library's own class"
+        if kinds:
+            place = attentions[0].to_out.weight.device
+            got = f"layers of {kinds.pop()} on {place}: fuse projections before quantizing"
         expected = f"this {type(model).__name__} must have self-attentions with weights that can be joined"
-        raise ValueError(f"{expected}, got {got}: fuse projections before quantizing")
+        raise ValueError(f"{expected}, got {got}")
 
 
 @torch.no_grad()
