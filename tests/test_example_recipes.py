@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def script(name: str) -> str:
     assert len(code.splitlines()) <= MOST_LINES and "buckets(128)" in code
     code, count = SETTINGS.subn("steps=2, batch_size=2, learning_rate=1e-3, warmup=0", code)
     assert count == 1
+    code = code.replace("range(100)", "range(2)").replace('("a dog", ', '("a dog", 64, 64, 2, ')
     return code.replace("buckets(128)", "buckets(64)").replace(".fit()", ".fit(progress=False)")
 
 
@@ -48,9 +50,9 @@ def drawn(pipe: Any, **given: Any) -> Tensor:
 Found = tuple[Tensor, Tensor, Tensor]  # of the script, read from its file, and before
 
 
-def of_lora(names: dict[str, Any]) -> Found:
+def of_lora(names: dict[str, Any], file: str = "lora.safetensors") -> Found:
     before = drawn(again := KolorsPipeline.from_pretrained("tiny"))
-    again.load_lora_weights("lora.safetensors")
+    again.load_lora_weights(file)
     return drawn(names["pipe"]), drawn(again), before
 
 
@@ -78,13 +80,20 @@ def of_masks(names: dict[str, Any]) -> Found:
     return own, other, torch.zeros_like(own)
 
 
-def of_all(names: dict[str, Any]) -> Found:
-    first, again = (KolorsPipeline.from_pretrained(folder) for folder in ("tiny", "full"))
+def of_all(names: dict[str, Any], folder: str = "full") -> Found:
+    first, again = (KolorsPipeline.from_pretrained(folder) for folder in ("tiny", folder))
     return drawn(names["pipe"]), drawn(again), drawn(first)
+
+
+def of_subject(names: dict[str, Any]) -> Found:
+    captions = [example.captions for example in names["examples"]]
+    assert captions == [("a zorp",)] * 2 + [("a dog",)] * 2
+    return of_all(names, "dreambooth")
 
 
 READ: dict[str, Callable[[dict[str, Any]], Found]] = {
     "lora": of_lora, "words": of_word, "controlnet": of_net, "inpainting": of_masks, "full": of_all,
+    "few_steps": partial(of_lora, file="lcm.safetensors"), "dreambooth": of_subject,
 }  # fmt: skip
 
 
