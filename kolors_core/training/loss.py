@@ -86,8 +86,9 @@ class DiffusionLoss(nn.Module):
     def noised(self, batch: Batch) -> Noised:
         """Add the batch's noise to its latents as the timesteps say."""
         target = target_of(self.config.prediction_type)
+        sigmas = self.sigmas.to(batch.latents.device, batch.noise.dtype)  # noise is never in half precision
         try:
-            sigma = self.sigmas.to(batch.noise)[batch.timesteps].clamp(max=LARGEST_SIGMA)  # [b]
+            sigma = sigmas[batch.timesteps].clamp(max=LARGEST_SIGMA)  # [b]
         except IndexError:
             found = f"the batch has timestep {int(batch.timesteps.max())}: give its dataset `timesteps`"
             raise ValueError(f"there are sigmas of {len(self.sigmas)} timesteps, and {found}") from None
