@@ -33,6 +33,7 @@ def choose(pair: Pair, name: str) -> None:
     """As a script writes it; LCM and TCD of the reference have no start but at their own timesteps."""
     ours, theirs = pair
     theirs.scheduler = reference_scheduler(name)
+    ours.scheduler = kolors_core.EulerDiscreteScheduler()  # and not one of an earlier test, with its settings
     ours.scheduler = getattr(kolors_core, name).from_config(ours.scheduler.config)
 
 
