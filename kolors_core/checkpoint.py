@@ -52,7 +52,6 @@ EMBEDDED_NOTICE = (
     "using the embedded tiny model, which draws scenes of 127 things at 128x128; for the real one (17 GB) "
     "name Kwai-Kolors/Kolors-diffusers with the variant fp16"
 )
-NO_FOLDER = "expected the {} of a Kolors checkpoint; `resolve` fetches a Hub repository's"
 MAX_CONFIG_BYTES = 2**18  # real ones have less than 2**13
 AnyScheduler = TypeVar("AnyScheduler", bound=Scheduler)
 logger = logging.getLogger("kolors_core")
@@ -171,10 +170,8 @@ def open_component(
     """Build one model and check by headers that its files fit it; arguments, errors: see `load_component`."""
     if kind is None and component not in MODEL_SPECS:
         raise ValueError(f"component must be of {', '.join(MODEL_SPECS)}, or have a kind, got {component!r}")
-    path = Path(local_name(folder)) / (component if subfolder is None else subfolder)
+    path = _existing_folder(folder, component, subfolder)
     kind = spec_named_in(path, component) or MODEL_SPECS[component] if kind is None else kind
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder, {NO_FOLDER.format(component)}")
     public = read_json(file := path / "config.json")
     is_ours = changed_models.is_ours(kind.build) and changed_models.is_ours(kind.config)
     changed = changed_models.describe(public, component) if is_ours else ""
@@ -187,6 +184,15 @@ def open_component(
     if changed:  # it fits, and computes something else
         raise ValueError(f"{file}: {changed}")
     return UnloadedModel(model, source, names)
+
+
+def _existing_folder(folder: str | Path, component: str, subfolder: str | None = None) -> Path:
+    """Return a component's folder; FileNotFoundError unless it is there."""
+    path = Path(local_name(folder)) / (component if subfolder is None else subfolder)
+    if not path.is_dir():
+        expected = f"expected the {component} of a Kolors checkpoint; `resolve` fetches a Hub repository's"
+        raise FileNotFoundError(f"{path}: no such folder, {expected}")
+    return path
 
 
 def spec_named_in(path: Path, component: str) -> ModelSpec | None:
@@ -206,8 +212,7 @@ def load_modified(
     `lambda config: UNet(replace(config, in_channels=9))`; a `ModelSpec` for a config with more fields.
     Others: see `loading.load`, `load_component`.
     """
-    if not (path := Path(local_name(folder)) / component).is_dir():
-        raise FileNotFoundError(f"{path}: no such folder, {NO_FOLDER.format(component)}")
+    path = _existing_folder(folder, component)
     own = spec_named_in(path, component) or MODEL_SPECS[component]
     kind = build if isinstance(build, ModelSpec) else replace(own, build=build)
     file = path / "config.json"

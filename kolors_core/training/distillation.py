@@ -132,7 +132,7 @@ class ConsistencyLoss(DiffusionLoss):
         sigma = self._level(at)
         times = target.timestep(at - 1, sigma.flatten(), len(self.sigmas))
         latents = concat_extra_channels(target.model_input(x, sigma), batch.extra)
-        optional = {} if (added := self.added(batch)) is None else {"added": added}
+        optional = self.optional_inputs(unet, latents, text, batch)
         output = unet(
             latents, times.float(), text.tokens, text.pooled, batch.size_ids, text.counts, **optional
         )  # fmt: skip

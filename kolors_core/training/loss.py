@@ -101,10 +101,7 @@ class DiffusionLoss(nn.Module):
         """Compute the model's output [b, 4, H/8, W/8] for the batch's captions and control images."""
         text = self.text(batch)
         inputs = noised.latents, noised.times, text.tokens, text.pooled, batch.size_ids
-        optional = {} if (added := self.added(batch)) is None else {"added": added}
-        check_widths(self.unet, noised.latents, text.tokens, added)
-        if optional:
-            check_accepts(self.unet, optional)
+        optional = self.optional_inputs(self.unet, noised.latents, text, batch)
         if (self.controlnet is None) != (batch.control is None):
             raise ValueError("a ControlNet and control images need each other: one of them is missing")
         if self.controlnet is None:
@@ -127,6 +124,16 @@ class DiffusionLoss(nn.Module):
     def added(self, batch: Batch) -> Tensor | None:
         """Return what is added to the UNet's time, None or [b, time_dim]: "added" of `Batch.more`."""
         return batch.more.get("added")
+
+    def optional_inputs(
+        self, unet: nn.Module, latents: Tensor, text: TextEmbedding, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Return what is added to the time, if anything is; an error unless a UNet reads these inputs."""
+        optional = {} if (added := self.added(batch)) is None else {"added": added}
+        check_widths(unet, latents, text.tokens, added)
+        if optional:
+            check_accepts(unet, optional)
+        return optional
 
     def error(self, predicted: Tensor, noised: Noised, batch: Batch) -> Tensor:
         """Compute the mean squared error of each image: [b], in float32."""

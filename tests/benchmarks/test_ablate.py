@@ -32,18 +32,8 @@ from benchmarks.ablate.things import Things, draw_pictures
 from benchmarks.ablate.timing import Timed
 from benchmarks.tiny.emoji import CONCEPTS
 from kolors_core.unet import UNet
-from tests.support.ablations import NARROW, SMALL, STEPS, job, predict, run, small_lesson, write_modules
+from tests.support.ablations import NARROW, SMALL, STEPS, job, predict, run
 from tests.support.scene_recipes import needs_fonts
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_modules(tmp_path_factory.mktemp("modules"))
-
-
-@pytest.fixture(scope="module")
-def lesson(tmp_path_factory: pytest.TempPathFactory) -> Things:
-    return small_lesson(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -19,20 +19,10 @@ from kolors_core.chatglm import ChatGLM
 from kolors_core.config import TINY
 from kolors_core.tokenizer import TokenBatch
 from kolors_core.unet import UNet
-from tests.support.ablations import SMALL, job, predict, run, small_lesson, write_modules
+from tests.support.ablations import SMALL, job, predict, run
 from tests.support.scene_recipes import needs_fonts
 
 NAMES = sorted(file.stem for file in CHANGES.glob("[a-z]*.py"))
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_modules(tmp_path_factory.mktemp("modules"))
-
-
-@pytest.fixture(scope="module")
-def lesson(tmp_path_factory: pytest.TempPathFactory) -> Things:
-    return small_lesson(tmp_path_factory.mktemp("images"))
 
 
 @pytest.mark.parametrize("text", ["", "v_prediction", "rectified_flow", "zero_terminal_snr"])
