@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ablate.board import RUN
 from benchmarks.ablate.change import Variant, read
 from benchmarks.ablate.intervals import FEWEST, MOST
 from benchmarks.ablate.lesson import Lesson
@@ -247,7 +248,7 @@ def describe(
 
 def command(options: argparse.Namespace, only: str) -> str:
     """Write the command of one variant, which gives the same numbers, without the folders of this machine."""
-    words = ["python -m benchmarks.ablate OUT"]
+    words = [RUN]
     for name, value in vars(options).items():
         is_default = value is None or value is False or (name, value) in (
             ("a", ""), ("lesson", "things"), ("seeds", 5), ("concepts", 40), ("size", 64), ("prompts", 60)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RUN = "python -m benchmarks.ablate OUT "
+RUN = "python -m benchmarks.ablate OUT"
 HEAD = "| published change | held-out error beside Kolors' own training, 95% interval | options |"
 SHOWN = {"things": 2, "texts": 1, "scenes": 2}  # measures of a lesson that are told here, the first ones
 LESSONS = {
@@ -59,7 +59,8 @@ class Entry:
     def short(self) -> str:
         """Write the short line, of the first measure."""
         lesson = "" if self.lesson == "things" else f", {self.lesson}"
-        return f"| {self.name}{lesson} | {change_of(self.rows[0])} | `{self.command.removeprefix(RUN)}` |"
+        options = self.command.removeprefix(RUN).lstrip()
+        return f"| {self.name}{lesson} | {change_of(self.rows[0])} | `{options}` |"
 
 
 def number(value: float, row: dict[str, Any], sign: str = "+") -> str:
@@ -133,7 +134,7 @@ def main(results: Path, readme: Path | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, help="a folder of studies' folders")
-    parser.add_argument("--readme", type=Path, help="a README with two marks, for the short board")
+    parser.add_argument("--readme", type=Path, help="a README that has the short board")
     options = parser.parse_args()
     try:
         main(options.results, options.readme)

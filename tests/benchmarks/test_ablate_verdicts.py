@@ -143,8 +143,8 @@ def test_the_readmes_board_is_what_the_results_say(tmp_path: Path) -> None:
     nothing = dict.fromkeys(("mean", "low", "high", "visible"), math.nan)
     second = {**first, "name": "right", "unit": "%", "verdict": "diverged, 1 of 3", "change": nothing}
     content = {
-        "lesson_name": "things", "about": {"B": "Change: it changes."}, "commands": {"B": f"{RUN}--b change"},
-        "variants": {"A": ["", "", ""], "B": ["change", "", ""]}, "rows": [first, second],
+        "lesson_name": "things", "about": {"B": "Change: it changes."}, "rows": [first, second],
+        "variants": {"A": ["", "", ""], "B": ["change", "", ""]}, "commands": {"B": f"{RUN} --b change"},
         "costs": [{"label": "A", "width": 1, "step": 100}, {"label": "B", "width": 1, "step": 125}],
     }  # fmt: skip
     for name, told in (("one", content), ("older", {})):
@@ -158,7 +158,7 @@ def test_the_readmes_board_is_what_the_results_say(tmp_path: Path) -> None:
     page = (tmp_path / "README.md").read_text()
     did = "held-out error -0.50 (-0.75 to -0.25), **better**; right diverged, 1 of 3"
     assert f"| Change: it changes. | [things](one/ablate.md) | {did} |" in page
-    assert f"| 1.25 | `{RUN}--b change` |" in page
+    assert f"| 1.25 | `{RUN} --b change` |" in page
     with pytest.raises(ValueError, match="expected a line .* in the README, there is none"):
         replaced("no marks", "")
     with pytest.raises(ValueError, match="has no folder with the ablate.json"):
